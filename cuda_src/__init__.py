@@ -1,0 +1,1 @@
+"""The CUDA C++ sources, carried as package data."""

@@ -1,0 +1,1 @@
+"""cuplama: a torch-free runtime for Llama-family language models."""

@@ -1,0 +1,39 @@
+"""The errors a user can cause. Each is one line that names the culprit; the command line exits with status 2."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextError",
+    "CuplamaError",
+    "DeviceError",
+    "PromptError",
+    "TokenizerError",
+]
+
+
+class CuplamaError(Exception):
+    """Base of every error that the caller can mend; anything else that escapes is a bug."""
+
+
+class ConfigError(CuplamaError):
+    """config.json is missing, unreadable, or asks for something that is not supported."""
+
+
+class CheckpointError(CuplamaError):
+    """A weight file or tensor is missing, unused, corrupt or of the wrong shape."""
+
+
+class TokenizerError(CuplamaError):
+    """The tokenizer or the chat template is missing or unusable."""
+
+
+class PromptError(CuplamaError, ValueError):
+    """The prompt cannot be used: empty without a BOS token, or a token id out of range."""
+
+
+class ContextError(PromptError):
+    """The prompt does not fit the context."""
+
+
+class DeviceError(CuplamaError):
+    """The device asked for is missing, too small, or not working."""
