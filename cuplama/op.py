@@ -1,0 +1,262 @@
+"""Ops: what a graph node computes, declared once and executed by every backend.
+
+An op's signature is one line::
+
+    y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)
+
+``name[dims]:dtype`` is an array, ``name:dtype`` a scalar attribute, ``?`` marks an input that may be absent, and a name
+on both sides is updated in place. Dims are names, or sums and products of names and numbers (``b+1``, ``heads*D``).
+Dtypes are ``f32 i32 u64 ...`` or a letter that the call decides: ``T`` is the model's dtype; a letter that no input
+fixes is an attribute of the node (``U`` of ``linear``).
+
+From the signature follow the checks before every launch, the casts of scalars, the random test cases, the bytes moved,
+and the test that the kernel's parameter list agrees.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    from .kernel import Device, Plan
+
+__all__ = ["DTYPES", "Array", "Call", "Op", "OpError", "Signature", "Spec", "dtype_name"]
+
+Array = Any  # a NumPy or CuPy array: both have shape, dtype, flags and nbytes
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "f64": np.dtype(np.float64),
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "i64": np.dtype(np.int64),
+    "u64": np.dtype(np.uint64),
+    "i32": np.dtype(np.int32),
+    "u32": np.dtype(np.uint32),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The short name of a dtype, as signatures and kernels spell it: ``bf16``, ``i32``, ..."""
+    return _NAMES[np.dtype(dtype)]
+
+
+class OpError(TypeError):
+    """Arrays that do not fit an op's signature. Always a bug of the caller, never of the user."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One array or scalar of a signature."""
+
+    name: str
+    dims: tuple[str, ...] | None  # None: a scalar attribute
+    dtype: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A parsed signature: output arrays, input arrays, scalar attributes."""
+
+    text: str
+    outs: tuple[Spec, ...]
+    ins: tuple[Spec, ...]
+    attrs: tuple[Spec, ...]
+
+    @staticmethod
+    def parse(text: str) -> Signature:
+        left, right = text.split("=", 1)
+        specs = _specs(right.strip()[1:-1])
+        return Signature(
+            text,
+            outs=_specs(left),
+            ins=tuple(s for s in specs if s.dims is not None),
+            attrs=tuple(s for s in specs if s.dims is None),
+        )
+
+    @cached_property
+    def in_place(self) -> frozenset[str]:
+        return frozenset(s.name for s in self.outs) & frozenset(s.name for s in self.ins)
+
+
+_SPEC = re.compile(r"\s*(\w+)(?:\[([^\]]*)\])?:(\w+)(\??)\s*(?:,|$)")
+
+
+def _specs(text: str) -> tuple[Spec, ...]:
+    specs, at = [], 0
+    while at < len(text.rstrip()):
+        m = _SPEC.match(text, at)
+        if m is None:
+            raise ValueError(f"cannot read the signature at {text[at:]!r}")
+        name, dims, dtype, optional = m.groups()
+        split = None if dims is None else tuple(d.strip() for d in dims.split(","))
+        specs.append(Spec(name, split, dtype, bool(optional)))
+        at = m.end()
+    return tuple(specs)
+
+
+_DIM_CODE: dict[str, Any] = {}
+_DIM_NAMES: dict[str, tuple[str, ...]] = {}
+
+
+def dim_names(expression: str) -> tuple[str, ...]:
+    """The names in a dim expression."""
+    if expression not in _DIM_NAMES:
+        tree = ast.parse(expression, mode="eval")
+        _DIM_NAMES[expression] = tuple(sorted({n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}))
+        _DIM_CODE[expression] = compile(tree, "<dim>", "eval")
+    return _DIM_NAMES[expression]
+
+
+def dim_value(expression: str, env: Mapping[str, Any]) -> int:
+    """The value of a dim expression once its names are known."""
+    dim_names(expression)
+    return int(eval(_DIM_CODE[expression], {"__builtins__": {}}, dict(env)))
+
+
+@dataclass
+class Call:
+    """One op with its arrays: the dims, dtypes and attributes that follow from them.
+
+    ``env`` holds dims and attributes by name, ``dtypes`` the letters, ``arrays`` inputs and (once made) outputs;
+    an absent optional input is None.
+    """
+
+    op: Op
+    env: dict[str, Any]
+    dtypes: dict[str, np.dtype[Any]]
+    arrays: dict[str, Array | None]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.env[name]
+
+    def dtype(self, spec: Spec) -> np.dtype[Any]:
+        return DTYPES.get(spec.dtype) or self.dtypes[spec.dtype]
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        return tuple(dim_value(d, self.env) for d in spec.dims or ())
+
+    def nbytes(self) -> int:
+        """Bytes a perfect kernel moves: each input read once, each output written once, unless the op says otherwise."""
+        if self.op.bytes is not None:
+            return int(self.op.bytes(self))
+        total = 0
+        for spec in (*self.op.signature.ins, *self.op.signature.outs):
+            if spec in self.op.signature.ins and self.arrays.get(spec.name) is None:
+                continue
+            total += math.prod(self.shape(spec)) * self.dtype(spec).itemsize
+        return total
+
+    def flops(self) -> int:
+        return int(self.op.flops(self)) if self.op.flops is not None else 0
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its signature, its meaning in NumPy, its kernels, and the cases that test and time it.
+
+    reference: ``f(*inputs, **attributes)`` on NumPy arrays; computes in float32, or in float64 when given float64.
+    kernels:   ``f(call, device) -> Plan``: the launches, or None while the op has no kernel of its own.
+    cases:     dims and attributes of the tests; small, odd and edge shapes.
+    ranges:    for integer inputs, the dim expression that bounds the values.
+    inputs:    ``f(rng, case, T) -> dict`` for inputs that must be consistent with each other (page tables, ...).
+    """
+
+    name: str
+    text: str
+    doc: str
+    reference: Callable[..., Any]
+    kernels: Callable[[Call, Device], Plan] | None = None
+    cases: Sequence[Mapping[str, Any]] = ()
+    ranges: Mapping[str, str] = field(default_factory=dict)
+    inputs: Callable[[np.random.Generator, Mapping[str, Any], np.dtype[Any]], dict[str, Any]] | None = None
+    bytes: Callable[[Call], float] | None = None
+    flops: Callable[[Call], float] | None = None
+
+    @cached_property
+    def signature(self) -> Signature:
+        return Signature.parse(self.text)
+
+    def bind(self, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> Call:
+        """Check the inputs against the signature and solve for the dims.
+
+        Raises OpError naming the op, the array and what was expected.
+        """
+        call = Call(self, {}, {}, {})
+        for spec in self.signature.attrs:
+            if spec.name not in attrs:
+                raise OpError(f"{self.name}: attribute {spec.name} is missing")
+            call.env[spec.name] = attrs[spec.name]
+        for key, value in attrs.items():
+            if key in _letters(self.signature):
+                call.dtypes[key] = DTYPES[value]
+        if len(ins) > len(self.signature.ins):
+            raise OpError(f"{self.name}: {len(ins)} inputs for {self.text}")
+        padded = [*ins, *[None] * (len(self.signature.ins) - len(ins))]
+        for spec, array in zip(self.signature.ins, padded, strict=True):
+            if array is None:
+                if not spec.optional:
+                    raise OpError(f"{self.name}: input {spec.name} is missing")
+            else:
+                self._check(call, spec, array)
+            call.arrays[spec.name] = array
+        return call
+
+    def _check(self, call: Call, spec: Spec, array: Array) -> None:
+        assert spec.dims is not None
+        dtype = np.dtype(array.dtype)
+        wanted = DTYPES.get(spec.dtype) or call.dtypes.setdefault(spec.dtype, dtype)
+        where = f"{self.name}: {spec.name}[{','.join(spec.dims)}]"
+        if dtype != wanted:
+            raise OpError(f"{where} is {dtype}, not {wanted}")
+        if len(array.shape) != len(spec.dims):
+            raise OpError(f"{where} has shape {tuple(array.shape)}")
+        if not array.flags.c_contiguous:
+            raise OpError(f"{where} is not contiguous")
+        for expression, size in zip(spec.dims, array.shape, strict=True):
+            unknown = [n for n in dim_names(expression) if n not in call.env]
+            if unknown:
+                (name,) = unknown
+                at0, at1 = (dim_value(expression, {**call.env, name: v}) for v in (0, 1))
+                call.env[name] = (size - at0) // (at1 - at0)
+            if dim_value(expression, call.env) != size:
+                raise OpError(
+                    f"{where} has shape {tuple(array.shape)}, but {expression} is {dim_value(expression, call.env)}"
+                )
+
+    def random_inputs(
+        self, rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]
+    ) -> dict[str, np.ndarray[Any, Any] | None]:
+        """Inputs for one case: normal floats in the signature's dtypes, integers within ``ranges``."""
+        given = self.inputs(rng, case, T) if self.inputs is not None else {}
+        arrays: dict[str, np.ndarray[Any, Any] | None] = {}
+        for spec in self.signature.ins:
+            assert spec.dims is not None
+            if spec.name in given:
+                arrays[spec.name] = given[spec.name]
+                continue
+            if spec.optional and not case.get(spec.name, True):
+                arrays[spec.name] = None
+                continue
+            shape = tuple(dim_value(d, case) for d in spec.dims)
+            dtype = DTYPES.get(spec.dtype) or T
+            if dtype.kind in "iu":
+                arrays[spec.name] = rng.integers(0, dim_value(self.ranges[spec.name], case), shape).astype(dtype)
+            else:
+                arrays[spec.name] = rng.standard_normal(shape).astype(np.float32).astype(dtype)
+        return arrays
+
+
+def _letters(signature: Signature) -> set[str]:
+    return {s.dtype for s in (*signature.outs, *signature.ins) if s.dtype not in DTYPES}
