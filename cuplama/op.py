@@ -29,7 +29,7 @@ import numpy as np
 if TYPE_CHECKING:
     from .kernel import Device, Plan
 
-__all__ = ["DTYPES", "Array", "Call", "Op", "OpError", "Signature", "Spec", "dtype_name"]
+__all__ = ["DTYPES", "Array", "Call", "Op", "OpError", "Signature", "Spec", "dtype_name", "wide"]
 
 Array = Any  # a NumPy or CuPy array: both have shape, dtype, flags and nbytes
 
@@ -49,6 +49,11 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """The short name of a dtype, as signatures and kernels spell it: ``bf16``, ``i32``, ..."""
     return _NAMES[np.dtype(dtype)]
+
+
+def wide(x: Array) -> Array:
+    """The array in the precision that references compute in: float32, or float64 if it is float64 already."""
+    return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
 
 class OpError(TypeError):
@@ -148,7 +153,7 @@ class Call:
         return tuple(dim_value(d, self.env) for d in spec.dims or ())
 
     def nbytes(self) -> int:
-        """Bytes a perfect kernel moves: each input read once, each output written once, unless the op says otherwise."""
+        """Bytes a perfect kernel moves: inputs read once, outputs written once, unless the op says otherwise."""
         if self.op.bytes is not None:
             return int(self.op.bytes(self))
         total = 0
@@ -203,14 +208,24 @@ class Op:
                 call.dtypes[key] = DTYPES[value]
         if len(ins) > len(self.signature.ins):
             raise OpError(f"{self.name}: {len(ins)} inputs for {self.text}")
+        sizes: list[tuple[Spec, str, int]] = []
         padded = [*ins, *[None] * (len(self.signature.ins) - len(ins))]
         for spec, array in zip(self.signature.ins, padded, strict=True):
-            if array is None:
-                if not spec.optional:
-                    raise OpError(f"{self.name}: input {spec.name} is missing")
-            else:
-                self._check(call, spec, array)
             call.arrays[spec.name] = array
+            if array is not None:
+                self._check(call, spec, array)
+                sizes += [(spec, d, s) for d, s in zip(spec.dims or (), array.shape, strict=True)]
+            elif not spec.optional:
+                raise OpError(f"{self.name}: input {spec.name} is missing")
+        # Plain names first: they fix the unknowns of the expressions.
+        for spec, expression, size in sorted(sizes, key=lambda s: len(dim_names(s[1])) + (not s[1].isidentifier())):
+            unknown = [n for n in dim_names(expression) if n not in call.env]
+            if unknown:
+                (name,) = unknown
+                at0, at1 = (dim_value(expression, {**call.env, name: v}) for v in (0, 1))
+                call.env[name] = (size - at0) // (at1 - at0)
+            if (wanted := dim_value(expression, call.env)) != size:
+                raise OpError(f"{self.name}: {spec.name} has {size} where {expression} is {wanted}")
         return call
 
     def _check(self, call: Call, spec: Spec, array: Array) -> None:
@@ -224,16 +239,6 @@ class Op:
             raise OpError(f"{where} has shape {tuple(array.shape)}")
         if not array.flags.c_contiguous:
             raise OpError(f"{where} is not contiguous")
-        for expression, size in zip(spec.dims, array.shape, strict=True):
-            unknown = [n for n in dim_names(expression) if n not in call.env]
-            if unknown:
-                (name,) = unknown
-                at0, at1 = (dim_value(expression, {**call.env, name: v}) for v in (0, 1))
-                call.env[name] = (size - at0) // (at1 - at0)
-            if dim_value(expression, call.env) != size:
-                raise OpError(
-                    f"{where} has shape {tuple(array.shape)}, but {expression} is {dim_value(expression, call.env)}"
-                )
 
     def random_inputs(
         self, rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]

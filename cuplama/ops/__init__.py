@@ -1,0 +1,14 @@
+"""All ops by name. One module per stem; the kernels of ``ops/<stem>.py`` are in ``cuda_src/<stem>.cu``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..op import Op
+from . import activation, attention, embedding, kv_cache, linear, norm, residual, rope, sampling
+
+__all__ = ["OPS"]
+
+_MODULES = (embedding, norm, linear, rope, kv_cache, attention, activation, residual, sampling)
+
+OPS: Mapping[str, Op] = {op.name: op for module in _MODULES for op in vars(module).values() if isinstance(op, Op)}

@@ -1,0 +1,62 @@
+"""Activations of the feed-forward layer. Kernels: cuda_src/activation.cu.
+
+silu_mul: SwiGLU, Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+gelu: Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..op import Array, Op, wide
+
+_CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def _silu_mul(x: Array) -> Array:
+    x = wide(x)
+    f = x.shape[-1] // 2
+    gate, up = x[..., :f], x[..., f:]
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def _gelu_tanh(x: Array) -> Array:
+    x = wide(x)
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _gelu_erf(x: Array) -> Array:
+    x = wide(x)
+    return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)).astype(x.dtype))
+
+
+silu_mul = Op(
+    "silu_mul",
+    "y[n,f]:T = (x[n,2*f]:T)",
+    doc="y = silu(gate) * up with x = [gate, up] and silu(a) = a / (1 + exp(-a))",
+    reference=_silu_mul,
+    cases=_CASES,
+    flops=lambda c: 5 * c["n"] * c["f"],
+)
+
+gelu_tanh = Op(
+    "gelu_tanh",
+    "y[n,f]:T = (x[n,f]:T)",
+    doc="y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
+    reference=_gelu_tanh,
+    cases=_CASES,
+    flops=lambda c: 8 * c["n"] * c["f"],
+)
+
+gelu_erf = Op(
+    "gelu_erf",
+    "y[n,f]:T = (x[n,f]:T)",
+    doc="y = x/2 (1 + erf(x / sqrt(2)))",
+    reference=_gelu_erf,
+    cases=_CASES,
+    flops=lambda c: 5 * c["n"] * c["f"],
+)

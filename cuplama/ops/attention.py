@@ -1,0 +1,134 @@
+"""Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention.cu.
+
+Grouped queries: Ainslie et al., arXiv:2305.13245. Online softmax: Milakov & Gimelshein, arXiv:1805.02867;
+tiling: Dao, "FlashAttention-2", arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..op import Array, Call, Op, wide
+
+_BLOCK = 256  # queries at a time: bounds the score matrix
+
+
+def _attention(
+    x: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    lengths: Array,
+    blocks: Array,
+    *,
+    heads: int,
+    window: int,
+    scale: float,
+) -> Array:
+    _, kv_heads, size, d = k.shape
+    x = wide(x)
+    y = np.empty((len(x), heads * d), x.dtype)
+    group = heads // kv_heads
+    for i, length in enumerate(lengths.tolist()):
+        first, last = int(starts[i]), int(starts[i + 1])
+        pages = blocks[i, : -(-length // size)]
+        keys, values = (
+            wide(c[pages]).transpose(1, 0, 2, 3).reshape(kv_heads, -1, d)[:, :length] for c in (k, v)
+        )  # [H, length, D]
+        for at in range(first, last, _BLOCK):
+            end = min(at + _BLOCK, last)
+            q = x[at:end, : heads * d].reshape(end - at, kv_heads, group, d).transpose(1, 2, 0, 3)
+            position = length - last + np.arange(at, end)  # of each query in its sequence
+            low = max(0, int(position[0]) - window + 1) if window else 0
+            high = int(position[-1]) + 1
+            scores = q.reshape(kv_heads, -1, d) @ keys[:, low:high].transpose(0, 2, 1)
+            scores = scores.reshape(kv_heads, group, end - at, high - low) * x.dtype.type(scale)
+            if end - at > 1:  # a single query sees every key in [low, high)
+                distance = position[:, None] - np.arange(low, high)
+                hidden = (distance < 0) | (distance >= window) if window else distance < 0
+                scores[:, :, hidden] = -np.inf
+            scores -= scores.max(-1, keepdims=True)
+            np.exp(scores, out=scores)
+            out = scores.reshape(kv_heads, -1, high - low) @ values[:, low:high]
+            out = out.reshape(kv_heads, group, end - at, d) / scores.sum(-1)[..., None]
+            y[at:end] = out.transpose(2, 0, 1, 3).reshape(end - at, -1)
+    return y
+
+
+def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
+    """Sequences of the case's lengths, each on pages drawn at random from the pool; table entries past the end
+    point at a page that does not exist, so that a kernel that follows them is caught."""
+    new, lengths, size = np.array(case["new"]), np.array(case["lengths"]), case["S"]
+    need = -(-lengths // size)
+    pool = rng.permutation(case["P"])
+    blocks = np.full((len(lengths), case["M"]), 2**30, np.int32)
+    for i, count in enumerate(need):
+        blocks[i, :count], pool = pool[:count], pool[count:]
+    return {
+        "starts": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
+        "lengths": lengths.astype(np.int32),
+        "blocks": blocks,
+    }
+
+
+def _case(
+    heads: int, H: int, D: int, new: list[int], lengths: list[int], window: int = 0, S: int = 16
+) -> dict[str, Any]:
+    need = [-(-length // S) for length in lengths]
+    return dict(
+        n=sum(new), b=len(new), heads=heads, H=H, D=D, new=new, lengths=lengths, window=window, S=S,
+        P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5,
+    )  # fmt: skip
+
+
+def _host(array: Array) -> np.ndarray[Any, Any]:
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+def _pairs(c: Call) -> float:
+    """Query-key pairs that the mask lets through. Needs the lengths, so it reads them from the device."""
+    starts, lengths = (
+        np.asarray(getattr(a, "get", lambda a=a: a)()) for a in (c.arrays["starts"], c.arrays["lengths"])
+    )
+    total = 0.0
+    for new, length in zip(np.diff(starts), lengths, strict=True):
+        seen = np.arange(length - new, length, dtype=np.float64) + 1
+        total += float(np.minimum(seen, c["window"]).sum() if c["window"] else seen.sum())
+    return total
+
+
+def _bytes(c: Call) -> float:
+    seen = int(np.minimum(_host(c.arrays["lengths"]), c["window"] or 2**31 - 1).sum())
+    elements: int = c["D"] * (2 * seen * c["H"] + 2 * c["n"] * c["heads"])
+    return elements * c.dtypes["T"].itemsize
+
+
+attention = Op(
+    "attention",
+    "y[n,heads*D]:T = (x[n,(heads+2*H)*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T, starts[b+1]:i32, lengths[b]:i32,"
+    " blocks[b,M]:i32, heads:i32, window:i32, scale:f32)",
+    doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows starts[i]..starts[i+1] of x, the last of its"
+    " lengths[i] tokens; its keys lie on pages blocks[i]. A query sees itself and what came before, the last `window`"
+    " tokens only if window > 0.",
+    reference=_attention,
+    cases=[
+        _case(4, 2, 64, [1], [1]),
+        _case(4, 2, 64, [1], [37]),
+        _case(1, 1, 8, [1, 1, 1], [5, 16, 17]),
+        _case(6, 2, 80, [1, 1], [100, 33], window=20),
+        _case(8, 8, 128, [1], [130], S=64),
+        _case(32, 8, 128, [1], [300], S=64),
+        _case(3, 1, 256, [1, 1], [70, 9]),
+        _case(7, 1, 64, [1, 1], [513, 64], S=64),
+        _case(4, 4, 16, [5], [5]),
+        _case(4, 2, 64, [33, 1, 7], [33, 40, 12]),
+        _case(2, 1, 96, [70], [70], window=16),
+        _case(6, 3, 40, [9, 20], [50, 20], window=7, S=8),
+        _case(4, 1, 128, [65, 64], [65, 128], S=64),
+    ],
+    inputs=_inputs,
+    bytes=_bytes,
+    flops=lambda c: 4 * c["heads"] * c["D"] * _pairs(c),
+)

@@ -1,0 +1,41 @@
+"""Appending keys and values to the paged cache. Kernels: cuda_src/kv_cache.cu.
+
+The cache of a layer is k[P,H,S,D] and v[P,H,S,D]: P pages of S tokens, head-major inside a page, so that the keys of
+one head in one page are contiguous. Paging follows Kwon et al., "PagedAttention", arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..op import Array, Op
+
+
+def _kv_append(x: Array, slots: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    _, heads, size, d = k.shape
+    new = x.reshape(len(x), -1, d)[:, -2 * heads :]
+    page, offset = slots // size, slots % size
+    k[page, :, offset] = new[:, :heads]
+    v[page, :, offset] = new[:, heads:]
+    return k, v
+
+
+def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
+    slots = rng.permutation(case["P"] * case["S"])[: case["n"]]  # distinct: two tokens never share a slot
+    return {"slots": slots.astype(np.int32)}
+
+
+kv_append = Op(
+    "kv_append",
+    "k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,w]:T, slots[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T)",
+    doc="write the key and value heads of x (its last 2*H*D columns) to page slots[n] // S, place slots[n] % S",
+    reference=_kv_append,
+    cases=[
+        dict(n=n, w=(q + 2 * h) * d, H=h, D=d, P=p, S=s)
+        for n, q, h, d, p, s in ((1, 4, 2, 64, 3, 16), (7, 1, 1, 8, 2, 8), (20, 3, 1, 80, 4, 64), (5, 8, 8, 128, 2, 64))
+    ],
+    inputs=_inputs,
+    bytes=lambda c: c["n"] * (4 + 4 * c["H"] * c["D"] * c.dtypes["T"].itemsize),
+)

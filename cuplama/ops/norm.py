@@ -1,0 +1,65 @@
+"""Normalisations. Kernels: cuda_src/norm.cu.
+
+rms_norm: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+layer_norm: Ba, Kiros & Hinton, "Layer Normalization", arXiv:1607.06450.
+head_norm: RMSNorm over each query and key head, as Qwen3 has it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..op import Array, Op, wide
+
+_CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120))]
+
+
+def _rms_norm(x: Array, w: Array, *, eps: float) -> Array:
+    x = wide(x)
+    mean_square = np.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1]
+    return x / np.sqrt(mean_square + eps) * wide(w)
+
+
+def _layer_norm(x: Array, w: Array, b: Array, *, eps: float) -> Array:
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * wide(w) + wide(b)
+
+
+def _head_norm(x: Array, q_norm: Array, k_norm: Array, *, heads: int, kv_heads: int, eps: float) -> Array:
+    d = len(q_norm)
+    y = wide(x).reshape(len(x), heads + 2 * kv_heads, d).copy()
+    y[:, :heads] = _rms_norm(y[:, :heads], q_norm, eps=eps)
+    y[:, heads : heads + kv_heads] = _rms_norm(y[:, heads : heads + kv_heads], k_norm, eps=eps)
+    return y.reshape(len(x), -1)
+
+
+rms_norm = Op(
+    "rms_norm",
+    "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)",
+    doc="y = x / sqrt(mean(x^2) + eps) * w",
+    reference=_rms_norm,
+    cases=_CASES,
+    flops=lambda c: 4 * c["n"] * c["d"],
+)
+
+layer_norm = Op(
+    "layer_norm",
+    "y[n,d]:T = (x[n,d]:f32, w[d]:T, b[d]:T, eps:f32)",
+    doc="y = (x - mean(x)) / sqrt(var(x) + eps) * w + b",
+    reference=_layer_norm,
+    cases=_CASES,
+    flops=lambda c: 7 * c["n"] * c["d"],
+)
+
+head_norm = Op(
+    "head_norm",
+    "y[n,(heads+2*kv_heads)*D]:T = (x[n,(heads+2*kv_heads)*D]:T, q_norm[D]:T, k_norm[D]:T,"
+    " heads:i32, kv_heads:i32, eps:f32)",
+    doc="rms_norm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied",
+    reference=_head_norm,
+    cases=[
+        dict(n=n, heads=h, kv_heads=k, D=d, eps=1e-6)
+        for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256))
+    ],
+    flops=lambda c: 4 * c["n"] * (c["heads"] + c["kv_heads"]) * c["D"],
+)

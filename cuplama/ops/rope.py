@@ -1,0 +1,42 @@
+"""Rotary position embedding. Kernels: cuda_src/rope.cu. Su et al., "RoFormer", arXiv:2104.09864.
+
+The variants (linear, dynamic, llama3, yarn, longrope) differ only in the contents of the tables: see cuplama/rope.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..op import Array, Op, wide
+
+
+def _rope(x: Array, rows: Array, cos: Array, sin: Array, *, heads: int, kv_heads: int, D: int) -> Array:
+    h = cos.shape[1]
+    y = np.array(wide(x)).reshape(len(x), heads + 2 * kv_heads, D)
+    turned = y[:, : heads + kv_heads]
+    a, b = turned[..., :h].copy(), turned[..., h : 2 * h].copy()
+    c, s = cos[rows][:, None], sin[rows][:, None]
+    turned[..., :h] = a * c - b * s
+    turned[..., h : 2 * h] = b * c + a * s
+    return y.reshape(len(x), -1)
+
+
+rope = Op(
+    "rope",
+    "y[n,(heads+2*kv_heads)*D]:T = (x[n,(heads+2*kv_heads)*D]:T, rows[n]:i32, cos[R,h]:f32, sin[R,h]:f32,"
+    " heads:i32, kv_heads:i32, D:i32)",
+    doc="rotate dims i and i + h (i < h) of every query and key head by the angle in table row rows[n]; h <= D/2",
+    reference=_rope,
+    cases=[
+        dict(n=n, heads=q, kv_heads=k, D=d, h=h, R=r)
+        for n, q, k, d, h, r in (
+            (1, 4, 2, 64, 32, 5),
+            (3, 1, 1, 8, 4, 9),
+            (4, 3, 1, 80, 40, 33),
+            (5, 4, 4, 96, 36, 7),
+            (2, 32, 8, 128, 64, 64),
+        )
+    ],
+    ranges={"rows": "R"},
+    flops=lambda c: 6 * c["n"] * (c["heads"] + c["kv_heads"]) * c["h"],
+)

@@ -1,0 +1,198 @@
+"""From logits to a token. Kernels: cuda_src/sampling.cu.
+
+Randomness is counter-based: Philox 4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
+The draw is a Gumbel maximum (Gumbel 1954; Maddison et al., arXiv:1411.0030): the token with the largest
+``logit / temperature + g``. Every token has its own random number, so the draw needs no sorted or summed
+probabilities, and it is the same alone, in a batch, and on every backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..op import Array, Op
+
+_MASS = 2.0**32  # probabilities as integers, so that their sums do not depend on the order
+
+
+def philox(counter: Array, key: int) -> Array:
+    """Philox 4x32-10. counter: [..., 4] uint32; key: 64 bits. Returns [..., 4] uint32."""
+    c = [counter[..., i].astype(np.uint64) for i in range(4)]
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (p1 >> np.uint64(32)) ^ c[1] ^ np.uint64(k0),
+            p1 & low,
+            (p0 >> np.uint64(32)) ^ c[3] ^ np.uint64(k1),
+            p0 & low,
+        ]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(c, -1).astype(np.uint32)
+
+
+def gumbel(ids: Array, seed: int, pos: int) -> Array:
+    """Standard Gumbel noise, float32, for the given token ids at one position.
+
+    Token id has word ``id % 4`` of the Philox block with counter (id // 4, pos, 0, 0) and key ``seed``.
+    ``u = (word + 1/2) / 2^32`` in float32; g = -log(-log(1 - u)), written with log1p so that the upper tail, which
+    decides the draw, is resolved to 2^-33.
+    """
+    block, at = np.unique(ids // 4, return_inverse=True)
+    counter = np.zeros((len(block), 4), np.uint32)
+    counter[:, 0], counter[:, 1] = block, pos
+    word = philox(counter, seed)[at, ids % 4]
+    u = (word.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    with np.errstate(divide="ignore"):
+        return -np.log(-np.log1p(-u))
+
+
+def _penalize(
+    logits: Array,
+    seen: Array,
+    bias: Array | None,
+    stop_ids: Array,
+    pos: Array,
+    min_pos: Array,
+    repetition: Array,
+    presence: Array,
+    frequency: Array,
+) -> Array:
+    y = logits.copy()
+    for i in range(len(y)):
+        if repetition[i] != 1:
+            row = y[i]
+            y[i] = np.where(seen[i] > 0, np.where(row > 0, row / repetition[i], row * repetition[i]), row)
+        if presence[i] or frequency[i]:
+            count = seen[i] >> 1
+            y[i] -= presence[i] * (count > 0) + frequency[i] * count
+        if bias is not None:
+            y[i] += bias[i]
+        if pos[i] < min_pos[i]:
+            y[i, stop_ids[i][stop_ids[i] >= 0]] = -np.inf
+    return y
+
+
+def _sample(
+    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seed: Array, pos: Array
+) -> Array:
+    tokens = np.empty(len(logits), np.int32)
+    for i, row in enumerate(logits):
+        if temperature[i] == 0:
+            tokens[i] = row.argmax()
+            continue
+        z = ((row - row.max()) / temperature[i]).astype(np.float32)
+        ids = np.flatnonzero(z > -np.inf)
+        if 0 < top_k[i] < len(ids):
+            ids = ids[z[ids] >= np.partition(z[ids], -top_k[i])[-top_k[i]]]
+        if top_p[i] < 1:
+            order = ids[np.argsort(-z[ids], kind="stable")]
+            mass = np.rint(np.exp(z[order]).astype(np.float64) * _MASS).astype(np.uint64)
+            # The mass strictly above a token: equal logits stand or fall together.
+            start = np.searchsorted(-z[order], -z[order], side="left")
+            above = np.concatenate([[np.uint64(0)], np.cumsum(mass)])[start]
+            ids = order[(above == 0) | (above < np.float64(top_p[i]) * np.float64(mass.sum()))]
+        if min_p[i] > 0:
+            ids = ids[np.exp(z[ids]) >= min_p[i]]
+        ids = np.sort(ids)
+        tokens[i] = ids[np.argmax(z[ids] + gumbel(ids, int(seed[i]), int(pos[i])))]
+    return tokens
+
+
+def _count_token(seen: Array, token: Array) -> Array:
+    seen[np.arange(len(token)), token] += 2
+    return seen
+
+
+def _logprobs(logits: Array, token: Array, *, N: int) -> tuple[Array, Array, Array]:
+    z = logits - logits.max(-1, keepdims=True)
+    logp = z - np.log(np.exp(z.astype(np.float64)).sum(-1, keepdims=True)).astype(z.dtype)
+    chosen = logp[np.arange(len(token)), token]
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :N].astype(np.int32)
+    return chosen, ids, np.take_along_axis(logp, ids, -1)
+
+
+def _penalize_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
+    b, v, m = case["b"], case["V"], case["m"]
+    return {
+        "seen": rng.choice([0, 0, 0, 1, 2, 3, 7], (b, v)).astype(np.int32),
+        "stop_ids": rng.integers(-1, v, (b, m)).astype(np.int32),
+        "pos": rng.integers(0, 9, b).astype(np.int32),
+        "min_pos": rng.integers(0, 9, b).astype(np.int32),
+        "repetition": rng.choice([1.0, 1.3, 0.8], b).astype(np.float32),
+        "presence": rng.choice([0.0, 0.5, -0.5], b).astype(np.float32),
+        "frequency": rng.choice([0.0, 0.25], b).astype(np.float32),
+    }
+
+
+def _sample_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
+    b, v = case["b"], case["V"]
+    logits = (4 * rng.standard_normal((b, v))).astype(np.float32)
+    if case.get("ties"):
+        logits = np.round(logits)
+    if case.get("holes"):
+        logits[rng.random((b, v)) < 0.5] = -np.inf
+        logits[:, 0] = 0
+    return {
+        "logits": logits,
+        "temperature": rng.choice(np.array([0.0, 0.5, 1.0, 1.7], np.float32), b),
+        "top_k": rng.choice(np.array([0, 1, 5, 40, v, v + 7], np.int32), b),
+        "top_p": rng.choice(np.array([1.0, 0.95, 0.5, 0.0], np.float32), b),
+        "min_p": rng.choice(np.array([0.0, 0.05, 1.0], np.float32), b),
+        "seed": rng.integers(0, 2**64, b, dtype=np.uint64),
+        "pos": rng.integers(0, 2**31, b).astype(np.int32),
+    }
+
+
+_SHAPES = [dict(b=1, V=7), dict(b=3, V=512), dict(b=2, V=4099)]
+
+penalize = Op(
+    "penalize",
+    "y[b,V]:f32 = (logits[b,V]:f32, seen[b,V]:i32, bias[b,V]:f32?, stop_ids[b,m]:i32, pos[b]:i32, min_pos[b]:i32,"
+    " repetition[b]:f32, presence[b]:f32, frequency[b]:f32)",
+    doc="Penalties and bias. seen = 2 * (times generated) + (1 if in the prompt). Where seen > 0 a positive logit is"
+    " divided and a negative one multiplied by `repetition`; where generated, `presence` and count * `frequency` are"
+    " subtracted; then the bias is added; stop_ids (-1: none) cannot be drawn while pos < min_pos.",
+    reference=_penalize,
+    cases=[{**s, "m": m, "bias": bias} for s, m, bias in zip(_SHAPES, (1, 3, 2), (True, False, True), strict=True)],
+    inputs=_penalize_inputs,
+)
+
+sample = Op(
+    "sample",
+    "token[b]:i32 = (logits[b,V]:f32, temperature[b]:f32, top_k[b]:i32, top_p[b]:f32, min_p[b]:f32, seed[b]:u64,"
+    " pos[b]:i32)",
+    doc="Draw a token. temperature 0: the largest logit, the lowest id of equals. Otherwise z = (logit - max) /"
+    " temperature; top_k > 0 keeps z >= the k-th largest; top_p < 1 keeps a token if the probability of the tokens"
+    " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token with the largest z + g"
+    " among the kept is drawn, g the Gumbel noise of (seed, pos, token id).",
+    reference=_sample,
+    cases=[
+        *({**s, "trial": t} for s in _SHAPES for t in range(4)),
+        *(dict(b=4, V=300, ties=True, trial=t) for t in range(4)),
+        *(dict(b=4, V=1000, holes=True, trial=t) for t in range(2)),
+    ],
+    inputs=_sample_inputs,
+)
+
+count_token = Op(
+    "count_token",
+    "seen[b,V]:i32 = (seen[b,V]:i32, token[b]:i32)",
+    doc="seen[i, token[i]] += 2",
+    reference=_count_token,
+    cases=_SHAPES,
+    ranges={"seen": "8+0*b", "token": "V"},
+    bytes=lambda c: 12 * c["b"],
+)
+
+logprobs = Op(
+    "logprobs",
+    "logprob[b]:f32, top_ids[b,N]:i32, top_logprobs[b,N]:f32 = (logits[b,V]:f32, token[b]:i32, N:i32)",
+    doc="Log-softmax of the raw logits: of the token drawn, and the N largest (the lowest id first among equals)",
+    reference=_logprobs,
+    cases=[{**s, "N": n} for s, n in zip(_SHAPES, (0, 5, 20), strict=True)],
+    ranges={"token": "V"},
+)
