@@ -2,10 +2,9 @@
 
 `tokenizers` reads tokenizer.json, which is the whole truth about encoding and decoding: normalizer, model,
 post-processor (the BOS and EOS around a text) and decoder. tokenizer_config.json adds the names of BOS and EOS, added
-tokens that tokenizer.json lacks, and the chat template. Its `add_bos_token` is ignored, as transformers 5 ignores it
-beside a tokenizer.json: published configs contradict their post-processor, and the post-processor is what the model's
-prompts were made with. (One known difference: transformers 5 replaces the normalizer of its Llama class, so that text
-right after a special token inside a prompt gets no `▁`; here, as in transformers 4 and `tokenizers`, the file decides.)
+tokens that tokenizer.json lacks, and the chat template. Its `add_bos_token` is ignored: transformers 5 ignores it too
+where there is a tokenizer.json. One known difference: transformers 5 replaces the normalizer of its Llama class, so
+that text right after a special token inside a prompt gets no `▁`; here, as in `tokenizers` itself, the file decides.
 """
 
 from __future__ import annotations
