@@ -167,8 +167,8 @@ sample = Op(
     " pos[b]:i32)",
     doc="Draw a token. temperature 0: the largest logit, the lowest id of equals. Otherwise z = (logit - max) /"
     " temperature; top_k > 0 keeps z >= the k-th largest; top_p < 1 keeps a token if the probability of the tokens"
-    " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token with the largest z + g"
-    " among the kept is drawn, g the Gumbel noise of (seed, pos, token id).",
+    " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token"
+    " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, pos, token id).",
     reference=_sample,
     cases=[
         *({**s, "trial": t} for s in _SHAPES for t in range(4)),

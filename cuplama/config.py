@@ -1,0 +1,271 @@
+"""config.json -> ModelConfig. Whatever is not supported is refused by name; nothing is silently ignored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .families import FAMILIES, NEUTRAL, REQUIRED, Family, Recipe
+from .op import dim_value
+from .rope import ROPE_KEYS, Rope
+
+__all__ = ["ModelConfig", "load_config", "read_json", "token_ids"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's shape. Sizes are element counts.
+
+    context: the positions the model was made for; windows: the sliding window of each layer in tokens, 0 for none;
+    activation: an op name; flags: which optional weights exist; dtype: of the checkpoint as config.json states it
+    ("bfloat16", ...), or None; bos/eos: token ids.
+    """
+
+    architecture: str
+    family: Family
+    vocab: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    context: int
+    activation: str
+    windows: tuple[int, ...]
+    rope: Rope | None
+    flags: frozenset[str]
+    dtype: str | None
+    bos: int | None
+    eos: tuple[int, ...]
+    raw: Mapping[str, Any] = field(repr=False, compare=False)
+
+    def dims(self) -> dict[str, int]:
+        """The sizes by the names that weight recipes use."""
+        return {
+            "V": self.vocab,
+            "d": self.hidden,
+            "f": self.ffn,
+            "P": self.context,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "D": self.head_dim,
+        }
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Canonical weight name -> recipe, for the weights that this model has, with layer numbers filled in."""
+        found = {}
+        for name, recipe in self.family.weights.items():
+            if recipe.when is not None and recipe.when not in self.flags:
+                continue
+            for i in range(self.layers) if "{i}" in name else (0,):
+                found[name.replace("{i}", str(i))] = Recipe(
+                    tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in recipe.parts),
+                    recipe.transposed,
+                    recipe.otherwise,
+                )
+        return found
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical weight name -> shape. A head that is tied to the embedding is listed under both names."""
+        dims = self.dims()
+        shapes = {}
+        for name, recipe in self.recipes().items():
+            parts = [tuple(dim_value(x, dims) for x in shape.split(",")) for shape, _ in recipe.parts]
+            shapes[name] = (sum(p[0] for p in parts), *parts[0][1:])
+        return shapes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ConfigError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def token_ids(value: Any, where: str) -> tuple[int, ...]:
+    """The ids of an eos_token_id-like field: null, a number or a list of numbers."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise ConfigError(f"{where} is {value!r}; it must be a token id or a list of token ids")
+    return tuple(i for i in ids if i >= 0)
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read ``config.json`` of a model folder. Raises ConfigError naming the field, its value and what is supported."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    return parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """A ModelConfig from the content of a config.json. ``where`` names it in errors."""
+    reader = _Reader(raw, where)
+    architecture, family = reader.family()
+    for key, allowed in {**NEUTRAL, **family.neutral}.items():
+        if raw.get(key) not in allowed:
+            reader.refuse(key, f"{key} = {json.dumps(allowed[-1])} for {architecture}")
+    values = {name: reader.get(*source) for name, source in family.fields.items()}
+    sizes = {name: reader.size(family.fields[name][0], values[name]) for name in ("vocab", "hidden", "layers", "heads")}
+    hidden, heads, layers = sizes["hidden"], sizes["heads"], sizes["layers"]
+    kv_heads = reader.size("num_key_value_heads", values.get("kv_heads") or heads)
+    ffn = reader.size(family.fields["ffn"][0], values["ffn"] or 4 * hidden)
+    context = reader.size(family.fields["context"][0], values["context"])
+    if values.get("head_dim") is None and hidden % heads:
+        reader.refuse(family.fields["heads"][0], f"a divisor of hidden size {hidden} (or an explicit head_dim)")
+    head_dim = reader.size("head_dim", values.get("head_dim") or hidden // heads)
+    if heads % kv_heads:
+        reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
+    activation = values["activation"]
+    if activation not in family.activations:
+        reader.refuse(family.fields["activation"][0], ", ".join(family.activations))
+    eps = values["eps"]
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool) or eps < 0:
+        reader.refuse(family.fields["eps"][0], "a number >= 0")
+    return ModelConfig(
+        architecture=architecture,
+        family=family,
+        **sizes,
+        kv_heads=kv_heads,
+        ffn=ffn,
+        head_dim=head_dim,
+        eps=float(eps),
+        context=context,
+        activation=family.activations[activation],
+        windows=reader.windows(family, layers),
+        rope=reader.rope(family, head_dim, context) if family.rotate else None,
+        flags=frozenset(
+            flag for flag, source in family.flags.items() if (raw.get(source) if isinstance(source, str) else source)
+        ),
+        dtype=raw.get("dtype") or raw.get("torch_dtype"),
+        bos=next(iter(token_ids(raw.get("bos_token_id"), f"{where}: bos_token_id")), None),
+        eos=token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id"),
+        raw=raw,
+    )
+
+
+class _Reader:
+    """Reads fields of one config.json and words the refusals."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw, self.where = raw, where
+
+    def refuse(self, key: str, supported: str, value: Any = None) -> None:
+        shown = json.dumps(self.raw.get(key) if value is None else value, default=str)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        raise ConfigError(f"{self.where}: {key} = {shown} is not supported; supported: {supported}")
+
+    def family(self) -> tuple[str, Family]:
+        names = self.raw.get("architectures")
+        if names:
+            if not isinstance(names, list) or names[0] not in FAMILIES:
+                self.refuse("architectures", ", ".join(FAMILIES))
+            return names[0], FAMILIES[names[0]]
+        for name, family in FAMILIES.items():
+            if family.model_type == self.raw.get("model_type"):
+                return name, family
+        if "model_type" not in self.raw:
+            raise ConfigError(f"{self.where}: neither architectures nor model_type is given; is this a model's config?")
+        self.refuse("model_type", ", ".join(f.model_type for f in FAMILIES.values()))
+        raise AssertionError
+
+    def get(self, key: str, default: Any) -> Any:
+        if key not in self.raw:
+            if default is REQUIRED:
+                raise ConfigError(f"{self.where}: {key} is missing")
+            return default
+        if self.raw[key] is None and default is REQUIRED:
+            raise ConfigError(f"{self.where}: {key} is null")
+        return self.raw[key]
+
+    def size(self, key: str, value: Any) -> int:
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{self.where}: {key} = {json.dumps(value, default=str)} is not a positive whole number")
+        return value
+
+    def windows(self, family: Family, layers: int) -> tuple[int, ...]:
+        types = self.raw.get("layer_types")
+        if types is not None and (not isinstance(types, list) or len(types) != layers):
+            self.refuse("layer_types", f"a list of {layers} names")
+        window = self.raw.get("sliding_window")
+        if window is not None and (type(window) is not int or window < 2):
+            self.refuse("sliding_window", "null or a whole number >= 2")
+        windows = tuple(family.windows(self.raw, layers))
+        for i, kind in enumerate(types or ()):
+            if kind not in ("full_attention", "sliding_attention"):
+                self.refuse(f"layer_types[{i}]", "full_attention, sliding_attention", kind)
+            if (kind == "sliding_attention") != (windows[i] > 0):
+                self.refuse(
+                    f"layer_types[{i}]",
+                    f"{'sliding' if windows[i] else 'full'}_attention for this window setting",
+                    kind,
+                )
+        return windows
+
+    def rope(self, family: Family, head_dim: int, context: int) -> Rope:
+        """Both spellings: rope_theta + rope_scaling (transformers 4) and rope_parameters (transformers 5)."""
+        key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
+        settings = self.raw.get(key) or {}
+        if not isinstance(settings, dict) or any(isinstance(v, dict) for v in settings.values()):
+            self.refuse(key, "one object of settings (not one per layer type)")
+        settings = dict(settings)
+        theta = settings.pop("rope_theta", self.raw.get("rope_theta", 10000.0))
+        if not isinstance(theta, (int, float)) or isinstance(theta, bool) or theta <= 0:
+            self.refuse("rope_theta", "a positive number", theta)
+        kind = settings.pop("rope_type", settings.pop("type", None)) or "default"
+        settings.pop("type", None)
+        kind = family.rope_aliases.get(kind, kind)
+        if kind not in family.rope_types:
+            self.refuse(f"{key}.rope_type", ", ".join(family.rope_types), kind)
+        partial = settings.pop("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
+        partial = 1.0 if partial is None else partial
+        if not isinstance(partial, (int, float)) or not 0 < partial <= 1:
+            self.refuse("partial_rotary_factor", "a number in (0, 1]", partial)
+        if partial != 1 and not family.partial_rotary:
+            self.refuse("partial_rotary_factor", f"1 for {family.model_type}", partial)
+        dim = int(head_dim * partial)
+        if dim % 2:
+            self.refuse("head_dim", "an even number of rotated elements", dim)
+        original = self._original(family, settings, context)
+        self._check_keys(key, kind, settings, dim)
+        return Rope(kind, float(theta), dim, context, original, settings)
+
+    def _original(self, family: Family, settings: dict[str, Any], context: int) -> int:
+        """A top-level original_max_position_embeddings wins over the one among the settings, as in transformers."""
+        name = "original_max_position_embeddings"
+        inner = settings.pop(name, None)
+        value = self.raw.get(name) or family.original_context or inner or context
+        return self.size(name, value)
+
+    def _check_keys(self, where: str, kind: str, settings: Mapping[str, Any], dim: int) -> None:
+        required, optional = ROPE_KEYS[kind]
+        for name in sorted(required - settings.keys()):
+            raise ConfigError(f"{self.where}: {where}.{name} is missing; rope type {kind} needs it")
+        for name in sorted(settings.keys() - required - optional):
+            self.refuse(
+                f"{where}.{name}",
+                f"{', '.join(sorted(required | optional)) or 'no setting'} for {kind}",
+                settings[name],
+            )
+        for name, value in settings.items():
+            if name.endswith("_factor") and name.startswith(("short", "long")):
+                if not isinstance(value, list) or len(value) != dim // 2:
+                    self.refuse(f"{where}.{name}", f"a list of {dim // 2} numbers", value)
+            elif name == "factor" and value is not None and (not isinstance(value, (int, float)) or value < 1):
+                self.refuse(f"{where}.{name}", "a number >= 1", value)
+        if kind == "linear" and settings["factor"] is None:
+            self.refuse(f"{where}.factor", "a number >= 1", "null")
