@@ -64,20 +64,23 @@ __device__ __forceinline__ void store(T* p, const Pack<T, W>& x) {
     *reinterpret_cast<Pack<T, W>*>(p) = x;
 }
 
-// The first `count` of W elements; the rest are zero. Needs no alignment.
+// Elements at .. at + W - 1 of a row of `size`. What lies past the end reads as zero and is not written. `wide` promises
+// that `at` is a multiple of W and that row and size allow accesses of 16 bytes there; without it nothing is asked.
 template <int W, typename T>
-__device__ __forceinline__ Pack<T, W> load_some(const T* p, int count) {
+__device__ __forceinline__ Pack<T, W> load_row(const T* row, i64 at, i64 size, bool wide) {
+    if (wide && at + W <= size) return load<W>(row + at);
     Pack<T, W> x;
 #pragma unroll
-    for (int i = 0; i < W; i++) x.v[i] = i < count ? p[i] : from_float<T>(0.f);
+    for (int i = 0; i < W; i++) x.v[i] = at + i < size ? row[at + i] : from_float<T>(0.f);
     return x;
 }
 
 template <int W, typename T>
-__device__ __forceinline__ void store_some(T* p, const Pack<T, W>& x, int count) {
+__device__ __forceinline__ void store_row(T* row, i64 at, i64 size, bool wide, const Pack<T, W>& x) {
+    if (wide && at + W <= size) return store<W>(row + at, x);
 #pragma unroll
     for (int i = 0; i < W; i++)
-        if (i < count) p[i] = x.v[i];
+        if (at + i < size) row[at + i] = x.v[i];
 }
 
 // Whether all pointers lie on 16-byte boundaries.

@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 
-from ..op import Array, Op, wide
+from ..kernel import Device, Launch, Plan
+from ..op import Array, Call, Op, wide
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _erf = np.frompyfunc(math.erf, 1, 1)
@@ -34,11 +35,25 @@ def _gelu_erf(x: Array) -> Array:
     return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)).astype(x.dtype))
 
 
+_THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
+
+
+def _row_kernels(call: Call, device: Device) -> Plan:
+    grid = (call["n"], -(-call["f"] // (8 * _THREADS)))
+    return Plan((Launch(f"activation.cu:{call.op.name}", grid, (_THREADS,)),))
+
+
+def _flat_kernels(call: Call, device: Device) -> Plan:
+    grid = (-(-call["n"] * call["f"] // (8 * _THREADS)),)
+    return Plan((Launch(f"activation.cu:{call.op.name}", grid, (_THREADS,)),))
+
+
 silu_mul = Op(
     "silu_mul",
     "y[n,f]:T = (x[n,2*f]:T)",
     doc="y = silu(gate) * up with x = [gate, up] and silu(a) = a / (1 + exp(-a))",
     reference=_silu_mul,
+    kernels=_row_kernels,
     cases=_CASES,
     flops=lambda c: 5 * c["n"] * c["f"],
 )
@@ -48,6 +63,7 @@ gelu_tanh = Op(
     "y[n,f]:T = (x[n,f]:T)",
     doc="y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
     reference=_gelu_tanh,
+    kernels=_flat_kernels,
     cases=_CASES,
     flops=lambda c: 8 * c["n"] * c["f"],
 )
@@ -57,6 +73,7 @@ gelu_erf = Op(
     "y[n,f]:T = (x[n,f]:T)",
     doc="y = x/2 (1 + erf(x / sqrt(2)))",
     reference=_gelu_erf,
+    kernels=_flat_kernels,
     cases=_CASES,
     flops=lambda c: 5 * c["n"] * c["f"],
 )

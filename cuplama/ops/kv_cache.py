@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..op import Array, Op
+from ..kernel import Device, Launch, Plan
+from ..op import Array, Call, Op
 
 
 def _kv_append(x: Array, slots: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -27,11 +28,20 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
     return {"slots": slots.astype(np.int32)}
 
 
+_THREADS = 128
+
+
+def _kernels(call: Call, device: Device) -> Plan:
+    grid = (call["n"], -(-2 * call["H"] * call["D"] // (8 * _THREADS)))
+    return Plan((Launch("kv_cache.cu:kv_append", grid, (_THREADS,)),))
+
+
 kv_append = Op(
     "kv_append",
     "k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,w]:T, slots[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T)",
     doc="write the key and value heads of x (its last 2*H*D columns) to page slots[n] // S, place slots[n] % S",
     reference=_kv_append,
+    kernels=_kernels,
     cases=[
         dict(n=n, w=(q + 2 * h) * d, H=h, D=d, P=p, S=s)
         for n, q, h, d, p, s in ((1, 4, 2, 64, 3, 16), (7, 1, 1, 8, 2, 8), (20, 3, 1, 80, 4, 64), (5, 8, 8, 128, 2, 64))

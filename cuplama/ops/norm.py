@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..op import Array, Op, wide
+from ..kernel import Device, Launch, Plan
+from ..op import Array, Call, Op, OpError, wide
 
 _CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120))]
 
@@ -33,11 +34,33 @@ def _head_norm(x: Array, q_norm: Array, k_norm: Array, *, heads: int, kv_heads: 
     return y.reshape(len(x), -1)
 
 
+_WIDTH = 8  # elements of a piece, as in the kernels
+_THREADS = 1024  # at most, for a row
+_CHUNKS = 2  # pieces that a thread of so large a block holds without spilling
+_HEADS = 4  # heads per block, one warp each
+
+
+def _row_kernels(call: Call, device: Device) -> Plan:
+    pieces = -(-call["d"] // _WIDTH)
+    threads = min(_THREADS, -(-pieces // 32) * 32)
+    chunks = -(-pieces // threads)
+    if chunks > _CHUNKS:
+        raise OpError(f"{call.op.name}: d is {call['d']}; the kernel takes at most {_WIDTH * _THREADS * _CHUNKS}")
+    return Plan((Launch(f"norm.cu:{call.op.name}", (call["n"],), (threads,), constants={"CHUNKS": chunks}),))
+
+
+def _head_kernels(call: Call, device: Device) -> Plan:
+    blocks = -(-call["n"] * (call["heads"] + 2 * call["kv_heads"]) // _HEADS)
+    chunks = -(-call["D"] // (32 * _WIDTH))
+    return Plan((Launch("norm.cu:head_norm", (blocks,), (32 * _HEADS,), constants={"CHUNKS": chunks}),))
+
+
 rms_norm = Op(
     "rms_norm",
     "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)",
     doc="y = x / sqrt(mean(x^2) + eps) * w",
     reference=_rms_norm,
+    kernels=_row_kernels,
     cases=_CASES,
     flops=lambda c: 4 * c["n"] * c["d"],
 )
@@ -47,6 +70,7 @@ layer_norm = Op(
     "y[n,d]:T = (x[n,d]:f32, w[d]:T, b[d]:T, eps:f32)",
     doc="y = (x - mean(x)) / sqrt(var(x) + eps) * w + b",
     reference=_layer_norm,
+    kernels=_row_kernels,
     cases=_CASES,
     flops=lambda c: 7 * c["n"] * c["d"],
 )
@@ -57,6 +81,7 @@ head_norm = Op(
     " heads:i32, kv_heads:i32, eps:f32)",
     doc="rms_norm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied",
     reference=_head_norm,
+    kernels=_head_kernels,
     cases=[
         dict(n=n, heads=h, kv_heads=k, D=d, eps=1e-6)
         for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..op import Array, Op
+from ..kernel import Device, Launch, Plan
+from ..op import Array, Call, Op
 
 
 def _add(a: Array, b: Array) -> Array:
@@ -13,11 +14,23 @@ def _select_rows(x: Array, rows: Array) -> Array:
     return x[rows]
 
 
+_THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
+
+
+def _add_kernels(call: Call, device: Device) -> Plan:
+    return Plan((Launch("residual.cu:add", (-(-call["n"] * call["d"] // (4 * _THREADS)),), (_THREADS,)),))
+
+
+def _select_kernels(call: Call, device: Device) -> Plan:
+    return Plan((Launch("residual.cu:select_rows", (call["r"], -(-call["d"] // (4 * _THREADS))), (_THREADS,)),))
+
+
 add = Op(
     "add",
     "y[n,d]:f32 = (a[n,d]:f32, b[n,d]:f32)",
     doc="y = a + b",
     reference=_add,
+    kernels=_add_kernels,
     cases=[dict(n=n, d=d) for n, d in ((1, 64), (3, 7), (2, 896), (5, 4096))],
     flops=lambda c: c["n"] * c["d"],
 )
@@ -27,6 +40,7 @@ select_rows = Op(
     "y[r,d]:f32 = (x[n,d]:f32, rows[r]:i32)",
     doc="y = x[rows]: the tokens whose logits are asked for",
     reference=_select_rows,
+    kernels=_select_kernels,
     cases=[dict(n=n, r=r, d=d) for n, r, d in ((1, 1, 64), (9, 3, 7), (6, 6, 896))],
     ranges={"rows": "n"},
     bytes=lambda c: c["r"] * (4 + 8 * c["d"]),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..op import Array, Op, wide
+from ..kernel import Device, Launch, Plan
+from ..op import Array, Call, Op, wide
 
 
 def _rope(x: Array, rows: Array, cos: Array, sin: Array, *, heads: int, kv_heads: int, D: int) -> Array:
@@ -21,12 +22,21 @@ def _rope(x: Array, rows: Array, cos: Array, sin: Array, *, heads: int, kv_heads
     return y.reshape(len(x), -1)
 
 
+_THREADS = 128
+
+
+def _kernels(call: Call, device: Device) -> Plan:
+    columns = (call["heads"] + 2 * call["kv_heads"]) * call["D"]
+    return Plan((Launch("rope.cu:rope", (call["n"], -(-columns // (8 * _THREADS))), (_THREADS,)),))
+
+
 rope = Op(
     "rope",
     "y[n,(heads+2*kv_heads)*D]:T = (x[n,(heads+2*kv_heads)*D]:T, rows[n]:i32, cos[R,h]:f32, sin[R,h]:f32,"
     " heads:i32, kv_heads:i32, D:i32)",
     doc="rotate dims i and i + h (i < h) of every query and key head by the angle in table row rows[n]; h <= D/2",
     reference=_rope,
+    kernels=_kernels,
     cases=[
         dict(n=n, heads=q, kv_heads=k, D=d, h=h, R=r)
         for n, q, k, d, h, r in (

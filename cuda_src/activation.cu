@@ -1,0 +1,61 @@
+// silu_mul   y[n,f] = g / (1 + exp(-g)) * u,  [g, u] = x[n,2f]
+// gelu_tanh  y[n,f] = x/2 (1 + tanh(a)),      a = sqrt(2/pi) (x + 0.044715 x^3)
+// gelu_erf   y[n,f] = x/2 (1 + erf(x / sqrt(2)))
+//            all x, y: T
+//
+// Where x is very negative, 1 + tanh and 1 + erf cancel to a few bits. The same values without the cancellation are
+// x / (1 + exp(-2a)) and x/2 erfc(-x / sqrt(2)), so these are computed. expf and erfcf are the full-precision functions.
+//
+// Mapping: 8 elements per thread. silu_mul: blockIdx.x is the row, blockIdx.y and the threads share its f columns;
+// gelu: x is one long row. Sizes or addresses that forbid wide accesses go element by element.
+//
+// Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
+// Tried: nothing else.
+#include "common.cuh"
+
+template <typename T>
+__global__ void silu_mul(const T* __restrict__ x, T* __restrict__ y, int f) {
+    const T* gate = x + i64(blockIdx.x) * 2 * f;
+    const T* up = gate + f;
+    T* out = y + i64(blockIdx.x) * f;
+    const bool wide = f % 8 == 0 && aligned(x, y);
+    for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8; i < f; i += gridDim.y * blockDim.x * 8) {
+        const Pack<T, 8> g = load_row<8>(gate, i, f, wide), u = load_row<8>(up, i, f, wide);
+        Pack<T, 8> v;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float a = to_float(g.v[j]);
+            v.v[j] = from_float<T>(a / (1.f + expf(-a)) * to_float(u.v[j]));
+        }
+        store_row<8>(out, i, f, wide, v);
+    }
+}
+
+__device__ __forceinline__ float gelu_tanh_of(float x) {
+    const float a = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x / (1.f + expf(-2.f * a));
+}
+
+__device__ __forceinline__ float gelu_erf_of(float x) { return 0.5f * x * erfcf(x * -0.7071067812f); }
+
+// One activation over all n * f elements.
+template <float (*FUNCTION)(float), typename T>
+__device__ __forceinline__ void map_elements(const T* x, T* y, i64 size) {
+    const bool wide = aligned(x, y);
+    for (i64 i = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < size; i += i64(gridDim.x) * blockDim.x * 8) {
+        Pack<T, 8> v = load_row<8>(x, i, size, wide);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(FUNCTION(to_float(v.v[j])));
+        store_row<8>(y, i, size, wide, v);
+    }
+}
+
+template <typename T>
+__global__ void gelu_tanh(const T* __restrict__ x, T* __restrict__ y, int n, int f) {
+    map_elements<gelu_tanh_of>(x, y, i64(n) * f);
+}
+
+template <typename T>
+__global__ void gelu_erf(const T* __restrict__ x, T* __restrict__ y, int n, int f) {
+    map_elements<gelu_erf_of>(x, y, i64(n) * f);
+}

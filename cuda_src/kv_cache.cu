@@ -1,0 +1,32 @@
+// kv_append  The last 2*H*D columns of x are the keys and values of a token, [2][H][D]. They go to
+//                k, v[slots[token] / S, head, slots[token] % S, :]
+//            x[n,w]: T, slots[n]: i32, k, v[P,H,S,D]: T (P pages of S tokens), updated in place.
+//
+// Mapping: blockIdx.x is the token; blockIdx.y and the threads share its 2*H*D elements, 8 at a time. Bits are moved, not
+// converted. Rows whose size or address forbids wide accesses go element by element.
+//
+// Op and reference: cuplama/ops/kv_cache.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
+// Tried: nothing else. The rotation of the keys could be done on the way; that is a fusion, not this op.
+#include "common.cuh"
+
+template <int W, typename T>
+__device__ void append(const T* __restrict__ x, T* __restrict__ k, T* __restrict__ v, i64 page, int place, int H, int S,
+                       int D) {
+    for (int at = (blockIdx.y * blockDim.x + threadIdx.x) * W; at < 2 * H * D; at += gridDim.y * blockDim.x * W) {
+        const int head = at / D, i = at % D;  // heads H .. 2H - 1 are the values
+        T* cache = head < H ? k : v;
+        store<W>(cache + ((page * H + head % H) * S + place) * D + i, load<W>(x + at));
+    }
+}
+
+template <typename T>
+__global__ void kv_append(const T* __restrict__ x, const i32* __restrict__ slots, T* __restrict__ k,
+                          T* __restrict__ v, int w, int H, int S, int D) {
+    const bool wide = D % 8 == 0 && w % 8 == 0 && aligned(x, k, v);
+    x += i64(blockIdx.x) * w + w - 2 * H * D;
+    const int page = slots[blockIdx.x] / S, place = slots[blockIdx.x] % S;
+    if (wide)
+        append<8>(x, k, v, page, place, H, S, D);
+    else
+        append<1>(x, k, v, page, place, H, S, D);
+}

@@ -1,0 +1,112 @@
+// rms_norm    y[n,d] = x / sqrt(mean(x^2) + eps) * w                       x[n,d]: f32, w[d]: T, y: T
+// layer_norm  y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * w + b          b[d]: T
+// head_norm   rms_norm of each of the heads + 2 kv_heads vectors of D      x[n,(heads+2*kv_heads)*D]: T, y: T
+//             in a row of x: weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
+//
+// Mapping: rms_norm and layer_norm give a row to a block, head_norm gives a head to a warp. A thread holds CHUNKS pieces
+// of 8 elements in registers, so x is read once however many passes follow; the pieces of the threads interleave.
+// The variance is the mean of the squared differences from the mean, never mean(x^2) - mean(x)^2, which cancels.
+// The weights are asked for before the sums, so that the two latencies overlap.
+//
+// Ops and references: cuplama/ops/norm.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
+// Tried: nothing else. With one row the time is latency: two round trips to memory and one or two block sums.
+#include "common.cuh"
+
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(1024)
+    rms_norm(const f32* __restrict__ x, const T* __restrict__ w, T* __restrict__ y, int d, f32 eps) {
+    x += i64(blockIdx.x) * d;
+    y += i64(blockIdx.x) * d;
+    const bool wide = d % 8 == 0 && aligned(x, w, y);
+    Pack<f32, 8> v[CHUNKS];
+    Pack<T, 8> scale[CHUNKS];
+    float squares = 0.f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = (c * blockDim.x + threadIdx.x) * 8;
+        v[c] = load_row<8>(x, at, d, wide);
+        scale[c] = load_row<8>(w, at, d, wide);
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += v[c].v[j] * v[c].v[j];
+    }
+    const float inverse = 1.f / sqrtf(block_sum(squares) / d + eps);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = (c * blockDim.x + threadIdx.x) * 8;
+        Pack<T, 8> out;
+#pragma unroll
+        for (int j = 0; j < 8; j++) out.v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale[c].v[j]));
+        store_row<8>(y, at, d, wide, out);
+    }
+}
+
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(1024) layer_norm(const f32* __restrict__ x, const T* __restrict__ w,
+                                                   const T* __restrict__ b, T* __restrict__ y, int d, f32 eps) {
+    x += i64(blockIdx.x) * d;
+    y += i64(blockIdx.x) * d;
+    const bool wide = d % 8 == 0 && aligned(x, w, b, y);
+    Pack<f32, 8> v[CHUNKS];
+    float sum = 0.f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        v[c] = load_row<8>(x, (c * blockDim.x + threadIdx.x) * 8, d, wide);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += v[c].v[j];
+    }
+    const float mean = block_sum(sum) / d;
+    float squares = 0.f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = (c * blockDim.x + threadIdx.x) * 8;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            v[c].v[j] -= mean;
+            squares += at + j < d ? v[c].v[j] * v[c].v[j] : 0.f;
+        }
+    }
+    const float inverse = 1.f / sqrtf(block_sum(squares) / d + eps);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = (c * blockDim.x + threadIdx.x) * 8;
+        const Pack<T, 8> scale = load_row<8>(w, at, d, wide), shift = load_row<8>(b, at, d, wide);
+        Pack<T, 8> out;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            out.v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale.v[j]) + to_float(shift.v[j]));
+        store_row<8>(y, at, d, wide, out);
+    }
+}
+
+template <typename T, int CHUNKS>
+__global__ void head_norm(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
+                          T* __restrict__ y, int n, int heads, int kv_heads, int D, f32 eps) {
+    const int lane = threadIdx.x % WARP;
+    const i64 index = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;  // of the head, over all tokens
+    if (index >= i64(n) * (heads + 2 * kv_heads)) return;                          // a whole warp
+    const int head = index % (heads + 2 * kv_heads);
+    const T* w = head < heads ? q_norm : head < heads + kv_heads ? k_norm : nullptr;
+    const bool wide = D % 8 == 0 && aligned(x, q_norm, k_norm, y);
+    x += index * D;
+    y += index * D;
+    Pack<T, 8> v[CHUNKS];
+    float squares = 0.f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        v[c] = load_row<8>(x, (c * WARP + lane) * 8, D, wide);
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += to_float(v[c].v[j]) * to_float(v[c].v[j]);
+    }
+    const float inverse = 1.f / sqrtf(warp_sum(squares) / D + eps);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = (c * WARP + lane) * 8;
+        if (w != nullptr) {
+            const Pack<T, 8> scale = load_row<8>(w, at, D, wide);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse * to_float(scale.v[j]));
+        }
+        store_row<8>(y, at, D, wide, v[c]);
+    }
+}

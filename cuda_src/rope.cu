@@ -1,0 +1,49 @@
+// rope  For each query and key head of a token, with (c, s) = (cos, sin)[rows[token]] and i < h:
+//           y[i]     = x[i] c[i] - x[i + h] s[i]
+//           y[i + h] = x[i + h] c[i] + x[i] s[i]
+//       Dims from 2h on (a partial rotation) and value heads are copied.
+//       x, y[n,(heads+2*kv_heads)*D]: T, rows[n]: i32, cos, sin[R,h]: f32, h <= D/2
+//
+// Mapping: blockIdx.x is the token; blockIdx.y and the threads share its columns, W at a time. A thread computes W
+// results that lie on the same side of a rotation, so it also reads the W partners; L1 serves the second reading.
+// W = 8 where D, h and the addresses allow it, else 1.
+//
+// Op and reference: cuplama/ops/rope.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
+// Tried: nothing else. One thread for both halves of a pair would halve the reads of L1, but give heads with copied
+// dims a second path.
+#include "common.cuh"
+
+template <int W, typename T>
+__device__ void rotate(const T* __restrict__ x, const f32* __restrict__ cos, const f32* __restrict__ sin,
+                       T* __restrict__ y, int turned, int columns, int h, int D) {
+    for (int at = (blockIdx.y * blockDim.x + threadIdx.x) * W; at < columns; at += gridDim.y * blockDim.x * W) {
+        const int i = at % D;
+        Pack<T, W> v = load<W>(x + at);
+        if (at < turned && i < 2 * h) {
+            const bool low = i < h;
+            const Pack<T, W> partner = load<W>(x + (low ? at + h : at - h));
+            const Pack<f32, W> c = load<W>(cos + (low ? i : i - h)), s = load<W>(sin + (low ? i : i - h));
+#pragma unroll
+            for (int j = 0; j < W; j++) {
+                const float side = low ? -to_float(partner.v[j]) : to_float(partner.v[j]);
+                v.v[j] = from_float<T>(to_float(v.v[j]) * c.v[j] + side * s.v[j]);
+            }
+        }
+        store<W>(y + at, v);
+    }
+}
+
+template <typename T>
+__global__ void rope(const T* __restrict__ x, const i32* __restrict__ rows, const f32* __restrict__ cos,
+                     const f32* __restrict__ sin, T* __restrict__ y, int heads, int kv_heads, int h, int D) {
+    const int turned = (heads + kv_heads) * D, columns = turned + kv_heads * D;
+    const bool wide = D % 8 == 0 && h % 8 == 0 && aligned(x, cos, sin, y);
+    x += i64(blockIdx.x) * columns;
+    y += i64(blockIdx.x) * columns;
+    cos += i64(rows[blockIdx.x]) * h;
+    sin += i64(rows[blockIdx.x]) * h;
+    if (wide)
+        rotate<8>(x, cos, sin, y, turned, columns, h, D);
+    else
+        rotate<1>(x, cos, sin, y, turned, columns, h, D);
+}
