@@ -1,0 +1,1 @@
+"""The SIMT emulator: see README.md."""
