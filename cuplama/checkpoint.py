@@ -52,7 +52,8 @@ class Weight:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.parts[0].dtype
+        dtype: np.dtype[Any] = self.parts[0].dtype
+        return dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,8 +102,8 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
         if not any(re.fullmatch(pattern, name) for pattern in HARMLESS_TENSORS):
             t = tensors[name]
             raise CheckpointError(
-                f"{t.file}: tensor {t.name} {list(t.shape)} is not used by {config.architecture} as config.json describes"
-                " it; refusing to ignore it"
+                f"{t.file}: tensor {t.name} {list(t.shape)} has no place in {config.architecture} as config.json"
+                " describes it; refusing to ignore it"
             )
     return weights
 

@@ -33,7 +33,10 @@ INPUTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Node:
-    """One op applied to named values. An out that is also an in is updated in place. parts: what a fused node stands for."""
+    """One op applied to named values. An out that is also an in is updated in place.
+
+    parts: the nodes that a fused node stands for.
+    """
 
     op: str
     outs: tuple[str, ...]

@@ -203,9 +203,8 @@ class Op:
             if spec.name not in attrs:
                 raise OpError(f"{self.name}: attribute {spec.name} is missing")
             call.env[spec.name] = attrs[spec.name]
-        for key, value in attrs.items():
-            if key in _letters(self.signature):
-                call.dtypes[key] = DTYPES[value]
+        letters = {key: value for key, value in attrs.items() if key in _letters(self.signature)}
+        call.dtypes.update((key, DTYPES[value]) for key, value in letters.items() if value in DTYPES)
         if len(ins) > len(self.signature.ins):
             raise OpError(f"{self.name}: {len(ins)} inputs for {self.text}")
         sizes: list[tuple[Spec, str, int]] = []
@@ -226,6 +225,7 @@ class Op:
                 call.env[name] = (size - at0) // (at1 - at0)
             if (wanted := dim_value(expression, call.env)) != size:
                 raise OpError(f"{self.name}: {spec.name} has {size} where {expression} is {wanted}")
+        call.dtypes.update((key, call.dtypes[value]) for key, value in letters.items() if value not in DTYPES)
         return call
 
     def _check(self, call: Call, spec: Spec, array: Array) -> None:

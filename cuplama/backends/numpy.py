@@ -1,0 +1,109 @@
+"""The reference backend: every op is its NumPy reference. It needs no GPU and defines what is right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import Weight
+from ..graph import Node
+from ..op import DTYPES, Array
+from ..ops import OPS
+
+__all__ = ["NumPyBackend"]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node made ready to run: what to call, and what dies after it."""
+
+    reference: Callable[..., Any]
+    ins: tuple[str, ...]
+    outs: tuple[tuple[str, np.dtype[Any]], ...]
+    attrs: Mapping[str, Any]
+    dead: tuple[str, ...]
+
+
+class NumPyBackend:
+    """Runs in float32 whatever the checkpoint's dtype, unless a narrower dtype is asked for.
+
+    convert: whether weights are converted to the dtype once, at load; otherwise they stay in the mapped file and are
+    converted in blocks at every use, which is slow but lets a large model run in little memory.
+    """
+
+    name = "numpy"
+    prefill_chunk = 512
+
+    def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
+        self.dtype = DTYPES[dtype]
+        self._convert = convert
+        self._steps: dict[int, tuple[Sequence[Node], list[_Step]]] = {}
+
+    def describe(self) -> str:
+        return f"NumPy {np.__version__} on {os.cpu_count()} CPU cores, {self.dtype.name}"
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Array:
+        return array
+
+    def download(self, array: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(array)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return np.zeros(shape, dtype)
+
+    def load_weight(self, weight: Weight) -> Array:
+        if not self._convert:
+            return weight.array()
+        array = np.empty(weight.shape, self.dtype)
+        flat = array.reshape(-1)
+        for offset, piece in weight.chunks(1 << 24):
+            flat[offset : offset + piece.size] = piece
+        return array
+
+    def call(self, op: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
+        out = OPS[op].reference(*ins, **attrs)
+        outs = out if isinstance(out, tuple) else (out,)
+        return tuple(o.astype(d, copy=False) for o, d in zip(outs, self._dtypes(op, attrs), strict=True))
+
+    def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
+        values = dict(values)
+        for step in self._prepare(nodes, keep):
+            out = step.reference(*[values[name] for name in step.ins], **step.attrs)
+            for (name, dtype), array in zip(step.outs, out if isinstance(out, tuple) else (out,), strict=True):
+                values[name] = array.astype(dtype, copy=False)
+            for name in step.dead:
+                del values[name]
+        return {name: values[name] for name in keep}
+
+    def close(self) -> None:
+        self._steps.clear()
+
+    def _dtypes(self, op: str, attrs: Mapping[str, Any]) -> list[np.dtype[Any]]:
+        letters = [attrs.get(spec.dtype, spec.dtype) for spec in OPS[op].signature.outs]
+        return [self.dtype if letter == "T" else DTYPES[letter] for letter in letters]
+
+    def _prepare(self, nodes: Sequence[Node], keep: Sequence[str]) -> list[_Step]:
+        """The steps of a node list; worked out once per list."""
+        known = self._steps.get(id(nodes))
+        if known is not None and known[0] is nodes:
+            return known[1]
+        made = {name for node in nodes for name in node.outs if name not in node.ins}
+        last = {name: i for i, node in enumerate(nodes) for name in (*node.ins, *node.outs)}
+        steps = []
+        for i, node in enumerate(nodes):
+            touched = dict.fromkeys((*node.ins, *node.outs))
+            steps.append(
+                _Step(
+                    OPS[node.op].reference,
+                    node.ins,
+                    tuple(zip(node.outs, self._dtypes(node.op, node.attrs), strict=True)),
+                    node.attrs,
+                    tuple(n for n in touched if n in made and last[n] == i and n not in keep),
+                )
+            )
+        self._steps[id(nodes)] = (nodes, steps)
+        return steps

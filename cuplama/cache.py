@@ -1,0 +1,60 @@
+"""The paged KV cache: a pool of pages, and the pages that each sequence owns.
+
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .config import ModelConfig
+from .op import Array
+
+if TYPE_CHECKING:
+    from .backends import Backend
+
+__all__ = ["PAGE", "PagedCache", "pages_for"]
+
+PAGE = 64  # tokens per page: 16 KB of one bf16 head of 128, a good size for one bulk copy
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold this many tokens."""
+    return -(-tokens // PAGE)
+
+
+class PagedCache:
+    """The pool. ``arrays``: "<layer>.cache.k" and ".v", each [pages, kv_heads, PAGE, head_dim] in the model's dtype."""
+
+    def __init__(self, backend: Backend, config: ModelConfig, pages: int) -> None:
+        shape = (pages, config.kv_heads, PAGE, config.head_dim)
+        self.pages, self.page_size = pages, PAGE
+        self.arrays: dict[str, Array] = {
+            f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.layers) for part in "kv"
+        }
+        self._free = list(range(pages - 1, -1, -1))  # low pages first: memory that is never used is never touched
+
+    @property
+    def free(self) -> int:
+        """Pages that no sequence owns."""
+        return len(self._free)
+
+    def extend(self, owned: list[int], tokens: int) -> None:
+        """Give a sequence the pages it needs for ``tokens`` tokens in all. The caller has checked ``free``."""
+        while len(owned) < pages_for(tokens):
+            owned.append(self._free.pop())
+
+    def release(self, owned: list[int]) -> None:
+        """Take back all pages of a sequence."""
+        self._free += reversed(owned)
+        owned.clear()
+
+
+def block_table(sequences: list[list[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """The pages of each sequence as [b, M]; unused entries are 0."""
+    table = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
+    for row, pages in zip(table, sequences, strict=True):
+        row[: len(pages)] = pages
+    return table
