@@ -6,6 +6,7 @@ __all__ = [
     "ContextError",
     "CuplamaError",
     "DeviceError",
+    "ParameterError",
     "PromptError",
     "TokenizerError",
 ]
@@ -37,3 +38,7 @@ class ContextError(PromptError):
 
 class DeviceError(CuplamaError):
     """The device asked for is missing, too small, or not working."""
+
+
+class ParameterError(CuplamaError, ValueError):
+    """A parameter is unknown or out of range."""

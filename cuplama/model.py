@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,12 +19,12 @@ from .backends import Backend
 from .checkpoint import Weight, load_weights
 from .config import ModelConfig, load_config, read_json, token_ids
 from .engine import Engine, Generation, Progress, Token
-from .errors import ConfigError, ContextError, DeviceError, PromptError
+from .errors import ConfigError, ContextError, DeviceError, ParameterError, PromptError
 from .op import DTYPES, Array
 from .sampling import PARAMETERS, SamplingParams, sampling_defaults
 from .tokenizer import Detokenizer, StopStrings, Tokenizer
 
-__all__ = ["Completion", "Model", "Piece", "Timings", "load"]
+__all__ = ["Completion", "Model", "Piece", "Stream", "Timings", "find_model", "load"]
 
 Prompt = str | Sequence[int]
 LoadProgress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
@@ -79,6 +79,27 @@ class Piece:
     token: Token
     finish_reason: str | None = None
     index: int = 0
+
+
+class Stream:
+    """An iterator over the pieces of a generation. close() stops it; ``timings`` is right at any moment."""
+
+    def __init__(self, pieces: Generator[Piece], clock: _Clock) -> None:
+        self._pieces, self._clock = pieces, clock
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop generating and give the cache pages back."""
+        self._pieces.close()
+
+    @property
+    def timings(self) -> Timings:
+        return self._clock.timings()
 
 
 class _Text:
@@ -149,12 +170,12 @@ class Model:
     def params(self, **overrides: Any) -> SamplingParams:
         """The model's own sampling defaults with some replaced. Raises ValueError naming a parameter."""
         for name in overrides.keys() - set(PARAMETERS):
-            raise ValueError(f"{name} is not a sampling parameter; there are: {', '.join(PARAMETERS)}")
+            raise ParameterError(f"{name} is not a sampling parameter; there are: {', '.join(PARAMETERS)}")
         params = SamplingParams(**{**self.defaults, **overrides})
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token in ids:
                 if token >= self.config.vocab:
-                    raise ValueError(
+                    raise ParameterError(
                         f"{name}: token id {token} is out of range; the vocabulary has {self.config.vocab}"
                     )
         return params
@@ -202,11 +223,10 @@ class Model:
         done = [_completion(t, clock) for t in texts]
         return done[0] if single else done
 
-    def stream(
-        self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **params: Any
-    ) -> Iterator[Piece]:
-        """Like generate, but yields a Piece per token as it is drawn. Closing the iterator stops the generation."""
-        return self._pieces(self._start(_prompts(prompt)[0], params), progress, _Clock())
+    def stream(self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **params: Any) -> Stream:
+        """Like generate, but yields a Piece per token as it is drawn. Closing the stream stops the generation."""
+        clock = _Clock()
+        return Stream(self._pieces(self._start(_prompts(prompt)[0], params), progress, clock), clock)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Completion:
         """The assistant's answer to ``[{"role": "user", "content": "Hi"}, ...]``, by the model's own chat template.
@@ -215,7 +235,7 @@ class Model:
         """
         return self.generate(self.tokenizer.apply_chat(messages), **params)
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Iterator[Piece]:
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Stream:
         """Like chat, but yields a Piece per token."""
         return self.stream(self.tokenizer.apply_chat(messages), **params)
 
@@ -232,7 +252,7 @@ class Model:
         sequences = [Generation(self._fit(self.encode(p), room), params, stops) for p in prompts]
         return [_Text(i, s, self._tokenizer) for i, s in enumerate(sequences)]
 
-    def _pieces(self, texts: list[_Text], progress: Progress | None, clock: _Clock) -> Iterator[Piece]:
+    def _pieces(self, texts: list[_Text], progress: Progress | None, clock: _Clock) -> Generator[Piece]:
         by_id = {id(t.generation): t for t in texts}
         clock.begin(sum(len(t.generation.prompt) for t in texts))
         for step in self.engine.generate([t.generation for t in texts], progress):
@@ -328,7 +348,7 @@ def load(
     Raises ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
     if dtype not in _DTYPE_NAMES:
-        raise ValueError(f"dtype = {dtype!r} is not supported; supported: {', '.join(_DTYPE_NAMES)}")
+        raise ParameterError(f"dtype = {dtype!r} is not supported; supported: {', '.join(_DTYPE_NAMES)}")
     folder = find_model(model, offline)
     config = load_config(folder)
     length = _context(config, context)
@@ -391,7 +411,7 @@ def _context(config: ModelConfig, asked: int | None) -> int:
     if asked is None:
         return min(config.context, DEFAULT_CONTEXT)
     if type(asked) is not int or asked < 1:
-        raise ValueError(f"context = {asked!r} is out of range; it must be a whole number >= 1")
+        raise ParameterError(f"context = {asked!r} is out of range; it must be a whole number >= 1")
     if config.rope is None and asked > config.context:
         raise ConfigError(f"context {asked} is more than the {config.context} positions that the model learned")
     return asked
@@ -399,7 +419,7 @@ def _context(config: ModelConfig, asked: int | None) -> int:
 
 def _backend(device: str, dtype: str, config: ModelConfig, weights: Mapping[str, Weight], tokens: int) -> Backend:
     if device not in ("auto", "cuda", "numpy"):
-        raise ValueError(f"device = {device!r} is not supported; supported: auto, cuda, numpy")
+        raise ParameterError(f"device = {device!r} is not supported; supported: auto, cuda, numpy")
     if device != "numpy":
         from .backends.cuda import CudaBackend, cuda_available
 

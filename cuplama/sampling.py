@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .errors import ParameterError
+
 __all__ = ["SamplingParams", "sampling_defaults"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn and when to stop. Raises ValueError naming the parameter that is out of range.
+    """How tokens are drawn and when to stop. Raises ParameterError (a ValueError) naming what is out of range.
 
     The order is that of Hugging Face: penalties, logit_bias, min_tokens, temperature, top_k, top_p, min_p.
 
@@ -54,7 +56,7 @@ class SamplingParams:
         for name, (ok, wanted) in _RULES.items():
             value = getattr(self, name)
             if not ok(value):
-                raise ValueError(f"{name} = {value!r} is out of range; it must be {wanted}")
+                raise ParameterError(f"{name} = {value!r} is out of range; it must be {wanted}")
 
     def with_seed(self) -> int:
         """The seed, or a fresh one from the operating system."""

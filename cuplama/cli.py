@@ -1,0 +1,395 @@
+"""The command line. Text goes to stdout, everything else to stderr; it holds no model code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import CuplamaError, ParameterError, PromptError
+from .model import Completion, Model, Timings, find_model, load
+
+__all__ = ["main"]
+
+Command = Callable[..., Any]
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="cuplama")
+def cli() -> None:
+    """Run Llama-family language models: no PyTorch, no conversion, a GPU if there is one."""
+
+
+def main(prog_name: str = "cuplama") -> NoReturn:
+    """Run the command line. What a user can cause ends in one line on stderr and exit status 2."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `cuplama ... | head -1` ends quietly
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    logging.basicConfig(format="cuplama: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        cli.main(prog_name=prog_name, standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except CuplamaError as e:
+        if "--debug" in sys.argv:
+            raise
+        click.echo(f"cuplama: {e}", err=True)
+        sys.exit(2)
+    except Exception as e:
+        if "--debug" in sys.argv:
+            raise
+        click.echo(f"cuplama: internal error: {type(e).__name__}: {e} (--debug shows where)", err=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+_DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
+
+
+def _model_options(command: Command) -> Command:
+    """-m and what decides where the model comes from."""
+    for option in (
+        _DEBUG,
+        click.option("--offline", is_flag=True, help="Never ask the hub; use what was downloaded before."),
+        click.option(
+            "-m", "--model", metavar="MODEL", help="Folder or hub id (org/name).  [default: the bundled story model]"
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _run_options(command: Command) -> Command:
+    """Where and how a model runs."""
+    for option in (
+        click.option(
+            "--context", type=int, metavar="N", help="Tokens a sequence may have.  [default: the model's, at most 8192]"
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]),
+            default="auto",
+            metavar="DTYPE",
+            help="float32, float16, bfloat16 or auto: the checkpoint's on CUDA, float32 on NumPy.",
+        ),
+        click.option("--device", type=click.Choice(["auto", "cuda", "numpy"]), default="auto", help="Where to run."),
+    ):
+        command = option(command)
+    return _model_options(command)
+
+
+def _bias(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[int, float] | None:
+    try:
+        return {int(i): float(v) for i, v in (value.split("=") for value in values)} or None
+    except ValueError:
+        raise click.BadParameter("must look like 42=-1.5") from None
+
+
+def _sampling_options(command: Command) -> Command:
+    """The fields of SamplingParams; what is not given comes from the model's generation_config.json."""
+    for option in (
+        click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at the model's stop tokens."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the text before this string (repeatable)."),
+        click.option("--seed", type=int, help="The same seed gives the same text."),
+        click.option("--logit-bias", multiple=True, callback=_bias, metavar="ID=X", help="Add X to a token's logit."),
+        click.option("--frequency-penalty", type=float, metavar="X", help="Subtract X per earlier occurrence."),
+        click.option("--presence-penalty", type=float, metavar="X", help="Subtract X from tokens that occurred."),
+        click.option(
+            "--repeat-penalty",
+            "repetition_penalty",
+            type=float,
+            metavar="X",
+            help="Divide their logits by X; 1 is off.",
+        ),
+        click.option("--min-p", type=float, metavar="P", help="Keep tokens with P times the best probability."),
+        click.option("--top-p", type=float, metavar="P", help="Keep the best tokens that together reach P."),
+        click.option("--top-k", type=int, metavar="K", help="Keep the K best tokens; 0 is off."),
+        click.option("--temp", "--temperature", "temperature", type=float, metavar="T", help="0 is greedy."),
+        click.option("--min-tokens", type=int, metavar="N", help="Do not stop before N tokens."),
+        click.option(
+            "-n",
+            "--max-tokens",
+            type=int,
+            metavar="N",
+            help="Tokens at most; -1: until the context is full.  [default: 512]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options that were given."""
+    given = {k: v for k, v in options.items() if v is not None and v != ()}
+    if given.get("max_tokens") == -1:
+        given["max_tokens"] = None
+    return given
+
+
+@contextmanager
+def _progress(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, in a terminal only, once the work has lasted half a second."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    sizes = (rich.DownloadColumn(), rich.TransferSpeedColumn())
+    counts = sizes if unit == "B" else (rich.MofNCompleteColumn(), rich.TextColumn(unit))
+    columns = (rich.TextColumn(description), rich.BarColumn(), *counts, rich.TimeRemainingColumn())
+    bar = rich.Progress(*columns, console=Console(stderr=True), transient=True)
+    task, begin = bar.add_task(description), time.perf_counter()
+
+    def update(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done < total and time.perf_counter() - begin > 0.5:
+            bar.start()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def _load(model: str | None, offline: bool, device: str, dtype: str, context: int | None) -> Model:
+    with _progress("loading", "B") as progress:
+        return load(model, device=device, dtype=dtype, context=context, offline=offline, progress=progress)
+
+
+def _read_text(source: str) -> str:
+    """An argument as it is; "-" is standard input, without the newline that ends it."""
+    if source != "-":
+        return source
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise PromptError(
+            f"standard input is not valid UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+@cli.command()
+@click.argument("prompt")
+@_run_options
+@_sampling_options
+@click.option("--logprobs", type=int, metavar="N", help="With --json: log-probabilities, and those of the N best.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
+@click.option("--stats", is_flag=True, help="Print tokens and speed to stderr at the end.")
+def generate(
+    prompt: str,
+    model: str | None,
+    offline: bool,
+    device: str,
+    dtype: str,
+    context: int | None,
+    as_json: bool,
+    stats: bool,
+    **options: Any,
+) -> None:
+    """Continue PROMPT. "-" reads the prompt from standard input.
+
+    The text is streamed to stdout. In a terminal the prompt is shown before it.
+    """
+    text = _read_text(prompt)
+    with _load(model, offline, device, dtype, context) as m:
+        params = _given(options)
+        with _progress("reading the prompt", "tokens") as progress:
+            if as_json:
+                completion = m.generate(text, progress=progress, **params)
+                click.echo(json.dumps(_as_json(completion), ensure_ascii=False))
+                timings = completion.timings
+            else:
+                timings = _stream(m, text, params, progress)
+        if stats:
+            click.echo(_stats(timings), err=True)
+
+
+def _stream(m: Model, text: str, params: dict[str, Any], progress: Callable[[int, int], None]) -> Timings:
+    if sys.stderr.isatty() and sys.stdout.isatty():
+        click.secho(text, err=True, nl=False, dim=True)
+    stream = m.stream(text, progress=progress, **params)
+    for piece in stream:
+        if piece.text:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    if sys.stdout.isatty():
+        sys.stdout.write("\n")
+    return stream.timings
+
+
+def _stats(t: Timings) -> str:
+    return (
+        f"prompt: {t.prompt_tokens} tokens in {t.prompt_seconds * 1e3:.1f} ms ({t.prompt_rate:.0f} tokens/s), "
+        f"then {t.decode_tokens} tokens in {t.decode_seconds:.2f} s ({t.decode_rate:.1f} tokens/s)"
+    )
+
+
+def _as_json(c: Completion) -> dict[str, Any]:
+    t = c.timings
+    found = {
+        "text": c.text,
+        "tokens": c.tokens,
+        "finish_reason": c.finish_reason,
+        "prompt_tokens": t.prompt_tokens,
+        "prompt_seconds": round(t.prompt_seconds, 6),
+        "decode_seconds": round(t.decode_seconds, 6),
+        "tokens_per_second": round(t.decode_rate, 2),
+    }
+    if c.logprobs is not None:
+        found["logprobs"] = [{"id": x.id, "logprob": x.logprob, "top": [list(p) for p in x.top]} for x in c.logprobs]
+    return found
+
+
+@cli.command()
+@_run_options
+@_sampling_options
+@click.option("--system", metavar="TEXT", help="The system message.")
+@click.option("--stats", is_flag=True, help="Print tokens and speed to stderr after each answer.")
+def chat(
+    model: str | None,
+    offline: bool,
+    device: str,
+    dtype: str,
+    context: int | None,
+    system: str | None,
+    stats: bool,
+    **options: Any,
+) -> None:
+    """Talk to a model that has a chat template. /help lists the commands."""
+    from .repl import repl
+
+    with _load(model, offline, device, dtype, context) as m:
+        repl(m, _given(options), system, _stats if stats else None)
+
+
+@cli.command()
+@_model_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(model: str | None, offline: bool, as_json: bool) -> None:
+    """What a model is: family, parameters, memory by part, context, stop tokens. Reads no weights."""
+    from .info import describe
+
+    facts = describe(find_model(model, offline))
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        click.echo(f"{name:<{width}}  {shown}")
+
+
+@cli.command()
+@_model_options
+def graph(model: str | None, offline: bool) -> None:
+    """The list of nodes that a model is, one line each."""
+    from .config import load_config
+    from .graph import decoder
+
+    for node in decoder(load_config(find_model(model, offline))):
+        click.echo(str(node))
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_run_options
+@click.option("--window", type=int, metavar="N", help="Tokens per window.  [default: the context, at most 1024]")
+@click.option("--stride", type=int, metavar="N", help="Tokens between windows.  [default: half a window]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def perplexity(
+    file: Path,
+    model: str | None,
+    offline: bool,
+    device: str,
+    dtype: str,
+    context: int | None,
+    window: int | None,
+    stride: int | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of a text FILE ("-": standard input), in nats, bits per byte and with its standard error."""
+    from .perplexity import perplexity as score
+
+    text = _file_text(file)
+    with _load(model, offline, device, dtype, context) as m, _progress("scoring", "tokens") as progress:
+        result = score(m, text, window, stride, progress)
+    facts = {
+        "tokens": result.tokens,
+        "bytes": result.size,
+        "nats_per_token": round(result.nats_per_token, 5),
+        "bits_per_byte": round(result.bits_per_byte, 5),
+        "perplexity": round(result.perplexity, 4),
+        "standard_error": round(result.error, 4),
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        click.echo(f"tokens         {result.tokens} ({result.size} bytes)")
+        click.echo(f"nats per token {result.nats_per_token:.4f}")
+        click.echo(f"bits per byte  {result.bits_per_byte:.4f}")
+        click.echo(f"perplexity     {result.perplexity:.3f} ± {result.error:.3f}")
+
+
+def _file_text(file: Path) -> str:
+    if str(file) == "-":
+        return _read_text("-")
+    try:
+        return file.read_bytes().decode("utf-8")
+    except OSError as e:
+        raise PromptError(f"cannot read {file}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise PromptError(f"{file} is not valid UTF-8: byte 0x{e.object[e.start]:02x} at offset {e.start}") from None
+
+
+@cli.command()
+@click.argument("text")
+@_model_options
+@click.option("--no-bos", is_flag=True, help="Leave out the token that begins a text.")
+@click.option("--ids", is_flag=True, help="Print only the ids, on one line.")
+@click.option("--decode", is_flag=True, help="TEXT holds token ids; print the text they stand for.")
+def tokenize(text: str, model: str | None, offline: bool, no_bos: bool, ids: bool, decode: bool) -> None:
+    """The tokens of TEXT ("-": standard input), one per line: id and text."""
+    from .tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(find_model(model, offline))
+    text = _read_text(text)
+    if decode:
+        try:
+            numbers = [int(x) for x in text.replace(",", " ").split()]
+        except ValueError as e:
+            raise ParameterError(f"--decode takes token ids: {e}") from None
+        click.echo(tokenizer.decode(numbers, skip_special=False))
+        return
+    tokens = tokenizer.encode(text, bos=not no_bos)
+    if ids:
+        click.echo(" ".join(map(str, tokens)))
+    else:
+        for t in tokens:
+            click.echo(f"{t:>7}  {tokenizer.token_text(t)!r}")
+
+
+@cli.command()
+@_DEBUG
+def doctor() -> None:
+    """Check driver, CUDA libraries, GPU and cache; say what to mend."""
+    from .doctor import run
+
+    sys.exit(run(click.echo))
