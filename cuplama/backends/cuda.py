@@ -1,0 +1,657 @@
+"""The CUDA backend: every op as kernels of ``cuda_src/``, compiled at run time for the GPU at hand.
+
+Two parts. ``Gpu`` is what CuPy and cuBLAS do for us: memory, streams, compiled functions, matrix products.
+``CudaBackend`` plans: which launches compute an op, on which arrays, and when an array is dead. The plan of an op
+depends only on shapes, dtypes and attributes, so it is made once and repeated; a decode step then costs a few
+microseconds of Python per node. CuPy is imported when a backend is made, not before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import compiler, kernel, memory
+from ..checkpoint import Weight
+from ..config import ModelConfig
+from ..errors import CheckpointError, DeviceError
+from ..graph import Node
+from ..op import DTYPES, Array, OpError, dtype_name
+from ..ops import OPS
+
+__all__ = ["CudaBackend", "Gpu", "cuda_available"]
+
+GEMM_ROWS = 8  # more rows than this go to cuBLAS; the row-streaming kernels are faster up to here
+WORKSPACE = 32 << 20  # bytes for cuBLAS: what NVIDIA recommends for Hopper; fixed, so that results repeat
+STAGE = 32 << 20  # bytes of each of the two pinned buffers that weights pass through
+OLDEST_ARCH = 75
+OLDEST_DRIVER = 12000  # as cuDriverGetVersion counts: CUDA 12.0, driver 525
+
+_log = logging.getLogger("cuplama")
+
+
+# ---- is there a GPU? -------------------------------------------------------------------------------------------------
+
+
+def cuda_available(device: int = 0) -> tuple[bool, str]:
+    """Whether a CUDA backend can be made, and if not, the reason in a few words. Imports nothing heavy."""
+    driver = load_driver()
+    if driver is None:
+        return False, "no NVIDIA driver is installed (libcuda.so.1 not found)"
+    if code := driver.cuInit(0):
+        reasons = {100: "the NVIDIA driver finds no GPU", 804: "the NVIDIA driver does not support this GPU"}
+        return False, reasons.get(code, f"the NVIDIA driver does not start (cuInit: error {code})")
+    if (version := driver_version(driver)) < OLDEST_DRIVER:
+        return False, f"the NVIDIA driver is too old (CUDA {_dotted(version)}; driver 525 or newer is needed)"
+    count = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    if device >= count.value:
+        return False, f"there is no GPU {device} ({count.value} found)" if count.value else "no NVIDIA GPU is visible"
+    if (arch := compute_capability(driver, device)) < OLDEST_ARCH:
+        return False, f"the GPU is too old (sm_{arch}; sm_{OLDEST_ARCH} or newer is needed)"
+    if importlib.util.find_spec("cupy") is None:
+        return False, "cupy is not installed (pip install cupy-cuda12x)"
+    return True, ""
+
+
+def load_driver() -> ctypes.CDLL | None:
+    """The CUDA driver library, or None where there is none."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
+def driver_version(driver: ctypes.CDLL) -> int:
+    """The newest CUDA version the driver supports, as 12090 for 12.9."""
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def compute_capability(driver: ctypes.CDLL, device: int) -> int:
+    """75 for sm_75."""
+    return 10 * _attribute(driver, device, 75) + _attribute(driver, device, 76)
+
+
+def _attribute(driver: ctypes.CDLL, device: int, attribute: int) -> int:
+    value = ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    return value.value
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+# ---- cuBLAS ----------------------------------------------------------------------------------------------------------
+
+
+class Cublas:
+    """Row-major ``y = x w^T (+ y)`` by cublasGemmEx, in float32 arithmetic, on one stream with one fixed workspace.
+
+    Called through ctypes: CuPy's binding sets the stream at every call, which takes the workspace away, and refuses to
+    work while a stream is capturing.
+    """
+
+    _TYPES: Mapping[str, int] = {"f32": 0, "f16": 2, "bf16": 14}  # cudaDataType
+    _COMPUTE_32F = 68
+    # fp32 never as TF32 (the default mode), and no sum rounded to 16 bits on its way (CUBLAS_MATH_DISALLOW_...).
+    _MATH_MODE = 16
+
+    def __init__(self, library: ctypes.CDLL, stream: int, workspace: int, size: int) -> None:
+        self._library = library
+        self._handle = ctypes.c_void_p()
+        self._check(library.cublasCreate_v2(ctypes.byref(self._handle)))
+        self._check(library.cublasSetStream_v2(self._handle, ctypes.c_void_p(stream)))
+        self._check(library.cublasSetWorkspace_v2(self._handle, ctypes.c_void_p(workspace), ctypes.c_size_t(size)))
+        self._check(library.cublasSetMathMode(self._handle, self._MATH_MODE))
+        self._scalars = {v: ctypes.c_float(v) for v in (0.0, 1.0)}
+        p, i = ctypes.c_void_p, ctypes.c_int
+        library.cublasGemmEx.argtypes = [p, i, i, i, i, i, p, p, i, i, p, i, i, p, p, i, i, i, i]
+
+    def matmul(self, x: int, w: int, y: int, n: int, m: int, k: int, T: str, U: str, add: bool) -> None:
+        """x[n,k]:T, w[m,k]:T, y[n,m]:U are addresses. cuBLAS is column-major, so it computes y^T = w x^T."""
+        one, beta = self._scalars[1.0], self._scalars[float(add)]
+        t, u = self._TYPES[T], self._TYPES[U]
+        transpose, plain, heuristic = 1, 0, -1
+        self._check(
+            self._library.cublasGemmEx(
+                self._handle, transpose, plain, m, n, k, ctypes.byref(one), w, t, k, x, t, k, ctypes.byref(beta),
+                y, u, m, self._COMPUTE_32F, heuristic,
+            )
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._library.cublasDestroy_v2(self._handle)
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise DeviceError(f"cuBLAS fails with status {status}")
+
+
+def _load_cublas() -> ctypes.CDLL | None:
+    """The cuBLAS of CuPy's CUDA version, or None with a warning."""
+    try:
+        from cupy.cuda import runtime
+        from cupy_backends.cuda.libs import cublas  # noqa: F401  loads the library it was built for
+
+        major = runtime.runtimeGetVersion() // 1000
+        try:
+            return ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else f"libcublas.so.{major}")
+        except OSError:
+            from cuda.pathfinder import load_nvidia_dynamic_lib
+
+            return ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
+    except Exception as e:  # several libraries may be missing, each in its own way; our kernels do the work then
+        _log.warning("cuBLAS is not available (%s); long prompts will be slow. pip install nvidia-cublas-cu12", e)
+        return None
+
+
+# ---- what CuPy does for us -------------------------------------------------------------------------------------------
+
+
+class Gpu:
+    """One GPU: a stream, a memory pool, compiled functions and cuBLAS, all given back by ``close``.
+
+    Its arrays are CuPy arrays in its own pool. The user's CuPy state (current stream, default pool) is not touched.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        ok, reason = cuda_available(device)
+        if not ok:
+            raise DeviceError(f"CUDA cannot be used: {reason}")
+        try:
+            import cupy
+            from cupy_backends.cuda.libs import nvrtc
+
+            self._cuda_version = nvrtc.getVersion()
+        except Exception as e:  # CuPy raises several kinds, by what is missing
+            raise DeviceError(f"cupy does not start: {e}; run `cuplama doctor`") from None
+        self._cupy = cupy
+        self.array_type: type = cupy.ndarray
+        self._device = cupy.cuda.Device(device)
+        attributes = self._device.attributes
+        self.limits = kernel.Device(
+            arch=int(self._device.compute_capability),
+            sms=attributes["MultiProcessorCount"],
+            shared=attributes["MaxSharedMemoryPerBlockOptin"],
+        )
+        self.name: str = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
+        self.failures: tuple[type[Exception], ...] = (
+            cupy.cuda.driver.CUDADriverError,
+            cupy.cuda.runtime.CUDARuntimeError,
+        )
+        self._functions: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._stage: _Stage | None = None
+        with self._device:
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+            self.pool = cupy.cuda.MemoryPool()
+        library = _load_cublas()
+        self.cublas: Cublas | None = None
+        if library is not None:
+            with self:
+                self._workspace = self.pool.malloc(WORKSPACE)
+                self.cublas = Cublas(library, self.stream.ptr, self._workspace.ptr, WORKSPACE)
+
+    def __enter__(self) -> Gpu:
+        """Make device and stream current; everything below happens inside."""
+        self._device.__enter__()
+        self.stream.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stream.__exit__(*exc)
+        self._device.__exit__(*exc)
+
+    def describe(self) -> str:
+        total = self._device.mem_info[1]
+        version = ".".join(map(str, self._cuda_version))
+        return f"{self.name} (sm_{self.limits.arch}, {total / 1e9:.0f} GB), CUDA {version}"
+
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated: free on the card, or free in the pool."""
+        return int(self._device.mem_info[0] + self.pool.free_bytes())
+
+    def key(self, array: Array) -> tuple[Any, ...]:
+        """What a plan depends on. Raises AttributeError for an array that is not on a GPU."""
+        return (array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id)
+
+    def check(self, where: str, array: Array) -> None:
+        """Raise OpError unless the array lies on this GPU."""
+        if not isinstance(array, self.array_type):
+            raise OpError(f"{where} is a {type(array).__module__}.{type(array).__name__}, not an array on the GPU")
+        if array.data.device_id != self._device.id:  # type: ignore[attr-defined]
+            raise OpError(f"{where} lies on GPU {array.data.device_id}, not {self._device.id}")  # type: ignore[attr-defined]
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        count = dtype.itemsize
+        for s in shape:
+            count *= s
+        try:
+            return self.array_type(shape, dtype, self.pool.malloc(count))
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            free, total = self._device.mem_info
+            raise DeviceError(
+                f"out of GPU memory: {count / 1e9:.2f} GB asked for, {free / 1e9:.2f} of {total / 1e9:.2f} GB free;"
+                " a shorter --context or a smaller batch needs less"
+            ) from None
+
+    def fill(self, array: Array, byte: int) -> None:
+        array.data.memset_async(byte, array.nbytes, self.stream)
+
+    def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
+        """Copy from pageable memory; the host array may change as soon as this returns."""
+        array.data.copy_from_host_async(host.ctypes.data, host.nbytes, self.stream)
+
+    def read(self, array: Array) -> np.ndarray[Any, Any]:
+        host = np.empty(array.shape, array.dtype)
+        array.data.copy_to_host_async(host.ctypes.data, host.nbytes, self.stream)
+        self.stream.synchronize()
+        return host
+
+    def stage(self, array: Array, offset: int, host: np.ndarray[Any, Any]) -> None:
+        """Copy 1-D ``host`` to the array's elements from ``offset`` on, through the pinned buffers."""
+        if self._stage is None:
+            self._stage = _Stage(self._cupy, self.stream)
+        self._stage.copy(array.data + offset * host.itemsize, host.view(np.uint8))
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
+    def function(self, file: str, expression: str, shared: int) -> Callable[..., None]:
+        """``f(grid, block, args, shared)`` for a kernel instance, compiled or taken from CuPy's disk cache.
+
+        One module per instance: whichever instances a run needs, each is found in the cache on its own.
+        """
+        found = self._functions.get((file, expression))
+        if found is None:
+            module = self._cupy.RawModule(
+                code=compiler.source(file),
+                options=compiler.options(self._cuda_version[0]),
+                name_expressions=(expression,),
+            )
+            try:
+                raw = module.get_function(expression)
+            except self._cupy.cuda.compiler.CompileException as e:
+                raise compiler.compile_error(file, str(e), self.limits.arch) from None
+            found = self._functions[file, expression] = (raw, raw.kernel)
+        raw, function = found
+        if shared + raw.shared_size_bytes > 48 * 1024 and shared > raw.max_dynamic_shared_size_bytes:
+            raw.max_dynamic_shared_size_bytes = shared
+        return function  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die."""
+        with self, suppress(*self.failures):  # a GPU in an error state refuses everything; the process's end frees it
+            self.stream.synchronize()
+            if self._stage is not None:
+                self._stage.close()
+            if self.cublas is not None:
+                self.cublas.close()
+            self._stage, self.cublas, self._workspace = None, None, None
+            self._functions.clear()
+            self.pool.free_all_blocks()
+
+
+class _Stage:
+    """Two pinned buffers: while one is on its way to the GPU, the next piece is read from the file into the other.
+
+    Several threads fill a buffer, because reading a mapped file is bound by page faults, not by bandwidth.
+    """
+
+    _THREADS = 4
+
+    def __init__(self, cupy: Any, stream: Any) -> None:
+        pinned = [cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(STAGE), 0) for _ in range(2)]
+        self._stream = stream
+        self._ring = itertools.cycle(
+            [(p, np.frombuffer(p, np.uint8, STAGE), cupy.cuda.Event(disable_timing=True)) for p in pinned]
+        )
+        self._threads = ThreadPoolExecutor(self._THREADS)
+
+    def copy(self, target: Any, data: np.ndarray[Any, Any]) -> None:
+        for at in range(0, data.size, STAGE):
+            piece = data[at : at + STAGE]
+            pointer, buffer, sent = next(self._ring)
+            sent.synchronize()  # returns at once if it was never recorded
+            parallel_copy(self._threads, self._THREADS, buffer[: piece.size], piece)
+            (target + at).copy_from_host_async(pointer.ptr, piece.size, self._stream)
+            sent.record(self._stream)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._stream.synchronize()
+        self._ring = itertools.cycle(())
+
+
+def parallel_copy(
+    pool: ThreadPoolExecutor, threads: int, target: np.ndarray[Any, Any], data: np.ndarray[Any, Any]
+) -> None:
+    """``target[:] = data`` for 1-D bytes, with several threads where it is worth it."""
+    size = max(1 << 20, -(-data.size // threads))
+    cuts = range(0, data.size, size)
+    list(pool.map(lambda at: np.copyto(target[at : at + size], data[at : at + size]), cuts))
+
+
+# ---- planning --------------------------------------------------------------------------------------------------------
+
+
+class _Launch:
+    """A kernel launch without its arrays: ``slots`` says which array goes where."""
+
+    __slots__ = ("args", "block", "function", "grid", "shared", "slots", "text")
+
+    def __init__(
+        self, function: Callable[..., None], bound: kernel.BoundLaunch, position: Mapping[str, int], fixed: set[str]
+    ) -> None:
+        """position: parameter name -> number of its array; fixed: names whose value belongs to the launch itself."""
+        self.function, self.grid, self.block, self.shared = function, bound.grid, bound.block, bound.shared
+        self.text = bound.describe()
+        names = [p.name if p.pointer and p.name not in fixed else "" for p in bound.prototype.parameters]
+        given = [name in position and not isinstance(a, np.generic) for name, a in zip(names, bound.args, strict=True)]
+        self.slots = [(i, position[name]) for i, name in enumerate(names) if given[i]]
+        self.args = [None if given[i] else a for i, a in enumerate(bound.args)]
+
+    def __call__(self, arrays: Sequence[Array | None]) -> None:
+        args = self.args.copy()
+        for i, j in self.slots:
+            args[i] = arrays[j]
+        self.function(self.grid, self.block, tuple(args), self.shared)
+
+
+class _Matmul:
+    """A cuBLAS product y[n,m] = x[n,k] w[m,k]^T. Arrays: x, w, bias or None, y. add: y holds the bias already."""
+
+    __slots__ = ("add", "address", "cublas", "sizes", "text")
+
+    def __init__(self, gpu: Gpu, n: int, m: int, k: int, T: str, U: str, add: bool) -> None:
+        assert gpu.cublas is not None
+        self.cublas, self.address, self.add = gpu.cublas, gpu.address, add
+        self.sizes = (n, m, k, T, U)
+        self.text = f"cublasGemmEx: y[{n},{m}]:{U} = x[{n},{k}]:{T} w[{m},{k}]^T"
+
+    def __call__(self, arrays: Sequence[Array | None]) -> None:
+        x, w, _, y = arrays
+        self.cublas.matmul(self.address(x), self.address(w), self.address(y), *self.sizes, self.add)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """An op for given shapes. Arrays are numbered: inputs (``width`` of them), then new outputs, then scratch.
+
+    outs: which numbers are the outputs; new: shape and dtype of every new output and scratch buffer.
+    """
+
+    width: int
+    outs: tuple[int, ...]
+    new: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]
+    actions: tuple[Callable[[Sequence[Array | None]], None], ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node made ready to run. id: stands for op and attributes in the plans' keys; dead: names that die after it."""
+
+    node: Node
+    id: int
+    ins: tuple[str, ...]
+    outs: tuple[str, ...]
+    dead: tuple[str, ...]
+
+
+class CudaBackend:
+    """Runs node lists on an NVIDIA GPU. dtype: "f32", "f16" or "bf16".
+
+    bf16 needs sm_80; on older GPUs the model runs in fp16, with a warning on the ``cuplama`` logger. Environment:
+    CUPLAMA_CHECK=1 fills outputs and scratch with NaN before every node and waits after it, so that an error names its
+    node. Raises DeviceError if there is no usable GPU, CompileError if a kernel does not compile.
+    """
+
+    name = "cuda"
+    prefill_chunk = 2048
+    _MOST_PLANS = 8192  # forgotten all at once beyond this; shapes of prompts vary without end
+
+    def __init__(self, dtype: str = "bf16", device: int = 0, gpu: Gpu | None = None) -> None:
+        self.gpu = gpu or Gpu(device)
+        if dtype == "bf16" and self.gpu.limits.arch < 80:
+            _log.warning("%s (sm_%d) has no bf16; running in fp16", self.gpu.name, self.gpu.limits.arch)
+            dtype = "f16"
+        self.dtype = DTYPES[dtype]
+        self._check = os.environ.get("CUPLAMA_CHECK", "") not in ("", "0")
+        self._ids: dict[tuple[Any, ...], int] = {}
+        self._plans: dict[tuple[Any, ...], _Planned] = {}
+        self._steps: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Step]]] = {}
+
+    @classmethod
+    def open(cls, config: ModelConfig, weights: Mapping[str, Weight], dtype: str, tokens: int) -> CudaBackend:
+        """A backend for one model. dtype "auto": the checkpoint's; tokens: of the KV cache, all sequences together.
+
+        Raises DeviceError, with the numbers, if weights, cache and workspace exceed the GPU's free memory.
+        """
+        unique = {w.source: w for w in weights.values()}.values()
+        backend = cls(dtype_name(weights["embed"].dtype) if dtype == "auto" else dtype)
+        elements = sum(w.nbytes // w.dtype.itemsize for w in unique)
+        plan = memory.plan(config, elements, backend.dtype, tokens, cls.prefill_chunk, backend.gpu.limits)
+        try:
+            memory.check(plan, backend.free_memory(), backend.gpu.name)
+        except DeviceError:
+            backend.close()
+            raise
+        return backend
+
+    # -- arrays
+
+    def describe(self) -> str:
+        return self.gpu.describe()
+
+    def free_memory(self) -> int:
+        """Bytes of GPU memory that can still be allocated."""
+        return self.gpu.free_memory()
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Array:
+        array = np.ascontiguousarray(array)
+        with self.gpu as gpu:
+            out = gpu.empty(array.shape, array.dtype)
+            gpu.write(out, array)
+        return out
+
+    def download(self, array: Array) -> np.ndarray[Any, Any]:
+        with self.gpu as gpu:
+            gpu.check("the array to download", array)
+            try:
+                return gpu.read(array)
+            except gpu.failures as e:
+                raise _failure("a kernel before this point", e) from e
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        with self.gpu as gpu:
+            out = gpu.empty(tuple(shape), np.dtype(dtype))
+            gpu.fill(out, 0)
+        return out
+
+    def load_weight(self, weight: Weight) -> Array:
+        """A checkpoint weight in the backend's dtype, through the pinned buffers; copies are queued, not awaited.
+
+        Raises CheckpointError naming a tensor whose values float16 cannot hold.
+        """
+        with self.gpu as gpu:
+            out = gpu.empty(weight.shape, self.dtype)
+            widest = max(1, self.dtype.itemsize // weight.dtype.itemsize)
+            for offset, piece in weight.chunks(STAGE // widest):
+                gpu.stage(out, offset, convert(piece, self.dtype, weight.name))
+        return out
+
+    def synchronize(self) -> None:
+        """Wait for everything queued. Raises DeviceError if some of it failed."""
+        with self.gpu as gpu:
+            try:
+                gpu.synchronize()
+            except gpu.failures as e:
+                raise _failure("a kernel before this point", e) from e
+
+    # -- running
+
+    def call(self, op: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
+        """Run one op. Raises OpError for arrays that do not fit its signature, DeviceError for a failed launch."""
+        with self.gpu:
+            return self._execute(op, self._id(op, attrs), ins, attrs)
+
+    def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
+        """Run a node list. The list must not change after its first run: liveness and ids are worked out once."""
+        live = dict(values)
+        with self.gpu:
+            for step in self._prepare(nodes, tuple(keep)):
+                outs = self._execute(step.node.op, step.id, [live[n] for n in step.ins], step.node.attrs, step.node)
+                for name, array in zip(step.outs, outs, strict=True):
+                    live[name] = array
+                del outs
+                for name in step.dead:
+                    del live[name]
+        return {name: live[name] for name in keep}
+
+    def _execute(
+        self, op: str, op_id: int, ins: Sequence[Array | None], attrs: Mapping[str, Any], node: Node | None = None
+    ) -> tuple[Array, ...]:
+        gpu = self.gpu
+        try:
+            key = (op_id, *[None if a is None else gpu.key(a) for a in ins])
+        except AttributeError:
+            key = ()  # something that is no GPU array; planning says what
+        planned = self._plans.get(key)
+        if planned is None:
+            planned = self._plan(op, ins, attrs)
+            if len(self._plans) >= self._MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = planned
+        arrays = [*ins, *[None] * (planned.width - len(ins)), *[gpu.empty(*new) for new in planned.new]]
+        if self._check:
+            for array in arrays[planned.width :]:
+                gpu.fill(array, 0xFF)  # NaN in every float dtype
+        for action in planned.actions:
+            try:
+                action(arrays)
+            except gpu.failures as e:
+                raise _failure(action.text, e, node) from e  # type: ignore[attr-defined]
+        if self._check:
+            try:
+                gpu.synchronize()
+            except gpu.failures as e:
+                raise _failure("; ".join(a.text for a in planned.actions), e, node) from e  # type: ignore[attr-defined]
+        return tuple(arrays[i] for i in planned.outs)
+
+    def _plan(self, name: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> _Planned:
+        """Check the arrays against the op's signature and decide the launches."""
+        op, gpu = OPS[name], self.gpu
+        signature = op.signature
+        for spec, array in zip(signature.ins, ins, strict=False):
+            if array is not None:
+                gpu.check(f"{name}: {spec.name}", array)
+        call = op.bind(ins, compiler.attributes(op, attrs, self.dtype))
+        width = len(signature.ins)
+        arrays: list[Array | None] = [*ins, *[None] * (width - len(ins))]
+        position = {spec.name: i for i, spec in enumerate(signature.ins)}
+        new: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
+
+        def add(array_name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+            position[array_name] = len(arrays)
+            new.append((shape, dtype))
+            arrays.append(gpu.empty(shape, dtype))
+            return arrays[-1]
+
+        for spec in signature.outs:
+            if spec.name not in signature.in_place:
+                call.arrays[spec.name] = add(spec.name, call.shape(spec), call.dtype(spec))
+        outs = tuple(position[spec.name] for spec in signature.outs)
+        before: list[Callable[[Sequence[Array | None]], None]] = []
+        if name == "linear" and call["n"] > GEMM_ROWS and gpu.cublas is not None:
+            T, U = (dtype_name(call.dtypes[letter]) for letter in "TU")
+            plan, bias = kernel.Plan(()), call.arrays["b"] is not None
+            if bias:  # y starts as the bias, in every row, and the product is added to it
+                plan = kernel.Plan((_fill_rows(call["n"], call["m"]),))
+            after = [_Matmul(gpu, call["n"], call["m"], call["k"], T, U, bias)]
+        elif op.kernels is not None:
+            plan, after = op.kernels(call, gpu.limits), []
+        else:
+            raise OpError(f"{name} has no CUDA kernel")
+        scratch = {n: add(n, shape, DTYPES[dtype]) for n, (shape, dtype) in plan.scratch.items()}
+        for launch in plan.launches:
+            bound = kernel.bind(launch, call, scratch)
+            function = gpu.function(bound.file, bound.expression, bound.shared)
+            before.append(_Launch(function, bound, position, set(launch.constants)))
+        return _Planned(width, outs, tuple(new), (*before, *after))
+
+    def _id(self, name: str, attrs: Mapping[str, Any]) -> int:
+        """A small number for an op with its attributes; layers that differ in nothing else share their plans."""
+        key = (name, *sorted(compiler.attributes(OPS[name], attrs, self.dtype).items()))
+        return self._ids.setdefault(key, len(self._ids))
+
+    def _prepare(self, nodes: Sequence[Node], keep: tuple[str, ...]) -> list[_Step]:
+        """The steps of a node list, with the names that die after each."""
+        known = self._steps.get((id(nodes), keep))
+        if known is not None and known[0] is nodes:
+            return known[1]
+        flat = [part for node in nodes for part in runnable(node)]
+        made = {name for node in flat for name in node.outs if name not in node.ins}
+        last = {name: i for i, node in enumerate(flat) for name in (*node.ins, *node.outs)}
+        steps = []
+        for i, node in enumerate(flat):
+            touched = dict.fromkeys((*node.ins, *node.outs))
+            dead = tuple(n for n in touched if n in made and last[n] == i and n not in keep)
+            steps.append(_Step(node, self._id(node.op, node.attrs), node.ins, node.outs, dead))
+        if len(self._steps) >= 64:
+            self._steps.clear()
+        self._steps[id(nodes), keep] = (nodes, steps)
+        return steps
+
+    def close(self) -> None:
+        """Give back everything: plans, modules, pool, pinned buffers, cuBLAS. The backend cannot be used afterwards."""
+        self._plans.clear()
+        self._steps.clear()
+        self.gpu.close()
+
+
+def _fill_rows(n: int, m: int) -> kernel.Launch:
+    return kernel.Launch("bias.cu:fill_rows", grid=(-(-m // 256), min(n, 65535)), block=(256,))
+
+
+def runnable(node: Node) -> list[Node]:
+    """The node, or the nodes it stands for where its op has no kernel."""
+    op = OPS.get(node.op)
+    if node.parts and (op is None or op.kernels is None):
+        return [piece for part in node.parts for piece in runnable(part)]
+    return [node]
+
+
+def convert(piece: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
+    """A piece of a weight in another dtype. Raises CheckpointError if float16 cannot hold a finite value of it."""
+    if piece.dtype == dtype:
+        return piece
+    if piece.dtype == DTYPES["bf16"]:  # a bf16 is the upper half of a float32: much faster than a cast
+        piece = (piece.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        out = piece.astype(dtype, copy=False)
+    if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(piece).all():
+        largest = float(np.abs(piece).max())
+        raise CheckpointError(f"weight {name} holds {largest:g}, which float16 cannot; --dtype float32 can")
+    return out
+
+
+def _failure(what: str, error: Exception, node: Node | None = None) -> DeviceError:
+    hint = "" if node is not None else " (CUPLAMA_CHECK=1 names the node)"
+    return DeviceError(f"{f'node {node}: ' if node is not None else ''}{what}: {error}{hint}")

@@ -1,0 +1,141 @@
+"""How much GPU memory a model needs, worked out before anything is allocated.
+
+Weights and cache are products of sizes. The workspace is found by walking the node list of one prefill pass, the
+largest there is, with array descriptions instead of arrays: what is alive at each node, at its peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import kernel
+from .cache import PAGE, pages_for
+from .compiler import StandIn, attributes, stand_in
+from .config import ModelConfig
+from .errors import DeviceError
+from .graph import Node, decoder
+from .op import DTYPES, dtype_name
+from .ops import OPS
+
+__all__ = ["MemoryPlan", "cache_bytes", "check", "plan", "workspace_bytes"]
+
+# cuBLAS's workspace, compiled kernels, and what the pool loses to rounding. CUDA's own context is in no plan: it is
+# taken before free memory is read.
+FIXED = 160 << 20
+_TABLE_ROWS = 131072  # at most that many positions have rows in the cos/sin tables
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes a model takes on the GPU. tokens: that the cache holds; dtype: of weights, cache and activations."""
+
+    weights: int
+    cache: int
+    workspace: int
+    tokens: int
+    dtype: str
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """What and how much, in the order of allocation."""
+        return (
+            (f"weights ({self.dtype})", self.weights),
+            (f"cache ({self.tokens} tokens)", self.cache),
+            ("workspace", self.workspace),
+        )
+
+    def describe(self) -> str:
+        return f"{_gb(self.total)} = " + " + ".join(f"{name} {_gb(size)}" for name, size in self.parts())
+
+
+def cache_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int) -> int:
+    """Keys and values of all layers for that many tokens, in whole pages."""
+    return 2 * config.layers * pages_for(tokens) * PAGE * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+def workspace_bytes(
+    config: ModelConfig, dtype: np.dtype[Any], tokens: int, device: kernel.Device, rows: int = 1
+) -> int:
+    """The most that activations and scratch take at one time in a pass over ``tokens`` tokens of one sequence.
+
+    rows: how many of them get logits.
+    """
+    pages = pages_for(tokens)
+    f32, i32 = DTYPES["f32"], DTYPES["i32"]
+    half = max(1, (config.rope.dim if config.rope else config.head_dim) // 2)
+    live = {name: stand_in(shape, dtype) for name, shape in config.weight_shapes().items()}
+    live |= {name: stand_in((tokens,), i32) for name in ("ids", "pos", "slots", "rope.rows")}
+    live |= {"starts": stand_in((2,), i32), "lengths": stand_in((1,), i32), "wanted": stand_in((rows,), i32)}
+    live |= {"blocks": stand_in((1, pages), i32)}
+    live |= {f"rope.{name}": stand_in((tokens, half), f32) for name in ("cos", "sin")}
+    pool = stand_in((pages, config.kv_heads, PAGE, config.head_dim), dtype)
+    live |= {f"{i}.cache.{part}": pool for i in range(config.layers) for part in "kv"}
+    return _peak(decoder(config), live, dtype, device)
+
+
+def _peak(nodes: Sequence[Node], given: dict[str, StandIn], T: np.dtype[Any], device: kernel.Device) -> int:
+    """Bytes alive at the worst moment, beyond the given values."""
+    last = {name: i for i, node in enumerate(nodes) for name in (*node.ins, *node.outs)}
+    values, made, peak = dict(given), dict[str, int](), 0
+    for i, node in enumerate(nodes):
+        op = OPS[node.op]
+        call = op.bind([values[name] for name in node.ins], attributes(op, node.attrs, T))
+        for name, spec in zip(node.outs, op.signature.outs, strict=True):
+            if spec.name not in op.signature.in_place:
+                values[name] = stand_in(call.shape(spec), call.dtype(spec))
+                made[name] = values[name].nbytes
+        scratch = 0
+        if op.kernels is not None and node.op != "linear":  # a linear layer over many rows is cuBLAS's
+            buffers = op.kernels(call, device).scratch.values()
+            scratch = sum(math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in buffers)
+        peak = max(peak, sum(made.values()) + scratch)
+        for name in {*node.ins, *node.outs}:
+            if last[name] == i:
+                made.pop(name, None)
+    return peak
+
+
+def plan(
+    config: ModelConfig, elements: int, dtype: np.dtype[Any], tokens: int, chunk: int, device: kernel.Device
+) -> MemoryPlan:
+    """What a model of ``elements`` weights takes in that dtype with a cache of ``tokens`` tokens.
+
+    chunk: the most tokens of one prefill pass.
+    """
+    tables = 0 if config.rope is None else 4 * config.rope.dim * min(config.context, _TABLE_ROWS)
+    logits = 4 * 4 * config.vocab  # logits, penalised logits and the sampler's scratch
+    work = workspace_bytes(config, dtype, min(chunk, max(1, tokens)), device)
+    return MemoryPlan(
+        weights=elements * dtype.itemsize,
+        cache=cache_bytes(config, dtype, tokens),
+        workspace=work + tables + logits + FIXED,
+        tokens=tokens,
+        dtype=dtype_name(dtype),
+    )
+
+
+def check(need: MemoryPlan, free: int, device: str) -> None:
+    """Raise DeviceError, with the numbers and what would help, if the plan does not fit in ``free`` bytes."""
+    if need.total <= free:
+        return
+    bare = replace(need, cache=0).total
+    room = (free - bare) * need.tokens // need.cache // PAGE * PAGE if bare < free else 0
+    if room:
+        help_ = f"--context {room} would fit"
+    elif need.dtype == "f32" and bare - need.weights // 2 < free:
+        help_ = "--dtype float16 would halve it"
+    else:
+        help_ = "no --context is short enough; a smaller model or a larger GPU is needed"
+    raise DeviceError(f"the model needs {need.describe()}, but {device} has {_gb(free)} free; {help_}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
