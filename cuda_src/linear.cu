@@ -28,12 +28,14 @@ __device__ __forceinline__ Pack<T, W> load_weights(const T* w) {
     }
 }
 
-// Adds the products of W weights of OUTS rows with the W elements at x of ROWS rows.
+// Adds the products of W weights of OUTS rows with the W elements at x of ROWS rows; adds zeros if x is not there.
 template <int W, int ROWS, int OUTS, typename T>
-__device__ __forceinline__ void multiply(const Pack<T, W> (&w)[OUTS], const T* x, int k, float (&sum)[ROWS][OUTS]) {
+__device__ __forceinline__ void multiply(const Pack<T, W> (&w)[OUTS], const T* x, int k, bool there,
+                                         float (&sum)[ROWS][OUTS]) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const Pack<T, W> a = load<W>(x + i64(r) * k);
+        Pack<T, W> a = {};
+        if (there) a = load<W>(x + i64(r) * k);
 #pragma unroll
         for (int j = 0; j < W; j++)
 #pragma unroll
@@ -45,24 +47,27 @@ __device__ __forceinline__ void multiply(const Pack<T, W> (&w)[OUTS], const T* x
 template <int W, int STEP, int DEPTH, int ROWS, int OUTS, typename T>
 __device__ __forceinline__ void accumulate(const T* __restrict__ x, const T* const (&w)[OUTS], int at, int k,
                                            float (&sum)[ROWS][OUTS]) {
-    Pack<T, W> piece[DEPTH][OUTS];
     for (; at + (DEPTH - 1) * STEP < k; at += DEPTH * STEP) {
+        Pack<T, W> piece[DEPTH][OUTS];
 #pragma unroll
         for (int i = 0; i < DEPTH; i++)
 #pragma unroll
             for (int o = 0; o < OUTS; o++) piece[i][o] = load_weights<W>(w[o] + at + i * STEP);
 #pragma unroll
-        for (int i = 0; i < DEPTH; i++) multiply<W>(piece[i], x + at + i * STEP, k, sum);
+        for (int i = 0; i < DEPTH; i++) multiply<W>(piece[i], x + at + i * STEP, k, true, sum);
     }
-    // The last, shorter batch: also all loads first.
+    // The last, shorter batch, without branches: all its loads come first too, and fill registers of their own, or each
+    // would have to arrive before it is moved. What is not there is zero.
+    Pack<T, W> last[DEPTH - 1][OUTS];
 #pragma unroll
     for (int i = 0; i < DEPTH - 1; i++)
-        if (at + i * STEP < k)
 #pragma unroll
-            for (int o = 0; o < OUTS; o++) piece[i][o] = load_weights<W>(w[o] + at + i * STEP);
+        for (int o = 0; o < OUTS; o++) {
+            last[i][o] = {};
+            if (at + i * STEP < k) last[i][o] = load_weights<W>(w[o] + at + i * STEP);
+        }
 #pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++)
-        if (at + i * STEP < k) multiply<W>(piece[i], x + at + i * STEP, k, sum);
+    for (int i = 0; i < DEPTH - 1; i++) multiply<W>(last[i], x + at + i * STEP, k, at + i * STEP < k, sum);
 }
 
 template <typename T, typename U, int ROWS, int OUTS, int DEPTH, int SPLIT>
