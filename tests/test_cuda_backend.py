@@ -1,0 +1,581 @@
+"""The CUDA backend without a GPU: its planning, on arrays in host memory and kernels run by the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama import kernel
+from cuplama.backends import cuda
+from cuplama.backends.cuda import Cublas, CudaBackend, Gpu, convert, cuda_available
+from cuplama.checkpoint import Weight, load_weights
+from cuplama.compiler import CompileError
+from cuplama.config import load_config
+from cuplama.errors import CheckpointError, DeviceError
+from cuplama.graph import Node
+from cuplama.op import DTYPES, OpError
+
+GOLDEN = Path(__file__).parent / "golden" / "cases"
+
+
+class _Launcher:
+    """Stands for a compiled function; remembers its launches and runs them on the emulator if asked to."""
+
+    def __init__(self, gpu: FakeGpu, file: str, expression: str) -> None:
+        self.gpu, self.file, self.expression = gpu, file, expression
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
+        self.gpu.launches.append(self.expression)
+        self.gpu.seen = [id(a) for a in args]
+        if self.gpu.fail:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
+        if self.gpu.emulate:
+            from tests.simt import emulator
+
+            prototype = kernel.prototypes(self.file)[self.expression.split("<")[0]]
+            g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
+            bound = kernel.BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
+            emulator.run(bound, check=False)
+
+
+class _HostCublas:
+    """The product that Cublas promises, on addresses in host memory."""
+
+    def matmul(self, x: int, w: int, y: int, n: int, m: int, k: int, T: str, U: str, add: bool) -> None:
+        a, b = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
+        out = _at(y, (n, m), U)
+        out[...] = a @ b.T + (out.astype(np.float32) if add else 0)
+
+    def close(self) -> None:
+        pass
+
+
+def _at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    size = int(np.prod(shape)) * DTYPES[dtype].itemsize
+    return np.frombuffer(memoryview((ctypes.c_byte * size).from_address(address)).cast("B"), DTYPES[dtype]).reshape(
+        shape
+    )
+
+
+class _HostArray(np.ndarray[Any, Any]):
+    """An array "on the GPU": host memory of another type than the arrays of the caller."""
+
+
+class FakeGpu(Gpu):
+    def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
+        self.limits, self.name = kernel.Device(arch=arch), "a fake GPU"
+        self.failures, self.array_type = (RuntimeError,), _HostArray
+        self.cublas, self.emulate, self.fail = cublas, emulate, False
+        self.launches: list[str] = []
+        self.seen: list[int] = []
+        self._made: list[weakref.ref[_HostArray]] = []
+        self.peak = self.synchronised = 0
+
+    def __enter__(self) -> FakeGpu:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def key(self, array: Any) -> tuple[Any, ...]:
+        if type(array) is not _HostArray:
+            raise AttributeError
+        return array.shape, array.dtype, array.flags.c_contiguous
+
+    def check(self, where: str, array: Any) -> None:
+        if type(array) is not _HostArray:
+            raise OpError(f"{where} is not on the GPU")
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        array = np.zeros(shape, dtype).view(_HostArray)
+        self._made.append(weakref.ref(array))
+        self.peak = max(self.peak, sum(a.nbytes for a in self.alive))
+        return array
+
+    @property
+    def alive(self) -> list[_HostArray]:
+        return [array for ref in self._made if (array := ref()) is not None]
+
+    def fill(self, array: Any, byte: int) -> None:
+        array.view(np.ndarray).reshape(-1).view(np.uint8)[...] = byte
+
+    def write(self, array: Any, host: np.ndarray[Any, Any]) -> None:
+        array[...] = host
+
+    def read(self, array: Any) -> np.ndarray[Any, Any]:
+        return np.array(array)
+
+    def stage(self, array: Any, offset: int, host: np.ndarray[Any, Any]) -> None:
+        array.reshape(-1)[offset : offset + host.size] = host
+
+    def synchronize(self) -> None:
+        self.synchronised += 1
+
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
+    def function(self, file: str, expression: str, shared: int) -> Callable[..., None]:
+        return _Launcher(self, file, expression)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def backend() -> CudaBackend:
+    return CudaBackend("f32", gpu=FakeGpu())
+
+
+def _fake(backend: CudaBackend) -> FakeGpu:
+    assert isinstance(backend.gpu, FakeGpu)
+    return backend.gpu
+
+
+def _ones(backend: CudaBackend, *shape: int) -> Any:
+    return backend.upload(np.ones(shape, np.float32))
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["llama3-gqa", "qwen3", "gpt2"])
+@pytest.mark.parametrize("cublas", [None, _HostCublas()], ids=["kernels", "cublas"])
+def test_a_model_on_the_emulator_gives_the_golden_logits(case: str, cublas: Any) -> None:
+    """Prefill (more rows than a GEMV takes) through graph, plans, kernels, bias and in-place cache."""
+    from cuplama.engine import Engine
+
+    folder = GOLDEN / case
+    config = load_config(folder)
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True, cublas=cublas))
+    weights = {name: backend.load_weight(w) for name, w in load_weights(folder, config).items()}
+    golden = np.load(folder / "golden.npz")
+    engine = Engine(backend, config, weights, 64, 64)
+    logits = np.concatenate(list(engine.logits(golden["prompt_1"].tolist())))
+    np.testing.assert_allclose(logits, golden["logits_1"], atol=1e-3, rtol=0)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+_CHAIN = [
+    Node("add", ("x1",), ("x0", "x0")),
+    Node("add", ("x2",), ("x1", "x0")),
+    Node("add", ("x3",), ("x2", "x0")),
+    Node("add", ("x4",), ("x3", "x0")),
+]
+
+
+def test_dead_intermediates_are_freed_and_kept_ones_returned(backend: CudaBackend) -> None:
+    gpu, x = _fake(backend), _ones(backend, 4, 256)
+    out = backend.run(_CHAIN, {"x0": x}, ("x4", "x2"))
+    assert out.keys() == {"x4", "x2"}
+    gpu.peak = 0
+    del out
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+    assert gpu.peak == 3 * x.nbytes  # x0, and one node's input and output
+    assert len(gpu.alive) == 1
+
+
+def test_the_second_run_plans_nothing(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _ones(backend, 4, 256)
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+    assert len(_fake(backend).launches) == 4
+    monkeypatch.setattr(backend, "_plan", lambda *a: pytest.fail("planned again"))
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+    assert len(_fake(backend).launches) == 8
+
+
+def test_a_plan_made_for_one_array_twice_serves_two_arrays(backend: CudaBackend) -> None:
+    a, b = _ones(backend, 1, 8), _ones(backend, 1, 8)
+    backend.call("add", (a, a), {})
+    backend.call("add", (a, b), {})
+    assert _fake(backend).seen[:2] == [id(a), id(b)]
+
+
+def test_plans_do_not_grow_without_end(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaBackend, "_MOST_PLANS", 10)
+    for d in range(1, 40):
+        backend.call("add", (_ones(backend, 1, d), _ones(backend, 1, d)), {})
+    assert len(backend._plans) <= 10
+
+
+def test_a_fused_node_without_a_kernel_runs_its_parts(backend: CudaBackend) -> None:
+    fused = Node("add_twice", ("x2",), ("x0",), {}, tuple(_CHAIN[:2]))
+    backend.run([fused], {"x0": _ones(backend, 1, 8)}, ("x2",))
+    assert len(_fake(backend).launches) == 2
+
+
+def test_many_rows_go_to_cublas_and_few_to_kernels() -> None:
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True, cublas=_HostCublas()))
+    rng = np.random.default_rng(0)
+    w, b = rng.standard_normal((24, 40)).astype(np.float32), rng.standard_normal(24).astype(np.float32)
+    for n, launched in ((8, "linear_rows"), (9, "fill_rows<f32, f32>")):
+        x = rng.standard_normal((n, 40)).astype(np.float32)
+        ins = [backend.upload(a) for a in (x, w, b)]
+        (y,) = backend.call("linear", ins, {"U": "f32"})
+        assert _fake(backend).launches[-1].startswith(launched)
+        np.testing.assert_allclose(backend.download(y), x @ w.T + b, atol=1e-4)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_cublas_is_given_the_transposed_product(add: bool) -> None:
+    """Against a column-major gemm written from the BLAS definition."""
+
+    def gemm(handle: Any, ta: int, tb: int, m: int, n: int, k: int, alpha: Any, A: int, at: int, lda: int, B: int,
+             bt: int, ldb: int, beta: Any, C: int, ct: int, ldc: int, compute: int, algo: int) -> int:  # fmt: skip
+        def matrix(p: int, rows: int, columns: int, ld: int) -> np.ndarray[Any, Any]:
+            return _at(p, (columns, ld), "f32").T[:rows]
+
+        a = matrix(A, *((k, m) if ta else (m, k)), lda)
+        b = matrix(B, *((n, k) if tb else (k, n)), ldb)
+        c = matrix(C, m, n, ldc)
+        c[...] = alpha._obj.value * (a.T if ta else a) @ (b.T if tb else b) + beta._obj.value * c
+        assert (at, bt, ct, compute) == (0, 0, 0, 68)
+        return 0
+
+    calls: list[Any] = []
+    library: Any = SimpleNamespace(
+        cublasCreate_v2=lambda h: 0,
+        cublasSetStream_v2=lambda h, s: calls.append("stream"),
+        cublasSetWorkspace_v2=lambda h, p, n: calls.append("workspace"),
+        cublasSetMathMode=lambda h, mode: calls.append(mode),
+        cublasGemmEx=gemm,
+    )
+    cublas = Cublas(library, 1, 2, 3)
+    assert calls == ["stream", "workspace", 16]  # setting the stream takes the workspace away, so it comes first
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((11, 5)).astype(np.float32), rng.standard_normal((7, 5)).astype(np.float32)
+    y = rng.standard_normal((11, 7)).astype(np.float32)
+    want = x @ w.T + (y if add else 0)
+    cublas.matmul(x.ctypes.data, w.ctypes.data, y.ctypes.data, 11, 7, 5, "f32", "f32", add)
+    np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+# ---- checks before and errors after a launch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: np.ones((2, 8), np.float32), "add: b is not on the GPU"),
+        (lambda a: a[:, :4], "not contiguous|add: b"),
+        (lambda a: a.astype(np.float16), "float16"),
+        (lambda a: a.reshape(4, 4), "b has 4 where n is 2"),
+        (lambda a: a.reshape(16), "shape"),
+        (lambda a: None, "input b is missing"),
+    ],
+    ids=["host", "strided", "dtype", "shape", "rank", "missing"],
+)
+def test_unfit_arrays_never_reach_a_launch(backend: CudaBackend, spoil: Callable[[Any], Any], message: str) -> None:
+    a = _ones(backend, 2, 8)
+    backend.call("add", (a, a), {})
+    launched = len(_fake(backend).launches)
+    with pytest.raises(OpError, match=message):
+        backend.call("add", (a, spoil(a)), {})
+    assert len(_fake(backend).launches) == launched
+
+
+def test_a_failed_launch_names_kernel_grid_block_and_shapes(backend: CudaBackend) -> None:
+    _fake(backend).fail = True
+    a = _ones(backend, 3, 8)
+    with pytest.raises(DeviceError, match=r"residual.cu: add grid=.* block=.*a=\(3, 8\):float32.*INVALID_VALUE"):
+        backend.call("add", (a, a), {})
+    with pytest.raises(DeviceError, match=r"node x1 = add\(x0, x0\)"):
+        backend.run(_CHAIN, {"x0": a}, ("x4",))
+
+
+def test_checking_poisons_outputs_and_waits_after_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPLAMA_CHECK", "1")
+    backend = CudaBackend("f32", gpu=FakeGpu())  # its kernels write nothing
+    out = backend.run(_CHAIN[:2], {"x0": _ones(backend, 1, 8)}, ("x2",))["x2"]
+    assert np.isnan(out).all()
+    assert _fake(backend).synchronised == 2
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_the_poison_is_nan_in_every_dtype(backend: CudaBackend, dtype: str) -> None:
+    array = backend.gpu.empty((3,), DTYPES[dtype])
+    backend.gpu.fill(array, 0xFF)
+    assert np.isnan(array.astype(np.float32)).all()
+
+
+# ---- weights and dtypes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("wanted", ["f32", "f16", "bf16"])
+def test_weights_arrive_in_the_backends_dtype(stored: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "STAGE", 64)  # many pieces
+    rng = np.random.default_rng(0)
+    parts = tuple(rng.standard_normal((n, 7)).astype(DTYPES[stored]) for n in (5, 3))
+    backend = CudaBackend(wanted, gpu=FakeGpu())
+    got = backend.load_weight(Weight("w", ("a", "b"), parts))
+    assert got.dtype == DTYPES[wanted]
+    want = np.concatenate(parts).astype(np.float32).astype(DTYPES[wanted])
+    assert np.array_equal(got.view(np.ndarray), want)
+
+
+def test_a_value_that_fp16_cannot_hold_is_refused() -> None:
+    piece = np.array([1, 70000], np.float32).astype(DTYPES["bf16"])
+    with pytest.raises(CheckpointError, match=r"weight 3\.up holds 70144, which float16 cannot"):
+        convert(piece, DTYPES["f16"], "3.up")
+    assert np.isinf(convert(np.array([np.inf], np.float32), DTYPES["f16"], "x")).all()
+
+
+def test_bf16_becomes_fp16_below_sm_80(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "cuplama"):
+        assert CudaBackend("bf16", gpu=FakeGpu(arch=75)).dtype == np.float16
+    assert "a fake GPU (sm_75) has no bf16; running in fp16" in caplog.text
+    assert CudaBackend("bf16", gpu=FakeGpu(arch=80)).dtype == DTYPES["bf16"]
+
+
+def test_pinned_buffers_take_turns_and_wait_for_their_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "STAGE", 100)
+    events: list[str] = []
+    sent: dict[int, bytes] = {}
+
+    class Pinned(bytearray):
+        ptr = property(lambda self: self)
+
+    class Event:
+        def __init__(self, disable_timing: bool) -> None:
+            self.name = "ab"[len(made)]
+            made.append(self)
+
+        def synchronize(self) -> None:
+            events.append(f"wait {self.name}")
+
+        def record(self, stream: Any) -> None:
+            events.append(f"sent {self.name}")
+
+    class Pointer:
+        def __init__(self, at: int) -> None:
+            self.at = at
+
+        def __add__(self, offset: int) -> Pointer:
+            return Pointer(self.at + offset)
+
+        def copy_from_host_async(self, source: bytearray, size: int, stream: Any) -> None:
+            sent[self.at] = bytes(source[:size])
+
+    made: list[Event] = []
+    names = SimpleNamespace(PinnedMemory=lambda n: n, PinnedMemoryPointer=lambda m, at: Pinned(m), Event=Event)
+    stage = cuda._Stage(SimpleNamespace(cuda=names), SimpleNamespace(synchronize=lambda: None))
+    data = np.arange(250, dtype=np.uint8)
+    stage.copy(Pointer(1000), data)
+    stage.close()
+    assert b"".join(sent[at] for at in (1000, 1100, 1200)) == data.tobytes()
+    assert events == ["wait a", "sent a", "wait b", "sent b", "wait a", "sent a"]
+
+
+def test_parallel_copy_copies_everything() -> None:
+    data = np.random.default_rng(0).integers(0, 256, (5 << 20) + 3, np.uint8)
+    target = np.zeros_like(data)
+    with ThreadPoolExecutor(3) as pool:
+        cuda.parallel_copy(pool, 3, target, data)
+    assert np.array_equal(target, data)
+
+
+# ---- compiled functions ----------------------------------------------------------------------------------------------
+
+
+class _Raw:
+    shared_size_bytes = 1024
+    max_dynamic_shared_size_bytes = 48 * 1024
+    kernel = staticmethod(lambda *a: None)
+
+
+class CompileException(Exception):  # noqa: N818
+    """Named as CuPy's."""
+
+
+def _gpu_with(module: Callable[..., Any]) -> Gpu:
+    gpu = object.__new__(Gpu)
+    compiler = SimpleNamespace(CompileException=CompileException)
+    gpu._cupy = SimpleNamespace(RawModule=module, cuda=SimpleNamespace(compiler=compiler))
+    gpu._functions, gpu._cuda_version, gpu.limits = {}, _cuda_version(), kernel.Device()
+    return gpu
+
+
+def _cuda_version() -> tuple[int, int]:
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs cupy for NVRTC's version")
+    version: tuple[int, int] = nvrtc.getVersion()
+    return version
+
+
+def test_a_function_is_compiled_once_under_the_hash_of_all_sources() -> None:
+    made: list[dict[str, Any]] = []
+    raw = _Raw()
+
+    def module(**given: Any) -> Any:
+        made.append(given)
+        return SimpleNamespace(get_function=lambda name: raw)
+
+    gpu = _gpu_with(module)
+    gpu.function("residual.cu", "add", 0)
+    gpu.function("residual.cu", "add", 47 * 1024)
+    assert raw.max_dynamic_shared_size_bytes == 48 * 1024  # 47 + 1 static still fit
+    gpu.function("residual.cu", "add", 60 * 1024)
+    gpu.function("residual.cu", "add", 50 * 1024)
+    assert raw.max_dynamic_shared_size_bytes == 60 * 1024  # never lowered: another plan may need it
+    (given,) = made
+    assert given["name_expressions"] == ("add",)
+    assert any(o.startswith("-DCUPLAMA_SOURCE_HASH=") for o in given["options"])
+
+
+def test_a_compile_error_names_file_and_line() -> None:
+    def fail(name: str) -> None:
+        raise CompileException('residual.cu(12): error: identifier "blockidx" is undefined\n\n1 error detected')
+
+    gpu = _gpu_with(lambda **given: SimpleNamespace(get_function=fail))
+    with pytest.raises(CompileError, match=r'cuda_src/residual.cu:12: identifier "blockidx" is undefined'):
+        gpu.function("residual.cu", "add", 0)
+
+
+# ---- is there a GPU? -------------------------------------------------------------------------------------------------
+
+
+class _Driver:
+    """A libcuda with the given answers."""
+
+    def __init__(self, init: int = 0, version: int = 12090, count: int = 1, arch: int = 90) -> None:
+        self.init, self.version, self.count, self.arch = init, version, count, arch
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.init
+
+    def cuDriverGetVersion(self, out: Any) -> int:  # noqa: N802
+        out._obj.value = self.version
+        return 0
+
+    def cuDeviceGetCount(self, out: Any) -> int:  # noqa: N802
+        out._obj.value = self.count
+        return 0
+
+    def cuDeviceGetAttribute(self, out: Any, attribute: int, device: int) -> int:  # noqa: N802
+        out._obj.value = {75: self.arch // 10, 76: self.arch % 10}[attribute]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (None, "no NVIDIA driver"),
+        (_Driver(init=100), "finds no GPU"),
+        (_Driver(init=999), "error 999"),
+        (_Driver(version=11040), r"too old \(CUDA 11.4; driver 525"),
+        (_Driver(count=0), "no NVIDIA GPU is visible"),
+        (_Driver(arch=61), r"sm_61; sm_75 or newer"),
+    ],
+)
+def test_the_reason_why_cuda_cannot_be_used(driver: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "load_driver", lambda: driver)
+    works, said = cuda_available()
+    assert not works
+    assert re.search(reason, said)
+    with pytest.raises(DeviceError, match=reason):
+        CudaBackend("f32")
+
+
+def test_a_missing_cupy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "load_driver", _Driver)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cuda_available() == (False, "cupy is not installed (pip install cupy-cuda12x)")
+
+
+def test_importing_the_module_does_not_import_cupy() -> None:
+    modules = "sys, cuplama.backends.cuda, cuplama.doctor, cuplama.compiler, cuplama.kernel_commands"
+    code = f"import {modules}; print('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real() -> Iterator[CudaBackend]:
+    works, reason = cuda_available()
+    if not works:
+        pytest.skip(f"needs a GPU: {reason}")
+    backend = CudaBackend("f32")
+    yield backend
+    backend.close()
+
+
+@pytest.mark.gpu
+def test_arrays_travel_both_ways(real: CudaBackend) -> None:
+    for dtype in DTYPES.values():
+        host = np.arange(1000).reshape(10, 100).astype(dtype)
+        assert np.array_equal(real.download(real.upload(host)), host)
+        assert not real.download(real.zeros((3, 5), dtype)).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("U", ["T", "f32"])
+def test_cublas_products(real: CudaBackend, dtype: str, bias: bool, U: str) -> None:
+    rng, T = np.random.default_rng(0), DTYPES[dtype]
+    real.dtype = T
+    for n, m, k in ((9, 48, 136), (100, 65, 7), (512, 1024, 896)):
+        x, w, b = (rng.standard_normal(s).astype(np.float32).astype(T) for s in ((n, k), (m, k), (m,)))
+        ins = [real.upload(a) for a in (x, w, b)[: 2 + bias]]
+        (y,) = real.call("linear", ins, {"U": U})
+        (again,) = real.call("linear", ins, {"U": U})
+        got = real.download(y)
+        assert np.array_equal(got.view(np.uint8), real.download(again).view(np.uint8))
+        want = x.astype(np.float64) @ w.astype(np.float64).T + (b.astype(np.float64) if bias else 0)
+        error = np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want)
+        assert error < {"f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}[dtype if U == "T" else "f32"]
+
+
+@pytest.mark.gpu
+def test_close_gives_the_memory_back(real: CudaBackend) -> None:
+    import cupy
+
+    def cycle() -> int:
+        backend = CudaBackend("bf16")
+        w = backend.load_weight(Weight("w", ("w",), (np.ones((1 << 14, 1 << 12), np.float32),)))
+        x = backend.upload(np.ones((16, 1 << 12), DTYPES["bf16"]))
+        (y,) = backend.call("linear", (x, w), {"U": "f32"})
+        assert (backend.download(y) == 4096).all()
+        del w, x, y
+        backend.close()
+        return int(cupy.cuda.Device().mem_info[0])
+
+    first = cycle()  # libraries and compiled kernels stay
+    assert [cycle() for _ in range(3)] == [first] * 3
+
+
+@pytest.mark.gpu
+def test_a_second_backend_compiles_nothing(real: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    a = np.ones((2, 8), np.float32)
+    real.call("add", (real.upload(a), real.upload(a)), {})
+    cupy.clear_memo()  # forget the loaded modules, keep the cache on disk
+    compiled: list[Any] = []
+    old = cupy.cuda.compiler._NVRTCProgram.compile
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.src.strip():  # CuPy compiles an empty program to learn NVRTC's version
+            compiled.append(self.name)
+        return old(self, *args, **kwargs)
+
+    monkeypatch.setattr(cupy.cuda.compiler._NVRTCProgram, "compile", count)
+    other = CudaBackend("f32")
+    other.call("add", (other.upload(a), other.upload(a)), {})
+    other.close()
+    assert compiled == []
