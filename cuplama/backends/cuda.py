@@ -514,7 +514,7 @@ class CudaBackend:
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         """Run a node list. The list must not change after its first run: liveness and ids are worked out once."""
-        live = dict(values)
+        live = {"": None, **values}
         with self.gpu:
             for step in self._prepare(nodes, tuple(keep)):
                 outs = self._execute(step.node.op, step.id, [live[n] for n in step.ins], step.node.attrs, step.node)

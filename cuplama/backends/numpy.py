@@ -70,7 +70,7 @@ class NumPyBackend:
         return tuple(o.astype(d, copy=False) for o, d in zip(outs, self._dtypes(op, attrs), strict=True))
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
-        values = dict(values)
+        values = {"": None, **values}
         for step in self._prepare(nodes, keep):
             out = step.reference(*[values[name] for name in step.ins], **step.attrs)
             for (name, dtype), array in zip(step.outs, out if isinstance(out, tuple) else (out,), strict=True):

@@ -1,0 +1,136 @@
+"""Fused ops of the decode step: what fuse.py puts in place of several nodes. Kernels: cuda_src/linear.cu (weights
+streamed once, with the norm before and the activation or residual after), cuda_src/attention.cu.
+
+A fused op is defined by its parts: the references below do nothing but call theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..op import Array, Op
+from . import activation, norm, residual
+from .attention import attention
+from .kv_cache import kv_append
+from .linear import linear
+from .norm import head_norm
+from .rope import rope
+
+_NORMS = {"rms_norm": (norm.rms_norm, ("g",)), "layer_norm": (norm.layer_norm, ("g", "h"))}
+_ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
+
+_SHAPES = ((1, 64, 64, False), (1, 14, 8, True), (2, 34, 72, True), (3, 66, 1024, False), (8, 96, 896, True))
+
+
+def _norm_linear(norm_op: Op, act: Op | None) -> Op:
+    """norm -> linear -> activation, as one op."""
+    _, scales = _NORMS[norm_op.name]
+    rows = _ACTIVATIONS[act.name] if act else 1
+
+    def reference(x: Array, *weights: Array, eps: float, U: str = "") -> Array:
+        scale, (w, *b) = weights[: len(scales)], weights[len(scales) :]
+        y = linear.reference(norm_op.reference(x, *scale, eps=eps), w, *b)
+        return act.reference(y) if act else y
+
+    out = "y[n,m]:T" if act else "y[n,m]:U"
+    width = "2*m" if rows == 2 else "m"
+    vectors = ", ".join(f"{s}[k]:T" for s in scales)
+    return Op(
+        f"{norm_op.name}_linear_{act.name}" if act else f"{norm_op.name}_linear",
+        f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:T, b[{width}]:T?, eps:f32)",
+        doc=f"y = {f'{act.name}(' if act else ''}{norm_op.name}(x) w^T + b{')' if act else ''}",
+        reference=reference,
+        cases=[dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES],
+        flops=lambda c: 2 * rows * c["n"] * c["m"] * c["k"],
+    )
+
+
+rms_norm_linear = _norm_linear(norm.rms_norm, None)
+rms_norm_linear_silu_mul = _norm_linear(norm.rms_norm, activation.silu_mul)
+layer_norm_linear = _norm_linear(norm.layer_norm, None)
+layer_norm_linear_gelu_tanh = _norm_linear(norm.layer_norm, activation.gelu_tanh)
+layer_norm_linear_gelu_erf = _norm_linear(norm.layer_norm, activation.gelu_erf)
+
+
+def _linear_add(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
+    return residual.add.reference(a, linear.reference(x, w, b))
+
+
+linear_add = Op(
+    "linear_add",
+    "y[n,m]:f32 = (x[n,k]:T, w[m,k]:T, a[n,m]:f32, b[m]:T?)",
+    doc="y = a + x w^T + b",
+    reference=_linear_add,
+    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES],
+    flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
+)
+
+
+def _append_attention(
+    x: Array,
+    slots: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    lengths: Array,
+    blocks: Array,
+    rows: Array | None = None,
+    cos: Array | None = None,
+    sin: Array | None = None,
+    q_norm: Array | None = None,
+    k_norm: Array | None = None,
+    *,
+    heads: int,
+    window: int,
+    scale: float,
+    eps: float,
+) -> tuple[Array, Array, Array]:
+    shape = {"heads": heads, "kv_heads": k.shape[1]}
+    if q_norm is not None:
+        x = head_norm.reference(x, q_norm, k_norm, **shape, eps=eps)
+    if cos is not None:
+        x = rope.reference(x, rows, cos, sin, **shape, D=k.shape[3])
+    k, v = kv_append.reference(x, slots, k, v)
+    y = attention.reference(x, k, v, starts, lengths, blocks, heads=heads, window=window, scale=scale)
+    return y, k, v
+
+
+def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
+    """The attention op's pages; the new token of each sequence goes to the slot that its length says."""
+    assert attention.inputs is not None
+    given = attention.inputs(rng, case, T)
+    last = given["lengths"] - 1
+    pages = given["blocks"][np.arange(len(last)), last // case["S"]]
+    return {**given, "slots": (pages * case["S"] + last % case["S"]).astype(np.int32)}
+
+
+def _append_cases() -> list[dict[str, Any]]:
+    """The decode cases of attention, with and without rotation and head norm, fully and partially rotated."""
+    found = []
+    for i, case in enumerate(c for c in attention.cases if c["n"] == c["b"]):
+        half = case["D"] // 2 if i % 3 else case["D"] // 4
+        found.append(
+            {
+                **case, "h": half, "R": 11, "eps": 1e-6, "rows": i % 4 != 3, "cos": i % 4 != 3, "sin": i % 4 != 3,
+                "q_norm": i % 2 == 0, "k_norm": i % 2 == 0,
+            }
+        )  # fmt: skip
+    return found
+
+
+append_attention = Op(
+    "append_attention",
+    "y[n,heads*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,(heads+2*H)*D]:T, slots[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T,"
+    " starts[b+1]:i32, lengths[b]:i32, blocks[b,M]:i32, rows[n]:i32?, cos[R,h]:f32?, sin[R,h]:f32?, q_norm[D]:T?,"
+    " k_norm[D]:T?, heads:i32, window:i32, scale:f32, eps:f32)",
+    doc="A decode step's attention, one new token per sequence (n = b): head_norm (if there are q_norm and k_norm),"
+    " rope (if there are cos and sin), kv_append and attention.",
+    reference=_append_attention,
+    cases=_append_cases(),
+    ranges={"rows": "R"},
+    inputs=_append_inputs,
+    bytes=attention.bytes,
+    flops=attention.flops,
+)
