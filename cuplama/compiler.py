@@ -306,7 +306,7 @@ _COMPLAINT = re.compile(
     r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic |fatal )?error(?: #\S+)?: (?P<text>.*)",
     re.M,
 )
-_WARNING = re.compile(r"^.*\bwarning\b.*$", re.M)  # not "Remark: The warnings can be suppressed ..."
+_WARNING = re.compile(r"^.*\bwarning\s*[#:].*$", re.M)  # of the compiler ("warning #177-D:") or of ptxas ("warning :")
 
 
 def parse_resources(log: str) -> dict[str, Resources]:
