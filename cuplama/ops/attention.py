@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..kernel import Device, Launch, Plan
 from ..op import Array, Call, Op, wide
 
 _BLOCK = 256  # queries at a time: bounds the score matrix
@@ -48,7 +49,7 @@ def _attention(
             if end - at > 1:  # a single query sees every key in [low, high)
                 distance = position[:, None] - np.arange(low, high)
                 hidden = (distance < 0) | (distance >= window) if window else distance < 0
-                scores[:, :, hidden] = -np.inf
+                scores += np.where(hidden, -np.inf, 0).astype(x.dtype)
             scores -= scores.max(-1, keepdims=True)
             np.exp(scores, out=scores)
             out = scores.reshape(kv_heads, -1, high - low) @ values[:, low:high]
@@ -105,6 +106,43 @@ def _bytes(c: Call) -> float:
     return elements * c.dtypes["T"].itemsize
 
 
+_MIN_SPLIT, _MAX_SPLITS = 64, 64  # keys per split and splits per sequence, as in attention.cu
+_MOST_HEADS = 8  # query heads that one block of the decode kernel can hold in registers
+
+
+def _kernels(call: Call, device: Device) -> Plan:
+    return _decode(call) if call["n"] == call["b"] else _prefill(call)
+
+
+def _decode(call: Call) -> Plan:
+    """One new token per sequence: splits along the keys, then their sum. The grid is bound by the table's width."""
+    b, heads, H, D = (call[name] for name in ("b", "heads", "H", "D"))
+    keys = call["M"] * call["S"]
+    if call["window"]:
+        keys = min(keys, call["window"])
+    splits = max(1, min(_MAX_SPLITS, -(-keys // _MIN_SPLIT)))
+    parts = -(-heads // H // _MOST_HEADS)
+    launches = (
+        Launch("attention.cu:attention_decode", (splits, H * parts, b), (128,),
+               constants={"Q": -(-heads // H // parts)}),
+        Launch("attention.cu:attention_combine", (heads, b), (128,), constants={"splits": splits}),
+    )  # fmt: skip
+    scratch = {"partial": ((b, heads, splits, D), "f32"), "stats": ((b, heads, splits, 2), "f32")}
+    return Plan(launches, scratch)
+
+
+def _prefill(call: Call) -> Plan:
+    """Any number of new tokens per sequence. Tiles of ROWS (token, head) pairs by KEYS keys."""
+    n, b, heads, H, D = (call[name] for name in ("n", "b", "heads", "H", "D"))
+    ROWS, KEYS = (64, 32) if D <= 128 else (32, 16)  # at most 60 KiB of shared memory: sm_75 has 64
+    stride = -(-D // 32) * 32 + 4
+    shared = 4 * ((ROWS + KEYS) * stride + ROWS * (KEYS + 4))
+    tiles = n * (heads // H) // ROWS + b
+    return Plan(
+        (Launch("attention.cu:attention_prefill", (tiles, H), (256,), shared, constants={"ROWS": ROWS, "KEYS": KEYS}),)
+    )
+
+
 attention = Op(
     "attention",
     "y[n,heads*D]:T = (x[n,(heads+2*H)*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T, starts[b+1]:i32, lengths[b]:i32,"
@@ -113,6 +151,7 @@ attention = Op(
     " lengths[i] tokens; its keys lie on pages blocks[i]. A query sees itself and what came before, the last `window`"
     " tokens only if window > 0.",
     reference=_attention,
+    kernels=_kernels,
     cases=[
         _case(4, 2, 64, [1], [1]),
         _case(4, 2, 64, [1], [37]),
@@ -122,6 +161,9 @@ attention = Op(
         _case(32, 8, 128, [1], [300], S=64),
         _case(3, 1, 256, [1, 1], [70, 9]),
         _case(7, 1, 64, [1, 1], [513, 64], S=64),
+        _case(16, 1, 32, [1], [90], S=64),
+        _case(18, 2, 24, [1, 1], [20, 70], window=65),
+        _case(2, 1, 16, [1, 1], [4500, 8300], S=64),
         _case(4, 4, 16, [5], [5]),
         _case(4, 2, 64, [33, 1, 7], [33, 40, 12]),
         _case(2, 1, 96, [70], [70], window=16),
