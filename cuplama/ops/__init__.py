@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..op import Op
-from . import activation, attention, embedding, fused, kv_cache, linear, norm, residual, rope, sampling
+from . import activation, attention, decode, embedding, fused, kv_cache, linear, norm, residual, rope, sampling
 
 __all__ = ["OPS"]
 
-_MODULES = (embedding, norm, linear, rope, kv_cache, attention, activation, residual, sampling, fused)
+_MODULES = (embedding, norm, linear, rope, kv_cache, attention, activation, residual, sampling, fused, decode)
 
 OPS: Mapping[str, Op] = {op.name: op for module in _MODULES for op in vars(module).values() if isinstance(op, Op)}
