@@ -72,24 +72,29 @@ def source_hash(folder: Path | None = None) -> str:
 
 @cache
 def toolkit_folders(major: int) -> tuple[Path, ...]:
-    """The include folders of the CUDA toolkit of that major version: fp16/bf16 headers, then libcu++.
+    """The include folders of the CUDA toolkit of that major version: fp16/bf16 headers, then libcu++ (``nv/target``).
 
-    Looks into the nvidia wheels, then CUDA_PATH, then /usr/local/cuda. Headers of another major version are skipped: a
-    machine may have the wheels of two. Empty if there are none.
+    Looks into the nvidia wheels, then CUDA_PATH, then /usr/local/cuda; CuPy brings a libcu++ of its own. Headers of
+    another major version are skipped: a machine may have the wheels of two. Empty if there are none.
     """
-    spec = importlib.util.find_spec("nvidia")
-    roots = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    folders = [f for root in roots for f in sorted(root.glob("*/include"))]
-    folders += [Path(p) / "include" for p in (os.environ.get("CUDA_PATH"), "/usr/local/cuda") if p]
-    for folder in folders:
+    wheels = [f for root in _package("nvidia") for f in sorted(root.glob("*/include"))]
+    systems = [Path(p) / "include" for p in (os.environ.get("CUDA_PATH"), "/usr/local/cuda") if p]
+    bundled = [root / "_core/include/cupy/_cccl/libcudacxx" for root in _package("cupy")]
+    for folder in (*wheels, *systems):
         header = folder / "cuda_runtime_api.h"
         if (folder / "cuda_fp16.h").is_file() and header.is_file():
             version = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
             if version and int(version[1]) // 1000 == major:
-                extra = [folder / "cccl", *(f for f in folders if f.parent.parent == folder.parent.parent)]
-                cccl = [f for f in extra if (f / "nv" / "target").is_file()]
+                nearby = wheels if folder in wheels and folder.parent.name != f"cu{major}" else []
+                cccl = [f for f in (folder / "cccl", *nearby, *bundled) if (f / "nv" / "target").is_file()]
                 return (folder, *cccl[:1])
     return ()
+
+
+def _package(name: str) -> list[Path]:
+    """The folders of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
 
 
 def options(major: int) -> tuple[str, ...]:
