@@ -1,6 +1,6 @@
 """Runs the project's CUDA kernels on the CPU, with CUDA's execution model, and finds their faults.
 
-``run(launch)`` compiles the launch's ``.cu`` file, unchanged, with g++ against the headers in ``include/``, and executes
+``run(launch)`` compiles the launch's ``.cu`` file, unchanged, with g++ against the headers in ``include/``, and runs
 one fiber per CUDA thread (``runtime.cpp``). ``README.md`` describes the model and its limits.
 """
 
@@ -16,17 +16,19 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["KernelFault", "precompile", "run"]
+__all__ = ["NOT_EMULATED", "KernelFault", "precompile", "run"]
 
 HERE = Path(__file__).resolve().parent
 CUDA_SRC = HERE.parents[1] / "cuda_src"
 GUARD = 4096  # bytes between arrays; their base is a multiple of 256, as on the device
+# Functions of ptx.cuh without a twin in include/simt_ptx.h; kernels that call them cannot run here.
+NOT_EMULATED: frozenset[str] = frozenset()
 STACK_BYTES = 128 << 10
 COMPILE = ("-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-gnu-unique",
            "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno", "-fno-ipa-reference", "-fno-stack-protector",
@@ -35,7 +37,7 @@ CHECKED = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "--
            "-fsanitize=undefined", "-fno-sanitize=vptr,object-size", "-fno-sanitize-recover=all")  # fmt: skip
 
 
-class KernelFault(Exception):
+class KernelFault(Exception):  # noqa: N818 - it is the kernel's fault that is reported
     """A fault of a kernel. The first line names its kind, the kernel, block, thread and source line."""
 
     def __init__(self, kind: str, text: str) -> None:
@@ -75,7 +77,7 @@ class _Variable(ctypes.Structure):
 
 
 class _Parameter(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_char), ("const", ctypes.c_uint8), ("bytes", ctypes.c_uint16))
+    _fields_ = (("kind", ctypes.c_char), ("flags", ctypes.c_uint8), ("bytes", ctypes.c_uint16))
 
 
 class _Launch(ctypes.Structure):
@@ -160,8 +162,18 @@ def _atomic(path: Path, make: Any) -> Path:
 
 def _runtime() -> Path:
     source = HERE / "runtime.cpp"
-    key = hashlib.sha256(source.read_bytes()).hexdigest()[:24]
-    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-rtti", "-Wall", "-Wextra"]
+    key = hashlib.sha256(source.read_bytes() + (HERE / "include" / "simt_abi.h").read_bytes()).hexdigest()[:24]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-g1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-rtti",
+        "-fno-threadsafe-statics",
+        "-Wall",
+        "-Wextra",
+    ]
 
     def make(out: Path) -> None:
         _command(["g++", *flags, "-c", str(source), "-o", str(out)], "runtime.cpp")
@@ -187,8 +199,6 @@ def _separate_shared(assembly: str) -> tuple[str, dict[str, int]]:
         return f"\t.comm\t{m[1]},{int(m[2]) + 64},{max(64, int(m[3]))}"
 
     def zeros(m: re.Match[str]) -> str:
-        if m[2].startswith("_ZGV"):
-            raise KernelFault("compile-error", f"compile-error: {m[2]}: shared variables have no constructors")
         sizes[m[2]] = int(m[3])
         return "\t.balign 64\n" + m[1] + "\t.zero\t64\n"
 
@@ -206,7 +216,7 @@ def _compile(build: _Build, expressions: Sequence[str]) -> None:
     def make(out: Path) -> None:
         source, assembly = out.with_suffix(".cpp"), out.with_suffix(".s")
         source.write_text(wrapper)
-        what = f"{build.path.name}: {', '.join(expressions)}"
+        what = f"{build.path.name}: {expressions[0]}" + (f" and {len(expressions) - 1} more" if expressions[1:] else "")
         _command(["g++", *build.flags(), *include, "-S", str(source), "-o", str(assembly)], what)
         text, sizes = _separate_shared(assembly.read_text())
         assembly.write_text(text)
@@ -215,7 +225,13 @@ def _compile(build: _Build, expressions: Sequence[str]) -> None:
             what,
         )
         listing = _command(["nm", "--defined-only", str(out)], what)
-        addresses = {f[2]: int(f[0], 16) for f in (line.split() for line in listing.splitlines()) if len(f) == 3}
+        symbols = [line.split() for line in listing.splitlines()]
+        addresses = {name: int(address, 16) for address, _, name in symbols}
+        for _, kind, symbol in symbols:
+            if re.match("_ZZ(?!NK?St)", symbol) and kind in "bBvVuw" and symbol not in sizes:
+                raise KernelFault(
+                    "compile-error", f"compile-error: {what}: shared variable {symbol} was not recognised"
+                )
         names = _command(["c++filt", *sizes], what).splitlines() if sizes else []
         facts["anchor"] = addresses["simt_launch"]
         facts["variables"] = sorted(
@@ -266,29 +282,35 @@ def precompile(
 
 @dataclass(frozen=True)
 class _Object:
-    """A loaded kernel: its entry point, parameters, and the shared variables of its object."""
+    """A loaded kernel: its entry point, parameters (kind, flags, bytes) and the shared variables of its object.
+
+    kind is p(ointer), f(loat), i(nt) or u(nsigned); of a pointer, flag 1 says const, 2 that it points to a plain
+    number, and bytes is the size of what it points to.
+    """
 
     path: Path
     launch: Any
     kernel: int
-    parameters: tuple[tuple[str, bool, int], ...]
+    parameters: tuple[tuple[str, int, int], ...]
     variables: Any
     base: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str, number: int) -> _Object:
     path = cache_folder() / f"{name}.so"
     library = ctypes.CDLL(str(path))
     facts = json.loads(path.with_suffix(".json").read_text())
     anchor = ctypes.cast(library.simt_launch, ctypes.c_void_p).value or 0
     base = anchor - int(facts["anchor"])
-    variables = (_Variable * len(facts["variables"]))(*[(base + a, n, d.encode()) for a, n, d in facts["variables"]])
+    variables = (_Variable * len(facts["variables"]))(
+        *[_Variable(base + a, n, d.encode()) for a, n, d in facts["variables"]]
+    )
     describe = library[f"simt_describe_{number}"]
     found = (_Parameter * int(describe(None)))()
     describe(found)
     kernel = ctypes.cast(library[f"simt_kernel_{number}"], ctypes.c_void_p).value or 0
-    parameters = tuple((p.kind.decode(), bool(p.const), int(p.bytes)) for p in found)
+    parameters = tuple((p.kind.decode(), int(p.flags), int(p.bytes)) for p in found)
     return _Object(path, library.simt_launch, kernel, parameters, variables, base)
 
 
@@ -350,13 +372,11 @@ def _no_null(value: Any) -> Any:
 _KINDS = {"f": "f", "i": "i", "u": "ub"}
 
 
-def _scalar(value: Any, parameter: tuple[str, bool, int], name: str) -> bytes:
+def _scalar(value: Any, parameter: tuple[str, int, int], name: str) -> bytes:
     kind, _, size = parameter
     scalar = np.asarray(value)
     if scalar.shape != () or scalar.dtype.kind not in _KINDS[kind] or scalar.dtype.itemsize != size:
-        raise TypeError(
-            f"argument '{name}': a scalar of kind '{kind}' and {size} bytes is needed, not {scalar.dtype}{list(scalar.shape)}"
-        )
+        raise TypeError(f"argument '{name}': a scalar of kind '{kind}' and {size} bytes is needed, not {scalar.dtype}")
     return scalar.tobytes()
 
 
@@ -371,7 +391,7 @@ def run(
     seed: int = 0,
     timeout: float = 60.0,
     max_blocks: int = 1024,
-    debug: bool = False,
+    debug: bool | None = None,
 ) -> None:
     """Executes a launch on the CPU; arrays are changed in place.
 
@@ -379,11 +399,14 @@ def run(
     pointer. check: verify every memory access (False: about 3 times faster, finds only deadlocks, divergence, undefined
     behaviour and crashes). race_check: report shared-memory races. folder: where ``launch.file`` is, ``cuda_src/`` if
     None. arch: ``__CUDA_ARCH__`` / 10. defines: ``NAME=VALUE`` macros. seed: 0 starts threads in order, another number
-    in a random order. timeout: seconds. max_blocks: blocks that may be alive at once. debug: compile with -O0 for gdb.
+    in a random order. timeout: seconds. max_blocks: blocks that may be alive at once. debug: compile with -O0 for
+    gdb; None: if the environment has SIMT_DEBUG=1.
 
     Raises KernelFault; its first line is ``kind: expression: block, thread: file:line``. Raises TypeError for arguments
     that do not fit the kernel's parameters.
     """
+    if debug is None:
+        debug = os.environ.get("SIMT_DEBUG", "0") == "1"
     build = _build(launch.file, folder, arch, defines, debug)
     kernel = _object(build, launch.expression)
     prototype = getattr(launch, "prototype", None)
@@ -405,10 +428,11 @@ def run(
     for i, array in arrays:
         if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
             raise TypeError(f"argument '{names[i]}': a C-contiguous NumPy array is needed, not {type(array).__name__}")
-        if array.nbytes and kernel.parameters[i][2] not in (1, array.dtype.itemsize) and array.dtype.itemsize != 1:
-            wide = kernel.parameters[i][2]
-            if wide % array.dtype.itemsize:  # float4* over float is fine, float* over float16 is not
-                raise TypeError(f"argument '{names[i]}': elements of {wide} bytes are needed, not {array.dtype}")
+        size, exact = kernel.parameters[i][2], kernel.parameters[i][1] & 2
+        if size != 1 and (
+            size != array.dtype.itemsize if exact else size % array.dtype.itemsize
+        ):  # float4* over floats
+            raise TypeError(f"argument '{names[i]}': elements of {size} bytes are needed, not {array.dtype}")
     placed = _place([a for _, a in arrays])
 
     def location(array: np.ndarray[Any, Any]) -> int:
@@ -417,7 +441,7 @@ def run(
         return low + group.shift if group else 0x1000  # an empty array: any access faults
 
     values: list[bytes] = []
-    regions: list[tuple[int, int, int, int]] = []
+    regions: list[_Region] = []
     for i, (value, parameter) in enumerate(zip(args, kernel.parameters, strict=True)):
         if parameter[0] != "p":
             values.append(_scalar(value, parameter, names[i]))
@@ -425,13 +449,13 @@ def run(
         address = 0 if value is None else location(value)
         values.append(int(address).to_bytes(8, "little"))
         if value is not None and value.nbytes:
-            regions.append((address, address + value.nbytes, int(not parameter[1]), i))
-    written = [i for i, a in arrays if not kernel.parameters[i][1]]
+            regions.append(_Region(address, address + value.nbytes, int(not parameter[1] & 1), i))
+    written = [i for i, a in arrays if not kernel.parameters[i][1] & 1]
 
     buffers = [ctypes.create_string_buffer(v, max(8, len(v))) for v in values]
     pointers = (ctypes.c_void_p * max(1, len(buffers)))(*[ctypes.addressof(b) for b in buffers])
     # A writable region comes first, so that an array that is passed as const as well can be written.
-    table = (_Region * max(1, len(regions)))(*sorted(regions, key=lambda r: -r[2]))
+    table = (_Region * max(1, len(regions)))(*sorted(regions, key=lambda r: -r.writable))
     labels = (ctypes.c_char_p * max(1, len(names)))(*[n.encode() for n in names])
     report = ctypes.create_string_buffer(1 << 16)
     shared_count = len(kernel.variables)

@@ -16,7 +16,8 @@
 //              `floor` (whole block), `warp.floor` and `lanes` (its warp), and `clock` (the rest; only if needed).
 //   faults     fill in the report and leave for good; the fibers are abandoned.
 
-#include <cfloat>
+#include "include/simt_abi.h"
+
 #include <cmath>
 #include <csetjmp>
 #include <csignal>
@@ -50,15 +51,6 @@ typedef uintptr_t uptr;
 
 struct uint3 { u32 x, y, z; };
 
-namespace simt {
-struct Lane { u32 in[16], out[16]; };
-enum Op {
-  SYNCWARP, SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ALL, ANY, MATCH_ANY, MATCH_ALL, REDUCE_ADD_S32, REDUCE_ADD_U32,
-  REDUCE_MIN_S32, REDUCE_MIN_U32, REDUCE_MAX_S32, REDUCE_MAX_U32, REDUCE_AND, REDUCE_OR, REDUCE_XOR, LDMATRIX,
-  LDMATRIX_TRANS, MMA_F16_16816, MMA_BF16_16816, MMA_F16_1688, MMA_BF16_1688, MMA_TF32_1688, MMA_TF32_1684, MMA_S8_16832,
-  STMATRIX, STMATRIX_TRANS
-};
-}  // namespace simt
 using simt::Lane;
 
 namespace {
@@ -100,7 +92,7 @@ struct Cell { Access write, read[2]; };
 
 typedef std::shared_ptr<std::vector<u32>> Clock;     // per thread of the block: known up to this time
 
-struct Copy { void* to; const void* from; u32 bytes, source_bytes, thread, group, pc; };
+struct Copy { void* to; const void* from; u32 bytes, source_bytes, thread, group, pc, time; };
 
 struct Block;
 struct Fiber {
@@ -139,6 +131,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<u32> ready, polling;                    // ready: ring buffer
   u32 head, tail;
+  std::string unwritten;                              // report of a read of bytes that nobody has written so far
   u8* stacks;
   u8* dynamic;
   std::vector<Shadow> shadows;                        // 0: dynamic; 1 + i: variable i
@@ -164,6 +157,8 @@ Region last_region;
 sigjmp_buf escape;
 bool failed;
 std::vector<std::unique_ptr<Block>> idle_blocks;
+u8 signal_stack[65536];  // not a local: function-local statics of the object are shared variables
+std::vector<float> half_values;
 
 // ---- reports -------------------------------------------------------------------------------------------------------
 #define ADDRESS(pc) (unsigned long long)(pc)
@@ -193,16 +188,25 @@ std::string thread_name(const Block& block, u32 thread) {
   siglongjmp(escape, 1);
 }
 
-[[noreturn]] void fault(const char* kind, const Fiber* fiber, const std::string& where, const std::string& detail) {
+std::string report_text(const char* kind, const Fiber* fiber, const std::string& where, const std::string& detail) {
   uint3 b{0, 0, 0};
   std::string thread = "?";
   if (fiber != nullptr) {
     b = fiber->block->index;
     thread = thread_name(*fiber->block, fiber->thread);
   }
-  snprintf(launch->report, launch->report_bytes, "%s\x1f(%u, %u, %u)\x1f%s\x1f%s\x1f%s", kind, b.x, b.y, b.z, thread.c_str(),
-           where.c_str(), detail.c_str());
+  return format("%s\x1f(%u, %u, %u)\x1f%s\x1f", kind, b.x, b.y, b.z, thread.c_str()) + where + "\x1f" + detail;
+}
+
+[[noreturn]] void fault(const char* kind, const Fiber* fiber, const std::string& where, const std::string& detail) {
+  std::string text = report_text(kind, fiber, where, detail);
+  if (fiber != nullptr && !fiber->block->unwritten.empty() && strcmp(kind, "race") != 0) text = fiber->block->unwritten;
+  snprintf(launch->report, launch->report_bytes, "%s", text.c_str());
   leave();
+}
+
+void require_written(const Block& b) {
+  if (!b.unwritten.empty()) fault("uninitialised-shared", &b.fibers[0], "", "");
 }
 
 // ---- context switch ------------------------------------------------------------------------------------------------
@@ -384,9 +388,10 @@ void shared_access(Fiber& f, Spot s, u32 bytes, Kind kind, u64 pc) {
   for (; cell != end; ++cell, s.offset += 1u << granule_shift) {
     Access& w = cell->write;
     bool written = w.time >= b.born;
-    if ((kind == READ || kind == ATOMIC_UPDATE) && !written)
-      fault("uninitialised-shared", &f, at_pc(pc), format("byte %lld of %s has not been written by this block",
-            (long long)s.offset, shared_name(s.variable)));
+    // Perhaps another thread has yet to write it, and a race is the better report: wait for the next barrier.
+    if ((kind == READ || kind == ATOMIC_UPDATE) && !written && b.unwritten.empty())
+      b.unwritten = report_text("uninitialised-shared", &f, at_pc(pc), format("byte %lld of %s has not been written by this block",
+                                (long long)s.offset, shared_name(s.variable)));
     if (written && (w.flags & IN_FLIGHT))
       fault("async-in-flight", &f, at_pc(pc), format("thread %s %s byte %lld of %s before the asynchronous copy to it has been waited for; "
             "the copy was issued by thread %s at ", thread_name(b, f.thread).c_str(), DID[kind], (long long)s.offset,
@@ -402,13 +407,14 @@ void shared_access(Fiber& f, Spot s, u32 bytes, Kind kind, u64 pc) {
         for (Access& r : cell->read)
           if (r.time >= b.floor && r.thread != f.thread && !before(f, r))
             fault("race", &f, at_pc(pc), race_detail(f, r, "read", pc, DID[kind], s));
-      w = mine;
+      // An atomic does not hide the plain write that the same thread made just before it.
+      if (!(kind == ATOMIC_UPDATE && written && w.thread == f.thread && w.time == f.time && w.flags == 0)) w = mine;
     }
   }
 }
 
-// An asynchronous copy has arrived: the bytes are now an ordinary write of the thread at its present time.
-void land(Fiber& f, const Copy& c) {
+// An asynchronous copy has arrived: the bytes are now an ordinary write of its thread at `time`.
+void land(Fiber& f, const Copy& c, u32 time) {
   Spot s;
   memcpy(c.to, c.from, c.source_bytes);
   memset(static_cast<u8*>(c.to) + c.source_bytes, 0, c.bytes - c.source_bytes);
@@ -416,7 +422,7 @@ void land(Fiber& f, const Copy& c) {
   if (!checking || !find_shared(uptr(c.to), s)) return;
   Cell* cell = &f.block->shadows[s.variable].cells[s.offset >> granule_shift];
   for (u32 i = 0; i < std::max(1u, c.bytes >> granule_shift); ++i)
-    cell[i].write = Access{f.time, c.pc, u16(c.thread), 0};
+    cell[i].write = Access{time, c.pc, u16(c.thread), 0};
 }
 
 // ---- global memory -------------------------------------------------------------------------------------------------
@@ -567,6 +573,7 @@ void check_barrier(Block& b, Fiber& last) {
   }
   if (!same)
     fault("barrier-divergence", waiting, at(waiting->place), "not all threads of the block reach this barrier:\n" + census(b));
+  require_written(b);
   u32 time = tick();
   b.floor = time;
   b.barrier_result = b.barrier_sum;
@@ -586,7 +593,7 @@ void run_collective(Block& b, u32 warp, u32 mask, int op, const Fiber& last);
 void exit_fiber() {
   Fiber& f = *current;
   Block& b = *f.block;
-  for (const Copy& c : f.copies) land(f, c);
+  for (const Copy& c : f.copies) land(f, c, f.time);
   f.copies.clear();
   f.state = EXITED;
   --b.alive;
@@ -633,12 +640,11 @@ float from_bfloat(u16 b) { return from_word(u32(b) << 16); }
 float from_tf32(u32 w) { return from_word(w & 0xffffe000u); }
 
 const float* half_table() {
-  static std::vector<float> table;
-  if (table.empty()) {
-    table.resize(65536);
-    for (u32 i = 0; i < 65536; ++i) table[i] = from_half(u16(i));
+  if (half_values.empty()) {
+    half_values.resize(65536);
+    for (u32 i = 0; i < 65536; ++i) half_values[i] = from_half(u16(i));
   }
-  return table.data();
+  return half_values.data();
 }
 
 // D[16, 8] = A[16, k] B[k, 8] + C[16, 8] with fragments as in the PTX ISA ("Matrix fragments for mma.m16n8k*"): with
@@ -833,6 +839,7 @@ std::unique_ptr<Block> start_block(u64 number) {
   b->warps.assign((threads_per_block + 31) / 32, Warp{0, 0, 0});
   b->head = b->tail = 0;
   b->polling.clear();
+  b->unwritten.clear();
   b->named.clear();
   b->mbarriers.clear();
   for (auto& bytes : b->saved) bytes.clear();
@@ -909,6 +916,7 @@ void run_grid() {
       Block& b = *alive[i];
       run_block(b);
       if (b.alive == 0) {
+        require_written(b);
         idle_blocks.push_back(std::move(alive[i]));
         alive.erase(alive.begin() + long(i));
         continue;
@@ -978,7 +986,6 @@ u64 caller_pc(void* return_address) { return u64(return_address) - 1; }
 
 // ---- entry from Python ---------------------------------------------------------------------------------------------
 extern "C" __attribute__((visibility("default"))) int simt_launch(const Launch* l) {
-  static u8 signal_stack[65536];
   launch = l;
   threads_per_block = l->block[0] * l->block[1] * l->block[2];
   checking = l->check;
@@ -1117,8 +1124,6 @@ EXPORT void simt_named_barrier(int id, int threads, int wait, const char* file, 
   if (wait) switch_away(f);
 }
 
-EXPORT void simt_check(const void* p, u32 bytes, int write) { access(self(), p, bytes, write ? WRITE : READ, PC); }
-
 EXPORT u64 simt_load(const void* p, u32 bytes, int polls) {
   u64 pc = PC;
   if (polls) poll(pc);
@@ -1165,7 +1170,7 @@ Copy begin_copy(Fiber& f, void* to, const void* from, u32 bytes, u32 source_byte
   if (!is_shared(to)) fault("shared-out-of-bounds", &f, at_pc(pc), "the destination of the asynchronous copy is not in shared memory");
   if (source_bytes != 0) access(f, from, source_bytes, READ, pc);
   access(f, to, bytes, ASYNC_WRITE, pc);
-  return Copy{to, from, bytes, source_bytes, f.thread, f.groups, u32(pc - image_low)};
+  return Copy{to, from, bytes, source_bytes, f.thread, f.groups, u32(pc - image_low), f.time};
 }
 MBarrier& mbarrier(Fiber& f, void* bar, const Place& place) {
   f.place = place;
@@ -1201,7 +1206,7 @@ EXPORT void simt_cp_async_wait(int left) {      // left < 0: everything, also wh
   size_t kept = 0;
   for (const Copy& c : f.copies) {
     if (left >= 0 && c.group + u32(left) >= f.groups) f.copies[kept++] = c;
-    else land(f, c);
+    else land(f, c, f.time);
   }
   f.copies.resize(kept);
 }
@@ -1228,7 +1233,7 @@ EXPORT void simt_cp_async_mbarrier_arrive(void* bar, int noinc) {
   Fiber& f = self();
   Place place{"cp.async.mbarrier.arrive", "?", 0};
   MBarrier& m = mbarrier(f, bar, place);
-  for (const Copy& c : f.copies) land(f, c);    // the arrival follows them; nobody can see the bytes before it
+  for (const Copy& c : f.copies) land(f, c, f.time);    // the arrival follows them; nobody can see the bytes before it
   f.copies.clear();
   if (!noinc) ++m.pending;
   arrive(f, m, 1, place);
@@ -1241,7 +1246,8 @@ EXPORT int simt_mbarrier_test(void* bar, u32 parity, int wait, const char* file,
   for (;;) {
     MBarrier& m = mbarrier(f, bar, place);
     for (const Copy& c : m.copies) {            // bulk copies land when somebody looks
-      land(f.block->fibers[c.thread], c);
+      land(f, c, c.time);
+      m.clock[c.thread] = std::max(m.clock[c.thread], c.time + 1);
       m.bytes -= c.bytes;
     }
     if (!m.copies.empty()) m.copies.clear(), complete_phase(*f.block, m);
@@ -1263,6 +1269,7 @@ EXPORT void simt_bulk_copy(void* to, const void* from, u32 bytes, void* bar, con
   if (bytes % 16 != 0) fault("misaligned", &f, at(place), format("a bulk copy of %u bytes: not a multiple of 16", bytes));
   MBarrier& m = mbarrier(f, bar, place);
   m.copies.push_back(begin_copy(f, to, from, bytes, bytes, pc));
+  f.time = tick();                              // what the thread does next is not part of what the copy releases
 }
 
 // ---- what -fsanitize=thread calls ------------------------------------------------------------------------------------
@@ -1293,6 +1300,11 @@ EXPORT void __tsan_read_range(const void* p, u64 bytes) {
 EXPORT void __tsan_write_range(const void* p, u64 bytes) {
   if (uptr(p) - stack_low >= stack_size) access(self(), p, u32(bytes), WRITE, PC);
 }
+// g++ guards the initialisation of a `static` (shared) array of a class type even if there is nothing to initialise; it
+// is told that this has been done.
+EXPORT u8 __tsan_atomic8_load(const volatile u8*, int) { return 1; }
+EXPORT int __cxa_guard_acquire(long long*) { return 0; }
+EXPORT void __cxa_guard_release(long long*) {}
 EXPORT void __tsan_init() {}
 EXPORT void __tsan_func_entry(void*) {}
 EXPORT void __tsan_func_exit() {}

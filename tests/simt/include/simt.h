@@ -6,6 +6,8 @@
 #define SIMT_EMULATOR 1
 #define __CUDACC__ 1
 #define __CUDACC_RTC__ 1
+#include "simt_abi.h"
+
 #ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 900
 #endif
@@ -61,15 +63,6 @@ struct dim3 {
 namespace simt {
 typedef unsigned long long u64;
 typedef unsigned u32;
-struct Lane {  // what a lane brings to a warp collective, and what it takes away
-  u32 in[16], out[16];
-};
-enum Op {  // kinds of warp collective; lanes that meet must agree on it
-  SYNCWARP, SHFL_IDX, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ALL, ANY, MATCH_ANY, MATCH_ALL, REDUCE_ADD_S32, REDUCE_ADD_U32,
-  REDUCE_MIN_S32, REDUCE_MIN_U32, REDUCE_MAX_S32, REDUCE_MAX_U32, REDUCE_AND, REDUCE_OR, REDUCE_XOR, LDMATRIX,
-  LDMATRIX_TRANS, MMA_F16_16816, MMA_BF16_16816, MMA_F16_1688, MMA_BF16_1688, MMA_TF32_1688, MMA_TF32_1684, MMA_S8_16832,
-  STMATRIX, STMATRIX_TRANS
-};
 }  // namespace simt
 
 extern "C" {
@@ -83,13 +76,10 @@ void simt_collective(unsigned mask, int op, const char* file, int line);
 unsigned simt_active_mask();
 int simt_barrier(int predicate, int reduce, const char* what, const char* file, int line);
 void simt_named_barrier(int id, int threads, int wait, const char* file, int line);
-void simt_check(const void* p, unsigned bytes, int write);           // as an ordinary access
 simt::u64 simt_load(const void* p, unsigned bytes, int poll);        // checked; poll: let the others run first
 void simt_store(void* p, unsigned bytes, simt::u64 bits);
 simt::u64 simt_atomic_begin(void* p, unsigned bytes);
 void simt_atomic_end(void* p, unsigned bytes, simt::u64 before, simt::u64 after);
-void simt_atomic_load16(const void* p, unsigned* words);
-void simt_atomic_store16(void* p, const unsigned* words);
 void simt_yield();
 simt::u64 simt_clock(int nanoseconds);
 void simt_trap(const char* what, const char* file, int line);
@@ -410,12 +400,12 @@ extern "C" int printf(const char*, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- kernel entry points --------------------------------------------------------------------------------------------
 namespace simt {
-struct Parameter { char kind; unsigned char is_const; unsigned short bytes; };  // kind: p(ointer), f(loat), i, u
+struct Parameter { char kind; unsigned char flags; unsigned short bytes; };  // see _Object in emulator.py
 template <class T> struct Describe {
   static constexpr Parameter value = {T(1) / T(2) != T(0) ? 'f' : T(-1) < T(0) ? 'i' : 'u', 0, sizeof(T)};
 };
-template <class T> struct Describe<T*> { static constexpr Parameter value = {'p', 0, sizeof(T)}; };
-template <class T> struct Describe<const T*> { static constexpr Parameter value = {'p', 1, sizeof(T)}; };
+template <class T> struct Describe<T*> { static constexpr Parameter value = {'p', __is_class(T) ? 0 : 2, sizeof(T)}; };
+template <class T> struct Describe<const T*> { static constexpr Parameter value = {'p', __is_class(T) ? 1 : 3, sizeof(T)}; };
 template <> struct Describe<void*> { static constexpr Parameter value = {'p', 0, 1}; };
 template <> struct Describe<const void*> { static constexpr Parameter value = {'p', 1, 1}; };
 template <> struct Describe<bool> { static constexpr Parameter value = {'u', 0, 1}; };

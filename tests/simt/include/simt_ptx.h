@@ -1,9 +1,89 @@
 // The twins of the functions in cuda_src/ptx.cuh, which holds all inline PTX; defining its guard keeps it out. Same
-// names, same signatures (tests/simt/test_emulator.py compares the two files).
+// names, same parameters: tests/simt/test_emulator.py compares the two files. The rest, for kernels to come, has its toy
+// kernels in tests/simt/kernels/ptx.cu.
 #ifndef SIMT_PTX_H
 #define SIMT_PTX_H
 #define CUPLAMA_PTX_CUH
 
+// ---- loads and stores -----------------------------------------------------------------------------------------------
 SIMT_FN uint4 load_streamed(const void* p) { return *static_cast<const uint4*>(p); }
+
+// Volatile, acquire and relaxed loads are how threads wait for one another, so they let the others run first. Memory is
+// sequentially consistent here: that an acquire or a release is missing is not found.
+template <class T> SIMT_TEMPLATE T ld_volatile(const T* p) { return simt::from_bits<T>(simt_load(p, sizeof(T), 1)); }
+template <class T> SIMT_TEMPLATE T ld_acquire(const T* p) { return simt::from_bits<T>(simt_load(p, sizeof(T), 1)); }
+template <class T> SIMT_TEMPLATE T ld_relaxed(const T* p) { return simt::from_bits<T>(simt_load(p, sizeof(T), 1)); }
+template <class T> SIMT_TEMPLATE void st_volatile(T* p, simt::same<T> v) { simt_store(p, sizeof(T), simt::to_bits(v)); }
+template <class T> SIMT_TEMPLATE void st_release(T* p, simt::same<T> v) { simt_store(p, sizeof(T), simt::to_bits(v)); }
+template <class T> SIMT_TEMPLATE void st_relaxed(T* p, simt::same<T> v) { simt_store(p, sizeof(T), simt::to_bits(v)); }
+
+SIMT_FN unsigned lane_id() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
+SIMT_FN unsigned long long globaltimer() { return simt_clock(1); }
+
+// ---- asynchronous copies: the bytes arrive in the wait, not before ------------------------------------------------------
+SIMT_FN void cp_async_16(void* shared, const void* global) { simt_cp_async(shared, global, 16, 16); }
+SIMT_FN void cp_async_16(void* shared, const void* global, bool valid) { simt_cp_async(shared, global, 16, valid ? 16 : 0); }
+SIMT_FN void cp_async_commit() { simt_cp_async_commit(); }
+template <int N> SIMT_TEMPLATE void cp_async_wait() { simt_cp_async_wait(N); }
+SIMT_FN void cp_async_wait_all() { simt_cp_async_wait(-1); }
+
+// ---- matrices -------------------------------------------------------------------------------------------------------
+namespace simt {
+SIMT_FN void matrix_load(Op op, unsigned* r, int count, const void* row, const char* file, int line) {
+  Lane* lane = simt_lane();
+  u64 address = u64(reinterpret_cast<size_t>(row));
+  lane->in[0] = u32(address), lane->in[1] = u32(address >> 32), lane->in[2] = u32(count);
+  simt_collective(0xffffffffu, op, file, line);
+  for (int i = 0; i < count; ++i) r[i] = lane->out[i];
+}
+template <int A, int B> SIMT_TEMPLATE void multiply(Op op, float* d, const unsigned* a, const unsigned* b, const float* c,
+                                                    const char* file, int line) {
+  Lane* lane = simt_lane();
+  for (int i = 0; i < A; ++i) lane->in[i] = a[i];
+  for (int i = 0; i < B; ++i) lane->in[4 + i] = b[i];
+  for (int i = 0; i < 4; ++i) lane->in[8 + i] = as<u32>(c[i]);
+  simt_collective(0xffffffffu, op, file, line);
+  for (int i = 0; i < 4; ++i) d[i] = as<float>(lane->out[i]);
+}
+}  // namespace simt
+
+SIMT_FN void ldmatrix_x1(unsigned (&r)[1], const void* row, SIMT_HERE) { simt::matrix_load(simt::LDMATRIX, r, 1, row, file, line); }
+SIMT_FN void ldmatrix_x2(unsigned (&r)[2], const void* row, SIMT_HERE) { simt::matrix_load(simt::LDMATRIX, r, 2, row, file, line); }
+SIMT_FN void ldmatrix_x4(unsigned (&r)[4], const void* row, SIMT_HERE) { simt::matrix_load(simt::LDMATRIX, r, 4, row, file, line); }
+SIMT_FN void ldmatrix_x1_trans(unsigned (&r)[1], const void* row, SIMT_HERE) { simt::matrix_load(simt::LDMATRIX_TRANS, r, 1, row, file, line); }
+SIMT_FN void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, SIMT_HERE) { simt::matrix_load(simt::LDMATRIX_TRANS, r, 2, row, file, line); }
+SIMT_FN void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, SIMT_HERE) { simt::matrix_load(simt::LDMATRIX_TRANS, r, 4, row, file, line); }
+
+// d += a b, fp32 accumulators; fragments as in the PTX ISA. The sum is taken in double and rounded once.
+SIMT_FN void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SIMT_HERE) {
+  simt::multiply<4, 2>(simt::MMA_F16_16816, d, a, b, d, file, line);
+}
+SIMT_FN void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SIMT_HERE) {
+  simt::multiply<4, 2>(simt::MMA_BF16_16816, d, a, b, d, file, line);
+}
+SIMT_FN void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1], SIMT_HERE) {
+  simt::multiply<2, 1>(simt::MMA_F16_1688, d, a, b, d, file, line);
+}
+SIMT_FN void mma_m16n8k8_bf16(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1], SIMT_HERE) {
+  simt::multiply<2, 1>(simt::MMA_BF16_1688, d, a, b, d, file, line);
+}
+SIMT_FN void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SIMT_HERE) {
+  simt::multiply<4, 2>(simt::MMA_TF32_1688, d, a, b, d, file, line);
+}
+
+// ---- mbarriers and bulk copies -----------------------------------------------------------------------------------------
+SIMT_FN void mbarrier_init(void* bar, unsigned count, SIMT_HERE) { simt_mbarrier_init(bar, count, file, line); }
+SIMT_FN void mbarrier_arrive(void* bar, SIMT_HERE) { simt_mbarrier_arrive(bar, 1, 0, 1, file, line); }
+SIMT_FN void mbarrier_expect_tx(void* bar, unsigned bytes, SIMT_HERE) { simt_mbarrier_arrive(bar, 0, bytes, 0, file, line); }
+SIMT_FN void mbarrier_arrive_expect_tx(void* bar, unsigned bytes, SIMT_HERE) { simt_mbarrier_arrive(bar, 1, bytes, 1, file, line); }
+SIMT_FN bool mbarrier_try_wait(void* bar, unsigned parity, SIMT_HERE) { return simt_mbarrier_test(bar, parity, 0, file, line) != 0; }
+SIMT_FN void mbarrier_wait(void* bar, unsigned parity, SIMT_HERE) { simt_mbarrier_test(bar, parity, 1, file, line); }
+SIMT_FN void bulk_copy(void* shared, const void* global, unsigned bytes, void* bar, SIMT_HERE) {
+  simt_bulk_copy(shared, global, bytes, bar, file, line);
+}
+
+// ---- named barriers: bar.sync and bar.arrive ----------------------------------------------------------------------------
+SIMT_FN void bar_sync(int id, int threads, SIMT_HERE) { simt_named_barrier(id, threads, 1, file, line); }
+SIMT_FN void bar_arrive(int id, int threads, SIMT_HERE) { simt_named_barrier(id, threads, 0, file, line); }
 
 #endif
