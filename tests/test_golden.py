@@ -132,7 +132,7 @@ def test_token_by_token_equals_one_piece(case: Case) -> None:
         prompt = prompt[: rope.context]
         wanted = case.model.logits(prompt)
     elif rope is not None and rope.regime(len(prompt)):
-        # Beyond the original context every position of one piece has the long factors, which a shorter sequence has not.
+        # Beyond the original context all positions of one piece have the long factors, those of a shorter one do not.
         wanted = np.stack([case.model.logits(prompt[: n + 1])[-1] for n in range(len(prompt))])
     (found,) = decode_steps(case.model, [prompt[:1]], [[*prompt[1:], 0]])
     assert difference(found, wanted) <= TOLERANCE
@@ -171,7 +171,7 @@ def test_both_spellings_of_the_rope_settings(folder: Path, spelling: str, tmp_pa
 
 
 # transformers rounds the same activations to the same 16 bits in another order, so the two divergences scatter around
-# one size; over these tiny models this bound leaves room for chance and none for a lost float32 residual or accumulator.
+# one size; the bound leaves room for chance, and none for a lost float32 residual or accumulator.
 SCATTER = 1.5
 
 
