@@ -315,7 +315,7 @@ class _Stage:
     Several threads fill a buffer, because reading a mapped file is bound by page faults, not by bandwidth.
     """
 
-    _THREADS = 4
+    _THREADS = min(8, os.cpu_count() or 1)
 
     def __init__(self, cupy: Any, stream: Any) -> None:
         pinned = [cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(STAGE), 0) for _ in range(2)]
