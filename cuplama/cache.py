@@ -5,11 +5,14 @@ Kwon et al., "Efficient Memory Management for Large Language Model Serving with 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .config import ModelConfig
+from .errors import ContextError
 from .op import Array
 
 if TYPE_CHECKING:
@@ -26,23 +29,47 @@ def pages_for(tokens: int) -> int:
 
 
 class PagedCache:
-    """The pool. ``arrays``: "<layer>.cache.k" and ".v", each [pages, kv_heads, PAGE, head_dim] in the model's dtype."""
+    """The pool. ``arrays``: "<layer>.cache.k" and ".v" [pages + 1, kv_heads, PAGE, head_dim] in the model's dtype."""
 
     def __init__(self, backend: Backend, config: ModelConfig, pages: int) -> None:
-        shape = (pages, config.kv_heads, PAGE, config.head_dim)
+        shape = (pages + 1, config.kv_heads, PAGE, config.head_dim)
         self.pages, self.page_size = pages, PAGE
+        self.spare = pages  # a page that is nobody's: idle rows of a recorded batch write there
         self.arrays: dict[str, Array] = {
             f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.layers) for part in "kv"
         }
         self._free = list(range(pages - 1, -1, -1))  # low pages first: memory that is never used is never touched
+        self._promised = 0
 
     @property
     def free(self) -> int:
         """Pages that no sequence owns."""
         return len(self._free)
 
+    @property
+    def unpromised(self) -> int:
+        """Pages that no run may still ask for."""
+        return self.pages - self._promised
+
+    @contextmanager
+    def promise(self, pages: int) -> Iterator[None]:
+        """Keep this many pages for one run, which takes them one by one as its sequences grow.
+
+        Two runs may interleave (two open streams), and neither may find the pool empty halfway.
+        """
+        if pages > self.unpromised:
+            raise ContextError(
+                f"the KV cache has room for {self.unpromised * PAGE} more tokens, {pages * PAGE} are needed:"
+                " end the streams that are still open, or load the model with more cache_tokens"
+            )
+        self._promised += pages
+        try:
+            yield
+        finally:
+            self._promised -= pages
+
     def extend(self, owned: list[int], tokens: int) -> None:
-        """Give a sequence the pages it needs for ``tokens`` tokens in all. The caller has checked ``free``."""
+        """Give a sequence the pages it needs for ``tokens`` tokens in all. They were promised to its run."""
         while len(owned) < pages_for(tokens):
             owned.append(self._free.pop())
 

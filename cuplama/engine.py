@@ -6,7 +6,7 @@ pages, and calls the sampler's ops. One sequence is a batch of one; every pass i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,15 @@ import numpy as np
 from .backends import Backend
 from .cache import PagedCache, block_table, pages_for
 from .config import ModelConfig
-from .graph import LOGITS, decoder
+from .decode import DecodeLoop, batch_size, decode_nodes
+from .graph import LOGITS, Node, decoder
 from .op import Array
 from .rope import RopeTables, Span
 from .sampling import SamplingParams
 
 __all__ = ["Engine", "Generation", "Token"]
+
+_MOST_LOOPS = 8  # recordings kept for batches to come; each has buffers of its own
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 
@@ -71,39 +74,45 @@ class Engine:
         # What a chunk in the middle of a prompt needs: everything that feeds the cache, but not the head.
         self._body = self.nodes[: [node.op for node in self.nodes].index("select_rows")]
         self.cache = PagedCache(backend, config, pages_for(max(cache_tokens, context)))
-        self._values: dict[str, Array] = {**weights, **self.cache.arrays}
+        # Everything that stays where it is: weights, cache, rotation tables.
+        self.values: dict[str, Array] = {**weights, **self.cache.arrays}
         self._rope = RopeTables(config.rope, context) if config.rope else None
         if self._rope is not None:
-            self._tables = backend.upload(self._rope.cos), backend.upload(self._rope.sin)
+            self.values["rope.cos"], self.values["rope.sin"] = map(backend.upload, (self._rope.cos, self._rope.sin))
+        self._decode_nodes = decode_nodes(self.nodes)
+        self._loops: dict[Any, DecodeLoop] = {}
 
     def logits(self, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
         """The logits after each token, float32 [rows, vocab], in pieces as the passes yield them."""
         sequence = Generation(tokens, SamplingParams(), frozenset())
-        try:
-            for rows in self._prefill([sequence], True, None):
-                yield self.backend.download(rows)
-        finally:
-            self.cache.release(sequence.pages)
+        with self.cache.promise(pages_for(len(tokens))):
+            try:
+                for rows in self._prefill([sequence], True, None):
+                    yield self.backend.download(rows)
+            finally:
+                self.cache.release(sequence.pages)
 
     def generate(
         self, sequences: Sequence[Generation], progress: Progress | None = None
-    ) -> Iterator[list[tuple[Generation, Token]]]:
+    ) -> Generator[list[tuple[Generation, Token]]]:
         """Draw tokens until every sequence has a finish_reason; yields the tokens of each step.
 
         Sequences run together as long as the cache holds them all at full length; what does not fit waits its turn.
+        Raises ContextError if other runs that have not ended leave no room even for one.
         """
         waiting = list(sequences)
         while waiting:
-            wave: list[Generation] = []
-            free = self.cache.free
-            while waiting and (need := pages_for(self._longest(waiting[0]))) <= free:
-                free -= need
+            wave = [waiting.pop(0)]
+            pages = pages_for(self._longest(wave[0]))
+            while waiting and pages + (need := pages_for(self._longest(waiting[0]))) <= self.cache.unpromised:
+                pages += need
                 wave.append(waiting.pop(0))
-            try:
-                yield from self._run(wave, progress)
-            finally:
-                for s in wave:
-                    self.cache.release(s.pages)
+            with self.cache.promise(pages):
+                try:
+                    yield from self._run(wave, progress)
+                finally:
+                    for s in wave:
+                        self.cache.release(s.pages)
 
     def _longest(self, s: Generation) -> int:
         """Tokens of this sequence at the end."""
@@ -115,28 +124,81 @@ class Engine:
             if len(s.prompt) >= self._longest(s):
                 s.finish_reason = "length"
         active = [s for s in wave if s.finish_reason is None]
-        if not active:
-            return
-        logits = self._last_rows(active, progress)
-        sampler = Sampler(self.backend, self.config.vocab, active)
         while active:
-            drawn = list(zip(active, sampler.draw(logits), strict=True))
-            for s, token in drawn:
-                s.tokens.append(token.id)
-                if token.id in s.stop_ids:
-                    s.finish_reason = "stop"
-                elif len(s.tokens) >= self._longest(s):
-                    s.finish_reason = "length"
-            yield drawn
-            if any(s.finish_reason for s in active):
-                for s in active:
-                    if s.finish_reason:
-                        self.cache.release(s.pages)
-                active = [s for s in active if s.finish_reason is None]
-                if not active:
-                    return
-                sampler = Sampler(self.backend, self.config.vocab, active)
-            logits = self._last_rows(active)
+            sampler = Sampler(self.config.vocab, active)
+            logits = self._last_rows(active, progress)
+            inputs = {name: self.backend.upload(array) for name, array in sampler.inputs.items()}
+            pos = self.backend.upload(np.array([len(s.tokens) for s in active], np.int32))
+            outs = sampler.draw(self.backend, inputs, logits, pos)
+            yield self._accept(active, [self.backend.download(a) for a in outs])
+            active = self._still_active(active)
+            while steps := self._recordable(active):
+                yield from self._replay(active, steps)
+                active = self._still_active(active)
+            progress = None
+
+    def _accept(self, active: list[Generation], outs: list[np.ndarray[Any, Any]]) -> list[tuple[Generation, Token]]:
+        """Append the drawn tokens to the sequences that go on, and see which ones end with it."""
+        drawn = [pair for pair in zip(active, _tokens(active, outs), strict=True) if pair[0].finish_reason is None]
+        for s, token in drawn:
+            s.tokens.append(token.id)
+            if token.id in s.stop_ids:
+                s.finish_reason = "stop"
+            elif len(s.tokens) >= self._longest(s):
+                s.finish_reason = "length"
+        return drawn
+
+    def _still_active(self, active: list[Generation]) -> list[Generation]:
+        for s in active:
+            if s.finish_reason is not None:
+                self.cache.release(s.pages)
+        return [s for s in active if s.finish_reason is None]
+
+    def _recordable(self, active: list[Generation]) -> int:
+        """Steps that a recording can do from here: 0 without one, or where the rotation changes at the next token."""
+        if not active or not self.backend.records:
+            return 0
+        steps = [self._longest(s) - len(s.tokens) for s in active]
+        if self.config.rope is not None:
+            steps += [self.config.rope.stable_steps(len(s.tokens)) for s in active]
+        return min(steps)
+
+    def _replay(self, active: list[Generation], steps: int) -> Iterator[list[tuple[Generation, Token]]]:
+        """Replay up to ``steps`` decode steps, fewer if a sequence ends: what is in flight then is still read."""
+        sampler = Sampler(self.config.vocab, active)
+        size = batch_size(len(active))
+        key = (size, sampler.top_n, *((k, v.shape[1:]) for k, v in sampler.inputs.items()))
+        loop = self._loops.get(key)
+        if loop is None:
+            if len(self._loops) >= _MOST_LOOPS:
+                self._loops.pop(next(iter(self._loops)))
+            loop = self._loops[key] = DecodeLoop(self, size, sampler)
+        for s in active:
+            self.cache.extend(s.pages, self._longest(s))
+        loop.begin(active, sampler)
+        launched = 0
+        while True:
+            going = all(s.finish_reason is None for s in active)
+            while going and launched < steps and loop.in_flight < loop.ahead:
+                loop.launch()
+                launched += 1
+            if not loop.in_flight:
+                return
+            outs = list(loop.read())
+            for s in active:
+                if s.finish_reason is None:
+                    s.cached = len(s.tokens)
+            if drawn := self._accept(active, outs):
+                yield drawn
+
+    def decode_nodes(self, size: int) -> list[Node]:
+        """The nodes of a decode step of that many sequences."""
+        return self._decode_nodes
+
+    def rope_row(self, s: Generation) -> int:
+        """The row of the rotation tables for the last token of a sequence."""
+        n = len(s.tokens)
+        return int(self._rope.lookup([Span(n - 1, 1, n)])[2][0]) if self._rope is not None else 0
 
     def _last_rows(self, active: list[Generation], progress: Progress | None = None) -> Array:
         """The logits after the last token of each sequence, [len(active), vocab], in order."""
@@ -196,14 +258,12 @@ class Engine:
             "blocks": table,
             "wanted": wanted,
         }
-        values = {**self._values, **{k: backend.upload(v.astype(np.int32)) for k, v in inputs.items()}}
+        values = {**self.values, **{k: backend.upload(v.astype(np.int32)) for k, v in inputs.items()}}
         if self._rope is not None:
             cos, sin, rows = self._rope.lookup([Span(s.cached, count, len(s.tokens)) for s, count in batch])
-            static = cos is self._rope.cos
-            values["rope.cos"], values["rope.sin"] = (
-                self._tables if static else (backend.upload(cos), backend.upload(sin))
-            )
             values["rope.rows"] = backend.upload(rows)
+            if cos is not self._rope.cos:
+                values["rope.cos"], values["rope.sin"] = backend.upload(cos), backend.upload(sin)
         if not len(wanted):
             backend.run(self._body, values, ())
             return None
@@ -211,64 +271,72 @@ class Engine:
 
 
 class Sampler:
-    """The sampler's inputs for one set of active sequences, and the ops that draw with them."""
+    """What the sampler's ops need for one set of sequences. inputs: host arrays by name; row i is sequence i.
 
-    def __init__(self, backend: Backend, vocab: int, active: list[Generation]) -> None:
-        self.backend, self.active = backend, active
+    top_n: how many best tokens to report beside the drawn one; None: no log-probabilities.
+    """
+
+    def __init__(self, vocab: int, active: Sequence[Generation]) -> None:
         p = [s.params for s in active]
 
-        def column(name: str, dtype: Any) -> Array:
-            return backend.upload(np.array([getattr(x, name) for x in p], dtype))
+        def column(name: str, dtype: Any) -> np.ndarray[Any, Any]:
+            return np.array([getattr(x, name) for x in p], dtype)
 
-        self.temperature = column("temperature", np.float32)
-        self.top_k = backend.upload(np.array([min(x.top_k, 2**31 - 1) for x in p], np.int32))
-        self.top_p, self.min_p = column("top_p", np.float32), column("min_p", np.float32)
-        self.seed = backend.upload(np.array([s.seed for s in active], np.uint64))
+        self.inputs: dict[str, np.ndarray[Any, Any]] = {
+            "temperature": column("temperature", np.float32),
+            "top_k": np.array([min(x.top_k, 2**31 - 1) for x in p], np.int32),
+            "top_p": column("top_p", np.float32),
+            "min_p": column("min_p", np.float32),
+            "seed": np.array([s.seed for s in active], np.uint64),
+        }
         asked = [x.logprobs for x in p if x.logprobs is not None]
         self.top_n = min(max(asked), vocab) if asked else None
-        self.penalties: list[Array] | None = None
-        if any(_penalised(x) for x in p):
-            seen = np.zeros((len(active), vocab), np.int32)
-            for row, s in zip(seen, active, strict=True):
-                row += 2 * np.bincount(np.array(s.tokens[len(s.prompt) :], np.int64), minlength=vocab).astype(np.int32)
-                row[np.array(s.prompt, np.int64)] |= 1
-            bias = None
-            if any(x.logit_bias for x in p):
-                bias = np.zeros((len(active), vocab), np.float32)
-                for i, x in enumerate(p):
-                    for token, value in x.logit_bias.items():
-                        bias[i, token] = value
-            width = max([1, *(len(s.stop_ids) for s in active)])
-            stops = np.full((len(active), width), -1, np.int32)
-            for row, s in zip(stops, active, strict=True):
-                row[: len(s.stop_ids)] = sorted(s.stop_ids)
-            min_pos = np.array([len(s.prompt) + s.params.min_tokens for s in active], np.int32)
-            self.seen = backend.upload(seen)
-            self.bias = None if bias is None else backend.upload(bias)
-            self.stops, self.min_pos = backend.upload(stops), backend.upload(min_pos)
-            self.penalties = [column(f"{n}_penalty", np.float32) for n in ("repetition", "presence", "frequency")]
+        if not any(_penalised(x) for x in p):
+            return
+        seen = np.zeros((len(active), vocab), np.int32)
+        bias = np.zeros((len(active), vocab), np.float32)
+        stop_ids = np.full((len(active), max([1, *(len(s.stop_ids) for s in active)])), -1, np.int32)
+        for i, s in enumerate(active):
+            np.add.at(seen[i], s.tokens[len(s.prompt) :], 2)
+            seen[i, list(s.prompt)] |= 1
+            bias[i, list(s.params.logit_bias)] = list(s.params.logit_bias.values())
+            stop_ids[i, : len(s.stop_ids)] = sorted(s.stop_ids)
+        self.inputs["seen"] = seen
+        if any(x.logit_bias for x in p):
+            self.inputs["bias"] = bias
+        self.inputs["stop_ids"] = stop_ids
+        ends = [min(len(s.prompt) + s.params.min_tokens, 2**31 - 1) for s in active]
+        self.inputs["min_pos"] = np.array(ends, np.int32)
+        for name in ("repetition", "presence", "frequency"):
+            self.inputs[name] = column(f"{name}_penalty", np.float32)
 
-    def draw(self, logits: Array) -> list[Token]:
-        """One token per sequence from logits [b, vocab]."""
-        call = self.backend.call
-        pos = self.backend.upload(np.array([len(s.tokens) for s in self.active], np.int32))
+    def draw(self, backend: Backend, inputs: Mapping[str, Array], logits: Array, pos: Array) -> tuple[Array, ...]:
+        """Tokens [b] from logits [b, vocab] at positions pos [b]; then, if asked for, the outputs of ``logprobs``."""
         adjusted = logits
-        if self.penalties is not None:
-            ins = [logits, self.seen, self.bias, self.stops, pos, self.min_pos, *self.penalties]
-            (adjusted,) = call("penalize", ins, {})
-        settings = [self.temperature, self.top_k, self.top_p, self.min_p, self.seed, pos]
-        (tokens,) = call("sample", [adjusted, *settings], {})
-        if self.penalties is not None:
-            call("count_token", [self.seen, tokens], {})
+        if "seen" in inputs:
+            before = [logits, inputs["seen"], inputs.get("bias"), inputs["stop_ids"], pos, inputs["min_pos"]]
+            penalties = [inputs[name] for name in ("repetition", "presence", "frequency")]
+            (adjusted,) = backend.call("penalize", [*before, *penalties], {})
+        settings = [inputs[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
+        (tokens,) = backend.call("sample", [adjusted, *settings, pos], {})
+        if "seen" in inputs:
+            backend.call("count_token", [inputs["seen"], tokens], {})
         if self.top_n is None:
-            return [Token(int(t)) for t in self.backend.download(tokens)]
-        scores = [self.backend.download(a) for a in call("logprobs", [logits, tokens], {"N": self.top_n})]
-        found = []
-        for s, t, logp, ids, top in zip(self.active, self.backend.download(tokens), *scores, strict=True):
-            n = s.params.logprobs
-            pairs = tuple((int(i), float(v)) for i, v in zip(ids[:n], top[:n], strict=True))
-            found.append(Token(int(t)) if n is None else Token(int(t), float(logp), pairs))
-        return found
+            return (tokens,)
+        return (tokens, *backend.call("logprobs", [logits, tokens], {"N": self.top_n}))
+
+
+def _tokens(active: Sequence[Generation], outs: Sequence[np.ndarray[Any, Any]]) -> list[Token]:
+    """The drawn tokens, from the host copies of what ``Sampler.draw`` gave."""
+    ids, *scores = outs
+    if not scores:
+        return [Token(int(i)) for i in ids[: len(active)]]
+    found = []
+    for s, i, logprob, top_ids, top in zip(active, ids, *scores, strict=False):
+        n = s.params.logprobs
+        pairs = tuple((int(k), float(v)) for k, v in zip(top_ids[:n], top[:n], strict=True))
+        found.append(Token(int(i)) if n is None else Token(int(i), float(logprob), pairs))
+    return found
 
 
 def _penalised(p: SamplingParams) -> bool:

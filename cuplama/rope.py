@@ -65,6 +65,12 @@ class Rope:
         """
         return int(self.type == "longrope" and length > self.original)
 
+    def stable_steps(self, length: int) -> int:
+        """Decode steps that keep one regime, for a sequence of ``length`` tokens whose last is not cached yet."""
+        if self.type == "longrope" and not self.regime(length - 1):
+            return max(0, self.original - length + 1)
+        return 2**31
+
 
 def _base(rope: Rope, theta: float | None = None) -> FloatArray:
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,15 +11,33 @@ from ..checkpoint import Weight
 from ..graph import Node
 from ..op import Array
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Mark", "Recording"]
+
+
+class Mark(Protocol):
+    """A point in the device's queue."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has passed it."""
+
+
+class Recording(Protocol):
+    """A body of calls that is repeated. The first run may be an ordinary one."""
+
+    def run(self) -> Mark:
+        """Queue the body once; the mark is behind it."""
 
 
 class Backend(Protocol):
-    """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most."""
+    """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most.
+
+    records: whether decoding goes through ``recording``.
+    """
 
     name: str
     dtype: np.dtype[Any]
     prefill_chunk: int
+    records: bool
 
     def describe(self) -> str:
         """One line for people: what the model runs on."""
@@ -41,6 +59,15 @@ class Backend(Protocol):
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         """Run a node list on named values and return the ones in ``keep``; the rest is freed as soon as it is dead."""
+
+    def recording(self, body: Callable[[], None]) -> Recording:
+        """Record the launches of ``body``, to be repeated without the host's work."""
+
+    def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
+        """An int32 array in host memory that the device can write: as the host sees it, and as ops take it."""
+
+    def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
+        """Overwrite a device array, in order with what is queued."""
 
     def close(self) -> None:
         """Give back everything."""

@@ -14,9 +14,9 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,6 +271,43 @@ class Gpu:
     def synchronize(self) -> None:
         self.stream.synchronize()
 
+    def mark(self) -> Any:
+        """An event behind everything queued."""
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+        return event
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], Array]:
+        """Zeroed page-locked host memory, as the host and as kernels see it (one address serves both)."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = self._cupy.cuda.PinnedMemoryPointer(self._cupy.cuda.PinnedMemory(size), 0)
+        host = np.frombuffer(memory, dtype, size // dtype.itemsize).reshape(shape)
+        host[...] = 0
+        owned = self._cupy.cuda.UnownedMemory(memory.ptr, size, memory, self._device.id)
+        return host, self.array_type(shape, dtype, self._cupy.cuda.MemoryPointer(owned, 0))
+
+    def new_pool(self) -> Any:
+        """A memory pool beside the main one; its memory goes back when it dies."""
+        return self._cupy.cuda.MemoryPool()
+
+    @contextmanager
+    def drawing_from(self, pool: Any) -> Iterator[None]:
+        """Allocate from another pool for a while."""
+        main, self.pool = self.pool, pool
+        try:
+            yield
+        finally:
+            self.pool = main
+
+    def capture(self, body: Callable[[], None]) -> Any:
+        """The launches of ``body`` as a CUDA graph; none of them runs now."""
+        self.stream.begin_capture()
+        try:
+            body()
+        finally:
+            graph = self.stream.end_capture()
+        return graph
+
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
 
@@ -415,6 +452,34 @@ class _Step:
     dead: tuple[str, ...]
 
 
+class Recording:
+    """Repeats a body of calls as one CUDA graph.
+
+    The first run is an ordinary one: it compiles and plans. The second is captured. Both take their memory from a pool
+    of the recording's own, so that what the graph writes to stays its own for as long as it can be replayed.
+    """
+
+    def __init__(self, gpu: Gpu, body: Callable[[], None], eager: bool) -> None:
+        self._gpu, self._body, self._eager = gpu, body, eager
+        self._pool = gpu.new_pool()
+        self._graph: Any = None
+        self._warm = False
+
+    def run(self) -> Any:
+        """Queue the body once. Returns an event that has passed when it is done."""
+        with self._gpu as gpu:
+            if self._graph is None:
+                with gpu.drawing_from(self._pool):
+                    if self._warm and not self._eager:
+                        self._graph = gpu.capture(self._body)
+                    else:
+                        self._body()
+                        self._warm = True
+            if self._graph is not None:
+                self._graph.launch(gpu.stream)
+            return gpu.mark()
+
+
 class CudaBackend:
     """Runs node lists on an NVIDIA GPU. dtype: "f32", "f16" or "bf16".
 
@@ -425,6 +490,7 @@ class CudaBackend:
 
     name = "cuda"
     prefill_chunk = 2048
+    records = True
     _MOST_PLANS = 8192  # forgotten all at once beyond this; shapes of prompts vary without end
 
     def __init__(self, dtype: str = "bf16", device: int = 0, gpu: Gpu | None = None) -> None:
@@ -496,6 +562,20 @@ class CudaBackend:
             for offset, piece in weight.chunks(STAGE // widest):
                 gpu.stage(out, offset, convert(piece, self.dtype, weight.name))
         return out
+
+    def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
+        """Overwrite a device array with a host array of its shape and dtype, in order with what is queued."""
+        with self.gpu as gpu:
+            gpu.write(array, np.ascontiguousarray(host, array.dtype))
+
+    def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
+        """Pinned int32 host memory that kernels write directly: the host's view, and the array that ops take."""
+        with self.gpu as gpu:
+            return gpu.pinned(shape, DTYPES["i32"])
+
+    def recording(self, body: Callable[[], None]) -> Recording:
+        """A body of calls that runs once as it is and from then on as one CUDA graph."""
+        return Recording(self.gpu, body, eager=self._check)
 
     def synchronize(self) -> None:
         """Wait for everything queued. Raises DeviceError if some of it failed."""

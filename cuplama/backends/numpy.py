@@ -28,6 +28,20 @@ class _Step:
     dead: tuple[str, ...]
 
 
+class _Recording:
+    """A recording that is the body itself; it is done as soon as it is queued."""
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self._body = body
+
+    def run(self) -> _Recording:
+        self._body()
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 class NumPyBackend:
     """Runs in float32 whatever the checkpoint's dtype, unless a narrower dtype is asked for.
 
@@ -37,6 +51,7 @@ class NumPyBackend:
 
     name = "numpy"
     prefill_chunk = 512
+    records = False  # nothing to gain; but it can, so that the decode loop is tested without a GPU
 
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
         self.dtype = DTYPES[dtype]
@@ -78,6 +93,16 @@ class NumPyBackend:
             for name in step.dead:
                 del values[name]
         return {name: values[name] for name in keep}
+
+    def recording(self, body: Callable[[], None]) -> _Recording:
+        return _Recording(body)
+
+    def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
+        ring = np.zeros(shape, np.int32)
+        return ring, ring
+
+    def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
+        array[...] = host
 
     def close(self) -> None:
         self._steps.clear()
