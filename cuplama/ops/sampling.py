@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..op import Array, Op
+from ..kernel import Device, Launch, Plan
+from ..op import Array, Call, Op, OpError
 
 _MASS = 2.0**32  # probabilities as integers, so that their sums do not depend on the order
 
@@ -67,7 +68,7 @@ def _penalize(
             row = y[i]
             y[i] = np.where(seen[i] > 0, np.where(row > 0, row / repetition[i], row * repetition[i]), row)
         if presence[i] or frequency[i]:
-            count = seen[i] >> 1
+            count = (seen[i] >> 1).astype(y.dtype)  # float32 arithmetic throughout, as on every backend
             y[i] -= presence[i] * (count > 0) + frequency[i] * count
         if bias is not None:
             y[i] += bias[i]
@@ -133,12 +134,14 @@ def _sample_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
     logits = (4 * rng.standard_normal((b, v))).astype(np.float32)
     if case.get("ties"):
         logits = np.round(logits)
+    if case.get("near"):  # all in one bin of the kernel's histogram, and too many for its list
+        logits = (1e-3 * rng.standard_normal((b, v))).astype(np.float32)
     if case.get("holes"):
         logits[rng.random((b, v)) < 0.5] = -np.inf
         logits[:, 0] = 0
     return {
         "logits": logits,
-        "temperature": rng.choice(np.array([0.0, 0.5, 1.0, 1.7], np.float32), b),
+        "temperature": rng.choice(np.array([1.0] if case.get("near") else [0.0, 0.5, 1.0, 1.7], np.float32), b),
         "top_k": rng.choice(np.array([0, 1, 5, 40, v, v + 7], np.int32), b),
         "top_p": rng.choice(np.array([1.0, 0.95, 0.5, 0.0], np.float32), b),
         "min_p": rng.choice(np.array([0.0, 0.05, 1.0], np.float32), b),
@@ -149,6 +152,57 @@ def _sample_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
 
 _SHAPES = [dict(b=1, V=7), dict(b=3, V=512), dict(b=2, V=4099)]
 
+_THREADS, _CHUNK, _BINS = 256, 2048, 2048  # as in sampling.cu
+
+
+def _penalize_kernels(call: Call, device: Device) -> Plan:
+    return Plan((Launch("sampling.cu:penalize", (-(-call["V"] // _THREADS), call["b"]), (_THREADS,)),))
+
+
+def _sample_kernels(call: Call, device: Device) -> Plan:
+    b, V = call["b"], call["V"]
+    chunks = -(-V // _CHUNK)
+    grid, block = (chunks, b), (_THREADS,)
+    return Plan(
+        (
+            Launch("sampling.cu:sample_max", grid, block),
+            Launch("sampling.cu:sample_histogram", grid, block),
+            Launch("sampling.cu:sample_threshold", (b,), (1024 if chunks > 4 else 256,), constants={"chunks": chunks}),
+            Launch("sampling.cu:sample_draw", grid, block),
+        ),
+        {
+            "chunk_max": ((b, chunks), "f32"),
+            "counts": ((b, _BINS), "u64"),
+            "masses": ((b, _BINS), "u64"),
+            "threshold": ((b,), "u32"),
+            "best": ((b,), "u64"),
+            "finished": ((b,), "u32"),
+        },
+    )
+
+
+def _count_token_kernels(call: Call, device: Device) -> Plan:
+    return Plan((Launch("sampling.cu:count_token", (-(-call["b"] // _THREADS),), (_THREADS,)),))
+
+
+def _logprobs_kernels(call: Call, device: Device) -> Plan:
+    b, V, N = call["b"], call["V"], call["N"]
+    chunks = -(-V // _CHUNK)
+    if chunks > 1024:
+        raise OpError(f"logprobs: a vocabulary of {V} is more than the {1024 * _CHUNK} that the kernel merges")
+    return Plan(
+        (
+            Launch("sampling.cu:logprobs_chunk", (chunks, b), (_THREADS,)),
+            Launch("sampling.cu:logprobs_merge", (b,), (-(-chunks // 32) * 32,), constants={"chunks": chunks}),
+        ),
+        {
+            "chunk_max": ((b, chunks), "f32"),
+            "chunk_sum": ((b, chunks), "f32"),
+            "largest": ((b, chunks, max(N, 1)), "u64"),
+        },
+    )
+
+
 penalize = Op(
     "penalize",
     "y[b,V]:f32 = (logits[b,V]:f32, seen[b,V]:i32, bias[b,V]:f32?, stop_ids[b,m]:i32, pos[b]:i32, min_pos[b]:i32,"
@@ -157,6 +211,7 @@ penalize = Op(
     " divided and a negative one multiplied by `repetition`; where generated, `presence` and count * `frequency` are"
     " subtracted; then the bias is added; stop_ids (-1: none) cannot be drawn while pos < min_pos.",
     reference=_penalize,
+    kernels=_penalize_kernels,
     cases=[{**s, "m": m, "bias": bias} for s, m, bias in zip(_SHAPES, (1, 3, 2), (True, False, True), strict=True)],
     inputs=_penalize_inputs,
 )
@@ -170,10 +225,13 @@ sample = Op(
     " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token"
     " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, pos, token id).",
     reference=_sample,
+    kernels=_sample_kernels,
     cases=[
         *({**s, "trial": t} for s in _SHAPES for t in range(4)),
         *(dict(b=4, V=300, ties=True, trial=t) for t in range(4)),
         *(dict(b=4, V=1000, holes=True, trial=t) for t in range(2)),
+        dict(b=6, V=9001, near=True),
+        dict(b=6, V=20000),
     ],
     inputs=_sample_inputs,
 )
@@ -183,6 +241,7 @@ count_token = Op(
     "seen[b,V]:i32 = (seen[b,V]:i32, token[b]:i32)",
     doc="seen[i, token[i]] += 2",
     reference=_count_token,
+    kernels=_count_token_kernels,
     cases=_SHAPES,
     ranges={"seen": "8+0*b", "token": "V"},
     bytes=lambda c: 12 * c["b"],
@@ -193,6 +252,7 @@ logprobs = Op(
     "logprob[b]:f32, top_ids[b,N]:i32, top_logprobs[b,N]:f32 = (logits[b,V]:f32, token[b]:i32, N:i32)",
     doc="Log-softmax of the raw logits: of the token drawn, and the N largest (the lowest id first among equals)",
     reference=_logprobs,
+    kernels=_logprobs_kernels,
     cases=[{**s, "N": n} for s, n in zip(_SHAPES, (0, 5, 20), strict=True)],
     ranges={"token": "V"},
 )
