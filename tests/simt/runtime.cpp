@@ -950,6 +950,7 @@ void on_signal(int number, siginfo_t* info, void* context) {
   if (number == SIGALRM)
     fault("timeout", current, at_pc(pc), format("still running after %g s", launch->timeout) +
           (current_block != nullptr ? "\n" + census(*current_block) : ""));
+  if (number == SIGTRAP) fault("trap", current, at_pc(pc), "__brkpt() outside a debugger");
   fault(number == SIGFPE ? "division-by-zero" : "memory-access", current, at_pc(pc),
         format("%s at address %p", number == SIGFPE ? "integer division by zero" : "the processor refused an access", info->si_addr));
 }
@@ -1011,13 +1012,13 @@ extern "C" __attribute__((visibility("default"))) int simt_launch(const Launch* 
       line_variable[(p - shared_low) >> 6] = u16(i + 1);
   touched.assign(l->variable_count, 0);
 
-  static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGALRM};
-  struct sigaction action = {}, old[5];
+  static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGALRM};
+  struct sigaction action = {}, old[6];
   action.sa_sigaction = on_signal;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   stack_t alternative = {signal_stack, 0, sizeof signal_stack}, old_stack;
   sigaltstack(&alternative, &old_stack);
-  for (int i = 0; i < 5; ++i) sigaction(signals[i], &action, &old[i]);
+  for (int i = 0; i < 6; ++i) sigaction(signals[i], &action, &old[i]);
   itimerval timer = {{0, 0}, {long(l->timeout), long((l->timeout - double(long(l->timeout))) * 1e6)}}, old_timer;
   setitimer(ITIMER_REAL, &timer, &old_timer);
 #if defined(__x86_64__)
@@ -1029,7 +1030,7 @@ extern "C" __attribute__((visibility("default"))) int simt_launch(const Launch* 
   _mm_setcsr(control);
 #endif
   setitimer(ITIMER_REAL, &old_timer, nullptr);
-  for (int i = 0; i < 5; ++i) sigaction(signals[i], &old[i], nullptr);
+  for (int i = 0; i < 6; ++i) sigaction(signals[i], &old[i], nullptr);
   sigaltstack(&old_stack, nullptr);
   fflush(stdout);
   release(alive);

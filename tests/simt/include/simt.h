@@ -128,6 +128,11 @@ SIMT_FN void __nanosleep(unsigned) { simt_yield(); }
 SIMT_FN long long clock64() { return (long long)simt_clock(0); }
 SIMT_FN int clock() { return int(simt_clock(0)); }
 SIMT_FN void __trap(SIMT_HERE) { simt_trap("trap", file, line); }
+#if defined(__x86_64__)
+SIMT_FN void __brkpt() { asm volatile("int3"); }  // gdb stops here
+#else
+SIMT_FN void __brkpt() { __builtin_trap(); }
+#endif
 SIMT_FN void simt_assert(bool ok, const char* text, SIMT_HERE) { if (!ok) simt_trap(text, file, line); }
 #ifndef assert
 #define assert(condition) simt_assert(static_cast<bool>(condition), "assertion failed: " #condition)
