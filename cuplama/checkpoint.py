@@ -98,7 +98,7 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
         weight = _assemble(folder, name, recipe, tensors, dims)
         weights[name] = weight
         used.update(weight.source)
-    for name in tensors.keys() - used:
+    for name in sorted(tensors.keys() - used):
         if not any(re.fullmatch(pattern, name) for pattern in HARMLESS_TENSORS):
             t = tensors[name]
             raise CheckpointError(
@@ -173,7 +173,7 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     for name, shard in names.items():
         if name not in tensors or tensors[name].file != folder / shard:
             raise CheckpointError(f"{folder / shard}: tensor {name} is missing, though {INDEX} places it there")
-    for name in tensors.keys() - names.keys():
+    for name in sorted(tensors.keys() - names.keys()):
         raise CheckpointError(f"{tensors[name].file}: tensor {name} is not listed in {INDEX}")
     return tensors
 

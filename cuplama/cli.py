@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,30 +32,39 @@ def cli() -> None:
 
 def main(prog_name: str = "cuplama") -> NoReturn:
     """Run the command line. What a user can cause ends in one line on stderr and exit status 2."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `cuplama ... | head -1` ends quietly
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     logging.basicConfig(format="cuplama: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         cli.main(prog_name=prog_name, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `cuplama ... | head -1` ends quietly, also when the interpreter flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except click.ClickException as e:
-        e.show()
-        sys.exit(e.exit_code)
+        if type(e).__name__ == "NoArgsIsHelpError":  # no command: its message is the help text (click 8.2 and later)
+            e.show()
+            sys.exit(e.exit_code)
+        help_ = f" ({e.ctx.command_path} --help)" if isinstance(e, click.UsageError) and e.ctx is not None else ""
+        _fail(f"{e.format_message()}{help_}", e.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except CuplamaError as e:
         if "--debug" in sys.argv:
             raise
-        click.echo(f"cuplama: {e}", err=True)
-        sys.exit(2)
+        _fail(str(e), 2)
     except Exception as e:
         if "--debug" in sys.argv:
             raise
-        click.echo(f"cuplama: internal error: {type(e).__name__}: {e} (--debug shows where)", err=True)
-        sys.exit(1)
+        _fail(f"internal error: {type(e).__name__}: {e} (--debug shows where)", 1)
     sys.exit(0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    """One line on stderr, whatever the message holds."""
+    click.echo(f"cuplama: {' '.join(message.splitlines())}", err=True)
+    sys.exit(status)
 
 
 _DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
@@ -208,6 +217,8 @@ def generate(
 
     The text is streamed to stdout. In a terminal the prompt is shown before it.
     """
+    if options["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
     text = _read_text(prompt)
     with _load(model, offline, device, dtype, context) as m:
         params = _given(options)

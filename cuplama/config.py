@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist") from None
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number too long, too deeply nested
         raise ConfigError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -121,19 +122,19 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     values = {name: reader.get(*source) for name, source in family.fields.items()}
     sizes = {name: reader.size(family.fields[name][0], values[name]) for name in ("vocab", "hidden", "layers", "heads")}
     hidden, heads, layers = sizes["hidden"], sizes["heads"], sizes["layers"]
-    kv_heads = reader.size("num_key_value_heads", values.get("kv_heads") or heads)
-    ffn = reader.size(family.fields["ffn"][0], values["ffn"] or 4 * hidden)
+    kv_heads = reader.size("num_key_value_heads", _or(values.get("kv_heads"), heads))
+    ffn = reader.size(family.fields["ffn"][0], _or(values["ffn"], 4 * hidden))
     context = reader.size(family.fields["context"][0], values["context"])
     if values.get("head_dim") is None and hidden % heads:
         reader.refuse(family.fields["heads"][0], f"a divisor of hidden size {hidden} (or an explicit head_dim)")
-    head_dim = reader.size("head_dim", values.get("head_dim") or hidden // heads)
+    head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
     if heads % kv_heads:
         reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
     activation = values["activation"]
-    if activation not in family.activations:
+    if not isinstance(activation, str) or activation not in family.activations:
         reader.refuse(family.fields["activation"][0], ", ".join(family.activations))
     eps = values["eps"]
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool) or eps < 0:
+    if not _is_number(eps) or eps < 0:
         reader.refuse(family.fields["eps"][0], "a number >= 0")
     return ModelConfig(
         architecture=architecture,
@@ -148,13 +149,25 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         windows=reader.windows(family, layers),
         rope=reader.rope(family, head_dim, context) if family.rotate else None,
         flags=frozenset(
-            flag for flag, source in family.flags.items() if (raw.get(source) if isinstance(source, str) else source)
+            flag
+            for flag, source in family.flags.items()
+            if (reader.switch(source) if isinstance(source, str) else source)
         ),
         dtype=raw.get("dtype") or raw.get("torch_dtype"),
         bos=next(iter(token_ids(raw.get("bos_token_id"), f"{where}: bos_token_id")), None),
         eos=token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id"),
         raw=raw,
     )
+
+
+def _or(value: Any, default: int) -> Any:
+    """A field that may be null. Zero is not null."""
+    return default if value is None else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number. (Python reads NaN, Infinity and integers of any length.)"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf and value < 1e300
 
 
 class _Reader:
@@ -172,9 +185,12 @@ class _Reader:
     def family(self) -> tuple[str, Family]:
         names = self.raw.get("architectures")
         if names:
-            if not isinstance(names, list) or names[0] not in FAMILIES:
+            if not isinstance(names, list) or not isinstance(names[0], str) or names[0] not in FAMILIES:
                 self.refuse("architectures", ", ".join(FAMILIES))
-            return names[0], FAMILIES[names[0]]
+            family = FAMILIES[names[0]]
+            if (self.raw.get("model_type") or family.model_type) != family.model_type:
+                self.refuse("model_type", f"{family.model_type} for {names[0]}")
+            return names[0], family
         for name, family in FAMILIES.items():
             if family.model_type == self.raw.get("model_type"):
                 return name, family
@@ -193,9 +209,17 @@ class _Reader:
         return self.raw[key]
 
     def size(self, key: str, value: Any) -> int:
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{self.where}: {key} = {json.dumps(value, default=str)} is not a positive whole number")
+        if type(value) is not int or not 1 <= value < 2**31:
+            shown = json.dumps(value, default=str)
+            raise ConfigError(f"{self.where}: {key} = {shown:.80} is not a positive whole number below 2^31")
         return value
+
+    def switch(self, key: str) -> bool:
+        """A field that is true or false; null is false."""
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            self.refuse(key, "true, false")
+        return bool(value)
 
     def windows(self, family: Family, layers: int) -> tuple[int, ...]:
         types = self.raw.get("layer_types")
@@ -204,6 +228,10 @@ class _Reader:
         window = self.raw.get("sliding_window")
         if window is not None and (type(window) is not int or window < 2):
             self.refuse("sliding_window", "null or a whole number >= 2")
+        first = self.raw.get("max_window_layers")
+        if first is not None and (type(first) is not int or first < 0):
+            self.refuse("max_window_layers", "a whole number >= 0")
+        self.switch("use_sliding_window")
         windows = tuple(family.windows(self.raw, layers))
         for i, kind in enumerate(types or ()):
             if kind not in ("full_attention", "sliding_attention"):
@@ -224,23 +252,26 @@ class _Reader:
             self.refuse(key, "one object of settings (not one per layer type)")
         settings = dict(settings)
         theta = settings.pop("rope_theta", self.raw.get("rope_theta", 10000.0))
-        if not isinstance(theta, (int, float)) or isinstance(theta, bool) or theta <= 0:
-            self.refuse("rope_theta", "a positive number", theta)
+        if not _is_number(theta) or theta <= 1:
+            self.refuse("rope_theta", "a number > 1", theta)
         kind = settings.pop("rope_type", settings.pop("type", None)) or "default"
         settings.pop("type", None)
-        kind = family.rope_aliases.get(kind, kind)
+        kind = family.rope_aliases.get(kind, kind) if isinstance(kind, str) else kind
         if kind not in family.rope_types:
             self.refuse(f"{key}.rope_type", ", ".join(family.rope_types), kind)
         partial = settings.pop("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
         partial = 1.0 if partial is None else partial
-        if not isinstance(partial, (int, float)) or not 0 < partial <= 1:
+        if not _is_number(partial) or not 0 < partial <= 1:
             self.refuse("partial_rotary_factor", "a number in (0, 1]", partial)
         if partial != 1 and not family.partial_rotary:
             self.refuse("partial_rotary_factor", f"1 for {family.model_type}", partial)
         dim = int(head_dim * partial)
-        if dim % 2:
-            self.refuse("head_dim", "an even number of rotated elements", dim)
+        least = 4 if kind == "dynamic" else 2  # dynamic's exponent is dim / (dim - 2)
+        if dim % 2 or dim < least:
+            self.refuse("head_dim", f"an even number of rotated elements >= {least}", dim)
         original = self._original(family, settings, context)
+        if kind == "longrope" and original < 2:  # its attention factor divides by log(original)
+            self.refuse("original_max_position_embeddings", "a whole number >= 2", original)
         self._check_keys(key, kind, settings, dim)
         return Rope(kind, float(theta), dim, context, original, settings)
 
@@ -248,8 +279,8 @@ class _Reader:
         """A top-level original_max_position_embeddings wins over the one among the settings, as in transformers."""
         name = "original_max_position_embeddings"
         inner = settings.pop(name, None)
-        value = self.raw.get(name) or family.original_context or inner or context
-        return self.size(name, value)
+        choices = (self.raw.get(name), family.original_context, inner, context)
+        return self.size(name, next(c for c in choices if c is not None))
 
     def _check_keys(self, where: str, kind: str, settings: Mapping[str, Any], dim: int) -> None:
         required, optional = ROPE_KEYS[kind]
@@ -261,11 +292,23 @@ class _Reader:
                 f"{', '.join(sorted(required | optional)) or 'no setting'} for {kind}",
                 settings[name],
             )
+        nullable = optional | ({"factor"} if kind == "yarn" else frozenset[str]())
         for name, value in settings.items():
-            if name.endswith("_factor") and name.startswith(("short", "long")):
-                if not isinstance(value, list) or len(value) != dim // 2:
-                    self.refuse(f"{where}.{name}", f"a list of {dim // 2} numbers", value)
-            elif name == "factor" and value is not None and (not isinstance(value, (int, float)) or value < 1):
-                self.refuse(f"{where}.{name}", "a number >= 1", value)
-        if kind == "linear" and settings["factor"] is None:
-            self.refuse(f"{where}.factor", "a number >= 1", "null")
+            if value is None and name in nullable:
+                continue
+            if name in ("short_factor", "long_factor"):
+                ok = isinstance(value, list) and len(value) == dim // 2 and all(_is_number(x) and x > 0 for x in value)
+                wanted = f"a list of {dim // 2} positive numbers"
+            elif name == "truncate":
+                ok, wanted = isinstance(value, bool), "true, false"
+            elif name == "factor":
+                ok, wanted = _is_number(value) and value >= 1, "a number >= 1"
+            elif name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                ok, wanted = _is_number(value) and value >= 0, "a number >= 0"
+            else:
+                ok, wanted = _is_number(value) and value > 0, "a positive number"
+            if not ok:
+                self.refuse(f"{where}.{name}", wanted, value)
+        if kind == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:
+            wanted = f"a number > low_freq_factor = {settings['low_freq_factor']}"
+            self.refuse(f"{where}.high_freq_factor", wanted, settings["high_freq_factor"])

@@ -127,7 +127,7 @@ def _window_by_layer(raw: Mapping[str, Any], layers: int) -> list[int]:
     """Qwen: the layers that ``layer_types`` names, or those from ``max_window_layers`` on, if the window is on."""
     window = raw.get("sliding_window", 4096) or 0 if raw.get("use_sliding_window", False) else 0
     types = raw.get("layer_types")
-    first = raw.get("max_window_layers", 28)
+    first = 28 if raw.get("max_window_layers") is None else raw["max_window_layers"]
     return [window if (types[i] == "sliding_attention" if types else i >= first) else 0 for i in range(layers)]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import operator
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,6 +23,7 @@ from .checkpoint import Weight, load_weights
 from .config import ModelConfig, load_config, read_json, token_ids
 from .engine import Engine, Generation, Progress, Token
 from .errors import ConfigError, ContextError, DeviceError, ParameterError, PromptError
+from .memory import cache_bytes
 from .op import DTYPES, Array
 from .sampling import PARAMETERS, SamplingParams, sampling_defaults
 from .tokenizer import Detokenizer, StopStrings, Tokenizer
@@ -147,11 +151,18 @@ class Model:
         self._tokenizer = tokenizer
         self._engine: Engine | None = engine
         self.context = engine.context
-        self.defaults = sampling_defaults(generation_config)
-        eos = token_ids(generation_config.get("eos_token_id"), f"{folder}/generation_config.json: eos_token_id")
+        where = folder / "generation_config.json"
+        try:
+            self.defaults = sampling_defaults(generation_config)
+        except ParameterError as e:
+            raise ConfigError(f"{where}: {e}") from None
+        eos = token_ids(generation_config.get("eos_token_id"), f"{where}: eos_token_id")
         own = tokenizer.eos if tokenizer else None
-        self.stop_ids = frozenset({*config.eos, *eos, *([] if own is None else [own])})
-        self.bos = tokenizer.bos if tokenizer is not None and tokenizer.bos is not None else config.bos
+        stops = {*config.eos, *eos, *([] if own is None else [own])}
+        # Ids beyond the vocabulary, left over from a larger one, can be neither drawn nor fed.
+        self.stop_ids = frozenset(t for t in stops if t < config.vocab)
+        bos = tokenizer.bos if tokenizer is not None and tokenizer.bos is not None else config.bos
+        self.bos = bos if bos is not None and bos < config.vocab else None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -182,7 +193,7 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked. An empty prompt becomes BOS. Raises PromptError."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
         if not ids:
             if self.bos is None:
                 raise PromptError("the prompt is empty and the model has no BOS token to start from")
@@ -241,13 +252,16 @@ class Model:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits after each token: [n, vocab] float32. Raises PromptError."""
-        return np.concatenate(list(self.engine.logits(self._fit(self.encode(list(token_ids)), 0))))
+        return np.concatenate(list(self.engine.logits(self._fit(self.encode(_ids(token_ids)), 0))))
 
     def _start(self, prompts: Sequence[Prompt], overrides: Mapping[str, Any]) -> list[_Text]:
         params = self.params(**overrides)
         if params.stop:
             _ = self.tokenizer  # stop strings need one
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
+        banned = {t for t, bias in params.logit_bias.items() if bias == -math.inf}
+        if len(banned | stops if params.min_tokens else banned) == self.config.vocab:
+            raise ParameterError("logit_bias (with min_tokens: and stop tokens) bans every token of the vocabulary")
         room = 0 if params.max_tokens == 0 else 1
         sequences = [Generation(self._fit(self.encode(p), room), params, stops) for p in prompts]
         return [_Text(i, s, self._tokenizer) for i, s in enumerate(sequences)]
@@ -255,10 +269,12 @@ class Model:
     def _pieces(self, texts: list[_Text], progress: Progress | None, clock: _Clock) -> Generator[Piece]:
         by_id = {id(t.generation): t for t in texts}
         clock.begin(sum(len(t.generation.prompt) for t in texts))
-        for step in self.engine.generate([t.generation for t in texts], progress):
-            clock.step(len(step))
-            for generation, token in step:
-                yield by_id[id(generation)].push(token)
+        with contextlib.closing(self.engine.generate([t.generation for t in texts], progress)) as steps:
+            for step in steps:
+                clock.step(len(step))
+                for generation, token in step:
+                    yield by_id[id(generation)].push(token)
+                    _ = self.engine  # closed while the stream was open: raises
 
     def close(self) -> None:
         """Free weights, cache and device memory. The model cannot be used afterwards; closing twice is fine."""
@@ -316,13 +332,21 @@ def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """A list of prompts, and whether it was a single one. A list of numbers is one prompt."""
     if isinstance(prompt, str):
         return [prompt], True
-    items = list(prompt)
+    items = [prompt] if isinstance(prompt, bytes) or not isinstance(prompt, Iterable) else list(prompt)
     if items and all(isinstance(i, (int, np.integer)) for i in items):
         return [cast("list[int]", items)], True
     for i in items:
-        if not isinstance(i, (Sequence, np.ndarray)):
+        if isinstance(i, bytes) or not isinstance(i, (Sequence, np.ndarray)):
             raise PromptError(f"a prompt is text or a list of token ids, not {type(i).__name__}")
     return cast("list[Prompt]", items), False
+
+
+def _ids(prompt: Sequence[Any]) -> list[int]:
+    """Plain ints from whole numbers of any kind."""
+    try:
+        return [operator.index(t) for t in prompt]
+    except TypeError:
+        raise PromptError(f"a token id is a whole number; the prompt is {prompt!r:.60}") from None
 
 
 def load(
@@ -359,6 +383,8 @@ def load(
     weights = load_weights(folder, config)
     backend = _backend(device, _DTYPE_NAMES[dtype], config, weights, tokens)
     try:
+        if backend.name == "numpy":
+            _check_cache(config, backend, tokens)
         arrays = _upload(backend, weights, progress)
         engine = Engine(backend, config, arrays, length, tokens)
         return Model(folder, config, tokenizer, backend, engine, generation_config)
@@ -384,15 +410,21 @@ def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> P
     """The folder of a model: the bundled one, a local folder, or the local copy of a hub repository."""
     if model is None:
         return Path(str(resources.files("cuplama.weights")))
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        path = Path(model or "?").expanduser()  # an empty name must not mean the current folder
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError) as e:  # no permission, a name too long, no such home folder
+        raise ConfigError(f"cannot open {model!s:.80}: {getattr(e, 'strerror', None) or e}") from None
+    if exists:
         raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
-        raise ConfigError(f"{path} does not exist, and is not a hub id of the form org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        raise ConfigError(f"{str(model)!r:.200} does not exist, and is not a hub id of the form org/name")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = offline or constants.HF_HUB_OFFLINE
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES), local_files_only=offline))
@@ -403,15 +435,18 @@ def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> P
             else "the hub cannot be reached"
         )
         raise ConfigError(f"{model}: no such folder, and as a hub id: {why}") from None
-    except (HfHubHTTPError, OSError) as e:
+    except (HfHubHTTPError, HFValidationError, OSError) as e:
         raise ConfigError(f"{model}: no such folder, and the hub says: {str(e).splitlines()[0]}") from None
+
+
+_POSITIONS = 2**30  # positions are int32, with room for a page more
 
 
 def _context(config: ModelConfig, asked: int | None) -> int:
     if asked is None:
         return min(config.context, DEFAULT_CONTEXT)
-    if type(asked) is not int or asked < 1:
-        raise ParameterError(f"context = {asked!r} is out of range; it must be a whole number >= 1")
+    if type(asked) is not int or not 1 <= asked <= _POSITIONS:
+        raise ParameterError(f"context = {asked!r:.80} is out of range; it must be a number from 1 to {_POSITIONS}")
     if config.rope is None and asked > config.context:
         raise ConfigError(f"context {asked} is more than the {config.context} positions that the model learned")
     return asked
@@ -443,8 +478,23 @@ def _backend(device: str, dtype: str, config: ModelConfig, weights: Mapping[str,
     return NumPyBackend(chosen, convert=fits)
 
 
+def _check_cache(config: ModelConfig, backend: Backend, tokens: int) -> None:
+    """Refuse a cache that host memory cannot hold, before the system runs out of it."""
+    tables = 8 * config.rope.dim * tokens if config.rope else 0  # cos and sin, and as much again while they are made
+    need, free = cache_bytes(config, backend.dtype, tokens) + tables, _free_memory()
+    if need > free:
+        raise DeviceError(
+            f"a cache of {tokens} tokens takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free;"
+            " ask for a shorter context"
+        )
+
+
 def _free_memory() -> float:
-    """Bytes of host memory that are free, or infinity where the system does not say."""
+    """Bytes of host memory that can be had, or infinity where the system does not say."""
+    with contextlib.suppress(OSError, ValueError):  # Linux: the file cache can be given up, so "free" alone is too low
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):

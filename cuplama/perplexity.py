@@ -38,7 +38,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
 
     @property
     def error(self) -> float:

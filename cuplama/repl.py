@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .errors import CuplamaError
+from .errors import CuplamaError, PromptError
 from .model import Model, Timings
 
 __all__ = ["repl"]
@@ -71,6 +71,7 @@ def _answer(
         except KeyboardInterrupt:
             stream.close()
         sys.stdout.write("\n")
+        sys.stdout.flush()
         if stats is not None:
             click.echo(stats(stream.timings), err=True)
     except CuplamaError as e:
@@ -84,13 +85,19 @@ def _lines(interactive: bool) -> Iterator[str]:
     held = ""
     while True:
         try:
-            line = input((". " if held else "> ") if interactive else "")
+            prompt = (". " if held else "> ") if interactive else ""
+            if not sys.stdout.isatty():  # input() would write it among the answers
+                click.echo(prompt, nl=False, err=True)
+                prompt = ""
+            line = input(prompt)
         except EOFError:
             if interactive:
                 click.echo(err=True)
             if held.strip():
                 yield held.strip()
             return
+        except UnicodeDecodeError as e:
+            raise PromptError(f"standard input is not valid UTF-8: byte 0x{e.object[e.start]:02x}") from None
         except KeyboardInterrupt:
             held = ""
             click.echo("\n(/exit or Ctrl-D leaves)", err=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from .errors import ParameterError
@@ -51,65 +53,92 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name, (ok, wanted) in _RULES.items():
+        for name, (read, wanted) in _RULES.items():
             value = getattr(self, name)
-            if not ok(value):
-                raise ParameterError(f"{name} = {value!r} is out of range; it must be {wanted}")
+            try:
+                object.__setattr__(self, name, read(value))
+            except (TypeError, ValueError, OverflowError):
+                raise ParameterError(f"{name} = {value!r:.80} is out of range; it must be {wanted}") from None
 
     def with_seed(self) -> int:
         """The seed, or a fresh one from the operating system."""
         return int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
 
 
-def _int(low: int, high: int | None = None, none: bool = False) -> Any:
-    def ok(value: Any) -> bool:
-        if value is None:
-            return none
-        return type(value) is int and value >= low and (high is None or value <= high)
-
-    return ok
+def _check(ok: bool) -> None:
+    if not ok:
+        raise ValueError
 
 
-def _real(low: float, high: float, *, open_low: bool = False) -> Any:
-    def ok(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return False
-        return (value > low if open_low else value >= low) and value <= high
-
-    return ok
+def _whole(value: Any) -> int:
+    """An int from a whole number of any kind (NumPy's too), but not from a bool or 2.0."""
+    _check(not isinstance(value, bool))
+    return operator.index(value)
 
 
-def _strings(value: Any) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(s, str) and s for s in value)
+def _int(low: int, high: float = math.inf, none: bool = False) -> Callable[[Any], int | None]:
+    def read(value: Any) -> int | None:
+        if value is None and none:
+            return None
+        number = _whole(value)
+        _check(low <= number <= high)
+        return number
+
+    return read
 
 
-def _ids(value: Any) -> bool:
-    return isinstance(value, Sequence) and all(type(i) is int and i >= 0 for i in value)
+def _real(low: float, high: float) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        _check(isinstance(value, Real) and not isinstance(value, bool))
+        number = float(value)
+        _check(low <= number <= high)
+        return number
+
+    return read
 
 
-def _biases(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        type(k) is int and k >= 0 and isinstance(v, (int, float)) and not math.isnan(v) for k, v in value.items()
-    )
+def _strings(value: Any) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else () if value is None else tuple(value)
+    _check(all(isinstance(s, str) and s for s in found))
+    return found
 
 
-_RULES: Mapping[str, tuple[Any, str]] = {
+def _ids(value: Any) -> tuple[int, ...]:
+    found = () if value is None else tuple(_whole(i) for i in value)
+    _check(all(i >= 0 for i in found))
+    return found
+
+
+def _biases(value: Any) -> dict[int, float]:
+    _check(value is None or isinstance(value, Mapping))
+    found = {_whole(k): -math.inf if v == -math.inf else _real(-_HUGE, _HUGE)(v) for k, v in (value or {}).items()}
+    _check(all(k >= 0 for k in found))
+    return found
+
+
+def _flag(value: Any) -> bool:
+    _check(isinstance(value, bool))
+    return bool(value)
+
+
+_HUGE = 1e30  # the sampler computes in float32, and sums and quotients of what is allowed must stay finite
+
+# Parameter -> (reader, what it takes). A reader returns the value in plain Python types, or raises.
+_RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "max_tokens": (_int(0, none=True), "a whole number >= 0, or None"),
     "min_tokens": (_int(0), "a whole number >= 0"),
-    "temperature": (_real(0, math.inf), "a number >= 0"),
+    "temperature": (_real(0, _HUGE), "a number >= 0"),
     "top_k": (_int(0), "a whole number >= 0 (0 is off)"),
     "top_p": (_real(0, 1), "a number from 0 to 1 (1 is off)"),
     "min_p": (_real(0, 1), "a number from 0 to 1 (0 is off)"),
-    "repetition_penalty": (_real(0, math.inf, open_low=True), "a number > 0 (1 is off)"),
-    "presence_penalty": (_real(-math.inf, math.inf), "a finite number"),
-    "frequency_penalty": (_real(-math.inf, math.inf), "a finite number"),
-    "logit_bias": (_biases, "a mapping of token ids to numbers"),
+    "repetition_penalty": (_real(1e-6, 1e6), "a number > 0, from 1e-6 to 1e6 (1 is off)"),
+    "presence_penalty": (_real(-_HUGE, _HUGE), "a finite number"),
+    "frequency_penalty": (_real(-1e20, 1e20), "a finite number"),
+    "logit_bias": (_biases, "a mapping of token ids to numbers (-inf bans a token)"),
     "seed": (_int(0, 2**64 - 1, none=True), "a whole number from 0 to 2^64 - 1, or None"),
     "stop": (_strings, "a string or a list of non-empty strings"),
     "stop_token_ids": (_ids, "a list of token ids"),
-    "ignore_eos": (lambda v: isinstance(v, bool), "True or False"),
+    "ignore_eos": (_flag, "True or False"),
     "logprobs": (_int(0, 64, none=True), "a whole number from 0 to 64, or None"),
 }
 
@@ -129,15 +158,20 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that a model's generation_config.json sets.
 
     ``do_sample: false`` means greedy whatever else the file says; a file that says nothing of sampling means greedy
-    too, as in transformers.
+    too, as in transformers. Raises ParameterError for a value that no parameter can have.
     """
     found = {ours: generation_config[k] for k, ours in _GENERATION_KEYS.items() if generation_config.get(k) is not None}
     sampling = generation_config.get("do_sample")
     if sampling is None:
         sampling = "temperature" in found or "top_p" in found
-    if not sampling:
-        return {k: v for k, v in found.items() if k not in ("temperature", "top_k", "top_p", "min_p")}
-    return {"temperature": 1.0, **found}
+    if not isinstance(sampling, bool):
+        raise ParameterError(f"do_sample = {sampling!r:.80} is out of range; it must be true or false")
+    if sampling:
+        found = {"temperature": 1.0, **found}
+    else:
+        found = {k: v for k, v in found.items() if k not in ("temperature", "top_k", "top_p", "min_p")}
+    SamplingParams(**found)
+    return found
 
 
 PARAMETERS = tuple(f.name for f in fields(SamplingParams))
