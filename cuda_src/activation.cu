@@ -9,8 +9,8 @@
 // Mapping: 8 elements per thread. silu_mul: blockIdx.x is the row, blockIdx.y and the threads share its f columns;
 // gelu: x is one long row. Sizes or addresses that forbid wide accesses go element by element.
 //
-// Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
-// Tried: nothing else.
+// Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Tried: nothing else yet.
 #include "common.cuh"
 
 template <typename T>

@@ -27,7 +27,7 @@ typedef unsigned long long u64;
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// ---- conversions -----------------------------------------------------------------------------------------------------
+// ---- conversions ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(f32 x) { return x; }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
@@ -42,7 +42,7 @@ __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half(x)
 template <>
 __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
 
-// ---- wide accesses ---------------------------------------------------------------------------------------------------
+// ---- wide accesses --------------------------------------------------------------------------------------------------
 
 // W consecutive elements, moved with accesses of 16 bytes, or of their own size where they are smaller.
 template <typename T, int W>
@@ -89,7 +89,7 @@ __device__ __forceinline__ bool aligned(const P*... p) {
     return ((reinterpret_cast<u64>(p) | ...) & 15) == 0;
 }
 
-// ---- reductions: the order of the additions is fixed, so results repeat bit for bit -------------------------------------
+// ---- reductions; the order of the additions is fixed, so results repeat bit for bit ---------------------------------
 
 // Over the lanes of a warp; every lane gets the result.
 __device__ __forceinline__ float warp_sum(float x) {

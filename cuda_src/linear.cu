@@ -2,15 +2,19 @@
 //              x[n,k], w[m,k], b[m] (may be null): T; y[n,m]: U (T or f32). Products of many rows go to cuBLAS.
 //
 // The time is that of reading w once; x is small and stays in L1. Mapping: SPLIT warps of a block compute OUTS adjacent
-// columns of y for all ROWS. Lane l of warp p takes every piece l + 32 p (mod 32 SPLIT) of 16 bytes of a weight row, so a
+// columns of y for all ROWS. Lane l of warp p takes the pieces l + 32 p (mod 32 SPLIT) of 16 bytes of a weight row, so a
 // warp reads 512 contiguous bytes, and asks for OUTS * DEPTH pieces before it uses the first: enough bytes in flight to
 // hide the latency of memory. Sums go lane by lane, then over lanes, then over the SPLIT warps, always in one order.
 // Past the last row of w the last one is computed again and not stored. A k that is no multiple of 16 bytes, or a
 // pointer off a 16-byte boundary, takes the same path element by element.
 //
+// The second launch bound, blocks per multiprocessor, lets ptxas have the registers that all loads of a batch need: left
+// to itself it aims at fewer, moves loads behind the first products, and spills in a few instances.
+//
 // OUTS, DEPTH and SPLIT are chosen in cuplama/ops/linear.py, which says why.
-// Op and reference: cuplama/ops/linear.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
-// Tried: x is not staged in shared memory, because the barrier before its use would also stand before the first weights.
+// Op and reference: cuplama/ops/linear.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Tried: launch bounds without a number of blocks, see above. Not tried: x in shared memory, whose barrier would also
+// hold up the first weights; tensor cores for 2 to 8 rows (mma.sync with the weights as A).
 #include "common.cuh"
 #include "ptx.cuh"
 
@@ -71,7 +75,7 @@ __device__ __forceinline__ void accumulate(const T* __restrict__ x, const T* con
 }
 
 template <typename T, typename U, int ROWS, int OUTS, int DEPTH, int SPLIT>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, ROWS == 1 ? 8 : ROWS == 2 ? 6 : ROWS <= 4 ? 4 : 3)
     linear_rows(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ b, U* __restrict__ y,
                 int first, int m, int k) {
     static_assert(ROWS * OUTS <= WARP, "every lane stores at most one result");

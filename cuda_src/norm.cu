@@ -1,6 +1,6 @@
 // rms_norm    y[n,d] = x / sqrt(mean(x^2) + eps) * w                       x[n,d]: f32, w[d]: T, y: T
 // layer_norm  y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * w + b          b[d]: T
-// head_norm   rms_norm of each of the heads + 2 kv_heads vectors of D      x[n,(heads+2*kv_heads)*D]: T, y: T
+// head_norm   rms_norm of each of the heads + 2 kv_heads vectors of D      x[n,(heads+2*kv_heads)*D], y: T
 //             in a row of x: weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
 //
 // Mapping: rms_norm and layer_norm give a row to a block, head_norm gives a head to a warp. A thread holds CHUNKS pieces
@@ -8,8 +8,8 @@
 // The variance is the mean of the squared differences from the mean, never mean(x^2) - mean(x)^2, which cancels.
 // The weights are asked for before the sums, so that the two latencies overlap.
 //
-// Ops and references: cuplama/ops/norm.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
-// Tried: nothing else. With one row the time is latency: two round trips to memory and one or two block sums.
+// Ops and references: cuplama/ops/norm.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Tried: nothing else yet. With one row the time is latency: two round trips to memory and one or two block sums.
 #include "common.cuh"
 
 template <typename T, int CHUNKS>

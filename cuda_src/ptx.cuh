@@ -1,4 +1,5 @@
-// All inline PTX, each instruction behind a small function with a name. PTX ISA: docs.nvidia.com/cuda/parallel-thread-execution.
+// All inline PTX, each instruction behind a small function with a name.
+// PTX ISA: docs.nvidia.com/cuda/parallel-thread-execution.
 // An executor that is not a GPU defines CUPLAMA_PTX_CUH and brings functions of the same names.
 #ifndef CUPLAMA_PTX_CUH
 #define CUPLAMA_PTX_CUH

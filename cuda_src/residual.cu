@@ -1,11 +1,11 @@
 // add          y[n,d] = a[n,d] + b[n,d]       all f32
 // select_rows  y[r,d] = x[rows[r]]            x[n,d]: f32, rows: i32
 //
-// Mapping: 4 elements, 16 bytes, per thread and access. add: one long row of n * d; select_rows: blockIdx.x is the row of
-// y, blockIdx.y and the threads share its columns. Sizes or addresses that forbid wide accesses go element by element.
+// Mapping: 4 elements, 16 bytes, per thread and access. add: one long row of n * d; select_rows: blockIdx.x is the row
+// of y, blockIdx.y and the threads share its columns. Sizes or addresses that forbid wide accesses go element by element.
 //
-// Ops and references: cuplama/ops/residual.py. Test and benchmark: tests/ops/, cuplama/bench.py, generic over the registry.
-// Tried: nothing else.
+// Ops and references: cuplama/ops/residual.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Tried: nothing else yet.
 #include "common.cuh"
 
 __global__ void add(const f32* __restrict__ a, const f32* __restrict__ b, f32* __restrict__ y, int n, int d) {

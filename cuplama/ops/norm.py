@@ -12,7 +12,7 @@ import numpy as np
 from ..kernel import Device, Launch, Plan
 from ..op import Array, Call, Op, OpError, wide
 
-_CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120))]
+_CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120), (1, 12288))]
 
 
 def _rms_norm(x: Array, w: Array, *, eps: float) -> Array:
