@@ -37,6 +37,9 @@ class _Launcher:
         self.gpu, self.file, self.expression = gpu, file, expression
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
+        if self.gpu.captured is not None:
+            self.gpu.captured.append(lambda: self(grid, block, args, shared))
+            return
         self.gpu.launches.append(self.expression)
         self.gpu.seen = [id(a) for a in args]
         if self.gpu.fail:
@@ -81,6 +84,9 @@ class FakeGpu(Gpu):
         self.launches: list[str] = []
         self.seen: list[int] = []
         self._made: list[weakref.ref[_HostArray]] = []
+        self.captured: list[Callable[[], None]] | None = None
+        self.stream, self.pool = None, "main pool"
+        self.pools: list[str] = []
         self.peak = self.synchronised = 0
 
     def __enter__(self) -> FakeGpu:
@@ -100,6 +106,7 @@ class FakeGpu(Gpu):
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         array = np.zeros(shape, dtype).view(_HostArray)
+        self.pools.append(self.pool)
         self._made.append(weakref.ref(array))
         self.peak = max(self.peak, sum(a.nbytes for a in self.alive))
         return array
@@ -122,6 +129,19 @@ class FakeGpu(Gpu):
 
     def synchronize(self) -> None:
         self.synchronised += 1
+
+    def new_pool(self) -> str:
+        return "pool of a recording"
+
+    def mark(self) -> str:
+        return "mark"
+
+    def capture(self, body: Callable[[], None]) -> Any:
+        """As on a GPU: nothing runs until the graph is launched, and then on the same arrays."""
+        self.captured = []
+        body()
+        calls, self.captured = self.captured, None
+        return SimpleNamespace(launch=lambda stream: [call() for call in calls])
 
     def address(self, array: Any) -> int:
         return int(array.ctypes.data)
@@ -215,6 +235,38 @@ def test_a_fused_node_without_a_kernel_runs_its_parts(backend: CudaBackend) -> N
     fused = Node("add_twice", ("x2",), ("x0",), {}, tuple(_CHAIN[:2]))
     backend.run([fused], {"x0": _ones(backend, 1, 8)}, ("x2",))
     assert len(_fake(backend).launches) == 2
+
+
+def test_a_recording_runs_once_then_is_captured_then_replayed() -> None:
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True))
+    gpu, x = _fake(backend), _ones(backend, 1, 8)
+    bodies: list[int] = []
+    state: dict[str, Any] = {}
+
+    def body() -> None:
+        bodies.append(len(gpu.launches))
+        state.update(backend.run(_CHAIN, {"x0": x}, ("x4",)))
+
+    recording = backend.recording(body)
+    gpu.pools.clear()
+    for run in (1, 2, 3, 4):
+        x[...] = run
+        recording.run()
+        assert len(gpu.launches) == 4 * run
+        assert (state["x4"] == 5 * run).all()  # in the same array from the second run on
+    assert len(bodies) == 2
+    assert set(gpu.pools) == {"pool of a recording"}  # a replay overwrites that memory: nobody else may have it
+    assert gpu.pool == "main pool"
+
+
+def test_while_checking_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPLAMA_CHECK", "1")
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True))
+    bodies: list[int] = []
+    recording = backend.recording(lambda: bodies.append(1))
+    for _ in range(3):
+        recording.run()
+    assert len(bodies) == 3
 
 
 def test_many_rows_go_to_cublas_and_few_to_kernels() -> None:
