@@ -363,6 +363,23 @@ def test_the_poison_is_nan_in_every_dtype(backend: CudaBackend, dtype: str) -> N
     assert np.isnan(array.astype(np.float32)).all()
 
 
+def test_writing_past_the_end_of_an_array_is_refused(backend: CudaBackend) -> None:
+    array = _ones(backend, 2, 3)
+    backend.write(array, np.full((2, 3), 7, np.float32))
+    assert (array == 7).all()
+    with pytest.raises(OpError, match=r"shape \(3, 3\) over one of shape \(2, 3\)"):
+        backend.write(array, np.zeros((3, 3), np.float32))
+
+
+def test_a_failure_is_told_by_the_mark_behind_it(backend: CudaBackend) -> None:
+    class Event:
+        def synchronize(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(DeviceError, match=r"illegal memory access.*CUPLAMA_CHECK=1 names the node"):
+        cuda.Mark(Event(), backend.gpu.failures).synchronize()
+
+
 # ---- weights and dtypes ----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import itertools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,9 +238,7 @@ class Gpu:
             raise OpError(f"{where} lies on GPU {array.data.device_id}, not {self._device.id}")  # type: ignore[attr-defined]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        count = dtype.itemsize
-        for s in shape:
-            count *= s
+        count = dtype.itemsize * math.prod(shape)
         try:
             return self.array_type(shape, dtype, self.pool.malloc(count))
         except self._cupy.cuda.memory.OutOfMemoryError:
@@ -452,6 +451,20 @@ class _Step:
     dead: tuple[str, ...]
 
 
+class Mark:
+    """A point in the stream."""
+
+    def __init__(self, event: Any, failures: tuple[type[Exception], ...]) -> None:
+        self._event, self._failures = event, failures
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has passed it. Raises DeviceError if something before it failed."""
+        try:
+            self._event.synchronize()
+        except self._failures as e:
+            raise _failure("a kernel before this point", e) from e
+
+
 class Recording:
     """Repeats a body of calls as one CUDA graph.
 
@@ -465,19 +478,22 @@ class Recording:
         self._graph: Any = None
         self._warm = False
 
-    def run(self) -> Any:
-        """Queue the body once. Returns an event that has passed when it is done."""
+    def run(self) -> Mark:
+        """Queue the body once; the mark is behind it. Raises DeviceError if the GPU refuses."""
         with self._gpu as gpu:
-            if self._graph is None:
-                with gpu.drawing_from(self._pool):
-                    if self._warm and not self._eager:
-                        self._graph = gpu.capture(self._body)
-                    else:
-                        self._body()
-                        self._warm = True
-            if self._graph is not None:
-                self._graph.launch(gpu.stream)
-            return gpu.mark()
+            try:
+                if self._graph is None:
+                    with gpu.drawing_from(self._pool):
+                        if self._warm and not self._eager:
+                            self._graph = gpu.capture(self._body)
+                        else:
+                            self._body()
+                            self._warm = True
+                if self._graph is not None:
+                    self._graph.launch(gpu.stream)
+                return Mark(gpu.mark(), gpu.failures)
+            except gpu.failures as e:
+                raise _failure("a recorded step", e) from e
 
 
 class CudaBackend:
@@ -565,6 +581,8 @@ class CudaBackend:
 
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         """Overwrite a device array with a host array of its shape and dtype, in order with what is queued."""
+        if array.shape != host.shape:
+            raise OpError(f"cannot write an array of shape {host.shape} over one of shape {array.shape}")
         with self.gpu as gpu:
             gpu.write(array, np.ascontiguousarray(host, array.dtype))
 
