@@ -129,7 +129,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         reader.refuse(family.fields["heads"][0], f"a divisor of hidden size {hidden} (or an explicit head_dim)")
     head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
     if heads % kv_heads:
-        reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
+        reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
     activation = values["activation"]
     if not isinstance(activation, str) or activation not in family.activations:
         reader.refuse(family.fields["activation"][0], ", ".join(family.activations))
