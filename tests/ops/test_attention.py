@@ -1,0 +1,99 @@
+"""What the generic test does not see: a sequence's result is the same bit for bit whatever surrounds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama.kernel import Device, bind
+from cuplama.op import DTYPES
+from cuplama.ops.attention import _case, attention
+from tests.simt.emulator import run
+
+from . import harness
+
+Inputs = dict[str, Any]
+
+
+def _run(ins: Inputs, case: harness.Case, seed: int = 0) -> np.ndarray[Any, Any]:
+    call = attention.bind([ins[s.name] for s in attention.signature.ins], harness.attributes(attention, case))
+    plan = attention.kernels(call, Device()) if attention.kernels else None
+    assert plan is not None
+    y = np.full((call["n"], call["heads"] * call["D"]), np.nan, ins["x"].dtype)
+    call.arrays["y"] = y
+    scratch = {name: np.full(shape, np.nan, DTYPES[dtype]) for name, (shape, dtype) in plan.scratch.items()}
+    for launch in plan.launches:
+        run(bind(launch, call, scratch), seed=seed)
+    return y
+
+
+def _inputs(case: harness.Case, T: str) -> Inputs:
+    return attention.random_inputs(np.random.default_rng(3), case, DTYPES[T])
+
+
+def _alone(ins: Inputs, i: int, width: int) -> Inputs:
+    """Sequence i as a batch of one, its table cut or widened to `width` pages."""
+    first, last = ins["starts"][i : i + 2]
+    blocks = np.full((1, width), 2**30, np.int32)
+    keep = min(width, ins["blocks"].shape[1])
+    blocks[0, :keep] = ins["blocks"][i, :keep]
+    return {
+        **ins,
+        "x": ins["x"][first:last].copy(),
+        "starts": np.array([0, last - first], np.int32),
+        "lengths": ins["lengths"][i : i + 1].copy(),
+        "blocks": blocks,
+    }
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("T", ["f32", "bf16"])
+def test_decode_does_not_depend_on_the_batch_or_the_table(T: str, window: int) -> None:
+    case = _case(6, 2, 16, [1, 1, 1], [5, 700, 4200], window=window, S=64)
+    ins = _inputs(case, T)
+    together = _run(ins, case)
+    for i in range(3):
+        for width in (-(-int(ins["lengths"][i]) // 64), 200):
+            assert np.array_equal(_run(_alone(ins, i, width), case)[0], together[i])
+
+
+@pytest.mark.parametrize("window", [0, 37])
+def test_prefill_does_not_depend_on_the_batch_or_the_chunks(window: int) -> None:
+    case = _case(4, 2, 32, [50, 1, 90], [70, 33, 90], window=window)
+    ins = _inputs(case, "f32")
+    together = _run(ins, case)
+    starts = ins["starts"]
+    for i in (0, 2):
+        alone = _alone(ins, i, 9)
+        assert np.array_equal(_run(alone, case), together[starts[i] : starts[i + 1]])
+        for cut in (2, 41):  # the first `cut` tokens alone: what follows a token does not change its result
+            length = int(alone["lengths"][0]) - len(alone["x"]) + cut
+            part = {
+                **alone,
+                "x": alone["x"][:cut].copy(),
+                "starts": np.array([0, cut], np.int32),
+                "lengths": np.array([length], np.int32),
+            }
+            assert np.array_equal(_run(part, case), together[starts[i] : starts[i] + cut])
+
+
+def test_empty_sequences_of_a_padded_batch() -> None:
+    """A row without keys gives zeros and reads nothing; the others are as they would be without it."""
+    case = _case(4, 2, 32, [1, 1], [40, 20])
+    ins = _inputs(case, "f32")
+    together = _run(ins, case)
+    ins["lengths"][1] = 0
+    ins["blocks"][1] = 2**30
+    padded = _run(ins, case)
+    assert np.array_equal(padded[0], together[0])
+    assert (padded[1] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_thread_order_does_not_matter(seed: int) -> None:
+    for new, lengths in (([1, 1], [130, 90]), ([33, 2], [40, 60])):
+        case = _case(5, 1, 40, new, lengths)
+        ins = _inputs(case, "f16")
+        assert np.array_equal(_run(ins, case, seed), _run(ins, case))
