@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +138,16 @@ _KERNEL = re.compile(
 )
 
 
+def data_folder(name: str) -> Path:
+    """``cuda_src/`` or ``weights/``: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
 def source_folder() -> Path:
-    """The folder of the CUDA C++ sources: ``cuda_src/`` of the checkout, or the copy in the installed package."""
-    return Path(str(resources.files("cuplama.cuda_src")))
+    """The folder of the CUDA C++ sources."""
+    return data_folder("cuda_src")
 
 
 def parse_prototypes(text: str) -> dict[str, Prototype]:

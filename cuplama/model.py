@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast, overload
@@ -24,6 +23,7 @@ from .config import ModelConfig, load_config, read_json, token_ids
 from .engine import Engine, Generation, Progress, Token
 from .errors import ConfigError, ContextError, DeviceError, ParameterError, PromptError
 from .memory import cache_bytes
+from .kernel import data_folder
 from .op import DTYPES, Array
 from .sampling import PARAMETERS, SamplingParams, sampling_defaults
 from .tokenizer import Detokenizer, StopStrings, Tokenizer
@@ -409,7 +409,7 @@ _HUB_FILES = ("*.json", "*.jinja", "model*.safetensors")
 def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> Path:
     """The folder of a model: the bundled one, a local folder, or the local copy of a hub repository."""
     if model is None:
-        return Path(str(resources.files("cuplama.weights")))
+        return data_folder("weights")
     try:
         path = Path(model or "?").expanduser()  # an empty name must not mean the current folder
         if path.is_dir():
