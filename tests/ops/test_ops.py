@@ -75,6 +75,27 @@ def test_emulator(op: Op, case: Case, T: str) -> None:
     harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Emulator()))
 
 
+class _Shifted(_Emulator):
+    """Puts every array 4 bytes past a 16-byte boundary, where accesses of 16 bytes are not allowed."""
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Array:
+        raw = np.concatenate([np.zeros(4, np.uint8), np.ascontiguousarray(array).view(np.uint8).reshape(-1)])
+        return raw[4:].view(array.dtype).reshape(array.shape)
+
+
+_ANY_ALIGNMENT = ("embedding", "embedding_pos", "rms_norm", "layer_norm", "head_norm", "linear", "rope", "kv_append",
+                  "silu_mul", "gelu_tanh", "gelu_erf", "add", "select_rows")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _ANY_ALIGNMENT)
+def test_unaligned_arrays(name: str) -> None:
+    op = OPS[name]
+    T = "f16" if "f16" in harness.dtypes(op) else "f32"
+    for case in op.cases[:5]:
+        ins = harness.random_inputs(op, case, T)
+        harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Shifted()))
+
+
 # ---- the GPU ---------------------------------------------------------------------------------------------------------
 
 
