@@ -16,6 +16,7 @@ import click
 
 from . import __version__
 from .errors import CuplamaError, ParameterError, PromptError
+from .kernel_commands import kernels
 from .model import Completion, Model, Timings, find_model, load
 
 __all__ = ["main"]
@@ -28,6 +29,9 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.version_option(__version__, prog_name="cuplama")
 def cli() -> None:
     """Run Llama-family language models: no PyTorch, no conversion, a GPU if there is one."""
+
+
+cli.add_command(kernels)
 
 
 def main(prog_name: str = "cuplama") -> NoReturn:
@@ -310,13 +314,18 @@ def info(model: str | None, offline: bool, as_json: bool) -> None:
 
 @cli.command()
 @_model_options
-def graph(model: str | None, offline: bool) -> None:
+@click.option("--fused", is_flag=True, help="The list that a decode step runs, with what each fused node stands for.")
+def graph(model: str | None, offline: bool, fused: bool) -> None:
     """The list of nodes that a model is, one line each."""
     from .config import load_config
+    from .decode import decode_nodes
     from .graph import decoder
 
-    for node in decoder(load_config(find_model(model, offline))):
+    nodes = decoder(load_config(find_model(model, offline)))
+    for node in decode_nodes(nodes) if fused else nodes:
         click.echo(str(node))
+        for part in node.parts:
+            click.echo(f"    {part}")
 
 
 @cli.command()
