@@ -332,8 +332,9 @@ def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """A list of prompts, and whether it was a single one. A list of numbers is one prompt."""
     if isinstance(prompt, str):
         return [prompt], True
-    items = [prompt] if isinstance(prompt, bytes) or not isinstance(prompt, Iterable) else list(prompt)
-    if items and all(isinstance(i, (int, np.integer)) for i in items):
+    several = isinstance(prompt, Iterable) and not isinstance(prompt, bytes)
+    items = list(prompt) if several else [prompt]
+    if several and items and all(isinstance(i, (int, np.integer)) for i in items):
         return [cast("list[int]", items)], True
     for i in items:
         if isinstance(i, bytes) or not isinstance(i, (Sequence, np.ndarray)):
