@@ -399,8 +399,8 @@ def run(
     pointer. check: verify every memory access (False: about 3 times faster, finds only deadlocks, divergence, undefined
     behaviour and crashes). race_check: report shared-memory races. folder: where ``launch.file`` is, ``cuda_src/`` if
     None. arch: ``__CUDA_ARCH__`` / 10. defines: ``NAME=VALUE`` macros. seed: 0 starts threads in order, another number
-    in a random order. timeout: seconds (0: none). max_blocks: blocks that may be alive at once. debug: compile with -O0 for
-    gdb; None: if the environment has SIMT_DEBUG=1.
+    in a random order. timeout: seconds (0: none). max_blocks: blocks that may be alive at once. debug: compile
+    with -O0 for gdb; None: if the environment has SIMT_DEBUG=1.
 
     Raises KernelFault; its first line is ``kind: expression: block, thread: file:line``. Raises TypeError for arguments
     that do not fit the kernel's parameters.

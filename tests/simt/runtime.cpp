@@ -946,6 +946,8 @@ void on_signal(int number, siginfo_t* info, void* context) {
   u64 pc = 0;
 #if defined(__x86_64__)
   pc = u64(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+#elif defined(__aarch64__)
+  pc = static_cast<ucontext_t*>(context)->uc_mcontext.pc;
 #endif
   if (number == SIGALRM)
     fault("timeout", current, at_pc(pc), format("still running after %g s", launch->timeout) +
