@@ -95,6 +95,13 @@ class DecodeLoop:
         self._events.clear()
         self._read = 0
 
+    def close(self) -> None:
+        """Drop the recording and the buffers."""
+        self._recording.close()
+        self._inputs.clear()
+        self._sampling.clear()
+        self._scores = ()
+
     def launch(self) -> None:
         """Queue one step."""
         self._events.append(self._recording.run())

@@ -82,6 +82,14 @@ class Engine:
         self._decode_nodes = decode_nodes(self.nodes)
         self._loops: dict[Any, DecodeLoop] = {}
 
+    def close(self) -> None:
+        """Drop recordings and arrays, so that their memory is free now and not when a reference cycle is collected."""
+        for loop in self._loops.values():
+            loop.close()
+        self._loops.clear()
+        self.values.clear()
+        self.cache.arrays.clear()
+
     def logits(self, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
         """The logits after each token, float32 [rows, vocab], in pieces as the passes yield them."""
         sequence = Generation(tokens, SamplingParams(), frozenset())
@@ -171,7 +179,7 @@ class Engine:
         loop = self._loops.get(key)
         if loop is None:
             if len(self._loops) >= _MOST_LOOPS:
-                self._loops.pop(next(iter(self._loops)))
+                self._loops.pop(next(iter(self._loops))).close()
             loop = self._loops[key] = DecodeLoop(self, size, sampler)
         for s in active:
             self.cache.extend(s.pages, self._longest(s))

@@ -278,6 +278,8 @@ class Model:
 
     def close(self) -> None:
         """Free weights, cache and device memory. The model cannot be used afterwards; closing twice is fine."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         self.backend.close()
 

@@ -27,6 +27,9 @@ class Recording(Protocol):
     def run(self) -> Mark:
         """Queue the body once; the mark is behind it."""
 
+    def close(self) -> None:
+        """Forget the body and what was recorded of it."""
+
 
 class Backend(Protocol):
     """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most.

@@ -495,6 +495,13 @@ class Recording:
             except gpu.failures as e:
                 raise _failure("a recorded step", e) from e
 
+    def close(self) -> None:
+        """Give back the graph and its memory. The recording cannot be run afterwards."""
+        with self._gpu as gpu, suppress(*gpu.failures):
+            gpu.synchronize()
+            del self._graph, self._body
+            self._pool.free_all_blocks()
+
 
 class CudaBackend:
     """Runs node lists on an NVIDIA GPU. dtype: "f32", "f16" or "bf16".

@@ -41,6 +41,9 @@ class _Recording:
     def synchronize(self) -> None:
         pass
 
+    def close(self) -> None:
+        del self._body
+
 
 class NumPyBackend:
     """Runs in float32 whatever the checkpoint's dtype, unless a narrower dtype is asked for.
