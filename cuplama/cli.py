@@ -396,6 +396,9 @@ def tokenize(text: str, model: str | None, offline: bool, no_bos: bool, ids: boo
             numbers = [int(x) for x in text.replace(",", " ").split()]
         except ValueError as e:
             raise ParameterError(f"--decode takes token ids: {e}") from None
+        for n in numbers:
+            if not 0 <= n < tokenizer.vocab_size:
+                raise PromptError(f"token id {n} is out of range; the tokenizer has {tokenizer.vocab_size}")
         click.echo(tokenizer.decode(numbers, skip_special=False))
         return
     tokens = tokenizer.encode(text, bos=not no_bos)
