@@ -8,8 +8,8 @@
 //   starts  [b+1], lengths [b], blocks [b, M] i32    token t of sequence i lies on page blocks[i][t / S]
 //   y       [n, heads*D] T
 //
-// D is a multiple of 8, at most 256. Scores, softmax statistics and sums are f32. Exponentials are powers of two: the
-// factor log2(e) is part of the scaled query.
+// D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and sums are f32.
+// Exponentials are powers of two: the factor log2(e) is part of the scaled query.
 //
 //   attention_decode    one new token per sequence. The keys are split over blocks, so that one long sequence fills the
 //                       GPU. Grid (splits, H * parts, b), 128 threads; the Q query heads of a block share every load
@@ -28,11 +28,12 @@
 // prefill tiles beyond its last row return at once. How a sequence is split depends on its own length and the window
 // alone, so its result is the same bit for bit alone, in any batch, and in a table of any width.
 //
-// Op: cuplama/ops/attention.py. Test and benchmark: the registry's (tests/ops, cuplama bench).
-// Tried: splits of a fixed 256 keys (too few blocks for one short sequence, thousands of empty ones for a wide table);
-// 64 keys a split, doubled until 64 splits suffice, bounds both.
+// Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py, and tests/ops/test_attention.py.
+// Benchmark: cuplama/bench.py, generic over the registry.
+// Not taken: splits of a fixed size, which are too few for one short sequence or, for a wide table, thousands of empty
+// blocks; 64 keys a split, doubled until 64 splits suffice, bounds both. Tried: 8 steps per tile for more than 4 heads
+// and scores unrolled by 4, which both spilled registers.
 #include "common.cuh"
-#include "ptx.cuh"
 
 constexpr float LOG2_E = 1.44269504f;
 
@@ -70,9 +71,9 @@ struct DecodeTile {
     static constexpr int BLOCKS = sizeof(T) == 4 || (Q > 4 && D > 128) ? 2 : 3;
 };
 
-// Sum N values over groups of L lanes. Each lane ends with the sums N/L*i .. of its place (one sum if N < L, then several
-// lanes hold the same); returns the index of the first. Each step halves the values: a lane sends one half to its partner
-// and adds the other half.
+// Sum N values over groups of L lanes. Each lane ends with N/L of the sums in x[0], x[1], ... (one if N < L; then many
+// lanes hold the same); returns the index of the first. A step halves the values: a lane sends one half to its partner
+// and adds what it receives to the other.
 template <int N, int L>
 __device__ __forceinline__ int reduce_scatter(float (&x)[N], int lane) {
     int first = 0;

@@ -11,8 +11,8 @@
 // The kept set is exact, not approximate. A float's bits, mapped to an integer that orders as the float does (its key),
 // make top-k and top-p the same search: the smallest key with a weight strictly above it that is below a limit. The
 // weight is 1 and the limit k for top-k; for top-p the weight is the mass rint(exp(z) * 2^32), 64-bit integer, and
-// the limit top_p times the sum. Integer sums have no order, so atomics cannot change a result, and equal logits stand or
-// fall together. Four launches:
+// the limit top_p times the sum. Integer sums have no order, so atomics cannot change a result, and equal logits stand
+// or fall together. Four launches:
 //
 //   sample_max        maximum of each chunk of 2048 logits; clears the counters        grid (chunks, b), 256 threads
 //   sample_histogram  count and mass of the tokens by bin of -z, 64 bins per unit      grid (chunks, b), 256 threads
@@ -22,13 +22,14 @@
 //                     (key of the score, complement of the id); the last block of a row writes the token
 //
 // Rows without top-k and top-p, and greedy rows, leave the second and third at once. logprobs: each chunk sums its
-// exponentials and finds its own N largest by repeated maximum; a second launch adds the sums and merges the sorted lists.
+// exponentials and finds its own N largest by repeated maximum; a second launch adds the sums and merges the lists.
 //
 // A mass, min_p and g use expf, logf and log1pf of the device, which may differ from NumPy's in the last bit: a token
 // whose mass lies exactly on the limit may be decided differently. Everything else is the same bit for bit.
 //
-// Ops: cuplama/ops/sampling.py. Test and benchmark: the registry's (tests/ops, cuplama bench).
-// Tried: nothing else yet. One block per row alone would compute the noise of a large vocabulary on one multiprocessor.
+// Ops: cuplama/ops/sampling.py. Tests: the registry's in tests/ops/test_ops.py, and of the drawn frequencies
+// tests/ops/test_sampling_statistics.py. Benchmark: cuplama/bench.py, generic over the registry.
+// Not taken: one block per row alone, which would compute the noise of a large vocabulary on one multiprocessor.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(THREADS)
     y[at] = x;
 }
 
-__global__ void __launch_bounds__(THREADS) count_token(i32* __restrict__ seen, const i32* __restrict__ token, int b, int V) {
+__global__ void __launch_bounds__(THREADS)
+    count_token(i32* __restrict__ seen, const i32* __restrict__ token, int b, int V) {
     const int row = blockIdx.x * THREADS + threadIdx.x;
     if (row < b) seen[i64(row) * V + token[row]] += 2;
 }
@@ -116,7 +118,8 @@ struct Row {  // logits of one row as z, four at a time
     bool wide;
 
     __device__ __forceinline__ Row(const f32* all, int row, int V, float largest, float temperature)
-        : logits(all + i64(row) * V), V(V), largest(largest), temperature(temperature), wide(V % 4 == 0 && aligned(all)) {}
+        : logits(all + i64(row) * V), V(V), largest(largest), temperature(temperature),
+          wide(V % 4 == 0 && aligned(all)) {}
 
     // z of ids at .. at+3; -infinity beyond the end.
     __device__ __forceinline__ Pack<f32, 4> operator()(int at) const {
@@ -274,7 +277,8 @@ __device__ __forceinline__ u32 descend(const Row& zs, const BinKeys& keys, u32 l
         __syncthreads();
         const u32 decided = shift == 24 ? 0 : 0xffffffffu << (shift + 8);
         keys.each(zs, [&](u32 key) {
-            if (key >= lowest && (key & decided) == prefix) atomicAdd(&weights[255 - (key >> shift & 255)], weight(key));
+            if (key < lowest || (key & decided) != prefix) return;
+            atomicAdd(&weights[255 - (key >> shift & 255)], weight(key));
         });
         __syncthreads();
         prefix |= u32(255 - find_bin(weights, 256, 255, limit, above)) << shift;
