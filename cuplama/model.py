@@ -22,7 +22,6 @@ from .checkpoint import Weight, load_weights
 from .config import ModelConfig, load_config, read_json, token_ids
 from .engine import Engine, Generation, Progress, Token
 from .errors import ConfigError, ContextError, DeviceError, ParameterError, PromptError
-from .memory import cache_bytes
 from .kernel import data_folder
 from .op import DTYPES, Array
 from .sampling import PARAMETERS, SamplingParams, sampling_defaults
@@ -483,6 +482,8 @@ def _backend(device: str, dtype: str, config: ModelConfig, weights: Mapping[str,
 
 def _check_cache(config: ModelConfig, backend: Backend, tokens: int) -> None:
     """Refuse a cache that host memory cannot hold, before the system runs out of it."""
+    from .memory import cache_bytes  # it brings the compiler, which importing cuplama need not pay for
+
     tables = 8 * config.rope.dim * tokens if config.rope else 0  # cos and sin, and as much again while they are made
     need, free = cache_bytes(config, backend.dtype, tokens) + tables, _free_memory()
     if need > free:
