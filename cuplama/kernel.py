@@ -57,10 +57,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches that compute an op, in order, and the scratch buffers they share: name -> (shape, dtype name)."""
+    """The launches that compute an op, in order, and the scratch buffers they share: name -> (shape, dtype name).
+
+    zeroed: scratch buffers that hold zeros before the first launch and that the launches leave holding zeros, such as
+    counters. They are made once and kept; the others hold anything.
+    """
 
     launches: tuple[Launch, ...]
     scratch: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    zeroed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

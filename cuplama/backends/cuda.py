@@ -525,6 +525,7 @@ class CudaBackend:
         self._check = os.environ.get("CUPLAMA_CHECK", "") not in ("", "0")
         self._ids: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], _Planned] = {}
+        self._zeroed: dict[tuple[tuple[int, ...], str], Array] = {}
         self._steps: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Step]]] = {}
 
     @classmethod
@@ -694,12 +695,22 @@ class CudaBackend:
             plan, after = op.kernels(call, gpu.limits), []
         else:
             raise OpError(f"{name} has no CUDA kernel")
-        scratch = {n: add(n, shape, DTYPES[dtype]) for n, (shape, dtype) in plan.scratch.items()}
+        scratch = {
+            n: self._zeros(shape, dtype) if n in plan.zeroed else add(n, shape, DTYPES[dtype])
+            for n, (shape, dtype) in plan.scratch.items()
+        }
         for launch in plan.launches:
             bound = kernel.bind(launch, call, scratch)
             function = gpu.function(bound.file, bound.expression, bound.shared)
             before.append(_Launch(function, bound, position, set(launch.constants)))
         return _Planned(width, outs, tuple(new), (*before, *after))
+
+    def _zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Scratch that every user finds and leaves zero, so all ops share it. Never freed: recordings hold its address."""
+        if (shape, dtype) not in self._zeroed:
+            array = self._zeroed[shape, dtype] = self.gpu.empty(shape, DTYPES[dtype])
+            self.gpu.fill(array, 0)
+        return self._zeroed[shape, dtype]
 
     def _id(self, name: str, attrs: Mapping[str, Any]) -> int:
         """A small number for an op with its attributes; layers that differ in nothing else share their plans."""
@@ -728,6 +739,7 @@ class CudaBackend:
         """Give back everything: plans, modules, pool, pinned buffers, cuBLAS. The backend cannot be used afterwards."""
         self._plans.clear()
         self._steps.clear()
+        self._zeroed.clear()
         self.gpu.close()
 
 

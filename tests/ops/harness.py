@@ -180,9 +180,12 @@ def run_kernels(op: Op, case: Case, ins: Arrays, executor: Executor) -> list[np.
         zones[spec.name], call.arrays[spec.name] = _guarded(call.shape(spec), call.dtype(spec), executor, initial)
     scratch = {}
     for name, (shape, dtype) in plan.scratch.items():
-        zones[name], scratch[name] = _guarded(shape, DTYPES[dtype], executor)
+        initial = np.zeros(shape, DTYPES[dtype]) if name in plan.zeroed else None
+        zones[name], scratch[name] = _guarded(shape, DTYPES[dtype], executor, initial)
     for launch in plan.launches:
         executor.launch(bind(launch, call, scratch))
+    for name in plan.zeroed:
+        assert not executor.download(scratch[name]).any(), f"{op.name}: {name} was not left zero"
     for name, zone in zones.items():
         content = executor.download(zone)
         edges = np.concatenate([content[:GUARD], content[-GUARD:]])

@@ -23,7 +23,10 @@ def _run(ins: Inputs, case: harness.Case, seed: int = 0) -> np.ndarray[Any, Any]
     assert plan is not None
     y = np.full((call["n"], call["heads"] * call["D"]), np.nan, ins["x"].dtype)
     call.arrays["y"] = y
-    scratch = {name: np.full(shape, np.nan, DTYPES[dtype]) for name, (shape, dtype) in plan.scratch.items()}
+    scratch = {
+        name: np.full(shape, 0 if name in plan.zeroed else harness.poison(DTYPES[dtype]), DTYPES[dtype])
+        for name, (shape, dtype) in plan.scratch.items()
+    }
     for launch in plan.launches:
         run(bind(launch, call, scratch), seed=seed)
     return y
