@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +164,12 @@ def _or(value: Any, default: int) -> Any:
     return default if value is None else value
 
 
+_HUGE = 1e30
+
+
 def _is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number. (Python reads NaN, Infinity and integers of any length.)"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf and value < 1e300
+    """Whether a JSON value is a number that float32 can compute with. (Python also reads NaN, Infinity and 10^400.)"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
 class _Reader:
@@ -297,7 +299,11 @@ class _Reader:
             if value is None and name in nullable:
                 continue
             if name in ("short_factor", "long_factor"):
-                ok = isinstance(value, list) and len(value) == dim // 2 and all(_is_number(x) and x > 0 for x in value)
+                ok = (
+                    isinstance(value, list)
+                    and len(value) == dim // 2
+                    and all(_is_number(x) and x > 1 / _HUGE for x in value)
+                )
                 wanted = f"a list of {dim // 2} positive numbers"
             elif name == "truncate":
                 ok, wanted = isinstance(value, bool), "true, false"
@@ -306,7 +312,7 @@ class _Reader:
             elif name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
                 ok, wanted = _is_number(value) and value >= 0, "a number >= 0"
             else:
-                ok, wanted = _is_number(value) and value > 0, "a positive number"
+                ok, wanted = _is_number(value) and value > 1 / _HUGE, "a positive number"
             if not ok:
                 self.refuse(f"{where}.{name}", wanted, value)
         if kind == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:

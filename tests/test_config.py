@@ -123,6 +123,7 @@ REFUSALS += [
         (YARN, "low_freq_factor", 1.0, ("1.0", "beta_fast")),
         (LONG, "short_factor", [1.0] * 3, ("a list of 4",)),
         (LONG, "long_factor", [1.0, 1.0, 0, 1.0], ("a list of 4 positive numbers",)),
+        (LONG, "long_factor", [1.0, 1e-300, 1.0, 1.0], ("a list of 4 positive numbers",)),
         (LONG, "long_factor", 2.0, ("2.0", "a list of 4")),
     )
 ]
