@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test check kernels format setup clean
 
 demo: $(VENV)/.runtime          ## set up, then print a story
 	$(BIN)/cuplama generate "Once upon a time" --stats
@@ -15,6 +15,10 @@ check: $(VENV)/.dev             ## lint, format check, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: $(VENV)/.runtime       ## compile every kernel for sm_75 to sm_120; needs no GPU
+	$(BIN)/cuplama kernels compile --arch all > build-kernels.txt || { tail -n 30 build-kernels.txt; exit 1; }
+	tail -n 1 build-kernels.txt
 
 format: $(VENV)/.dev            ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
