@@ -8,6 +8,11 @@
 // ---- loads and stores -----------------------------------------------------------------------------------------------
 SIMT_FN uint4 load_streamed(const void* p) { return *static_cast<const uint4*>(p); }
 
+// Kernels run one after the other here, and there is no cache to fill.
+SIMT_FN void prefetch_l2(const void*, unsigned) {}
+SIMT_FN void launch_dependents() {}
+SIMT_FN void wait_for_previous() {}
+
 // Volatile, acquire and relaxed loads are how threads wait for one another, so they let the others run first. Memory is
 // sequentially consistent here: that an acquire or a release is missing is not found.
 template <class T> SIMT_TEMPLATE T ld_volatile(const T* p) { return simt::from_bits<T>(simt_load(p, sizeof(T), 1)); }
