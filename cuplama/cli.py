@@ -177,7 +177,8 @@ def _progress(description: str, unit: str) -> Iterator[Callable[[int, int], None
     try:
         yield update
     finally:
-        bar.stop()
+        if bar.live.is_started:  # stopping prints an empty line on a dumb terminal
+            bar.stop()
 
 
 def _load(model: str | None, offline: bool, device: str, dtype: str, context: int | None) -> Model:

@@ -97,6 +97,11 @@ def _real(low: float, high: float) -> Callable[[Any], float]:
     return read
 
 
+def _temperature(value: Any) -> float:
+    number = _real(0, _HUGE)(value)
+    return number if number >= 1e-6 else 0.0  # below, float32 logits cannot tell it from greedy
+
+
 def _strings(value: Any) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else () if value is None else tuple(value)
     _check(all(isinstance(s, str) and s for s in found))
@@ -127,7 +132,7 @@ _HUGE = 1e30  # the sampler computes in float32, and sums and quotients of what 
 _RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "max_tokens": (_int(0, none=True), "a whole number >= 0, or None"),
     "min_tokens": (_int(0), "a whole number >= 0"),
-    "temperature": (_real(0, _HUGE), "a number >= 0"),
+    "temperature": (_temperature, "a number >= 0"),
     "top_k": (_int(0), "a whole number >= 0 (0 is off)"),
     "top_p": (_real(0, 1), "a number from 0 to 1 (1 is off)"),
     "min_p": (_real(0, 1), "a number from 0 to 1 (0 is off)"),

@@ -398,6 +398,36 @@ def test_ctrl_c_ends_generate_with_130(talker: str) -> None:
         assert process.stderr.read().strip() == b""
 
 
+class Teletype(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuplama.cli import _progress
+
+    for step, shown in ((0.01, False), (1.0, True)):
+        clock, stderr = iter(range(10**6)), Teletype()
+        monkeypatch.setattr("cuplama.cli.time.perf_counter", lambda clock=clock, step=step: next(clock) * step)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setenv("TERM", "xterm")
+        with _progress("loading", "B") as update:
+            for done in range(5):
+                update(done, 4)
+        assert ("loading" in stderr.getvalue()) == shown
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with _progress("loading", "B") as update:
+        update(1, 2)
+
+
+def test_generate_in_a_terminal_shows_the_prompt() -> None:
+    terminal = Terminal([*LAUNCHER, "generate", "First", "-m", CHARS, *NUMPY, "-n", "5"], environment(TERM="dumb"))
+    text = terminal.until("\r\n")
+    assert re.sub(r"\x1b\[\d*m", "", text).startswith("First")
+    assert len(re.sub(r"\x1b\[\d*m", "", text)) == 10
+    assert terminal.status() == 0
+
+
 # --- Chat -----------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ BAD: dict[str, list[Any]] = {
 GOOD: dict[str, list[tuple[Any, Any]]] = {  # given -> as it is kept
     "max_tokens": [(None, None), (0, 0), (10**30, 10**30), (np.int64(5), 5)],
     "min_tokens": [(np.uint8(3), 3)],
-    "temperature": [(0, 0.0), (np.float32(0.5), 0.5), (Fraction(1, 2), 0.5), (1e30, 1e30)],
+    "temperature": [(0, 0.0), (np.float32(0.5), 0.5), (Fraction(1, 2), 0.5), (1e30, 1e30), (1e-7, 0.0)],
     "top_k": [(0, 0), (10**30, 10**30)],
     "top_p": [(0, 0.0), (1, 1.0)],
     "min_p": [(1, 1.0)],
