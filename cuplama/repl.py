@@ -74,6 +74,8 @@ def _answer(
         sys.stdout.flush()
         if stats is not None:
             click.echo(stats(stream.timings), err=True)
+    except KeyboardInterrupt:  # before the answer began
+        return None
     except CuplamaError as e:
         click.echo(f"cuplama: {e} (/clear starts again)", err=True)
         return None
