@@ -9,7 +9,7 @@
 SIMT_FN uint4 load_streamed(const void* p) { return *static_cast<const uint4*>(p); }
 
 // Kernels run one after the other here, and there is no cache to fill.
-SIMT_FN void prefetch_l2(const void*, unsigned) {}
+SIMT_FN void prefetch_l2(const void* global, unsigned bytes) {}
 SIMT_FN void launch_dependents() {}
 SIMT_FN void wait_for_previous() {}
 
