@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         __syncthreads();
         if (at + KEYS < high) tile.fetch(k, table, at + KEYS, high, kv_head, H);
 
-#pragma unroll 2
+#pragma unroll 1
         for (int key = 0; key < KEYS; key += 4) {
             Pack<f32, 4> p[R];
 #pragma unroll
