@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from ..checkpoint import Weight
 from ..graph import Node
@@ -15,6 +18,10 @@ from ..op import DTYPES, Array
 from ..ops import OPS
 
 __all__ = ["NumPyBackend"]
+
+# Products of fewer multiplications than this run on one thread: more would gain little on an idle machine, and on a
+# busy one BLAS threads that wait for each other cost several times the work.
+_ONE_THREAD = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class NumPyBackend:
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
         self.dtype = DTYPES[dtype]
         self._convert = convert
+        self._largest = 0  # elements of the largest weight
+        self._blas: ThreadpoolController | None = None
         self._steps: dict[int, tuple[Sequence[Node], list[_Step]]] = {}
 
     def describe(self) -> str:
@@ -74,6 +83,7 @@ class NumPyBackend:
         return np.zeros(shape, dtype)
 
     def load_weight(self, weight: Weight) -> Array:
+        self._largest = max(self._largest, math.prod(weight.shape))
         if not self._convert:
             return weight.array()
         array = np.empty(weight.shape, self.dtype)
@@ -88,6 +98,18 @@ class NumPyBackend:
         return tuple(o.astype(d, copy=False) for o, d in zip(outs, self._dtypes(op, attrs), strict=True))
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
+        with self._threads(len(values["ids"])):
+            return self._run(nodes, values, keep)
+
+    def _threads(self, tokens: int) -> AbstractContextManager[Any]:
+        if tokens * self._largest >= _ONE_THREAD:
+            return nullcontext()
+        if self._blas is None:
+            self._blas = ThreadpoolController()
+        limit: AbstractContextManager[Any] = self._blas.limit(limits=1, user_api="blas")
+        return limit
+
+    def _run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         values = {"": None, **values}
         for step in self._prepare(nodes, keep):
             out = step.reference(*[values[name] for name in step.ins], **step.attrs)
