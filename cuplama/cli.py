@@ -417,3 +417,74 @@ def doctor() -> None:
     from .doctor import run
 
     sys.exit(run(click.echo))
+
+
+def _counts(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        numbers = tuple(int(piece) for piece in value.split(",") if piece.strip())
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < (1 if parameter.name == "batches" else 0):
+        raise click.BadParameter(f"{value!r} is not a list of token counts such as 512,2048")
+    return numbers
+
+
+@cli.command()
+@_DEBUG
+@click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    help="Folder, hub id, or with --dummy-weights a known shape such as llama-3.2-1b.  [default: the story model]",
+)
+@click.option(
+    "-p", "prompts", callback=_counts, default="512", show_default=True, metavar="N,...", help="Prompts read."
+)
+@click.option(
+    "-n", "generated", callback=_counts, default="128", show_default=True, metavar="N,...", help="Tokens generated."
+)
+@click.option("-d", "depths", callback=_counts, default="0", show_default=True, metavar="N,...", help="Cached before.")
+@click.option("-b", "batches", callback=_counts, default="1", show_default=True, metavar="N,...", help="Sequences.")
+@click.option("-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each row.")
+@click.option("-o", "form", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True, help="Output.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights: the config.json alone is enough.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "numpy"]), default="auto", help="Where to run.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]),
+    default="auto",
+    metavar="DTYPE",
+    help="float32, float16, bfloat16 or auto.",
+)
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw a picture as well.")
+@click.option("--no-cold-start", is_flag=True, help="Do not time a fresh process from its start to a token.")
+def bench(
+    model: str | None,
+    prompts: tuple[int, ...],
+    generated: tuple[int, ...],
+    depths: tuple[int, ...],
+    batches: tuple[int, ...],
+    repeats: int,
+    form: str,
+    dummy_weights: bool,
+    device: str,
+    dtype: str,
+    plot: Path | None,
+    no_cold_start: bool,
+) -> None:
+    """Measure prompts and generation: tokens/s, bytes/s against the measured ceiling, time to the first token.
+
+    Every list may have several values; each combination is a row.
+    """
+    from . import bench as benches
+    from .report import new_figure
+
+    if plot is not None:
+        new_figure(1, 1)  # refuses before the work, not after it
+    wanted = benches.trials(prompts, generated, depths, batches)
+    source = benches.Source(model, dummy_weights, device, dtype)
+    result = benches.run(source, wanted, repeats, not no_cold_start, lambda text: click.echo(text, err=True))
+    click.echo(benches.text(result, form), nl=False)
+    if plot is not None:
+        benches.plot(result, plot)
