@@ -140,7 +140,7 @@ struct Block {
   std::unordered_map<uptr, MBarrier> mbarriers;
 };
 
-const u64 GUARD = 4096;
+const u64 GUARD = 256 << 10;                           // around dynamic shared memory: as far as a block can reach
 const Launch* launch;
 u32 threads_per_block;
 u32 now;                                              // G, the count of synchronisation events
