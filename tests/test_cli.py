@@ -528,7 +528,10 @@ def test_chat_in_a_terminal(talker: str, tmp_path: Path) -> None:
     assert len(terminal.until("\r\n> ")) > 2
     terminal.send("/help\n")  # ... and not the program
     assert "/clear" in terminal.until("\r\n> ")
-    terminal.send("half a line\x03")  # drops the line
+    terminal.send("half a line")
+    terminal.until("half a line")
+    time.sleep(0.3)  # until Python's readline waits again: it sees a signal only there
+    terminal.send("\x03")  # drops the line
     assert "(/exit or Ctrl-D leaves)" in terminal.until("\r\n> ")
     terminal.send("/exit\n")
     assert terminal.status() == 0

@@ -170,9 +170,9 @@ def test_both_spellings_of_the_rope_settings(folder: Path, spelling: str, tmp_pa
             assert model.generate(prompt, max_tokens=24, temperature=0, ignore_eos=True).tokens == greedy
 
 
-# transformers rounds the same activations to the same 16 bits in another order, so the two divergences scatter around
-# one size; the bound leaves room for chance, and none for a lost float32 residual or accumulator.
-SCATTER = 1.5
+# The residual stream and all accumulators are float32 here, so the divergence is 0.4 of transformers' in the median, and
+# 0.94 in the worst case. Which way a value is rounded hangs on the order of a sum, so another BLAS moves it a little.
+SCATTER = 1.1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
