@@ -37,6 +37,7 @@ from cuplama.ops import OPS
 from tests.ops import harness
 
 LIMITS = harness.TOLERANCE
+KEPT = 1 << 15  # elements of a case's outputs that --outputs keeps at most
 
 
 class GpuExecutor:
@@ -93,8 +94,10 @@ def run_backend(
     return [backend.download(a) for a in backend.call(op.name, arrays, harness.attributes(op, case))]
 
 
-def verify(backend: CudaBackend, names: list[str], compare: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """(op -> dtype -> cases and worst error, problems)."""
+def verify(
+    backend: CudaBackend, names: list[str], compare: bool, kept: dict[str, np.ndarray[Any, Any]] | None = None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(op -> dtype -> cases and worst error, problems). kept: collects the kernels' outputs, where they are small."""
     table: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     executor = GpuExecutor(backend)
@@ -107,6 +110,9 @@ def verify(backend: CudaBackend, names: list[str], compare: bool) -> tuple[dict[
         try:
             runs = [harness.run_kernels(op, case, ins, executor) for _ in range(2)]
             runs += [run_backend(op, case, ins, backend, T) for _ in range(2)]
+            for i, out in enumerate(runs[0] if kept is not None and sum(o.size for o in runs[0]) <= KEPT else ()):
+                assert kept is not None
+                kept[f"{harness.name_of(op, case, T)}/{i}"] = out if out.dtype.kind in "iu" else out.astype(np.float32)
             if compare:
                 wanted = harness.expected(op, case, ins)
                 for outs in (runs[0], runs[2]):
@@ -121,7 +127,7 @@ def verify(backend: CudaBackend, names: list[str], compare: bool) -> tuple[dict[
             if len(problems) >= 50:
                 break  # the GPU's context is lost, most likely
     missing = [op.name for op in OPS.values() if op.kernels is None and (not names or op.name in names)]
-    return table, problems + [f"{name}: no kernel" for name in missing if not getattr(OPS[name], "parts", None)]
+    return table, problems + [f"{name}: no kernel" for name in missing]
 
 
 def speeds(backend: CudaBackend) -> dict[str, float]:
@@ -178,13 +184,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for ops.json and ops.txt")
     parser.add_argument("--no-pool", action="store_true", help="every array is an allocation of its own")
     parser.add_argument("--run-only", action="store_true", help="run, but compare nothing")
+    parser.add_argument("--outputs", type=Path, help="keep the kernels' outputs, for tests/simt/agree.py")
     parser.add_argument("ops", nargs="*", help="op names; all by default")
     args = parser.parse_args()
     backend = CudaBackend("f32")
     if args.no_pool:
         backend.gpu.pool = _NoPool()
     began = time.perf_counter()
-    table, problems = verify(backend, args.ops, not args.run_only)
+    kept: dict[str, np.ndarray[Any, Any]] | None = {} if args.outputs else None
+    table, problems = verify(backend, args.ops, not args.run_only, kept)
+    if kept is not None:
+        np.savez_compressed(args.outputs, allow_pickle=False, **kept)
     result = {
         "environment": environment(backend),
         "speeds": {} if args.run_only or problems else speeds(backend),
