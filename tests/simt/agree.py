@@ -1,7 +1,7 @@
 """Emulator and GPU on the same inputs: ``python -m tests.simt.agree OUTPUTS.npz``.
 
-OUTPUTS.npz holds what ``python -m tests.gpu.verify --outputs OUTPUTS.npz`` got from a GPU. Every case runs again here, on
-the emulator; the table gives, per op and dtype, the largest difference relative to the norm of the output, how many
+OUTPUTS.npz holds what ``python -m tests.gpu.verify --outputs OUTPUTS.npz`` got from a GPU. Every case runs again here,
+on the emulator; the table gives, per op and dtype, the largest difference relative to the norm of the output, how many
 elements differ at all, and whether integers are equal. Exit status 1 if a difference is larger than rounding.
 """
 
@@ -63,9 +63,7 @@ def main() -> int:
         bad = row["largest"] > ROUNDING[T]
         wrong += bad
         share = f"{row['different']:.0f} of {row['elements']:.0f}"
-        print(
-            f"{op_name:<28} {T:<6} {row['cases']:>5.0f} {row['largest']:>19.1e} {share:>21}{'  TOO MUCH' if bad else ''}"
-        )
+        print(f"{op_name:<28} {T:<6} {row['cases']:>5.0f} {row['largest']:>19.1e} {share:>21}{'  BAD' if bad else ''}")
     print(f"\n{len(table)} rows, {wrong} beyond rounding")
     return int(wrong > 0)
 
