@@ -37,6 +37,7 @@ __all__ = [
     "COLUMNS",
     "Source",
     "Trial",
+    "cache_tokens",
     "cold_start",
     "dummy_model",
     "measure",
@@ -137,6 +138,11 @@ def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens:
     except BaseException:
         backend.close()
         raise
+
+
+def cache_tokens(batch: int, tokens: int) -> int:
+    """What the cache must hold for that many sequences of that length, in whole pages."""
+    return batch * pages_for(tokens) * PAGE
 
 
 def step_bytes(model: Model, length: float, batch: int) -> float:
@@ -335,9 +341,9 @@ def run(
     Returns environment, ceilings, cold_start (or None) and rows, with stable field names.
     """
     context = max(t.tokens for t in wanted)
-    cache_tokens = max(t.batch * pages_for(t.tokens) * PAGE for t in wanted)
+    room = max(cache_tokens(t.batch, t.tokens) for t in wanted)
     say(f"loading {source.model or 'the bundled model'}{' (random weights)' if source.dummy else ''}")
-    with source.open(context, cache_tokens) as model:
+    with source.open(context, room) as model:
         say("measuring the ceilings")
         limits = ceilings.measure(model.backend)
         facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else "own"}

@@ -1,16 +1,24 @@
-"""``cuplama kernels``: what kernels there are, and whether they compile. Needs no GPU and no driver."""
+"""``cuplama kernels``: see, check, compile, time and compare single kernels. All but the times work without a GPU."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import click
 
 from . import compiler, kernel
-from .op import DTYPES
+from .errors import DeviceError, ParameterError
+from .op import DTYPES, Op
 from .ops import OPS
 
 __all__ = ["kernels"]
@@ -18,7 +26,7 @@ __all__ = ["kernels"]
 
 @click.group()
 def kernels() -> None:
-    """List and compile the CUDA kernels; needs no GPU."""
+    """See, check, compile, time and compare the CUDA kernels. Only times need a GPU."""
 
 
 @kernels.command("list")
@@ -70,6 +78,397 @@ def compile_kernels(arch: str, jobs: int | None, verbose: bool, names: tuple[str
     )
     if bad:
         sys.exit(1)
+
+
+_SHAPE = click.option(
+    "--shape", "shapes", multiple=True, metavar="n=1,d=4096", help="Dims and attributes; the option may be repeated."
+)
+_DTYPE = click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), default="bf16", show_default=True)
+_FORM = click.option("-o", "form", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True)
+_DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
+
+
+@kernels.command("show")
+@click.argument("name")
+@_SHAPE
+@_DTYPE
+@click.option("--arch", default="sm_90", show_default=True, metavar="LIST", help="Architectures to compile for.")
+@click.option("--ptx", is_flag=True, help="Print the PTX of the first architecture.")
+@click.option("--sass", is_flag=True, help="Print the machine code of the first architecture.")
+@_DEBUG
+def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: bool, sass: bool) -> None:
+    """Documentation, signature, launches and resources of an op, a kernel or a file. Needs no GPU."""
+    from . import cases, lab
+
+    archs = compiler.parse_archs(arch, tuple(compiler.nvrtc_library().getSupportedArchs()))
+    ops = find_ops(name)
+    device = kernel.Device(arch=archs[0], shared=compiler.shared_limit(archs[0]))
+    launches: dict[str, list[str]] = {}
+    for op in ops:
+        chosen = [cases.shape_case(op, parse_shape(s), dtype) for s in shapes] or cases.default_cases(op.name, dtype)
+        click.echo(f"{op.name}: {op.doc}\n  {op.text}\n")
+        for case in chosen[: 4 if not shapes else None]:
+            click.echo(f"  {' '.join(filter(None, (case.graph, '/'.join(case.weights), case.dtype, case.shape)))}")
+            for launch in lab.planned(case, case.ins, device, compiler.stand_in)[0]:
+                instances = launches.setdefault(launch.file, [])
+                if launch.expression not in instances:
+                    instances.append(launch.expression)
+                shared = f", {launch.shared} bytes of dynamic shared memory" if launch.shared else ""
+                click.echo(f"    {launch.expression}: grid {launch.grid}, block {launch.block}{shared}")
+        click.echo()
+    for file, instances in launches.items():
+        click.echo(f"cuda_src/{file}:\n{_documentation(file)}\n")
+        rows = []
+        for one in archs:
+            program = compiler.compile_program(file, instances, one)
+            rows += [(e, f"sm_{one}", *map(str, _numbers(program.resources[e]))) for e in instances]
+        show(("kernel", "arch", "registers", "shared", "stack", "spills"), rows)
+        click.echo()
+        if ptx:
+            click.echo(_ptx(file, instances, archs[0]))
+        if sass:
+            click.echo(_sass(compiler.compile_program(file, instances, archs[0]).cubin))
+
+
+@kernels.command("bench")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@_SHAPE
+@click.option("--model", metavar="MODEL", help="All ops at the shapes of a folder's config.json or a known model.")
+@_DTYPE
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="With --model: sequences decoded.")
+@click.option("--depth", type=click.IntRange(2), default=512, show_default=True, help="With --model: tokens cached.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="With --model: tokens read.")
+@_FORM
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the roofline.")
+@click.option("--arch", default="sm_90", show_default=True, metavar="LIST", help="Without a GPU: compile for these.")
+@_DEBUG
+def bench_kernels(
+    names: tuple[str, ...],
+    shapes: tuple[str, ...],
+    model: str | None,
+    dtype: str,
+    batch: int,
+    depth: int,
+    prompt: int,
+    form: str,
+    plot: Path | None,
+    arch: str,
+) -> None:
+    """Check ops (all by default) against their references and time them, alone, against the machine's ceilings.
+
+    A wrong kernel is refused: its case is printed, and the exit status is 1. With --model the ops of a decode step and
+    of a prompt are counted, added up, and held against what the whole step takes. Without a GPU the kernels are run by
+    the emulator, on the ops' own small cases or on --shape, and compiled; nothing is timed.
+    """
+    from .backends.cuda import cuda_available
+    from .report import new_figure
+
+    works, reason = cuda_available()
+    if plot is not None:
+        new_figure(1, 1)  # refuses before the work, not after it
+        if not works:
+            raise DeviceError(f"--plot draws times, and nothing can be timed: {reason}")
+    ops = [op for name in names for op in find_ops(name)] or list(OPS.values())
+    if shapes and (model or len(ops) != 1):
+        raise ParameterError("--shape needs the NAME of one op, and no --model")
+    with _refusing():
+        if works:
+            _bench_on_gpu(ops, names, shapes, model, dtype, (batch, depth, prompt), form, plot)
+        else:
+            _bench_without(ops, shapes, model, dtype, arch, reason)
+
+
+def _bench_on_gpu(
+    ops: Sequence[Op],
+    names: Sequence[str],
+    shapes: Sequence[str],
+    model: str | None,
+    dtype: str,
+    sizes: tuple[int, int, int],
+    form: str,
+    plot: Path | None,
+) -> None:
+    from . import bench, cases, ceilings, lab, report, roofline
+    from .backends.cuda import CudaBackend
+
+    batch, depth, prompt = sizes
+    whole: list[lab.Step] = []
+    if model is not None:
+        context = max(depth + 64, prompt + 1)
+        tokens = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+        loaded = bench.dummy_model(model, "cuda", tokens[dtype], context, bench.cache_tokens(batch, context))
+        with loaded:
+            nodes = loaded.engine.decode_nodes(batch)
+            chosen = cases.decode_cases(loaded.config, dtype, batch, depth, context, nodes)
+            chosen += cases.prompt_cases(loaded.config, dtype, prompt, loaded.backend.prefill_chunk)
+            wanted = [c for c in chosen if not names or c.op in ops]
+            limits = ceilings.measure(loaded.backend)
+            rows = lab.bench(loaded.backend, wanted, limits, _say)
+            if not names:
+                whole = lab.steps(loaded, rows, batch, depth, prompt)
+            found = lab.result(loaded.backend, rows, limits, whole)
+        found["environment"] = {"model": model, **found["environment"]}
+    else:
+        backend = CudaBackend(dtype)
+        try:
+            chosen = [cases.shape_case(ops[0], parse_shape(s), dtype) for s in shapes]
+            chosen = chosen or [c for op in ops for c in cases.default_cases(op.name, dtype)]
+            limits = ceilings.measure(backend)
+            found = lab.result(backend, lab.bench(backend, chosen, limits, _say), limits, [])
+        finally:
+            backend.close()
+    extra = {k: v for k, v in found.items() if k != "rows"}
+    if form == "md":
+        click.echo("\n".join(bench.header(found)) + "\n")
+    click.echo(report.render(lab.COLUMNS, found["rows"], form, extra), nl=False)
+    if form == "md":
+        for step in whole:
+            click.echo(f"\n{step}")
+    if plot is not None:
+        roofline.plot_roofline(found, plot)
+
+
+def _bench_without(
+    ops: Sequence[Op], shapes: Sequence[str], model: str | None, dtype: str, arch: str, reason: str
+) -> None:
+    """Check and compile; say what is missing."""
+    from . import cases, lab
+
+    if model is not None:
+        from .shapes import find_shape
+
+        config = find_shape(model)[1]
+        used = {c.op.name for c in (*cases.decode_cases(config, dtype), *cases.prompt_cases(config, dtype))}
+        ops = [op for op in ops if op.name in used]
+    archs = compiler.parse_archs(arch, tuple(compiler.nvrtc_library().getSupportedArchs()))
+    kernelled = [op for op in ops if op.kernels is not None]
+    rows = []
+    missing = lab.emulator_missing()
+    for op in kernelled:
+        if missing:
+            rows.append((op.name, dtype, "-", "not run"))
+            continue
+        emulator = lab.Emulator(arch=archs[0])
+        chosen = [cases.shape_case(op, parse_shape(s), dtype) for s in shapes] or cases.registry_cases(op, dtype)
+        _say(f"{op.name}: {len(chosen)} cases")
+        emulator.prepare(chosen)
+        for case in chosen:
+            emulator.check(case)
+        rows.append((op.name, dtype, str(len(chosen)), "right"))
+    show(("op", "dtype", "cases", "on the emulator"), rows)
+    results = compiler.compile_kernels(archs, [op.name for op in kernelled])
+    for problem in (r for r in results if r.problem is not None):
+        raise lab.WrongResultError(f"{problem.file} for sm_{problem.arch}: {problem.expression} {problem.problem}")
+    shown = ", ".join(f"sm_{a}" for a in archs)
+    click.echo(f"\n{sum(r.resources is not None for r in results)} kernel instances compile for {shown}")
+    click.echo(f"nothing is timed: {reason}" + (f"; {missing}" if missing else ""))
+
+
+@kernels.command("compare")
+@click.argument("other", type=click.Path(path_type=Path))
+@click.option("--op", "name", required=True, metavar="NAME", help="The op whose kernels OTHER has.")
+@_SHAPE
+@_DTYPE
+@_FORM
+@click.option("--arch", default="sm_90", show_default=True, metavar="LIST", help="Without a GPU: compile for these.")
+@_DEBUG
+def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str, form: str, arch: str) -> None:
+    """Judge the kernels of the file OTHER against those of the tree: same cases, same inputs, right first.
+
+    The ratio is that of times measured in turn, with its 95% interval; above 1 OTHER is faster. A wrong OTHER is
+    refused with its case and exit status 1. Without a GPU it is checked on the emulator and compiled, not timed.
+    """
+    from . import cases, ceilings, contender, report
+    from .backends.cuda import CudaBackend, cuda_available
+
+    if name not in OPS:
+        raise ParameterError(f"no op is named {name!r}; ops: {', '.join(OPS)}")
+    op = OPS[name]
+    checks = cases.registry_cases(op, dtype)
+    chosen = [cases.shape_case(op, parse_shape(s), dtype) for s in shapes]
+    works, reason = cuda_available()
+    with _refusing():
+        if not works:
+            _compare_without(
+                contender.load_contender(other, op, dtype, kernel.Device()), chosen or checks, arch, reason
+            )
+            return
+        backend = CudaBackend(dtype)
+        try:
+            against = contender.load_contender(other, op, dtype, backend.gpu.limits)
+            found = contender.compare(backend, against, chosen or cases.default_cases(name, dtype), checks)
+            facts = ceilings.environment(backend)
+        finally:
+            backend.close()
+    rows = [contender.compare_row(c) for c in found]
+    if form == "md":
+        click.echo(f"{other} against cuda_src/{against.file}\n{ceilings.header(facts)}\n")
+    click.echo(report.render(contender.COMPARE_COLUMNS, rows, form, {"environment": facts}), nl=False)
+
+
+def _compare_without(against: Any, chosen: Sequence[Any], arch: str, reason: str) -> None:
+    from . import lab
+
+    archs = compiler.parse_archs(arch, tuple(compiler.nvrtc_library().getSupportedArchs()))
+    missing = lab.emulator_missing()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in (*kernel.source_folder().glob("*.cuh"), *kernel.source_folder().glob("*.cu")):
+            shutil.copy(path, folder / path.name)
+        (folder / against.file).write_text(against.text, encoding="utf-8")
+        if not missing:
+            emulator = lab.Emulator(folder, archs[0])
+            emulator.prepare(chosen)
+            for case in chosen:
+                emulator.check(case)
+    shown = "not run" if missing else f"right on {len(chosen)} cases"
+    click.echo(f"{against.path}: {shown}; not timed: {reason}" + (f"; {missing}" if missing else ""))
+
+
+@kernels.command("watch")
+@click.argument("name")
+@_SHAPE
+@_DTYPE
+@_DEBUG
+def watch_kernel(name: str, shapes: tuple[str, ...], dtype: str) -> None:
+    """Check and time NAME whenever a source of it is saved. Ctrl-C ends it."""
+    ops = find_ops(name)
+    arguments = ["kernels", "bench", *[op.name for op in ops], "--dtype", dtype]
+    for shape in shapes:
+        arguments += ["--shape", shape]
+    folders = (kernel.source_folder(), Path(__file__).resolve().parent / "ops")
+
+    def again() -> None:
+        # A process of its own: it sees every change, and a crashed GPU context ends with it.
+        command = [sys.executable, "-c", "from cuplama.cli import main; main()", *arguments]
+        here = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
+        click.echo(f"watching {' and '.join(map(str, folders))}; Ctrl-C ends", err=True)
+
+    watch(lambda: stamps(folders), again)
+
+
+def stamps(folders: Sequence[Path]) -> dict[str, int]:
+    """When each source was saved."""
+    files = [f for folder in folders for pattern in ("*.cu", "*.cuh", "*.py") for f in folder.glob(pattern)]
+    found = {}
+    for file in files:
+        try:
+            found[str(file)] = file.stat().st_mtime_ns
+        except OSError:  # an editor is replacing it
+            continue
+    return found
+
+
+def watch(look: Callable[[], Mapping[str, int]], again: Callable[[], object], pause: float = 0.3) -> None:
+    """Call ``again`` now and after every change that ``look`` sees, until the user interrupts."""
+    try:
+        seen = look()
+        again()
+        while True:
+            time.sleep(pause)
+            now = look()
+            if now != seen:
+                seen = now
+                again()
+    except KeyboardInterrupt:
+        return
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """A wrong kernel ends with its case on stderr and exit status 1, where other errors have status 2."""
+    from .lab import WrongResultError
+
+    try:
+        yield
+    except (WrongResultError, compiler.CompileError) as e:
+        click.echo(f"refused: {e}", err=True)
+        sys.exit(1)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def find_ops(name: str) -> list[Op]:
+    """The ops that a name stands for: an op, a kernel, or the stem of a file. Raises ParameterError."""
+    if name in OPS:
+        return [OPS[name]]
+    stem = name.removesuffix(".cu")
+    users = _users()
+    ops = {op for (file, function), (who, _) in users.items() if stem in (function, Path(file).stem) for op in who}
+    if not ops:
+        known = sorted({*OPS, *(k for _, k in users), *(Path(f).stem for f, _ in users)})
+        raise ParameterError(f"no op, kernel or file is named {name!r}; known: {', '.join(known)}")
+    return [op for op in OPS.values() if op.name in ops]
+
+
+def parse_shape(text: str) -> dict[str, Any]:
+    """ "n=1,d=4096,eps=1e-6,b=true,U=f32" by name. Raises ParameterError naming the piece."""
+    found: dict[str, Any] = {}
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = piece.partition("=")
+        if not equals or not name or not value:
+            raise ParameterError(f"--shape takes name=value pairs such as n=1,d=4096, not {piece!r}")
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if text == "T" or text in DTYPES:
+        return text
+    raise ParameterError(f"--shape: {text!r} is neither a number, true, false, nor a dtype")
+
+
+def _documentation(file: str) -> str:
+    """The comment that opens a source."""
+    lines = (kernel.source_folder() / file).read_text(encoding="utf-8").splitlines()
+    head = []
+    for line in lines:
+        if not line.startswith("//"):
+            break
+        head.append("  " + line.removeprefix("//").removeprefix(" "))
+    return "\n".join(head)
+
+
+def _ptx(file: str, names: Sequence[str], arch: int) -> str:
+    nvrtc = compiler.nvrtc_library()
+    flags = (*compiler.options(nvrtc.getVersion()[0]), "-ftz=true", f"-arch=compute_{arch}")
+    program = nvrtc.createProgram(compiler.source(file), file, (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        nvrtc.compileProgram(program, flags)
+        text: str = nvrtc.getPTX(program).decode().rstrip("\0")
+    finally:
+        nvrtc.destroyProgram(program)
+    return text
+
+
+def _sass(cubin: bytes) -> str:
+    """The disassembly, if the CUDA toolkit's tools are here."""
+    places = [os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{p}/bin" for p in places if p)])
+    for tool, flags in (("nvdisasm", ["-c"]), ("cuobjdump", ["-sass"])):
+        found = shutil.which(tool, path=path)
+        if found:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(cubin)
+                file.flush()
+                done = subprocess.run([found, *flags, file.name], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise DeviceError(f"{tool} fails: {done.stderr.strip()[:200]}")
+            return done.stdout
+    return "no SASS: neither nvdisasm nor cuobjdump (of the CUDA toolkit) is in PATH or CUDA_PATH/bin"
 
 
 def _numbers(used: compiler.Resources) -> tuple[int, int, int, int]:
