@@ -24,7 +24,7 @@ from .engine import Engine, Generation, Progress, Token
 from .errors import ConfigError, ContextError, DeviceError, ParameterError, PromptError
 from .kernel import data_folder
 from .op import DTYPES, Array
-from .sampling import PARAMETERS, SamplingParams, sampling_defaults
+from .sampling import PARAMETERS, SamplingParams, sampling_defaults, unsupported_settings
 from .tokenizer import Detokenizer, StopStrings, Tokenizer
 
 __all__ = ["Completion", "Model", "Piece", "Stream", "Timings", "find_model", "load"]
@@ -153,6 +153,8 @@ class Model:
         where = folder / "generation_config.json"
         try:
             self.defaults = sampling_defaults(generation_config)
+            for setting in unsupported_settings(generation_config):
+                log.warning("%s/generation_config.json: %s is not supported and is left out", folder, setting)
         except ParameterError as e:
             raise ConfigError(f"{where}: {e}") from None
         eos = token_ids(generation_config.get("eos_token_id"), f"{where}: eos_token_id")

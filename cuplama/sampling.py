@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import ParameterError
 
-__all__ = ["SamplingParams", "sampling_defaults"]
+__all__ = ["SamplingParams", "sampling_defaults", "unsupported_settings"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,32 @@ _GENERATION_KEYS = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
 }
+
+
+# generation_config.json fields that would change what transformers generates and that are not supported, with the values
+# under which they do nothing.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "bad_words_ids": (None, []),
+    "sequence_bias": (None, {}, []),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+}
+
+
+def unsupported_settings(generation_config: Mapping[str, Any]) -> list[str]:
+    """Fields of a generation_config.json that ask for what cuplama does not do, as ``name = value``."""
+    given = {k: generation_config.get(k) for k in _UNSUPPORTED}
+    return [f"{k} = {v!r:.60}" for k, v in given.items() if v not in _UNSUPPORTED[k]]
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:

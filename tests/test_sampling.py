@@ -12,7 +12,7 @@ import pytest
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.engine import Generation, Sampler
 from cuplama.errors import ParameterError
-from cuplama.sampling import PARAMETERS, SamplingParams, sampling_defaults
+from cuplama.sampling import PARAMETERS, SamplingParams, sampling_defaults, unsupported_settings
 
 Array = np.ndarray[Any, Any]
 
@@ -212,3 +212,8 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert chosen[0] == pytest.approx(wanted[7], abs=1e-5)
     assert ids[0].tolist() == np.argsort(-logits)[:3].tolist()
     assert best[0] == pytest.approx(np.sort(wanted)[::-1][:3], abs=1e-5)
+
+
+def test_unsupported_generation_settings_are_named() -> None:
+    asked = {"num_beams": 4, "no_repeat_ngram_size": 0, "suppress_tokens": [1, 2], "temperature": 0.7}
+    assert unsupported_settings(asked) == ["num_beams = 4", "suppress_tokens = [1, 2]"]
