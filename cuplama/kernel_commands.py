@@ -11,8 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +21,9 @@ from . import compiler, kernel
 from .errors import DeviceError, ParameterError
 from .op import DTYPES, Op
 from .ops import OPS
+
+if TYPE_CHECKING:
+    from .cases import Case
 
 __all__ = ["kernels"]
 
@@ -289,40 +293,46 @@ def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str,
     works, reason = cuda_available()
     with _refusing():
         if not works:
-            _compare_without(
-                contender.load_contender(other, op, dtype, kernel.Device()), chosen or checks, arch, reason
-            )
+            _compare_without(other, op, dtype, chosen or checks, arch, reason)
             return
         backend = CudaBackend(dtype)
         try:
-            against = contender.load_contender(other, op, dtype, backend.gpu.limits)
+            against = contender.contender_op(other, op, dtype, backend.gpu.limits)
             found = contender.compare(backend, against, chosen or cases.default_cases(name, dtype), checks)
             facts = ceilings.environment(backend)
         finally:
             backend.close()
     rows = [contender.compare_row(c) for c in found]
     if form == "md":
-        click.echo(f"{other} against cuda_src/{against.file}\n{ceilings.header(facts)}\n")
+        click.echo(f"{other} against the tree\n{ceilings.header(facts)}\n")
     click.echo(report.render(contender.COMPARE_COLUMNS, rows, form, {"environment": facts}), nl=False)
 
 
-def _compare_without(against: Any, chosen: Sequence[Any], arch: str, reason: str) -> None:
-    from . import lab
+def _compare_without(other: Path, op: Op, dtype: str, chosen: Sequence[Case], arch: str, reason: str) -> None:
+    """Check a contender on the emulator, which wants it beside the headers, and compile it."""
+    from . import contender, lab
 
     archs = compiler.parse_archs(arch, tuple(compiler.nvrtc_library().getSupportedArchs()))
     missing = lab.emulator_missing()
+    device = kernel.Device(arch=archs[0], shared=compiler.shared_limit(archs[0]))
+    against = [replace(c, op=contender.contender_op(other, op, dtype, device)) for c in chosen]
+    wanted: dict[str, list[str]] = {}
+    for case in against:
+        for launch in lab.planned(case, case.ins, device, compiler.stand_in)[0]:
+            wanted.setdefault(launch.file, []).append(launch.expression)
+    for file, expressions in wanted.items():
+        for one in archs:
+            compiler.compile_program(file, list(dict.fromkeys(expressions)), one)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for path in (*kernel.source_folder().glob("*.cuh"), *kernel.source_folder().glob("*.cu")):
-            shutil.copy(path, folder / path.name)
-        (folder / against.file).write_text(against.text, encoding="utf-8")
+        for path in (*kernel.source_folder().glob("*.cuh"), other):
+            shutil.copy(path, Path(name) / path.name)
         if not missing:
-            emulator = lab.Emulator(folder, archs[0])
-            emulator.prepare(chosen)
+            emulator = lab.Emulator(archs[0])
+            copy = contender.contender_op(Path(name) / other.name, op, dtype, device)
             for case in chosen:
-                emulator.check(case)
-    shown = "not run" if missing else f"right on {len(chosen)} cases"
-    click.echo(f"{against.path}: {shown}; not timed: {reason}" + (f"; {missing}" if missing else ""))
+                emulator.check(replace(case, op=copy))
+    shown = "compiles; not run" if missing else f"compiles, and is right on {len(chosen)} cases"
+    click.echo(f"{other}: {shown}; not timed: {reason}" + (f"; {missing}" if missing else ""))
 
 
 @kernels.command("watch")

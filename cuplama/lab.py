@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,20 @@ from .model import Model
 from .op import DTYPES, Array, dtype_name
 from .report import Column
 
-__all__ = ["COLUMNS", "Emulator", "Replay", "Step", "WrongResultError", "bench", "check", "check_on", "time_case"]
+__all__ = [
+    "COLUMNS",
+    "Emulator",
+    "Replay",
+    "Step",
+    "WrongResultError",
+    "bench",
+    "bodies",
+    "check",
+    "check_on",
+    "planned",
+    "rotation",
+    "time_case",
+]
 
 TOLERANCE = {"f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}  # of the error's norm, by the output's dtype
 _MOST_COPIES = 64
@@ -97,7 +110,10 @@ def check(case: Case, arrays: Sequence[np.ndarray[Any, Any] | None], outs: Seque
 def planned(
     case: Case, ins: Sequence[Array | None], device: Device, empty: Callable[[tuple[int, ...], np.dtype[Any]], Array]
 ) -> tuple[list[BoundLaunch], list[Array]]:
-    """The op's own launches on these arrays, and the arrays that will hold the outputs."""
+    """The op's own launches on these arrays, and the arrays that will hold the outputs, all in host memory.
+
+    empty: makes outputs and scratch; descriptions of arrays will do where nothing is run.
+    """
     op = case.op
     if op.kernels is None:
         raise DeviceError(f"{op.name} has no kernel of its own; it runs as its parts")
@@ -106,15 +122,18 @@ def planned(
     for spec in op.signature.outs:
         if spec.name not in op.signature.in_place:
             call.arrays[spec.name] = empty(call.shape(spec), call.dtype(spec))
-    scratch = {name: empty(shape, DTYPES[dtype]) for name, (shape, dtype) in plan.scratch.items()}
+    zeroed = getattr(plan, "zeroed", ())  # buffers that the launches want to find full of zeros
+    scratch = {}
+    for name, (shape, dtype) in plan.scratch.items():
+        scratch[name] = (np.zeros if name in zeroed else empty)(shape, DTYPES[dtype])
     bound = [kernel.bind(launch, call, scratch) for launch in plan.launches]
     return bound, [call.arrays[s.name] for s in op.signature.outs]
 
 
 class Emulator:
-    """Runs kernels on the CPU, by the emulator of the checkout's tests. folder: where the sources are."""
+    """Runs kernels on the CPU, by the emulator of the checkout's tests. Raises DeviceError where there is none."""
 
-    def __init__(self, folder: Path | None = None, arch: int = 90) -> None:
+    def __init__(self, arch: int = 90) -> None:
         missing = emulator_missing()
         if missing:
             raise DeviceError(missing)
@@ -123,7 +142,7 @@ class Emulator:
             sys.path.insert(0, root)
         from tests.simt import emulator
 
-        self._emulator, self._folder = emulator, folder
+        self._emulator = emulator
         self.device = Device(arch=arch, shared=compiler.shared_limit(arch))
 
     def outputs(self, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
@@ -132,7 +151,7 @@ class Emulator:
         launches, outs = planned(case, ins, self.device, _poisoned)
         try:
             for launch in launches:
-                self._emulator.run(launch, folder=self._folder, arch=self.device.arch)
+                self._emulator.run(launch, arch=self.device.arch)
         except self._emulator.KernelFault as e:
             raise WrongResultError(f"{case.label}: {e}") from None
         return outs
@@ -149,7 +168,7 @@ class Emulator:
             for launch in planned(case, case.ins, self.device, stand_in)[0]:
                 wanted[launch.file, launch.expression] = None
         try:
-            self._emulator.precompile(list(wanted), folder=self._folder, arch=self.device.arch)
+            self._emulator.precompile(list(wanted), arch=self.device.arch)
         except self._emulator.KernelFault as e:
             raise WrongResultError(str(e)) from None
 
@@ -228,34 +247,32 @@ class Replay:
         return Spread(tuple(v / self.launches for v in spread.values))
 
 
-def time_case(backend: Backend, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None], cache: int) -> Spread:
-    """Seconds per call of the op, as a model runs it."""
-    ins = _rotation(backend, case, arrays, cache)
-
-    def body(given: list[Array | None]) -> Body:
-        return lambda: backend.call(case.op.name, given, case.attrs)
-
-    return Replay(backend, [body(given) for given in ins]).seconds(_REPLAYS)
+def time_case(backend: Backend, case: Case, ins: Sequence[Sequence[Array | None]]) -> Spread:
+    """Seconds per call of the op, as a model runs it, going through these copies of its inputs."""
+    return Replay(backend, bodies(backend, case, ins)).seconds(_REPLAYS)
 
 
-def _rotation(
+def rotation(
     backend: Backend, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None], cache: int
 ) -> list[list[Array | None]]:
+    """Copies of the inputs on the device."""
     stored = sum(x.nbytes for x in arrays if x is not None)
     count = copies(min(case.call.nbytes(), stored), stored, cache)
     return [_uploaded(backend, arrays) for _ in range(count)]
 
 
-def alternative(
-    backend: Backend, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None], cache: int
-) -> tuple[str, Spread] | None:
+def bodies(backend: Backend, case: Case, ins: Sequence[Sequence[Array | None]]) -> list[Body]:
+    """The op on each copy of its inputs."""
+    return [partial(backend.call, case.op.name, given, case.attrs) for given in ins]
+
+
+def alternative(backend: Backend, case: Case, ins: Sequence[Sequence[Array | None]]) -> tuple[str, Spread] | None:
     """What else could be used there, and its time; None where nothing is obvious, or where it does not work.
 
     A matrix product alone by cuBLAS, without the norm, activation or sum that a fused op has; CuPy for elementwise ops.
     """
     gpu: Any = getattr(backend, "gpu", None)
-    by_name = {spec.name: x for spec, x in zip(case.op.signature.ins, arrays, strict=False) if x is not None}
-    ins = _rotation(backend, case, arrays, cache)
+    by_name = {spec.name: x for spec, x in zip(case.op.signature.ins, ins[0], strict=False) if x is not None}
     at = {spec.name: i for i, spec in enumerate(case.op.signature.ins)}
     if "w" in by_name and by_name["w"].ndim == 2:
         if gpu is None or gpu.cublas is None:
@@ -265,7 +282,7 @@ def alternative(
         U = dtype_name(case.call.dtype(case.op.signature.outs[0]))
         y = backend.zeros((n, m), DTYPES[U])
 
-        def product(given: list[Array | None]) -> Body:
+        def product(given: Sequence[Array | None]) -> Body:
             addresses = (gpu.address(x), gpu.address(given[at["w"]]), gpu.address(y))
             return lambda: gpu.cublas.matmul(*addresses, n, m, k, T, U, False)
 
@@ -276,7 +293,7 @@ def alternative(
     y = backend.zeros(case.call.shape(spec), case.call.dtype(spec))
     work = _CUPY[case.op.name]
 
-    def elementwise(given: list[Array | None]) -> Body:
+    def elementwise(given: Sequence[Array | None]) -> Body:
         return lambda: work(y, *given)
 
     try:
@@ -398,8 +415,8 @@ def bench(
         say(f"{i + 1}/{len(cases)}: {case.label}")
         arrays = case.arrays()
         check_on(backend, case, arrays)
-        taken = time_case(backend, case, arrays, cache)
-        rows.append(row(case, taken, alternative(backend, case, arrays, cache), limits))
+        ins = rotation(backend, case, arrays, cache)
+        rows.append(row(case, time_case(backend, case, ins), alternative(backend, case, ins), limits))
     return rows
 
 
