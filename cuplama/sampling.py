@@ -159,7 +159,7 @@ _GENERATION_KEYS = {
 }
 
 
-# generation_config.json fields that would change what transformers generates and that are not supported, with the values
+# generation_config.json fields that would change what is generated and that are not supported, with the values
 # under which they do nothing.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
