@@ -143,17 +143,18 @@ class Emulator:
         from tests.simt import emulator
 
         self._emulator = emulator
-        self.device = Device(arch=arch, shared=compiler.shared_limit(arch))
+        self._devices = [Device(arch=a, shared=compiler.shared_limit(a)) for a in dict.fromkeys((arch, min(arch, 80)))]
 
     def outputs(self, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
         """The case's outputs, from poisoned memory. Raises WrongResultError for a fault that is found."""
         ins = [None if x is None else x.copy() for x in arrays]
-        launches, outs = planned(case, ins, self.device, _poisoned)
+        device = self.device(case)
+        launches, outs = planned(case, ins, device, _poisoned)
         try:
             for launch in launches:
-                self._emulator.run(launch, arch=self.device.arch)
+                self._emulator.run(launch, arch=device.arch)
         except self._emulator.KernelFault as e:
-            raise WrongResultError(f"{case.label}: {e}") from None
+            raise WrongResultError(f"{case.label}: {_brief(str(e))}") from None
         return outs
 
     def check(self, case: Case) -> None:
@@ -162,15 +163,40 @@ class Emulator:
         check(case, arrays, self.outputs(case, arrays))
 
     def prepare(self, cases: Iterable[Case]) -> None:
-        """Compile what the cases launch, many at a time. Compile errors come up where the kernel is run."""
-        wanted = dict[tuple[str, str], None]()
+        """Compile what the cases launch, many at a time. Raises WrongResultError with the first complaint."""
+        wanted: dict[int, dict[tuple[str, str], None]] = {}
         for case in cases:
-            for launch in planned(case, case.ins, self.device, stand_in)[0]:
-                wanted[launch.file, launch.expression] = None
+            device = self.device(case)
+            for launch in planned(case, case.ins, device, stand_in)[0]:
+                wanted.setdefault(device.arch, {})[launch.file, launch.expression] = None
         try:
-            self._emulator.precompile(list(wanted), arch=self.device.arch)
+            for arch, kernels in wanted.items():
+                self._emulator.precompile(list(kernels), arch=arch)
         except self._emulator.KernelFault as e:
-            raise WrongResultError(str(e)) from None
+            raise WrongResultError(_brief(str(e))) from None
+
+    def device(self, case: Case) -> Device:
+        """The device that a case is planned for: one whose kernels use nothing that is not emulated.
+
+        Raises DeviceError if there is none.
+        """
+        for device in self._devices:
+            files = {launch.file for launch in planned(case, case.ins, device, stand_in)[0]}
+            if not any(self._foreign(file) for file in files):
+                return device
+        raise DeviceError(f"{case.op.name}: its kernels use instructions that are not emulated")
+
+    def _foreign(self, file: str) -> bool:
+        text = (kernel.source_folder() / file).read_text(encoding="utf-8")
+        return any(f"{name}(" in text or f"{name}<" in text for name in self._emulator.NOT_EMULATED)
+
+
+def _brief(text: str) -> str:
+    """A fault as it is; of a compiler's messages only the first error."""
+    lines = text.splitlines()
+    if not lines[0].startswith("compile-error"):
+        return text
+    return " ".join([lines[0], *[line.strip() for line in lines[1:] if "error: " in line][:1]])
 
 
 def _poisoned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

@@ -415,6 +415,9 @@ def test_show() -> None:
     shown = _invoke("show", "residual")
     assert "select_rows: y = x[rows]" in shown.stdout
     assert "bf16 n=512" in shown.stdout
+    reading = _invoke("show", "read_sum")
+    assert "Does nothing but read" in reading.stdout
+    assert re.search(r"^read_sum  sm_90 +\d+", reading.stdout, re.M)
 
 
 @needs_nvrtc
@@ -436,6 +439,22 @@ def test_bench_without_a_gpu_checks_and_compiles() -> None:
     assert re.search(r"^add +f32 +4 +right$", done.stdout, re.M)
     assert "2 kernel instances compile for sm_75" in done.stdout
     assert "nothing is timed: no GPU in this test" in done.stdout
+
+
+@needs_nvrtc
+def test_what_cannot_be_emulated_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.simt import emulator
+
+    monkeypatch.setattr(emulator, "NOT_EMULATED", frozenset({"aligned"}))
+    done = _invoke("bench", "add", "--dtype", "f32")
+    assert done.exit_code == 0, done.output
+    assert "not run: add: its kernels use instructions that are not emulated" in done.stdout
+
+
+def test_of_a_compilers_messages_the_first_is_shown() -> None:
+    text = "compile-error: x.cu\nin file\nx.cu:3: error: no such name\n  3 | a\nx.cu:4: error: more"
+    assert lab._brief(text) == "compile-error: x.cu x.cu:3: error: no such name"
+    assert lab._brief("race: here\nthere") == "race: here\nthere"
 
 
 @needs_nvrtc
