@@ -376,7 +376,9 @@ def text(result: Mapping[str, Any], form: str) -> str:
 
 
 def header(result: Mapping[str, Any]) -> Iterator[str]:
-    """Environment and ceilings, for people."""
+    """Command, environment and ceilings, for people."""
+    if "command" in result:
+        yield f"$ {result['command']}\n"
     yield ceilings.header(result["environment"])
     limits = result["ceilings"]
     yield (

@@ -478,13 +478,15 @@ def bench(
     Every list may have several values; each combination is a row.
     """
     from . import bench as benches
-    from .report import new_figure
+    from .report import command, new_figure
 
     if plot is not None:
         new_figure(1, 1)  # refuses before the work, not after it
     wanted = benches.trials(prompts, generated, depths, batches)
     source = benches.Source(model, dummy_weights, device, dtype)
-    result = benches.run(source, wanted, repeats, not no_cold_start, lambda text: click.echo(text, err=True))
+    result = {"command": command()} | benches.run(
+        source, wanted, repeats, not no_cold_start, lambda text: click.echo(text, err=True)
+    )
     click.echo(benches.text(result, form), nl=False)
     if plot is not None:
         benches.plot(result, plot)

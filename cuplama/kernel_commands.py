@@ -221,6 +221,7 @@ def _bench_on_gpu(
             found = lab.result(backend, lab.bench(backend, chosen, limits, _say), limits, [])
         finally:
             backend.close()
+    found = {"command": report.command(), **found}
     extra = {k: v for k, v in found.items() if k != "rows"}
     if form == "md":
         click.echo("\n".join(bench.header(found)) + "\n")
@@ -308,8 +309,9 @@ def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str,
             backend.close()
     rows = [contender.compare_row(c) for c in found]
     if form == "md":
-        click.echo(f"{other} against the tree\n{ceilings.header(facts)}\n")
-    click.echo(report.render(contender.COMPARE_COLUMNS, rows, form, {"environment": facts}), nl=False)
+        click.echo(f"$ {report.command()}\n\n{ceilings.header(facts)}\n")
+    extra = {"command": report.command(), "environment": facts}
+    click.echo(report.render(contender.COMPARE_COLUMNS, rows, form, extra), nl=False)
 
 
 def _compare_without(other: Path, op: Op, dtype: str, chosen: Sequence[Case], arch: str, reason: str) -> None:

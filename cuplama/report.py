@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from .errors import ParameterError
 
-__all__ = ["FORMATS", "Column", "new_figure", "render", "save_figure", "significant"]
+__all__ = ["FORMATS", "Column", "command", "new_figure", "render", "save_figure", "significant"]
 
 FORMATS = ("md", "json", "csv")
 Row = Mapping[str, Any]
@@ -74,6 +76,11 @@ def render(columns: Sequence[Column], rows: Sequence[Row], form: str, extra: Map
         "|" + "|".join("-" * (w + 1) + ":" if n else "-" * (w + 2) for w, n in zip(widths, numbers, strict=True)) + "|"
     )
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def command() -> str:
+    """The command line of this process, to be kept with what it measured."""
+    return shlex.join(["cuplama", *sys.argv[1:]])
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -271,10 +271,11 @@ def test_command(folder: Path) -> None:
 def test_markdown_and_csv(folder: Path) -> None:
     args = ["-m", str(folder), "--dummy-weights", "-p", "0", "-n", "2", "-r", "1"]
     lines = _invoke(*args).stdout.splitlines()
-    assert lines[0].startswith(f"model {folder}")
-    assert lines[1].startswith("measured ceilings: read ")
-    assert lines[3].startswith("| test ")
-    assert lines[5].startswith("| tg2 ")
+    assert lines[0].startswith("$ cuplama ")
+    assert lines[2].startswith(f"model {folder}")
+    assert lines[3].startswith("measured ceilings: read ")
+    assert lines[5].startswith("| test ")
+    assert lines[7].startswith("| tg2 ")
     assert list(next(csv.DictReader(io.StringIO(_invoke(*args, "-o", "csv").stdout)))) == FIELDS
 
 

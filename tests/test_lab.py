@@ -273,6 +273,62 @@ def test_a_kernel_that_writes_nothing_is_refused(gpu: CudaBackend) -> None:
     assert gpu._check is False
 
 
+@pytest.fixture
+def command_gpu(gpu: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    """The commands find the stand-in as the machine's GPU."""
+
+    def opened(*_: Any) -> CudaBackend:
+        return gpu
+
+    monkeypatch.setattr(cuda, "cuda_available", lambda device=0: (True, ""))
+    monkeypatch.setattr(cuda, "CudaBackend", opened)
+    opened.open = opened  # type: ignore[attr-defined]
+    monkeypatch.setattr(gpu, "close", lambda: None)
+    monkeypatch.setattr(ceilings, "measure", lambda backend: LIMITS)
+    monkeypatch.setattr(contender, "cache_bytes", lambda backend: 1000)
+    return gpu
+
+
+def test_bench_on_a_gpu(command_gpu: CudaBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = _invoke("bench", "rms_norm", "--shape", "n=2,d=64", "--shape", "n=3,d=8", "--dtype", "f32", "-o", "json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found.keys() == {"command", "environment", "ceilings", "steps", "rows"}
+    assert [r["shape"] for r in found["rows"]] == ["n=2 d=64", "n=3 d=8"]
+    assert found["rows"][0]["microseconds"] == pytest.approx(10)  # a replay of four launches
+    monkeypatch.setattr(bench._Runs, "generation", lambda self, trial: (1.0, 1e-3 * trial.generated))
+    monkeypatch.setattr(bench._Runs, "prompt", lambda self, trial: 2e-3)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    picture = tmp_path / "roof.png"
+    args = ["--model", str(tmp_path), "--dtype", "f32", "--depth", "70", "--prompt", "12", "--plot", str(picture)]
+    done = _invoke("bench", *args)
+    assert done.exit_code == 0, f"{done.output} {done.exception}"
+    assert re.search(r"^\| decode +\| linear_add +\| down ", done.stdout, re.M)
+    assert re.search(r"^decode: a step of 1 at 70 tokens: the ops add up to .* measured 1 ms", done.stdout, re.M)
+    assert re.search(r"^prefill: a prompt of 12 tokens: the ops add up to .* measured 2 ms", done.stdout, re.M)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_kernel_is_refused_on_a_gpu(command_gpu: CudaBackend) -> None:
+    command_gpu.gpu.emulate = False  # type: ignore[attr-defined]
+    done = _invoke("bench", "add", "--shape", "n=2,d=8", "--dtype", "f32")
+    assert done.exit_code == 1
+    assert "refused: add f32 n=2 d=8: 16 of 16 elements of y are wrong, the first at [0, 0]: nan, not" in done.stderr
+    assert "µs" not in done.stdout
+
+
+def test_compare_on_a_gpu(command_gpu: CudaBackend, tmp_path: Path) -> None:
+    for header in kernel.source_folder().glob("*.cuh"):
+        shutil.copy(header, tmp_path)
+    args = ["--op", "add", "--dtype", "f32", "--shape", "n=2,d=8"]
+    done = _invoke("compare", str(_other(tmp_path)), *args)
+    assert done.exit_code == 0, f"{done.output} {done.exception}"
+    assert re.search(r"^\|  +\| add +\| n=2 d=8 .*\| 1.0000 to 1.0000 \| no difference \|$", done.stdout, re.M)
+    done = _invoke("compare", str(_other(tmp_path, "+= other", "-= other")), *args)
+    assert done.exit_code == 1
+    assert "refused: add of mine.cu f32" in done.stderr
+
+
 def test_steps_are_measured_where_the_ops_were(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     with bench.dummy_model(str(tmp_path), "numpy", "auto", 200, 200) as model:
