@@ -11,6 +11,7 @@
 //
 // Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
 // Tried: nothing else yet.
+#include "activation.cuh"
 #include "common.cuh"
 
 template <typename T>
@@ -23,20 +24,10 @@ __global__ void silu_mul(const T* __restrict__ x, T* __restrict__ y, int f) {
         const Pack<T, 8> g = load_row<8>(gate, i, f, wide), u = load_row<8>(up, i, f, wide);
         Pack<T, 8> v;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float a = to_float(g.v[j]);
-            v.v[j] = from_float<T>(a / (1.f + expf(-a)) * to_float(u.v[j]));
-        }
+        for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(silu_of(to_float(g.v[j])) * to_float(u.v[j]));
         store_row<8>(out, i, f, wide, v);
     }
 }
-
-__device__ __forceinline__ float gelu_tanh_of(float x) {
-    const float a = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1.f + expf(-2.f * a));
-}
-
-__device__ __forceinline__ float gelu_erf_of(float x) { return 0.5f * x * erfcf(x * -0.7071067812f); }
 
 // One activation over all n * f elements.
 template <float (*FUNCTION)(float), typename T>

@@ -1,45 +1,56 @@
-// linear_rows  y[first + r, i] = sum_k x[first + r, k] w[i, k] + b[i]     r < ROWS <= 8, i < m
-//              x[n,k], w[m,k], b[m] (may be null): T; y[n,m]: U (T or f32). Products of many rows go to cuBLAS.
+// linear             y[n,m] = x w^T + b                  x[n,k], w[m,k], b[m] (may be null): T; y: U (T or f32)
+// linear_add         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
+// rms_norm_linear    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
+// layer_norm_linear  y[n,m] = act(layer_norm(x) w^T + b) h[k] (shift): T
+//                    act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m + i)
+//                    Each launch takes the rows first .. first + ROWS - 1 of x, ROWS <= 8. Many rows go to cuBLAS.
 //
-// The time is that of reading w once; x is small and stays in L1. Mapping: SPLIT warps of a block compute OUTS adjacent
-// columns of y for all ROWS. Lane l of warp p takes the pieces l + 32 p (mod 32 SPLIT) of 16 bytes of a weight row, so a
-// warp reads 512 contiguous bytes, and asks for OUTS * DEPTH pieces before it uses the first: enough bytes in flight to
-// hide the latency of memory. Sums go lane by lane, then over lanes, then over the SPLIT warps, always in one order.
-// Past the last row of w the last one is computed again and not stored. A k that is no multiple of 16 bytes, or a
-// pointer off a 16-byte boundary, takes the same path element by element.
+// The time is that of reading w once. A unit is OUTS adjacent rows of w (of both halves for silu_mul); every warp of
+// the grid, which fills the GPU once, takes an equal run of units. Lane l takes the pieces of 16 bytes l, l + 32, ...
+// of each row, and streams its own pieces through a ring in shared memory with cp.async: DEPTH batches of OUTS rows x
+// WIDTH pieces. Nobody else reads them, so no barrier guards the ring, and it never runs dry at the end of a unit. x
+// lies in shared memory, where all warps read it. Sums go over a lane's pieces, then over lanes, in an order that k and
+// the shape of a batch decide: a row of y does not depend on the other rows of x. A k or an address that does not allow
+// 16-byte accesses goes element by element.
 //
-// The second launch bound, blocks per multiprocessor, lets ptxas have the registers that all loads of a batch need: left
-// to itself it aims at fewer, moves loads behind the first products, and spills in a few instances.
+// With programmatic dependent launch (ptx.cuh) blocks of the next kernel start as soon as there is room beside those of
+// this one. What does not depend on earlier kernels happens before the wait: the ring is filled, the norm's scale is
+// read. So memory is busy while the last kernel ends, x is read and normalised.
 //
-// OUTS, DEPTH and SPLIT are chosen in cuplama/ops/linear.py, which says why.
-// Op and reference: cuplama/ops/linear.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
-// Tried: launch bounds without a number of blocks, see above. Not tried: x in shared memory, whose barrier would also
-// hold up the first weights; tensor cores for 2 to 8 rows (mma.sync with the weights as A).
+// Measured on an H200 (2026-11-20; bf16, one row, read ceiling 4.53 to 4.62 TB/s; the GEMVs of a decode step alone, as
+// one graph: Llama-3.1-8B / Llama-3.2-1B / Qwen2.5-0.5B, ms): plain launches 4.04 / 0.82 / 0.63, early ones 3.62 / 0.72
+// / 0.53.
+// Tried there, and worse:
+// - All warps of a block on one unit, with a barrier per unit to add their sums: 94% of the ceiling at k = 4096 but 64%
+//   at 2048 and 56% at 896, since all wait for the slowest in every unit (4.26 / 1.07 / 0.70).
+// - A ring of 96 KB, so that a block of the next kernel fits beside each block (4.69 / 0.83 / 0.56; plain 4.08 / 0.85 /
+//   0.64): blocks are dealt out where one has just ended, two to some multiprocessors and none to others. Rings of two
+//   sizes, 130 KB for long kernels and 70 KB for short: 3.89 / 0.76 / 0.59. A block per multiprocessor cures it.
+// - 8 warps instead of 16: 3.69 / 0.75 / 0.55; two blocks of 8 per multiprocessor: 3.72 / 0.72 / 0.52; of 4: 3.91 /
+//   0.80 / 0.55.
+// - Calling 64 KB per multiprocessor behind the ring to L2 before the wait: 5.11 / 0.89 / 0.57, beside 4.69 / 0.83 /
+//   0.56.
+// - Letting the next kernel go only near the end: from 64 KB before it on, no difference; at the end: 4.02 / 0.85 /
+//   0.63.
+// Not tried: tensor cores for 3 to 8 rows, where the products bind (8 rows: 35 to 70% of the ceiling).
+//
+// Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
+#include "activation.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
 
-constexpr int WARPS = 4;  // per block
+enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };
+enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF };
 
-template <int W, typename T>
-__device__ __forceinline__ Pack<T, W> load_weights(const T* w) {
-    if constexpr (sizeof(Pack<T, W>) == 16) {
-        const uint4 bits = load_streamed(w);
-        Pack<T, W> x;
-        memcpy(&x, &bits, 16);
-        return x;
-    } else {
-        return load<W>(w);
-    }
-}
+constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / WARP;  // of a block
+constexpr int BATCH = 4;  // pieces that a lane asks for at once: OUTS * WIDTH
 
-// Adds the products of W weights of OUTS rows with the W elements at x of ROWS rows; adds zeros if x is not there.
-template <int W, int ROWS, int OUTS, typename T>
-__device__ __forceinline__ void multiply(const Pack<T, W> (&w)[OUTS], const T* x, int k, bool there,
-                                         float (&sum)[ROWS][OUTS]) {
+// Adds the products of W weights of OUTS rows with the W elements at x of ROWS rows.
+template <int W, int ROWS, int OUTS, typename T, typename X>
+__device__ __forceinline__ void multiply(const Pack<T, W> (&w)[OUTS], const X* x, int k, float (&sum)[ROWS][OUTS]) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        Pack<T, W> a = {};
-        if (there) a = load<W>(x + i64(r) * k);
+        const Pack<X, W> a = load<W>(x + r * k);
 #pragma unroll
         for (int j = 0; j < W; j++)
 #pragma unroll
@@ -47,71 +58,285 @@ __device__ __forceinline__ void multiply(const Pack<T, W> (&w)[OUTS], const T* x
     }
 }
 
-// This lane's share of the dot products: the elements at, at + STEP, ... in pieces of W.
-template <int W, int STEP, int DEPTH, int ROWS, int OUTS, typename T>
-__device__ __forceinline__ void accumulate(const T* __restrict__ x, const T* const (&w)[OUTS], int at, int k,
-                                           float (&sum)[ROWS][OUTS]) {
-    for (; at + (DEPTH - 1) * STEP < k; at += DEPTH * STEP) {
-        Pack<T, W> piece[DEPTH][OUTS];
+// Sums N (a power of two) values over the lanes of a warp with few shuffles: each step halves what a lane still holds.
+// Returns value lane / (32 / N). Every value is added up in the same order, whatever N is.
+template <int LANES = WARP / 2, int N>
+__device__ __forceinline__ float warp_sums(const float (&v)[N], int lane) {
+    constexpr int LEFT = N > 1 ? N / 2 : 1;
+    float half[LEFT];
 #pragma unroll
-        for (int i = 0; i < DEPTH; i++)
-#pragma unroll
-            for (int o = 0; o < OUTS; o++) piece[i][o] = load_weights<W>(w[o] + at + i * STEP);
-#pragma unroll
-        for (int i = 0; i < DEPTH; i++) multiply<W>(piece[i], x + at + i * STEP, k, true, sum);
+    for (int i = 0; i < LEFT; i++) {
+        const bool upper = N > 1 && lane & LANES;
+        half[i] = (upper ? v[N / 2 + i] : v[i]) + __shfl_xor_sync(ALL_LANES, upper ? v[i] : v[N / 2 + i], LANES);
     }
-    // The last, shorter batch, without branches: all its loads come first too, and fill registers of their own, or each
-    // would have to arrive before it is moved. What is not there is zero.
-    Pack<T, W> last[DEPTH - 1][OUTS];
-#pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++)
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) {
-            last[i][o] = {};
-            if (at + i * STEP < k) last[i][o] = load_weights<W>(w[o] + at + i * STEP);
-        }
-#pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++) multiply<W>(last[i], x + at + i * STEP, k, at + i * STEP < k, sum);
+    if constexpr (LANES > 1)
+        return warp_sums<LANES / 2>(half, lane);
+    else
+        return half[0];
 }
 
-template <typename T, typename U, int ROWS, int OUTS, int DEPTH, int SPLIT>
-__global__ void __launch_bounds__(128, ROWS == 1 ? 8 : ROWS == 2 ? 6 : ROWS <= 4 ? 4 : 3)
-    linear_rows(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ b, U* __restrict__ y,
-                int first, int m, int k) {
-    static_assert(ROWS * OUTS <= WARP, "every lane stores at most one result");
-    constexpr int W = 16 / sizeof(T);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, part = warp % SPLIT;
-    const int column = (blockIdx.x * (WARPS / SPLIT) + warp / SPLIT) * OUTS;
-    const bool wide = k % W == 0 && aligned(x, w);
-    x += i64(first) * k;
-    y += i64(first) * m;
-    const T* rows[OUTS];
+// Sums over the threads of the block; every thread gets them.
+template <int ROWS>
+__device__ __forceinline__ void block_sums(float (&v)[ROWS], float (*partial)[WARP]) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll
-    for (int o = 0; o < OUTS; o++) rows[o] = w + i64(min(column + o, m - 1)) * k;
-
-    float sum[ROWS][OUTS] = {};
-    const int piece = part * WARP + lane;
-    if (wide)
-        accumulate<W, SPLIT * WARP * W, DEPTH>(x, rows, piece * W, k, sum);
-    else
-        accumulate<1, SPLIT * WARP, DEPTH>(x, rows, piece, k, sum);
-
-    // Lane r * OUTS + o takes sum[r][o].
-    float mine = 0.f;
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) {
-            const float total = warp_sum(sum[r][o]);
-            if (lane == r * OUTS + o) mine = total;
-        }
-    if constexpr (SPLIT > 1) {
-        __shared__ float partial[WARPS][WARP];
-        partial[warp][lane] = mine;
-        __syncthreads();
-        if (part != 0) return;
-        for (int p = 1; p < SPLIT; p++) mine += partial[warp + p][lane];
+    for (int r = 0; r < ROWS; r++) {
+        v[r] = warp_sum(v[r]);
+        if (lane == 0) partial[warp][r] = v[r];
     }
-    const int r = lane / OUTS, i = column + lane % OUTS;
-    if (r < ROWS && i < m) y[i64(r) * m + i] = from_float<U>(b == nullptr ? mine : mine + to_float(b[i]));
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        v[r] = 0.f;
+        for (int p = 0; p < warps; p++) v[r] += partial[p][r];
+    }
+}
+
+// staged[r] = norm(x[r]); the first row of staged holds the scale g when this begins.
+template <int NORM, int ROWS, typename T, typename X>
+__device__ __forceinline__ void normalise(const f32* x, const T* h, X* staged, int k, f32 eps,
+                                          float (*partial)[MOST_WARPS][WARP]) {
+    const bool wide = k % 8 == 0 && aligned(x, h);
+    const int start = threadIdx.x * 8, stride = blockDim.x * 8;
+    float mean[ROWS] = {}, inverse[ROWS] = {};
+    if constexpr (NORM == LAYER_NORM) {
+        for (int at = start; at < k; at += stride)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const Pack<f32, 8> v = load_row<8>(x + i64(r) * k, at, k, wide);
+#pragma unroll
+                for (int j = 0; j < 8; j++) mean[r] += v.v[j];
+            }
+        block_sums(mean, partial[1]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) mean[r] /= k;
+    }
+#pragma unroll 2
+    for (int at = start; at < k; at += stride)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const Pack<f32, 8> v = load_row<8>(x + i64(r) * k, at, k, wide);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float d = v.v[j] - mean[r];
+                inverse[r] += NORM == RMS_NORM || at + j < k ? d * d : 0.f;
+            }
+        }
+    block_sums(inverse, partial[0]);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) inverse[r] = 1.f / sqrtf(inverse[r] / k + eps);
+    for (int at = start; at < k; at += stride) {
+        const Pack<X, 8> scale = load_row<8>(staged, at, k, k % 8 == 0);
+        Pack<T, 8> shift = {};
+        if (NORM == LAYER_NORM) shift = load_row<8>(h, at, k, wide);
+#pragma unroll
+        for (int r = ROWS - 1; r >= 0; r--) {
+            const Pack<f32, 8> v = load_row<8>(x + i64(r) * k, at, k, wide);
+            Pack<X, 8> out;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float value = (v.v[j] - mean[r]) * inverse[r] * to_float(scale.v[j]);
+                if (NORM == LAYER_NORM) value += to_float(shift.v[j]);
+                out.v[j] = from_float<X>(value);
+            }
+            store_row<8>(staged + r * k, at, k, k % 8 == 0, out);
+        }
+    }
+    __syncthreads();
+}
+
+// A warp's share of the weights on its way through the ring. Making one starts it; it reads nothing but weights.
+// NEW: columns of y in a unit, OUTS or, where each takes two rows of w, OUTS / 2.
+template <int NEW, int OUTS, int DEPTH, typename T>
+struct Stream {
+    static constexpr int W = 16 / sizeof(T), WIDTH = BATCH / OUTS, STEP = WIDTH * WARP * W;  // STEP: elements of a row
+    uint4* ring;          // of this lane: a piece every WARP
+    const T* from;        // the first of the next pieces
+    int row, at, left;    // of the next pieces: column of y, place in the row; batches still to ask for
+    int m, k, lane, begin, end, steps;
+
+    __device__ __forceinline__ Stream(const T* w, int m, int k, bool wide) : m(m), k(k) {
+        DYNAMIC_SHARED(uint4, memory);
+        const int units = (m + NEW - 1) / NEW, warps = blockDim.x / WARP, local = threadIdx.x / WARP;
+        const i64 warp = i64(blockIdx.x) * warps + local, all = i64(gridDim.x) * warps;
+        lane = threadIdx.x % WARP;
+        begin = units * warp / all, end = units * (warp + 1) / all;
+        steps = wide ? (k + STEP - 1) / STEP : 0;
+        ring = memory + local * (DEPTH * BATCH * WARP) + lane;
+        from = w + i64(begin) * NEW * k + lane * W;
+        row = begin * NEW, at = lane * W, left = (end - begin) * steps;
+#pragma unroll
+        for (int slot = 0; slot < DEPTH; slot++) fetch(slot);
+        launch_dependents();
+    }
+
+    // Asks for the next batch, or for nothing at the end: a group of copies in any case.
+    __device__ __forceinline__ void fetch(int slot) {
+        if (left > 0) {
+#pragma unroll
+            for (int o = 0; o < OUTS; o++)
+#pragma unroll
+                for (int i = 0; i < WIDTH; i++)
+                    cp_async_16(ring + (slot * BATCH + o * WIDTH + i) * WARP,
+                                from + (i64(o / NEW) * m + o % NEW) * k + i * WARP * W,
+                                at + i * WARP * W < k && row + o % NEW < m);
+            left--;
+            at += STEP;
+            from += STEP;
+            if (at - lane * W >= k) {
+                from += i64(NEW) * k - (at - lane * W);
+                at = lane * W;
+                row += NEW;
+            }
+        }
+        cp_async_commit();
+    }
+};
+
+// Columns of y in a unit.
+template <int ACT, int OUTS>
+constexpr int NEW = ACT == SILU_MUL ? OUTS / 2 : OUTS;
+
+// Shared memory behind the ring.
+template <int DEPTH, typename T>
+__device__ __forceinline__ T* behind_ring() {
+    DYNAMIC_SHARED(uint4, memory);
+    return reinterpret_cast<T*>(memory + blockDim.x * (DEPTH * BATCH));
+}
+
+// y = a + act(x w^T + b) with the rows x in shared or global memory.
+template <int ACT, int ROWS, int OUTS, int DEPTH, typename X, typename T, typename U>
+__device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T>& stream, const X* x, const T* w,
+                                              const T* b, const f32* a, U* y) {
+    constexpr int W = 16 / sizeof(T), WIDTH = BATCH / OUTS, COLUMNS = NEW<ACT, OUTS>;
+    constexpr int N = ROWS * OUTS, VALUES = N <= 1 ? 1 : N <= 2 ? 2 : N <= 4 ? 4 : N <= 8 ? 8 : N <= 16 ? 16 : 32;
+    const int lane = stream.lane, m = stream.m, k = stream.k, end = stream.end;
+    // The lanes that store: lane (r * OUTS + o) * (32 / VALUES) has row r of x and row o of the unit.
+    const int value = lane / (WARP / VALUES), r = value / OUTS, o = value % OUTS;
+    const bool stores = lane % (WARP / VALUES) == 0 && r < ROWS && o < COLUMNS;
+    int slot = 0;
+    for (int unit = stream.begin; unit < end; unit++) {
+        const int column = unit * COLUMNS + o % COLUMNS;
+        float bias = 0.f, residual = 0.f;
+        if (column < m && r < ROWS) {  // asked for now, needed at the end
+            if (b != nullptr) bias = to_float(b[o / COLUMNS * m + column]);
+            if (a != nullptr) residual = a[i64(r) * m + column];
+        }
+
+        float sum[ROWS][OUTS] = {};
+        for (int step = 0; step < stream.steps; step++) {
+            cp_async_wait<DEPTH - 1>();
+            Pack<T, W> piece[WIDTH][OUTS];
+#pragma unroll
+            for (int i = 0; i < WIDTH; i++)
+#pragma unroll
+                for (int p = 0; p < OUTS; p++) {
+                    const uint4 bits = stream.ring[(slot * BATCH + p * WIDTH + i) * WARP];
+                    memcpy(&piece[i][p], &bits, 16);
+                }
+            stream.fetch(slot);
+            slot = slot + 1 == DEPTH ? 0 : slot + 1;
+#pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                const int at = ((step * WIDTH + i) * WARP + lane) * W;
+                if (at < k) multiply(piece[i], x + at, k, sum);
+            }
+        }
+        if (stream.steps == 0)
+            for (int at = lane; at < k; at += WARP) {
+                Pack<T, 1> piece[OUTS];
+#pragma unroll
+                for (int p = 0; p < OUTS; p++)
+                    piece[p].v[0] = w[(i64(p / COLUMNS) * m + min(unit * COLUMNS + p % COLUMNS, m - 1)) * k + at];
+                multiply(piece, x + at, k, sum);
+            }
+
+        float values[VALUES] = {};
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] = sum[i / OUTS][i % OUTS];
+        float total = warp_sums(values, lane) + bias;
+        if constexpr (ACT == SILU_MUL)
+            total = silu_of(total) * __shfl_down_sync(ALL_LANES, total, COLUMNS * (WARP / VALUES));
+        if constexpr (ACT == GELU_TANH) total = gelu_tanh_of(total);
+        if constexpr (ACT == GELU_ERF) total = gelu_erf_of(total);
+        if (stores && column < m) y[i64(r) * m + column] = from_float<U>(residual + total);
+    }
+}
+
+// The rows of x for multiply_rows: in shared memory if STAGED, else where they are.
+template <int ROWS, int DEPTH, bool STAGED, typename T>
+__device__ __forceinline__ const T* stage(const T* x, int k) {
+    if constexpr (!STAGED) return x;
+    constexpr int W = 16 / sizeof(T);
+    T* staged = behind_ring<DEPTH, T>();
+    const bool wide = aligned(x);
+#pragma unroll 4
+    for (int at = threadIdx.x * W; at < ROWS * k; at += blockDim.x * W)
+        store_row<W>(staged, at, ROWS * k, true, load_row<W>(x, at, ROWS * k, wide));
+    __syncthreads();
+    return staged;
+}
+
+// The scale g of a norm, early: constant, so it need not wait.
+template <typename X, typename T>
+__device__ __forceinline__ void stage_scale(const T* g, X* staged, int k) {
+    const bool wide = k % 8 == 0 && aligned(g);
+    for (int at = threadIdx.x * 8; at < k; at += blockDim.x * 8) {
+        const Pack<T, 8> scale = load_row<8>(g, at, k, wide);
+        Pack<X, 8> out;
+#pragma unroll
+        for (int j = 0; j < 8; j++) out.v[j] = from_float<X>(to_float(scale.v[j]));
+        store_row<8>(staged, at, k, k % 8 == 0, out);
+    }
+}
+
+// Whether 16-byte accesses fit rows of k elements.
+template <typename T>
+__device__ __forceinline__ bool wide_rows(int k, const T* w, const T* x) {
+    return k % (16 / int(sizeof(T))) == 0 && aligned(w, x);
+}
+
+template <typename T, typename U, int ROWS, int OUTS, int DEPTH, bool STAGED>
+__global__ void __launch_bounds__(MOST_THREADS, 1) linear(const T* x, const T* __restrict__ w, const T* __restrict__ b,
+                                                       U* y, int first, int m, int k) {
+    Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, STAGED ? w : x));
+    wait_for_previous();
+    const T* rows = stage<ROWS, DEPTH, STAGED>(x + i64(first) * k, k);
+    multiply_rows<NO_ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
+}
+
+template <typename T, int ROWS, int OUTS, int DEPTH, bool STAGED>
+__global__ void __launch_bounds__(MOST_THREADS, 1)
+    linear_add(const T* x, const T* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y, int first, int m,
+               int k) {
+    Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, STAGED ? w : x));
+    wait_for_previous();
+    const T* rows = stage<ROWS, DEPTH, STAGED>(x + i64(first) * k, k);
+    multiply_rows<NO_ACT, ROWS, OUTS>(stream, rows, w, b, a + i64(first) * m, y + i64(first) * m);
+}
+
+template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
+__global__ void __launch_bounds__(MOST_THREADS, 1)
+    rms_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
+                    int first, int m, int k, f32 eps) {
+    __shared__ float partial[2][MOST_WARPS][WARP];
+    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
+    U* rows = behind_ring<DEPTH, U>();  // rounded to the dtype of y, as by the norm alone
+    stage_scale(g, rows, k);
+    wait_for_previous();
+    normalise<RMS_NORM, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
+    multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
+}
+
+template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
+__global__ void __launch_bounds__(MOST_THREADS, 1)
+    layer_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
+                      const T* __restrict__ b, U* y, int first, int m, int k, f32 eps) {
+    __shared__ float partial[2][MOST_WARPS][WARP];
+    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
+    U* rows = behind_ring<DEPTH, U>();
+    stage_scale(g, rows, k);
+    wait_for_previous();
+    normalise<LAYER_NORM, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);
+    multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }

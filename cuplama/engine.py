@@ -79,7 +79,7 @@ class Engine:
         self._rope = RopeTables(config.rope, context) if config.rope else None
         if self._rope is not None:
             self.values["rope.cos"], self.values["rope.sin"] = map(backend.upload, (self._rope.cos, self._rope.sin))
-        self._decode_nodes = decode_nodes(self.nodes)
+        self._decode_nodes: dict[int, list[Node]] = {}
         self._loops: dict[Any, DecodeLoop] = {}
 
     def close(self) -> None:
@@ -200,8 +200,10 @@ class Engine:
                 yield drawn
 
     def decode_nodes(self, size: int) -> list[Node]:
-        """The nodes of a decode step of that many sequences."""
-        return self._decode_nodes
+        """The nodes of a decode step of that many sequences: one list per size, since backends keep what they plan."""
+        if size not in self._decode_nodes:
+            self._decode_nodes[size] = decode_nodes(self.nodes, size)
+        return self._decode_nodes[size]
 
     def rope_row(self, s: Generation) -> int:
         """The row of the rotation tables for the last token of a sequence."""

@@ -80,11 +80,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Prototype:
-    """A kernel as its ``.cu`` declares it; template parameters have type ``typename`` or an integer type."""
+    """A kernel as its ``.cu`` declares it; template parameters have type ``typename`` or an integer type.
+
+    waits: its text calls ``wait_for_previous``, so it may be started before the kernel ahead of it has ended.
+    """
 
     name: str
     template: tuple[Parameter, ...]
     parameters: tuple[Parameter, ...]
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,20 @@ def parse_prototypes(text: str) -> dict[str, Prototype]:
     """Every kernel of a ``.cu`` text by name."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     found = {}
-    for template, name, params in _KERNEL.findall(text):
-        found[name] = Prototype(name, _parameters(template), _parameters(params))
+    for m in _KERNEL.finditer(text):
+        template, name, params = m.groups(default="")
+        waits = "wait_for_previous(" in _block(text, m.end())
+        found[name] = Prototype(name, _parameters(template), _parameters(params), waits)
     return found
+
+
+def _block(text: str, start: int) -> str:
+    """The text from just behind a brace to the brace that closes it."""
+    depth, at = 1, start
+    while depth and at < len(text):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        at += 1
+    return text[start:at]
 
 
 def _parameters(text: str) -> tuple[Parameter, ...]:

@@ -219,7 +219,7 @@ def test_list_shows_every_kernel() -> None:
     result = CliRunner().invoke(kernels, ["list"])
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
-    assert {"rms_norm", "linear_rows", "fill_rows"} <= lines.keys()
+    assert {"rms_norm", "linear_add", "fill_rows"} <= lines.keys()
     assert "norm.cu" in lines["rms_norm"]
     assert "f32 f16 bf16" in lines["rms_norm"]
     assert "sqrt(mean(x^2) + eps)" in lines["rms_norm"]

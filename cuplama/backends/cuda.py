@@ -30,10 +30,10 @@ from ..errors import CheckpointError, DeviceError
 from ..graph import Node
 from ..op import DTYPES, Array, OpError, dtype_name
 from ..ops import OPS
+from ..ops.linear import STREAMED_ROWS
 
 __all__ = ["CudaBackend", "Gpu", "cuda_available"]
 
-GEMM_ROWS = 8  # more rows than this go to cuBLAS; the row-streaming kernels are faster up to here
 WORKSPACE = 32 << 20  # bytes for cuBLAS: what NVIDIA recommends for Hopper; fixed, so that results repeat
 STAGE = 32 << 20  # bytes of each of the two pinned buffers that weights pass through
 OLDEST_ARCH = 75
@@ -161,6 +161,53 @@ def _load_cublas() -> ctypes.CDLL | None:
         return None
 
 
+# ---- programmatic dependent launch -----------------------------------------------------------------------------------
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute. The value is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+class EarlyLaunch:
+    """A kernel launch that may begin before the kernel ahead of it has ended: the kernel itself waits where it must.
+
+    CuPy has no access to the attribute, so the driver is called directly. If it refuses, the launch is an ordinary one.
+    """
+
+    _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+    OLDEST_ARCH, OLDEST_DRIVER = 90, 12030  # a captured graph keeps such edges from CUDA 12.3 on
+
+    def __init__(self, driver: ctypes.CDLL, function: Any, stream: int) -> None:
+        self._driver, self._plain, self._stream = driver, function, stream
+        self._attribute = _Attribute(self._PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
+        values = [np.array(a if isinstance(a, np.generic) else np.uintp(a.data.ptr)) for a in args]
+        pointers = (ctypes.c_void_p * len(values))(*[v.ctypes.data for v in values])
+        config = _Config(
+            (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, self._stream,
+            ctypes.pointer(self._attribute), 1,
+        )  # fmt: skip
+        if self._driver.cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self._plain.ptr), pointers, None):
+            self._plain(grid, block, args, shared)
+
+
 # ---- what CuPy does for us -------------------------------------------------------------------------------------------
 
 
@@ -197,6 +244,10 @@ class Gpu:
         )
         self._functions: dict[tuple[str, str], tuple[Any, Any]] = {}
         self._stage: _Stage | None = None
+        driver = load_driver()
+        self._early: ctypes.CDLL | None = None
+        if driver is not None and self.limits.arch >= EarlyLaunch.OLDEST_ARCH:
+            self._early = driver if driver_version(driver) >= EarlyLaunch.OLDEST_DRIVER else None
         with self._device:
             self.stream = cupy.cuda.Stream(non_blocking=True)
             self.pool = cupy.cuda.MemoryPool()
@@ -310,23 +361,27 @@ class Gpu:
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
 
-    def function(self, file: str, expression: str, shared: int) -> Callable[..., None]:
+    def function(self, file: str, expression: str, shared: int, waits: bool = False) -> Callable[..., None]:
         """``f(grid, block, args, shared)`` for a kernel instance, compiled or taken from CuPy's disk cache.
 
+        waits: the kernel waits for what it needs of the kernel ahead, so it is launched early where that is possible.
         One module per instance: whichever instances a run needs, each is found in the cache on its own.
         """
         found = self._functions.get((file, expression))
         if found is None:
             module = self._cupy.RawModule(
                 code=compiler.source(file),
-                options=compiler.options(self._cuda_version[0]),
+                options=compiler.options(self._cuda_version[0], self.limits.arch),
                 name_expressions=(expression,),
             )
             try:
                 raw = module.get_function(expression)
             except self._cupy.cuda.compiler.CompileException as e:
                 raise compiler.compile_error(file, str(e), self.limits.arch) from None
-            found = self._functions[file, expression] = (raw, raw.kernel)
+            launch = raw.kernel
+            if waits and self._early is not None:
+                launch = EarlyLaunch(self._early, launch, self.stream.ptr)
+            found = self._functions[file, expression] = (raw, launch)
         raw, function = found
         if shared + raw.shared_size_bytes > 48 * 1024 and shared > raw.max_dynamic_shared_size_bytes:
             raw.max_dynamic_shared_size_bytes = shared
@@ -685,7 +740,7 @@ class CudaBackend:
                 call.arrays[spec.name] = add(spec.name, call.shape(spec), call.dtype(spec))
         outs = tuple(position[spec.name] for spec in signature.outs)
         before: list[Callable[[Sequence[Array | None]], None]] = []
-        if name == "linear" and call["n"] > GEMM_ROWS and gpu.cublas is not None:
+        if name == "linear" and call["n"] > STREAMED_ROWS and gpu.cublas is not None:
             T, U = (dtype_name(call.dtypes[letter]) for letter in "TU")
             plan, bias = kernel.Plan(()), call.arrays["b"] is not None
             if bias:  # y starts as the bias, in every row, and the product is added to it
@@ -701,12 +756,12 @@ class CudaBackend:
         }
         for launch in plan.launches:
             bound = kernel.bind(launch, call, scratch)
-            function = gpu.function(bound.file, bound.expression, bound.shared)
+            function = gpu.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
             before.append(_Launch(function, bound, position, set(launch.constants)))
         return _Planned(width, outs, tuple(new), (*before, *after))
 
     def _zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """Scratch that every user finds and leaves zero, so all ops share it. Never freed: recordings hold its address."""
+        """Scratch that every user finds and leaves zero, so ops share it. Kept until the end: recordings know its address."""
         if (shape, dtype) not in self._zeroed:
             array = self._zeroed[shape, dtype] = self.gpu.empty(shape, DTYPES[dtype])
             self.gpu.fill(array, 0)

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..op import Array, Op
+from ..kernel import Device, Plan
+from ..op import Array, Call, Op, OpError, dtype_name
 from . import activation, norm, residual
-from .attention import attention
+from .attention import attention, decode_plan
 from .kv_cache import kv_append
-from .linear import linear
+from .linear import linear, stream_rows
 from .norm import head_norm
 from .rope import rope
 
@@ -34,6 +35,13 @@ def _norm_linear(norm_op: Op, act: Op | None) -> Op:
         y = linear.reference(norm_op.reference(x, *scale, eps=eps), w, *b)
         return act.reference(y) if act else y
 
+    def kernels(call: Call, device: Device) -> Plan:
+        constants = {
+            "ACT": act.name.upper() if act else "NO_ACT",
+            "U": dtype_name(call.dtypes["U" if not act else "T"]),
+        }
+        return stream_rows(f"{norm_op.name}_linear", call, device, normed=True, **constants)
+
     out = "y[n,m]:T" if act else "y[n,m]:U"
     width = "2*m" if rows == 2 else "m"
     vectors = ", ".join(f"{s}[k]:T" for s in scales)
@@ -42,6 +50,7 @@ def _norm_linear(norm_op: Op, act: Op | None) -> Op:
         f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:T, b[{width}]:T?, eps:f32)",
         doc=f"y = {f'{act.name}(' if act else ''}{norm_op.name}(x) w^T + b{')' if act else ''}",
         reference=reference,
+        kernels=kernels,
         cases=[dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES],
         flops=lambda c: 2 * rows * c["n"] * c["m"] * c["k"],
     )
@@ -54,6 +63,10 @@ layer_norm_linear_gelu_tanh = _norm_linear(norm.layer_norm, activation.gelu_tanh
 layer_norm_linear_gelu_erf = _norm_linear(norm.layer_norm, activation.gelu_erf)
 
 
+def _linear_add_kernels(call: Call, device: Device) -> Plan:
+    return stream_rows("linear_add", call, device)
+
+
 def _linear_add(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
     return residual.add.reference(a, linear.reference(x, w, b))
 
@@ -63,6 +76,7 @@ linear_add = Op(
     "y[n,m]:f32 = (x[n,k]:T, w[m,k]:T, a[n,m]:f32, b[m]:T?)",
     doc="y = a + x w^T + b",
     reference=_linear_add,
+    kernels=_linear_add_kernels,
     cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES],
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
 )
@@ -97,6 +111,12 @@ def _append_attention(
     return y, k, v
 
 
+def _append_kernels(call: Call, device: Device) -> Plan:
+    if call["n"] != call["b"]:
+        raise OpError(f"append_attention: {call['n']} new tokens of {call['b']} sequences, which have one each")
+    return decode_plan("append_attention", call, device, h=call.env.get("h", 0))
+
+
 def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
     """The attention op's pages; the new token of each sequence goes to the slot that its length says."""
     assert attention.inputs is not None
@@ -128,6 +148,7 @@ append_attention = Op(
     doc="A decode step's attention, one new token per sequence (n = b): head_norm (if there are q_norm and k_norm),"
     " rope (if there are cos and sin), kv_append and attention.",
     reference=_append_attention,
+    kernels=_append_kernels,
     cases=_append_cases(),
     ranges={"rows": "R"},
     inputs=_append_inputs,

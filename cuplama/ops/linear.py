@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, wide
+from ..op import DTYPES, Array, Call, Op, OpError, wide
 
 _BLOCK = 4096  # weight rows converted at a time where the weight is kept in 16 bits
 
@@ -23,28 +25,65 @@ def _linear(x: Array, w: Array, b: Array | None = None, *, U: str = "") -> Array
     return y
 
 
-_ROWS = 8  # the most rows of x in one launch
-_WARPS = 4  # per block, as in the kernel
-# Rows of x -> OUTS, DEPTH. A lane keeps OUTS * DEPTH = 8 loads of 16 bytes in flight, so that 16 warps keep 64 KB in
-# flight on a multiprocessor: ample for an H200 (4.65 TB/s over 132 of them, at a latency near 1 us: 35 KB). More rows
-# want more OUTS, because each piece of x is read from L1 and converted once per OUTS weights.
-_SHAPE = {1: (2, 4), 2: (2, 4), 3: (2, 4), 4: (2, 4), 5: (4, 2), 6: (4, 2), 7: (4, 2), 8: (4, 2)}
-_BUSY = 16  # warps per multiprocessor; with fewer, several warps share a row of w
+STREAMED_ROWS = 8  # of x in one launch at most; more rows in all are cuBLAS's, where it can be had
+_PIECES = 4  # of 16 bytes that a lane asks for at once, as in the kernels
+_STATIC = 4096 + 1024  # bytes of shared memory that the kernels and the driver take beside the dynamic ones
+_STAGED = 131072  # bytes of x up to which it is copied to shared memory; beyond, it is read through L1
+_LEAST_DEPTH, _MOST_DEPTH = 2, 12  # of the ring, in batches
+_WARPS = {160 << 10: 16, 0: 8}  # of a block at most, by the shared memory there is: its ring must be deep enough
+_FULL = 0.94  # of the warps busy to the end: good enough
+
+
+def _shape(rows: int, least: int, device: Device) -> tuple[int, int, int]:
+    """(OUTS, blocks, warps of a block) for a weight of that many rows; OUTS is ``least`` at least.
+
+    A block takes a whole multiprocessor, so that the blocks of the next kernel are dealt out evenly, one to each that
+    comes free. Many warps drain the ring faster that was filled before the wait. More rows in a unit (OUTS) mean fewer
+    accesses to x, but the warps should get equal numbers of units: if no OUTS gives that, their number is reduced.
+    """
+    most = next(warps for shared, warps in _WARPS.items() if device.shared >= shared)
+    for outs in (o for o in (4, 2, 1) if o >= least):
+        units = -(-rows // outs)
+        rounds = -(-units // (device.sms * most))
+        if units >= _FULL * device.sms * most * rounds:
+            return outs, device.sms, most
+    return outs, min(units, device.sms), -(-units // (device.sms * rounds))
+
+
+def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False, **constants: Any) -> Plan:
+    """Launches of a kernel of linear.cu: groups of up to 8 rows of x, fewer where shared memory cannot hold them.
+
+    constants: the kernel's own; ``ACT`` tells how many rows of w make a column of y. More groups read the weight again:
+    correct, but cuBLAS is the fast way for many rows.
+    """
+    n, m, k, size = call["n"], call["m"], call["k"], call.dtypes["T"].itemsize
+    halves = 2 if constants.get("ACT") == "SILU_MUL" else 1
+    outs, blocks, warps = _shape(m * halves, halves, device)
+    batch = warps * 32 * _PIECES * 16  # bytes that a block asks for at once
+    limit = device.shared - _STATIC
+    row = k * (DTYPES[constants["U"]].itemsize if normed else size)  # bytes of a row of x in shared memory
+    launches = []
+    first = 0
+    while first < n:
+        rows = min(STREAMED_ROWS, n - first)
+        if normed:
+            rows = min(rows, (limit - _LEAST_DEPTH * batch) // row)
+            if rows < 1:
+                raise OpError(f"{call.op.name}: k is {k}; {device.shared} bytes of shared memory do not hold a row")
+        staged = normed or rows * row <= min(_STAGED, limit - 3 * batch)
+        x = -(-rows * row // 16) * 16 * staged
+        depth = max(_LEAST_DEPTH, min((limit - x) // batch, _MOST_DEPTH))
+        own = {"ROWS": rows, "OUTS": outs, "DEPTH": depth, "first": first}
+        if not normed:
+            own["STAGED"] = staged
+        shared = depth * batch + x
+        launches.append(Launch(f"linear.cu:{kernel}", (blocks,), (32 * warps,), shared, constants={**constants, **own}))
+        first += rows
+    return Plan(tuple(launches))
 
 
 def _kernels(call: Call, device: Device) -> Plan:
-    """Groups of up to 8 rows. More groups read the weight again: correct, but cuBLAS is the fast way there."""
-    n, m = call["n"], call["m"]
-    launches = []
-    for first in range(0, n, _ROWS):
-        rows = min(_ROWS, n - first)
-        outs, depth = _SHAPE[rows]
-        groups = -(-m // outs)
-        split = next((s for s in (1, 2) if groups * s >= _BUSY * device.sms), _WARPS)
-        constants = {"ROWS": rows, "OUTS": outs, "DEPTH": depth, "SPLIT": split, "first": first}
-        blocks = -(-groups * split // _WARPS)
-        launches.append(Launch("linear.cu:linear_rows", (blocks,), (32 * _WARPS,), constants=constants))
-    return Plan(tuple(launches))
+    return stream_rows("linear", call, device)
 
 
 linear = Op(

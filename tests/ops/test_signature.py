@@ -154,13 +154,13 @@ def test_bind_launch_by_name() -> None:
     assert OPS["linear"].kernels is not None
     (launch,) = OPS["linear"].kernels(call, Device()).launches
     bound = bind(launch, call, {})
-    assert bound.expression.startswith("linear_rows<f16, f32, 3, ")
+    assert bound.expression.startswith("linear<f16, f32, 3, ")
     args = dict(zip((p.name for p in bound.prototype.parameters), bound.args, strict=True))
     assert args["w"] is call.arrays["w"]
     assert args["b"] == 0  # absent: a null pointer
     assert (args["m"], args["k"], args["first"]) == (5, 8, 0)
     assert all(type(args[name]) is np.int32 for name in ("m", "k", "first"))
-    assert "linear.cu: linear_rows<f16" in bound.describe()
+    assert "linear.cu: linear<f16" in bound.describe()
     assert "w=(5, 8):float16" in bound.describe()
 
 
@@ -186,7 +186,7 @@ def test_bind_checks_element_types() -> None:
     call = _linear()
     call.arrays["y"] = zeros(3, 5, dtype=np.float64)
     assert OPS["linear"].kernels is not None
-    with pytest.raises(OpError, match=r"linear_rows: y is float64, the kernel takes f32\*"):
+    with pytest.raises(OpError, match=r"linear: y is float64, the kernel takes f32\*"):
         bind(OPS["linear"].kernels(call, Device()).launches[0], call, {})
 
 
@@ -203,3 +203,23 @@ def test_a_row_too_long_for_registers_is_refused() -> None:
     assert OPS["rms_norm"].kernels is not None
     with pytest.raises(OpError, match="rms_norm: d is 16392; the kernel takes at most 16384"):
         OPS["rms_norm"].kernels(call, Device())
+
+
+def test_kernels_that_wait_are_told_from_those_that_do_not() -> None:
+    found = parse_prototypes(
+        "__device__ void helper() { wait_for_previous(); }\n"
+        "__global__ void early(int n) { if (n) { n++; } wait_for_previous(); }\n"
+        "__global__ void plain(int n) { /* no wait_for_previous() */ n++; }\n"
+    )
+    assert {name: p.waits for name, p in found.items()} == {"early": True, "plain": False}
+
+
+def test_what_a_waiting_kernel_gets_from_earlier_kernels_is_not_taken_for_constant() -> None:
+    """A __restrict__ pointer lets the compiler move loads above the wait. Weights may have it: nothing writes them."""
+    for file in source_folder().glob("*.cu"):
+        text = file.read_text()
+        for name, proto in prototypes(file.name).items():
+            if proto.waits and file.stem == "linear":
+                for changing in {"x", "a", "y"} & {p.name for p in proto.parameters}:
+                    declared = text[text.index(f" {name}(") :].split("{")[0]
+                    assert f"__restrict__ {changing}," not in declared, f"{file.name}: {name}: {changing}"

@@ -6,10 +6,7 @@
 #define CUPLAMA_PTX_CUH
 
 // ---- loads and stores -----------------------------------------------------------------------------------------------
-SIMT_FN uint4 load_streamed(const void* p) { return *static_cast<const uint4*>(p); }
-
-// Kernels run one after the other here, and there is no cache to fill.
-SIMT_FN void prefetch_l2(const void* global, unsigned bytes) {}
+// Kernels run one after the other here.
 SIMT_FN void launch_dependents() {}
 SIMT_FN void wait_for_previous() {}
 
