@@ -439,15 +439,41 @@ def _counts(_: click.Context, parameter: click.Parameter, value: str) -> tuple[i
     help="Folder, hub id, or with --dummy-weights a known shape such as llama-3.2-1b.  [default: the story model]",
 )
 @click.option(
-    "-p", "prompts", callback=_counts, default="512", show_default=True, metavar="N,...", help="Prompts read."
+    "-p",
+    "prompts",
+    callback=_counts,
+    default="512",
+    show_default=True,
+    metavar="N,...",
+    help="Tokens of the prompts that are read.",
 )
 @click.option(
-    "-n", "generated", callback=_counts, default="128", show_default=True, metavar="N,...", help="Tokens generated."
+    "-n",
+    "generated",
+    callback=_counts,
+    default="128",
+    show_default=True,
+    metavar="N,...",
+    help="Tokens that are generated.",
 )
-@click.option("-d", "depths", callback=_counts, default="0", show_default=True, metavar="N,...", help="Cached before.")
-@click.option("-b", "batches", callback=_counts, default="1", show_default=True, metavar="N,...", help="Sequences.")
-@click.option("-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each row.")
-@click.option("-o", "form", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True, help="Output.")
+@click.option(
+    "-d",
+    "depths",
+    callback=_counts,
+    default="0",
+    show_default=True,
+    metavar="N,...",
+    help="Tokens in the cache before.",
+)
+@click.option(
+    "-b", "batches", callback=_counts, default="1", show_default=True, metavar="N,...", help="Sequences at a time."
+)
+@click.option(
+    "-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each row, after a warm-up."
+)
+@click.option(
+    "-o", "form", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True, help="Form of the table."
+)
 @click.option("--dummy-weights", is_flag=True, help="Random weights: the config.json alone is enough.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "numpy"]), default="auto", help="Where to run.")
 @click.option(

@@ -19,7 +19,7 @@ import click
 
 from . import compiler, kernel
 from .errors import DeviceError, ParameterError
-from .op import DTYPES, Op
+from .op import DTYPES, Op, dtype_name
 from .ops import OPS
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def _bench_on_gpu(
         tokens = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
         loaded = bench.dummy_model(model, "cuda", tokens[dtype], context, bench.cache_tokens(batch, context))
         with loaded:
+            dtype = dtype_name(loaded.backend.dtype)  # an old GPU runs bf16 models in f16
             nodes = loaded.engine.decode_nodes(batch)
             chosen = cases.decode_cases(loaded.config, dtype, batch, depth, context, nodes)
             chosen += cases.prompt_cases(loaded.config, dtype, prompt, loaded.backend.prefill_chunk)
@@ -214,6 +215,7 @@ def _bench_on_gpu(
         found["environment"] = {"model": model, **found["environment"]}
     else:
         backend = CudaBackend(dtype)
+        dtype = dtype_name(backend.dtype)
         try:
             chosen = [cases.shape_case(ops[0], parse_shape(s), dtype) for s in shapes]
             chosen = chosen or [c for op in ops for c in cases.default_cases(op.name, dtype)]
@@ -293,17 +295,21 @@ def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str,
     if name not in OPS:
         raise ParameterError(f"no op is named {name!r}; ops: {', '.join(OPS)}")
     op = OPS[name]
-    checks = cases.registry_cases(op, dtype)
-    chosen = [cases.shape_case(op, parse_shape(s), dtype) for s in shapes]
+
+    def asked(dtype: str) -> list[Case]:
+        return [cases.shape_case(op, parse_shape(s), dtype) for s in shapes]
+
     works, reason = cuda_available()
     with _refusing():
         if not works:
-            _compare_without(other, op, dtype, chosen or checks, arch, reason)
+            _compare_without(other, op, dtype, asked(dtype) or cases.registry_cases(op, dtype), arch, reason)
             return
         backend = CudaBackend(dtype)
+        dtype = dtype_name(backend.dtype)  # an old GPU has no bf16
         try:
             against = contender.contender_op(other, op, dtype, backend.gpu.limits)
-            found = contender.compare(backend, against, chosen or cases.default_cases(name, dtype), checks)
+            chosen = asked(dtype) or cases.default_cases(name, dtype)
+            found = contender.compare(backend, against, chosen, cases.registry_cases(op, dtype))
             facts = ceilings.environment(backend)
         finally:
             backend.close()

@@ -174,7 +174,7 @@ def test_ceilings_on_numpy() -> None:
     assert limits.dtype == "f32"
     assert limits.read > 1e8
     assert limits.arithmetic > 1e7
-    assert limits.percent_read(limits.read / 4) == 25
+    assert limits.percent_read(limits.read / 4) == pytest.approx(25)
 
 
 @pytest.fixture
