@@ -122,10 +122,9 @@ def planned(
     for spec in op.signature.outs:
         if spec.name not in op.signature.in_place:
             call.arrays[spec.name] = empty(call.shape(spec), call.dtype(spec))
-    zeroed = getattr(plan, "zeroed", ())  # buffers that the launches want to find full of zeros
     scratch = {}
     for name, (shape, dtype) in plan.scratch.items():
-        scratch[name] = (np.zeros if name in zeroed else empty)(shape, DTYPES[dtype])
+        scratch[name] = (np.zeros if name in plan.zeroed else empty)(shape, DTYPES[dtype])
     bound = [kernel.bind(launch, call, scratch) for launch in plan.launches]
     return bound, [call.arrays[s.name] for s in op.signature.outs]
 
