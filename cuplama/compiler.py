@@ -45,6 +45,7 @@ __all__ = [
     "parse_archs",
     "source_hash",
     "stand_in",
+    "target",
     "toolkit_folders",
 ]
 
@@ -97,8 +98,18 @@ def _package(name: str) -> list[Path]:
     return [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
 
 
-def options(major: int) -> tuple[str, ...]:
+def target(arch: int) -> str:
+    """What follows ``sm_`` or ``compute_`` in the compiler's -arch.
+
+    Hopper's warpgroup instructions (wgmma) are no part of sm_90, which later GPUs understand as well, but of sm_90a.
+    """
+    return "90a" if arch == 90 else str(arch)
+
+
+def options(major: int, arch: int = 0) -> tuple[str, ...]:
     """The compiler options that CUDA backend and GPU-free compilation share. major: of the NVRTC version.
+
+    arch: for RawModule, which appends an -arch of its own; NVRTC takes the first of two.
 
     Raises CompileError if the toolkit's headers are not installed.
     """
@@ -113,6 +124,7 @@ def options(major: int) -> tuple[str, ...]:
         f"-I{kernel.source_folder()}",
         *(f"-I{f}" for f in folders),
         f"-DCUPLAMA_SOURCE_HASH={source_hash()}",
+        *((f"-arch=sm_{target(arch)}",) if target(arch) != str(arch) else ()),
     )
 
 
@@ -339,7 +351,7 @@ def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
     """Compile instances of a file's kernels with NVRTC. Needs no GPU. Raises CompileError."""
     nvrtc = nvrtc_library()
     began = time.perf_counter()
-    flags = (*options(nvrtc.getVersion()[0]), *_CUPY_OPTIONS, f"-arch=sm_{arch}", "--ptxas-options=-v")
+    flags = (*options(nvrtc.getVersion()[0]), *_CUPY_OPTIONS, f"-arch=sm_{target(arch)}", "--ptxas-options=-v")
     program = nvrtc.createProgram(source(file), file, (), ())
     try:
         for name in names:

@@ -1,7 +1,8 @@
-"""Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention.cu.
+"""Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention.cu,
+attention_prefill.cu (many tokens on tensor cores), attention_hopper.cu (the same on Hopper's own).
 
 Grouped queries: Ainslie et al., arXiv:2305.13245. Online softmax: Milakov & Gimelshein, arXiv:1805.02867;
-tiling: Dao, "FlashAttention-2", arXiv:2307.08691.
+tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-3", arXiv:2407.08608.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ _MOST_HEADS = 8  # query heads that one block of the decode kernel can hold in r
 
 
 def _kernels(call: Call, device: Device) -> Plan:
-    return _decode(call) if call["n"] == call["b"] else _prefill(call)
+    return _decode(call) if call["n"] == call["b"] else _prefill(call, device)
 
 
 def _decode(call: Call) -> Plan:
@@ -131,16 +132,33 @@ def _decode(call: Call) -> Plan:
     return Plan(launches, scratch)
 
 
-def _prefill(call: Call) -> Plan:
-    """Any number of new tokens per sequence. Tiles of ROWS (token, head) pairs by KEYS keys."""
-    n, b, heads, H, D = (call[name] for name in ("n", "b", "heads", "H", "D"))
-    ROWS, KEYS = (64, 32) if D <= 128 else (32, 16)  # at most 60 KiB of shared memory: sm_75 has 64
-    stride = -(-D // 32) * 32 + 4
-    shared = 4 * ((ROWS + KEYS) * stride + ROWS * (KEYS + 4))
-    tiles = n * (heads // H) // ROWS + b
-    return Plan(
-        (Launch("attention.cu:attention_prefill", (tiles, H), (256,), shared, constants={"ROWS": ROWS, "KEYS": KEYS}),)
-    )
+def _prefill(call: Call, device: Device) -> Plan:
+    """Any number of new tokens per sequence, in tiles of (token, head) pairs by keys.
+
+    Tensor cores multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one.
+    """
+    n, b, heads, H, D, S = (call[name] for name in ("n", "b", "heads", "H", "D", "S"))
+    rows = n * (heads // H)
+    tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and S >= 8 and S & (S - 1) == 0
+    if tensor and device.arch == 90 and D in (64, 96, 128):
+        groups = 3 if D == 64 else 2  # warpgroups of 64 rows; three where registers allow it
+        shared = 1024 + 2 * (-(-D // 64) * 64) * (64 * groups + 4 * 128)
+        name = "attention_hopper.cu:attention_prefill_wgmma"
+        grid, threads, constants = ((rows // (64 * groups) + b) * H, 1), 128 * groups + 128, {"GROUPS": groups}
+    elif tensor:
+        # 128 rows are faster once there are some four blocks for each multiprocessor; 64 share out fewer rows better.
+        ROWS = 128 if D <= 128 and rows * H >= 4 * 128 * device.sms else 64
+        # What fits into registers; D = 96 and 128 with 64 keys only as the compiler allots them before sm_100.
+        KEYS = 64 if D <= 64 or (D in (96, 128) and device.arch <= 90) else 32
+        shared = 2 * (-(-D // 16) * 16) * (ROWS + 4 * KEYS)
+        name = "attention_prefill.cu:attention_prefill_mma"
+        grid, threads, constants = ((rows // ROWS + b) * H, 1), 128, {"ROWS": ROWS, "KEYS": KEYS}
+    else:
+        ROWS, KEYS = (64, 32) if D <= 128 else (32, 16)  # at most 60 KiB of shared memory: sm_75 has 64
+        shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
+        name = "attention.cu:attention_prefill"
+        grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
+    return Plan((Launch(name, grid, (threads,), shared, constants=constants),))
 
 
 attention = Op(
@@ -169,6 +187,15 @@ attention = Op(
         _case(2, 1, 96, [70], [70], window=16),
         _case(6, 3, 40, [9, 20], [50, 20], window=7, S=8),
         _case(4, 1, 128, [65, 64], [65, 128], S=64),
+        # tensor cores: tiles of 128 or 64 rows by 64 or 32 keys
+        _case(4, 1, 128, [33, 31], [64, 129], S=64),
+        _case(7, 1, 64, [19, 1, 2], [65, 130, 64], S=128),
+        _case(2, 2, 128, [130], [193], window=65, S=16),
+        _case(1, 1, 96, [128, 3], [128, 67], window=64, S=64),
+        _case(3, 1, 8, [100], [200], window=30, S=8),
+        _case(4, 2, 80, [65], [127], window=128, S=32),
+        _case(4, 1, 256, [17, 40], [33, 95], window=33, S=32),
+        _case(2, 1, 200, [33], [64], S=8),
     ],
     inputs=_inputs,
     bytes=_bytes,

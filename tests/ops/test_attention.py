@@ -17,9 +17,9 @@ from . import harness
 Inputs = dict[str, Any]
 
 
-def _run(ins: Inputs, case: harness.Case, seed: int = 0) -> np.ndarray[Any, Any]:
+def _run(ins: Inputs, case: harness.Case, seed: int = 0, device: Device = harness.EMULATED) -> np.ndarray[Any, Any]:
     call = attention.bind([ins[s.name] for s in attention.signature.ins], harness.attributes(attention, case))
-    plan = attention.kernels(call, Device()) if attention.kernels else None
+    plan = attention.kernels(call, device) if attention.kernels else None
     assert plan is not None
     y = np.full((call["n"], call["heads"] * call["D"]), np.nan, ins["x"].dtype)
     call.arrays["y"] = y
@@ -63,9 +63,10 @@ def test_decode_does_not_depend_on_the_batch_or_the_table(T: str, window: int) -
 
 
 @pytest.mark.parametrize("window", [0, 37])
-def test_prefill_does_not_depend_on_the_batch_or_the_chunks(window: int) -> None:
+@pytest.mark.parametrize("T", ["f32", "bf16"])
+def test_prefill_does_not_depend_on_the_batch_or_the_chunks(T: str, window: int) -> None:
     case = _case(4, 2, 32, [50, 1, 90], [70, 33, 90], window=window)
-    ins = _inputs(case, "f32")
+    ins = _inputs(case, T)
     together = _run(ins, case)
     starts = ins["starts"]
     for i in (0, 2):
@@ -80,6 +81,26 @@ def test_prefill_does_not_depend_on_the_batch_or_the_chunks(window: int) -> None
                 "lengths": np.array([length], np.int32),
             }
             assert np.array_equal(_run(part, case), together[starts[i] : starts[i] + cut])
+
+
+@pytest.mark.parametrize("T", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        _case(4, 1, 128, [33, 31], [64, 129], S=64),
+        _case(7, 1, 64, [19, 1, 2], [65, 130, 64], S=128),
+        _case(1, 1, 96, [127, 3], [128, 67], window=63, S=16),
+        _case(3, 1, 8, [60], [130], window=30, S=8),
+        _case(2, 1, 80, [65], [97]),
+    ],
+    ids=lambda case: f"D={case['D']}",
+)
+def test_prefill_tiles_of_64_and_of_128_rows(case: harness.Case, T: str) -> None:
+    """Short prompts take the one, long ones the other; a result must not depend on it. The reference judges both."""
+    ins = _inputs(case, T)
+    small, large = (_run(ins, case, device=Device(arch=89, sms=sms)) for sms in (132, 0))
+    assert np.array_equal(small, large)
+    harness.check(attention, case, T, ins, [large])
 
 
 def test_empty_sequences_of_a_padded_batch() -> None:

@@ -44,7 +44,7 @@ def test_every_kernel_is_launched() -> None:
     """No kernel of cuda_src/ is dead: every one is used by some case on some architecture."""
     used = {"bias.cu:fill_rows"}  # not of an op: the CUDA backend launches it before cuBLAS adds a product
     for op, case, T in _WITH_KERNELS:
-        for device in (Device(75, 40, 65536), Device()):
+        for device in (Device(75, 40, 65536), harness.EMULATED, Device()):
             call = harness.bind_inputs(op, case, harness.random_inputs(op, case, T))
             assert op.kernels is not None
             used |= {launch.kernel for launch in op.kernels(call, device).launches}
@@ -56,7 +56,7 @@ def test_every_kernel_is_launched() -> None:
 
 
 class _Emulator:
-    device = Device()
+    device = harness.EMULATED
 
     def upload(self, array: np.ndarray[Any, Any]) -> Array:
         return array
@@ -131,7 +131,7 @@ class _Gpu:
     def launch(self, bound: BoundLaunch) -> None:
         key = (bound.file, bound.expression)
         if key not in self._functions:
-            options = self._compiler.options(self._cupy.cuda.nvrtc.getVersion()[0])
+            options = self._compiler.options(self._cupy.cuda.nvrtc.getVersion()[0], self.device.arch)
             module = self._cupy.RawModule(
                 code=self._compiler.source(bound.file), options=options, name_expressions=[bound.expression]
             )
