@@ -24,15 +24,16 @@
 // - All warps of a block on one unit, with a barrier per unit to add their sums: 94% of the ceiling at k = 4096 but 64%
 //   at 2048 and 56% at 896, since all wait for the slowest in every unit (4.26 / 1.07 / 0.70).
 // - A ring of 96 KB, so that a block of the next kernel fits beside each block (4.69 / 0.83 / 0.56; plain 4.08 / 0.85 /
-//   0.64): blocks are dealt out where one has just ended, two to some multiprocessors and none to others. Rings of two
-//   sizes, 130 KB for long kernels and 70 KB for short: 3.89 / 0.76 / 0.59. A block per multiprocessor cures it.
+//   0.64). Perhaps blocks are dealt out where one has just ended, two to some multiprocessors and none to others; a ring
+//   that leaves no room for a second block does not suffer. Rings of two sizes, 130 KB for long kernels and 70 KB for
+//   short: 3.89 / 0.76 / 0.59.
 // - 8 warps instead of 16: 3.69 / 0.75 / 0.55; two blocks of 8 per multiprocessor: 3.72 / 0.72 / 0.52; of 4: 3.91 /
 //   0.80 / 0.55.
 // - Calling 64 KB per multiprocessor behind the ring to L2 before the wait: 5.11 / 0.89 / 0.57, beside 4.69 / 0.83 /
 //   0.56.
 // - Letting the next kernel go only near the end: from 64 KB before it on, no difference; at the end: 4.02 / 0.85 /
 //   0.63.
-// Not tried: tensor cores for 3 to 8 rows, where the products bind (8 rows: 35 to 70% of the ceiling).
+// Not tried: tensor cores for 3 to 8 rows, where the products bind (8 rows: 18 to 72% of the ceiling).
 //
 // Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
 #include "activation.cuh"
