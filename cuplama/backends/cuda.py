@@ -761,7 +761,7 @@ class CudaBackend:
         return _Planned(width, outs, tuple(new), (*before, *after))
 
     def _zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """Scratch that every user finds and leaves zero, so ops share it. Kept until the end: recordings know its address."""
+        """Scratch that its users find and leave zero, so they share it. Kept for good: recordings know its address."""
         if (shape, dtype) not in self._zeroed:
             array = self._zeroed[shape, dtype] = self.gpu.empty(shape, DTYPES[dtype])
             self.gpu.fill(array, 0)

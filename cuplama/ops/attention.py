@@ -1,5 +1,5 @@
-"""Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention.cu,
-attention_prefill.cu (many tokens on tensor cores), attention_hopper.cu (the same on Hopper's own).
+"""Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention_decode.cu (one new token per
+sequence), attention_hopper.cu, attention_prefill.cu and attention.cu (many, by what the GPU and the dtype allow).
 
 Grouped queries: Ainslie et al., arXiv:2305.13245. Online softmax: Milakov & Gimelshein, arXiv:1805.02867;
 tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-3", arXiv:2407.08608.
@@ -107,29 +107,41 @@ def _bytes(c: Call) -> float:
     return elements * c.dtypes["T"].itemsize
 
 
-_MIN_SPLIT, _MAX_SPLITS = 64, 64  # keys per split and splits per sequence, as in attention.cu
-_MOST_HEADS = 8  # query heads that one block of the decode kernel can hold in registers
-
-
 def _kernels(call: Call, device: Device) -> Plan:
-    return _decode(call) if call["n"] == call["b"] else _prefill(call, device)
+    return decode_plan("attention_decode", call, device) if call["n"] == call["b"] else _prefill(call, device)
 
 
-def _decode(call: Call) -> Plan:
-    """One new token per sequence: splits along the keys, then their sum. The grid is bound by the table's width."""
+_MOST_HEADS = 8  # query heads that a block of the decode kernels takes
+_MOST_SPLITS = 64  # of a sequence
+_WAVES = 8  # blocks that a large batch gets, in multiples of what the GPU holds at a time
+
+
+def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Plan:
+    """One new token per sequence. The GPU, which knows the lengths, splits a sequence's keys over blocks: at least
+    `least` keys each, at most `most` splits, as many as fill it. The grid depends on the batch and the table alone."""
     b, heads, H, D = (call[name] for name in ("b", "heads", "H", "D"))
+    parts = -(-heads // H // _MOST_HEADS)
+    tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
+    warps = 8 if tensor else 4
+    least = 256 if tensor else 64  # two tiles of 16 keys for every warp: a second block would not pay
+    resident = device.sms * (1 if tensor else 2)  # blocks that the GPU holds, as attention_decode.cu says
+    most = max(1, min(_MOST_SPLITS, resident // (H * parts)))
     keys = call["M"] * call["S"]
     if call["window"]:
-        keys = min(keys, call["window"])
-    splits = max(1, min(_MAX_SPLITS, -(-keys // _MIN_SPLIT)))
-    parts = -(-heads // H // _MOST_HEADS)
-    launches = (
-        Launch("attention.cu:attention_decode", (splits, H * parts, b), (128,),
-               constants={"Q": -(-heads // H // parts)}),
-        Launch("attention.cu:attention_combine", (heads, b), (128,), constants={"splits": splits}),
-    )  # fmt: skip
-    scratch = {"partial": ((b, heads, splits, D), "f32"), "stats": ((b, heads, splits, 2), "f32")}
-    return Plan(launches, scratch)
+        keys = min(keys, call["window"] + 15)  # a tile of 16 keys may begin before the window
+    splits = max(1, min(most, -(-keys // least)))
+    blocks = max(1, min(splits, _WAVES * resident // (H * parts * b)))
+    constants |= {
+        "Q": -(-heads // H // parts), "WARPS": warps, "TENSOR": tensor,
+        "least": least, "most": most, "splits": splits,
+    }  # fmt: skip
+    scratch = {
+        "partial": ((b, heads, splits, D), "f32"),
+        "stats": ((b, heads, splits, 2), "f32"),
+        "arrivals": ((b, H * parts), "u32"),
+    }
+    launch = Launch(f"attention_decode.cu:{kernel}", (blocks, H * parts, b), (32 * warps,), constants=constants)
+    return Plan((launch,), scratch, frozenset({"arrivals"}))
 
 
 def _prefill(call: Call, device: Device) -> Plan:

@@ -10,6 +10,7 @@ import pytest
 from cuplama.kernel import Device, bind
 from cuplama.op import DTYPES
 from cuplama.ops.attention import _case, attention
+from cuplama.ops.fused import append_attention
 from tests.simt.emulator import run
 
 from . import harness
@@ -121,3 +122,71 @@ def test_thread_order_does_not_matter(seed: int) -> None:
         case = _case(5, 1, 40, new, lengths)
         ins = _inputs(case, "f16")
         assert np.array_equal(_run(ins, case, seed), _run(ins, case))
+
+
+def _append_case(lengths: list[int], window: int = 0) -> harness.Case:
+    case = _case(6, 2, 32, [1] * len(lengths), lengths, window=window, S=64)
+    return {**case, "h": 12, "R": 9, "eps": 1e-6}
+
+
+def _run_append(ins: Inputs, case: harness.Case, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+    """y, k and v. Two launches over the same counters, as a recording makes them; the second must repeat the first."""
+    outs = []
+    counters: dict[str, np.ndarray[Any, Any]] = {}
+    for _ in range(2):
+        arrays = {**ins, "k": ins["k"].copy(), "v": ins["v"].copy()}
+        call = append_attention.bind(
+            [arrays[s.name] for s in append_attention.signature.ins], harness.attributes(append_attention, case)
+        )
+        plan = append_attention.kernels(call, harness.EMULATED) if append_attention.kernels else None
+        assert plan is not None
+        call.arrays["y"] = np.full((call["n"], call["heads"] * call["D"]), np.nan, ins["x"].dtype)
+        scratch = {
+            name: counters.setdefault(name, np.zeros(shape, DTYPES[dtype]))
+            if name in plan.zeroed
+            else np.full(shape, harness.poison(DTYPES[dtype]), DTYPES[dtype])
+            for name, (shape, dtype) in plan.scratch.items()
+        }
+        for launch in plan.launches:
+            run(bind(launch, call, scratch), seed=seed)
+        outs.append([np.asarray(call.arrays[name]) for name in ("y", "k", "v")])
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*outs, strict=True))
+    return outs[0]
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("T", ["f32", "bf16"])
+def test_append_does_not_depend_on_the_batch_or_the_table(T: str, window: int) -> None:
+    case = _append_case([5, 700, 2900], window)
+    ins: Inputs = append_attention.random_inputs(np.random.default_rng(4), case, DTYPES[T])
+    y, k, v = _run_append(ins, case)
+    for i in range(3):
+        alone: Inputs = {**_alone(ins, i, 90), "slots": ins["slots"][i : i + 1], "rows": ins["rows"][i : i + 1]}
+        y1, k1, v1 = _run_append(alone, case)
+        assert np.array_equal(y1[0], y[i])
+        page, place = divmod(int(ins["slots"][i]), case["S"])
+        assert np.array_equal(k1[page, :, place], k[page, :, place])
+        assert np.array_equal(v1[page, :, place], v[page, :, place])
+
+
+def test_append_does_not_read_the_slot() -> None:
+    """What lies where the new token goes is not looked at, not even to be multiplied by zero."""
+    case = _append_case([70, 129, 64])
+    for T in ("f32", "f16"):
+        ins: Inputs = append_attention.random_inputs(np.random.default_rng(5), case, DTYPES[T])
+        y, *_ = _run_append(ins, case)
+        for cache in (ins["k"], ins["v"]):
+            cache[ins["slots"] // case["S"], :, ins["slots"] % case["S"]] = np.nan
+        again, k, v = _run_append(ins, case)
+        assert np.array_equal(again, y)
+        assert not np.isnan(k).any()
+        assert not np.isnan(v).any()
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_append_does_not_depend_on_the_order_of_threads(seed: int) -> None:
+    case = _append_case([300, 90])
+    for T in ("f32", "f16"):
+        ins = append_attention.random_inputs(np.random.default_rng(6), case, DTYPES[T])
+        for a, b in zip(_run_append(ins, case, seed), _run_append(ins, case), strict=True):
+            assert np.array_equal(a, b)
