@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuplama import compiler
 from cuplama.kernel import BoundLaunch, Device, prototypes, source_folder
 from cuplama.op import DTYPES, Array, Op
 from cuplama.ops import OPS
@@ -42,7 +43,8 @@ def test_launches_bind(op: Op, case: Case, T: str, device: Device) -> None:
 
 def test_every_kernel_is_launched() -> None:
     """No kernel of cuda_src/ is dead: every one is used by some case on some architecture."""
-    used = {"bias.cu:fill_rows"}  # not of an op: the CUDA backend launches it before cuBLAS adds a product
+    # Not of an op: the CUDA backend launches fill_rows before cuBLAS adds a product; read_sum measures the bandwidth.
+    used = {"bias.cu:fill_rows", *(f"{file}:{name}" for file, name in compiler.TOOLS)}
     for op, case, T in _WITH_KERNELS:
         for device in (Device(75, 40, 65536), harness.EMULATED, Device()):
             call = harness.bind_inputs(op, case, harness.random_inputs(op, case, T))
@@ -113,8 +115,6 @@ def _gpu() -> harness.Executor | str:
 
 class _Gpu:
     def __init__(self, cupy: Any) -> None:
-        from cuplama import compiler
-
         self._cupy, self._compiler = cupy, compiler
         properties = cupy.cuda.runtime.getDeviceProperties(0)
         arch = 10 * properties["major"] + properties["minor"]
