@@ -526,12 +526,13 @@ def _rank(used: compiler.Resources | None) -> tuple[int, int]:
 
 
 def _users() -> dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]]:
-    """(file, kernel) -> the ops and dtypes that need it."""
+    """(file, kernel) -> the ops and dtypes that need it, for the kernels that ops launch."""
     users: dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]] = {}
     for file, instances in compiler.needed(kernel.Device()).items():
         for expression, need in instances.items():
             ops, dtypes = users.get((file, expression.split("<")[0]), (frozenset(), frozenset()))
-            users[file, expression.split("<")[0]] = (ops | need.ops, dtypes | need.dtypes)
+            if need.ops:
+                users[file, expression.split("<")[0]] = (ops | need.ops, dtypes | need.dtypes)
     return users
 
 
