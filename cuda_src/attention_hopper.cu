@@ -15,7 +15,7 @@
 // host for each cache; four warps are enough to keep up. Layout in shared memory: panels of 64 columns, rows of 128
 // bytes, 16-byte units exchanged by ^ (row % 8).
 //
-// Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py on a GPU; the emulator has no wgmma.
+// Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py, and tests/ops/test_attention.py.
 // Benchmark: cuplama/bench.py, generic over the registry.
 //
 // On an H200, bf16, 32 query and 8 KV heads, one causal prompt, TFLOP/s (4 * heads * D * pairs), 2026-11-20; cuDNN

@@ -199,7 +199,7 @@ attention = Op(
         _case(2, 1, 96, [70], [70], window=16),
         _case(6, 3, 40, [9, 20], [50, 20], window=7, S=8),
         _case(4, 1, 128, [65, 64], [65, 128], S=64),
-        # tensor cores: tiles of 128 or 64 rows by 64 or 32 keys
+        # tensor cores: tiles of 64 to 192 rows by 32 to 128 keys
         _case(4, 1, 128, [33, 31], [64, 129], S=64),
         _case(7, 1, 64, [19, 1, 2], [65, 130, 64], S=128),
         _case(2, 2, 128, [130], [193], window=65, S=16),
@@ -208,6 +208,8 @@ attention = Op(
         _case(4, 2, 80, [65], [127], window=128, S=32),
         _case(4, 1, 256, [17, 40], [33, 95], window=33, S=32),
         _case(2, 1, 200, [33], [64], S=8),
+        _case(4, 1, 128, [20], [600], S=64),
+        _case(3, 1, 64, [100, 5], [300, 520], window=200, S=32),
     ],
     inputs=_inputs,
     bytes=_bytes,

@@ -26,7 +26,6 @@ TOLERANCE = {"f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}
 SENTINEL = 0x5A5A5A5A  # in integer outputs before a run
 GUARD = 256  # bytes before and after each output; keeps the alignment that allocators give
 RANDOM_CASES = 4
-EMULATED = Device(arch=89)  # kernels are planned for it on the emulator, which has no wgmma
 
 
 class Executor(Protocol):

@@ -28,12 +28,7 @@ HERE = Path(__file__).resolve().parent
 CUDA_SRC = HERE.parents[1] / "cuda_src"
 GUARD = 4096  # bytes between arrays; their base is a multiple of 256, as on the device
 # Functions of ptx.cuh without a twin in include/simt_ptx.h; kernels that call them cannot run here.
-NOT_EMULATED: frozenset[str] = frozenset(
-    {
-        "fence_proxy_async", "registers_fewer", "registers_more", "wgmma_bf16", "wgmma_commit", "wgmma_done",
-        "wgmma_f16", "wgmma_fence", "wgmma_matrix", "wgmma_n128_bf16", "wgmma_n128_f16", "wgmma_wait",
-    }
-)  # fmt: skip
+NOT_EMULATED: frozenset[str] = frozenset()
 STACK_BYTES = 128 << 10
 COMPILE = ("-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-gnu-unique",
            "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno", "-fno-ipa-reference", "-fno-stack-protector",

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cuplama.kernel import BoundLaunch, bind
+from cuplama.kernel import BoundLaunch, Device, bind
 from cuplama.op import DTYPES, Op
 from tests.ops import harness
 from tests.ops.harness import Case
@@ -176,7 +176,7 @@ class _Recorder:
     """An executor that only notes what would be launched."""
 
     def __init__(self) -> None:
-        self.device = harness.EMULATED
+        self.device = Device()
         self.bound: list[BoundLaunch] = []
 
     def upload(self, array: np.ndarray[Any, Any]) -> Any:

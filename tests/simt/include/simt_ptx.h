@@ -88,4 +88,86 @@ SIMT_FN void bulk_copy(void* shared, const void* global, unsigned bytes, void* b
 SIMT_FN void bar_sync(int id, int threads, SIMT_HERE) { simt_named_barrier(id, threads, 1, file, line); }
 SIMT_FN void bar_arrive(int id, int threads, SIMT_HERE) { simt_named_barrier(id, threads, 0, file, line); }
 
+// ---- warpgroup matrices ---------------------------------------------------------------------------------------------
+// Done when they are issued, each thread for its own sums; waiting has nothing to wait for. That operands are left alone
+// until then is not checked. A matrix is its address / 16, as the kernel counts, and above it the distance of its panels.
+#include "simt_float16.h"
+
+namespace simt {
+// A 16-bit element `bytes` behind the start of a matrix in rows of 128 bytes with exchanged 16-byte units.
+template <class Format> SIMT_TEMPLATE float element(u64 matrix, unsigned bytes) {
+  size_t at = size_t(matrix << 16 >> 12) + bytes;
+  return Format::widen(*reinterpret_cast<const unsigned short*>(at ^ (at >> 7 & 7) << 4));
+}
+template <class Format> SIMT_TEMPLATE void warpgroup_scores(float (&d)[64], u64 a, u64 b, bool add) {
+  unsigned lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  for (unsigned half = 0; half < 2; ++half) {
+    float left[16];
+    for (unsigned k = 0; k < 16; ++k) left[k] = element<Format>(a, (row + 8 * half) * 128 + 2 * k);
+    for (unsigned i = 0; i < 32; ++i) {
+      float& sum = d[i / 2 * 4 + 2 * half + i % 2];
+      double total = add ? sum : 0.f;
+      for (unsigned k = 0; k < 16; ++k)
+        total += double(left[k]) * element<Format>(b, (i / 2 * 8 + lane % 4 * 2 + i % 2) * 128 + 2 * k);
+      sum = float(total);
+    }
+  }
+}
+template <class Format, int N>
+SIMT_TEMPLATE void warpgroup_sum(float (&d)[N], const unsigned (&a)[4], u64 b) {
+  unsigned lane = threadIdx.x % 32;
+  float left[2][16];
+  for (unsigned q = 0; q < 4; ++q)
+    for (unsigned i = 0; i < 4; ++i) {
+      unsigned both = __shfl_sync(0xffffffffu, a[i], int(lane / 4 * 4 + q));
+      for (unsigned e = 0; e < 2; ++e)
+        left[i % 2][i / 2 * 8 + 2 * q + e] = Format::widen((unsigned short)(both >> 16 * e));
+    }
+  for (unsigned i = 0; i < N / 2; ++i) {
+    unsigned column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+    double total[2] = {d[i / 2 * 4 + i % 2], d[i / 2 * 4 + 2 + i % 2]};
+    for (unsigned k = 0; k < 16; ++k) {
+      float right = element<Format>(b, unsigned(b >> 48) * 16 * (column / 64) + k * 128 + column % 64 * 2);
+      total[0] += double(left[0][k]) * right, total[1] += double(left[1][k]) * right;
+    }
+    d[i / 2 * 4 + i % 2] = float(total[0]), d[i / 2 * 4 + 2 + i % 2] = float(total[1]);
+  }
+}
+}  // namespace simt
+
+SIMT_FN void fence_proxy_async() {}
+SIMT_FN void wgmma_fence() {}
+SIMT_FN void wgmma_commit() {}
+template <int N> SIMT_TEMPLATE void wgmma_wait() { __syncwarp(); }  // .sync.aligned
+template <int N> SIMT_TEMPLATE void wgmma_done(float (&d)[N]) {}
+template <int N> SIMT_TEMPLATE void registers_more() {}
+template <int N> SIMT_TEMPLATE void registers_fewer() {}
+SIMT_FN unsigned long long wgmma_matrix(const void* shared, unsigned next) {
+  return reinterpret_cast<size_t>(shared) >> 4 | (unsigned long long)(next >> 4) << 48;
+}
+SIMT_FN void wgmma_n128_f16(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
+  simt::warpgroup_scores<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_n128_bf16(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
+  simt::warpgroup_scores<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_f16(float (&d)[32], const unsigned (&a)[4], unsigned long long b) {
+  simt::warpgroup_sum<simt::HalfFormat>(d, a, b);
+}
+SIMT_FN void wgmma_f16(float (&d)[48], const unsigned (&a)[4], unsigned long long b) {
+  simt::warpgroup_sum<simt::HalfFormat>(d, a, b);
+}
+SIMT_FN void wgmma_f16(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
+  simt::warpgroup_sum<simt::HalfFormat>(d, a, b);
+}
+SIMT_FN void wgmma_bf16(float (&d)[32], const unsigned (&a)[4], unsigned long long b) {
+  simt::warpgroup_sum<simt::BfloatFormat>(d, a, b);
+}
+SIMT_FN void wgmma_bf16(float (&d)[48], const unsigned (&a)[4], unsigned long long b) {
+  simt::warpgroup_sum<simt::BfloatFormat>(d, a, b);
+}
+SIMT_FN void wgmma_bf16(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
+  simt::warpgroup_sum<simt::BfloatFormat>(d, a, b);
+}
+
 #endif
