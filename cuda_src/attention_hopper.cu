@@ -5,8 +5,8 @@
 //   x, k, v, starts, lengths, blocks, y    as in attention_prefill.cu; D is 64, 96 or 128
 //
 // FlashAttention-3's plan (Shah et al., arXiv:2407.08608): one block a multiprocessor. GROUPS warpgroups hold 64 rows
-// each, (token, head of the group) pairs; one more, the first, fetches tiles of 128 keys and values, two stages of each,
-// and gives its registers to the others. Products are asynchronous (wgmma): the scores of tile j+1 and the sum over the
+// each, (token, head of the group) pairs; one more, the first, fetches tiles of 128 keys and values, two stages of
+// each, and gives its registers to the others. Products are asynchronous (wgmma): the scores of tile j+1 and the sum over the
 // values of tile j are under way together, and the softmax of tile j+1 runs beside that sum. As in
 // attention_prefill.cu, a row's result does not depend on the batch or on how a prompt is cut. Grid (tiles * H),
 // 128 * (GROUPS + 1) threads.
@@ -26,9 +26,9 @@
 //     D = 64          193   406   505      cuDNN 178  379  472      attention_prefill.cu 165  262  282
 //     D = 96, 32 KV heads   472            cuDNN      393           attention_prefill.cu      297
 //
-// Lost: the warpgroups taking turns at the tensor cores by named barriers (D = 128: 558 at 4k and 16k; D = 64: 421, 483);
-// multiplying the sums only when some maximum has moved (D = 128: 557, 556; kept for D = 64, where the exponentials and
-// not the products set the pace); two warpgroups for D = 64 (356, 427).
+// Lost: the warpgroups taking turns at the tensor cores by named barriers (D = 128: 558 at 4k and 16k; D = 64: 421 and
+// 483); multiplying the sums only when some maximum has moved (D = 128: 557, 556; kept for D = 64, where the exponentials
+// and not the products set the pace); two warpgroups for D = 64 (356, 427).
 #include "attention_prefill.cuh"
 
 constexpr int GROUP = 128, MINE = 64;   // threads and rows of a warpgroup

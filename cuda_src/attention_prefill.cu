@@ -24,10 +24,10 @@
 // Op: cuplama/ops/attention.py, which also chooses ROWS and KEYS. Tests: the registry's in tests/ops/test_ops.py, and
 // tests/ops/test_attention.py. Benchmark: cuplama/bench.py, generic over the registry.
 //
-// On an H200, bf16, 32 query and 8 KV heads, D = 128, one causal prompt of 1k, 4k, 16k tokens, 2026-11-20: 210, 308, 318
-// TFLOP/s (4 * heads * D * pairs); torch 2.11's FlashAttention-2: 160, 274, 339. Tried: 64 rows for long prompts (285,
-// 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 instead of 262, 282 at 4k, 16k: 222,
-// 233).
+// On an H200, bf16, 32 query and 8 KV heads, D = 128, one causal prompt of 1k, 4k, 16k tokens, 2026-11-20: 210, 308 and
+// 318 TFLOP/s (4 * heads * D * pairs); torch 2.11's FlashAttention-2: 160, 274, 339. Tried: 64 rows for long prompts
+// (285, 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 at 4k and 16k 222 and 233
+// instead of 262 and 282).
 #include "attention_prefill.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
@@ -50,8 +50,8 @@ __device__ __forceinline__ void multiply<bf16>(float (&d)[4], const u32 (&a)[4],
 
 // Where the 16-byte units of a matrix with rows of D elements lie. Eight rows at one column must fall into the eight
 // 16-byte groups of the banks. A row is UNITS = odd * 2^k units, so rows already differ in the upper 3-k bits of the
-// group; the lower k bits are exchanged by an exclusive or with the row's upper bits. TURNS = 2^k, at most 8, units change
-// places among themselves; as many threads copy a row, so that what differs between a thread's units are constants.
+// group; the lower k bits are exchanged by an exclusive or with the row's upper bits. TURNS = 2^k, at most 8, units
+// change places among themselves; as many threads copy a row, so that a thread's units differ by constants.
 template <int D>
 struct Layout {
     static constexpr int WIDTH = (D + 15) / 16 * 16, UNITS = WIDTH / 8;
@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int number = (gridDim.x - 1 - blockIdx.x) / H;  // the last tiles see the most keys: start them first
     const Tile tile(starts, lengths, b, group, ROWS, number);
     const int start = tile.start, old = tile.old, first = tile.first, rows = tile.end;
+    const int table = tile.sequence * M;
     if (first >= rows) return;
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(THREADS, 2)
             cp_async_16(queries + Layout<D>::at(r, unit), from + unit * 8, first + r < rows && unit * 8 < D);
         }
     }
-    fetch<T, D, S, KEYS>(keys, values, k, v, blocks, tile.sequence * M, kv_head, H, low, high);
+    fetch<T, D, S, KEYS>(keys, values, k, v, blocks, table, kv_head, H, low, high);
     cp_async_commit();
 
     // ldmatrix reads 2x2 matrices: first down and then to the right, or the other way around.
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         __syncthreads();  // this tile is there, and nobody reads the one before
         if (at + KEYS < high) {
             const int other = (stage ^ 1) * STAGE;
-            fetch<T, D, S, KEYS>(keys + other, values + other, k, v, blocks, tile.sequence * M, kv_head, H, at + KEYS, high);
+            fetch<T, D, S, KEYS>(keys + other, values + other, k, v, blocks, table, kv_head, H, at + KEYS, high);
             cp_async_commit();
         }
         if (at > far || (window > 0 && at + KEYS <= near - window + 1)) continue;

@@ -148,7 +148,8 @@ __device__ __forceinline__ void wgmma_done(float (&d)[N]) {
 }
 
 // A matrix in shared memory in rows of 128 bytes, 8 rows to 1024 bytes on a 1024-byte boundary, the 16-byte units of
-// row r exchanged by ^ (r % 8). next: bytes from one panel of 128-byte rows to the next (used where rows are along the sum).
+// row r exchanged by ^ (r % 8). next: bytes from one panel of 128-byte rows to the next (used where rows are along the
+// sum).
 __device__ __forceinline__ unsigned long long wgmma_matrix(const void* shared, unsigned next) {
     const unsigned long long at = (unsigned(__cvta_generic_to_shared(shared)) & 0x3ffff) >> 4;
     return at | (unsigned long long)(next >> 4) << 16 | (1024ull >> 4) << 32 | 1ull << 62;

@@ -286,7 +286,8 @@ def model_cases(name: str, T: np.dtype[Any]) -> Iterator[tuple[list[Any], dict[s
                 b = n if n <= 8 else 1
                 starts, lengths, blocks = (stand_in(s, i32) for s in ((b + 1,), (b,), (b, 64)))
                 attrs = {"heads": heads, "window": 0, "scale": 0.125}
-                yield [x, cache, cache, starts, lengths, blocks], attrs
+                for tokens in (n,) if n <= 8 else (n, 32 * n):  # long prompts have larger tiles
+                    yield [stand_in((tokens, w), T), cache, cache, starts, lengths, blocks], attrs
             elif name == "silu_mul":
                 yield [stand_in((n, 2 * f), T)], {}
             elif name.startswith("gelu"):
