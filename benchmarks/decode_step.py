@@ -89,9 +89,6 @@ def main() -> int:
     parser.add_argument("shapes", nargs="*", default=["qwen2.5-0.5b", "llama-3.2-1b", "llama-3.1-8b"])
     parser.add_argument("--out", type=Path, help="write the results to this file as well")
     args = parser.parse_args()
-    import os
-
-    os.environ.pop("CUPLAMA_CHECK", None)
     rows = []
     for shape in args.shapes:
         rows.append(measure(shape))

@@ -133,8 +133,12 @@ class FakeGpu(Gpu):
     def new_pool(self) -> str:
         return "pool of a recording"
 
-    def mark(self) -> str:
-        return "mark"
+    def mark(self) -> Any:
+        return SimpleNamespace(synchronize=lambda: None)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], Any]:
+        host = np.zeros(shape, dtype)
+        return host, host.view(_HostArray)
 
     def capture(self, body: Callable[[], None]) -> Any:
         """As on a GPU: nothing runs until the graph is launched, and then on the same arrays."""

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-os.environ["CUPLAMA_CHECK"] = "1"  # poison outputs, name the failing node
 
 from cuplama.backends import cuda
 from cuplama.backends.cuda import CudaBackend
@@ -187,6 +186,7 @@ def main() -> int:
     parser.add_argument("--outputs", type=Path, help="keep the kernels' outputs, for tests/simt/agree.py")
     parser.add_argument("ops", nargs="*", help="op names; all by default")
     args = parser.parse_args()
+    os.environ["CUPLAMA_CHECK"] = "1"  # poison outputs, name the failing node
     backend = CudaBackend("f32")
     if args.no_pool:
         backend.gpu.pool = _NoPool()

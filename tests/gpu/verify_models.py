@@ -33,8 +33,6 @@ from cuplama.config import load_config
 from cuplama.engine import Generation
 from tests.gpu.verify import environment
 
-os.environ.pop("CUPLAMA_CHECK")  # that module sets it; here the recorded steps must be CUDA graphs
-
 CASES = Path(__file__).resolve().parents[1] / "golden" / "cases"
 LOGITS = 1e-3  # largest difference allowed in float32
 
