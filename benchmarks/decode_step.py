@@ -96,7 +96,11 @@ def main() -> int:
     from cuplama.backends.cuda import CudaBackend
 
     backend = CudaBackend("bf16")
-    result = {"command": " ".join(sys.argv), "environment": environment(backend), "results": rows}
+    result = {
+        "command": " ".join(["python benchmarks/decode_step.py", *sys.argv[1:]]),
+        "environment": environment(backend),
+        "results": rows,
+    }
     backend.close()
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@
 // Mapping: 8 elements per thread. silu_mul: blockIdx.x is the row, blockIdx.y and the threads share its f columns;
 // gelu: x is one long row. Sizes or addresses that forbid wide accesses go element by element.
 //
-// Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet.
 #include "activation.cuh"
 #include "common.cuh"

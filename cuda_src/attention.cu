@@ -20,7 +20,7 @@
 // The grid depends on shapes alone (lengths live on the device): tiles beyond a sequence's last row return at once.
 //
 // Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py, and tests/ops/test_attention.py.
-// Benchmark: cuplama/bench.py, generic over the registry.
+// Benchmark: `cuplama kernels bench`.
 // Tried: scores unrolled by 4, which spilled registers.
 #include "attention.cuh"
 

@@ -16,7 +16,7 @@
 // bytes, 16-byte units exchanged by ^ (row % 8).
 //
 // Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py, and tests/ops/test_attention.py.
-// Benchmark: cuplama/bench.py, generic over the registry.
+// Benchmark: `cuplama kernels bench`.
 //
 // On an H200, bf16, 32 query and 8 KV heads, one causal prompt, TFLOP/s (4 * heads * D * pairs), 2026-11-20; cuDNN
 // through torch 2.11:

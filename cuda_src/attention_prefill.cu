@@ -22,7 +22,7 @@
 // bit: tiles of keys begin at multiples of KEYS, and a masked tile changes nothing.
 //
 // Op: cuplama/ops/attention.py, which also chooses ROWS and KEYS. Tests: the registry's in tests/ops/test_ops.py, and
-// tests/ops/test_attention.py. Benchmark: cuplama/bench.py, generic over the registry.
+// tests/ops/test_attention.py. Benchmark: `cuplama kernels bench`.
 //
 // On an H200, bf16, 32 query and 8 KV heads, D = 128, one causal prompt of 1k, 4k, 16k tokens, 2026-11-20: 210, 308 and
 // 318 TFLOP/s (4 * heads * D * pairs); torch 2.11's FlashAttention-2: 160, 274, 339. Tried: 64 rows for long prompts

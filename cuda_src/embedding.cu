@@ -4,7 +4,7 @@
 // Mapping: blockIdx.x is the token; blockIdx.y and the threads share its d columns, 8 at a time: 16 bytes of a 16-bit
 // table in, 32 bytes out. Rows whose size or address forbids wide accesses go element by element.
 //
-// Op and reference: cuplama/ops/embedding.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Op and reference: cuplama/ops/embedding.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. The op moves 6 bytes per element and is bound by latency at one token.
 #include "common.cuh"
 

@@ -5,7 +5,7 @@
 // Mapping: blockIdx.x is the token; blockIdx.y and the threads share its 2*H*D elements, 8 at a time. Bits are moved,
 // not converted. Rows whose size or address forbids wide accesses go element by element.
 //
-// Op and reference: cuplama/ops/kv_cache.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Op and reference: cuplama/ops/kv_cache.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. The rotation of the keys could be done on the way; that is a fusion, not this op.
 #include "common.cuh"
 

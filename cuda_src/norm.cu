@@ -8,7 +8,7 @@
 // The variance is the mean of the squared differences from the mean, never mean(x^2) - mean(x)^2, which cancels.
 // The weights are asked for before the sums, so that the two latencies overlap.
 //
-// Ops and references: cuplama/ops/norm.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Ops and references: cuplama/ops/norm.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. With one row the time is latency: two round trips to memory and one or two block sums.
 #include "common.cuh"
 

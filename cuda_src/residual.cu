@@ -4,7 +4,7 @@
 // Mapping: 4 elements, 16 bytes, per thread and access. add: one long row of n * d; select_rows: blockIdx.x is the row
 // of y, blockIdx.y and the threads share its columns. Sizes or addresses that forbid wide accesses go element by element.
 //
-// Ops and references: cuplama/ops/residual.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Ops and references: cuplama/ops/residual.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet.
 #include "common.cuh"
 

@@ -8,7 +8,7 @@
 // results that lie on the same side of a rotation, so it also reads the W partners; L1 serves the second reading.
 // W = 8 where D, h and the addresses allow it, else 1.
 //
-// Op and reference: cuplama/ops/rope.py. Test and benchmark: tests/ops/, cuplama/bench.py (generic).
+// Op and reference: cuplama/ops/rope.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. One thread for both halves of a pair would halve the reads of L1, but give heads with copied
 // dims a second path.
 #include "common.cuh"

@@ -28,7 +28,7 @@
 // whose mass lies exactly on the limit may be decided differently. Everything else is the same bit for bit.
 //
 // Ops: cuplama/ops/sampling.py. Tests: the registry's in tests/ops/test_ops.py, and of the drawn frequencies
-// tests/ops/test_sampling_statistics.py. Benchmark: cuplama/bench.py, generic over the registry.
+// tests/ops/test_sampling_statistics.py. Benchmark: `cuplama kernels bench`.
 // Not taken: one block per row alone, which would compute the noise of a large vocabulary on one multiprocessor.
 #include "common.cuh"
 

@@ -249,7 +249,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--skip-goldens", action="store_true")
     args = parser.parse_args()
-    result: dict[str, Any] = {"command": " ".join(sys.argv)}
+    result: dict[str, Any] = {"command": " ".join(["python -m tests.gpu.verify_models", *sys.argv[1:]])}
     lines: list[str] = []
 
     def section(name: str, work: Callable[[], Any]) -> None:
