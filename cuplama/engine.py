@@ -176,28 +176,37 @@ class Engine:
         sampler = Sampler(self.config.vocab, active)
         size = batch_size(len(active))
         key = (size, sampler.top_n, *((k, v.shape[1:]) for k, v in sampler.inputs.items()))
-        loop = self._loops.get(key)
-        if loop is None:
-            if len(self._loops) >= _MOST_LOOPS:
-                self._loops.pop(next(iter(self._loops))).close()
-            loop = self._loops[key] = DecodeLoop(self, size, sampler)
-        for s in active:
-            self.cache.extend(s.pages, self._longest(s))
-        loop.begin(active, sampler)
-        launched = 0
-        while True:
-            going = all(s.finish_reason is None for s in active)
-            while going and launched < steps and loop.in_flight < loop.ahead:
-                loop.launch()
-                launched += 1
-            if not loop.in_flight:
-                return
-            outs = list(loop.read())
+        # Taken out while in use: a second stream that is open at the same time gets a recording of its own.
+        loop = self._loops.pop(key, None) or DecodeLoop(self, size, sampler)
+        try:
             for s in active:
-                if s.finish_reason is None:
-                    s.cached = len(s.tokens)
-            if drawn := self._accept(active, outs):
-                yield drawn
+                self.cache.extend(s.pages, self._longest(s))
+            loop.begin(active, sampler)
+            launched = 0
+            while True:
+                going = all(s.finish_reason is None for s in active)
+                while going and launched < steps and loop.in_flight < loop.ahead:
+                    loop.launch()
+                    launched += 1
+                if not loop.in_flight:
+                    return
+                outs = list(loop.read())
+                for s in active:
+                    if s.finish_reason is None:
+                        s.cached = len(s.tokens)
+                if drawn := self._accept(active, outs):
+                    yield drawn
+        finally:
+            self._keep(key, loop)
+
+    def _keep(self, key: Any, loop: DecodeLoop) -> None:
+        """Keep a recording for later; beyond a few, the oldest goes."""
+        if key in self._loops:
+            loop.close()
+            return
+        self._loops[key] = loop
+        if len(self._loops) > _MOST_LOOPS:
+            self._loops.pop(next(iter(self._loops))).close()
 
     def decode_nodes(self, size: int) -> list[Node]:
         """The nodes of a decode step of that many sequences: one list per size, since backends keep what they plan."""

@@ -69,6 +69,18 @@ def test_a_recording_serves_again() -> None:
     assert len(model.engine._loops) == 1
 
 
+def test_two_open_streams_do_not_share_a_recording() -> None:
+    model, prompts, golden = _load(CASES[-1])
+    model.backend.records = True
+    greedy: dict[str, Any] = dict(max_tokens=24, temperature=0.0, ignore_eos=True)
+    streams = [model.stream(prompts[j], **greedy) for j in (1, 2)]
+    pairs = list(zip(*streams, strict=True))
+    for i, j in enumerate((1, 2)):
+        assert [pair[i].token.id for pair in pairs] == golden[f"greedy_{j}"].tolist()
+    assert len(model.engine._loops) == 1
+    assert model.engine.cache.free == model.engine.cache.pages
+
+
 def test_closing_a_stream_in_mid_flight_gives_the_pages_back() -> None:
     model, prompts, golden = _load(CASES[-1])
     model.backend.records = True
