@@ -200,8 +200,8 @@ class Engine:
             self._keep(key, loop)
 
     def _keep(self, key: Any, loop: DecodeLoop) -> None:
-        """Keep a recording for later; beyond a few, the oldest goes."""
-        if key in self._loops:
+        """Keep a recording for later; beyond a few, the oldest goes. A closed engine keeps none."""
+        if key in self._loops or not self.values:
             loop.close()
             return
         self._loops[key] = loop
