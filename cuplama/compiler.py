@@ -53,8 +53,8 @@ ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
 # Kernels that may spill registers, and why. "kernel@arch" admits one architecture.
 ADMITTED_SPILLS: Mapping[str, str] = {
-    "append_attention@120": "8 bytes in one instance (bf16, heads of 128, one query head a block), whose tiles of keys and"
-    " values fill 255 registers; no other architecture spills there",
+    "append_attention@120": "8 bytes in one instance (bf16, heads of 128, one query head a block), whose tiles of keys"
+    " and values fill 255 registers; no other architecture spills there",
 }
 
 
