@@ -210,6 +210,13 @@ attention = Op(
         _case(2, 1, 200, [33], [64], S=8),
         _case(4, 1, 128, [20], [600], S=64),
         _case(3, 1, 64, [100, 5], [300, 520], window=200, S=32),
+        # lengths that end with a page, but not with a tile of keys
+        _case(4, 2, 64, [48], [48], 0, 16),
+        _case(4, 2, 40, [48], [48], 0, 16),
+        _case(4, 2, 64, [1, 1], [24, 40], S=8),
+        # decode: splits of more than two tiles for a warp; more splits than a thread adds up at once
+        _case(44, 44, 8, [1], [800], S=64),
+        _case(8, 1, 128, [1], [2100], S=64),
     ],
     inputs=_inputs,
     bytes=_bytes,

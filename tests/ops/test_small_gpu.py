@@ -1,0 +1,41 @@
+"""GPUs with few multiprocessors: there a warp of linear.cu has several units and rows of w left over in the last, and a
+block of attention_decode.cu has several splits, with small arrays. On a large GPU it takes large ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from cuplama.kernel import Device
+from cuplama.ops import OPS
+from cuplama.ops.attention import _case
+
+from . import harness
+from .test_ops import _Emulator
+
+_DECODE = _case(6, 2, 64, [1] * 8, [600, 5, 290, 17, 16, 1, 33, 560])
+_WIDE = {"eps": 1e-5, "b": True}
+CASES: tuple[tuple[str, harness.Case, Device], ...] = (
+    ("linear", dict(n=2, m=127, k=72, b=True, U="T"), Device(sms=2)),  # units of 4 rows, the last of 3
+    ("linear", dict(n=3, m=250, k=512, b=False, U="f32"), Device(sms=2)),  # two units for a warp
+    ("linear", dict(n=1, m=250, k=1032, b=True, U="T"), Device(sms=2)),  # more batches than the ring is deep
+    ("linear", dict(n=2, m=63, k=71, b=True, U="f32"), Device(sms=2)),  # units of 2 rows; no 16-byte accesses
+    ("linear_add", dict(n=3, m=123, k=512, b=True), Device(sms=2)),
+    ("rms_norm_linear_silu_mul", dict(n=3, m=125, k=264, **_WIDE), Device(sms=2)),
+    ("layer_norm_linear", dict(n=2, m=31, k=21, U="T", **_WIDE), Device(sms=2)),
+    ("attention", _DECODE, Device(sms=8)),
+    ("append_attention", {**_DECODE, **dict.fromkeys(("rows", "cos", "sin"), True), "h": 24, "R": 9, "q_norm": True,
+                          "k_norm": True, "eps": 1e-6}, Device(sms=8)),
+)  # fmt: skip
+
+
+class _Small(_Emulator):
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+
+@pytest.mark.parametrize("T", ["f32", "bf16"])
+@pytest.mark.parametrize(("name", "case", "device"), CASES, ids=[f"{i}-{name}" for i, (name, _, _) in enumerate(CASES)])
+def test_small_gpu(name: str, case: harness.Case, device: Device, T: str) -> None:
+    op = OPS[name]
+    ins = harness.random_inputs(op, case, T)
+    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Small(device)))
