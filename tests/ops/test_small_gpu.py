@@ -12,7 +12,7 @@ from cuplama.ops.attention import _case
 from . import harness
 from .test_ops import _Emulator
 
-_DECODE = _case(6, 2, 64, [1] * 8, [600, 5, 290, 17, 16, 1, 33, 560])
+_DECODE = _case(6, 2, 64, [1] * 12, [600, 5, 290, 17, 16, 1, 33, 560, 2, 32, 64, 3])
 _WIDE = {"eps": 1e-5, "b": True}
 CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("linear", dict(n=2, m=127, k=72, b=True, U="T"), Device(sms=2)),  # units of 4 rows, the last of 3
