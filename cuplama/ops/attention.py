@@ -213,6 +213,7 @@ attention = Op(
         # lengths that end with a page, but not with a tile of keys
         _case(4, 2, 64, [48], [48], 0, 16),
         _case(4, 2, 40, [48], [48], 0, 16),
+        _case(1, 1, 40, [20], [69]),  # a warp's last token is the first key of a tile
         _case(4, 2, 64, [1, 1], [24, 40], S=8),
         # decode: splits of more than two tiles for a warp; more splits than a thread adds up at once
         _case(44, 44, 8, [1], [800], S=64),
