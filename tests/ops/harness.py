@@ -8,6 +8,7 @@ must keep their bits.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -36,6 +37,23 @@ class Executor(Protocol):
     def upload(self, array: np.ndarray[Any, Any]) -> Array: ...
     def download(self, array: Array) -> np.ndarray[Any, Any]: ...
     def launch(self, bound: BoundLaunch) -> None: ...
+
+
+class Emulator:
+    """Runs launches on NumPy arrays, on the CPU. device: that launches are planned for; check: every memory access."""
+
+    def __init__(self, device: Device | None = None, check: bool = True) -> None:
+        self.device, self._check = device or Device(), check
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Array:
+        return array
+
+    def download(self, array: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(array)
+
+    def launch(self, bound: BoundLaunch) -> None:
+        # Imported here: without a compiler, everything but this still works.
+        importlib.import_module("tests.simt.emulator").run(bound, check=self._check)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------

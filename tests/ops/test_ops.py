@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import Any
 
@@ -57,27 +56,14 @@ def test_every_kernel_is_launched() -> None:
 # ---- the emulator ----------------------------------------------------------------------------------------------------
 
 
-class _Emulator:
-    device = Device()
-
-    def upload(self, array: np.ndarray[Any, Any]) -> Array:
-        return array
-
-    def download(self, array: Array) -> np.ndarray[Any, Any]:
-        return np.asarray(array)
-
-    def launch(self, bound: BoundLaunch) -> None:
-        importlib.import_module("tests.simt.emulator").run(bound)
-
-
 @pytest.mark.parametrize(("op", "case", "T"), _WITH_KERNELS, ids=_KERNEL_NAMES)
 def test_emulator(op: Op, case: Case, T: str) -> None:
     """The kernels' own text, executed on the CPU."""
     ins = harness.random_inputs(op, case, T)
-    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Emulator()))
+    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, harness.Emulator()))
 
 
-class _Shifted(_Emulator):
+class _Shifted(harness.Emulator):
     """Puts every array 4 bytes past a 16-byte boundary, where accesses of 16 bytes are not allowed."""
 
     def upload(self, array: np.ndarray[Any, Any]) -> Array:
@@ -191,7 +177,7 @@ def test_check_finds_a_touched_cache(T: str) -> None:
 
 
 def test_a_write_past_the_end_is_found() -> None:
-    class Careless(_Emulator):
+    class Careless(harness.Emulator):
         def launch(self, bound: BoundLaunch) -> None:
             y = bound.args[[p.name for p in bound.prototype.parameters].index("y")]
             y[...] = 0

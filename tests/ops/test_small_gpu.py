@@ -10,7 +10,6 @@ from cuplama.ops import OPS
 from cuplama.ops.attention import _case
 
 from . import harness
-from .test_ops import _Emulator
 
 _DECODE = _case(6, 2, 64, [1] * 12, [600, 5, 290, 17, 16, 1, 33, 560, 2, 32, 64, 3])
 _WIDE = {"eps": 1e-5, "b": True}
@@ -28,14 +27,9 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
 )  # fmt: skip
 
 
-class _Small(_Emulator):
-    def __init__(self, device: Device) -> None:
-        self.device = device
-
-
 @pytest.mark.parametrize("T", ["f32", "bf16"])
 @pytest.mark.parametrize(("name", "case", "device"), CASES, ids=[f"{i}-{name}" for i, (name, _, _) in enumerate(CASES)])
 def test_small_gpu(name: str, case: harness.Case, device: Device, T: str) -> None:
     op = OPS[name]
     ins = harness.random_inputs(op, case, T)
-    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Small(device)))
+    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, harness.Emulator(device)))

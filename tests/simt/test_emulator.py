@@ -101,12 +101,12 @@ def test_finds_the_fault_and_spares_its_repaired_twin(file: str, kernel: str) ->
         launch(file, f"{kernel}<false>", *args(), grid=grid, block=block, shared=shared, timeout=1)
     first, _, detail = str(caught.value).partition("\n")
     assert caught.value.kind == kind, caught.value
-    where = re.fullmatch(
-        rf"{kind}: {kernel}<false>: block \(0, 0, 0\), thread \(\d+, 0, 0\): tests/simt/kernels/{file}:(\d+)", first
-    )
+    # A clock may stop a thread in the emulator's own code; every other fault has its line in the kernel.
+    place = r"tests/simt/[\w/.]+" if kind == "timeout" else f"tests/simt/kernels/{file}"
+    where = re.fullmatch(rf"{kind}: {kernel}<false>: block \(0, 0, 0\), thread \(\d+, 0, 0\): {place}:(\d+)", first)
     assert where is not None, first
     lines, others = marked(file, kernel, "FAULT"), marked(file, kernel, "OTHER")
-    if lines:
+    if lines and file in first:
         assert int(where[1]) in lines | others, caught.value
     if kind in ("race", "async-in-flight"):  # both places are named
         both = {int(where[1]), *map(int, re.findall(rf"{file}:(\d+)", detail))}
