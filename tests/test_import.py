@@ -16,7 +16,7 @@ LAZY += ["jinja2", "huggingface_hub", "rich", "click", "tokenizers"]
 
 
 def python(code: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     return done.stdout.strip()
 
@@ -41,7 +41,10 @@ print(*sys.modules)
 
 
 def test_import_is_quick() -> None:
-    """The best of several: in processor time, because the machine may be busy with something else."""
+    """The best of several: in processor time, because the machine may be busy with something else.
+
+    One BLAS thread, because those that wait for work count as busy.
+    """
     code = "import time; t = time.process_time(); import cuplama; print(time.process_time() - t)"
     assert min(float(python(code)) for _ in range(5)) < LIMIT
 
