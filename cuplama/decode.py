@@ -44,9 +44,7 @@ class DecodeLoop:
         self._engine, self._backend, self.size = engine, engine.backend, size
         backend, pages = engine.backend, pages_for(engine.context)
         counters = ("ids", "pos", "slots", "lengths", "rope.rows")
-        self._inputs: dict[str, Array] = {
-            name: backend.zeros((size,), np.dtype(np.int32)) for name in (*counters, "wanted")
-        }
+        self._inputs: dict[str, Array] = {name: backend.zeros((size,), np.dtype(np.int32)) for name in counters}
         self._inputs["starts"] = backend.upload(np.arange(size + 1, dtype=np.int32))
         self._inputs["blocks"] = backend.zeros((size, pages), np.dtype(np.int32))
         self._step = backend.zeros((1,), np.dtype(np.int32))

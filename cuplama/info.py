@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import load_weights
-from .config import ModelConfig, load_config, read_json, token_ids
-from .model import DEFAULT_CONTEXT
+from .config import ModelConfig, load_config, read_json
+from .model import DEFAULT_CONTEXT, stop_tokens
 from .tokenizer import Tokenizer
 
 __all__ = ["describe"]
@@ -64,15 +64,11 @@ def _positions(config: ModelConfig) -> str:
 
 
 def _stop_tokens(folder: Path, config: ModelConfig) -> list[str]:
-    """The union of what config, generation_config and tokenizer name, as the engine uses it."""
+    """The stop tokens as the engine uses them, with their text where there is a tokenizer."""
     path = folder / "generation_config.json"
-    ids = {*config.eos, *(token_ids(read_json(path).get("eos_token_id"), str(path)) if path.exists() else ())}
-    if not (folder / "tokenizer.json").exists():
-        return [str(i) for i in sorted(ids)]
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.eos is not None:
-        ids.add(tokenizer.eos)
-    return [f"{i} {tokenizer.token_text(i)!r}" for i in sorted(ids)]
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    ids = sorted(stop_tokens(config, read_json(path) if path.exists() else {}, tokenizer, path))
+    return [str(i) if tokenizer is None else f"{i} {tokenizer.token_text(i)!r}" for i in ids]
 
 
 def _size(count: float) -> str:

@@ -130,6 +130,20 @@ class _Text:
         return Piece(text, token, g.finish_reason, self.index)
 
 
+def stop_tokens(
+    config: ModelConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, where: Path
+) -> frozenset[int]:
+    """The ids that end a text: the union of what config, generation_config and tokenizer name.
+
+    where: the generation_config's path, for errors. Raises ConfigError.
+    """
+    eos = token_ids(generation_config.get("eos_token_id"), f"{where}: eos_token_id")
+    own = tokenizer.eos if tokenizer else None
+    stops = {*config.eos, *eos, *([] if own is None else [own])}
+    # Ids beyond the vocabulary, left over from a larger one, can be neither drawn nor fed.
+    return frozenset(t for t in stops if t < config.vocab)
+
+
 class Model:
     """A loaded model. Use ``cuplama.load``; close it, or use it in a ``with`` block, to free what it holds.
 
@@ -157,11 +171,7 @@ class Model:
                 log.warning("%s/generation_config.json: %s is not supported and is left out", folder, setting)
         except ParameterError as e:
             raise ConfigError(f"{where}: {e}") from None
-        eos = token_ids(generation_config.get("eos_token_id"), f"{where}: eos_token_id")
-        own = tokenizer.eos if tokenizer else None
-        stops = {*config.eos, *eos, *([] if own is None else [own])}
-        # Ids beyond the vocabulary, left over from a larger one, can be neither drawn nor fed.
-        self.stop_ids = frozenset(t for t in stops if t < config.vocab)
+        self.stop_ids = stop_tokens(config, generation_config, tokenizer, where)
         bos = tokenizer.bos if tokenizer is not None and tokenizer.bos is not None else config.bos
         self.bos = bos if bos is not None and bos < config.vocab else None
 

@@ -24,6 +24,7 @@ from cuplama.errors import (
     PromptError,
     TokenizerError,
 )
+from cuplama.info import describe
 from cuplama.model import find_model
 
 CASES = Path(__file__).parent / "golden" / "cases"
@@ -632,3 +633,14 @@ def test_stories260k_tells_its_known_story(shared: Path, folder: str) -> None:
         assert wanted.startswith(batch[0].text.strip())
         text = model.tokenizer.encode("Once upon a time") + batch[1].tokens
         assert model.tokenizer.decode(text) == "Once upon a time" + batch[1].text
+
+
+def test_info_shows_the_stop_tokens_that_the_model_uses(tmp_path: Path) -> None:
+    """The union of config and generation_config, without ids that a larger vocabulary left behind."""
+    folder = tmp_path / "model"
+    shutil.copytree(Path(__file__).parent / "golden" / "cases" / "llama2", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 100000]}', encoding="utf-8")
+    with cuplama.load(folder, device="numpy") as model:
+        assert 3 in model.stop_ids
+        assert describe(folder)["stop tokens"] == [str(i) for i in sorted(model.stop_ids)]
+        assert max(model.stop_ids) < model.config.vocab
