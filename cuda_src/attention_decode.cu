@@ -389,6 +389,7 @@ __device__ __forceinline__ void attend_block(const T* k, const T* v, const i32* 
                 total += p;
             }
             total = warp_sum(total);
+            __syncwarp();  // every lane has read largest[h]
             if (lane == 0) {
                 shrink[h] = exp2f(before - most);
                 sum[h] = sum[h] * shrink[h] + total;

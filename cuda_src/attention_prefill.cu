@@ -257,6 +257,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     }
 
     // Through the warp's rows of `queries`, so that whole rows are written.
+    __syncwarp();  // its last reads of them are done
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
