@@ -20,6 +20,7 @@ from .compiler import StandIn, attributes, stand_in
 from .config import ModelConfig
 from .decode import AHEAD, decode_nodes
 from .errors import ParameterError
+from .fuse import PREFILL_RULES, fuse
 from .graph import Node, decoder
 from .op import DTYPES, Array, Call, Op, OpError, dim_names
 from .ops import OPS
@@ -198,7 +199,7 @@ def prompt_cases(config: ModelConfig, dtype: str, tokens: int = 512, chunk: int 
     pages = pages_for(tokens)
     blocks = np.random.default_rng(0).permutation(pages).astype(np.int32)[None]
     walk = _Walk(config, dtype, pages, tokens, "prefill")
-    nodes = decoder(config)
+    nodes = fuse(decoder(config), PREFILL_RULES)
     body = nodes[: [node.op for node in nodes].index("select_rows")]
     for start in range(0, tokens, chunk):
         end = min(start + chunk, tokens)

@@ -26,6 +26,7 @@ from . import kernel
 from .errors import DeviceError
 from .op import DTYPES, Call, Op, dtype_name
 from .ops import OPS
+from .ops.linear import LIBRARY
 
 __all__ = [
     "ADMITTED_SPILLS",
@@ -200,10 +201,12 @@ def expressions(op: Op, call: Call, device: kernel.Device) -> Iterator[tuple[str
 
 
 def beside(call: Call) -> Iterator[tuple[str, str]]:
-    """The kernels that go with a library call: the bias that a cuBLAS product starts from."""
-    if call.op.name == "linear" and call.arrays["b"] is not None:
-        T, U = (dtype_name(call.dtypes[letter]) for letter in "TU")
+    """The kernels that go with a library call: what a cuBLAS product with a bias may need before it."""
+    if call.op.name in LIBRARY and call.arrays["b"] is not None:
+        T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
         yield "bias.cu", f"fill_rows<{T}, {U}>"
+        if T != U:
+            yield "bias.cu", f"cast_bias<{T}, {U}>"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cache import PAGE, block_table, pages_for
-from .fuse import RULES, fuse
+from .fuse import BATCH_RULES, RULES, fuse
 from .graph import LOGITS, Node
 from .op import Array
 from .ops.linear import STREAMED_ROWS
@@ -127,10 +127,9 @@ class DecodeLoop:
 def decode_nodes(nodes: Sequence[Node], size: int = 1) -> list[Node]:
     """The node list of a decode step of ``size`` sequences: every row is wanted, and what pays when fused is.
 
-    Beyond a few rows products go to a library, which fuses nothing with them.
+    Beyond a few rows products go to a library, which takes no norm and no activation with them.
     """
     select = next(n for n in nodes if n.op == "select_rows")
     renamed = {select.outs[0]: select.ins[0]}
     kept = [Node(n.op, n.outs, tuple(renamed.get(i, i) for i in n.ins), n.attrs) for n in nodes if n is not select]
-    streamed = size <= STREAMED_ROWS
-    return fuse(kept, [rule for rule in RULES if streamed or "linear" not in rule.parts])
+    return fuse(kept, RULES if size <= STREAMED_ROWS else BATCH_RULES)

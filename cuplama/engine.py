@@ -16,6 +16,7 @@ from .backends import Backend
 from .cache import PagedCache, block_table, pages_for
 from .config import ModelConfig
 from .decode import DecodeLoop, batch_size, decode_nodes
+from .fuse import PREFILL_RULES, fuse
 from .graph import LOGITS, Node, decoder
 from .op import Array
 from .rope import RopeTables, Span
@@ -70,7 +71,7 @@ class Engine:
         self, backend: Backend, config: ModelConfig, weights: Mapping[str, Array], context: int, cache_tokens: int
     ) -> None:
         self.backend, self.config, self.context = backend, config, context
-        self.nodes = decoder(config)
+        self.nodes = fuse(decoder(config), PREFILL_RULES)
         # What a chunk in the middle of a prompt needs: everything that feeds the cache, but not the head.
         self._body = self.nodes[: [node.op for node in self.nodes].index("select_rows")]
         self.cache = PagedCache(backend, config, pages_for(max(cache_tokens, context)))
@@ -211,7 +212,7 @@ class Engine:
     def decode_nodes(self, size: int) -> list[Node]:
         """The nodes of a decode step of that many sequences: one list per size, since backends keep what they plan."""
         if size not in self._decode_nodes:
-            self._decode_nodes[size] = decode_nodes(self.nodes, size)
+            self._decode_nodes[size] = decode_nodes(decoder(self.config), size)
         return self._decode_nodes[size]
 
     def rope_row(self, s: Generation) -> int:

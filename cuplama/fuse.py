@@ -10,7 +10,7 @@ from .graph import Node
 from .op import DTYPES
 from .ops import OPS
 
-__all__ = ["RULES", "Rule", "fuse"]
+__all__ = ["BATCH_RULES", "PREFILL_RULES", "RULES", "Rule", "fuse"]
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,26 @@ def _append_attention(head_norm: bool, rope: bool) -> Rule:
     )  # fmt: skip
 
 
-# Longer patterns first: the first rule that fits is taken.
+# For any number of rows: a product adds the residual on its way out, our kernels' as well as cuBLAS's.
+PREFILL_RULES: tuple[Rule, ...] = (Rule(("linear", "add"), "linear_add", ((0, 0), (0, 1), (1, 0), (0, 2))),)
+
+# For a decode step, where every sequence has one new token.
+BATCH_RULES: tuple[Rule, ...] = (
+    *PREFILL_RULES,
+    _append_attention(head_norm=True, rope=True),
+    _append_attention(head_norm=False, rope=True),
+    _append_attention(head_norm=False, rope=False),
+)
+
+# For a decode step of so few rows that the products are our own kernels'. Longer patterns first: the first rule that
+# fits is taken.
 RULES: tuple[Rule, ...] = (
     _norm_linear("rms_norm", "silu_mul"),
     _norm_linear("layer_norm", "gelu_tanh"),
     _norm_linear("layer_norm", "gelu_erf"),
     _norm_linear("rms_norm", None),
     _norm_linear("layer_norm", None),
-    Rule(("linear", "add"), "linear_add", ((0, 0), (0, 1), (1, 0), (0, 2))),
-    _append_attention(head_norm=True, rope=True),
-    _append_attention(head_norm=False, rope=True),
-    _append_attention(head_norm=False, rope=False),
+    *BATCH_RULES,
 )
 
 

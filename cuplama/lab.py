@@ -307,11 +307,15 @@ def alternative(backend: Backend, case: Case, ins: Sequence[Sequence[Array | Non
         U = dtype_name(case.call.dtype(case.op.signature.outs[0]))
         y = backend.zeros((n, m), DTYPES[U])
 
-        def product(given: Sequence[Array | None]) -> Body:
-            addresses = (gpu.address(x), gpu.address(given[at["w"]]), gpu.address(y))
-            return lambda: gpu.cublas.matmul(*addresses, n, m, k, T, U, False)
+        product = gpu.cublas.product(n, m, k, T, U)
+        if product is None:
+            return None
 
-        return "cuBLAS", Replay(backend, [product(given) for given in ins]).seconds(_REPLAYS)
+        def multiply(given: Sequence[Array | None]) -> Body:
+            addresses = (gpu.address(x), gpu.address(given[at["w"]]), gpu.address(y))
+            return lambda: product(*addresses)
+
+        return "cuBLAS", Replay(backend, [multiply(given) for given in ins]).seconds(_REPLAYS)
     if backend.name != "cuda" or case.op.name not in _CUPY:
         return None
     spec = case.op.signature.outs[0]

@@ -18,9 +18,11 @@ from .cache import PAGE, pages_for
 from .compiler import StandIn, attributes, stand_in
 from .config import ModelConfig
 from .errors import DeviceError
+from .fuse import PREFILL_RULES, fuse
 from .graph import Node, decoder
 from .op import DTYPES, dtype_name
 from .ops import OPS
+from .ops.linear import LIBRARY
 
 __all__ = ["MemoryPlan", "cache_bytes", "check", "plan", "workspace_bytes"]
 
@@ -78,7 +80,7 @@ def workspace_bytes(
     live |= {f"rope.{name}": stand_in((tokens, half), f32) for name in ("cos", "sin")}
     pool = stand_in((pages, config.kv_heads, PAGE, config.head_dim), dtype)
     live |= {f"{i}.cache.{part}": pool for i in range(config.layers) for part in "kv"}
-    return _peak(decoder(config), live, dtype, device)
+    return _peak(fuse(decoder(config), PREFILL_RULES), live, dtype, device)
 
 
 def _peak(nodes: Sequence[Node], given: dict[str, StandIn], T: np.dtype[Any], device: kernel.Device) -> int:
@@ -93,7 +95,7 @@ def _peak(nodes: Sequence[Node], given: dict[str, StandIn], T: np.dtype[Any], de
                 values[name] = stand_in(call.shape(spec), call.dtype(spec))
                 made[name] = values[name].nbytes
         scratch = 0
-        if op.kernels is not None and node.op != "linear":  # a linear layer over many rows is cuBLAS's
+        if op.kernels is not None and node.op not in LIBRARY:  # a product over many rows is cuBLAS's
             buffers = op.kernels(call, device).scratch.values()
             scratch = sum(math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in buffers)
         peak = max(peak, sum(made.values()) + scratch)

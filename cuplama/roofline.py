@@ -45,7 +45,7 @@ def plot_roofline(found: Mapping[str, Any], path: Path) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(low, high)
-    ax.set_ylim(min(*y, low * read) / 3, peak * 4)
+    ax.set_ylim(min(*y, low * read) / 10, peak * 4)  # room for names below the points
     ax.set_xlabel("operations per byte of memory traffic")
     ax.set_ylabel("operations per second")
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6, zorder=1)

@@ -19,7 +19,7 @@ import pytest
 
 from cuplama import kernel
 from cuplama.backends import cuda
-from cuplama.backends.cuda import Cublas, CudaBackend, Gpu, convert, cuda_available
+from cuplama.backends.cuda import CudaBackend, Gpu, convert, cuda_available
 from cuplama.checkpoint import Weight, load_weights
 from cuplama.compiler import CompileError
 from cuplama.config import load_config
@@ -54,12 +54,23 @@ class _Launcher:
 
 
 class _HostCublas:
-    """The product that Cublas promises, on addresses in host memory."""
+    """The products that Cublas promises, on addresses in host memory. refuses: what it has no algorithm for."""
 
-    def matmul(self, x: int, w: int, y: int, n: int, m: int, k: int, T: str, U: str, add: bool) -> None:
-        a, b = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
-        out = _at(y, (n, m), U)
-        out[...] = a @ b.T + (out.astype(np.float32) if add else 0)
+    def __init__(self, refuses: Callable[[bool, bool], bool] = lambda bias, add: False) -> None:
+        self.refuses = refuses
+
+    def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Any:
+        def run(x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
+            assert (bool(b), bool(c)) == (bias, add)
+            f, g = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
+            out = f @ g.T
+            for address, shape in ((b, (m,)), (c, (n, m))):
+                if address:
+                    out += _at(address, shape, U).astype(np.float32)
+            _at(y, (n, m), U)[...] = out
+
+        run.text = "a product on the host"  # type: ignore[attr-defined]
+        return None if self.refuses(bias, add) else run
 
     def close(self) -> None:
         pass
@@ -273,50 +284,60 @@ def test_while_checking_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(bodies) == 3
 
 
-def test_many_rows_go_to_cublas_and_few_to_kernels() -> None:
-    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True, cublas=_HostCublas()))
-    rng = np.random.default_rng(0)
-    w, b = rng.standard_normal((24, 40)).astype(np.float32), rng.standard_normal(24).astype(np.float32)
-    for n, launched in ((8, "linear<"), (9, "fill_rows<f32, f32>")):
-        x = rng.standard_normal((n, 40)).astype(np.float32)
-        ins = [backend.upload(a) for a in (x, w, b)]
-        (y,) = backend.call("linear", ins, {"U": "f32"})
-        assert _fake(backend).launches[-1].startswith(launched)
-        np.testing.assert_allclose(backend.download(y), x @ w.T + b, atol=1e-4)
+_NO_BIAS: Any = _HostCublas(lambda bias, add: bias)
+_NOTHING: Any = _HostCublas(lambda bias, add: True)
 
 
-@pytest.mark.parametrize("add", [False, True])
-def test_cublas_is_given_the_transposed_product(add: bool) -> None:
-    """Against a column-major gemm written from the BLAS definition."""
+_WAYS: list[tuple[Any, str, str, bool, list[str]]] = [
+    (_HostCublas(), "f32", "f32", False, []),
+    (_HostCublas(), "bf16", "f32", False, []),
+    (_HostCublas(), "f32", "f32", True, []),
+    (_HostCublas(), "f16", "f16", True, []),
+    (_HostCublas(), "bf16", "f32", True, ["cast_bias<bf16, f32>"]),
+    (_NO_BIAS, "bf16", "f32", True, ["fill_rows<bf16, f32>"]),
+    (_NO_BIAS, "f16", "f16", True, ["fill_rows<f16, f16>"]),
+    (_NOTHING, "f32", "f32", True, ["linear"]),
+    (None, "f32", "f32", False, ["linear"]),
+]
 
-    def gemm(handle: Any, ta: int, tb: int, m: int, n: int, k: int, alpha: Any, A: int, at: int, lda: int, B: int,
-             bt: int, ldb: int, beta: Any, C: int, ct: int, ldc: int, compute: int, algo: int) -> int:  # fmt: skip
-        def matrix(p: int, rows: int, columns: int, ld: int) -> np.ndarray[Any, Any]:
-            return _at(p, (columns, ld), "f32").T[:rows]
 
-        a = matrix(A, *((k, m) if ta else (m, k)), lda)
-        b = matrix(B, *((n, k) if tb else (k, n)), ldb)
-        c = matrix(C, m, n, ldc)
-        c[...] = alpha._obj.value * (a.T if ta else a) @ (b.T if tb else b) + beta._obj.value * c
-        assert (at, bt, ct, compute) == (0, 0, 0, 68)
-        return 0
+@pytest.mark.parametrize(
+    ("op", "cublas", "T", "U", "bias", "launched"),
+    [(op, *way) for op in ("linear", "linear_add") for way in _WAYS if op == "linear" or way[2] == "f32"],
+)
+def test_many_rows_go_to_cublas_in_the_best_way_it_has(
+    op: str, cublas: Any, T: str, U: str, bias: bool, launched: list[str]
+) -> None:
+    backend = CudaBackend(T, gpu=FakeGpu(emulate=True, cublas=cublas))
+    gpu, rng = _fake(backend), np.random.default_rng(0)
+    gpu.limits = kernel.Device(sms=2)
+    for n in (9, 300):
+        x, w, b = (rng.standard_normal(s).astype(np.float32).astype(DTYPES[T]) for s in ((n, 40), (264, 40), (264,)))
+        a = rng.standard_normal((n, 264)).astype(np.float32)
+        want = x.astype(np.float64) @ w.astype(np.float64).T + bias * b.astype(np.float64)
+        ins, attrs = [x, w, *([b] if bias else [])], {"U": U}
+        if op == "linear_add":
+            want += a
+            ins, attrs = [x, w, a, *([b] if bias else [])], {}
+        gpu.launches.clear()
+        (y,) = backend.call(op, [backend.upload(i) for i in ins], attrs)
+        if launched == ["linear"]:
+            assert {name.split("<")[0] for name in gpu.launches} == {op}
+        else:
+            assert gpu.launches == launched
+        assert y.dtype == DTYPES[U]
+        error = np.abs(backend.download(y).astype(np.float64) - want).max()
+        assert error < (1e-4 if U == "f32" else 0.05)
+        if n > 9 and launched == ["linear"]:
+            break
 
-    calls: list[Any] = []
-    library: Any = SimpleNamespace(
-        cublasCreate_v2=lambda h: 0,
-        cublasSetStream_v2=lambda h, s: calls.append("stream"),
-        cublasSetWorkspace_v2=lambda h, p, n: calls.append("workspace"),
-        cublasSetMathMode=lambda h, mode: calls.append(mode),
-        cublasGemmEx=gemm,
-    )
-    cublas = Cublas(library, 1, 2, 3)
-    assert calls == ["stream", "workspace", 16]  # setting the stream takes the workspace away, so it comes first
-    rng = np.random.default_rng(1)
-    x, w = rng.standard_normal((11, 5)).astype(np.float32), rng.standard_normal((7, 5)).astype(np.float32)
-    y = rng.standard_normal((11, 7)).astype(np.float32)
-    want = x @ w.T + (y if add else 0)
-    cublas.matmul(x.ctypes.data, w.ctypes.data, y.ctypes.data, 11, 7, 5, "f32", "f32", add)
-    np.testing.assert_allclose(y, want, atol=1e-5)
+
+def test_few_rows_go_to_our_kernels() -> None:
+    backend = CudaBackend("f32", gpu=FakeGpu(cublas=_NOTHING))
+    ins = [_ones(backend, 8, 40), _ones(backend, 24, 40), _ones(backend, 8, 24), _ones(backend, 24)]
+    backend.call("linear", [ins[0], ins[1], ins[3]], {"U": "f32"})
+    backend.call("linear_add", ins, {})
+    assert [name.split("<")[0] for name in _fake(backend).launches] == ["linear", "linear_add"]
 
 
 # ---- checks before and errors after a launch -------------------------------------------------------------------------
@@ -598,18 +619,20 @@ def test_arrays_travel_both_ways(real: CudaBackend) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("U", ["T", "f32"])
-def test_cublas_products(real: CudaBackend, dtype: str, bias: bool, U: str) -> None:
+@pytest.mark.parametrize(("op", "U"), [("linear", "T"), ("linear", "f32"), ("linear_add", "f32")])
+def test_cublas_products(real: CudaBackend, dtype: str, bias: bool, op: str, U: str) -> None:
     rng, T = np.random.default_rng(0), DTYPES[dtype]
     real.dtype = T
     for n, m, k in ((9, 48, 136), (100, 65, 7), (512, 1024, 896)):
         x, w, b = (rng.standard_normal(s).astype(np.float32).astype(T) for s in ((n, k), (m, k), (m,)))
-        ins = [real.upload(a) for a in (x, w, b)[: 2 + bias]]
-        (y,) = real.call("linear", ins, {"U": U})
-        (again,) = real.call("linear", ins, {"U": U})
+        a = [rng.standard_normal((n, m)).astype(np.float32)] * (op == "linear_add")
+        ins = [real.upload(i) for i in (x, w, *a, *[b] * bias)]
+        attrs = {} if a else {"U": U}
+        (y,) = real.call(op, ins, attrs)
+        (again,) = real.call(op, ins, attrs)
         got = real.download(y)
         assert np.array_equal(got.view(np.uint8), real.download(again).view(np.uint8))
-        want = x.astype(np.float64) @ w.astype(np.float64).T + (b.astype(np.float64) if bias else 0)
+        want = x.astype(np.float64) @ w.astype(np.float64).T + (b.astype(np.float64) if bias else 0) + sum(a)
         error = np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want)
         assert error < {"f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}[dtype if U == "T" else "f32"]
 

@@ -9,8 +9,8 @@ import pytest
 
 import cuplama
 from cuplama.config import load_config
-from cuplama.decode import batch_size
-from cuplama.fuse import RULES, fuse
+from cuplama.decode import batch_size, decode_nodes
+from cuplama.fuse import PREFILL_RULES, RULES, fuse
 from cuplama.graph import Node, decoder
 
 CASES = sorted((Path(__file__).parent / "golden" / "cases").iterdir())
@@ -103,6 +103,19 @@ def test_fusion_leaves_five_nodes_a_layer(case: Path) -> None:
     fused = fuse(decoder(config))
     assert len(fused) == 5 * config.layers + 3  # the embedding, the rows that are wanted, the head
     assert [leaf for node in fused for leaf in (node.parts or (node,))] == decoder(config)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
+    """A library multiplies then: it takes the residual sum with it, and nothing else."""
+    config = load_config(case)
+    prefill, batch = fuse(decoder(config), PREFILL_RULES), decode_nodes(decoder(config), 9)
+    assert [leaf for node in prefill for leaf in (node.parts or (node,))] == decoder(config)
+    assert {n.op for n in prefill if n.parts} == {"linear_add"}
+    assert {n.op for n in batch if n.parts} == {"linear_add", "append_attention"}
+    for nodes in (prefill, batch):
+        assert [n.op for n in nodes].count("linear_add") == 2 * config.layers
+        assert "add" not in {n.op for n in nodes}
 
 
 def test_fusion_keeps_a_value_that_is_used_again() -> None:

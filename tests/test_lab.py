@@ -26,6 +26,7 @@ from cuplama.compiler import StandIn, nvrtc_library, stand_in, toolkit_folders
 from cuplama.config import parse_config
 from cuplama.decode import decode_nodes
 from cuplama.errors import CuplamaError, DeviceError, ParameterError
+from cuplama.fuse import PREFILL_RULES, fuse
 from cuplama.graph import decoder
 from cuplama.kernel import Device
 from cuplama.lab import WrongResultError
@@ -54,7 +55,7 @@ def test_every_node_of_both_graphs_is_a_case(name: str, batch: int) -> None:
     assert sum(c.count for c in found) == sum(len(runnable(n)) for n in nodes) + 2
     assert {c.op.name for c in found} == {p.op for n in nodes for p in runnable(n)} | {"sample", "advance"}
     prompt = cases.prompt_cases(config, "bf16", 512)
-    assert sum(c.count for c in prompt) == len(decoder(config)) + 1
+    assert sum(c.count for c in prompt) == len(fuse(decoder(config), PREFILL_RULES)) + 1
     assert {c.graph for c in (*found, *prompt)} == {"decode", "prefill"}
 
 

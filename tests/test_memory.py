@@ -53,6 +53,13 @@ def test_the_workspace_is_the_worst_moment_of_a_pass() -> None:
     assert memory.workspace_bytes(replace(config, layers=2), DTYPES["bf16"], n, Device()) == got  # layers take turns
 
 
+def test_the_residual_sum_takes_no_array_of_its_own() -> None:
+    """With a narrow MLP the worst moment is the attention's output, the old residual stream and the new one."""
+    config, n = replace(_llama_8b(), ffn=64), 2000
+    attended, residual = 2 * n * 4096, 4 * n * 4096
+    assert memory.workspace_bytes(config, DTYPES["bf16"], n, Device()) == attended + 2 * residual
+
+
 def test_many_logits_are_part_of_it() -> None:
     config = _llama_8b()
     assert memory.workspace_bytes(config, DTYPES["bf16"], 500, Device(), rows=500) >= 4 * 500 * 128256

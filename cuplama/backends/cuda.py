@@ -28,9 +28,10 @@ from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..errors import CheckpointError, DeviceError
 from ..graph import Node
-from ..op import DTYPES, Array, OpError, dtype_name
+from ..op import DTYPES, Array, Call, OpError, dtype_name
 from ..ops import OPS
-from ..ops.linear import STREAMED_ROWS
+from ..ops.linear import LIBRARY, STREAMED_ROWS
+from .cublas import Cublas, Product, load_cublas
 
 __all__ = ["CudaBackend", "Gpu", "cuda_available"]
 
@@ -94,71 +95,6 @@ def _attribute(driver: ctypes.CDLL, device: int, attribute: int) -> int:
 
 def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
-
-
-# ---- cuBLAS ----------------------------------------------------------------------------------------------------------
-
-
-class Cublas:
-    """Row-major ``y = x w^T (+ y)`` by cublasGemmEx, in float32 arithmetic, on one stream with one fixed workspace.
-
-    Called through ctypes: CuPy's binding sets the stream at every call, which takes the workspace away, and refuses to
-    work while a stream is capturing.
-    """
-
-    _TYPES: Mapping[str, int] = {"f32": 0, "f16": 2, "bf16": 14}  # cudaDataType
-    _COMPUTE_32F = 68
-    # fp32 never as TF32 (the default mode), and no sum rounded to 16 bits on its way (CUBLAS_MATH_DISALLOW_...).
-    _MATH_MODE = 16
-
-    def __init__(self, library: ctypes.CDLL, stream: int, workspace: int, size: int) -> None:
-        self._library = library
-        self._handle = ctypes.c_void_p()
-        self._check(library.cublasCreate_v2(ctypes.byref(self._handle)))
-        self._check(library.cublasSetStream_v2(self._handle, ctypes.c_void_p(stream)))
-        self._check(library.cublasSetWorkspace_v2(self._handle, ctypes.c_void_p(workspace), ctypes.c_size_t(size)))
-        self._check(library.cublasSetMathMode(self._handle, self._MATH_MODE))
-        self._scalars = {v: ctypes.c_float(v) for v in (0.0, 1.0)}
-        p, i = ctypes.c_void_p, ctypes.c_int
-        library.cublasGemmEx.argtypes = [p, i, i, i, i, i, p, p, i, i, p, i, i, p, p, i, i, i, i]
-
-    def matmul(self, x: int, w: int, y: int, n: int, m: int, k: int, T: str, U: str, add: bool) -> None:
-        """x[n,k]:T, w[m,k]:T, y[n,m]:U are addresses. cuBLAS is column-major, so it computes y^T = w x^T."""
-        one, beta = self._scalars[1.0], self._scalars[float(add)]
-        t, u = self._TYPES[T], self._TYPES[U]
-        transpose, plain, heuristic = 1, 0, -1
-        self._check(
-            self._library.cublasGemmEx(
-                self._handle, transpose, plain, m, n, k, ctypes.byref(one), w, t, k, x, t, k, ctypes.byref(beta),
-                y, u, m, self._COMPUTE_32F, heuristic,
-            )
-        )  # fmt: skip
-
-    def close(self) -> None:
-        self._library.cublasDestroy_v2(self._handle)
-
-    @staticmethod
-    def _check(status: int) -> None:
-        if status:
-            raise DeviceError(f"cuBLAS fails with status {status}")
-
-
-def _load_cublas() -> ctypes.CDLL | None:
-    """The cuBLAS of CuPy's CUDA version, or None with a warning."""
-    try:
-        from cupy.cuda import runtime
-        from cupy_backends.cuda.libs import cublas  # noqa: F401  loads the library it was built for
-
-        major = runtime.runtimeGetVersion() // 1000
-        try:
-            return ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else f"libcublas.so.{major}")
-        except OSError:
-            from cuda.pathfinder import load_nvidia_dynamic_lib
-
-            return ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
-    except Exception as e:  # several libraries may be missing, each in its own way; our kernels do the work then
-        _log.warning("cuBLAS is not available (%s); long prompts will be slow. pip install nvidia-cublas-cu12", e)
-        return None
 
 
 # ---- programmatic dependent launch -----------------------------------------------------------------------------------
@@ -251,7 +187,7 @@ class Gpu:
         with self._device:
             self.stream = cupy.cuda.Stream(non_blocking=True)
             self.pool = cupy.cuda.MemoryPool()
-        library = _load_cublas()
+        library = load_cublas()
         self.cublas: Cublas | None = None
         if library is not None:
             with self:
@@ -467,19 +403,15 @@ class _Launch:
 
 
 class _Matmul:
-    """A cuBLAS product y[n,m] = x[n,k] w[m,k]^T. Arrays: x, w, bias or None, y. add: y holds the bias already."""
+    """A cuBLAS product without its arrays. slots: which array is which argument of the product."""
 
-    __slots__ = ("add", "address", "cublas", "sizes", "text")
+    __slots__ = ("address", "product", "slots", "text")
 
-    def __init__(self, gpu: Gpu, n: int, m: int, k: int, T: str, U: str, add: bool) -> None:
-        assert gpu.cublas is not None
-        self.cublas, self.address, self.add = gpu.cublas, gpu.address, add
-        self.sizes = (n, m, k, T, U)
-        self.text = f"cublasGemmEx: y[{n},{m}]:{U} = x[{n},{k}]:{T} w[{m},{k}]^T"
+    def __init__(self, product: Product, address: Callable[[Array], int], slots: Mapping[str, int]) -> None:
+        self.product, self.address, self.slots, self.text = product, address, slots, product.text
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
-        x, w, _, y = arrays
-        self.cublas.matmul(self.address(x), self.address(w), self.address(y), *self.sizes, self.add)
+        self.product(**{name: self.address(arrays[i]) for name, i in self.slots.items()})
 
 
 @dataclass(frozen=True)
@@ -739,15 +671,12 @@ class CudaBackend:
             if spec.name not in signature.in_place:
                 call.arrays[spec.name] = add(spec.name, call.shape(spec), call.dtype(spec))
         outs = tuple(position[spec.name] for spec in signature.outs)
-        before: list[Callable[[Sequence[Array | None]], None]] = []
-        if name == "linear" and call["n"] > STREAMED_ROWS and gpu.cublas is not None:
-            T, U = (dtype_name(call.dtypes[letter]) for letter in "TU")
-            plan, bias = kernel.Plan(()), call.arrays["b"] is not None
-            if bias:  # y starts as the bias, in every row, and the product is added to it
-                plan = kernel.Plan((_fill_rows(call["n"], call["m"]),))
-            after = [_Matmul(gpu, call["n"], call["m"], call["k"], T, U, bias)]
+        actions: list[Callable[[Sequence[Array | None]], None]] = []
+        way = _by_library(gpu.cublas, call)
+        if way is not None:
+            plan = way.before
         elif op.kernels is not None:
-            plan, after = op.kernels(call, gpu.limits), []
+            plan = op.kernels(call, gpu.limits)
         else:
             raise OpError(f"{name} has no CUDA kernel")
         scratch = {
@@ -757,8 +686,11 @@ class CudaBackend:
         for launch in plan.launches:
             bound = kernel.bind(launch, call, scratch)
             function = gpu.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
-            before.append(_Launch(function, bound, position, set(launch.constants)))
-        return _Planned(width, outs, tuple(new), (*before, *after))
+            actions.append(_Launch(function, bound, position, set(launch.constants)))
+        if way is not None:
+            slots = {argument: position[array] for argument, array in way.arrays.items()}
+            actions.append(_Matmul(way.product, gpu.address, slots))
+        return _Planned(width, outs, tuple(new), tuple(actions))
 
     def _zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Scratch that its users find and leave zero, so they share it. Kept for good: recordings know its address."""
@@ -798,8 +730,43 @@ class CudaBackend:
         self.gpu.close()
 
 
-def _fill_rows(n: int, m: int) -> kernel.Launch:
-    return kernel.Launch("bias.cu:fill_rows", grid=(-(-m // 256), min(n, 65535)), block=(256,))
+@dataclass(frozen=True)
+class _Way:
+    """A product, what is launched before it, and the names of the arrays that are its arguments."""
+
+    before: kernel.Plan
+    arrays: Mapping[str, str]
+    product: Product
+
+
+def _by_library(cublas: Cublas | None, call: Call) -> _Way | None:
+    """How cuBLAS computes the op; None if our kernels do."""
+    if cublas is None or call.op.name not in LIBRARY or call["n"] <= STREAMED_ROWS:
+        return None
+    n, m, k = call["n"], call["m"], call["k"]
+    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
+    for before, arrays in _ways(call, n, m, T, U):
+        product = cublas.product(n, m, k, T, U, bias="b" in arrays, add="c" in arrays)
+        if product is not None:
+            return _Way(before, arrays, product)
+    return None
+
+
+def _ways(call: Call, n: int, m: int, T: str, U: str) -> Iterator[tuple[kernel.Plan, Mapping[str, str]]]:
+    """What can be launched before a product, with the product's arguments by the names of arrays; the best first."""
+    given, columns = {"x": "x", "w": "w", "y": "y"}, -(-m // 256)
+    residual = {"c": "a"} if "a" in call.arrays else {}
+    if call.arrays["b"] is None:
+        yield kernel.Plan(()), given | residual
+        return
+    if T == U:
+        yield kernel.Plan(()), given | residual | {"b": "b"}
+    else:
+        cast = kernel.Launch("bias.cu:cast_bias", (columns,), (256,), constants={"U": U})
+        yield kernel.Plan((cast,), {"bias": ((m,), U)}), given | residual | {"b": "bias"}
+    constants = {"U": U} if residual else {"U": U, "a": None}
+    fill = kernel.Launch("bias.cu:fill_rows", (columns, min(n, 65535)), (256,), constants=constants)
+    yield kernel.Plan((fill,)), given | {"c": "y"}
 
 
 def runnable(node: Node) -> list[Node]:

@@ -26,6 +26,7 @@ def _linear(x: Array, w: Array, b: Array | None = None, *, U: str = "") -> Array
 
 
 STREAMED_ROWS = 8  # of x in one launch at most; more rows in all are cuBLAS's, where it can be had
+LIBRARY = frozenset({"linear", "linear_add"})  # the ops that cuBLAS computes then
 _PIECES = 4  # of 16 bytes that a lane asks for at once, as in the kernels
 _STATIC = 4096 + 1024  # bytes of shared memory that the kernels and the driver take beside the dynamic ones
 _STAGED = 131072  # bytes of x up to which it is copied to shared memory; beyond, it is read through L1
