@@ -26,6 +26,7 @@ from cuplama.config import load_config
 from cuplama.errors import CheckpointError, DeviceError
 from cuplama.graph import Node
 from cuplama.op import DTYPES, OpError
+from cuplama.ops.linear import STREAMED_ROWS
 
 GOLDEN = Path(__file__).parent / "golden" / "cases"
 
@@ -58,9 +59,15 @@ class _HostCublas:
 
     def __init__(self, refuses: Callable[[bool, bool], bool] = lambda bias, add: False) -> None:
         self.refuses = refuses
+        self.gpu: FakeGpu | None = None
 
     def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Any:
+        gpu = self.gpu
+
         def run(x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
+            if gpu is not None and gpu.captured is not None:
+                gpu.captured.append(lambda: run(x, w, y, b, c))
+                return
             assert (bool(b), bool(c)) == (bias, add)
             f, g = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
             out = f @ g.T
@@ -96,6 +103,8 @@ class FakeGpu(Gpu):
         self.seen: list[int] = []
         self._made: list[weakref.ref[_HostArray]] = []
         self.captured: list[Callable[[], None]] | None = None
+        if cublas is not None:
+            cublas.gpu = self
         self.stream, self.pool = None, "main pool"
         self.pools: list[str] = []
         self.peak = self.synchronised = 0
@@ -199,6 +208,28 @@ def test_a_model_on_the_emulator_gives_the_golden_logits(case: str, cublas: Any)
     engine = Engine(backend, config, weights, 64, 64)
     logits = np.concatenate(list(engine.logits(golden["prompt_1"].tolist())))
     np.testing.assert_allclose(logits, golden["logits_1"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama-attention-bias", "gpt2"])
+def test_a_large_batch_decodes_through_cublas(case: str) -> None:
+    """Recorded steps of more rows than are streamed: cuBLAS adds the residual, attention appends."""
+    from cuplama.engine import Engine
+    from cuplama.model import Model
+
+    folder, count = GOLDEN / case, STREAMED_ROWS + 1
+    config = load_config(folder)
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True, cublas=_HostCublas()))
+    weights = {name: backend.load_weight(w) for name, w in load_weights(folder, config).items()}
+    golden = np.load(folder / "golden.npz")
+    model = Model(folder, config, None, backend, Engine(backend, config, weights, 64, 64 * count), {})
+    prompt = golden["prompt_1"].tolist()[:20]
+    alone = model.generate(prompt, max_tokens=4, temperature=0.0, ignore_eos=True)
+    _fake(backend).launches.clear()
+    batch = model.generate([prompt] * count, max_tokens=4, temperature=0.0, ignore_eos=True)
+    assert [c.tokens for c in batch] == [alone.tokens] * count
+    launched = {name.split("<")[0] for name in _fake(backend).launches}
+    assert "append_attention" in launched
+    assert not {"add", "linear", "linear_add"} & launched
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
