@@ -103,6 +103,7 @@ class FakeGpu(Gpu):
         self.seen: list[int] = []
         self._made: list[weakref.ref[_HostArray]] = []
         self.captured: list[Callable[[], None]] | None = None
+        self.captured_memory: list[_HostArray] = []
         if cublas is not None:
             cublas.gpu = self
         self.stream, self.pool = None, "main pool"
@@ -128,6 +129,8 @@ class FakeGpu(Gpu):
         array = np.zeros(shape, dtype).view(_HostArray)
         self.pools.append(self.pool)
         self._made.append(weakref.ref(array))
+        if self.captured is not None:
+            self.captured_memory.append(array)
         self.peak = max(self.peak, sum(a.nbytes for a in self.alive))
         return array
 
@@ -161,11 +164,11 @@ class FakeGpu(Gpu):
         return host, host.view(_HostArray)
 
     def capture(self, body: Callable[[], None]) -> Any:
-        """As on a GPU: nothing runs until the graph is launched, and then on the same arrays."""
-        self.captured = []
+        """As on a GPU: nothing runs until the graph is launched, and then in the same memory, which stays its own."""
+        self.captured, self.captured_memory = [], []
         body()
         calls, self.captured = self.captured, None
-        return SimpleNamespace(launch=lambda stream: [call() for call in calls])
+        return SimpleNamespace(launch=lambda stream: [call() for call in calls], memory=self.captured_memory)
 
     def address(self, array: Any) -> int:
         return int(array.ctypes.data)
