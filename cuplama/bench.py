@@ -25,7 +25,7 @@ from .cache import PAGE, pages_for
 from .ceilings import Ceilings, Spread, random_weight
 from .checkpoint import Weight
 from .config import ModelConfig
-from .engine import Engine, Generation, Sampler
+from .engine import Engine, Generation
 from .errors import ConfigError, DeviceError, ParameterError
 from .model import _DTYPE_NAMES, Model, _backend, _context, _upload, load
 from .op import DTYPES
@@ -48,7 +48,8 @@ __all__ = [
     "trials",
 ]
 
-_WARM_UP = 8  # tokens; a recorded step is an ordinary one first, then captured, then replayed
+_WARM_UP = 8  # tokens
+_UNTIL_REPLAYED = 2  # runs to warm up: what is recorded is run as it is first, then captured, from then on replayed
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,7 @@ class _Runs:
                 for s in sequences:
                     s.tokens += self._tokens(test.prompt)
                 began = time.perf_counter()
-                logits = engine._last_rows(sequences)
-                sampler = Sampler(self._model.config.vocab, sequences)
-                inputs = {name: backend.upload(array) for name, array in sampler.inputs.items()}
-                pos = backend.upload(np.array([len(s.tokens) for s in sequences], np.int32))
-                backend.download(sampler.draw(backend, inputs, logits, pos)[0])
+                engine._draw(sequences)
                 return time.perf_counter() - began
             finally:
                 for s in sequences:
@@ -228,7 +225,8 @@ def measure(model: Model, test: Trial, repeats: int, limits: Ceilings) -> dict[s
     """
     runs = _Runs(model)
     if test.prompt:
-        runs.prompt(test)
+        for _ in range(_UNTIL_REPLAYED):
+            runs.prompt(test)
         taken = Spread(tuple(runs.prompt(test) for _ in range(repeats)))
         first, tokens, per_sequence = taken, test.prompt * test.batch, test.prompt * test.batch
         rate = prompt_operations(model.config, test) / taken.mean
@@ -239,7 +237,8 @@ def measure(model: Model, test: Trial, repeats: int, limits: Ceilings) -> dict[s
             "percent_of_matrix_rate": limits.percent_arithmetic(rate),
         }
     else:
-        runs.generation(Trial(0, min(_WARM_UP, test.generated), test.depth, test.batch))
+        for _ in range(_UNTIL_REPLAYED):
+            runs.generation(Trial(0, min(_WARM_UP, test.generated), test.depth, test.batch))
         pairs = [runs.generation(test) for _ in range(repeats)]
         first, taken = (Spread(tuple(values)) for values in zip(*pairs, strict=True))
         tokens, per_sequence = test.generated * test.batch, test.generated

@@ -17,6 +17,7 @@ from .fuse import BATCH_RULES, RULES, fuse
 from .graph import LOGITS, Node
 from .op import Array
 from .ops.linear import STREAMED_ROWS
+from .packed import Packed
 
 if TYPE_CHECKING:
     from .engine import Engine, Generation, Sampler
@@ -42,17 +43,16 @@ class DecodeLoop:
 
     def __init__(self, engine: Engine, size: int, sampler: Sampler) -> None:
         self._engine, self._backend, self.size = engine, engine.backend, size
-        backend, pages = engine.backend, pages_for(engine.context)
-        counters = ("ids", "pos", "slots", "lengths", "rope.rows")
-        self._inputs: dict[str, Array] = {name: backend.zeros((size,), np.dtype(np.int32)) for name in counters}
-        self._inputs["starts"] = backend.upload(np.arange(size + 1, dtype=np.int32))
-        self._inputs["blocks"] = backend.zeros((size, pages), np.dtype(np.int32))
-        self._step = backend.zeros((1,), np.dtype(np.int32))
-        self._sampling = {k: backend.zeros((size, *v.shape[1:]), v.dtype) for k, v in sampler.inputs.items()}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("ids", "pos", "slots", "lengths", "rope.rows"), (size,))
+        shapes |= {"blocks": (size, pages_for(engine.context)), "step": (1,)}
+        arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+        arrays["starts"] = np.arange(size + 1, dtype=np.int32)
+        arrays |= {name: np.zeros((size, *array.shape[1:]), array.dtype) for name, array in sampler.inputs.items()}
+        self._inputs = Packed(engine.backend, arrays)
         self._sampler = sampler
-        self._ring, self._device_ring = backend.host_ring((AHEAD + 1, size))
+        self._ring, self._device_ring = engine.backend.host_ring((AHEAD + 1, size))
         self._scores: tuple[Array, ...] = ()
-        self._recording = backend.recording(self._body)
+        self._recording = engine.backend.recording(self._body)
         self._events: list[Any] = []
         self._read = 0
 
@@ -68,37 +68,31 @@ class DecodeLoop:
 
     def begin(self, active: Sequence[Generation], sampler: Sampler) -> None:
         """Set the buffers for these sequences, whose last token has been drawn but not fed."""
-        idle = self.size - len(active)
         spare = self._engine.cache.spare
-        blocks = np.full(self._inputs["blocks"].shape, spare, np.int32)
         table = block_table([s.pages for s in active])
-        blocks[: len(active), : table.shape[1]] = table
-        pos = np.array([len(s.tokens) - 1 for s in active] + [0] * idle, np.int32)
-        page = blocks[np.arange(self.size), pos // PAGE]
-        regime = [self._engine.rope_row(s) for s in active] + [0] * idle
-        host = {
-            "ids": np.array([s.tokens[-1] for s in active] + [0] * idle, np.int32),
+        pos = np.array([len(s.tokens) - 1 for s in active])
+        page = table[np.arange(len(active)), pos // PAGE]
+        inputs = {
+            "ids": np.array([s.tokens[-1] for s in active]),
             "pos": pos,
             "slots": page * PAGE + pos % PAGE,
             "lengths": pos + 1,
-            "rope.rows": np.array(regime, np.int32),
-            "blocks": blocks,
+            "rope.rows": np.array([self._engine.rope_row(s) for s in active]),
+            "blocks": table,
+            "step": np.zeros(1),
         }
-        for name, array in host.items():
-            self._backend.write(self._inputs[name], array)
-        self._backend.write(self._step, np.zeros(1, np.int32))
+        idle = {"slots": spare * PAGE, "lengths": 1, "blocks": spare}
+        for name, array in {**inputs, **sampler.inputs}.items():
+            self._inputs.put(name, array, idle.get(name, 0))
+        self._inputs.send()
         self._sampler = sampler
-        for name, array in sampler.inputs.items():
-            padding = np.zeros((idle, *array.shape[1:]), array.dtype)
-            self._backend.write(self._sampling[name], np.concatenate([array, padding]))
         self._events.clear()
         self._read = 0
 
     def close(self) -> None:
         """Drop the recording and the buffers."""
         self._recording.close()
-        self._inputs.clear()
-        self._sampling.clear()
+        self._inputs.close()
         self._scores = ()
 
     def launch(self) -> None:
@@ -114,14 +108,14 @@ class DecodeLoop:
 
     def _body(self) -> None:
         """One step, from the buffers to the buffers."""
-        backend, inputs = self._backend, self._inputs
+        backend, inputs = self._backend, self._inputs.device
         values = {**self._engine.values, **inputs}
         logits = backend.run(self._engine.decode_nodes(self.size), values, (LOGITS,))[LOGITS]
         # "lengths" is the position of the token to draw: one more than that of the token just fed.
-        tokens, *scores = self._sampler.draw(backend, self._sampling, logits, inputs["lengths"])
+        tokens, *scores = self._sampler.draw(backend, inputs, logits, inputs["lengths"])
         self._scores = tuple(scores)
         state = [inputs[k] for k in ("ids", "pos", "slots", "lengths", "rope.rows")]
-        backend.call("advance", [*state, self._device_ring, self._step, tokens, inputs["blocks"]], {"S": PAGE})
+        backend.call("advance", [*state, self._device_ring, inputs["step"], tokens, inputs["blocks"]], {"S": PAGE})
 
 
 def decode_nodes(nodes: Sequence[Node], size: int = 1) -> list[Node]:

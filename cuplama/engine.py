@@ -19,6 +19,8 @@ from .decode import DecodeLoop, batch_size, decode_nodes
 from .fuse import PREFILL_RULES, fuse
 from .graph import LOGITS, Node, decoder
 from .op import Array
+from .packed import Packed
+from .prefill import PrefillPasses
 from .rope import RopeTables, Span
 from .sampling import SamplingParams
 
@@ -73,7 +75,8 @@ class Engine:
         self.backend, self.config, self.context = backend, config, context
         self.nodes = fuse(decoder(config), PREFILL_RULES)
         # What a chunk in the middle of a prompt needs: everything that feeds the cache, but not the head.
-        self._body = self.nodes[: [node.op for node in self.nodes].index("select_rows")]
+        head = [node.op for node in self.nodes].index("select_rows")
+        self._body, self._head = self.nodes[:head], self.nodes[head:]
         self.cache = PagedCache(backend, config, pages_for(max(cache_tokens, context)))
         # Everything that stays where it is: weights, cache, rotation tables.
         self.values: dict[str, Array] = {**weights, **self.cache.arrays}
@@ -82,12 +85,14 @@ class Engine:
             self.values["rope.cos"], self.values["rope.sin"] = map(backend.upload, (self._rope.cos, self._rope.sin))
         self._decode_nodes: dict[int, list[Node]] = {}
         self._loops: dict[Any, DecodeLoop] = {}
+        self._passes = PrefillPasses(self)
 
     def close(self) -> None:
         """Drop recordings and arrays, so that their memory is free now and not when a reference cycle is collected."""
         for loop in self._loops.values():
             loop.close()
         self._loops.clear()
+        self._passes.close()
         self.values.clear()
         self.cache.arrays.clear()
 
@@ -134,17 +139,21 @@ class Engine:
                 s.finish_reason = "length"
         active = [s for s in wave if s.finish_reason is None]
         while active:
-            sampler = Sampler(self.config.vocab, active)
-            logits = self._last_rows(active, progress)
-            inputs = {name: self.backend.upload(array) for name, array in sampler.inputs.items()}
-            pos = self.backend.upload(np.array([len(s.tokens) for s in active], np.int32))
-            outs = sampler.draw(self.backend, inputs, logits, pos)
-            yield self._accept(active, [self.backend.download(a) for a in outs])
+            yield self._accept(active, self._draw(active, progress))
             active = self._still_active(active)
             while steps := self._recordable(active):
                 yield from self._replay(active, steps)
                 active = self._still_active(active)
             progress = None
+
+    def _draw(self, active: list[Generation], progress: Progress | None = None) -> list[np.ndarray[Any, Any]]:
+        """Feed what is not cached yet and draw a token for each sequence: what ``Sampler.draw`` gives, on the host."""
+        logits = self._last_rows(active, progress)
+        # The device is busy with the prompt now, so the host has time for the sampler.
+        sampler = Sampler(self.config.vocab, active)
+        pos = np.array([len(s.tokens) for s in active], np.int32)
+        inputs = Packed(self.backend, {**sampler.inputs, "pos": pos}).device
+        return [self.backend.download(a) for a in sampler.draw(self.backend, inputs, logits, inputs["pos"])]
 
     def _accept(self, active: list[Generation], outs: list[np.ndarray[Any, Any]]) -> list[tuple[Generation, Token]]:
         """Append the drawn tokens to the sequences that go on, and see which ones end with it."""
@@ -260,15 +269,28 @@ class Engine:
 
     def _pass(self, batch: list[tuple[Generation, int]], all_rows: bool) -> Array | None:
         """Run the nodes over ``count`` new tokens of each sequence. Returns the wanted logits, if any are wanted."""
-        backend = self.backend
+        inputs = self._inputs(batch, all_rows)
+        values = self._passes.run(inputs) if self.backend.records else None
+        if values is None:
+            device = Packed(self.backend, inputs).device
+            values = {**device, **self.run_body(device)}
+        if not len(inputs["wanted"]):
+            return None
+        return self.backend.run(self._head, {**self.values, **values}, (LOGITS,))[LOGITS]
+
+    def run_body(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the nodes of a pass up to the head; returns what the head needs of them, by name."""
+        return self.backend.run(self._body, {**self.values, **inputs}, (self._head[0].ins[0],))
+
+    def _inputs(self, batch: list[tuple[Generation, int]], all_rows: bool) -> dict[str, np.ndarray[Any, Any]]:
+        """The inputs of a pass over ``count`` new tokens of each sequence, int32; with tables if it needs its own."""
         counts = np.array([count for _, count in batch])
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(counts)])
         pos = np.concatenate([np.arange(s.cached, s.cached + count) for s, count in batch])
         table = block_table([s.pages for s, _ in batch])
         owner = np.repeat(np.arange(len(batch)), counts)
         page = self.cache.page_size
         ends = [s.cached + count == len(s.tokens) for s, count in batch]
-        wanted = np.arange(len(pos)) if all_rows else (starts[1:][ends] - 1).astype(np.int64)
         inputs = {
             "ids": np.concatenate([s.tokens[s.cached : s.cached + count] for s, count in batch]),
             "pos": pos,
@@ -276,18 +298,14 @@ class Engine:
             "starts": starts,
             "lengths": np.array([s.cached + count for s, count in batch]),
             "blocks": table,
-            "wanted": wanted,
+            "wanted": np.arange(len(pos)) if all_rows else starts[1:][ends] - 1,
         }
-        values = {**self.values, **{k: backend.upload(v.astype(np.int32)) for k, v in inputs.items()}}
+        tables: dict[str, np.ndarray[Any, Any]] = {}
         if self._rope is not None:
-            cos, sin, rows = self._rope.lookup([Span(s.cached, count, len(s.tokens)) for s, count in batch])
-            values["rope.rows"] = backend.upload(rows)
+            cos, sin, inputs["rope.rows"] = self._rope.lookup([Span(s.cached, n, len(s.tokens)) for s, n in batch])
             if cos is not self._rope.cos:
-                values["rope.cos"], values["rope.sin"] = backend.upload(cos), backend.upload(sin)
-        if not len(wanted):
-            backend.run(self._body, values, ())
-            return None
-        return backend.run(self.nodes, values, (LOGITS,))[LOGITS]
+                tables = {"rope.cos": cos, "rope.sin": sin}
+        return {**{name: array.astype(np.int32) for name, array in inputs.items()}, **tables}
 
 
 class Sampler:

@@ -23,6 +23,7 @@ from .graph import Node, decoder
 from .op import DTYPES, dtype_name
 from .ops import OPS
 from .ops.linear import LIBRARY
+from .prefill import KEPT_CHUNKS, padded_rows
 
 __all__ = ["MemoryPlan", "cache_bytes", "check", "plan", "workspace_bytes"]
 
@@ -114,7 +115,9 @@ def plan(
     """
     tables = 0 if config.rope is None else 4 * config.rope.dim * min(config.context, _TABLE_ROWS)
     logits = 4 * 4 * config.vocab  # logits, penalised logits and the sampler's scratch
-    work = workspace_bytes(config, dtype, min(chunk, max(1, tokens)), device)
+    # What recorded passes hold; and a pass that cannot be recorded, which only changing rotation tables bring about.
+    passes = KEPT_CHUNKS + (config.rope is not None and config.rope.type == "dynamic")
+    work = passes * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
     return MemoryPlan(
         weights=elements * dtype.itemsize,
         cache=cache_bytes(config, dtype, tokens),

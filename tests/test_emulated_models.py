@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cuplama
 from cuplama.backends.cuda import CudaBackend
 from cuplama.checkpoint import load_weights
 from cuplama.config import load_config
@@ -19,6 +20,7 @@ from cuplama.model import Model
 
 from .gpu.verify_models import kl, stepwise
 from .test_cuda_backend import FakeGpu
+from .test_prefill import continued
 
 CASES = sorted((Path(__file__).parent / "golden" / "cases").iterdir())
 
@@ -52,3 +54,22 @@ def test_16_bit_logits(case: Path, dtype: str, name: str) -> None:
     prompt = golden["prompt_1"].tolist()
     for logits in (model.logits(prompt), stepwise(model, prompt)):
         assert kl(golden["logits_1"], logits).mean() <= 2 * meta["kl"][name]
+
+
+RECORDED = ("gpt2-char", "llama-rope-dynamic", "llama3-gqa", "mistral-window", "phi3-longrope", "qwen2-window", "qwen3")
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_replayed_prompts(name: str) -> None:
+    """Ragged batches, of a part of each prompt and of the rest: as they are first, then captured, then replayed."""
+    case = next(c for c in CASES if c.name == name)
+    model, golden, meta = _load(case, "f32")
+    plain = cuplama.load(case, device="numpy", context=meta["context"], cache_tokens=2 * meta["context"])
+    prompts = [golden[f"prompt_{j}"].tolist() for j in (2, 0, 1)]
+    for i in range(4):
+        batch = [p[i:] or p for p in prompts]
+        for a, b in zip(continued(model, batch), continued(plain, batch), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3, rtol=0)
+    kept: Any = model.engine._passes._kept.values()
+    assert len(kept) == 2
+    assert all(p._recording._graph for p in kept)

@@ -31,7 +31,7 @@ def _attention(
 ) -> Array:
     _, kv_heads, size, d = k.shape
     x = wide(x)
-    y = np.empty((len(x), heads * d), x.dtype)
+    y = np.zeros((len(x), heads * d), x.dtype)
     group = heads // kv_heads
     for i, length in enumerate(lengths.tolist()):
         first, last = int(starts[i]), int(starts[i + 1])
@@ -179,7 +179,7 @@ attention = Op(
     " blocks[b,M]:i32, heads:i32, window:i32, scale:f32)",
     doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows starts[i]..starts[i+1] of x, the last of its"
     " lengths[i] tokens; its keys lie on pages blocks[i]. A query sees itself and what came before, the last `window`"
-    " tokens only if window > 0.",
+    " tokens only if window > 0. Rows that belong to no sequence are not computed.",
     reference=_attention,
     kernels=_kernels,
     cases=[

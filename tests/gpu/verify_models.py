@@ -29,8 +29,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cuplama
+from cuplama import graph
 from cuplama.config import load_config
 from cuplama.engine import Generation
+from cuplama.packed import Packed
 from tests.gpu.verify import environment
 
 CASES = Path(__file__).resolve().parents[1] / "golden" / "cases"
@@ -54,12 +56,15 @@ def kl(truth: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> np.ndarray[
 def stepwise(model: cuplama.Model, prompt: list[int]) -> np.ndarray[Any, Any]:
     """The logits after each token, fed one at a time through the nodes of a decode step."""
     engine, sequence = model.engine, Generation(prompt[:1], model.params(), frozenset())
-    engine.nodes, whole = engine.decode_nodes(1), engine.nodes
     rows = []
     for n in range(1, len(prompt) + 1):
         sequence.tokens = prompt[:n]
-        rows += [model.backend.download(out) for out in engine._prefill([sequence], False, None)]
-    engine.nodes = whole
+        engine.cache.extend(sequence.pages, n)
+        inputs = Packed(model.backend, engine._inputs([(sequence, 1)], False)).device
+        values = {**engine.values, **inputs}
+        outs = model.backend.run(engine.decode_nodes(1), values, (graph.LOGITS,))
+        rows.append(model.backend.download(outs[graph.LOGITS]))
+        sequence.cached = n
     engine.cache.release(sequence.pages)
     return np.concatenate(rows)
 

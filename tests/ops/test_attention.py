@@ -118,6 +118,31 @@ def test_empty_sequences_of_a_padded_batch() -> None:
     assert (padded[1] == 0).all()
 
 
+@pytest.mark.parametrize("window", [0, 37])
+@pytest.mark.parametrize("sms", [132, 0])
+@pytest.mark.parametrize(
+    ("T", "D", "arch"), [("f32", 32, 90), ("bf16", 64, 90), ("bf16", 128, 90), ("bf16", 64, 80), ("f16", 40, 75)]
+)
+def test_rows_and_sequences_that_fill_up_a_batch(T: str, D: int, arch: int, sms: int, window: int) -> None:
+    """Rows behind the last sequence are neither read nor written, and empty sequences read nothing."""
+    case = _case(4, 2, D, [50, 1, 20], [70, 33, 150], window=window)
+    ins = _inputs(case, T)
+    device = Device(arch, sms)
+    together = _run(ins, case, device=device)
+    rows, b, M = len(ins["x"]), len(ins["lengths"]), ins["blocks"].shape[1]
+    padded = {
+        **ins,
+        "x": np.concatenate([ins["x"], np.full((77, ins["x"].shape[1]), np.nan, ins["x"].dtype)]),
+        "starts": np.concatenate([ins["starts"], np.full(5, rows, np.int32)]),
+        "lengths": np.concatenate([ins["lengths"], np.zeros(5, np.int32)]),
+        "blocks": np.concatenate([ins["blocks"], np.full((5, M), 2**30, np.int32)]),
+    }
+    assert len(padded["starts"]) == b + 6
+    y = _run(padded, case, device=device)
+    assert np.array_equal(y[:rows], together)
+    assert np.isnan(y[rows:]).all()
+
+
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_thread_order_does_not_matter(seed: int) -> None:
     for D, new, lengths in ((40, [1, 1], [130, 90]), (40, [33, 2], [40, 60]), (64, [33, 2], [40, 400])):
