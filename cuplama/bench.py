@@ -49,7 +49,9 @@ __all__ = [
 ]
 
 _WARM_UP = 8  # tokens
-_UNTIL_REPLAYED = 2  # runs to warm up: what is recorded is run as it is first, then captured, from then on replayed
+# Runs to warm up. A prompt of a size that was not there yet is not recorded; one that was is run as it is, the next is
+# captured, and from then on it is replayed. A decode step is recorded the first time.
+_UNTIL_REPLAYED = 3
 
 
 @dataclass(frozen=True)

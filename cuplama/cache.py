@@ -34,7 +34,7 @@ class PagedCache:
     def __init__(self, backend: Backend, config: ModelConfig, pages: int) -> None:
         shape = (pages + 1, config.kv_heads, PAGE, config.head_dim)
         self.pages, self.page_size = pages, PAGE
-        self.spare = pages  # a page that is nobody's: idle rows of a recorded batch write there
+        self.spare = pages  # a page that is nobody's: rows that fill up a recorded batch write there
         self.arrays: dict[str, Array] = {
             f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.layers) for part in "kv"
         }

@@ -115,9 +115,8 @@ def plan(
     """
     tables = 0 if config.rope is None else 4 * config.rope.dim * min(config.context, _TABLE_ROWS)
     logits = 4 * 4 * config.vocab  # logits, penalised logits and the sampler's scratch
-    # What recorded passes hold; and a pass that cannot be recorded, which only changing rotation tables bring about.
-    passes = KEPT_CHUNKS + (config.rope is not None and config.rope.type == "dynamic")
-    work = passes * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
+    # What recorded passes hold, and one that is not recorded.
+    work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
     return MemoryPlan(
         weights=elements * dtype.itemsize,
         cache=cache_bytes(config, dtype, tokens),

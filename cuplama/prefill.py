@@ -69,16 +69,17 @@ class PrefillPass:
 
     def close(self) -> None:
         """Give back the recording and its memory."""
+        self._hidden = {}
         self._recording.close()
         self._inputs.close()
-        self._hidden = {}
 
 
 class PrefillPasses:
-    """The recorded passes of an engine. Those that were not used for longest make room for new ones.
+    """The recorded passes of an engine, of sizes that came more than once.
 
-    Each has memory of its own for its activations, in proportion to its rows, so the rows of all are bounded. A pass is
-    queued as a whole, on one stream, before another can begin; so even streams that are open together share them.
+    Each has memory of its own for its activations, in proportion to its rows, so the rows of all are bounded: the one
+    that was not used for longest makes room for a new one. A pass is queued as a whole, on one stream, before another
+    can begin; so even streams that are open together share them.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -86,28 +87,36 @@ class PrefillPasses:
         largest = min(engine.backend.prefill_chunk, engine.cache.pages * PAGE)
         self._most_rows = KEPT_CHUNKS * padded_rows(largest)
         self._kept: dict[tuple[int, int], PrefillPass] = {}
+        self._seen: set[tuple[int, int]] = set()
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Array] | None:
-        """Queue a recorded pass with these inputs of a pass; see ``PrefillPass.run``. None if it cannot be recorded.
+        """Queue a recorded pass with these inputs of a pass; see ``PrefillPass.run``. None if it is not to be recorded.
 
-        That is so if it brings rotation tables of its own, or has too many rows to be kept.
+        That is so the first time of a size, which may be the last; and if the pass brings rotation tables of its own,
+        or has too many rows to be kept.
         """
         sequences = batch_size(len(inputs["lengths"]))
         # More rows than sequences, because as many mean a decode step to the attention op.
         rows = padded_rows(max(len(inputs["ids"]), sequences + 1))
+        size = (rows, sequences)
         if "rope.cos" in inputs or rows > self._most_rows:
             return None
-        chosen = self._kept.pop((rows, sequences), None)
+        if size not in self._seen:
+            self._seen.add(size)
+            return None
+        chosen = self._kept.pop(size, None)
         if chosen is None:
             while self._kept and rows + sum(p.rows for p in self._kept.values()) > self._most_rows:
-                self._kept.pop(next(iter(self._kept))).close()
+                oldest = next(iter(self._kept))
+                self._kept.pop(oldest).close()
+                self._seen.remove(oldest)
             chosen = PrefillPass(self._engine, rows, sequences)
         try:
             values = chosen.run(inputs)
         except BaseException:
             chosen.close()
             raise
-        self._kept[rows, sequences] = chosen  # now the last to go
+        self._kept[size] = chosen  # now the last to go
         return values
 
     def close(self) -> None:

@@ -145,9 +145,9 @@ def test_spread() -> None:
 
 
 def test_rows_follow_from_the_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([(9.0, 9.0), (9.0, 9.0), (0.5, 2.0), (0.7, 4.0)])  # two to warm up
+    times = iter([*[(9.0, 9.0)] * 3, (0.5, 2.0), (0.7, 4.0)])  # three to warm up
     monkeypatch.setattr(bench._Runs, "generation", lambda self, trial: next(times))
-    prompts = iter([9.0, 9.0, 0.25, 0.75])
+    prompts = iter([9.0, 9.0, 9.0, 0.25, 0.75])
     monkeypatch.setattr(bench._Runs, "prompt", lambda self, trial: next(prompts))
     with bench.dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
         row = bench.measure(model, Trial(0, 8, 10, 2), 2, LIMITS)

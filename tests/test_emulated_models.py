@@ -61,12 +61,13 @@ RECORDED = ("gpt2-char", "llama-rope-dynamic", "llama3-gqa", "mistral-window", "
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_replayed_prompts(name: str) -> None:
-    """Ragged batches, of a part of each prompt and of the rest: as they are first, then captured, then replayed."""
+    """Ragged batches, of a part of each prompt and of the rest: the first is not recorded, the second is run as it is,
+    the third captured, and then they are replayed."""
     case = next(c for c in CASES if c.name == name)
     model, golden, meta = _load(case, "f32")
     plain = cuplama.load(case, device="numpy", context=meta["context"], cache_tokens=2 * meta["context"])
     prompts = [golden[f"prompt_{j}"].tolist() for j in (2, 0, 1)]
-    for i in range(4):
+    for i in range(5):
         batch = [p[i:] or p for p in prompts]
         for a, b in zip(continued(model, batch), continued(plain, batch), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-3, rtol=0)

@@ -34,7 +34,7 @@ class Recording(Protocol):
 class Backend(Protocol):
     """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most.
 
-    records: whether decoding goes through ``recording``.
+    records: whether prompts and decode steps go through ``recording``.
     """
 
     name: str

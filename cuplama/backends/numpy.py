@@ -61,7 +61,7 @@ class NumPyBackend:
 
     name = "numpy"
     prefill_chunk = 512
-    records = False  # nothing to gain; but it can, so that the decode loop is tested without a GPU
+    records = False  # nothing to gain; but it can, so that recorded passes and steps are tested without a GPU
 
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
         self.dtype = DTYPES[dtype]
