@@ -2,6 +2,8 @@
 #ifndef CUPLAMA_ACTIVATION_CUH
 #define CUPLAMA_ACTIVATION_CUH
 
+enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF };  // behind a product
+
 __device__ __forceinline__ float silu_of(float x) { return x / (1.f + expf(-x)); }
 
 __device__ __forceinline__ float gelu_tanh_of(float x) {

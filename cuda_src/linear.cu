@@ -33,7 +33,7 @@
 //   0.56.
 // - Letting the next kernel go only near the end: from 64 KB before it on, no difference; at the end: 4.02 / 0.85 /
 //   0.63.
-// Not tried: tensor cores for 3 to 8 rows, where the products bind (8 rows: 18 to 72% of the ceiling).
+// From two rows on the products bind (8 rows: 18 to 72% of the ceiling); 16-bit ones go to tensor cores: linear_mma.cu.
 //
 // Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
 #include "activation.cuh"
@@ -41,7 +41,6 @@
 #include "ptx.cuh"
 
 enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };
-enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF };
 
 constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / WARP;  // of a block
 constexpr int BATCH = 4;  // pieces that a lane asks for at once: OUTS * WIDTH

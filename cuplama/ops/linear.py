@@ -1,7 +1,9 @@
-"""Matrix products with a weight. Kernels: cuda_src/linear.cu (few rows); cuBLAS (many rows)."""
+"""Matrix products with a weight. Kernels: cuda_src/linear.cu (few rows), linear_mma.cu (two to eight rows on tensor
+cores); cuBLAS (many rows)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,19 @@ _LEAST_DEPTH, _MOST_DEPTH = 2, 12  # of the ring, in batches
 _WARPS = {160 << 10: 16, 0: 8}  # of a block at most, by the shared memory there is: its ring must be deep enough
 _FULL = 0.94  # of the warps busy to the end: good enough
 
+# linear_mma.cu
+_TENSOR_ROWS = 2  # of x from which on tensor cores pay
+_TILE = 16  # rows of w
+_CHUNK = 64  # elements of a row of w that a warp takes at a time
+_GROUP = 2  # tiles between two barriers
+_REGISTERS = {False: 128, True: 64}  # chunks of x that fit into a block's; with a norm they come in f32
+_LEAST_COLUMNS = 4  # of y that are worth a block
+_MOST_TENSOR_DEPTH = 16  # of the ring, in chunks of a tile for each warp
+
+
+def _most_warps(device: Device) -> int:
+    return next(warps for shared, warps in _WARPS.items() if device.shared >= shared)
+
 
 def _shape(rows: int, least: int, device: Device) -> tuple[int, int, int]:
     """(OUTS, blocks, warps of a block) for a weight of that many rows; OUTS is ``least`` at least.
@@ -42,7 +57,7 @@ def _shape(rows: int, least: int, device: Device) -> tuple[int, int, int]:
     comes free. Many warps drain the ring faster that was filled before the wait. More rows in a unit (OUTS) mean fewer
     accesses to x, but the warps should get equal numbers of units: if no OUTS gives that, their number is reduced.
     """
-    most = next(warps for shared, warps in _WARPS.items() if device.shared >= shared)
+    most = _most_warps(device)
     for outs in (o for o in (4, 2, 1) if o >= least):
         units = -(-rows // outs)
         rounds = -(-units // (device.sms * most))
@@ -51,8 +66,40 @@ def _shape(rows: int, least: int, device: Device) -> tuple[int, int, int]:
     return outs, min(units, device.sms), -(-units // (device.sms * rounds))
 
 
+def _tensor_launch(
+    kernel: str, call: Call, device: Device, first: int, halves: int, constants: Mapping[str, Any]
+) -> Launch | None:
+    """The launch of linear_mma.cu for the rows of x from ``first`` on, at most 8; None if it cannot take them.
+
+    halves: rows of w that make a column of y. All warps of a block work on the same tiles of 16 rows of w, with equal
+    slices of k; the blocks have equal numbers of columns, to one, and as deep a ring as shared memory allows.
+    """
+    n, m, k, T = call["n"], call["m"], call["k"], call.dtypes["T"]
+    if n - first < _TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8:
+        return None
+    total = -(-k // _CHUNK)
+    scales = sum(name in call.arrays for name in ("g", "h"))  # vectors of a norm
+    phases = -(-total // _REGISTERS[scales > 0])
+    chunks = -(-total // (_most_warps(device) * phases))
+    warps = -(-total // (chunks * phases))
+    blocks = min(device.sms, -(-m // _LEAST_COLUMNS))
+    columns = -(-m // blocks)  # of a block
+    tiles = -(-columns * halves // _TILE)  # whose sums are kept from phase to phase
+    sums = (2 * warps * _GROUP + (tiles if phases > 1 else 0)) * _TILE * STREAMED_ROWS * 4
+    used = sums + scales * k * T.itemsize
+    batch = warps * _TILE * _CHUNK * 2
+    depth = min((device.shared - _STATIC - used) // batch, _MOST_TENSOR_DEPTH)
+    if depth < _LEAST_DEPTH:
+        return None
+    own = {"WARPS": warps, "CHUNKS": chunks, "PHASES": phases, "DEPTH": depth, "first": first}
+    return Launch(
+        f"linear_mma.cu:{kernel}_mma", (blocks,), (32 * warps,), depth * batch + used, constants={**constants, **own}
+    )
+
+
 def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False, **constants: Any) -> Plan:
-    """Launches of a kernel of linear.cu: groups of up to 8 rows of x, fewer where shared memory cannot hold them.
+    """Launches of a kernel of linear.cu, or its twin in linear_mma.cu: groups of up to 8 rows of x, fewer where shared
+    memory cannot hold them.
 
     constants: the kernel's own; ``ACT`` tells how many rows of w make a column of y. More groups read the weight again:
     correct, but cuBLAS is the fast way for many rows.
@@ -66,6 +113,10 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
     launches = []
     first = 0
     while first < n:
+        if (tensor := _tensor_launch(kernel, call, device, first, halves, constants)) is not None:
+            launches.append(tensor)
+            first += STREAMED_ROWS
+            continue
         rows = min(STREAMED_ROWS, n - first)
         if normed:
             rows = min(rows, (limit - _LEAST_DEPTH * batch) // row)

@@ -72,7 +72,8 @@ class _Shifted(harness.Emulator):
 
 
 _ANY_ALIGNMENT = ("embedding", "embedding_pos", "rms_norm", "layer_norm", "head_norm", "linear", "rope", "kv_append",
-                  "silu_mul", "gelu_tanh", "gelu_erf", "add", "select_rows")  # fmt: skip
+                  "silu_mul", "gelu_tanh", "gelu_erf", "add", "select_rows", "linear_add", "rms_norm_linear_silu_mul",
+                  "layer_norm_linear")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", _ANY_ALIGNMENT)
@@ -82,6 +83,19 @@ def test_unaligned_arrays(name: str) -> None:
     for case in op.cases[:5]:
         ins = harness.random_inputs(op, case, T)
         harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Shifted()))
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_add", "rms_norm_linear", "layer_norm_linear_gelu_tanh"])
+@pytest.mark.parametrize("T", ["f32", "bf16"])
+def test_a_row_of_a_product_does_not_depend_on_the_others(name: str, T: str) -> None:
+    """Bit for bit, from two rows on: one row has a kernel of its own."""
+    op, case = OPS[name], dict(n=8, m=37, k=1096, b=True, U="T", eps=1e-5)
+    ins = harness.random_inputs(op, case, T)
+    (together,) = harness.run_kernels(op, case, ins, harness.Emulator())
+    for rows in (slice(0, 2), slice(3, 8)):
+        few = {key: x[rows] if key in ("x", "a") and x is not None else x for key, x in ins.items()}
+        (alone,) = harness.run_kernels(op, {**case, "n": rows.stop - rows.start}, few, harness.Emulator())
+        assert np.array_equal(alone.view(np.uint8), together[rows].view(np.uint8))
 
 
 # ---- the GPU ---------------------------------------------------------------------------------------------------------

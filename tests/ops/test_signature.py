@@ -154,13 +154,13 @@ def test_bind_launch_by_name() -> None:
     assert OPS["linear"].kernels is not None
     (launch,) = OPS["linear"].kernels(call, Device()).launches
     bound = bind(launch, call, {})
-    assert bound.expression.startswith("linear<f16, f32, 3, ")
+    assert bound.expression.startswith("linear_mma<f16, f32, ")
     args = dict(zip((p.name for p in bound.prototype.parameters), bound.args, strict=True))
     assert args["w"] is call.arrays["w"]
     assert args["b"] == 0  # absent: a null pointer
     assert (args["m"], args["k"], args["first"]) == (5, 8, 0)
     assert all(type(args[name]) is np.int32 for name in ("m", "k", "first"))
-    assert "linear.cu: linear<f16" in bound.describe()
+    assert "linear_mma.cu: linear_mma<f16" in bound.describe()
     assert "w=(5, 8):float16" in bound.describe()
 
 
@@ -186,7 +186,7 @@ def test_bind_checks_element_types() -> None:
     call = _linear()
     call.arrays["y"] = zeros(3, 5, dtype=np.float64)
     assert OPS["linear"].kernels is not None
-    with pytest.raises(OpError, match=r"linear: y is float64, the kernel takes f32\*"):
+    with pytest.raises(OpError, match=r"linear_mma: y is float64, the kernel takes f32\*"):
         bind(OPS["linear"].kernels(call, Device()).launches[0], call, {})
 
 
@@ -196,6 +196,23 @@ def test_rows_beyond_one_launch() -> None:
     assert OPS["linear"].kernels is not None
     launches = OPS["linear"].kernels(call, Device()).launches
     assert [(x.constants["first"], x.constants["ROWS"]) for x in launches] == [(0, 8), (8, 8), (16, 4)]
+
+
+def test_few_rows_go_to_tensor_cores() -> None:
+    """Two to eight rows in 16 bits, where k and the GPU allow it; a ninth is a launch of its own."""
+
+    def launched(n: int, k: int, T: Any, device: Device) -> list[str]:
+        call = OPS["linear"].bind([zeros(n, k, dtype=T), zeros(50, k, dtype=T)], {"U": "f32"})
+        assert OPS["linear"].kernels is not None
+        return [launch.kernel for launch in OPS["linear"].kernels(call, device).launches]
+
+    plain, tensor = ["linear.cu:linear"], ["linear_mma.cu:linear_mma"]
+    assert launched(1, 64, F16, Device()) == plain
+    assert launched(2, 64, F16, Device()) == launched(8, 64, F16, Device()) == tensor
+    assert launched(9, 64, F16, Device()) == tensor + plain
+    assert launched(10, 64, F16, Device()) == tensor + tensor
+    assert launched(2, 64, F32, Device()) == launched(2, 68, F16, Device()) == plain
+    assert launched(2, 64, F16, Device(arch=75)) == plain
 
 
 def test_a_row_too_long_for_registers_is_refused() -> None:
@@ -219,7 +236,7 @@ def test_what_a_waiting_kernel_gets_from_earlier_kernels_is_not_taken_for_consta
     for file in source_folder().glob("*.cu"):
         text = file.read_text()
         for name, proto in prototypes(file.name).items():
-            if proto.waits and file.stem == "linear":
+            if proto.waits and file.stem.startswith("linear"):
                 for changing in {"x", "a", "y"} & {p.name for p in proto.parameters}:
                     declared = text[text.index(f" {name}(") :].split("{")[0]
                     assert f"__restrict__ {changing}," not in declared, f"{file.name}: {name}: {changing}"

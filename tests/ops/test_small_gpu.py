@@ -1,5 +1,6 @@
-"""GPUs with few multiprocessors: there a warp of linear.cu has several units and rows of w left over in the last, and a
-block of attention_decode.cu has several splits, with small arrays. On a large GPU it takes large ones."""
+"""GPUs with few multiprocessors: there a warp of linear.cu has several units and rows of w left over in the last, a
+block of linear_mma.cu several groups of tiles, and a block of attention_decode.cu several splits, with small arrays. On
+a large GPU it takes large ones."""
 
 from __future__ import annotations
 
@@ -21,6 +22,18 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("linear_add", dict(n=3, m=123, k=512, b=True), Device(sms=2)),
     ("rms_norm_linear_silu_mul", dict(n=3, m=125, k=264, **_WIDE), Device(sms=2)),
     ("layer_norm_linear", dict(n=2, m=31, k=21, U="T", **_WIDE), Device(sms=2)),
+    # linear_mma.cu (in bf16): several groups of tiles, the last of half a tile; slices of k that end early
+    ("linear", dict(n=8, m=101, k=1160, b=True, U="f32"), Device(sms=2)),
+    ("linear_add", dict(n=5, m=37, k=4168, b=False), Device(sms=1)),
+    ("rms_norm_linear_silu_mul", dict(n=7, m=45, k=1096, **_WIDE), Device(sms=1)),
+    ("layer_norm_linear_gelu_erf", dict(n=4, m=43, k=200, **_WIDE), Device(sms=1)),
+    ("rms_norm_linear", dict(n=3, m=33, k=328, U="f32", **_WIDE), Device(sms=2)),
+    # ... and k in two phases: more than 128 chunks of 64, or 64 with a norm
+    ("linear_add", dict(n=6, m=45, k=8264, b=True), Device(sms=1)),
+    ("rms_norm_linear_silu_mul", dict(n=2, m=35, k=4168, **_WIDE), Device(sms=1)),
+    ("layer_norm_linear", dict(n=3, m=19, k=4104, U="f32", **_WIDE), Device(sms=1)),
+    # ... which linear.cu computes on GPUs without tensor cores for it
+    ("linear", dict(n=4, m=61, k=200, b=True, U="T"), Device(arch=75, sms=2, shared=65536)),
     ("attention", _DECODE, Device(sms=8)),
     ("append_attention", {**_DECODE, **dict.fromkeys(("rows", "cos", "sin"), True), "h": 24, "R": 9, "q_norm": True,
                           "k_norm": True, "eps": 1e-6}, Device(sms=8)),

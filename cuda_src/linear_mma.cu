@@ -1,0 +1,418 @@
+// What linear.cu computes, on tensor cores, for 2 to 8 rows of x in 16 bits (sm_80 and later); k is a multiple of 8:
+//
+// linear_mma             y[n,m] = x w^T + b                  x[n,k], w[m,k], b[m] (may be null): T; y: U (T or f32)
+// linear_add_mma         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
+// rms_norm_linear_mma    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
+// layer_norm_linear_mma  y[n,m] = act(layer_norm(x) w^T + b) h[k] (shift): T
+//                        act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m+i)
+//                        A launch takes the rows first .. first + 7 of x, as far as there are so many.
+//
+// The time is that of reading w once. A tile is 16 rows of w (for silu_mul 8 of each half), and the WARPS warps of a
+// block share it: k is dealt to them in contiguous slices, of CHUNKS chunks of 64 elements (128 bytes of a row). So a
+// warp meets the same elements of x in every tile and keeps them in registers; x takes no shared memory and no accesses
+// to it. Where a slice would be too long for that, k goes in PHASES, each through all tiles of the block, whose sums
+// wait in shared memory.
+//
+// mma.m16n8k16 has the tile as A and x as B. Which k meets which is free as long as both sides agree: lane (r, t) =
+// (lane / 4, lane % 4) holds the elements 8t .. 8t+7 and 32 + 8t .. 32 + 8t+7 of a chunk, of row r of x and of rows r
+// and r + 8 of the tile. So all accesses are of 16 bytes, and two pieces of each row are the lane's share of four
+// products. It sends its own pieces of w through a ring in shared memory with cp.async, DEPTH chunks of a tile deep.
+// Nobody else reads them, so no barrier guards the ring, and it never runs dry between tiles.
+//
+// After a group of up to two tiles the warps leave their sums in shared memory, and behind a barrier each thread adds
+// up those of an element of y, in the order of the warps: the result is the same in every run and does not depend on
+// the other rows of x. There are two places for the sums, which groups take in turn: one barrier per group. A block
+// takes an equal share of the columns of y, to the column: rows of a tile beyond them are not read.
+//
+// A normalised row is rounded to T, as by the norm alone. Where y is f32 (logits) it is the sum of two numbers of T, so
+// that as little is lost as in linear.cu; each takes products of its own.
+//
+// As in linear.cu, what does not depend on earlier kernels happens before the wait: the ring is filled, scale and shift
+// of the norm are read. What does not lie on 16-byte boundaries comes element by element.
+//
+// Tried (compiled, not measured): x as A, in 8 of its 16 rows, and 8 rows of w as B. The zeros of A take registers too,
+// so x takes twice as many, or a move for each; and there are twice as many products.
+//
+// Launch and tuning: cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
+#include "activation.cuh"
+#include "common.cuh"
+#include "ptx.cuh"
+
+enum Norm { RMS_NORM, LAYER_NORM };
+
+constexpr int ROWS = 8;                             // of x, and of w in half a tile
+constexpr int CHUNK = 64;                           // elements of a row of w that a warp takes at a time
+constexpr int HALF = ROWS * ROWS, TILE = 2 * HALF;  // sums of half a tile, of a tile
+constexpr int GROUP = 2;                            // tiles between two barriers
+
+// Columns of y of a tile.
+template <int ACT>
+constexpr int COLUMNS = ACT == SILU_MUL ? ROWS : 2 * ROWS;
+
+// Numbers of T that make an element of a normalised row.
+template <typename U>
+constexpr int NUMBERS = sizeof(U) == 4 ? 2 : 1;
+
+__device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
+
+// Where this lane's first piece of a chunk of its warp lies along k. The second is 32 elements on.
+template <int WARPS, int CHUNKS>
+__device__ __forceinline__ int place(int phase, int chunk) {
+    return ((phase * WARPS + int(threadIdx.x / WARP)) * CHUNKS + chunk) * CHUNK + int(threadIdx.x % 4) * 8;
+}
+
+// Eight elements of T in the registers of an mma.
+typedef Pack<u32, 4> Piece;
+
+template <typename T>
+__device__ __forceinline__ Piece as_piece(const Pack<T, 8>& x) {
+    Piece piece;
+    memcpy(&piece, &x, 16);
+    return piece;
+}
+
+// Zeros if not `there`, and nothing is read. What does not lie on a 16-byte boundary (not `wide`) comes element by
+// element, in a loop that takes few registers.
+template <typename T>
+__device__ __forceinline__ Piece load_piece(const T* from, bool there, bool wide) {
+    Piece piece = {};
+    if (!there) return piece;
+    if (wide) return load<4>(reinterpret_cast<const u32*>(from));
+#pragma unroll 1
+    for (int j = 0; j < 8; j++) {
+        unsigned short bits;
+        memcpy(&bits, from + j, 2);
+#pragma unroll
+        for (int i = 0; i < 3; i++) piece.v[i] = piece.v[i] >> 16 | piece.v[i + 1] << 16;
+        piece.v[3] = piece.v[3] >> 16 | u32(bits) << 16;
+    }
+    return piece;
+}
+
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
+    mma_m16n8k16_f16(d, a, b);
+}
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
+    mma_m16n8k16_bf16(d, a, b);
+}
+
+// A warp's share of the weights on its way through the ring, in the order phase, tile, chunk. Making one starts it; it
+// reads nothing but weights.
+template <int COLUMNS, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T>
+struct Stream {
+    uint4* ring;  // of this lane: a piece every WARP
+    const T* w;
+    int m, k, begin, end;  // columns of y of this block
+    bool wide;
+    int phase, column, chunk;  // to ask for next
+
+    __device__ __forceinline__ Stream(const T* w, int m, int k) : w(w), m(m), k(k) {
+        DYNAMIC_SHARED(uint4, memory);
+        ring = memory + threadIdx.x / WARP * (DEPTH * 4 * WARP) + threadIdx.x % WARP;
+        begin = i64(m) * blockIdx.x / gridDim.x, end = i64(m) * (blockIdx.x + 1) / gridDim.x;
+        wide = aligned(w);
+        phase = 0, column = begin, chunk = 0;
+#pragma unroll 1
+        for (int slot = 0; slot < DEPTH; slot++) fetch(slot);
+        launch_dependents();
+    }
+
+    // Shared memory behind the ring: sums of a group's tiles [2][WARPS][GROUP][TILE]; with several phases those of all
+    // tiles of the block [tiles][TILE]; then scale and shift of a norm.
+    static constexpr int PARTIAL = WARPS * GROUP * TILE;
+    __device__ __forceinline__ f32* partials() const {
+        DYNAMIC_SHARED(uint4, memory);
+        return reinterpret_cast<f32*>(memory + DEPTH * 4 * WARPS * WARP);
+    }
+    __device__ __forceinline__ f32* sums() const { return partials() + 2 * PARTIAL; }
+    __device__ __forceinline__ T* scales() const {
+        return reinterpret_cast<T*>(sums() + (PHASES > 1 ? (end - begin + COLUMNS - 1) / COLUMNS * TILE : 0));
+    }
+
+    // Asks for the next chunk of a tile, or for nothing at the end: a group of copies in any case.
+    __device__ __forceinline__ void fetch(int slot) {
+        if (phase < PHASES) {
+            const int at = place<WARPS, CHUNKS>(phase, chunk), row = column + lane_row();
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int half = i / 2;
+                const T* from = w + i64(row + half * (COLUMNS > ROWS ? ROWS : m)) * k + at + i % 2 * 32;
+                uint4* to = ring + (slot * 4 + i) * WARP;
+                const bool there = row + half * (COLUMNS - ROWS) < end && at + i % 2 * 32 < k;
+                if (wide) {
+                    cp_async_16(to, from, there);
+                } else {
+                    const Piece piece = load_piece(from, there, false);
+                    memcpy(to, &piece, 16);
+                }
+            }
+            if (++chunk == CHUNKS) {
+                chunk = 0, column += COLUMNS;
+                if (column >= end) column = begin, phase++;
+            }
+        }
+        cp_async_commit();
+    }
+
+    // The next chunk of the ring, which is asked for anew: two pieces of row r of each half.
+    __device__ __forceinline__ void take(int& slot, Piece (&piece)[4]) {
+        cp_async_wait<DEPTH - 1>();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint4 bits = ring[(slot * 4 + i) * WARP];
+            memcpy(&piece[i], &bits, 16);
+        }
+        fetch(slot);
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+    }
+};
+
+// y = a + act(x w^T + b). rows(phase, x) gives this lane's pieces of x, each as the sum of LEVELS numbers.
+template <int ACT, typename Rows, int LEVELS, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U>
+__device__ __forceinline__ void multiply_rows(Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T>& stream,
+                                              const Rows& rows, Piece (&x)[CHUNKS][2][LEVELS], const T* b, const f32* a,
+                                              U* y, int count) {
+    constexpr int THREADS = WARPS * WARP;
+    constexpr int STEP = GROUP * COLUMNS<ACT>, PARTS = 2 * ROWS / COLUMNS<ACT>;  // sums for an element of y
+    constexpr int EACH = (STEP * ROWS + THREADS - 1) / THREADS;  // elements of y of a thread in a group
+    const int m = stream.m, begin = stream.begin, end = stream.end;
+    int slot = 0, turn = 0;
+#pragma unroll 1
+    for (int phase = 0; phase < PHASES; phase++) {
+        rows(phase, x);
+#pragma unroll 1
+        for (int first = begin; first < end; first += STEP) {
+            // What is added to this thread's elements of y: asked for now, needed at the end.
+            float bias[EACH][PARTS] = {}, residual[EACH] = {};
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                const int i = threadIdx.x + e * THREADS, r = i % ROWS, column = first + i / ROWS;
+                if (i < STEP * ROWS && r < count && column < end && phase == PHASES - 1) {
+                    if (a != nullptr) residual[e] = a[i64(r) * m + column];
+#pragma unroll
+                    for (int p = 0; p < PARTS; p++)
+                        if (b != nullptr) bias[e][p] = to_float(b[p * m + column]);
+                }
+            }
+
+            f32* partial = stream.partials() + turn * stream.PARTIAL;
+            turn ^= 1;
+            f32* mine = partial + threadIdx.x / WARP * (GROUP * TILE) + threadIdx.x % WARP * 2;
+#pragma unroll 1
+            for (int column = first; column < min(first + STEP, end); column += COLUMNS<ACT>) {
+                constexpr int CHAINS = 3 - LEVELS;  // of products: short ones where there are registers
+                float sum[CHAINS][4] = {};
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    Piece w[4];
+                    stream.take(slot, w);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const u32(&p)[4] = w[i].v, (&q)[4] = w[i + 2].v;
+#pragma unroll
+                        for (int l = 0; l < LEVELS; l++) {
+                            const u32(&v)[4] = x[c][i][l].v;
+                            multiply(sum[0], {p[0], q[0], p[1], q[1]}, {v[0], v[1]}, T());
+                            multiply(sum[CHAINS - 1], {p[2], q[2], p[3], q[3]}, {v[2], v[3]}, T());
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; CHAINS > 1 && i < 4; i++) sum[0][i] += sum[CHAINS - 1][i];
+                // Row r of each half with rows 2t and 2t + 1 of x.
+                store<2>(mine, Pack<f32, 2>{sum[0][0], sum[0][1]});
+                store<2>(mine + HALF, Pack<f32, 2>{sum[0][2], sum[0][3]});
+                mine += TILE;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                const int i = threadIdx.x + e * THREADS, r = i % ROWS, column = first + i / ROWS;
+                if (i >= STEP * ROWS || r >= count || column >= end) continue;
+                float total[PARTS];
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) {
+                    const int at = i / (TILE / PARTS) * TILE + p * HALF + i % (TILE / PARTS);
+                    total[p] = 0.f;
+#pragma unroll
+                    for (int warp = 0; warp < WARPS; warp++) total[p] += partial[warp * (GROUP * TILE) + at];
+                    if constexpr (PHASES > 1) {
+                        f32& earlier = stream.sums()[(first - begin) * (ROWS * PARTS) + at];
+                        if (phase > 0) total[p] += earlier;
+                        earlier = total[p];
+                    }
+                    total[p] += bias[e][p];
+                }
+                if (phase < PHASES - 1) continue;
+                float value = total[0];
+                if constexpr (ACT == SILU_MUL) value = silu_of(total[0]) * total[1];
+                if constexpr (ACT == GELU_TANH) value = gelu_tanh_of(value);
+                if constexpr (ACT == GELU_ERF) value = gelu_erf_of(value);
+                y[i64(r) * m + column] = from_float<U>(residual[e] + value);
+            }
+        }
+    }
+}
+
+// The rows of x of linear and linear_add: as they are.
+template <int WARPS, int CHUNKS, typename T>
+struct PlainRows {
+    const T* x;  // of this lane
+    int k;
+    bool there, wide;
+
+    __device__ __forceinline__ PlainRows(const T* x, int k, int count)
+        : x(x + i64(lane_row()) * k), k(k), there(lane_row() < count), wide(aligned(x)) {}
+
+    __device__ __forceinline__ void operator()(int phase, Piece (&to)[CHUNKS][2][1]) const {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
+                to[c][i][0] = load_piece(x + at, there && at < k, wide);
+            }
+    }
+};
+
+// The rows of x of the ops with a norm. LEVELS: 1, rounded to T, as by the norm alone, or 2, where y is f32: T, and
+// what the rounding took. Rows that fit into registers beside what becomes of them are read once (KEPT).
+template <int NORM, int LEVELS, int WARPS, int CHUNKS, int PHASES, typename T>
+struct NormalisedRows {
+    static constexpr bool KEPT = PHASES == 1 && LEVELS == 1;
+    const f32* x;  // of this lane
+    const T* scale;  // in shared memory: g, and h behind it
+    int k;
+    bool there, wide;
+    float mean, inverse;
+    Pack<f32, 8> kept[KEPT ? CHUNKS : 1][2];
+
+    // Copies g and h early: they are constant, so they need not wait.
+    __device__ __forceinline__ NormalisedRows(const f32* x, const T* g, const T* h, T* scale, int k, int count)
+        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), wide(aligned(x)), mean(0.f) {
+        const bool wide_scale = aligned(g, h);
+#pragma unroll 1
+        for (int at = threadIdx.x * 8; at < k; at += WARPS * WARP * 8) {
+            store<4>(reinterpret_cast<u32*>(scale + at), load_piece(g + at, true, wide_scale));
+            if (NORM == LAYER_NORM)
+                store<4>(reinterpret_cast<u32*>(scale + k + at), load_piece(h + at, true, wide_scale));
+        }
+    }
+
+    __device__ __forceinline__ Pack<f32, 8> piece(int phase, int c, int i) const {
+        const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
+        return load_row<8>(x, at, there ? k : 0, wide);
+    }
+
+    // The sum of f(element) over the row of this lane.
+    template <typename F>
+    __device__ __forceinline__ float sum(const F& f, float (*partial)[ROWS]) const {
+        float total = 0.f;
+#pragma unroll 1
+        for (int phase = 0; phase < PHASES; phase++)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : piece(phase, c, i);
+                    const bool inside = place<WARPS, CHUNKS>(phase, c) + 32 * i < k;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) total += inside ? f(v.v[j]) : 0.f;
+                }
+        total += __shfl_xor_sync(ALL_LANES, total, 1);
+        total += __shfl_xor_sync(ALL_LANES, total, 2);
+        if (threadIdx.x % 4 == 0) partial[threadIdx.x / WARP][lane_row()] = total;
+        __syncthreads();
+        total = 0.f;
+#pragma unroll
+        for (int p = 0; p < WARPS; p++) total += partial[p][lane_row()];
+        return total;
+    }
+
+    // Reads x, for what the rows are multiplied with.
+    __device__ __forceinline__ void measure(f32 eps) {
+        __shared__ float partial[2][WARPS][ROWS];
+#pragma unroll
+        for (int c = 0; KEPT && c < CHUNKS; c++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) kept[KEPT ? c : 0][i] = piece(0, c, i);
+        if constexpr (NORM == LAYER_NORM) mean = sum([](float v) { return v; }, partial[1]) / k;
+        const float from = mean;
+        inverse = 1.f / sqrtf(sum([from](float v) { return (v - from) * (v - from); }, partial[0]) / k + eps);
+    }
+
+    __device__ __forceinline__ void operator()(int phase, Piece (&to)[CHUNKS][2][LEVELS]) const {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int at = min(place<WARPS, CHUNKS>(phase, c) + 32 * i, k - 8);  // w is zero beyond
+                const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : piece(phase, c, i);
+                const Pack<T, 8> by = load<8>(scale + at);
+                Pack<T, 8> shift = {}, high, low;
+                if (NORM == LAYER_NORM) shift = load<8>(scale + k + at);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float value = (v.v[j] - mean) * inverse * to_float(by.v[j]);
+                    if (NORM == LAYER_NORM) value += to_float(shift.v[j]);
+                    high.v[j] = from_float<T>(value);
+                    low.v[j] = from_float<T>(value - to_float(high.v[j]));
+                }
+                to[c][i][0] = as_piece(high);
+                if (LEVELS > 1) to[c][i][LEVELS - 1] = as_piece(low);
+                __syncwarp();  // keeps the compiler from asking for too many pieces at once
+            }
+    }
+};
+
+template <typename T, typename U, int WARPS, int CHUNKS, int PHASES, int DEPTH>
+__global__ void __launch_bounds__(WARPS * WARP, 1) linear_mma(const T* x, const T* __restrict__ w,
+                                                              const T* __restrict__ b, U* y, int n, int first, int m,
+                                                              int k) {
+    Stream<COLUMNS<NO_ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
+    Piece pieces[CHUNKS][2][1];
+    const int count = min(n - first, ROWS);
+    wait_for_previous();
+    const PlainRows<WARPS, CHUNKS, T> rows(x + i64(first) * k, k, count);
+    multiply_rows<NO_ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
+}
+
+template <typename T, int WARPS, int CHUNKS, int PHASES, int DEPTH>
+__global__ void __launch_bounds__(WARPS * WARP, 1)
+    linear_add_mma(const T* x, const T* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y, int n, int first,
+                   int m, int k) {
+    Stream<COLUMNS<NO_ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
+    Piece pieces[CHUNKS][2][1];
+    const int count = min(n - first, ROWS);
+    wait_for_previous();
+    const PlainRows<WARPS, CHUNKS, T> rows(x + i64(first) * k, k, count);
+    multiply_rows<NO_ACT>(stream, rows, pieces, b, a + i64(first) * m, y + i64(first) * m, count);
+}
+
+template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
+__global__ void __launch_bounds__(WARPS * WARP, 1)
+    rms_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
+                        int n, int first, int m, int k, f32 eps) {
+    Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
+    Piece pieces[CHUNKS][2][NUMBERS<U>];
+    const int count = min(n - first, ROWS);
+    NormalisedRows<RMS_NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, g, nullptr, stream.scales(),
+                                                                        k, count);
+    wait_for_previous();
+    rows.measure(eps);
+    multiply_rows<ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
+}
+
+template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
+__global__ void __launch_bounds__(WARPS * WARP, 1)
+    layer_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
+                          const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps) {
+    Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
+    Piece pieces[CHUNKS][2][NUMBERS<U>];
+    const int count = min(n - first, ROWS);
+    NormalisedRows<LAYER_NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, g, h, stream.scales(),
+                                                                        k, count);
+    wait_for_previous();
+    rows.measure(eps);
+    multiply_rows<ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
+}
