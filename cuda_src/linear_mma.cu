@@ -80,8 +80,9 @@ __device__ __forceinline__ Piece load_piece(const T* from, bool there, bool wide
     if (wide) return load<4>(reinterpret_cast<const u32*>(from));
 #pragma unroll 1
     for (int j = 0; j < 8; j++) {
+        const T element = from[j];
         unsigned short bits;
-        memcpy(&bits, from + j, 2);
+        memcpy(&bits, &element, 2);
 #pragma unroll
         for (int i = 0; i < 3; i++) piece.v[i] = piece.v[i] >> 16 | piece.v[i + 1] << 16;
         piece.v[3] = piece.v[3] >> 16 | u32(bits) << 16;
@@ -129,21 +130,27 @@ struct Stream {
         return reinterpret_cast<T*>(sums() + (PHASES > 1 ? (end - begin + COLUMNS - 1) / COLUMNS * TILE : 0));
     }
 
+    // Whether piece i of a chunk is one of the block.
+    __device__ __forceinline__ bool there(int row, int at, int i) const {
+        return row + i / 2 * (COLUMNS - ROWS) < end && at + i % 2 * 32 < k;
+    }
+
     // Asks for the next chunk of a tile, or for nothing at the end: a group of copies in any case.
     __device__ __forceinline__ void fetch(int slot) {
         if (phase < PHASES) {
             const int at = place<WARPS, CHUNKS>(phase, chunk), row = column + lane_row();
+            const T* from = w + i64(row) * k + at;
+            const i64 other = i64(COLUMNS > ROWS ? ROWS : m) * k;  // from a row to that of the other half
+            uint4* to = ring + slot * (4 * WARP);
+            if (wide) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int half = i / 2;
-                const T* from = w + i64(row + half * (COLUMNS > ROWS ? ROWS : m)) * k + at + i % 2 * 32;
-                uint4* to = ring + (slot * 4 + i) * WARP;
-                const bool there = row + half * (COLUMNS - ROWS) < end && at + i % 2 * 32 < k;
-                if (wide) {
-                    cp_async_16(to, from, there);
-                } else {
-                    const Piece piece = load_piece(from, there, false);
-                    memcpy(to, &piece, 16);
+                for (int i = 0; i < 4; i++)
+                    cp_async_16(to + i * WARP, from + i / 2 * other + i % 2 * 32, there(row, at, i));
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < 4; i++) {
+                    const Piece piece = load_piece(from + i / 2 * other + i % 2 * 32, there(row, at, i), false);
+                    memcpy(to + i * WARP, &piece, 16);
                 }
             }
             if (++chunk == CHUNKS) {

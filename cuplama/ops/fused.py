@@ -1,5 +1,5 @@
-"""Fused ops of the decode step: what fuse.py puts in place of several nodes. Kernels: cuda_src/linear.cu (weights
-streamed once, with the norm before and the activation or residual after), cuda_src/attention.cu.
+"""Fused ops of the decode step: what fuse.py puts in place of several nodes. Kernels: cuda_src/linear.cu and
+linear_mma.cu (weights streamed once, with the norm before and the activation or residual after), attention_decode.cu.
 
 A fused op is defined by its parts: the references below do nothing but call theirs.
 """
