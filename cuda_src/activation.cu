@@ -4,13 +4,13 @@
 //            all x, y: T
 //
 // Where x is very negative, 1 + tanh and 1 + erf cancel to a few bits. The same values without the cancellation are
-// x / (1 + exp(-2a)) and x/2 erfc(-x / sqrt(2)), so these are computed. expf and erfcf are the full-precision functions.
+// x / (1 + exp(-2a)) and x/2 erfc(-x / sqrt(2)), so these are computed.
 //
 // Mapping: 8 elements per thread. silu_mul: blockIdx.x is the row, blockIdx.y and the threads share its f columns;
 // gelu: x is one long row. Sizes or addresses that forbid wide accesses go element by element.
 //
 // Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet.
+// Tried: full-precision exp and division for 16 bits too; they bind then, not memory.
 #include "activation.cuh"
 #include "common.cuh"
 
@@ -24,7 +24,7 @@ __global__ void silu_mul(const T* __restrict__ x, T* __restrict__ y, int f) {
         const Pack<T, 8> g = load_row<8>(gate, i, f, wide), u = load_row<8>(up, i, f, wide);
         Pack<T, 8> v;
 #pragma unroll
-        for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(silu_of(to_float(g.v[j])) * to_float(u.v[j]));
+        for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(silu_of<T>(to_float(g.v[j])) * to_float(u.v[j]));
         store_row<8>(out, i, f, wide, v);
     }
 }
@@ -43,10 +43,10 @@ __device__ __forceinline__ void map_elements(const T* x, T* y, i64 size) {
 
 template <typename T>
 __global__ void gelu_tanh(const T* __restrict__ x, T* __restrict__ y, int n, int f) {
-    map_elements<gelu_tanh_of>(x, y, i64(n) * f);
+    map_elements<gelu_tanh_of<T>>(x, y, i64(n) * f);
 }
 
 template <typename T>
 __global__ void gelu_erf(const T* __restrict__ x, T* __restrict__ y, int n, int f) {
-    map_elements<gelu_erf_of>(x, y, i64(n) * f);
+    map_elements<gelu_erf_of<T>>(x, y, i64(n) * f);
 }

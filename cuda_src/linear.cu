@@ -13,27 +13,16 @@
 // the shape of a batch decide: a row of y does not depend on the other rows of x. A k or an address that does not allow
 // 16-byte accesses goes element by element.
 //
-// With programmatic dependent launch (ptx.cuh) blocks of the next kernel start as soon as there is room beside those of
-// this one. What does not depend on earlier kernels happens before the wait: the ring is filled, the norm's scale is
-// read. So memory is busy while the last kernel ends, x is read and normalised.
+// With programmatic dependent launch (ptx.cuh) blocks of the next kernel start where one of this has ended. What does
+// not depend on earlier kernels happens before the wait: the ring is filled, the norm's scale is asked for.
 //
-// Measured on an H200 (2026-11-20; bf16, one row, read ceiling 4.53 to 4.62 TB/s; the GEMVs of a decode step alone, as
-// one graph: Llama-3.1-8B / Llama-3.2-1B / Qwen2.5-0.5B, ms): plain launches 4.04 / 0.82 / 0.63, early ones 3.62 / 0.72
-// / 0.53.
-// Tried there, and worse:
-// - All warps of a block on one unit, with a barrier per unit to add their sums: 94% of the ceiling at k = 4096 but 64%
-//   at 2048 and 56% at 896, since all wait for the slowest in every unit (4.26 / 1.07 / 0.70).
-// - A ring of 96 KB, so that a block of the next kernel fits beside each block (4.69 / 0.83 / 0.56; plain 4.08 / 0.85 /
-//   0.64). Perhaps blocks are dealt out where one has just ended, two to some multiprocessors and none to others; a ring
-//   that leaves no room for a second block does not suffer. Rings of two sizes, 130 KB for long kernels and 70 KB for
-//   short: 3.89 / 0.76 / 0.59.
-// - 8 warps instead of 16: 3.69 / 0.75 / 0.55; two blocks of 8 per multiprocessor: 3.72 / 0.72 / 0.52; of 4: 3.91 /
-//   0.80 / 0.55.
-// - Calling 64 KB per multiprocessor behind the ring to L2 before the wait: 5.11 / 0.89 / 0.57, beside 4.69 / 0.83 /
-//   0.56.
-// - Letting the next kernel go only near the end: from 64 KB before it on, no difference; at the end: 4.02 / 0.85 /
-//   0.63.
-// From two rows on the products bind (8 rows: 18 to 72% of the ceiling); 16-bit ones go to tensor cores: linear_mma.cu.
+// What counts in kernels of a few microseconds (measured on an H200, 2026-11-20; benchmarks/results/README.md):
+// - Instructions are fetched, too. A kernel runs its prologue once, cold, at some 25 ns for each 128 bytes of code:
+//   loops that run once or twice are not unrolled, and the paths for odd addresses are loops over single elements.
+// - The ring is shallow, 64 KB. That keeps the memory busy; with more on its way x waits behind it: 200 KB, 4 us.
+// - A block still takes more than half of the shared memory. Where two fit, some multiprocessors get two and others none.
+// - All kernels prefer the same division of a multiprocessor's L1 (Gpu.function): it must be empty to be divided anew.
+// Tried and worse: the copy engine (cp.async.bulk) instead of cp.async; asking for x before the ring is filled; 8 warps.
 //
 // Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
 #include "activation.cuh"
@@ -42,7 +31,7 @@
 
 enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };
 
-constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / WARP;  // of a block
+constexpr int MOST_THREADS = 512;  // of a block
 constexpr int BATCH = 4;  // pieces that a lane asks for at once: OUTS * WIDTH
 
 // Adds the products of W weights of OUTS rows with the W elements at x of ROWS rows.
@@ -82,64 +71,86 @@ __device__ __forceinline__ void block_sums(float (&v)[ROWS], float (*partial)[WA
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         v[r] = warp_sum(v[r]);
-        if (lane == 0) partial[warp][r] = v[r];
+        if (lane == 0) partial[r][warp] = v[r];
     }
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        v[r] = 0.f;
-        for (int p = 0; p < warps; p++) v[r] += partial[p][r];
-    }
+    for (int r = 0; r < ROWS; r++) v[r] = warp_sum(lane < warps ? partial[r][lane] : 0.f);
 }
 
-// staged[r] = norm(x[r]); the first row of staged holds the scale g when this begins.
-template <int NORM, int ROWS, typename T, typename X>
+// Where fetch_scale puts element `at` of the scale: where the thread that reads it will write W elements of staged.
+template <int W, typename T, typename X>
+__device__ __forceinline__ T* scale_at(X* staged, int at) {
+    return reinterpret_cast<T*>(staged + at / W * W) + at % W;
+}
+
+// The scale g of a norm on its way to the first row of staged: it is constant, so it need not wait for earlier kernels.
+// Comes before the ring.
+template <typename T, typename X>
+__device__ __forceinline__ void fetch_scale(const T* g, X* staged, int k, bool wide) {
+    constexpr int W = 16 / sizeof(T);
+    if (wide) {
+#pragma unroll 1
+        for (int at = threadIdx.x * 8; at < k; at += blockDim.x * 8)
+#pragma unroll
+            for (int i = 0; i < 8; i += W) cp_async_16(scale_at<8, T>(staged, at + i), g + at + i, true);
+    } else {
+#pragma unroll 1
+        for (int at = threadIdx.x; at < k; at += blockDim.x) *scale_at<1, T>(staged, at) = g[at];
+    }
+    cp_async_commit();
+}
+
+// staged[r] = norm(x[r]), W elements at a time; the first row of staged holds the scale g when this begins, see
+// fetch_scale.
+template <int NORM, int W, int ROWS, typename T, typename X>
 __device__ __forceinline__ void normalise(const f32* x, const T* h, X* staged, int k, f32 eps,
-                                          float (*partial)[MOST_WARPS][WARP]) {
-    const bool wide = k % 8 == 0 && aligned(x, h);
-    const int start = threadIdx.x * 8, stride = blockDim.x * 8;
+                                          float (*partial)[ROWS][WARP]) {
+    const int start = threadIdx.x * W, stride = blockDim.x * W;
     float mean[ROWS] = {}, inverse[ROWS] = {};
     if constexpr (NORM == LAYER_NORM) {
+#pragma unroll 1
         for (int at = start; at < k; at += stride)
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                const Pack<f32, 8> v = load_row<8>(x + i64(r) * k, at, k, wide);
+                const Pack<f32, W> v = load<W>(x + i64(r) * k + at);
 #pragma unroll
-                for (int j = 0; j < 8; j++) mean[r] += v.v[j];
+                for (int j = 0; j < W; j++) mean[r] += v.v[j];
             }
         block_sums(mean, partial[1]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) mean[r] /= k;
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int at = start; at < k; at += stride)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const Pack<f32, 8> v = load_row<8>(x + i64(r) * k, at, k, wide);
+            const Pack<f32, W> v = load<W>(x + i64(r) * k + at);
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
+            for (int j = 0; j < W; j++) {
                 const float d = v.v[j] - mean[r];
-                inverse[r] += NORM == RMS_NORM || at + j < k ? d * d : 0.f;
+                inverse[r] += d * d;
             }
         }
     block_sums(inverse, partial[0]);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) inverse[r] = 1.f / sqrtf(inverse[r] / k + eps);
+#pragma unroll 1
     for (int at = start; at < k; at += stride) {
-        const Pack<X, 8> scale = load_row<8>(staged, at, k, k % 8 == 0);
-        Pack<T, 8> shift = {};
-        if (NORM == LAYER_NORM) shift = load_row<8>(h, at, k, wide);
+        const Pack<T, W> scale = load<W>(scale_at<W, T>(staged, at));
+        Pack<T, W> shift = {};
+        if (NORM == LAYER_NORM) shift = load<W>(h + at);
 #pragma unroll
         for (int r = ROWS - 1; r >= 0; r--) {
-            const Pack<f32, 8> v = load_row<8>(x + i64(r) * k, at, k, wide);
-            Pack<X, 8> out;
+            const Pack<f32, W> v = load<W>(x + i64(r) * k + at);
+            Pack<X, W> out;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
+            for (int j = 0; j < W; j++) {
                 float value = (v.v[j] - mean[r]) * inverse[r] * to_float(scale.v[j]);
                 if (NORM == LAYER_NORM) value += to_float(shift.v[j]);
                 out.v[j] = from_float<X>(value);
             }
-            store_row<8>(staged + r * k, at, k, k % 8 == 0, out);
+            store<W>(staged + r * k + at, out);
         }
     }
     __syncthreads();
@@ -157,15 +168,15 @@ struct Stream {
 
     __device__ __forceinline__ Stream(const T* w, int m, int k, bool wide) : m(m), k(k) {
         DYNAMIC_SHARED(uint4, memory);
-        const int units = (m + NEW - 1) / NEW, warps = blockDim.x / WARP, local = threadIdx.x / WARP;
-        const i64 warp = i64(blockIdx.x) * warps + local, all = i64(gridDim.x) * warps;
+        const int warps = blockDim.x / WARP, local = threadIdx.x / WARP;
+        const u32 units = (m + NEW - 1) / NEW, warp = blockIdx.x * warps + local, all = gridDim.x * warps;
         lane = threadIdx.x % WARP;
-        begin = units * warp / all, end = units * (warp + 1) / all;
+        begin = units * warp / all, end = units * (warp + 1) / all;  // in 32 bits: m is below a million
         steps = wide ? (k + STEP - 1) / STEP : 0;
         ring = memory + local * (DEPTH * BATCH * WARP) + lane;
         from = w + i64(begin) * NEW * k + lane * W;
         row = begin * NEW, at = lane * W, left = (end - begin) * steps;
-#pragma unroll
+#pragma unroll 1
         for (int slot = 0; slot < DEPTH; slot++) fetch(slot);
         launch_dependents();
     }
@@ -215,6 +226,7 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
     const int value = lane / (WARP / VALUES), r = value / OUTS, o = value % OUTS;
     const bool stores = lane % (WARP / VALUES) == 0 && r < ROWS && o < COLUMNS;
     int slot = 0;
+#pragma unroll 1
     for (int unit = stream.begin; unit < end; unit++) {
         const int column = unit * COLUMNS + o % COLUMNS;
         float bias = 0.f, residual = 0.f;
@@ -224,6 +236,7 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
         }
 
         float sum[ROWS][OUTS] = {};
+#pragma unroll 1
         for (int step = 0; step < stream.steps; step++) {
             cp_async_wait<DEPTH - 1>();
             Pack<T, W> piece[WIDTH][OUTS];
@@ -243,6 +256,7 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
             }
         }
         if (stream.steps == 0)
+#pragma unroll 1
             for (int at = lane; at < k; at += WARP) {
                 Pack<T, 1> piece[OUTS];
 #pragma unroll
@@ -256,9 +270,9 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
         for (int i = 0; i < N; i++) values[i] = sum[i / OUTS][i % OUTS];
         float total = warp_sums(values, lane) + bias;
         if constexpr (ACT == SILU_MUL)
-            total = silu_of(total) * __shfl_down_sync(ALL_LANES, total, COLUMNS * (WARP / VALUES));
-        if constexpr (ACT == GELU_TANH) total = gelu_tanh_of(total);
-        if constexpr (ACT == GELU_ERF) total = gelu_erf_of(total);
+            total = silu_of<T>(total) * __shfl_down_sync(ALL_LANES, total, COLUMNS * (WARP / VALUES));
+        if constexpr (ACT == GELU_TANH) total = gelu_tanh_of<T>(total);
+        if constexpr (ACT == GELU_ERF) total = gelu_erf_of<T>(total);
         if (stores && column < m) y[i64(r) * m + column] = from_float<U>(residual + total);
     }
 }
@@ -267,27 +281,26 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
 template <int ROWS, int DEPTH, bool STAGED, typename T>
 __device__ __forceinline__ const T* stage(const T* x, int k) {
     if constexpr (!STAGED) return x;
-    constexpr int W = 16 / sizeof(T);
+    constexpr int W = 16 / sizeof(T), MANY = 4;  // loads that a thread has on their way
     T* staged = behind_ring<DEPTH, T>();
-    const bool wide = aligned(x);
-#pragma unroll 4
-    for (int at = threadIdx.x * W; at < ROWS * k; at += blockDim.x * W)
-        store_row<W>(staged, at, ROWS * k, true, load_row<W>(x, at, ROWS * k, wide));
+    const int size = ROWS * k, stride = blockDim.x * W;
+    if (size % W == 0 && aligned(x)) {
+#pragma unroll 1
+        for (int at = threadIdx.x * W; at < size; at += MANY * stride) {
+            Pack<T, W> v[MANY];
+#pragma unroll
+            for (int i = 0; i < MANY; i++)
+                if (at + i * stride < size) v[i] = load<W>(x + at + i * stride);
+#pragma unroll
+            for (int i = 0; i < MANY; i++)
+                if (at + i * stride < size) store<W>(staged + at + i * stride, v[i]);
+        }
+    } else {
+#pragma unroll 1
+        for (int at = threadIdx.x; at < size; at += blockDim.x) staged[at] = x[at];
+    }
     __syncthreads();
     return staged;
-}
-
-// The scale g of a norm, early: constant, so it need not wait.
-template <typename X, typename T>
-__device__ __forceinline__ void stage_scale(const T* g, X* staged, int k) {
-    const bool wide = k % 8 == 0 && aligned(g);
-    for (int at = threadIdx.x * 8; at < k; at += blockDim.x * 8) {
-        const Pack<T, 8> scale = load_row<8>(g, at, k, wide);
-        Pack<X, 8> out;
-#pragma unroll
-        for (int j = 0; j < 8; j++) out.v[j] = from_float<X>(to_float(scale.v[j]));
-        store_row<8>(staged, at, k, k % 8 == 0, out);
-    }
 }
 
 // Whether 16-byte accesses fit rows of k elements.
@@ -319,12 +332,17 @@ template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
 __global__ void __launch_bounds__(MOST_THREADS, 1)
     rms_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
                     int first, int m, int k, f32 eps) {
-    __shared__ float partial[2][MOST_WARPS][WARP];
-    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
+    __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();  // rounded to the dtype of y, as by the norm alone
-    stage_scale(g, rows, k);
+    const bool wide = k % 8 == 0 && aligned(x, g);
+    fetch_scale(g, rows, k, wide);
+    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
     wait_for_previous();
-    normalise<RMS_NORM, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
+    cp_async_wait<DEPTH>();  // the scale came before the ring
+    if (wide)
+        normalise<RMS_NORM, 8, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
+    else
+        normalise<RMS_NORM, 1, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
     multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }
 
@@ -332,11 +350,16 @@ template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
 __global__ void __launch_bounds__(MOST_THREADS, 1)
     layer_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
                       const T* __restrict__ b, U* y, int first, int m, int k, f32 eps) {
-    __shared__ float partial[2][MOST_WARPS][WARP];
-    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
+    __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();
-    stage_scale(g, rows, k);
+    const bool wide = k % 8 == 0 && aligned(x, g, h);
+    fetch_scale(g, rows, k, wide);
+    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
     wait_for_previous();
-    normalise<LAYER_NORM, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);
+    cp_async_wait<DEPTH>();  // the scale came before the ring
+    if (wide)
+        normalise<LAYER_NORM, 8, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);
+    else
+        normalise<LAYER_NORM, 1, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);
     multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }

@@ -110,7 +110,7 @@ struct Stream {
     __device__ __forceinline__ Stream(const T* w, int m, int k) : w(w), m(m), k(k) {
         DYNAMIC_SHARED(uint4, memory);
         ring = memory + threadIdx.x / WARP * (DEPTH * 4 * WARP) + threadIdx.x % WARP;
-        begin = i64(m) * blockIdx.x / gridDim.x, end = i64(m) * (blockIdx.x + 1) / gridDim.x;
+        begin = border(m, 0), end = border(m, 1);
         wide = aligned(w);
         phase = 0, column = begin, chunk = 0;
 #pragma unroll 1
@@ -118,16 +118,22 @@ struct Stream {
         launch_dependents();
     }
 
+    // Where the block's columns of y begin (0) and end (1). In 32 bits: m is below a million.
+    static __device__ __forceinline__ int border(int m, int side) {
+        return u32(m) * (blockIdx.x + side) / gridDim.x;
+    }
+
     // Shared memory behind the ring: sums of a group's tiles [2][WARPS][GROUP][TILE]; with several phases those of all
     // tiles of the block [tiles][TILE]; then scale and shift of a norm.
     static constexpr int PARTIAL = WARPS * GROUP * TILE;
-    __device__ __forceinline__ f32* partials() const {
+    static __device__ __forceinline__ f32* partials() {
         DYNAMIC_SHARED(uint4, memory);
         return reinterpret_cast<f32*>(memory + DEPTH * 4 * WARPS * WARP);
     }
-    __device__ __forceinline__ f32* sums() const { return partials() + 2 * PARTIAL; }
-    __device__ __forceinline__ T* scales() const {
-        return reinterpret_cast<T*>(sums() + (PHASES > 1 ? (end - begin + COLUMNS - 1) / COLUMNS * TILE : 0));
+    static __device__ __forceinline__ f32* sums() { return partials() + 2 * PARTIAL; }
+    static __device__ __forceinline__ T* scales(int m) {
+        const int columns = border(m, 1) - border(m, 0);
+        return reinterpret_cast<T*>(sums() + (PHASES > 1 ? (columns + COLUMNS - 1) / COLUMNS * TILE : 0));
     }
 
     // Whether piece i of a chunk is one of the block.
@@ -252,9 +258,9 @@ __device__ __forceinline__ void multiply_rows(Stream<COLUMNS<ACT>, WARPS, CHUNKS
                 }
                 if (phase < PHASES - 1) continue;
                 float value = total[0];
-                if constexpr (ACT == SILU_MUL) value = silu_of(total[0]) * total[1];
-                if constexpr (ACT == GELU_TANH) value = gelu_tanh_of(value);
-                if constexpr (ACT == GELU_ERF) value = gelu_erf_of(value);
+                if constexpr (ACT == SILU_MUL) value = silu_of<T>(total[0]) * total[1];
+                if constexpr (ACT == GELU_TANH) value = gelu_tanh_of<T>(value);
+                if constexpr (ACT == GELU_ERF) value = gelu_erf_of<T>(value);
                 y[i64(r) * m + column] = from_float<U>(residual[e] + value);
             }
         }
@@ -282,6 +288,24 @@ struct PlainRows {
     }
 };
 
+// Scale g and shift h of a norm on their way to shared memory. They are constant: they need not wait for earlier kernels.
+template <int NORM, int WARPS, typename T>
+__device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, int k) {
+    const bool wide = aligned(g, h);
+#pragma unroll 1
+    for (int at = threadIdx.x * 8; at < k; at += WARPS * WARP * 8)
+#pragma unroll
+        for (int i = 0; i < (NORM == LAYER_NORM ? 2 : 1); i++) {
+            const T* from = (i == 0 ? g : h) + at;
+            if (wide)
+                cp_async_16(to + i * k + at, from, true);
+            else
+                store<4>(reinterpret_cast<u32*>(to + i * k + at), load_piece(from, true, false));
+        }
+    cp_async_commit();
+    return to;
+}
+
 // The rows of x of the ops with a norm. LEVELS: 1, rounded to T, as by the norm alone, or 2, where y is f32: T, and
 // what the rounding took. Rows that fit into registers beside what becomes of them are read once (KEPT).
 template <int NORM, int LEVELS, int WARPS, int CHUNKS, int PHASES, typename T>
@@ -294,17 +318,8 @@ struct NormalisedRows {
     float mean, inverse;
     Pack<f32, 8> kept[KEPT ? CHUNKS : 1][2];
 
-    // Copies g and h early: they are constant, so they need not wait.
-    __device__ __forceinline__ NormalisedRows(const f32* x, const T* g, const T* h, T* scale, int k, int count)
-        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), wide(aligned(x)), mean(0.f) {
-        const bool wide_scale = aligned(g, h);
-#pragma unroll 1
-        for (int at = threadIdx.x * 8; at < k; at += WARPS * WARP * 8) {
-            store<4>(reinterpret_cast<u32*>(scale + at), load_piece(g + at, true, wide_scale));
-            if (NORM == LAYER_NORM)
-                store<4>(reinterpret_cast<u32*>(scale + k + at), load_piece(h + at, true, wide_scale));
-        }
-    }
+    __device__ __forceinline__ NormalisedRows(const f32* x, const T* scale, int k, int count)
+        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), wide(aligned(x)), mean(0.f) {}
 
     __device__ __forceinline__ Pack<f32, 8> piece(int phase, int c, int i) const {
         const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
@@ -396,30 +411,33 @@ __global__ void __launch_bounds__(WARPS * WARP, 1)
     multiply_rows<NO_ACT>(stream, rows, pieces, b, a + i64(first) * m, y + i64(first) * m, count);
 }
 
-template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
-__global__ void __launch_bounds__(WARPS * WARP, 1)
-    rms_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
-                        int n, int first, int m, int k, f32 eps) {
-    Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
+// The ops with a norm.
+template <int NORM, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U>
+__device__ __forceinline__ void norm_linear(const f32* x, const T* g, const T* h, const T* w, const T* b, U* y, int n,
+                                            int first, int m, int k, f32 eps) {
+    using Weights = Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T>;
+    const T* scale = fetch_scales<NORM, WARPS>(Weights::scales(m), g, h, k);
+    Weights stream(w, m, k);
     Piece pieces[CHUNKS][2][NUMBERS<U>];
     const int count = min(n - first, ROWS);
-    NormalisedRows<RMS_NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, g, nullptr, stream.scales(),
-                                                                        k, count);
+    NormalisedRows<NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, scale, k, count);
     wait_for_previous();
+    cp_async_wait<DEPTH>();  // scale and shift came before the ring
     rows.measure(eps);
     multiply_rows<ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
 }
 
 template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
 __global__ void __launch_bounds__(WARPS * WARP, 1)
+    rms_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
+                        int n, int first, int m, int k, f32 eps) {
+    const T* h = nullptr;
+    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps);
+}
+
+template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
+__global__ void __launch_bounds__(WARPS * WARP, 1)
     layer_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
                           const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps) {
-    Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
-    Piece pieces[CHUNKS][2][NUMBERS<U>];
-    const int count = min(n - first, ROWS);
-    NormalisedRows<LAYER_NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, g, h, stream.scales(),
-                                                                        k, count);
-    wait_for_previous();
-    rows.measure(eps);
-    multiply_rows<ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
+    norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps);
 }

@@ -315,6 +315,8 @@ class Gpu:
             except self._cupy.cuda.compiler.CompileException as e:
                 raise compiler.compile_error(file, str(e), self.limits.arch) from None
             launch = raw.kernel
+            # All kernels alike: a multiprocessor must be empty to change its shared memory, and then none starts early.
+            raw.preferred_shared_memory_carveout = 100
             if waits and self._early is not None:
                 launch = EarlyLaunch(self._early, launch, self.stream.ptr)
             found = self._functions[file, expression] = (raw, launch)
@@ -499,7 +501,7 @@ class CudaBackend:
     """
 
     name = "cuda"
-    prefill_chunk = 2048
+    prefill_chunk = 4096
     records = True
     _MOST_PLANS = 8192  # forgotten all at once beyond this; shapes of prompts vary without end
 

@@ -51,7 +51,10 @@ def _norm_linear(norm_op: Op, act: Op | None) -> Op:
         doc=f"y = {f'{act.name}(' if act else ''}{norm_op.name}(x) w^T + b{')' if act else ''}",
         reference=reference,
         kernels=kernels,
-        cases=[dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES],
+        cases=[
+            *(dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES),
+            *([] if act else [dict(n=2, m=10, k=k, b=True, eps=1e-5, U="f32") for k in (27, 40)]),
+        ],
         flops=lambda c: 2 * rows * c["n"] * c["m"] * c["k"],
     )
 

@@ -32,7 +32,8 @@ LIBRARY = frozenset({"linear", "linear_add"})  # the ops that cuBLAS computes th
 _PIECES = 4  # of 16 bytes that a lane asks for at once, as in the kernels
 _STATIC = 4096 + 1024  # bytes of shared memory that the kernels and the driver take beside the dynamic ones
 _STAGED = 131072  # bytes of x up to which it is copied to shared memory; beyond, it is read through L1
-_LEAST_DEPTH, _MOST_DEPTH = 2, 12  # of the ring, in batches
+_LEAST_DEPTH, _MOST_DEPTH = 2, 4  # of a ring, in batches
+_RING = 64 << 10  # bytes on their way at once: enough for the bandwidth, and x does not wait behind them for long
 _WARPS = {160 << 10: 16, 0: 8}  # of a block at most, by the shared memory there is: its ring must be deep enough
 _FULL = 0.94  # of the warps busy to the end: good enough
 
@@ -43,7 +44,11 @@ _CHUNK = 64  # elements of a row of w that a warp takes at a time
 _GROUP = 2  # tiles between two barriers
 _REGISTERS = {False: 128, True: 64}  # chunks of x that fit into a block's; with a norm they come in f32
 _LEAST_COLUMNS = 4  # of y that are worth a block
-_MOST_TENSOR_DEPTH = 16  # of the ring, in chunks of a tile for each warp
+
+
+def _depth(room: int, batch: int) -> int:
+    """Batches in a ring, where there is that much shared memory for it."""
+    return max(_LEAST_DEPTH, min(room // batch, _RING // batch, _MOST_DEPTH))
 
 
 def _most_warps(device: Device) -> int:
@@ -54,7 +59,7 @@ def _shape(rows: int, least: int, device: Device) -> tuple[int, int, int]:
     """(OUTS, blocks, warps of a block) for a weight of that many rows; OUTS is ``least`` at least.
 
     A block takes a whole multiprocessor, so that the blocks of the next kernel are dealt out evenly, one to each that
-    comes free. Many warps drain the ring faster that was filled before the wait. More rows in a unit (OUTS) mean fewer
+    comes free. Many warps drain the ring faster. More rows in a unit (OUTS) mean fewer
     accesses to x, but the warps should get equal numbers of units: if no OUTS gives that, their number is reduced.
     """
     most = _most_warps(device)
@@ -72,7 +77,7 @@ def _tensor_launch(
     """The launch of linear_mma.cu for the rows of x from ``first`` on, at most 8; None if it cannot take them.
 
     halves: rows of w that make a column of y. All warps of a block work on the same tiles of 16 rows of w, with equal
-    slices of k; the blocks have equal numbers of columns, to one, and as deep a ring as shared memory allows.
+    slices of k; the blocks have equal numbers of columns, to one.
     """
     n, m, k, T = call["n"], call["m"], call["k"], call.dtypes["T"]
     if n - first < _TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8:
@@ -88,13 +93,13 @@ def _tensor_launch(
     sums = (2 * warps * _GROUP + (tiles if phases > 1 else 0)) * _TILE * STREAMED_ROWS * 4
     used = sums + scales * k * T.itemsize
     batch = warps * _TILE * _CHUNK * 2
-    depth = min((device.shared - _STATIC - used) // batch, _MOST_TENSOR_DEPTH)
-    if depth < _LEAST_DEPTH:
+    room = device.shared - _STATIC - used
+    if room < _LEAST_DEPTH * batch:
         return None
+    depth = _depth(room, batch)
+    shared = max(depth * batch + used, device.shared // 2)
     own = {"WARPS": warps, "CHUNKS": chunks, "PHASES": phases, "DEPTH": depth, "first": first}
-    return Launch(
-        f"linear_mma.cu:{kernel}_mma", (blocks,), (32 * warps,), depth * batch + used, constants={**constants, **own}
-    )
+    return Launch(f"linear_mma.cu:{kernel}_mma", (blocks,), (32 * warps,), shared, constants={**constants, **own})
 
 
 def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False, **constants: Any) -> Plan:
@@ -124,11 +129,11 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
                 raise OpError(f"{call.op.name}: k is {k}; {device.shared} bytes of shared memory do not hold a row")
         staged = normed or rows * row <= min(_STAGED, limit - 3 * batch)
         x = -(-rows * row // 16) * 16 * staged
-        depth = max(_LEAST_DEPTH, min((limit - x) // batch, _MOST_DEPTH))
+        depth = _depth(limit - x, batch)
         own = {"ROWS": rows, "OUTS": outs, "DEPTH": depth, "first": first}
         if not normed:
             own["STAGED"] = staged
-        shared = depth * batch + x
+        shared = max(depth * batch + x, device.shared // 2)  # two blocks do not fit
         launches.append(Launch(f"linear.cu:{kernel}", (blocks,), (32 * warps,), shared, constants={**constants, **own}))
         first += rows
     return Plan(tuple(launches))
