@@ -194,7 +194,7 @@ def decode_cases(
     return walk.cases()
 
 
-def prompt_cases(config: ModelConfig, dtype: str, tokens: int = 512, chunk: int = 2048) -> list[Case]:
+def prompt_cases(config: ModelConfig, dtype: str, tokens: int = 512, chunk: int = 4096) -> list[Case]:
     """Every op of reading a prompt of one sequence and drawing a token. chunk: tokens of a pass at most."""
     pages = pages_for(tokens)
     blocks = np.random.default_rng(0).permutation(pages).astype(np.int32)[None]

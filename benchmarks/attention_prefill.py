@@ -1,0 +1,142 @@
+"""The prefill attention kernels alone, beside PyTorch's: ``python benchmarks/attention_prefill.py [--out FILE]``.
+
+One causal prompt of 1,024, 4,096 and 16,384 tokens, 32 query and 8 key heads of 128 and of 64, bf16. For our kernel for
+this GPU, our portable one (mma.sync) and torch's scaled_dot_product_attention: microseconds, TFLOP/s (4 n^2 heads D / 2
+operations), and the error against float64 over the first and the last 128 tokens, relative to the norm of the result.
+Needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cuplama.backends.cuda import CudaBackend
+from cuplama.cache import PAGE, pages_for
+from cuplama.lab import Replay
+from cuplama.op import DTYPES
+from cuplama.ops import OPS
+from tests.gpu.verify import environment
+
+PORTABLE = 89  # an architecture whose plan is the portable kernel
+EDGE = 128  # tokens at each end that are held against float64
+
+
+@contextmanager
+def planned_for(arch: int) -> Iterator[None]:
+    """Plans of the op as for another architecture; kernels are still compiled for this one."""
+    op = OPS["attention"]
+    plan = op.kernels
+    assert plan is not None
+    object.__setattr__(op, "kernels", lambda call, device: plan(call, replace(device, arch=arch)))
+    try:
+        yield
+    finally:
+        object.__setattr__(op, "kernels", plan)
+
+
+def truth(torch: Any, q: Any, k: Any, v: Any, rows: Any) -> Any:
+    """The attention of those rows in float64, [rows, heads, D]. q: [n, heads, D]; k, v: [n, H, D]."""
+    out = []
+    for head in range(q.shape[1]):
+        kv = head * k.shape[1] // q.shape[1]
+        scores = q[rows, head].double() @ k[:, kv].double().T * q.shape[2] ** -0.5
+        seen = torch.arange(len(k), device=q.device)[None, :] <= rows[:, None]
+        out.append(torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ v[:, kv].double())
+    return torch.stack(out, 1)
+
+
+def torch_seconds(torch: Any, run: Callable[[], Any], repeats: int) -> float:
+    """The median of a run's GPU time, several in a row."""
+    times = []
+    for _ in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(5):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 5e3)
+    return float(np.median(times[2:]))
+
+
+def measure(n: int, heads: int, H: int, D: int) -> list[dict[str, Any]]:
+    import torch
+
+    rng = np.random.default_rng(n + D)
+    bf16 = DTYPES["bf16"]
+    host = rng.standard_normal((n, (heads + 2 * H) * D), dtype=np.float32).astype(bf16)
+    x = torch.from_numpy(host.view(np.int16)).cuda().view(torch.bfloat16).reshape(n, heads + 2 * H, D)
+    q, k, v = x[:, :heads], x[:, heads : heads + H], x[:, heads + H :]
+    rows = torch.cat([torch.arange(EDGE), torch.arange(n - EDGE, n)]).cuda()
+    exact = truth(torch, q, k, v, rows)
+    operations = 2 * n * n * heads * D
+
+    def row(name: str, y: Any, seconds: float) -> dict[str, Any]:
+        error = float((y[rows].double() - exact).norm() / exact.norm())
+        return {
+            "kernel": name, "tokens": n, "head_dim": D, "microseconds": round(seconds * 1e6, 1),
+            "teraflops": round(operations / seconds / 1e12, 1), "relative_error": float(f"{error:.3e}"),
+        }  # fmt: skip
+
+    found = []
+    pages = pages_for(n)
+    for arch in (None, PORTABLE):
+        backend = CudaBackend("bf16")
+        with planned_for(arch or backend.gpu.limits.arch):
+            given = backend.upload(host)
+            slots = backend.upload(np.arange(n, dtype=np.int32))
+            cache = [backend.zeros((pages, H, PAGE, D), bf16) for _ in range(2)]
+            backend.call("kv_append", (given, slots, *cache), {})
+            i32 = [np.array([0, n]), np.array([n]), np.arange(pages)[None]]
+            ins = (given, *cache, *[backend.upload(a.astype(np.int32)) for a in i32])
+            attrs = {"heads": heads, "window": 0, "scale": D**-0.5}
+            (y,) = backend.call("attention", ins, attrs)
+            out = torch.from_numpy(backend.download(y).view(np.int16)).cuda().view(torch.bfloat16)
+            seconds = Replay(backend, [partial(backend.call, "attention", ins, attrs)]).seconds(5).median
+            found.append(row("portable" if arch else "for this GPU", out.reshape(n, heads, D), seconds))
+        backend.close()
+    heads_first = [a.transpose(0, 1)[None].contiguous() for a in (q, k, v)]
+
+    def peer() -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+
+    found.append(row("torch", peer()[0].transpose(0, 1), torch_seconds(torch, peer, 5)))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results to this file as well")
+    args = parser.parse_args()
+    rows = []
+    for D in (128, 64):
+        for n in (1024, 4096, 16384):
+            for found in measure(n, 32, 8, D):
+                rows.append(found)
+                print(json.dumps(found), flush=True)
+    backend = CudaBackend("bf16")
+    result = {
+        "command": " ".join(["python benchmarks/attention_prefill.py", *sys.argv[1:]]),
+        "environment": environment(backend),
+        "results": rows,
+    }
+    backend.close()
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
