@@ -168,6 +168,15 @@ def test_many_small_errors_are_found() -> None:
         lab.check(case, arrays, [out])
 
 
+def test_the_outliers_of_an_allowed_error_are_allowed() -> None:
+    """Of a million normal errors some lie five deviations out; a sum over 14,336 products was refused for that."""
+    case, arrays, (out,) = _checked("add", n=999, d=1001)
+    size = float(np.sqrt(np.mean(out.astype(np.float64) ** 2)))
+    errors = np.random.default_rng(7).standard_normal(out.shape) * 0.9e-5 * size
+    assert (np.abs(errors) > 3e-5 * (np.abs(out) + size)).any()
+    lab.check(case, arrays, [(out + errors).astype(np.float32)])
+
+
 def test_a_wrong_integer_and_a_wrong_shape_are_found() -> None:
     case, arrays, (out,) = _checked("sample", b=3, V=512)
     with pytest.raises(WrongResultError, match="token has shape"):
