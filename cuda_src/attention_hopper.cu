@@ -18,17 +18,17 @@
 // Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py, and tests/ops/test_attention.py.
 // Benchmark: `cuplama kernels bench`.
 //
-// On an H200, bf16, 32 query and 8 KV heads, one causal prompt, TFLOP/s (4 * heads * D * pairs), 2026-11-20; cuDNN
-// through torch 2.11:
+// On an H200, bf16, 32 query and 8 KV heads, one causal prompt, TFLOP/s (4 * heads * D * pairs), 2026-11-20, in one run
+// (benchmarks/results/2026-11-20-h200-attention-prefill.json); beside it the best of torch 2.11:
 //
 //     tokens           1k    4k   16k
-//     D = 128         321   571   604      cuDNN 264  530  655      attention_prefill.cu 210  308  318
-//     D = 64          193   406   505      cuDNN 178  379  472      attention_prefill.cu 165  262  282
-//     D = 96, 32 KV heads   472            cuDNN      393           attention_prefill.cu      297
+//     D = 128         353   523   569      torch 245  513  571      attention_prefill.cu 225  310  334
+//     D = 64          212   419   478      torch 166  371  461      attention_prefill.cu 180  266  293
 //
-// Lost: the warpgroups taking turns at the tensor cores by named barriers (D = 128: 558 at 4k and 16k; D = 64: 421 and
-// 483); multiplying the sums only when some maximum has moved (D = 128: 557, 556; kept for D = 64, where the exponentials
-// and not the products set the pace); two warpgroups for D = 64 (356, 427).
+// A run before had 571 and 604 for D = 128 at 4k and 16k, 406 and 505 for D = 64. Lost against it: the warpgroups
+// taking turns at the tensor cores by named barriers (D = 128: 558 at 4k and 16k; D = 64: 421 and 483); multiplying the
+// sums only when some maximum has moved (D = 128: 557, 556; kept for D = 64, where the exponentials and not the
+// products set the pace); two warpgroups for D = 64 (356, 427).
 #include "attention_prefill.cuh"
 
 constexpr int GROUP = 128, MINE = 64;   // threads and rows of a warpgroup

@@ -24,10 +24,10 @@
 // Op: cuplama/ops/attention.py, which also chooses ROWS and KEYS. Tests: the registry's in tests/ops/test_ops.py, and
 // tests/ops/test_attention.py. Benchmark: `cuplama kernels bench`.
 //
-// On an H200, bf16, 32 query and 8 KV heads, D = 128, one causal prompt of 1k, 4k, 16k tokens, 2026-11-20: 210, 308 and
-// 318 TFLOP/s (4 * heads * D * pairs); torch 2.11's FlashAttention-2: 160, 274, 339. Tried: 64 rows for long prompts
-// (285, 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 at 4k and 16k 222 and 233
-// instead of 262 and 282).
+// On an H200, bf16, 32 query and 8 KV heads, D = 128, one causal prompt of 1k, 4k, 16k tokens, 2026-11-20: 225, 310 and
+// 334 TFLOP/s (4 * heads * D * pairs), as benchmarks/results/ has it. Tried, in an earlier run (210, 308, 318): 64 rows
+// for long prompts (285, 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 at 4k and
+// 16k 222 and 233 instead of 262 and 282).
 #include "attention_prefill.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
