@@ -56,8 +56,8 @@ ARCHS = (75, 80, 86, 89, 90, 100, 120)
 ADMITTED_SPILLS: Mapping[str, str] = {
     "append_attention@120": "8 bytes in one instance (bf16, heads of 128, one query head a block), whose tiles of keys"
     " and values fill 255 registers; no other architecture spills there",
-    "layer_norm_linear@75": "12 bytes in one instance (f32, 8 rows, the exact GELU), beside 128 registers of a block that"
-    " fills the multiprocessor; no other architecture spills there",
+    "layer_norm_linear@75": "12 bytes in one instance (f32, 8 rows, the exact GELU), beside the 128 registers that 512"
+    " threads can have; no other architecture spills there",
 }
 
 

@@ -25,7 +25,7 @@ from .ops import OPS
 from .ops.linear import LIBRARY
 from .prefill import KEPT_CHUNKS, padded_rows
 
-__all__ = ["MemoryPlan", "cache_bytes", "check", "plan", "workspace_bytes"]
+__all__ = ["MemoryPlan", "cache_bytes", "check", "fit", "plan", "workspace_bytes"]
 
 # cuBLAS's workspace, compiled kernels, and what the pool loses to rounding. CUDA's own context is in no plan: it is
 # taken before free memory is read.
@@ -124,6 +124,23 @@ def plan(
         tokens=tokens,
         dtype=dtype_name(dtype),
     )
+
+
+def fit(
+    config: ModelConfig,
+    elements: int,
+    dtype: np.dtype[Any],
+    tokens: int,
+    chunks: Sequence[int],
+    free: int,
+    device: kernel.Device,
+) -> tuple[int, MemoryPlan]:
+    """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan."""
+    for chunk in chunks:
+        found = plan(config, elements, dtype, tokens, chunk, device)
+        if found.total <= free:
+            break
+    return chunk, found
 
 
 def check(need: MemoryPlan, free: int, device: str) -> None:

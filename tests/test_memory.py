@@ -92,6 +92,15 @@ def test_a_plan_that_fits_passes() -> None:
     memory.check(plan, plan.total, "a GPU")
 
 
+def test_passes_are_shorter_where_memory_is_short() -> None:
+    config, bf16, chunks = _llama_8b(), DTYPES["bf16"], (4096, 2048, 512)
+    totals = {c: memory.plan(config, _elements(config), bf16, 8192, c, Device()).total for c in chunks}
+    assert totals[4096] > totals[2048] > totals[512]
+    for free, chosen in ((totals[4096], 4096), (totals[4096] - 1, 2048), (totals[512], 512), (totals[512] - 1, 512)):
+        chunk, plan = memory.fit(config, _elements(config), bf16, 8192, chunks, free, Device())
+        assert (chunk, plan.total) == (chosen, totals[chosen])
+
+
 @pytest.mark.parametrize(
     ("plan", "free", "said"),
     [

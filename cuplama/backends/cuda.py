@@ -501,7 +501,8 @@ class CudaBackend:
     """
 
     name = "cuda"
-    prefill_chunk = 4096
+    _CHUNKS = (4096, 2048, 1024, 512)  # the most tokens of a pass; fewer where memory is short
+    prefill_chunk = _CHUNKS[0]
     records = True
     _MOST_PLANS = 8192  # forgotten all at once beyond this; shapes of prompts vary without end
 
@@ -526,9 +527,10 @@ class CudaBackend:
         unique = {w.source: w for w in weights.values()}.values()
         backend = cls(dtype_name(weights["embed"].dtype) if dtype == "auto" else dtype)
         elements = sum(w.nbytes // w.dtype.itemsize for w in unique)
-        plan = memory.plan(config, elements, backend.dtype, tokens, cls.prefill_chunk, backend.gpu.limits)
+        free, limits = backend.free_memory(), backend.gpu.limits
+        backend.prefill_chunk, plan = memory.fit(config, elements, backend.dtype, tokens, cls._CHUNKS, free, limits)
         try:
-            memory.check(plan, backend.free_memory(), backend.gpu.name)
+            memory.check(plan, free, backend.gpu.name)
         except DeviceError:
             backend.close()
             raise
