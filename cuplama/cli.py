@@ -235,7 +235,9 @@ def generate(
             else:
                 timings = _stream(m, text, params, progress)
         if stats:
-            click.echo(_stats(timings), err=True)
+            # A text that goes to a file or a pipe ends without a line break; both may end up on one screen.
+            on_a_new_line = as_json or sys.stdout.isatty()
+            click.echo(("" if on_a_new_line else "\n") + _stats(timings), err=True)
 
 
 def _stream(m: Model, text: str, params: dict[str, Any], progress: Callable[[int, int], None]) -> Timings:

@@ -120,7 +120,7 @@ def test_generate(run: Run) -> None:
     assert run("generate", "First", "-m", CHARS, *NUMPY, "-n", "0") == (0, "", "")
     status, out, err = run("generate", "First", "-m", CHARS, *NUMPY, "-n", "20", "--stats")
     assert (status, out) == (0, greedy.text)
-    assert re.fullmatch(r"prompt: 5 tokens in .* ms \(.*\), then 19 tokens in .* s \(.* tokens/s\)\n", err)
+    assert re.fullmatch(r"\nprompt: 5 tokens in .* ms \(.*\), then 19 tokens in .* s \(.* tokens/s\)\n", err)
 
 
 def test_generate_json(run: Run) -> None:
