@@ -22,12 +22,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.record import record
 from cuplama.backends.cuda import CudaBackend
 from cuplama.cache import PAGE, pages_for
 from cuplama.lab import Replay
 from cuplama.op import DTYPES
 from cuplama.ops import OPS
-from tests.gpu.verify import environment
 
 PORTABLE = 89  # an architecture whose plan is the portable kernel
 EDGE = 128  # tokens at each end that are held against float64
@@ -126,15 +126,7 @@ def main() -> int:
             for found in measure(n, 32, 8, D):
                 rows.append(found)
                 print(json.dumps(found), flush=True)
-    backend = CudaBackend("bf16")
-    result = {
-        "command": " ".join(["python benchmarks/attention_prefill.py", *sys.argv[1:]]),
-        "environment": environment(backend),
-        "results": rows,
-    }
-    backend.close()
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    record(rows, args.out)
     return 0
 
 

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itertools
 
+from benchmarks.record import record
 from cuplama.backends.cuda import Recording
 from cuplama.bench import dummy_model
 from cuplama.model import Model
-from tests.gpu.verify import environment
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
@@ -93,17 +93,7 @@ def main() -> int:
     for shape in args.shapes:
         rows.append(measure(shape))
         print(json.dumps(rows[-1]), flush=True)
-    from cuplama.backends.cuda import CudaBackend
-
-    backend = CudaBackend("bf16")
-    result = {
-        "command": " ".join(["python benchmarks/decode_step.py", *sys.argv[1:]]),
-        "environment": environment(backend),
-        "results": rows,
-    }
-    backend.close()
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    record(rows, args.out)
     return 0
 
 

@@ -22,7 +22,7 @@ __all__ = ["Finding", "examine", "run"]
 
 PACKAGES = ("cuplama", "numpy", "safetensors", "tokenizers", "ml_dtypes")
 CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
-LIBRARIES = {"cudart": "nvidia-cuda-runtime-cu12", "nvrtc": "nvidia-cuda-nvrtc-cu12", "cublas": "nvidia-cublas-cu12"}
+LIBRARIES = {"cudart": "nvidia-cuda-runtime-cu12", "nvrtc": "nvidia-cuda-nvrtc-cu12", "cublasLt": "nvidia-cublas-cu12"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,23 @@
+"""What a benchmark writes: its command, the machine, and the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cuplama.backends.cuda import CudaBackend
+from tests.gpu.verify import environment
+
+
+def record(results: Sequence[dict[str, Any]], file: Path | None) -> None:
+    """Write the results as JSON to ``file``, if there is one."""
+    if file is None:
+        return
+    backend = CudaBackend("bf16")
+    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    whole = {"command": command, "environment": environment(backend), "results": list(results)}
+    backend.close()
+    file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
