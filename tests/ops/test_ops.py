@@ -63,24 +63,32 @@ def test_emulator(op: Op, case: Case, T: str) -> None:
     harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, harness.Emulator()))
 
 
+def shifted(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A copy 4 bytes past a 16-byte boundary, where accesses of 16 bytes are not allowed."""
+    raw = np.concatenate([np.zeros(4, np.uint8), np.ascontiguousarray(array).view(np.uint8).reshape(-1)])
+    out: np.ndarray[Any, Any] = raw[4:].view(array.dtype).reshape(array.shape)
+    return out
+
+
 class _Shifted(harness.Emulator):
-    """Puts every array 4 bytes past a 16-byte boundary, where accesses of 16 bytes are not allowed."""
-
     def upload(self, array: np.ndarray[Any, Any]) -> Array:
-        raw = np.concatenate([np.zeros(4, np.uint8), np.ascontiguousarray(array).view(np.uint8).reshape(-1)])
-        return raw[4:].view(array.dtype).reshape(array.shape)
+        return shifted(array)
 
 
-_ANY_ALIGNMENT = ("embedding", "embedding_pos", "rms_norm", "layer_norm", "head_norm", "linear", "rope", "kv_append",
-                  "silu_mul", "gelu_tanh", "gelu_erf", "add", "select_rows", "linear_add", "rms_norm_linear_silu_mul",
-                  "layer_norm_linear")  # fmt: skip
+ANY_ALIGNMENT = ("embedding", "embedding_pos", "rms_norm", "layer_norm", "head_norm", "linear", "rope", "kv_append",
+                 "silu_mul", "gelu_tanh", "gelu_erf", "add", "select_rows", "linear_add", "rms_norm_linear_silu_mul",
+                 "layer_norm_linear")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", _ANY_ALIGNMENT)
-def test_unaligned_arrays(name: str) -> None:
+def unaligned_cases(name: str) -> list[tuple[Op, Case, str]]:
     op = OPS[name]
     T = "f16" if "f16" in harness.dtypes(op) else "f32"
-    for case in op.cases[:5]:
+    return [(op, case, T) for case in op.cases[:5]]
+
+
+@pytest.mark.parametrize("name", ANY_ALIGNMENT)
+def test_unaligned_arrays(name: str) -> None:
+    for op, case, T in unaligned_cases(name):
         ins = harness.random_inputs(op, case, T)
         harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Shifted()))
 

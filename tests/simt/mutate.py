@@ -31,7 +31,7 @@ import numpy as np
 from cuplama.kernel import BoundLaunch, Device, bind
 from cuplama.op import DTYPES, Op
 from cuplama.ops import OPS
-from tests.ops import harness, test_small_gpu
+from tests.ops import harness, test_bias, test_ops, test_small_gpu
 from tests.ops.harness import Case
 
 from .emulator import CUDA_SRC, KernelFault, precompile, run
@@ -77,6 +77,9 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("rope.cu", "low ? at + h : at - h", "low ? at + h : at + h"),
     ("norm.cu", "inverse * to_float(scale[c].v[j])", "to_float(scale[c].v[j])"),
     ("activation.cu", "const T* up = gate + f;", "const T* up = gate + f + 1;"),
+    ("activation.cuh", "over_one_plus_exp<T>(x, x);", "over_one_plus_exp<T>(x, -x);"),
+    ("activation.cuh", "0.044715f * x * x * x", "0.044715f * x * x"),
+    ("activation.cuh", "x * -0.7071067812f", "x * 0.7071067812f"),
     # linear.cu: the stream of weights
     ("linear.cu", "at + i * WARP * W < k &&", "at + i * WARP * W <= k &&"),
     ("linear.cu", "&& row + o % NEW < m);", "&& row + o % NEW <= m);"),
@@ -101,10 +104,22 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear.cu", "(upper ? v[N / 2 + i] : v[i]) +", "(upper ? v[i] : v[N / 2 + i]) +"),
     ("linear.cu", "to_float(b[o / COLUMNS * m + column])", "to_float(b[column])"),
     ("linear.cu", "from_float<U>(residual + total)", "from_float<U>(total)"),
-    ("linear.cu", "for (int p = 0; p < warps; p++)", "for (int p = 0; p <= warps; p++)"),
-    ("linear.cu", "at + j < k ? d * d", "at + j <= k ? d * d"),
+    ("linear.cu", "warp_sum(lane < warps ?", "warp_sum(lane <= warps ?"),
+    ("linear.cu", "const float d = v.v[j] - mean[r];", "const float d = v.v[j];"),
     ("linear.cu", "sqrtf(inverse[r] / k + eps)", "sqrtf(inverse[r] + eps)"),
     ("linear.cu", "(v.v[j] - mean[r]) * inverse[r]", "v.v[j] * inverse[r]"),
+    ("linear.cu", "shift = load<W>(h + at);", "shift = load<W>(h);"),
+    # linear.cu: where the scale of a norm waits, and the rows of x
+    ("linear.cu", "(staged + at / W * W) + at % W", "(staged) + at"),
+    ("linear.cu", "(staged + at / W * W) + at % W", "(staged + at / W * W + W) + at % W"),
+    ("linear.cu", "scale_at<8, T>(staged, at + i), g", "scale_at<8, T>(staged, at), g"),
+    ("linear.cu", "g + at + i, true);", "g + at + 8, true);"),
+    ("linear.cu", "*scale_at<1, T>(staged, at) = g[at];", "*scale_at<1, T>(staged, at + 1) = g[at];"),
+    ("linear.cu", "cp_async_wait<DEPTH>();", "cp_async_wait<DEPTH + 1>();"),
+    ("linear.cu", "at += MANY * stride) {", "at += (MANY + 1) * stride) {"),
+    ("linear.cu", "at + i * stride < size) v[i] =", "at + i * stride <= size) v[i] ="),
+    ("linear.cu", "at + i * stride < size) store<W>", "at + i * stride <= size) store<W>"),
+    ("linear.cu", "size % W == 0 && aligned(x)", "aligned(x)"),
     # linear_mma.cu: the stream of weights, slices of k
     ("linear_mma.cu", "* CHUNKS + chunk) * CHUNK +", "* CHUNKS + chunk + 1) * CHUNK +"),
     ("linear_mma.cu", "(phase * WARPS + int(threadIdx.x / WARP))", "(phase + int(threadIdx.x / WARP))"),
@@ -115,7 +130,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_mma.cu", "column = begin, phase++;", "phase++;"),
     ("linear_mma.cu", "slot + 1 == DEPTH ? 0", "slot == DEPTH ? 0"),
     ("linear_mma.cu", "cp_async_wait<DEPTH - 1>();", "cp_async_wait<DEPTH>();"),
-    ("linear_mma.cu", "(blockIdx.x + 1) / gridDim.x;", "(blockIdx.x + 1) / gridDim.x - 1;"),
+    ("linear_mma.cu", "(blockIdx.x + side) / gridDim.x;", "(blockIdx.x + side) / gridDim.x - side;"),
     # linear_mma.cu: products, sums and what is stored
     ("linear_mma.cu", "mma_m16n8k16_bf16(d, a, b)", "mma_m16n8k16_bf16(d, {b[0], b[0], b[1], b[1]}, {a[0], a[2]})"),
     ("linear_mma.cu", "{p[0], q[0], p[1], q[1]}", "{q[0], p[0], q[1], p[1]}"),
@@ -132,7 +147,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_mma.cu", "r >= count || column >= end) continue;", "r >= count || column > end) continue;"),
     ("linear_mma.cu", "for (int warp = 0; warp < WARPS; warp++)", "for (int warp = 1; warp < WARPS; warp++)"),
     ("linear_mma.cu", "if (phase > 0) total[p] += earlier;", ";"),
-    ("linear_mma.cu", "silu_of(total[0]) * total[1]", "silu_of(total[1]) * total[0]"),
+    ("linear_mma.cu", "silu_of<T>(total[0]) * total[1]", "silu_of<T>(total[1]) * total[0]"),
     ("linear_mma.cu", "to_float(b[p * m + column])", "to_float(b[column])"),
     ("linear_mma.cu", "from_float<U>(residual[e] + value)", "from_float<U>(value)"),
     # linear_mma.cu: the rows of x
@@ -144,6 +159,18 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_mma.cu", "* inverse * to_float(by.v[j])", "* to_float(by.v[j])"),
     ("linear_mma.cu", "value - to_float(high.v[j])", "value"),
     ("linear_mma.cu", "+ 32 * i, k - 8);", "+ 32 * i, k);"),
+    ("linear_mma.cu", "cp_async_16(to + i * k + at, from", "cp_async_16(to + i * k + at + 8, from"),
+    ("linear_mma.cu", "u32*>(to + i * k + at)", "u32*>(to + at)"),
+    ("linear_mma.cu", "cp_async_wait<DEPTH>();", "cp_async_wait<DEPTH + 1>();"),
+    ("linear_mma.cu", "partials() + 2 * PARTIAL;", "partials() + PARTIAL;"),
+    # bias.cu
+    ("bias.cu", "if (j < m) bias[j]", "if (j <= m) bias[j]"),
+    ("bias.cu", "= from_float<U>(to_float(b[j]));", "= from_float<U>(to_float(b[threadIdx.x]));"),
+    ("bias.cu", "if (j >= m) return;", "if (j > m) return;"),
+    ("bias.cu", "i < n; i += gridDim.y", "i <= n; i += gridDim.y"),
+    ("bias.cu", "i += gridDim.y)", "i += gridDim.y + 1)"),
+    ("bias.cu", "a ? to_float(a[i * m + j]) + value", "a ? to_float(a[j]) + value"),
+    ("bias.cu", "+ value : value", ": value"),
     # attention_decode.cu: bounds
     ("attention_decode.cu", "token < high;\n            const T* row = tile + (g",
      "token <= high;\n            const T* row = tile + (g"),
@@ -280,6 +307,11 @@ EDITS: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 
+_SHUFFLES = (
+    "the emulator takes the shuffle between the two accesses as ordering, which CUDA does not promise; on a GPU"
+    " racecheck of compute-sanitizer warns without it"
+)
+
 # (file, text around the edit, why no test can notice it). These do not count.
 EQUIVALENT: tuple[tuple[str, str, str], ...] = (
     ("activation.cu", "* 8; i < f;", "load_row and store_row do nothing at i == f"),
@@ -302,8 +334,18 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
     (
         "attention_decode.cu",
         "__syncthreads();  // score and shrink may be written again",
-        "a row of score is read and written again by one warp alone, ordered by reduce_scatter's shuffles; shrink is"
-        " written behind the next barrier",
+        "a row of score is read and written again by one warp alone, ordered, to the emulator, by reduce_scatter's"
+        " shuffles; shrink is written behind the next barrier",
+    ),
+    (
+        "attention_decode.cu",
+        "__syncwarp();  // every lane has read largest[h]",
+        _SHUFFLES,
+    ),
+    (
+        "attention_prefill.cu",
+        "__syncwarp();  // its last reads of them are done",
+        _SHUFFLES,
     ),
     (
         "common.cuh",
@@ -398,9 +440,14 @@ class _Recorder:
 class _Mutated(_Recorder):
     """The emulator, with some files from a copy of the sources."""
 
-    def __init__(self, folder: Path, files: set[str], device: Device, seed: int) -> None:
-        super().__init__(device)
-        self.folder, self.files, self.seed = folder, files, seed
+    def __init__(
+        self, folder: Path, files: set[str], device: Device | None = None, seed: int = 0, unaligned: bool = False
+    ) -> None:
+        super().__init__(device or Device())
+        self.folder, self.files, self.seed, self.unaligned = folder, files, seed, unaligned
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Any:
+        return test_ops.shifted(array) if self.unaligned else array
 
     def launch(self, bound: BoundLaunch) -> None:
         run(bound, folder=self.folder if bound.file in self.files else None, timeout=20, seed=self.seed)
@@ -413,6 +460,7 @@ class Job:
     T: str
     device: Device
     kernels: tuple[tuple[str, str], ...]  # (file, expression)
+    unaligned: bool = False
 
 
 def _read_sum(folder: Path) -> None:
@@ -427,7 +475,16 @@ def _read_sum(folder: Path) -> None:
     assert y[0] == x.sum(dtype=np.uint32), f"read_sum: {y[0]}, not {x.sum(dtype=np.uint32)}"
 
 
-def _job(op: Op, case: Case, T: str, device: Device) -> Job:
+def _bias(folder: Path) -> None:
+    """The kernels that prepare a bias for cuBLAS: no op of the registry has them."""
+    for case in test_bias.CASES:
+        test_bias.check_biases(_Mutated(folder, {"bias.cu"}), *case)
+
+
+BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {"bias.cu": _bias, "ceilings.cu": _read_sum}
+
+
+def _job(op: Op, case: Case, T: str, device: Device, unaligned: bool = False) -> Job:
     ins = harness.random_inputs(op, case, T)
     assert op.kernels is not None
     call = harness.bind_inputs(op, case, ins)
@@ -437,15 +494,21 @@ def _job(op: Op, case: Case, T: str, device: Device) -> Job:
             call.arrays[spec.name] = np.empty(call.shape(spec), call.dtype(spec))
     scratch = {name: np.empty(shape, DTYPES[dtype]) for name, (shape, dtype) in plan.scratch.items()}
     bound = [bind(launch, call, scratch) for launch in plan.launches]
-    return Job(op, case, T, device, tuple((b.file, b.expression) for b in bound))
+    return Job(op, case, T, device, tuple((b.file, b.expression) for b in bound), unaligned)
 
 
 def jobs() -> list[Job]:
     """Every case of every op with kernels, bf16 first: it is what most models use. Then those of small GPUs, which are
-    quick, before the other cases."""
+    quick, before the other cases, and the unaligned arrays last."""
     found = [_job(op, case, T, Device()) for op, case, T in harness.all_cases(lambda op: op.kernels is not None)]
     small = [_job(OPS[name], case, T, device) for name, case, device in test_small_gpu.CASES for T in ("bf16", "f32")]
-    return small + sorted(found, key=lambda j: ("bf16", "f32", "f16").index(j.T))
+    unaligned = [
+        _job(*case, Device(), unaligned=True)
+        for name in test_ops.ANY_ALIGNMENT
+        if OPS[name].kernels is not None
+        for case in test_ops.unaligned_cases(name)
+    ]
+    return small + sorted(found, key=lambda j: ("bf16", "f32", "f16").index(j.T)) + unaligned
 
 
 def files_of(mutation: Mutation) -> set[str]:
@@ -463,7 +526,7 @@ def _run(now: list[Job], files: set[str], folder: Path) -> None:
         ins = harness.random_inputs(job.op, job.case, job.T)
         # Other orders of threads, as in tests/ops/test_attention.py: thread 0 need not come first.
         for seed in (0, 1, 2) if len(now) < 4 else (0,):
-            outs = harness.run_kernels(job.op, job.case, ins, _Mutated(folder, files, job.device, seed))
+            outs = harness.run_kernels(job.op, job.case, ins, _Mutated(folder, files, job.device, seed, job.unaligned))
             harness.check(job.op, job.case, job.T, ins, outs)
 
 
@@ -491,8 +554,8 @@ def verdict(mutation: Mutation, all_jobs: list[Job]) -> str | None:
         starts = [0, 1, 4, *range(12, len(mine), 24), len(mine)]
         batches = [mine[i:j] for i, j in itertools.pairwise(starts) if i < j]
         tests: list[Callable[[], None]] = [partial(_run, now, files, folder) for now in batches]
-        if mutation.file == "ceilings.cu":
-            tests.append(partial(_read_sum, folder))
+        if mutation.file in BESIDE_THE_OPS:
+            tests.append(partial(BESIDE_THE_OPS[mutation.file], folder))
         for test in tests:
             if found := _caught(test):
                 return found.replace(str(folder), "cuda_src")
