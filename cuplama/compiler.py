@@ -282,6 +282,19 @@ def model_cases(name: str, T: np.dtype[Any]) -> Iterator[tuple[list[Any], dict[s
             if name == "linear":
                 for m, k, u in ((w, d, T), (d, q, f32), (2 * f, d, T), (d, f, f32), (32000, d, f32)):
                     yield [stand_in((n, k), T), stand_in((m, k), T)], {"U": dtype_name(np.dtype(u))}
+            elif name == "linear_add":
+                for k in (q, f):
+                    yield [stand_in((n, k), T), stand_in((d, k), T), residual], {}
+            elif name == "rms_norm_linear":
+                for m, u in ((w, T), (32000, f32)):
+                    yield [residual, norm, stand_in((m, d), T)], {"eps": 1e-5, "U": dtype_name(np.dtype(u))}
+            elif name == "rms_norm_linear_silu_mul":
+                yield [residual, norm, stand_in((2 * f, d), T)], {"eps": 1e-5}
+            elif name == "append_attention" and n <= 8:
+                starts, lengths, blocks = (stand_in(s, i32) for s in ((n + 1,), (n,), (n, 64)))
+                attrs = {"heads": heads, "window": 0, "scale": 0.125, "eps": 1e-6}
+                new = [x, rows, cache, cache, starts, lengths, blocks, rows, table, table]
+                yield [*new, head, head], attrs
             elif name == "rms_norm":
                 yield [residual, norm], {"eps": 1e-5}
             elif name == "layer_norm":
