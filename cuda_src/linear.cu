@@ -1,7 +1,7 @@
 // linear             y[n,m] = x w^T + b                  x[n,k], w[m,k], b[m] (may be null): T; y: U (T or f32)
 // linear_add         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
-// layer_norm_linear  y[n,m] = act(layer_norm(x) w^T + b) h[k] (shift): T
+// layer_norm_linear  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
 //                    act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m + i)
 //                    Each launch takes the rows first .. first + ROWS - 1 of x, ROWS <= 8. Many rows go to cuBLAS.
 //
@@ -20,9 +20,9 @@
 // - Instructions are fetched, too. A kernel runs its prologue once, cold, at some 25 ns for each 128 bytes of code:
 //   loops that run once or twice are not unrolled, and the paths for odd addresses are loops over single elements.
 // - The ring is shallow, 64 KB. That keeps the memory busy; with more on its way x waits behind it: 200 KB, 4 us.
-// - A block still takes more than half of the shared memory. Where two fit, some multiprocessors get two and others none.
+// - A block still takes more than half of the shared memory. Where two fit, some multiprocessors get two, others none.
 // - All kernels prefer the same division of a multiprocessor's L1 (Gpu.function): it must be empty to be divided anew.
-// Tried and worse: the copy engine (cp.async.bulk) instead of cp.async; asking for x before the ring is filled; 8 warps.
+// Tried and worse: the copy engine (cp.async.bulk) for the ring; asking for x before the ring is filled; 8 warps.
 //
 // Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
 #include "activation.cuh"

@@ -3,7 +3,7 @@
 // linear_mma             y[n,m] = x w^T + b                  x[n,k], w[m,k], b[m] (may be null): T; y: U (T or f32)
 // linear_add_mma         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_mma    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
-// layer_norm_linear_mma  y[n,m] = act(layer_norm(x) w^T + b) h[k] (shift): T
+// layer_norm_linear_mma  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
 //                        act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m+i)
 //                        A launch takes the rows first .. first + 7 of x, as far as there are so many.
 //
@@ -288,7 +288,7 @@ struct PlainRows {
     }
 };
 
-// Scale g and shift h of a norm on their way to shared memory. They are constant: they need not wait for earlier kernels.
+// Scale g and shift h of a norm on their way to shared memory. They are constant: they wait for no earlier kernel.
 template <int NORM, int WARPS, typename T>
 __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, int k) {
     const bool wide = aligned(g, h);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from . import compiler, kernel
 from .errors import DeviceError, ParameterError
 from .op import DTYPES, Op, dtype_name
 from .ops import OPS
+from .ops.linear import LIBRARY, STREAMED_ROWS
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -42,7 +44,7 @@ def list_kernels() -> None:
         for name in kernel.prototypes(path.name):
             ops, dtypes = users.get((path.name, name), (frozenset[str](), frozenset[str]()))
             shown = " ".join(d for d in DTYPES if d in dtypes)
-            rows.append((name, path.name, " ".join(sorted(ops)) or "-", shown or "-", _meaning(path.name, ops)))
+            rows.append((name, path.name, " ".join(sorted(ops)) or "-", shown or "-", _meaning(name, path.name, ops)))
     show(("kernel", "file", "ops", "dtypes", "computes"), rows)
 
 
@@ -113,12 +115,18 @@ def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: 
         click.echo(f"{op.name}: {op.doc}\n  {op.text}\n")
         for case in chosen[: 4 if not shapes else None]:
             click.echo(f"  {' '.join(filter(None, (case.graph, '/'.join(case.weights), case.dtype, case.shape)))}")
+            if op.name in LIBRARY and case.call["n"] > STREAMED_ROWS:
+                click.echo("    cuBLAS; without it:")
+            described = []
             for launch in lab.planned(case, case.ins, device, compiler.stand_in)[0]:
                 instances = launches.setdefault(launch.file, [])
                 if launch.expression not in instances:
                     instances.append(launch.expression)
                 shared = f", {launch.shared} bytes of dynamic shared memory" if launch.shared else ""
-                click.echo(f"    {launch.expression}: grid {launch.grid}, block {launch.block}{shared}")
+                described.append(f"{launch.expression}: grid {launch.grid}, block {launch.block}{shared}")
+            for text, same in itertools.groupby(described):
+                times = len(list(same))
+                click.echo(f"    {f'{times} x ' if times > 1 else ''}{text}")
         click.echo()
     for file, instances in launches.items():
         click.echo(f"cuda_src/{file}:\n{_documentation(file)}\n")
@@ -536,12 +544,13 @@ def _users() -> dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]]:
     return users
 
 
-def _meaning(file: str, ops: frozenset[str]) -> str:
-    """The doc of the op if there is one, else the first line of the file."""
+def _meaning(name: str, file: str, ops: frozenset[str]) -> str:
+    """The doc of the op if there is one; else what the head of the file says of the kernel, or its first line."""
     if len(ops) == 1:
         return OPS[next(iter(ops))].doc.split(". ")[0]
-    first = (kernel.source_folder() / file).read_text(encoding="utf-8").splitlines()[0]
-    return re.sub(r"^/[/*]+\s*", "", first)
+    head = _documentation(file)
+    found = re.search(rf"^\s*{name}\s\s+(.*?)(?:\s\s|,?$)", head, re.M)
+    return found[1] if found else head.splitlines()[0].strip()
 
 
 def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

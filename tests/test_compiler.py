@@ -223,6 +223,9 @@ def test_list_shows_every_kernel() -> None:
     assert "norm.cu" in lines["rms_norm"]
     assert "f32 f16 bf16" in lines["rms_norm"]
     assert "sqrt(mean(x^2) + eps)" in lines["rms_norm"]
+    # kernels of several ops: what the head of the file says of them
+    assert lines["layer_norm_linear_mma"].endswith("  y[n,m] = act(layer_norm(x) w^T + b)")
+    assert lines["fill_rows"].endswith("  y[i,j] = a[i,j] + b[j]")
 
 
 def test_compile_prints_what_a_kernel_uses() -> None:

@@ -481,6 +481,9 @@ def test_show() -> None:
     shown = _invoke("show", "residual")
     assert "select_rows: y = x[rows]" in shown.stdout
     assert "bf16 n=512" in shown.stdout
+    product = _invoke("show", "linear_add").stdout  # a library's for many rows; ours in groups of 8
+    assert "n=512 k=4096 m=4096\n    cuBLAS; without it:\n    64 x linear_add_mma<bf16" in product
+    assert "n=1 k=4096 m=4096\n    linear_add<bf16" in product
     reading = _invoke("show", "read_sum")
     assert "Does nothing but read" in reading.stdout
     assert re.search(r"^read_sum  sm_90 +\d+", reading.stdout, re.M)
