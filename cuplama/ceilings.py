@@ -230,12 +230,12 @@ def environment(backend: Backend) -> dict[str, str]:
     """Device, driver, versions and date, by stable names."""
     found = {"device": backend.describe(), "dtype": dtype_name(backend.dtype)}
     if backend.name == "cuda":
-        from .backends import cuda
+        from .backends import driver
 
-        library = cuda.load_driver()
+        library = driver.load_driver()
         found["driver"] = _driver() or "unknown"
         if library is not None:
-            version = cuda.driver_version(library)
+            version = driver.driver_version(library)
             found["driver_cuda"] = f"{version // 1000}.{version % 1000 // 10}"
         found["cupy"] = _version(("cupy-cuda12x", "cupy-cuda13x", "cupy"))
     found["cuplama"] = _version(("cuplama",))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .backends import cuda
+from .backends import driver
 
 __all__ = ["Finding", "examine", "run"]
 
@@ -69,13 +69,13 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> Iterator[Finding]:
-    driver = cuda.load_driver()
-    if driver is None:
+    library = driver.load_driver()
+    if library is None:
         yield Finding("driver", "not found (libcuda.so.1)", "install the NVIDIA driver, 525 or newer")
         return
-    works, reason = driver.cuInit(0) == 0, cuda.cuda_available()[1]
-    version = cuda.driver_version(driver)
-    old = "update the NVIDIA driver to 525 or newer" if version < cuda.OLDEST_DRIVER else ""
+    works, reason = library.cuInit(0) == 0, driver.cuda_available()[1]
+    version = driver.driver_version(library)
+    old = "update the NVIDIA driver to 525 or newer" if version < driver.OLDEST_DRIVER else ""
     yield Finding("driver", f"supports CUDA up to {version // 1000}.{version % 1000 // 10}", old)
     if not works:
         yield Finding(
@@ -83,21 +83,21 @@ def _driver() -> Iterator[Finding]:
         )
         return
     count = ctypes.c_int()
-    driver.cuDeviceGetCount(ctypes.byref(count))
+    library.cuDeviceGetCount(ctypes.byref(count))
     if not count.value:
         yield Finding("GPU", "none is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
     for i in range(count.value):
-        yield _gpu(driver, i)
+        yield _gpu(library, i)
 
 
-def _gpu(driver: ctypes.CDLL, device: int) -> Finding:
+def _gpu(library: ctypes.CDLL, device: int) -> Finding:
     name = ctypes.create_string_buffer(100)
     total = ctypes.c_size_t()
-    driver.cuDeviceGetName(name, 100, device)
-    driver.cuDeviceTotalMem_v2(ctypes.byref(total), device)
-    arch = cuda.compute_capability(driver, device)
+    library.cuDeviceGetName(name, 100, device)
+    library.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+    arch = driver.compute_capability(library, device)
     text = f"{name.value.decode()}, sm_{arch}, {total.value / 1e9:.1f} GB{_free(device)}"
-    old = f"sm_{cuda.OLDEST_ARCH} or newer is needed" if arch < cuda.OLDEST_ARCH else ""
+    old = f"sm_{driver.OLDEST_ARCH} or newer is needed" if arch < driver.OLDEST_ARCH else ""
     return Finding(f"GPU {device}", text, old)
 
 
@@ -176,11 +176,13 @@ def _cache() -> Finding:
 
 def _kernel() -> Finding:
     """Compile one kernel for the GPU at hand, run it, and compare."""
-    works, reason = cuda.cuda_available()
+    works, reason = driver.cuda_available()
     if not works:
         return Finding("a kernel", f"not run: {reason}", "solve the lines above")
     try:
-        backend = cuda.CudaBackend("f32")
+        from .backends.cuda import CudaBackend
+
+        backend = CudaBackend("f32")
         try:
             a, b = np.arange(300, dtype=np.float32).reshape(3, 100), np.full((3, 100), 0.5, np.float32)
             (sum_,) = backend.call("add", (backend.upload(a), backend.upload(b)), {})

@@ -172,7 +172,7 @@ def bench_kernels(
     of a prompt are counted, added up, and held against what the whole step takes. Without a GPU the kernels are run by
     the emulator, on the ops' own small cases or on --shape, and compiled; nothing is timed.
     """
-    from .backends.cuda import cuda_available
+    from .backends.driver import cuda_available
     from .report import new_figure
 
     works, reason = cuda_available()
@@ -298,7 +298,8 @@ def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str,
     refused with its case and exit status 1. Without a GPU it is checked on the emulator and compiled, not timed.
     """
     from . import cases, ceilings, contender, report
-    from .backends.cuda import CudaBackend, cuda_available
+    from .backends.cuda import CudaBackend
+    from .backends.driver import cuda_available
 
     if name not in OPS:
         raise ParameterError(f"no op is named {name!r}; ops: {', '.join(OPS)}")

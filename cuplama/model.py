@@ -470,10 +470,12 @@ def _backend(device: str, dtype: str, config: ModelConfig, weights: Mapping[str,
     if device not in ("auto", "cuda", "numpy"):
         raise ParameterError(f"device = {device!r} is not supported; supported: auto, cuda, numpy")
     if device != "numpy":
-        from .backends.cuda import CudaBackend, cuda_available
+        from .backends.driver import cuda_available
 
         works, reason = cuda_available()
         if works:
+            from .backends.cuda import CudaBackend
+
             return CudaBackend.open(config, weights, dtype, tokens)
         if device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")

@@ -19,7 +19,9 @@ import pytest
 
 from cuplama import kernel
 from cuplama.backends import cuda
-from cuplama.backends.cuda import CudaBackend, Gpu, convert, cuda_available
+from cuplama.backends.cuda import CudaBackend, convert
+from cuplama.backends.driver import cuda_available
+from cuplama.backends.gpu import Gpu, _Stage, parallel_copy
 from cuplama.checkpoint import Weight, load_weights
 from cuplama.compiler import CompileError
 from cuplama.config import load_config
@@ -470,7 +472,7 @@ def test_bf16_becomes_fp16_below_sm_80(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_pinned_buffers_take_turns_and_wait_for_their_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "STAGE", 100)
+    monkeypatch.setattr("cuplama.backends.gpu.STAGE", 100)
     events: list[str] = []
     sent: dict[int, bytes] = {}
 
@@ -500,7 +502,7 @@ def test_pinned_buffers_take_turns_and_wait_for_their_copy(monkeypatch: pytest.M
 
     made: list[Event] = []
     names = SimpleNamespace(PinnedMemory=lambda n: n, PinnedMemoryPointer=lambda m, at: Pinned(m), Event=Event)
-    stage = cuda._Stage(SimpleNamespace(cuda=names), SimpleNamespace(synchronize=lambda: None))
+    stage = _Stage(SimpleNamespace(cuda=names), SimpleNamespace(synchronize=lambda: None))
     data = np.arange(250, dtype=np.uint8)
     stage.copy(Pointer(1000), data)
     stage.close()
@@ -512,7 +514,7 @@ def test_parallel_copy_copies_everything() -> None:
     data = np.random.default_rng(0).integers(0, 256, (5 << 20) + 3, np.uint8)
     target = np.zeros_like(data)
     with ThreadPoolExecutor(3) as pool:
-        cuda.parallel_copy(pool, 3, target, data)
+        parallel_copy(pool, 3, target, data)
     assert np.array_equal(target, data)
 
 
@@ -609,7 +611,7 @@ class _Driver:
     ],
 )
 def test_the_reason_why_cuda_cannot_be_used(driver: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load_driver", lambda: driver)
+    monkeypatch.setattr("cuplama.backends.driver.load_driver", lambda: driver)
     works, said = cuda_available()
     assert not works
     assert re.search(reason, said)
@@ -618,7 +620,7 @@ def test_the_reason_why_cuda_cannot_be_used(driver: Any, reason: str, monkeypatc
 
 
 def test_a_missing_cupy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load_driver", _Driver)
+    monkeypatch.setattr("cuplama.backends.driver.load_driver", _Driver)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cuda_available() == (False, "cupy is not installed (pip install cupy-cuda12x)")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cuplama import compiler, doctor
-from cuplama.backends import cuda
+from cuplama.backends.driver import cuda_available
 from tests.test_cuda_backend import _Driver
 
 
@@ -19,7 +19,7 @@ def _findings() -> dict[str, doctor.Finding]:
 
 
 def test_without_a_driver_everything_else_is_still_examined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load_driver", lambda: None)
+    monkeypatch.setattr("cuplama.backends.driver.load_driver", lambda: None)
     found = _findings()
     assert "install the NVIDIA driver" in found["driver"].remedy
     assert {"system", "packages", "cupy", "CUDA headers", "NVRTC", "kernel cache", "a kernel"} <= found.keys()
@@ -35,7 +35,7 @@ def test_every_failing_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(cuda, "load_driver", lambda: None)
+    monkeypatch.setattr("cuplama.backends.driver.load_driver", lambda: None)
     monkeypatch.setattr(importlib.metadata, "version", missing)
     for module in ("cupy", "cupy_backends", "cupy_backends.cuda.libs", "cuda.pathfinder"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -65,7 +65,7 @@ def test_an_unwritable_cache_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ],
 )
 def test_a_bad_driver_is_explained(driver: Any, name: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load_driver", lambda: driver)
+    monkeypatch.setattr("cuplama.backends.driver.load_driver", lambda: driver)
     monkeypatch.setattr(driver, "cuDeviceGetName", lambda b, n, d: 0, raising=False)
     monkeypatch.setattr(driver, "cuDeviceTotalMem_v2", lambda b, d: 0, raising=False)
     found = {f.name: f for f in doctor._driver()}
@@ -74,7 +74,7 @@ def test_a_bad_driver_is_explained(driver: Any, name: str, remedy: str, monkeypa
 
 @pytest.mark.gpu
 def test_a_machine_with_a_gpu_is_found_ready() -> None:
-    works, reason = cuda.cuda_available()
+    works, reason = cuda_available()
     if not works:
         pytest.skip(f"needs a GPU: {reason}")
     found = _findings()

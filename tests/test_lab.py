@@ -17,7 +17,6 @@ import pytest
 from click.testing import CliRunner
 
 from cuplama import bench, cases, ceilings, contender, kernel, kernel_commands, lab, report, roofline
-from cuplama.backends import cuda
 from cuplama.backends.cuda import CudaBackend, runnable
 from cuplama.cases import Case
 from cuplama.ceilings import Ceilings, Spread
@@ -290,8 +289,8 @@ def command_gpu(gpu: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> CudaBacken
     def opened(*_: Any) -> CudaBackend:
         return gpu
 
-    monkeypatch.setattr(cuda, "cuda_available", lambda device=0: (True, ""))
-    monkeypatch.setattr(cuda, "CudaBackend", opened)
+    monkeypatch.setattr("cuplama.backends.driver.cuda_available", lambda device=0: (True, ""))
+    monkeypatch.setattr("cuplama.backends.cuda.CudaBackend", opened)
     opened.open = opened  # type: ignore[attr-defined]
     monkeypatch.setattr(gpu, "close", lambda: None)
     monkeypatch.setattr(ceilings, "measure", lambda backend: LIMITS)
@@ -462,7 +461,7 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "cuda_available", lambda device=0: (False, "no GPU in this test"))
+    monkeypatch.setattr("cuplama.backends.driver.cuda_available", lambda device=0: (False, "no GPU in this test"))
 
 
 def _invoke(*args: str) -> Any:

@@ -27,8 +27,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cuplama.backends import cuda
 from cuplama.backends.cuda import CudaBackend
+from cuplama.backends.driver import driver_version, load_driver
 from cuplama.checkpoint import Weight
 from cuplama.kernel import BoundLaunch
 from cuplama.op import DTYPES, Array, Op
@@ -154,11 +154,11 @@ def speeds(backend: CudaBackend) -> dict[str, float]:
 def environment(backend: CudaBackend) -> dict[str, str]:
     import cupy
 
-    driver = cuda.load_driver()
+    driver = load_driver()
     assert driver is not None
     return {
         "gpu": backend.describe(),
-        "driver_cuda": str(cuda.driver_version(driver)),
+        "driver_cuda": str(driver_version(driver)),
         "runtime_cuda": str(cupy.cuda.runtime.runtimeGetVersion()),
         "cublas": "yes" if backend.gpu.cublas is not None else "no",
         "cupy": cupy.__version__,
