@@ -4,10 +4,8 @@
 
 #include "common.cuh"
 
-constexpr float LOG2_E = 1.44269504f;  // part of the scaled query, so that exponentials are powers of two
+constexpr float LOG2_E = 1.44269504f;  // scores, or queries, are scaled by it, so that exponentials are powers of two
 constexpr float LOWEST = -1e30f;  // of a row that has seen no key: finite, so that LOWEST - LOWEST is 0 and not NaN
-
-__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // Where token `position` of a sequence begins in k or v. table: the sequence's row of `blocks`.
 template <int S, int D>

@@ -523,8 +523,10 @@ __device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k,
     const Span span(lengths[sequence], window, least, most);
     const int taking = min(int(gridDim.x), span.count);  // blocks that have a split
     if (int(blockIdx.x) >= taking) {
-        if (span.count == 0 && blockIdx.x == 0)  // an empty sequence, which a padded batch may have
+        if (span.count == 0 && blockIdx.x == 0) {  // an empty sequence
+            wait();
             for (int i = threadIdx.x; i < here * D; i += THREADS) y[i] = from_float<T>(0.f);
+        }
         return;
     }
     const int fresh = APPEND ? span.length - 1 : 0x7fffffff;

@@ -262,7 +262,9 @@ __global__ void __launch_bounds__(GROUPS * GROUP + GROUP, 1)
         wgmma_wait<0>();
         wgmma_done(acc);
 
-        // Through the warp's rows of `queries`, so that whole rows are written.
+        // Through the warp's rows of `queries`, so that whole rows are written, once no product of another warp may
+        // still read them.
+        bar_sync(1 + consumer, GROUP);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float total = sum[half];

@@ -27,6 +27,8 @@ typedef unsigned long long u64;
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
 // ---- conversions ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(f32 x) { return x; }

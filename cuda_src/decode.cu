@@ -1,4 +1,4 @@
-// advance  ids = token; pos, lengths, rows += 1; slots = blocks[i, pos / S] * S + pos % S; ring[step % R] = token; step += 1
+// advance  ids = max(token, 0); pos, lengths, rows += 1; slots = blocks[i, pos / S] * S + pos % S; ring[step % R] = token; step += 1
 //          ids, pos, slots, lengths, rows, token [b], blocks[b,M], ring[R,b], step[1]: i32
 //
 // The inputs of the next decode step, made on the GPU so that no step waits for the host. The ring lies in host memory
@@ -16,7 +16,7 @@ __global__ void advance(i32* __restrict__ ids, i32* __restrict__ pos, i32* __res
     __syncthreads();  // every thread has read the step before one of them changes it
     for (int i = threadIdx.x; i < b; i += blockDim.x) {
         const int at = pos[i] + 1;
-        ids[i] = token[i];
+        ids[i] = max(token[i], 0);  // -1 stands for none: the host ends the run there, some steps later
         pos[i] = at;
         lengths[i] += 1;
         rows[i] += 1;

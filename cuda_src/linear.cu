@@ -29,7 +29,7 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };
+enum Norm { RMS_NORM, LAYER_NORM };
 
 constexpr int MOST_THREADS = 512;  // of a block
 constexpr int BATCH = 4;  // pieces that a lane asks for at once: OUTS * WIDTH

@@ -411,17 +411,17 @@ __global__ void __launch_bounds__(WARPS * WARP, 1)
     multiply_rows<NO_ACT>(stream, rows, pieces, b, a + i64(first) * m, y + i64(first) * m, count);
 }
 
-// The ops with a norm.
-template <int NORM, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U>
+// The ops with a norm. wait: wait_for_previous, which the kernels themselves call so that they are known to be early.
+template <int NORM, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U, typename Wait>
 __device__ __forceinline__ void norm_linear(const f32* x, const T* g, const T* h, const T* w, const T* b, U* y, int n,
-                                            int first, int m, int k, f32 eps) {
+                                            int first, int m, int k, f32 eps, Wait wait) {
     using Weights = Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T>;
     const T* scale = fetch_scales<NORM, WARPS>(Weights::scales(m), g, h, k);
     Weights stream(w, m, k);
     Piece pieces[CHUNKS][2][NUMBERS<U>];
     const int count = min(n - first, ROWS);
     NormalisedRows<NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, scale, k, count);
-    wait_for_previous();
+    wait();
     cp_async_wait<DEPTH>();  // scale and shift came before the ring
     rows.measure(eps);
     multiply_rows<ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
@@ -432,12 +432,14 @@ __global__ void __launch_bounds__(WARPS * WARP, 1)
     rms_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
                         int n, int first, int m, int k, f32 eps) {
     const T* h = nullptr;
-    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps);
+    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps,
+                                                             [] { wait_for_previous(); });
 }
 
 template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
 __global__ void __launch_bounds__(WARPS * WARP, 1)
     layer_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
                           const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps) {
-    norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps);
+    norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps,
+                                                               [] { wait_for_previous(); });
 }

@@ -108,16 +108,14 @@ __device__ __forceinline__ void mbarrier_wait(void* bar, unsigned parity) {
                      : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity)
                      : "memory");
     }
+#else
+    __trap();
 #endif
 }
 
 // Barrier `id` (1 .. 15) among that many threads, whole warps.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void bar_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- warpgroup matrices (sm_90a alone); PTX ISA, "Asynchronous warpgroup level matrix instructions" ------------------

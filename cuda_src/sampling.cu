@@ -1,8 +1,9 @@
 // From logits to a token, without a copy to the host.
 //
 //   penalize      y[b,V] = logits, with repetition, presence and frequency penalties, bias, and stop tokens shut out
-//   sample        token[b] = argmax(z + g) over the tokens that top-k, top-p and min-p keep, or argmax(logits)
-//   count_token   seen[i, token[i]] += 2
+//   sample        token[b] = argmax(z + g) over the tokens that top-k, top-p and min-p keep, or argmax(logits);
+//                 -1 for a row with a NaN, with +infinity, or with nothing but -infinity
+//   count_token   seen[i, token[i]] += 2, unless it is -1
 //   logprobs      log-softmax of the token drawn and of the N largest
 //
 //   z = (logit - max) / temperature, g: Gumbel noise from Philox 4x32-10. Logits f32 [b, V]; settings [b]; rows are
@@ -38,8 +39,6 @@ constexpr int BINS = 2048;
 constexpr float BINS_PER_UNIT = 64.f;
 constexpr int LISTED = 4096;  // keys of a bin that fit in shared memory
 
-__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
-
 // An integer that orders as the float does; 0 for no float but a NaN. Both zeros have the same.
 __device__ __forceinline__ u32 key_of(float x) {
     const u32 bits = __float_as_uint(x + 0.f);
@@ -53,6 +52,7 @@ __device__ __forceinline__ float value_of(u32 key) {
 // The larger value first, the lower id first among equals.
 __device__ __forceinline__ u64 rank_of(float x, int id) { return u64(key_of(x)) << 32 | ~u32(id); }
 __device__ __forceinline__ int id_of(u64 rank) { return int(~u32(rank)); }
+constexpr u64 BROKEN = ~u64(0);  // above every rank: the row cannot be drawn from
 
 __device__ __forceinline__ u64 warp_max(u64 x) {
 #pragma unroll
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(THREADS)
 __global__ void __launch_bounds__(THREADS)
     count_token(i32* __restrict__ seen, const i32* __restrict__ token, int b, int V) {
     const int row = blockIdx.x * THREADS + threadIdx.x;
-    if (row < b) seen[i64(row) * V + token[row]] += 2;
+    if (row < b && token[row] >= 0) seen[i64(row) * V + token[row]] += 2;
 }
 
 // ---- the draw --------------------------------------------------------------------------------------------------------
@@ -352,7 +352,8 @@ __global__ void __launch_bounds__(THREADS)
     u64 mine = 0;
     if (temperature[row] == 0.f) {
         for (int id = first + threadIdx.x; id < end; id += THREADS) {
-            const u64 rank = rank_of(logits[i64(row) * V + id], id);
+            const float x = logits[i64(row) * V + id];
+            const u64 rank = !(x < infinity()) ? BROKEN : x > -infinity() ? rank_of(x, id) : 0;
             mine = rank > mine ? rank : mine;
         }
     } else {
@@ -363,8 +364,10 @@ __global__ void __launch_bounds__(THREADS)
             const Pack<f32, 4> z = zs(at);
             bool kept[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++) {
+                if (z.v[i] != z.v[i]) mine = BROKEN;  // the logit is a NaN, or it is the maximum and infinite
                 kept[i] = z.v[i] > -infinity() && key_of(z.v[i]) >= lowest && (least <= 0.f || expf(z.v[i]) >= least);
+            }
             if (!(kept[0] || kept[1] || kept[2] || kept[3])) continue;
             u32 word[4];
             philox(at / 4, pos[row], seed[row], word);
@@ -381,8 +384,9 @@ __global__ void __launch_bounds__(THREADS)
     atomicMax(&best[row], mine);
     __threadfence();
     if (atomicAdd(&finished[row], 1u) == gridDim.x - 1) {
+        __threadfence();  // what the other blocks wrote before they counted
         const u64 winner = atomicMax(&best[row], u64(0));
-        token[row] = winner ? id_of(winner) : 0;
+        token[row] = winner == 0 || winner == BROKEN ? -1 : id_of(winner);
     }
 }
 
@@ -434,7 +438,7 @@ __global__ void __launch_bounds__(1024)
     const float mine = there ? chunk_max[chunk] : -infinity();
     const float most = block_max(mine);
     const float log_sum = logf(block_sum(there ? expf(mine - most) * chunk_sum[chunk] : 0.f));
-    if (threadIdx.x == 0) logprob[row] = logits[i64(row) * V + token[row]] - most - log_sum;
+    if (threadIdx.x == 0) logprob[row] = logits[i64(row) * V + max(token[row], 0)] - most - log_sum;
     int next = 0;  // place in the chunk's list
     for (int place = 0; place < N; place++) {
         const u64 head = there && next < N ? largest[i64(chunk) * N + next] : 0;

@@ -32,7 +32,7 @@ _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 
 def batch_size(sequences: int) -> int:
     """Rows of the recording that serves this many sequences."""
-    return next((s for s in _SIZES if s >= sequences), sequences)
+    return next((s for s in _SIZES if s >= sequences), -(-sequences // 32) * 32)
 
 
 class DecodeLoop:
@@ -81,7 +81,7 @@ class DecodeLoop:
             "blocks": table,
             "step": np.zeros(1),
         }
-        idle = {"slots": spare * PAGE, "lengths": 1, "blocks": spare}
+        idle = {"slots": spare * PAGE, "lengths": 1, "blocks": spare, "repetition": 1}
         for name, array in {**inputs, **sampler.inputs}.items():
             self._inputs.put(name, array, idle.get(name, 0))
         self._inputs.send()

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 import cuplama
+from cuplama.cases import decode_cases
+from cuplama.compiler import stand_in
 from cuplama.config import load_config
 from cuplama.decode import batch_size, decode_nodes
 from cuplama.fuse import PREFILL_RULES, RULES, fuse
 from cuplama.graph import Node, decoder
+from cuplama.kernel import Device
+from cuplama.lab import planned
 
 CASES = sorted((Path(__file__).parent / "golden" / "cases").iterdir())
 SAMPLED: dict[str, Any] = dict(
@@ -94,7 +98,7 @@ def test_closing_a_stream_in_mid_flight_gives_the_pages_back() -> None:
 
 
 def test_batch_sizes_cover_every_count() -> None:
-    assert [batch_size(n) for n in (1, 8, 9, 13, 33, 64, 65)] == [1, 8, 12, 16, 48, 64, 65]
+    assert [batch_size(n) for n in (1, 8, 9, 13, 33, 64, 65, 96)] == [1, 8, 12, 16, 48, 64, 96, 96]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
@@ -116,6 +120,20 @@ def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
     for nodes in (prefill, batch):
         assert [n.op for n in nodes].count("linear_add") == 2 * config.layers
         assert "add" not in {n.op for n in nodes}
+
+
+@pytest.mark.parametrize("size", [1, 8, 16])
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_what_is_read_before_a_wait_changes_in_no_step(case: Path, size: int) -> None:
+    """append_attention reads lengths, pages and old keys early. So a step begins with an ordinary launch, which waits
+    for the step before and its ``advance``, and nothing but append_attention writes to the cache."""
+    config = load_config(case)
+    steps = decode_cases(config, "bf16", size, depth=40)
+    first, last = (planned(c, c.ins, Device(arch=90), stand_in)[0] for c in (steps[0], steps[-1]))
+    assert not any(launch.prototype.waits for launch in (*first, *last))
+    assert steps[-1].op.name == "advance"
+    nodes = decode_nodes(decoder(config), size)
+    assert {n.op for n in nodes if any(".cache." in name for name in n.outs)} == {"append_attention"}
 
 
 def test_fusion_keeps_a_value_that_is_used_again() -> None:

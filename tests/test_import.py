@@ -41,12 +41,14 @@ print(*sys.modules)
 
 
 def test_import_is_quick() -> None:
-    """In processor time, and up to 20 times, because the machine may be busy with something else.
+    """In processor time, and a few times over, because the machine may be busy with something else.
 
-    One BLAS thread, because those that wait for work count as busy.
+    Where NumPy alone takes long, the machine is slow: there cuplama may take three times as long as NumPy. One BLAS
+    thread, because those that wait for work count as busy.
     """
-    code = "import time; t = time.process_time(); import cuplama; print(time.process_time() - t)"
-    assert any(float(python(code)) < LIMIT for _ in range(20))
+    code = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
+    own, numpy = (min(float(python(code.format(name))) for _ in range(5)) for name in ("cuplama", "numpy"))
+    assert own < max(LIMIT, 3 * numpy)
 
 
 def test_public_names() -> None:

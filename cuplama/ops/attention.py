@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, wide
+from ..op import Array, Call, Op, OpError, wide
 
 _BLOCK = 256  # queries at a time: bounds the score matrix
 
@@ -111,6 +111,14 @@ def _kernels(call: Call, device: Device) -> Plan:
     return decode_plan("attention_decode", call, device) if call["n"] == call["b"] else _prefill(call, device)
 
 
+HEAD_DIMS = range(8, 257, 8)  # that the kernels can have
+
+
+def _check_head(D: int) -> None:
+    if D not in HEAD_DIMS:
+        raise OpError(f"attention: D = {D} is no multiple of 8 up to 256")
+
+
 _MOST_HEADS = 8  # query heads that a block of the decode kernels takes
 _MOST_SPLITS = 64  # of a sequence
 _WAVES = 8  # blocks that a large batch gets, in multiples of what the GPU holds at a time
@@ -120,6 +128,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     """One new token per sequence. The GPU, which knows the lengths, splits a sequence's keys over blocks: at least
     `least` keys each, at most `most` splits, as many as fill it. The grid depends on the batch and the table alone."""
     b, heads, H, D = (call[name] for name in ("b", "heads", "H", "D"))
+    _check_head(D)
     parts = -(-heads // H // _MOST_HEADS)
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
     warps = 8 if tensor else 4
@@ -150,6 +159,7 @@ def _prefill(call: Call, device: Device) -> Plan:
     Tensor cores multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one.
     """
     n, b, heads, H, D, S = (call[name] for name in ("n", "b", "heads", "H", "D", "S"))
+    _check_head(D)
     rows = n * (heads // H)
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and S >= 8 and S & (S - 1) == 0
     if tensor and device.arch == 90 and D in (64, 96, 128):
@@ -179,7 +189,8 @@ attention = Op(
     " blocks[b,M]:i32, heads:i32, window:i32, scale:f32)",
     doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows starts[i]..starts[i+1] of x, the last of its"
     " lengths[i] tokens; its keys lie on pages blocks[i]. A query sees itself and what came before, the last `window`"
-    " tokens only if window > 0. Rows that belong to no sequence are not computed.",
+    " tokens only if window > 0. Rows that belong to no sequence are not computed. n = b is a decode step: a row each."
+    " D: a multiple of 8 up to 256.",
     reference=_attention,
     kernels=_kernels,
     cases=[

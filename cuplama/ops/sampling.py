@@ -82,6 +82,9 @@ def _sample(
 ) -> Array:
     tokens = np.empty(len(logits), np.int32)
     for i, row in enumerate(logits):
+        if not np.isfinite(row.max()):  # NaN if there is one
+            tokens[i] = -1
+            continue
         if temperature[i] == 0:
             tokens[i] = row.argmax()
             continue
@@ -104,14 +107,15 @@ def _sample(
 
 
 def _count_token(seen: Array, token: Array) -> Array:
-    seen[np.arange(len(token)), token] += 2
+    drawn = np.flatnonzero(token >= 0)
+    seen[drawn, token[drawn]] += 2
     return seen
 
 
 def _logprobs(logits: Array, token: Array, *, N: int) -> tuple[Array, Array, Array]:
     z = logits - logits.max(-1, keepdims=True)
     logp = z - np.log(np.exp(z.astype(np.float64)).sum(-1, keepdims=True)).astype(z.dtype)
-    chosen = logp[np.arange(len(token)), token]
+    chosen = logp[np.arange(len(token)), np.maximum(token, 0)]
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, :N].astype(np.int32)
     return chosen, ids, np.take_along_axis(logp, ids, -1)
 
@@ -139,6 +143,9 @@ def _sample_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
     if case.get("holes"):
         logits[rng.random((b, v)) < 0.5] = -np.inf
         logits[:, 0] = 0
+    if case.get("broken"):  # one row each way, and one that is not
+        logits[0, v // 2], logits[1, v - 1], logits[2] = np.nan, np.inf, -np.inf
+        logits[3, 1], logits[3, 2] = np.inf, np.nan
     return {
         "logits": logits,
         "temperature": rng.choice(np.array([1.0] if case.get("near") else [0.0, 0.5, 1.0, 1.7], np.float32), b),
@@ -148,6 +155,12 @@ def _sample_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
         "seed": rng.integers(0, 2**64, b, dtype=np.uint64),
         "pos": rng.integers(0, 2**31, b).astype(np.int32),
     }
+
+
+def _with_none(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
+    token = rng.integers(0, case["V"], case["b"]).astype(np.int32)
+    token[1:2] = -1
+    return {"token": token}
 
 
 _SHAPES = [dict(b=1, V=7), dict(b=3, V=512), dict(b=2, V=4099)]
@@ -223,13 +236,15 @@ sample = Op(
     doc="Draw a token. temperature 0: the largest logit, the lowest id of equals. Otherwise z = (logit - max) /"
     " temperature; top_k > 0 keeps z >= the k-th largest; top_p < 1 keeps a token if the probability of the tokens"
     " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token"
-    " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, pos, token id).",
+    " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, pos, token id). -1 if a logit is NaN"
+    " or +infinity, or if all are -infinity.",
     reference=_sample,
     kernels=_sample_kernels,
     cases=[
         *({**s, "trial": t} for s in _SHAPES for t in range(4)),
         *(dict(b=4, V=300, ties=True, trial=t) for t in range(4)),
         *(dict(b=4, V=1000, holes=True, trial=t) for t in range(2)),
+        *(dict(b=5, V=3000, broken=True, trial=t) for t in range(3)),
         dict(b=6, V=9001, near=True),
         dict(b=6, V=20000),
     ],
@@ -239,20 +254,22 @@ sample = Op(
 count_token = Op(
     "count_token",
     "seen[b,V]:i32 = (seen[b,V]:i32, token[b]:i32)",
-    doc="seen[i, token[i]] += 2",
+    doc="seen[i, token[i]] += 2, unless the token is -1",
     reference=_count_token,
     kernels=_count_token_kernels,
     cases=_SHAPES,
-    ranges={"seen": "8+0*b", "token": "V"},
+    ranges={"seen": "8+0*b"},
+    inputs=_with_none,
     bytes=lambda c: 12 * c["b"],
 )
 
 logprobs = Op(
     "logprobs",
     "logprob[b]:f32, top_ids[b,N]:i32, top_logprobs[b,N]:f32 = (logits[b,V]:f32, token[b]:i32, N:i32)",
-    doc="Log-softmax of the raw logits: of the token drawn, and the N largest (the lowest id first among equals)",
+    doc="Log-softmax of the raw logits: of the token drawn (of 0 for -1, which is none), and the N largest (the lowest"
+    " id first among equals)",
     reference=_logprobs,
     kernels=_logprobs_kernels,
     cases=[{**s, "N": n} for s, n in zip(_SHAPES, (0, 5, 20), strict=True)],
-    ranges={"token": "V"},
+    inputs=_with_none,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -229,6 +230,14 @@ def test_kernels_that_wait_are_told_from_those_that_do_not() -> None:
         "__global__ void plain(int n) { /* no wait_for_previous() */ n++; }\n"
     )
     assert {name: p.waits for name, p in found.items()} == {"early": True, "plain": False}
+
+
+def test_whoever_waits_is_launched_early() -> None:
+    """A kernel whose helper waits would be launched like any other, and nobody would see why it is slow."""
+    for path in sorted(source_folder().glob("*.cu*")):
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
+        calls = text.count("wait_for_previous(") - ("void wait_for_previous(" in text)
+        assert calls == sum(p.waits for p in prototypes(path.name).values()), path.name
 
 
 def test_what_a_waiting_kernel_gets_from_earlier_kernels_is_not_taken_for_constant() -> None:

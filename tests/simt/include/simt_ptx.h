@@ -86,7 +86,6 @@ SIMT_FN void bulk_copy(void* shared, const void* global, unsigned bytes, void* b
 
 // ---- named barriers: bar.sync and bar.arrive ----------------------------------------------------------------------------
 SIMT_FN void bar_sync(int id, int threads, SIMT_HERE) { simt_named_barrier(id, threads, 1, file, line); }
-SIMT_FN void bar_arrive(int id, int threads, SIMT_HERE) { simt_named_barrier(id, threads, 0, file, line); }
 
 // ---- warpgroup matrices ---------------------------------------------------------------------------------------------
 // Done when they are issued, each thread for its own sums; waiting has nothing to wait for. That operands are left alone
