@@ -25,9 +25,9 @@ from .cache import PAGE, pages_for
 from .ceilings import Ceilings, Spread, random_weight
 from .checkpoint import Weight
 from .config import ModelConfig
-from .engine import Engine, Generation
+from .engine import Generation
 from .errors import ConfigError, DeviceError, ParameterError
-from .model import _DTYPE_NAMES, Model, _backend, _context, _upload, load
+from .model import Model, Settings, _context, load, start_engine
 from .op import DTYPES
 from .report import Column
 from .sampling import SamplingParams
@@ -133,14 +133,8 @@ def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens:
     stored = {"float16": "f16", "bfloat16": "bf16"}.get(config.dtype or "", "f32")
     weights = dummy_weights(config, DTYPES[stored])
     length = _context(config, context)
-    tokens = max(length, cache_tokens)
-    backend = _backend(device, _DTYPE_NAMES[dtype], config, weights, tokens)
-    try:
-        engine = Engine(backend, config, _upload(backend, weights, None), length, tokens)
-        return Model(Path(name), config, None, backend, engine, {})
-    except BaseException:
-        backend.close()
-        raise
+    engine = start_engine(config, weights, device, dtype, length, max(length, cache_tokens))
+    return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None, {}))
 
 
 def cache_tokens(batch: int, tokens: int) -> int:

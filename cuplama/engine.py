@@ -6,9 +6,10 @@ pages, and calls the sampler's ops. One sequence is a batch of one; every pass i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,19 +17,21 @@ from .backends import Backend
 from .cache import PagedCache, block_table, pages_for
 from .config import ModelConfig
 from .decode import DecodeLoop, batch_size, decode_nodes
+from .errors import DeviceError
 from .fuse import PREFILL_RULES, fuse
 from .graph import LOGITS, Node, decoder
-from .op import Array
+from .op import Array, dtype_name
 from .packed import Packed
-from .prefill import PrefillPasses
+from .prefill import PrefillPasses, most_logits
 from .rope import RopeTables, Span
 from .sampling import SamplingParams
 
 __all__ = ["Engine", "Generation", "Token"]
 
-_MOST_LOOPS = 8  # recordings kept for batches to come; each has buffers of its own
+_MOST_LOOPS = 20  # recordings kept for batches to come: as a batch of 64 or so shrinks, it needs one of every size
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
+_Step = TypeVar("_Step")
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,28 @@ class Engine:
         self._decode_nodes: dict[int, list[Node]] = {}
         self._loops: dict[Any, DecodeLoop] = {}
         self._passes = PrefillPasses(self)
+        self._lock = threading.RLock()
+        backend.when_short_of_memory(self._drop_recordings)
 
     def close(self) -> None:
         """Drop recordings and arrays, so that their memory is free now and not when a reference cycle is collected."""
+        with self._lock:
+            self._drop_recordings()
+            self.values.clear()
+            self.cache.arrays.clear()
+
+    def _drop_recordings(self) -> None:
+        """Give back what was only kept to be fast the next time. Recordings in use are not among it."""
         for loop in self._loops.values():
             loop.close()
         self._loops.clear()
         self._passes.close()
-        self.values.clear()
-        self.cache.arrays.clear()
 
     def logits(self, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
         """The logits after each token, float32 [rows, vocab], in pieces as the passes yield them."""
+        return self._one_at_a_time(self._logits(tokens))
+
+    def _logits(self, tokens: Sequence[int]) -> Generator[np.ndarray[Any, Any]]:
         sequence = Generation(tokens, SamplingParams(), frozenset())
         with self.cache.promise(pages_for(len(tokens))):
             try:
@@ -112,8 +125,27 @@ class Engine:
         """Draw tokens until every sequence has a finish_reason; yields the tokens of each step.
 
         Sequences run together as long as the cache holds them all at full length; what does not fit waits its turn.
-        Raises ContextError if other runs that have not ended leave no room even for one.
+        Runs of several threads take turns, step by step. Raises ContextError if other runs that have not ended leave no
+        room even for one, and DeviceError if the model computes no logits to draw from.
         """
+        return self._one_at_a_time(self._generate(sequences, progress))
+
+    def _one_at_a_time(self, steps: Generator[_Step]) -> Generator[_Step]:
+        """The same steps, each under the lock: recordings and the device's memory pools serve one thread at a time."""
+        try:
+            while True:
+                with self._lock:
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+        finally:
+            with self._lock:
+                steps.close()
+
+    def _generate(
+        self, sequences: Sequence[Generation], progress: Progress | None
+    ) -> Generator[list[tuple[Generation, Token]]]:
         waiting = list(sequences)
         while waiting:
             wave = [waiting.pop(0)]
@@ -159,6 +191,11 @@ class Engine:
         """Append the drawn tokens to the sequences that go on, and see which ones end with it."""
         drawn = [pair for pair in zip(active, _tokens(active, outs), strict=True) if pair[0].finish_reason is None]
         for s, token in drawn:
+            if token.id < 0:
+                raise DeviceError(
+                    f"the logits after {len(s.tokens)} tokens are not finite in {dtype_name(self.backend.dtype)};"
+                    " --dtype float32 may help, or a weight is damaged"
+                )
             s.tokens.append(token.id)
             if token.id in s.stop_ids:
                 s.finish_reason = "stop"
@@ -251,6 +288,8 @@ class Engine:
         todo = list(active)
         while todo:
             room = max(self.backend.prefill_chunk, len(todo) if total == len(todo) else 0)
+            if all_rows:
+                room = min(room, most_logits(self.config.vocab))
             batch: list[tuple[Generation, int]] = []
             for s in todo:
                 count = min(room, len(s.tokens) - s.cached)

@@ -1,7 +1,8 @@
 """How much GPU memory a model needs, worked out before anything is allocated.
 
-Weights and cache are products of sizes. The workspace is found by walking the node list of one prefill pass, the
-largest there is, with array descriptions instead of arrays: what is alive at each node, at its peak.
+Weights and cache are products of sizes. The workspace is found by walking the node list of the largest prefill pass
+with array descriptions instead of arrays: what is alive at each node, at its peak. Recordings of large batches come on
+top; where they find no room, older ones are dropped.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from .graph import Node, decoder
 from .op import DTYPES, dtype_name
 from .ops import OPS
 from .ops.linear import LIBRARY
-from .prefill import KEPT_CHUNKS, padded_rows
+from .prefill import KEPT_CHUNKS, most_logits, padded_rows
+from .rope import table_rows
 
 __all__ = ["MemoryPlan", "cache_bytes", "check", "fit", "plan", "workspace_bytes"]
 
 # cuBLAS's workspace, compiled kernels, and what the pool loses to rounding. CUDA's own context is in no plan: it is
 # taken before free memory is read.
 FIXED = 160 << 20
-_TABLE_ROWS = 131072  # at most that many positions have rows in the cos/sin tables
+# What a pool takes for each byte that is alive at the worst moment: its free blocks do not always fit together. CuPy's
+# rules, simulated for the shapes of shapes.py, give 1.3 to 1.55 (tests/cupy_pool.py).
+POOL = 1.6
 
 
 @dataclass(frozen=True)
@@ -107,20 +111,28 @@ def _peak(nodes: Sequence[Node], given: dict[str, StandIn], T: np.dtype[Any], de
 
 
 def plan(
-    config: ModelConfig, elements: int, dtype: np.dtype[Any], tokens: int, chunk: int, device: kernel.Device
+    config: ModelConfig,
+    elements: int,
+    dtype: np.dtype[Any],
+    context: int,
+    tokens: int,
+    chunk: int,
+    device: kernel.Device,
 ) -> MemoryPlan:
-    """What a model of ``elements`` weights takes in that dtype with a cache of ``tokens`` tokens.
+    """What a model of ``elements`` weights takes in that dtype.
 
-    chunk: the most tokens of one prefill pass.
+    context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass.
     """
-    tables = 0 if config.rope is None else 4 * config.rope.dim * min(config.context, _TABLE_ROWS)
-    logits = 4 * 4 * config.vocab  # logits, penalised logits and the sampler's scratch
+    tables = 0 if config.rope is None else 4 * config.rope.dim * table_rows(config.rope, context)
+    # Logits, penalised logits and the sampler's scratch; or those of all tokens, where they are asked for.
+    logits = 4 * config.vocab * max(4, min(most_logits(config.vocab), chunk, tokens))
     # What recorded passes hold, and one that is not recorded.
     work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
+    spare = cache_bytes(config, dtype, PAGE)
     return MemoryPlan(
         weights=elements * dtype.itemsize,
         cache=cache_bytes(config, dtype, tokens),
-        workspace=work + tables + logits + FIXED,
+        workspace=math.ceil(POOL * work) + tables + logits + spare + FIXED,
         tokens=tokens,
         dtype=dtype_name(dtype),
     )
@@ -130,6 +142,7 @@ def fit(
     config: ModelConfig,
     elements: int,
     dtype: np.dtype[Any],
+    context: int,
     tokens: int,
     chunks: Sequence[int],
     free: int,
@@ -137,7 +150,7 @@ def fit(
 ) -> tuple[int, MemoryPlan]:
     """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan."""
     for chunk in chunks:
-        found = plan(config, elements, dtype, tokens, chunk, device)
+        found = plan(config, elements, dtype, context, tokens, chunk, device)
         if found.total <= free:
             break
     return chunk, found

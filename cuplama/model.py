@@ -38,7 +38,10 @@ log = logging.getLogger("cuplama")
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and tokens. prompt_seconds ends with the first token drawn; decode covers the tokens after it."""
+    """Seconds and tokens. The prompt's time ends with the first token drawn; decode is of the tokens after it.
+
+    In a batch that the cache cannot hold at once, the prompts read later count as prompts too.
+    """
 
     prompt_tokens: int
     prompt_seconds: float
@@ -85,7 +88,10 @@ class Piece:
 
 
 class Stream:
-    """An iterator over the pieces of a generation. close() stops it; ``timings`` is right at any moment."""
+    """An iterator over the pieces of a generation. close(), or leaving a ``with`` block, stops it.
+
+    ``timings`` is right at any moment.
+    """
 
     def __init__(self, pieces: Generator[Piece], clock: _Clock) -> None:
         self._pieces, self._clock = pieces, clock
@@ -99,6 +105,12 @@ class Stream:
     def close(self) -> None:
         """Stop generating and give the cache pages back."""
         self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def timings(self) -> Timings:
@@ -130,6 +142,34 @@ class _Text:
         return Piece(text, token, g.finish_reason, self.index)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a model brings for generating: sampling defaults, the ids that end a text, and BOS if it has one."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    stop_ids: frozenset[int] = frozenset()
+    bos: int | None = None
+
+    @classmethod
+    def read(
+        cls, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
+    ) -> Settings:
+        """From what the folder's files say. Raises ConfigError; logs a warning for what is not supported."""
+        where = folder / "generation_config.json"
+        try:
+            defaults = sampling_defaults(generation_config)
+            for setting in unsupported_settings(generation_config):
+                log.warning("%s: %s is not supported and is left out", where, setting)
+        except ParameterError as e:
+            raise ConfigError(f"{where}: {e}") from None
+        bos = tokenizer.bos if tokenizer is not None and tokenizer.bos is not None else config.bos
+        return cls(
+            defaults,
+            stop_tokens(config, generation_config, tokenizer, where),
+            bos if bos is not None and bos < config.vocab else None,
+        )
+
+
 def stop_tokens(
     config: ModelConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, where: Path
 ) -> frozenset[int]:
@@ -147,6 +187,8 @@ def stop_tokens(
 class Model:
     """A loaded model. Use ``cuplama.load``; close it, or use it in a ``with`` block, to free what it holds.
 
+    Several threads may generate at once: their runs take turns, step by step.
+
     config: ModelConfig; tokenizer: Tokenizer or None; context: tokens a sequence may have; stop_ids: token ids that end
     a text.
     """
@@ -156,24 +198,14 @@ class Model:
         folder: Path,
         config: ModelConfig,
         tokenizer: Tokenizer | None,
-        backend: Backend,
         engine: Engine,
-        generation_config: Mapping[str, Any],
+        settings: Settings,
     ) -> None:
-        self.folder, self.config, self.backend = folder, config, backend
+        self.folder, self.config, self.backend = folder, config, engine.backend
         self._tokenizer = tokenizer
         self._engine: Engine | None = engine
         self.context = engine.context
-        where = folder / "generation_config.json"
-        try:
-            self.defaults = sampling_defaults(generation_config)
-            for setting in unsupported_settings(generation_config):
-                log.warning("%s/generation_config.json: %s is not supported and is left out", folder, setting)
-        except ParameterError as e:
-            raise ConfigError(f"{where}: {e}") from None
-        self.stop_ids = stop_tokens(config, generation_config, tokenizer, where)
-        bos = tokenizer.bos if tokenizer is not None and tokenizer.bos is not None else config.bos
-        self.bos = bos if bos is not None and bos < config.vocab else None
+        self.defaults, self.stop_ids, self.bos = settings.defaults, settings.stop_ids, settings.bos
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -262,7 +294,7 @@ class Model:
         return self.stream(self.tokenizer.apply_chat(messages), **params)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The logits after each token: [n, vocab] float32. Raises PromptError."""
+        """The logits after each token: [n, vocab] float32; no token is BOS alone. Raises PromptError."""
         return np.concatenate(list(self.engine.logits(self._fit(self.encode(_ids(token_ids)), 0))))
 
     def _start(self, prompts: Sequence[Prompt], overrides: Mapping[str, Any]) -> list[_Text]:
@@ -282,9 +314,12 @@ class Model:
         clock.begin(sum(len(t.generation.prompt) for t in texts))
         with contextlib.closing(self.engine.generate([t.generation for t in texts], progress)) as steps:
             for step in steps:
-                clock.step(len(step))
-                for generation, token in step:
-                    yield by_id[id(generation)].push(token)
+                clock.step(len(step), any(generation.generated == 1 for generation, _ in step))
+                pieces = [by_id[id(generation)].push(token) for generation, token in step]
+                if all(t.generation.finish_reason is not None for t in texts):
+                    steps.close()  # the cache is free again before the last piece is delivered
+                for piece in pieces:
+                    yield piece
                     _ = self.engine  # closed while the stream was open: raises
 
     def close(self) -> None:
@@ -305,29 +340,29 @@ class Model:
 
 @dataclass
 class _Clock:
-    """When the run began, when its first tokens came, when its last."""
+    """Where the time of a run went. Sequences that wait for room in the cache are read between the others' tokens."""
 
     prompt_tokens: int = 0
-    tokens: int = 0
-    start: float = 0.0
-    first: float = field(default=0.0)
+    prompt_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
     last: float = 0.0
-    first_count: int = 0
 
     def begin(self, prompt_tokens: int) -> None:
-        self.prompt_tokens, self.start = prompt_tokens, time.perf_counter()
-        self.first = self.last = self.start
+        self.prompt_tokens, self.last = prompt_tokens, time.perf_counter()
 
-    def step(self, tokens: int) -> None:
-        self.last = time.perf_counter()
-        if not self.tokens:
-            self.first, self.first_count = self.last, tokens
-        self.tokens += tokens
+    def step(self, tokens: int, first: bool) -> None:
+        """A step has drawn that many tokens; first: those that come right after prompts."""
+        now = time.perf_counter()
+        if first:
+            self.prompt_seconds += now - self.last
+        else:
+            self.decode_tokens += tokens
+            self.decode_seconds += now - self.last
+        self.last = now
 
     def timings(self) -> Timings:
-        return Timings(
-            self.prompt_tokens, self.first - self.start, self.tokens - self.first_count, self.last - self.first
-        )
+        return Timings(self.prompt_tokens, self.prompt_seconds, self.decode_tokens, self.decode_seconds)
 
 
 def _completion(text: _Text, clock: _Clock) -> Completion:
@@ -390,18 +425,36 @@ def load(
     folder = find_model(model, offline)
     config = load_config(folder)
     length = _context(config, context)
-    tokens = max(length, cache_tokens or 0)
+    tokens = _cache_tokens(length, cache_tokens)
+    if length > config.context and config.rope is not None and config.rope.type != "dynamic":
+        log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
     path = folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    settings = Settings.read(folder, config, tokenizer, generation_config)
     weights = load_weights(folder, config)
-    backend = _backend(device, _DTYPE_NAMES[dtype], config, weights, tokens)
+    engine = start_engine(config, weights, device, dtype, length, tokens, progress)
+    return Model(folder, config, tokenizer, engine, settings)
+
+
+def start_engine(
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    device: str,
+    dtype: str,
+    context: int,
+    cache_tokens: int,
+    progress: LoadProgress | None = None,
+) -> Engine:
+    """Load the weights onto a device, with a cache of ``cache_tokens`` tokens. The arguments are those of ``load``.
+
+    Raises DeviceError, CheckpointError.
+    """
+    backend = _backend(device, _DTYPE_NAMES[dtype], config, weights, context, cache_tokens)
     try:
         if backend.name == "numpy":
-            _check_cache(config, backend, tokens)
-        arrays = _upload(backend, weights, progress)
-        engine = Engine(backend, config, arrays, length, tokens)
-        return Model(folder, config, tokenizer, backend, engine, generation_config)
+            _check_cache(config, backend, cache_tokens)
+        return Engine(backend, config, _upload(backend, weights, progress), context, cache_tokens)
     except BaseException:
         backend.close()
         raise
@@ -459,14 +512,26 @@ _POSITIONS = 2**30  # positions are int32, with room for a page more
 def _context(config: ModelConfig, asked: int | None) -> int:
     if asked is None:
         return min(config.context, DEFAULT_CONTEXT)
-    if type(asked) is not int or not 1 <= asked <= _POSITIONS:
-        raise ParameterError(f"context = {asked!r:.80} is out of range; it must be a number from 1 to {_POSITIONS}")
+    asked = _tokens("context", asked)
     if config.rope is None and asked > config.context:
         raise ConfigError(f"context {asked} is more than the {config.context} positions that the model learned")
     return asked
 
 
-def _backend(device: str, dtype: str, config: ModelConfig, weights: Mapping[str, Weight], tokens: int) -> Backend:
+def _tokens(name: str, value: Any) -> int:
+    """A whole number of tokens. Raises ParameterError."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _POSITIONS:
+        raise ParameterError(f"{name} = {value!r:.80} is out of range; it must be a number from 1 to {_POSITIONS}")
+    return int(value)
+
+
+def _cache_tokens(context: int, asked: int | None) -> int:
+    return context if asked is None else max(context, _tokens("cache_tokens", asked))
+
+
+def _backend(
+    device: str, dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int
+) -> Backend:
     if device not in ("auto", "cuda", "numpy"):
         raise ParameterError(f"device = {device!r} is not supported; supported: auto, cuda, numpy")
     if device != "numpy":
@@ -476,7 +541,7 @@ def _backend(device: str, dtype: str, config: ModelConfig, weights: Mapping[str,
         if works:
             from .backends.cuda import CudaBackend
 
-            return CudaBackend.open(config, weights, dtype, tokens)
+            return CudaBackend.open(config, weights, dtype, context, tokens)
         if device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
         log.warning("running on NumPy: %s", reason)
@@ -529,4 +594,5 @@ def _upload(backend: Backend, weights: Mapping[str, Weight], progress: LoadProgr
         done += weight.nbytes
         if progress is not None:
             progress(done, total)
+    backend.end_loading()
     return {name: loaded[w.source] for name, w in weights.items()}

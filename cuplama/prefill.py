@@ -20,7 +20,7 @@ from .packed import Packed
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["KEPT_CHUNKS", "PrefillPass", "PrefillPasses", "padded_rows"]
+__all__ = ["KEPT_CHUNKS", "PrefillPass", "PrefillPasses", "most_logits", "padded_rows"]
 
 KEPT_CHUNKS = 2  # recordings are kept for as many rows in all as the largest pass has, times this
 
@@ -36,50 +36,69 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class PrefillPass:
-    """A recorded pass over ``rows`` new tokens of ``sequences`` sequences, up to the head.
+def most_logits(vocab: int) -> int:
+    """Rows of logits that a pass may make, where those of all tokens are asked for: 256 MB of them."""
+    return max(1, (1 << 26) // vocab)
 
-    Fewer of either are filled up. Rows that are left over belong to no sequence: they write to the cache's spare page,
-    attention leaves them out, and whatever they hold reaches no other row. Sequences that are left over are empty.
+
+class _Inputs:
+    """The inputs of a pass over ``rows`` new tokens of ``sequences`` sequences. Fewer of either are filled up.
+
+    Rows that are left over belong to no sequence: they write to the cache's spare page, attention leaves them out, and
+    whatever they hold reaches no other row. Sequences that are left over are empty.
     """
 
     def __init__(self, engine: Engine, rows: int, sequences: int) -> None:
-        self._engine, self.rows = engine, rows
+        self._spare = engine.cache.spare
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("ids", "pos", "slots", "rope.rows", "wanted"), (rows,))
         shapes |= {"starts": (sequences + 1,), "lengths": (sequences,)}
         shapes |= {"blocks": (sequences, pages_for(engine.context))}
-        self._inputs = Packed(engine.backend, {name: np.zeros(shape, np.int32) for name, shape in shapes.items()})
+        self.packed = Packed(engine.backend, {name: np.zeros(shape, np.int32) for name, shape in shapes.items()})
+
+    def send(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Array]:
+        """Set them. Returns the device arrays by name; of "wanted" only what is."""
+        rest = {"slots": self._spare * PAGE, "starts": len(inputs["ids"]), "blocks": self._spare}
+        for name, array in inputs.items():
+            self.packed.put(name, array, rest.get(name, 0))
+        self.packed.send()
+        return {**self.packed.device, "wanted": self.packed.device["wanted"][: len(inputs["wanted"])]}
+
+
+class PrefillPass:
+    """A recorded pass over ``rows`` new tokens of ``sequences`` sequences, up to the head."""
+
+    def __init__(self, engine: Engine, rows: int, sequences: int) -> None:
+        self._engine, self.rows = engine, rows
+        self._inputs = _Inputs(engine, rows, sequences)
         self._hidden: dict[str, Array] = {}
         self._recording = engine.backend.recording(self._body)
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Array]:
         """Queue the pass. Returns its inputs and its result by name; the next run overwrites both."""
-        spare = self._engine.cache.spare
-        rest = {"slots": spare * PAGE, "starts": len(inputs["ids"]), "blocks": spare}
-        for name, array in inputs.items():
-            self._inputs.put(name, array, rest.get(name, 0))
-        self._inputs.send()
+        device = self._inputs.send(inputs)
         self._recording.run()
-        device = self._inputs.device
-        return {**device, "wanted": device["wanted"][: len(inputs["wanted"])], **self._hidden}
+        return {**device, **self._hidden}
 
     def _body(self) -> None:
         self._hidden = {}  # before memory for the new one is asked for
-        self._hidden = self._engine.run_body(self._inputs.device)
+        self._hidden = self._engine.run_body(self._inputs.packed.device)
 
     def close(self) -> None:
         """Give back the recording and its memory."""
         self._hidden = {}
         self._recording.close()
-        self._inputs.close()
+        self._inputs.packed.close()
 
 
 class PrefillPasses:
-    """The recorded passes of an engine, of sizes that came more than once.
+    """The passes of an engine, recorded if their size comes more than once.
 
-    Each has memory of its own for its activations, in proportion to its rows, so the rows of all are bounded: the one
-    that was not used for longest makes room for a new one. A pass is queued as a whole, on one stream, before another
-    can begin; so even streams that are open together share them.
+    The first of a size is filled up as the recording will be: a product's sums may depend on its number of rows, and
+    the same prompt must give the same logits every time.
+
+    A recording has memory of its own for its activations, in proportion to its rows, so the rows of all are bounded:
+    the one that was not used for longest makes room for a new one. A pass is queued as a whole, on one stream, before
+    another can begin; so even streams that are open together share them.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -90,10 +109,10 @@ class PrefillPasses:
         self._seen: set[tuple[int, int]] = set()
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Array] | None:
-        """Queue a recorded pass with these inputs of a pass; see ``PrefillPass.run``. None if it is not to be recorded.
+        """Queue a pass with these inputs, filled up to the next size; see ``PrefillPass.run``.
 
-        That is so the first time of a size, which may be the last; and if the pass brings rotation tables of its own,
-        or has too many rows to be kept.
+        The first time of a size may be the last, so it is not recorded. None for a pass that never is: it brings
+        rotation tables of its own, or has too many rows to be kept.
         """
         sequences = batch_size(len(inputs["lengths"]))
         # More rows than sequences, because as many mean a decode step to the attention op.
@@ -103,7 +122,8 @@ class PrefillPasses:
             return None
         if size not in self._seen:
             self._seen.add(size)
-            return None
+            device = _Inputs(self._engine, rows, sequences).send(inputs)
+            return {**device, **self._engine.run_body(device)}
         chosen = self._kept.pop(size, None)
         if chosen is None:
             while self._kept and rows + sum(p.rows for p in self._kept.values()) > self._most_rows:
@@ -120,7 +140,8 @@ class PrefillPasses:
         return values
 
     def close(self) -> None:
-        """Give back all recordings."""
+        """Give back all recordings; every size counts as new."""
         for p in self._kept.values():
             p.close()
         self._kept.clear()
+        self._seen.clear()

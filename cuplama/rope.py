@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROPE_KEYS", "Rope", "RopeTables", "Span"]
+__all__ = ["ROPE_KEYS", "Rope", "RopeTables", "Span", "table_rows"]
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -53,8 +53,11 @@ class Rope:
     original: int
     settings: Mapping[str, Any]
 
-    def frequencies(self, length: int) -> tuple[FloatArray, float]:
-        """Inverse frequencies [dim/2] and the factor on cos and sin, for a sequence of ``length`` tokens."""
+    def frequencies(self, length: Any) -> tuple[FloatArray, float]:
+        """Inverse frequencies [dim/2] and the factor on cos and sin, for a sequence of ``length`` tokens.
+
+        dynamic takes an array of n lengths too, for frequencies [n, dim/2].
+        """
         return _TYPES[self.type](self, length)
 
     def regime(self, length: int) -> int:
@@ -72,9 +75,10 @@ class Rope:
         return 2**31
 
 
-def _base(rope: Rope, theta: float | None = None) -> FloatArray:
+def _base(rope: Rope, theta: Any = None) -> FloatArray:
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    frequencies: FloatArray = (1.0 / np.power(np.float32(theta or rope.theta), exponent)).astype(np.float32)
+    thetas = np.asarray(rope.theta if theta is None else theta, np.float32)[..., None]
+    frequencies: FloatArray = (1.0 / np.power(thetas, exponent)).astype(np.float32)
     return frequencies
 
 
@@ -86,9 +90,9 @@ def _linear(rope: Rope, length: int) -> tuple[FloatArray, float]:
     return _base(rope) / np.float32(rope.settings["factor"]), 1.0
 
 
-def _dynamic(rope: Rope, length: int) -> tuple[FloatArray, float]:
+def _dynamic(rope: Rope, length: Any) -> tuple[FloatArray, float]:
     factor = rope.settings["factor"]
-    stretch = factor * max(length, rope.context) / rope.context - (factor - 1)
+    stretch = factor * np.maximum(length, rope.context) / rope.context - (factor - 1)
     return _base(rope, rope.theta * stretch ** (rope.dim / (rope.dim - 2))), 1.0
 
 
@@ -161,6 +165,11 @@ class Span:
     total: int
 
 
+def table_rows(rope: Rope, positions: int) -> int:
+    """Rows of the tables for that many positions."""
+    return positions * (1 + rope.regime(positions))
+
+
 class RopeTables:
     """cos and sin for every position up to ``positions``, float32 [rows, dim/2].
 
@@ -173,9 +182,9 @@ class RopeTables:
         self.rope, self.positions = rope, positions
         everywhere = np.arange(positions)
         if rope.type == "dynamic":
-            beyond = np.arange(rope.context, positions)
+            # The frequencies beyond depend on the position itself: as many rows of them.
             parts = [self._rows(everywhere[: rope.context], rope.context)]
-            parts += [self._rows(beyond[i : i + 1], int(beyond[i]) + 1) for i in range(len(beyond))]
+            parts += [self._rows(beyond, beyond + 1) for beyond in np.array_split(everywhere[rope.context :], 64)]
         elif rope.regime(positions):
             parts = [self._rows(everywhere, 1), self._rows(everywhere, positions)]
         else:
@@ -183,7 +192,7 @@ class RopeTables:
         self.cos = np.concatenate([cos for cos, _ in parts])
         self.sin = np.concatenate([sin for _, sin in parts])
 
-    def _rows(self, positions: np.ndarray[Any, Any], length: int) -> tuple[FloatArray, FloatArray]:
+    def _rows(self, positions: np.ndarray[Any, Any], length: Any) -> tuple[FloatArray, FloatArray]:
         frequencies, factor = self.rope.frequencies(length)
         angles = positions.astype(np.float32)[:, None] * frequencies
         return np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)

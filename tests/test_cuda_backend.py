@@ -96,6 +96,13 @@ class _HostArray(np.ndarray[Any, Any]):
     """An array "on the GPU": host memory of another type than the arrays of the caller."""
 
 
+class _Pool(str):
+    """The name of a pool."""
+
+    def free_all_blocks(self) -> None:
+        pass
+
+
 class FakeGpu(Gpu):
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
         self.limits, self.name = kernel.Device(arch=arch), "a fake GPU"
@@ -108,7 +115,7 @@ class FakeGpu(Gpu):
         self.captured_memory: list[_HostArray] = []
         if cublas is not None:
             cublas.gpu = self
-        self.stream, self.pool = None, "main pool"
+        self.stream, self.pool = None, _Pool("main pool")
         self.pools: list[str] = []
         self.peak = self.synchronised = 0
 
@@ -152,11 +159,14 @@ class FakeGpu(Gpu):
     def stage(self, array: Any, offset: int, host: np.ndarray[Any, Any]) -> None:
         array.reshape(-1)[offset : offset + host.size] = host
 
+    def end_staging(self) -> None:
+        pass
+
     def synchronize(self) -> None:
         self.synchronised += 1
 
-    def new_pool(self) -> str:
-        return "pool of a recording"
+    def new_pool(self) -> _Pool:
+        return _Pool("pool of a recording")
 
     def mark(self) -> Any:
         return SimpleNamespace(synchronize=lambda: None)
@@ -219,14 +229,14 @@ def test_a_model_on_the_emulator_gives_the_golden_logits(case: str, cublas: Any)
 def test_a_large_batch_decodes_through_cublas(case: str) -> None:
     """Recorded steps of more rows than are streamed: cuBLAS adds the residual, attention appends."""
     from cuplama.engine import Engine
-    from cuplama.model import Model
+    from cuplama.model import Model, Settings
 
     folder, count = GOLDEN / case, STREAMED_ROWS + 1
     config = load_config(folder)
     backend = CudaBackend("f32", gpu=FakeGpu(emulate=True, cublas=_HostCublas()))
     weights = {name: backend.load_weight(w) for name, w in load_weights(folder, config).items()}
     golden = np.load(folder / "golden.npz")
-    model = Model(folder, config, None, backend, Engine(backend, config, weights, 64, 64 * count), {})
+    model = Model(folder, config, None, Engine(backend, config, weights, 64, 64 * count), Settings())
     prompt = golden["prompt_1"].tolist()[:20]
     alone = model.generate(prompt, max_tokens=4, temperature=0.0, ignore_eos=True)
     _fake(backend).launches.clear()
@@ -439,6 +449,28 @@ def test_a_failure_is_told_by_the_mark_behind_it(backend: CudaBackend) -> None:
 
     with pytest.raises(DeviceError, match=r"illegal memory access.*CUPLAMA_CHECK=1 names the node"):
         cuda.Mark(Event(), backend.gpu.failures).synchronize()
+
+
+@pytest.mark.parametrize("broken", ["write", "empty"])
+def test_what_cuda_complains_about_is_a_device_error(broken: str, backend: CudaBackend) -> None:
+    x = _ones(backend, 1, 8)
+    backend.call("add", (x, x), {})
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    setattr(_fake(backend), broken, fail)
+    host = np.ones((1, 8), np.float32)
+    calls: dict[str, Callable[[], Any]] = {
+        "upload": lambda: backend.upload(host),
+        "write": lambda: backend.write(x, host),
+        "zeros": lambda: backend.zeros((3,), DTYPES["f32"]),
+        "call": lambda: backend.call("add", (x, x), {}),
+        "load": lambda: backend.load_weight(Weight("w", ("w",), (host,))),
+    }
+    for name in ("upload", "write") if broken == "write" else ("upload", "zeros", "call", "load"):
+        with pytest.raises(DeviceError, match="illegal memory access"):
+            calls[name]()
 
 
 # ---- weights and dtypes ----------------------------------------------------------------------------------------------

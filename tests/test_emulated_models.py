@@ -16,7 +16,7 @@ from cuplama.backends.cuda import CudaBackend
 from cuplama.checkpoint import load_weights
 from cuplama.config import load_config
 from cuplama.engine import Engine
-from cuplama.model import Model
+from cuplama.model import Model, Settings
 
 from .gpu.verify_models import kl, stepwise
 from .test_cuda_backend import FakeGpu
@@ -31,7 +31,7 @@ def _load(case: Path, dtype: str) -> tuple[Model, Any, dict[str, Any]]:
     backend = CudaBackend(dtype, gpu=FakeGpu(emulate=True))
     weights = {name: backend.load_weight(w) for name, w in load_weights(case, config).items()}
     engine = Engine(backend, config, weights, meta["context"], 2 * meta["context"])
-    return Model(case, config, None, backend, engine, {}), np.load(case / "golden.npz"), meta
+    return Model(case, config, None, engine, Settings()), np.load(case / "golden.npz"), meta
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)

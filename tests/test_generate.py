@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import cuplama
 from cuplama import Model
+from cuplama.config import load_config
 from cuplama.errors import (
     ConfigError,
     ContextError,
@@ -402,6 +406,70 @@ def test_streams_that_fill_the_cache(greedy: str) -> None:
         assert model.generate("First", max_tokens=None).text == greedy
 
 
+def test_a_stream_that_has_ended_holds_nothing(greedy: str) -> None:
+    with load(CHARS) as model:  # two pages: one full sequence
+        stream = model.stream("First", max_tokens=5)
+        pieces = [next(stream) for _ in range(5)]
+        assert pieces[-1].finish_reason == "length"
+        assert model.engine.cache.unpromised == model.engine.cache.pages
+        assert model.generate("First", max_tokens=None).text == greedy
+        assert list(stream) == []
+        with model.stream("First", max_tokens=None) as other:
+            assert next(other).text == greedy[0]
+        assert model.engine.cache.unpromised == model.engine.cache.pages
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_threads_take_turns(records: bool, greedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings, plans and pools serve one thread at a time; and BLAS has the threads that it had before."""
+    before = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    with load(CHARS, cache_tokens=640) as model:
+        model.backend.records = records
+        inside: list[int] = []
+        run = model.backend.run
+
+        def alone(*args: Any) -> Any:
+            inside.append(1)
+            assert len(inside) == 1
+            outs = run(*args)
+            inside.pop()
+            return outs
+
+        monkeypatch.setattr(model.backend, "run", alone)
+        with ThreadPoolExecutor(3) as pool:
+            texts = list(pool.map(lambda _: model.generate("First", max_tokens=40).text, range(9)))
+    assert texts == [greedy[:40]] * 9
+    assert [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"] == before
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_not_finite_are_refused(records: bool, temperature: float) -> None:
+    with load(CHARS) as model:
+        model.backend.records = records
+        model.generate("First", max_tokens=3)
+        model.engine.values["norm"][...] = np.nan
+        with pytest.raises(DeviceError, match=r"logits after 5 tokens are not finite in f32; --dtype float32 may help"):
+            model.generate("First", temperature=temperature, max_tokens=10)
+        assert model.engine.cache.unpromised == model.engine.cache.pages
+
+
+def test_times_of_a_batch_that_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt of the second sequence is read when the first has ended, and is prompt time all the same."""
+    now = [0.0]
+    monkeypatch.setattr(cuplama.model.time, "perf_counter", lambda: now[0])
+    with load(CHARS) as model:
+        run = model.backend.run
+
+        def slow(*args: Any) -> Any:
+            now[0] += len(args[1]["ids"])  # of the layers, and of the head: twice a pass
+            return run(*args)
+
+        monkeypatch.setattr(model.backend, "run", slow)
+        one, two = model.generate(["First", "Second"], max_tokens=70)
+    assert one.timings == two.timings == cuplama.model.Timings(11, 2 * 11.0, 2 * 69, 2 * 2 * 69.0)
+
+
 class Interrupter:
     """Runs the backend, and acts as Ctrl-C on a given call."""
 
@@ -472,7 +540,7 @@ def test_a_folder_without_tokenizer_takes_ids(llama: Model) -> None:
         lambda: llama.chat([{"role": "user", "content": "Hi"}]),
         lambda: llama.generate([5], stop="x"),
     ):
-        with pytest.raises(TokenizerError, match=r"tokenizer\.json: not found"):
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist"):
             call()
 
 
@@ -491,14 +559,25 @@ def test_chat(chars: Model, tmp_path: Path) -> None:
 # --- Loading --------------------------------------------------------------------------------------
 
 
+def test_a_context_beyond_the_trained_one_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    trained = load_config(LLAMA).context
+    with caplog.at_level(logging.WARNING, "cuplama"):
+        load(LLAMA, context=np.int64(trained)).close()
+        assert "made for" not in caplog.text
+        load(LLAMA, context=trained + 1).close()
+    assert f"a context of {trained + 1} tokens is more than the {trained} that the model was made for" in caplog.text
+
+
 def test_load_options() -> None:
     with pytest.raises(ParameterError, match="dtype = 'int8' is not supported; supported: auto, float32"):
         load(CHARS, dtype="int8")
     with pytest.raises(ParameterError, match="device = 'tpu' is not supported"):
         cuplama.load(CHARS, device="tpu")
-    for context in (0, -1, 2.5, True, 2**40):
+    for tokens in (0, -1, 2.5, True, 2**40, "x"):
         with pytest.raises(ParameterError, match="context = "):
-            load(LLAMA, context=context)
+            load(LLAMA, context=tokens)
+        with pytest.raises(ParameterError, match="cache_tokens = "):
+            load(LLAMA, cache_tokens=tokens)
     with pytest.raises(ConfigError, match="context 81 is more than the 80 positions that the model learned"):
         load(CHARS, context=81)
     with pytest.raises(DeviceError, match=r"a cache of 1000000000 tokens takes [\d.]+ GB and [\d.]+ GB are free"):
@@ -532,7 +611,8 @@ def test_weights_that_stay_in_the_file(
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
     ],
 )
-def test_broken_generation_config(content: Any, words: str, tmp_path: Path) -> None:
+def test_broken_generation_config(content: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuplama.model, "load_weights", lambda *_: pytest.fail("loaded before the settings were read"))
     with pytest.raises(ConfigError, match=words) as caught:
         load(copy(LLAMA, tmp_path, generation_config=content))
     assert str(tmp_path / "generation_config.json") in str(caught.value)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from cuplama import memory
+from cuplama.backends.cuda import CudaBackend
+from cuplama.checkpoint import Weight
 from cuplama.config import ModelConfig, load_config, parse_config
+from cuplama.engine import Engine, Generation
 from cuplama.errors import DeviceError
 from cuplama.kernel import Device
 from cuplama.memory import MemoryPlan
 from cuplama.op import DTYPES
-from cuplama.prefill import KEPT_CHUNKS
+from cuplama.prefill import KEPT_CHUNKS, padded_rows
+from cuplama.sampling import SamplingParams
+from cuplama.shapes import SHAPES, find_shape
+from tests.cupy_pool import PoolGpu, elements, weights_on
 
 _CASES = Path(__file__).parent / "golden" / "cases"
 GB = 10**9
@@ -66,7 +75,7 @@ def test_the_plan_covers_the_recorded_passes_that_are_kept(rows: int) -> None:
     """As many passes of that many rows as may be kept, each with memory of its own, and one beside them."""
     config, bf16 = _llama_8b(), DTYPES["bf16"]
     kept = KEPT_CHUNKS * 2048 // rows
-    plan = memory.plan(config, _elements(config), bf16, 8192, 2048, Device())
+    plan = memory.plan(config, _elements(config), bf16, 8192, 8192, 2048, Device())
     recorded, other = (memory.workspace_bytes(config, bf16, n, Device()) for n in (rows, 2048))
     assert kept * recorded + other + memory.FIXED <= plan.workspace
 
@@ -79,7 +88,7 @@ def test_many_logits_are_part_of_it() -> None:
 @pytest.mark.parametrize("case", sorted(p.name for p in _CASES.iterdir()))
 def test_every_family_can_be_planned(case: str) -> None:
     config = load_config(_CASES / case)
-    plan = memory.plan(config, _elements(config), DTYPES["f16"], 64, 64, Device(arch=75))
+    plan = memory.plan(config, _elements(config), DTYPES["f16"], 64, 64, 64, Device(arch=75))
     assert plan.weights == 2 * _elements(config)
     assert plan.workspace > memory.FIXED
     assert plan.total == sum(size for _, size in plan.parts())
@@ -87,17 +96,17 @@ def test_every_family_can_be_planned(case: str) -> None:
 
 def test_a_plan_that_fits_passes() -> None:
     config = _llama_8b()
-    plan = memory.plan(config, _elements(config), DTYPES["bf16"], 8192, 2048, Device())
-    assert 17.5 * GB < plan.total < 18.5 * GB
+    plan = memory.plan(config, _elements(config), DTYPES["bf16"], 8192, 8192, 2048, Device())
+    assert 17.5 * GB < plan.total < 19 * GB
     memory.check(plan, plan.total, "a GPU")
 
 
 def test_passes_are_shorter_where_memory_is_short() -> None:
     config, bf16, chunks = _llama_8b(), DTYPES["bf16"], (4096, 2048, 512)
-    totals = {c: memory.plan(config, _elements(config), bf16, 8192, c, Device()).total for c in chunks}
+    totals = {c: memory.plan(config, _elements(config), bf16, 8192, 8192, c, Device()).total for c in chunks}
     assert totals[4096] > totals[2048] > totals[512]
     for free, chosen in ((totals[4096], 4096), (totals[4096] - 1, 2048), (totals[512], 512), (totals[512] - 1, 512)):
-        chunk, plan = memory.fit(config, _elements(config), bf16, 8192, chunks, free, Device())
+        chunk, plan = memory.fit(config, _elements(config), bf16, 8192, 8192, chunks, free, Device())
         assert (chunk, plan.total) == (chosen, totals[chosen])
 
 
@@ -121,9 +130,103 @@ def test_a_refusal_has_the_numbers_and_what_would_help(plan: MemoryPlan, free: i
 
 def test_the_context_that_would_fit_does_fit() -> None:
     config, bf16 = _llama_8b(), DTYPES["bf16"]
-    need = memory.plan(config, _elements(config), bf16, 131072, 2048, Device())
+    need = memory.plan(config, _elements(config), bf16, 131072, 131072, 2048, Device())
     with pytest.raises(DeviceError, match=r"--context (\d+) would fit") as e:
         memory.check(need, 24 * GB, "RTX 4090")
     tokens = int(str(e.value).split("--context ")[1].split()[0])
-    memory.check(memory.plan(config, _elements(config), bf16, tokens, 2048, Device()), 24 * GB, "RTX 4090")
+    memory.check(memory.plan(config, _elements(config), bf16, tokens, tokens, 2048, Device()), 24 * GB, "RTX 4090")
     assert tokens > 32768
+
+
+# ---- against a pool like CuPy's --------------------------------------------------------------------------------------
+
+
+def _engine(config: ModelConfig, capacity: int = 1 << 60, context: int = 8192) -> Engine:
+    gpu = PoolGpu(capacity)
+    backend = CudaBackend("bf16", gpu=gpu)
+    return Engine(backend, config, weights_on(gpu, config.weight_shapes(), backend.dtype), context, context)
+
+
+def _generate(engine: Engine, *prompts: int) -> None:
+    params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.0)
+    for _ in engine.generate([Generation([1] * n, params, frozenset()) for n in prompts]):
+        pass
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_pool_takes_no_more_than_planned_for_a_pass(name: str) -> None:
+    config = replace(find_shape(name)[1], layers=2)
+    context = min(8192, config.context)
+    engine, rows = _engine(config, context=context), min(4096, context - 4)
+    gpu: Any = engine.backend.gpu  # type: ignore[attr-defined]
+    before = gpu.used()
+    _generate(engine, rows)
+    taken = gpu._main_pool.total - before
+    work = memory.workspace_bytes(config, DTYPES["bf16"], padded_rows(rows), Device())
+    assert work < taken < memory.POOL * work + 16 * config.vocab + (1 << 20)
+
+
+def _small() -> ModelConfig:
+    return parse_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 4000,
+            "hidden_size": 256,
+            "intermediate_size": 896,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8192,
+        }
+    )
+
+
+def test_memory_that_other_sizes_keep_is_given_back_when_it_is_needed() -> None:
+    config, bf16 = _small(), DTYPES["bf16"]
+    plan = memory.plan(config, elements(config.weight_shapes()), bf16, 8192, 8192, 4096, Device())
+    engine = _engine(config)
+    room = engine.backend.gpu.used() + plan.workspace - memory.FIXED  # type: ignore[attr-defined]
+    engine = _engine(config, room)
+    for _ in engine.logits([1] * 4096):
+        pass
+    sizes = [[4096], [2000, 2000], [1000] * 4, [100] * 8, [50] * 16, [64] * 32]
+    for prompts in [s for s in sizes for _ in range(3)]:
+        _generate(engine, *prompts)
+    assert engine.cache.free == engine.cache.pages
+
+
+def test_a_pass_for_which_there_is_no_memory_is_refused_and_loses_nothing() -> None:
+    config = _small()
+    base = _engine(config).backend.gpu.used()  # type: ignore[attr-defined]
+    engine = _engine(config, base + (2 << 20))
+    _generate(engine, 100)
+    with pytest.raises(DeviceError, match=r"out of GPU memory: .* a shorter --context or a smaller batch"):
+        _generate(engine, 4096)
+    assert engine.cache.free == engine.cache.unpromised == engine.cache.pages
+    _generate(engine, 100)
+
+
+def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is part of reference cycles: its memory comes back when they are found, not before."""
+    config = _small()
+    weights = {name: Weight(name, (name,), (np.zeros(s, np.float32),)) for name, s in config.weight_shapes().items()}
+    plan = memory.plan(config, elements(config.weight_shapes()), DTYPES["f32"], 512, 512, 512, Device())
+    gpu = PoolGpu(plan.total)
+    monkeypatch.setattr("cuplama.backends.cuda.Gpu", lambda device: gpu)
+    gc.disable()
+    try:
+        backend = CudaBackend.open(config, weights, "f32", 512, 512)
+        engine = Engine(backend, config, {n: backend.load_weight(w) for n, w in weights.items()}, 512, 512)
+        _generate(engine, 100)
+        del engine, backend
+        gpu.give_back = lambda: None  # a real model has a Gpu of its own, which goes with it
+        assert gpu.free_memory() < plan.total
+        CudaBackend.open(config, weights, "f32", 512, 512)
+    finally:
+        gc.enable()
+
+
+def test_a_head_size_without_kernels_is_refused_before_anything_is_loaded() -> None:
+    config = replace(_small(), head_dim=100)
+    with pytest.raises(DeviceError, match=r"head_dim = 100: .*multiples of 8 up to 256; --device numpy"):
+        CudaBackend.open(config, {}, "bf16", 64, 64)

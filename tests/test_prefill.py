@@ -103,6 +103,32 @@ def _sizes(model: cuplama.Model) -> list[tuple[int, int]]:
     return list(model.engine._passes._kept)
 
 
+def test_the_first_pass_of_a_size_has_the_rows_of_the_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of other sizes may add up in another order: the same prompt gave other logits the second time."""
+    model, _ = _load(LLAMA)
+    rows: list[int] = []
+    body = model.engine.run_body
+
+    def counted(inputs: Any) -> Any:
+        rows.append(len(inputs["ids"]))
+        return body(inputs)
+
+    monkeypatch.setattr(model.engine, "run_body", counted)
+    logits = [model.logits([5] * 13) for _ in range(4)]
+    assert rows == [16] * 4
+    assert all(np.array_equal(logits[0], x) for x in logits)
+
+
+def test_the_logits_of_all_tokens_come_in_passes_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = _load(LLAMA)
+    wanted = model.logits(prompts[3])
+    monkeypatch.setattr("cuplama.engine.most_logits", lambda vocab: 7)
+    sizes = [len(rows) for rows in model.engine.logits(prompts[3])]
+    assert max(sizes) == 7
+    assert sum(sizes) == len(prompts[3])
+    np.testing.assert_allclose(model.logits(prompts[3]), wanted, atol=1e-4, rtol=0)
+
+
 def test_passes_of_nearly_the_same_size_share_a_recording() -> None:
     model, _ = _load(LLAMA)
     model.logits([5] * 17)
@@ -201,7 +227,7 @@ def test_left_over_rows_write_to_the_spare_page() -> None:
     for _ in range(2):
         model.generate(prompts[1], max_tokens=1)
     (kept,) = model.engine._passes._kept.values()
-    host, n = kept._inputs.host, len(prompts[1])
+    host, n = kept._inputs.packed.host, len(prompts[1])
     assert kept.rows > n
     assert (host["slots"][n:] // PAGE == model.engine.cache.spare).all()
     assert (host["slots"][:n] // PAGE != model.engine.cache.spare).all()

@@ -57,6 +57,9 @@ class Backend(Protocol):
     def load_weight(self, weight: Weight) -> Array:
         """A checkpoint weight in the backend's dtype."""
 
+    def end_loading(self) -> None:
+        """Give back what only loading weights needs."""
+
     def call(self, op: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         """Run one op. In-place outputs are returned as well."""
 
@@ -71,6 +74,9 @@ class Backend(Protocol):
 
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         """Overwrite a device array, in order with what is queued."""
+
+    def when_short_of_memory(self, give_back: Callable[[], None]) -> None:
+        """Call ``give_back``, which drops what is kept only for speed, before an allocation fails."""
 
     def close(self) -> None:
         """Give back everything."""

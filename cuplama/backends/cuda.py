@@ -7,10 +7,11 @@ per node.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..errors import CheckpointError, DeviceError
 from ..graph import Node
 from ..op import DTYPES, Array, Call, OpError, dtype_name
 from ..ops import OPS
+from ..ops.attention import HEAD_DIMS
 from ..ops.linear import LIBRARY, STREAMED_ROWS
 from .cublas import Cublas, Product
 from .gpu import STAGE, Gpu
@@ -170,16 +172,35 @@ class CudaBackend:
         self._steps: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Step]]] = {}
 
     @classmethod
-    def open(cls, config: ModelConfig, weights: Mapping[str, Weight], dtype: str, tokens: int) -> CudaBackend:
-        """A backend for one model. dtype "auto": the checkpoint's; tokens: of the KV cache, all sequences together.
+    def open(
+        cls, config: ModelConfig, weights: Mapping[str, Weight], dtype: str, context: int, tokens: int
+    ) -> CudaBackend:
+        """A backend for one model. dtype "auto": the checkpoint's; context: tokens of a sequence; tokens: of the KV
+        cache, all sequences together.
 
-        Raises DeviceError, with the numbers, if weights, cache and workspace exceed the GPU's free memory.
+        Raises DeviceError, with the numbers, if weights, cache and workspace exceed the GPU's free memory, and for a
+        head_dim that the kernels do not have.
         """
+        if config.head_dim not in HEAD_DIMS:
+            raise DeviceError(
+                f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
+                " --device numpy takes any"
+            )
         unique = {w.source: w for w in weights.values()}.values()
         backend = cls(dtype_name(weights["embed"].dtype) if dtype == "auto" else dtype)
         elements = sum(w.nbytes // w.dtype.itemsize for w in unique)
-        free, limits = backend.free_memory(), backend.gpu.limits
-        backend.prefill_chunk, plan = memory.fit(config, elements, backend.dtype, tokens, cls._CHUNKS, free, limits)
+
+        def fit(free: int) -> tuple[int, memory.MemoryPlan]:
+            return memory.fit(
+                config, elements, backend.dtype, context, tokens, cls._CHUNKS, free, backend.gpu.limits
+            )
+
+        free = backend.free_memory()
+        backend.prefill_chunk, plan = fit(free)
+        if plan.total > free:
+            gc.collect()  # a model that was dropped without close() holds its memory until it is found
+            free = backend.free_memory()
+            backend.prefill_chunk, plan = fit(free)
         try:
             memory.check(plan, free, backend.gpu.name)
         except DeviceError:
@@ -196,23 +217,33 @@ class CudaBackend:
         """Bytes of GPU memory that can still be allocated."""
         return self.gpu.free_memory()
 
+    def when_short_of_memory(self, give_back: Callable[[], None]) -> None:
+        """Call ``give_back``, which drops what is kept only for speed, before an allocation fails."""
+        self.gpu.give_back = give_back
+
+    @contextmanager
+    def _on_gpu(self) -> Iterator[Gpu]:
+        """Inside, the GPU is current, and what CUDA complains about is a DeviceError: as a rule an earlier kernel."""
+        with self.gpu as gpu:
+            try:
+                yield gpu
+            except gpu.failures as e:
+                raise _failure("a kernel before this point", e) from e
+
     def upload(self, array: np.ndarray[Any, Any]) -> Array:
         array = np.ascontiguousarray(array)
-        with self.gpu as gpu:
+        with self._on_gpu() as gpu:
             out = gpu.empty(array.shape, array.dtype)
             gpu.write(out, array)
         return out
 
     def download(self, array: Array) -> np.ndarray[Any, Any]:
-        with self.gpu as gpu:
+        with self._on_gpu() as gpu:
             gpu.check("the array to download", array)
-            try:
-                return gpu.read(array)
-            except gpu.failures as e:
-                raise _failure("a kernel before this point", e) from e
+            return gpu.read(array)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        with self.gpu as gpu:
+        with self._on_gpu() as gpu:
             out = gpu.empty(tuple(shape), np.dtype(dtype))
             gpu.fill(out, 0)
         return out
@@ -222,23 +253,28 @@ class CudaBackend:
 
         Raises CheckpointError naming a tensor whose values float16 cannot hold.
         """
-        with self.gpu as gpu:
+        with self._on_gpu() as gpu:
             out = gpu.empty(weight.shape, self.dtype)
             widest = max(1, self.dtype.itemsize // weight.dtype.itemsize)
             for offset, piece in weight.chunks(STAGE // widest):
                 gpu.stage(out, offset, convert(piece, self.dtype, weight.name))
         return out
 
+    def end_loading(self) -> None:
+        """Wait for the copies of weights and give the pinned buffers back."""
+        with self._on_gpu() as gpu:
+            gpu.end_staging()
+
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         """Overwrite a device array with a host array of its shape and dtype, in order with what is queued."""
         if array.shape != host.shape:
             raise OpError(f"cannot write an array of shape {host.shape} over one of shape {array.shape}")
-        with self.gpu as gpu:
+        with self._on_gpu() as gpu:
             gpu.write(array, np.ascontiguousarray(host, array.dtype))
 
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
         """Pinned int32 host memory that kernels write directly: the host's view, and the array that ops take."""
-        with self.gpu as gpu:
+        with self._on_gpu() as gpu:
             return gpu.pinned(shape, DTYPES["i32"])
 
     def recording(self, body: Callable[[], None]) -> Recording:
@@ -247,23 +283,20 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         """Wait for everything queued. Raises DeviceError if some of it failed."""
-        with self.gpu as gpu:
-            try:
-                gpu.synchronize()
-            except gpu.failures as e:
-                raise _failure("a kernel before this point", e) from e
+        with self._on_gpu() as gpu:
+            gpu.synchronize()
 
     # -- running
 
     def call(self, op: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         """Run one op. Raises OpError for arrays that do not fit its signature, DeviceError for a failed launch."""
-        with self.gpu:
+        with self._on_gpu():
             return self._execute(op, self._id(op, attrs), ins, attrs)
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         """Run a node list. The list must not change after its first run: liveness and ids are worked out once."""
         live = {"": None, **values}
-        with self.gpu:
+        with self._on_gpu():
             for step in self._prepare(nodes, tuple(keep)):
                 outs = self._execute(step.node.op, step.id, [live[n] for n in step.ins], step.node.attrs, step.node)
                 for name, array in zip(step.outs, outs, strict=True):

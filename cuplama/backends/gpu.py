@@ -6,6 +6,7 @@ CuPy is imported when a ``Gpu`` is made, not before.
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import math
 import os
@@ -67,7 +68,9 @@ class Gpu:
             self._early = driver if driver_version(driver) >= EarlyLaunch.OLDEST_DRIVER else None
         with self._device:
             self.stream = cupy.cuda.Stream(non_blocking=True)
-            self.pool = cupy.cuda.MemoryPool()
+            self.pool = self._main_pool = cupy.cuda.MemoryPool()
+        self.give_back: Callable[[], None] = lambda: None  # drops what others keep only to be fast
+        self._capturing = False
         library = load_cublas()
         self.cublas: Cublas | None = None
         if library is not None:
@@ -92,7 +95,7 @@ class Gpu:
 
     def free_memory(self) -> int:
         """Bytes that can still be allocated: free on the card, or free in the pool."""
-        return int(self._device.mem_info[0] + self.pool.free_bytes())
+        return int(self._device.mem_info[0] + self._main_pool.free_bytes())
 
     def key(self, array: Array) -> tuple[Any, ...]:
         """What a plan depends on. Raises AttributeError for an array that is not on a GPU."""
@@ -107,14 +110,26 @@ class Gpu:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         count = dtype.itemsize * math.prod(shape)
+        failure = self._cupy.cuda.memory.OutOfMemoryError
         try:
             return self.array_type(shape, dtype, self.pool.malloc(count))
-        except self._cupy.cuda.memory.OutOfMemoryError:
-            free, total = self._device.mem_info
-            raise DeviceError(
-                f"out of GPU memory: {count / 1e9:.2f} GB asked for, {free / 1e9:.2f} of {total / 1e9:.2f} GB free;"
-                " a shorter --context or a smaller batch needs less"
-            ) from None
+        except failure:
+            if self._capturing:  # nothing may be freed now; a body's first run has made its pool large enough
+                raise self._out_of_memory(count) from None
+        # A pool gives its own free blocks back before it fails, but no other pool's.
+        self.give_back()
+        self._main_pool.free_all_blocks()
+        try:
+            return self.array_type(shape, dtype, self.pool.malloc(count))
+        except failure:
+            raise self._out_of_memory(count) from None
+
+    def _out_of_memory(self, count: int) -> DeviceError:
+        free, total = self._device.mem_info
+        return DeviceError(
+            f"out of GPU memory: {count / 1e9:.2f} GB asked for, {free / 1e9:.2f} of {total / 1e9:.2f} GB free;"
+            " a shorter --context or a smaller batch needs less"
+        )
 
     def fill(self, array: Array, byte: int) -> None:
         array.data.memset_async(byte, array.nbytes, self.stream)
@@ -134,6 +149,12 @@ class Gpu:
         if self._stage is None:
             self._stage = _Stage(self._cupy, self.stream)
         self._stage.copy(array.data + offset * host.itemsize, host.view(np.uint8))
+
+    def end_staging(self) -> None:
+        """Give the pinned buffers back, once what went through them has arrived."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
 
     def synchronize(self) -> None:
         self.stream.synchronize()
@@ -160,19 +181,25 @@ class Gpu:
     @contextmanager
     def drawing_from(self, pool: Any) -> Iterator[None]:
         """Allocate from another pool for a while."""
-        main, self.pool = self.pool, pool
+        before, self.pool = self.pool, pool
         try:
             yield
         finally:
-            self.pool = main
+            self.pool = before
 
     def capture(self, body: Callable[[], None]) -> Any:
         """The launches of ``body`` as a CUDA graph; none of them runs now."""
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection finds may wait for the stream, which must not happen now
         self.stream.begin_capture()
+        self._capturing = True
         try:
             body()
         finally:
+            self._capturing = False
             graph = self.stream.end_capture()
+            if collecting:
+                gc.enable()
         return graph
 
     def address(self, array: Array) -> int:
@@ -210,13 +237,13 @@ class Gpu:
         """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die."""
         with self, suppress(*self.failures):  # a GPU in an error state refuses everything; the process's end frees it
             self.stream.synchronize()
-            if self._stage is not None:
-                self._stage.close()
+            self.end_staging()
             if self.cublas is not None:
                 self.cublas.close()
-            self._stage, self.cublas, self._workspace = None, None, None
+            self.cublas, self._workspace = None, None
+            self.give_back = lambda: None
             self._functions.clear()
-            self.pool.free_all_blocks()
+            self._main_pool.free_all_blocks()
 
 
 class _Stage:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,34 @@ class _Step:
     outs: tuple[tuple[str, np.dtype[Any]], ...]
     attrs: Mapping[str, Any]
     dead: tuple[str, ...]
+
+
+class _OneThread:
+    """One BLAS thread as long as any thread of the process is inside, and then as many as there were before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._controller: ThreadpoolController | None = None
+        self._limit: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._controller = self._controller or ThreadpoolController()
+                self._limit = self._controller.limit(limits=1, user_api="blas")
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._limit.restore_original_limits()
+
+
+_one_thread = _OneThread()  # the libraries' number of threads belongs to the process, not to a backend
 
 
 class _Recording:
@@ -67,8 +96,7 @@ class NumPyBackend:
         self.dtype = DTYPES[dtype]
         self._convert = convert
         self._largest = 0  # elements of the largest weight
-        self._blas: ThreadpoolController | None = None
-        self._steps: dict[int, tuple[Sequence[Node], list[_Step]]] = {}
+        self._steps: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Step]]] = {}
 
     def describe(self) -> str:
         return f"NumPy {np.__version__} on {os.cpu_count()} CPU cores, {self.dtype.name}"
@@ -92,22 +120,23 @@ class NumPyBackend:
             flat[offset : offset + piece.size] = piece
         return array
 
+    def end_loading(self) -> None:
+        pass
+
     def call(self, op: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         out = OPS[op].reference(*ins, **attrs)
         outs = out if isinstance(out, tuple) else (out,)
         return tuple(o.astype(d, copy=False) for o, d in zip(outs, self._dtypes(op, attrs), strict=True))
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
-        with self._threads(len(values["ids"])):
+        # What overflows in float16 shows in the logits; the sampler refuses those.
+        with self._threads(len(values["ids"])), np.errstate(over="ignore", invalid="ignore"):
             return self._run(nodes, values, keep)
 
     def _threads(self, tokens: int) -> AbstractContextManager[Any]:
         if tokens * self._largest >= _ONE_THREAD:
             return nullcontext()
-        if self._blas is None:
-            self._blas = ThreadpoolController()
-        limit: AbstractContextManager[Any] = self._blas.limit(limits=1, user_api="blas")
-        return limit
+        return _one_thread()
 
     def _run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         values = {"": None, **values}
@@ -129,6 +158,9 @@ class NumPyBackend:
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         array[...] = host
 
+    def when_short_of_memory(self, give_back: Callable[[], None]) -> None:
+        pass
+
     def close(self) -> None:
         self._steps.clear()
 
@@ -138,7 +170,8 @@ class NumPyBackend:
 
     def _prepare(self, nodes: Sequence[Node], keep: Sequence[str]) -> list[_Step]:
         """The steps of a node list; worked out once per list."""
-        known = self._steps.get(id(nodes))
+        key = id(nodes), tuple(keep)
+        known = self._steps.get(key)
         if known is not None and known[0] is nodes:
             return known[1]
         made = {name for node in nodes for name in node.outs if name not in node.ins}
@@ -155,5 +188,5 @@ class NumPyBackend:
                     tuple(n for n in touched if n in made and last[n] == i and n not in keep),
                 )
             )
-        self._steps[id(nodes)] = (nodes, steps)
+        self._steps[key] = (nodes, steps)
         return steps
