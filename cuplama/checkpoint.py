@@ -119,7 +119,9 @@ def _assemble(
             found, tensor_name = tensors.get(recipe.otherwise), recipe.otherwise
         if found is None:
             alternative = f" (nor {recipe.parts[0][1]})" if recipe.otherwise else ""
-            raise CheckpointError(f"{folder}: tensor {tensor_name}{alternative} is missing")
+            untied = name in ("embed", "head") and not recipe.otherwise
+            reason = ", and config.json says that head and embedding are not tied" if untied else ""
+            raise CheckpointError(f"{folder}: tensor {tensor_name}{alternative} is missing{reason}")
         stored = shape[::-1] if recipe.transposed else shape
         if found.shape != stored:
             raise CheckpointError(

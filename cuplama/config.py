@@ -60,6 +60,7 @@ class ModelConfig:
     def recipes(self) -> dict[str, Recipe]:
         """Canonical weight name -> recipe, for the weights that this model has, with layer numbers filled in."""
         found = {}
+        separate = self.raw.get("tie_word_embeddings") is False  # said so, not left out
         for name, recipe in self.family.weights.items():
             if recipe.when is not None and recipe.when not in self.flags:
                 continue
@@ -67,7 +68,7 @@ class ModelConfig:
                 found[name.replace("{i}", str(i))] = Recipe(
                     tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in recipe.parts),
                     recipe.transposed,
-                    recipe.otherwise,
+                    None if separate else recipe.otherwise,
                 )
         return found
 
@@ -121,6 +122,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     values = {name: reader.get(*source) for name, source in family.fields.items()}
     sizes = {name: reader.size(family.fields[name][0], values[name]) for name in ("vocab", "hidden", "layers", "heads")}
     hidden, heads, layers = sizes["hidden"], sizes["heads"], sizes["layers"]
+    if layers > _MOST_LAYERS:
+        reader.refuse(family.fields["layers"][0], f"at most {_MOST_LAYERS:,} layers")
     kv_heads = reader.size("num_key_value_heads", _or(values.get("kv_heads"), heads))
     ffn = reader.size(family.fields["ffn"][0], _or(values["ffn"], 4 * hidden))
     context = reader.size(family.fields["context"][0], values["context"])
@@ -152,7 +155,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
             for flag, source in family.flags.items()
             if (reader.switch(source) if isinstance(source, str) else source)
         ),
-        dtype=raw.get("dtype") or raw.get("torch_dtype"),
+        dtype=reader.dtype(),
         bos=next(iter(token_ids(raw.get("bos_token_id"), f"{where}: bos_token_id")), None),
         eos=token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id"),
         raw=raw,
@@ -165,6 +168,7 @@ def _or(value: Any, default: int) -> Any:
 
 
 _HUGE = 1e30
+_MOST_LAYERS = 10_000  # far beyond any model; each has an entry in several lists, and a wrong number must not fill memory
 
 
 def _is_number(value: Any) -> bool:
@@ -215,6 +219,14 @@ class _Reader:
             shown = json.dumps(value, default=str)
             raise ConfigError(f"{self.where}: {key} = {shown:.80} is not a positive whole number below 2^31")
         return value
+
+    def dtype(self) -> str | None:
+        """The checkpoint's dtype by either of its names, or None."""
+        for key in ("dtype", "torch_dtype"):
+            value = self.raw.get(key)
+            if value is not None and not isinstance(value, str):
+                self.refuse(key, 'a name such as "bfloat16"')
+        return self.raw.get("dtype") or self.raw.get("torch_dtype")
 
     def switch(self, key: str) -> bool:
         """A field that is true or false; null is false."""

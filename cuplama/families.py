@@ -22,7 +22,8 @@ class Recipe:
     parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over
     V (vocabulary), d (hidden), f (feed-forward), P (learned positions), heads, kv_heads and D (head_dim), as the
     *canonical* weight has them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to
-    try when the first part's is not there. when: the config flag under which the weight exists.
+    try when the first part's is not there, unless the config says that head and embedding are not tied. when: the
+    config flag under which the weight exists.
     """
 
     parts: tuple[tuple[str, str], ...]

@@ -152,17 +152,24 @@ def test_bare_names_without_the_prefix(raw: Mapping[str, Any], tmp_path: Path) -
     assert np.array_equal(weights["head"].array(), weights["embed"].array() + 1)
 
 
-@pytest.mark.parametrize("flag", [True, False, None])
+@pytest.mark.parametrize("flag", [True, None])
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
-def test_a_tied_head_under_either_name_whatever_the_flag(
-    name: str, flag: bool | None, tensors: Tensors, tmp_path: Path
-) -> None:
+def test_a_tied_head_under_either_name(name: str, flag: bool | None, tensors: Tensors, tmp_path: Path) -> None:
     matrix = tensors.pop("model.embed_tokens.weight")
     save(tmp_path / "model.safetensors", {**tensors, name: matrix})
     weights = load(tmp_path, {**LLAMA, "tie_word_embeddings": flag})
     assert weights["head"].source == weights["embed"].source == (name,)  # and so loaded once
     assert np.array_equal(weights["head"].array(), matrix)
     assert np.array_equal(weights["embed"].array(), matrix)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_lost_head_or_embedding_of_an_untied_model_is_missed(name: str, tensors: Tensors, tmp_path: Path) -> None:
+    matrix = tensors.pop("model.embed_tokens.weight")
+    save(tmp_path / "model.safetensors", {**tensors, name: matrix})
+    (other,) = {"lm_head.weight", "model.embed_tokens.weight"} - {name}
+    with pytest.raises(CheckpointError, match=rf"tensor {other} is missing, and config.json says .* not tied"):
+        load(tmp_path, {**LLAMA, "tie_word_embeddings": False})
 
 
 @pytest.mark.parametrize("flag", [True, False])
