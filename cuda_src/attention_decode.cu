@@ -26,8 +26,9 @@
 //
 //   TENSOR   16-bit T and D <= 128, from sm_80 on: a warp takes 16 keys at a time and keeps a softmax of its own, so
 //            the loop has no barrier. Scores are mma of queries (8 of 16 rows) and keys (8 columns): which d meets
-//            which is free, so a lane reads 16 bytes of a key as its share of two products. Sums are mma of v^T (16 d) and p^T (8 heads);
-//            p enters as two 16-bit numbers, p and what rounding it took away, so that it loses nothing that shows.
+//            which is free, so a lane reads 16 bytes of a key as its share of two products. Sums are mma of v^T (16 d)
+//            and p^T (8 heads); p enters as two 16-bit numbers, p and what rounding it took away, so that it loses
+//            nothing that shows.
 //   else     LANES lanes hold a row of 8*LANES >= D elements, a block reads ROWS keys side by side, and the products of
 //            the Q heads are summed over the lanes by a reduce-scatter.
 //
@@ -46,10 +47,10 @@
 //   12 warps, 1 tile each, 192 keys          3.5     3.7     5.7     5.6     5.9    13.8    38.2
 //   4 warps, 2 tiles each, 128 keys          4.2     5.6     6.2     5.8     6.4    15.0    40.0
 //   4 warps, 1 tile each, 64 keys            5.6     5.6             5.8     6.5    15.9    40.4
-//   ... and everything after the wait        8.2     8.3             9.2    10.0    17.8    42.4
-// 64 sequences of 32768 keys reach 92% with 4 warps, so what is missing is latency: about 2 us for adding up splits
-// (stores, fence, counter, loads), 3 us before. Tried besides: cp.async.bulk.prefetch.L2 of the next 4 tiles (50 us at
-// 32768 keys instead of 40), of the next 2 (41.5); the first table entry read before the length is known (0.1 us).
+// 64 sequences of 32768 keys reach 92% with 4 warps, so what is missing is latency: of adding up splits (stores, fence,
+// counter, loads), and before the first keys arrive. Reading everything after the wait cost 2 to 4 us (raw output not
+// kept). Tried besides: cp.async.bulk.prefetch.L2 of the next 4 tiles (50 us at 32768 keys instead of 40), of the next 2
+// (41.5).
 #include "attention.cuh"
 #include "ptx.cuh"
 

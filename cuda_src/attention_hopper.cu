@@ -6,8 +6,8 @@
 //
 // FlashAttention-3's plan (Shah et al., arXiv:2407.08608): one block a multiprocessor. GROUPS warpgroups hold 64 rows
 // each, (token, head of the group) pairs; one more, the first, fetches tiles of 128 keys and values, two stages of
-// each, and gives its registers to the others. Products are asynchronous (wgmma): the scores of tile j+1 and the sum over the
-// values of tile j are under way together, and the softmax of tile j+1 runs beside that sum. As in
+// each, and gives its registers to the others. Products are asynchronous (wgmma): the scores of tile j+1 and the sum
+// over the values of tile j are under way together, and the softmax of tile j+1 runs beside that sum. As in
 // attention_prefill.cu, a row's result does not depend on the batch or on how a prompt is cut. Grid (tiles * H),
 // 128 * (GROUPS + 1) threads.
 //

@@ -16,13 +16,13 @@
 // With programmatic dependent launch (ptx.cuh) blocks of the next kernel start where one of this has ended. What does
 // not depend on earlier kernels happens before the wait: the ring is filled, the norm's scale is asked for.
 //
-// What counts in kernels of a few microseconds (measured on an H200, 2026-11-20; benchmarks/results/README.md):
-// - Instructions are fetched, too. A kernel runs its prologue once, cold, at some 25 ns for each 128 bytes of code:
-//   loops that run once or twice are not unrolled, and the paths for odd addresses are loops over single elements.
+// What counts in kernels of a few microseconds (on an H200, 2026-11-20; benchmarks/results/README.md has what was kept):
+// - Instructions are fetched, too, and a kernel runs its prologue once, cold: loops that run once or twice are not
+//   unrolled, and the paths for odd addresses are loops over single elements. That alone gave 7% on the 0.5B.
 // - The ring is shallow, 64 KB. That keeps the memory busy; with more on its way x waits behind it: 200 KB, 4 us.
 // - A block still takes more than half of the shared memory. Where two fit, some multiprocessors get two, others none.
 // - All kernels prefer the same division of a multiprocessor's L1 (Gpu.function): it must be empty to be divided anew.
-// Tried and worse: the copy engine (cp.async.bulk) for the ring; asking for x before the ring is filled; 8 warps.
+// Tried and worse: the copy engine (cp.async.bulk) for the ring; asking for x before the ring is filled.
 //
 // Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
 #include "activation.cuh"

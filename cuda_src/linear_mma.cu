@@ -30,8 +30,9 @@
 // As in linear.cu, what does not depend on earlier kernels happens before the wait: the ring is filled, scale and shift
 // of the norm are read. What does not lie on 16-byte boundaries comes element by element.
 //
-// H200, 2026-11-20: 8 rows at 85%, 2 rows at 87 to 92% of the read bandwidth on large weights. A ring of more than two
-// chunks helps a kernel alone, and costs a step 2 to 6%. x as A would take twice the registers and twice the products.
+// H200, 2026-11-20, weights above 16 MB of the 8B and the 1B: 2 rows at 80 to 92%, 8 rows at 74 to 86% of the read
+// bandwidth (benchmarks/results/2026-11-20-h200-rows.csv; the norms did not start early then). A ring of more than two
+// chunks helps a kernel alone, and costs a step 1 to 6%. x as A would take twice the registers and twice the products.
 //
 // Launch and tuning: cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
 #include "activation.cuh"

@@ -457,7 +457,7 @@ def test_logits_that_are_not_finite_are_refused(records: bool, temperature: floa
 def test_times_of_a_batch_that_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt of the second sequence is read when the first has ended, and is prompt time all the same."""
     now = [0.0]
-    monkeypatch.setattr(cuplama.model.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("cuplama.model.time.perf_counter", lambda: now[0])
     with load(CHARS) as model:
         run = model.backend.run
 

@@ -232,6 +232,12 @@ def test_kernels_that_wait_are_told_from_those_that_do_not() -> None:
     assert {name: p.waits for name, p in found.items()} == {"early": True, "plain": False}
 
 
+def test_inline_ptx_is_in_one_header() -> None:
+    """The emulator supplies that header's functions, and nothing else."""
+    found = {p.name for p in source_folder().glob("*.cu*") if re.search(r"\b(__)?asm\b", p.read_text())}
+    assert found == {"ptx.cuh"}
+
+
 def test_whoever_waits_is_launched_early() -> None:
     """A kernel whose helper waits would be launched like any other, and nobody would see why it is slow."""
     for path in sorted(source_folder().glob("*.cu*")):
