@@ -61,12 +61,6 @@ struct PageTile {
     }
 };
 
-// Tiles are numbered over the whole batch without knowing the lengths: sequence i has the numbers from
-// starts[i]*group/ROWS + i to those of sequence i+1, which are at least as many as its tiles.
-__device__ __forceinline__ int first_tile(const i32* starts, int i, int group, int rows) {
-    return starts[i] * group / rows + i;
-}
-
 template <typename T, int D, int S, int ROWS, int KEYS>
 __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     attention_prefill(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
@@ -81,25 +75,17 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
 
     const int group = heads / H, kv_head = blockIdx.y;
     const int number = gridDim.x - 1 - blockIdx.x;  // the last tiles see the most keys: start them first
-    int sequence = 0;
-    for (int end = b; end - sequence > 1;) {
-        const int middle = (sequence + end) / 2;
-        if (first_tile(starts, middle, group, ROWS) <= number)
-            sequence = middle;
-        else
-            end = middle;
-    }
-    const int start = starts[sequence], fresh = starts[sequence + 1] - start, length = lengths[sequence];
-    const int first = (number - first_tile(starts, sequence, group, ROWS)) * ROWS;  // row of the sequence
-    if (first >= fresh * group) return;
+    const Tile part(starts, lengths, b, group, ROWS, number);
+    const int sequence = part.sequence, start = part.start, first = part.first, fresh = part.end / group;
+    if (first >= part.end) return;
 
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const i32* table = blocks + i64(sequence) * M;
     int position[R];  // of each row's token in its sequence
 #pragma unroll
-    for (int i = 0; i < R; i++) position[i] = length - fresh + (first + R * ty + i) / group;
-    const int lowest = length - fresh + first / group;
-    const int high = length - fresh + (min(first + ROWS, fresh * group) - 1) / group + 1;
+    for (int i = 0; i < R; i++) position[i] = part.old + (first + R * ty + i) / group;
+    const int lowest = part.old + first / group;
+    const int high = part.old + (min(first + ROWS, part.end) - 1) / group + 1;
     const int low = window > 0 && lowest >= window ? (lowest - window + 1) / KEYS * KEYS : 0;
 
     PageTile<T, D, S, KEYS, STRIDE> tile;

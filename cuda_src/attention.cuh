@@ -1,4 +1,4 @@
-// What the attention kernels share: where a token lies, and numbers of the softmax.
+// What the attention kernels share: where a token lies, the tile of queries of a block, and numbers of the softmax.
 #ifndef CUPLAMA_ATTENTION_CUH
 #define CUPLAMA_ATTENTION_CUH
 
@@ -12,5 +12,33 @@ template <int S, int D>
 __device__ __forceinline__ i64 token_offset(const i32* table, int position, int head, int H) {
     return ((i64(table[position / S]) * H + head) * S + position % S) * D;
 }
+
+// Tiles are numbered over the whole batch without knowing the lengths: sequence i has the numbers from
+// starts[i]*group/rows + i to those of sequence i+1, which are at least as many as its tiles.
+__device__ __forceinline__ int first_tile(const i32* starts, int i, int group, int rows) {
+    return starts[i] * group / rows + i;
+}
+
+// A tile of up to `rows` (token, head of the group) pairs of one sequence.
+struct Tile {
+    int sequence, start, old;  // start: row of x of its first new token; old: tokens before the new ones
+    int first, end;            // rows of the sequence; empty for numbers beyond its last tile
+
+    __device__ __forceinline__ Tile(const i32* starts, const i32* lengths, int b, int group, int rows, int number) {
+        sequence = 0;
+        for (int last = b; last - sequence > 1;) {
+            const int middle = (sequence + last) / 2;
+            if (first_tile(starts, middle, group, rows) <= number)
+                sequence = middle;
+            else
+                last = middle;
+        }
+        start = starts[sequence];
+        const int fresh = starts[sequence + 1] - start;
+        old = lengths[sequence] - fresh;
+        first = (number - first_tile(starts, sequence, group, rows)) * rows;
+        end = fresh * group;
+    }
+};
 
 #endif

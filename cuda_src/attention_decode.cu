@@ -52,7 +52,7 @@
 // kept). Tried besides: cp.async.bulk.prefetch.L2 of the next 4 tiles (50 us at 32768 keys instead of 40), of the next 2
 // (41.5).
 #include "attention.cuh"
-#include "ptx.cuh"
+#include "mma.cuh"
 
 constexpr int TILE = 16;        // keys of a warp's mma; windows begin at a multiple
 
@@ -93,13 +93,6 @@ struct Span {
 };
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
-    mma_m16n8k16_f16(d, a, b);
-}
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
-    mma_m16n8k16_bf16(d, a, b);
-}
 
 // Two numbers as T in one register, and what the rounding took from them in another.
 template <typename T>

@@ -29,7 +29,8 @@
 // taking turns at the tensor cores by named barriers (D = 128: 558 at 4k and 16k; D = 64: 421 and 483); multiplying the
 // sums only when some maximum has moved (D = 128: 557, 556; kept for D = 64, where the exponentials and not the
 // products set the pace); two warpgroups for D = 64 (356, 427).
-#include "attention_prefill.cuh"
+#include "attention.cuh"
+#include "mma.cuh"
 
 constexpr int GROUP = 128, MINE = 64;   // threads and rows of a warpgroup
 constexpr int KEYS = 128, PANEL = 64;  // keys of a tile, columns of a panel

@@ -28,23 +28,10 @@
 // 334 TFLOP/s (4 * heads * D * pairs), as benchmarks/results/ has it. Tried, in an earlier run (210, 308, 318): 64 rows
 // for long prompts (285, 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 at 4k and
 // 16k 222 and 233 instead of 262 and 282).
-#include "attention_prefill.cuh"
+#include "attention.cuh"
+#include "mma.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
-
-// ---- per dtype -------------------------------------------------------------------------------------------------------
-
-// d += a b on 16x16 and 16x8 matrices.
-template <typename T>
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
-template <>
-__device__ __forceinline__ void multiply<f16>(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    mma_m16n8k16_f16(d, a, b);
-}
-template <>
-__device__ __forceinline__ void multiply<bf16>(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    mma_m16n8k16_bf16(d, a, b);
-}
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------
 
@@ -176,8 +163,8 @@ __global__ void __launch_bounds__(THREADS, 2)
                 const u32 left[2] = {both[0], both[1]}, right[2] = {both[2], both[3]};
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
-                    multiply<T>(score[m][2 * j], a[m], left);
-                    multiply<T>(score[m][2 * j + 1], a[m], right);
+                    multiply(score[m][2 * j], a[m], left, T());
+                    multiply(score[m][2 * j + 1], a[m], right, T());
                 }
             }
         }
@@ -249,8 +236,8 @@ __global__ void __launch_bounds__(THREADS, 2)
                 const u32 left[2] = {both[0], both[1]}, right[2] = {both[2], both[3]};
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
-                    multiply<T>(acc[m][2 * j], a[m], left);
-                    multiply<T>(acc[m][2 * j + 1], a[m], right);
+                    multiply(acc[m][2 * j], a[m], left, T());
+                    multiply(acc[m][2 * j + 1], a[m], right, T());
                 }
             }
         }

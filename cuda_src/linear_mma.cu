@@ -36,8 +36,7 @@
 //
 // Launch and tuning: cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
 #include "activation.cuh"
-#include "common.cuh"
-#include "ptx.cuh"
+#include "mma.cuh"
 
 enum Norm { RMS_NORM, LAYER_NORM };
 
@@ -89,13 +88,6 @@ __device__ __forceinline__ Piece load_piece(const T* from, bool there, bool wide
         piece.v[3] = piece.v[3] >> 16 | u32(bits) << 16;
     }
     return piece;
-}
-
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
-    mma_m16n8k16_f16(d, a, b);
-}
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
-    mma_m16n8k16_bf16(d, a, b);
 }
 
 // A warp's share of the weights on its way through the ring, in the order phase, tile, chunk. Making one starts it; it
