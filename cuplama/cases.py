@@ -22,7 +22,7 @@ from .decode import AHEAD, decode_nodes
 from .errors import ParameterError
 from .fuse import PREFILL_RULES, fuse
 from .graph import Node, decoder
-from .op import DTYPES, Array, Call, Op, OpError, dim_names
+from .op import DTYPES, Array, Call, Op, OpError, dim_names, dim_value
 from .ops import OPS
 from .ops.attention import _case as attention_case
 from .shapes import find_shape
@@ -30,6 +30,14 @@ from .shapes import find_shape
 __all__ = ["Case", "decode_cases", "default_cases", "prompt_cases", "registry_cases", "shape_case"]
 
 _DEFAULT_MODELS = ("llama-3.1-8b", "qwen3-8b", "gpt2")
+_MOST = 2**31 - 1  # sizes and counters of kernels are i32
+_RULES: Mapping[str, Sequence[str]] = {  # what the sizes of --shape must fulfil besides
+    "attention": ("heads % H == 0", "new <= length"),
+    "append_attention": ("heads % H == 0", "new == 1"),
+    "rope": ("2 * h <= D",),
+    "kv_append": ("2 * H * D <= w", "w % D == 0", "n <= P * S"),
+    "logprobs": ("N <= V",),
+}
 _SHAPE_OF: Mapping[str, Mapping[str, Any]] = {  # ops that no node list of these models has
     "penalize": {"b": 1, "V": 128256, "m": 2, "bias": True},
     "count_token": {"b": 1, "V": 128256},
@@ -106,35 +114,75 @@ def shape_case(op: Op, shape: Mapping[str, Any], dtype: str) -> Case:
     """A case from dims and attributes by name; what is not given comes from the op's first case.
 
     Attention takes b, heads, H, D, length, new (tokens a sequence, 1), window and S. Raises ParameterError for a name
-    that the op does not have and for sizes that do not fit together.
+    that the op does not have, for a value that it cannot have, and for sizes that do not fit together.
     """
     T = DTYPES[dtype]
+    given = ",".join(f"{k}={_shown(v)}" for k, v in shape.items())
     try:
-        full = _complete(op, shape)
+        full = _complete(op, shape, dtype)
         inputs = op.random_inputs(np.random.default_rng(0), full, T)
         case = Case(op, tuple(inputs[s.name] for s in op.signature.ins), attributes(op, full, T), dtype)
         _ = case.call
     except ParameterError:
         raise
-    except (OpError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError, NameError) as e:
-        given = ",".join(f"{k}={v}" for k, v in shape.items())
-        raise ParameterError(f"{op.name} has no shape {given}: {type(e).__name__}: {e}; the op is {op.text}") from None
+    except MemoryError as e:
+        raise ParameterError(f"{op.name}: the shape {given} is too large: {e}") from None
+    except (OpError, ValueError, KeyError, IndexError, TypeError, ArithmeticError, NameError) as e:
+        raise ParameterError(f"{op.name} has no shape {given}: {e}; the op is {op.text}") from None
     return case
 
 
-def _complete(op: Op, shape: Mapping[str, Any]) -> dict[str, Any]:
+def _complete(op: Op, shape: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     first = dict(op.cases[0])
     known = set(first)
     if "lengths" in first:
         known = {"b", "heads", "H", "D", "length", "new", "window", "S"}
     if unknown := sorted(shape.keys() - known):
         raise ParameterError(f"{op.name} has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    for name, value in shape.items():
+        _check_value(op, name, value, dtype)
+    s = {**first, **shape}
+    if "lengths" in first:
+        s = {"b": 1, "heads": 32, "H": 8, "D": 128, "length": 512, "new": 1, "window": 0, "S": PAGE, **shape}
+    for rule in _RULES.get(op.name, ()):
+        if not dim_value(rule, s):
+            sizes = ", ".join(f"{name}={s[name]}" for name in dim_names(rule))
+            raise ParameterError(f"{op.name} needs {rule}, not {sizes}")
     if "lengths" not in first:
-        return {**first, **shape}
-    s = {"b": 1, "heads": 32, "H": 8, "D": 128, "length": 512, "new": 1, "window": 0, "S": PAGE, **shape}
+        return s
     case = attention_case(s["heads"], s["H"], s["D"], [s["new"]] * s["b"], [s["length"]] * s["b"], s["window"], s["S"])
     present: dict[str, Any] = {k: first[k] for k in ("rows", "cos", "sin", "q_norm", "k_norm", "eps") if k in first}
     return {**case, **present, **({"h": s["D"] // 2, "R": 64} if present else {})}
+
+
+def _check_value(op: Op, name: str, value: Any, dtype: str) -> None:
+    """Raises ParameterError for a value that the op's name cannot have, by the signature and the op's own cases.
+
+    Names that the signature lacks (length, new, and what only makes the inputs) are whole numbers as sizes are.
+    """
+    signature = op.signature
+    arrays = (*signature.ins, *signature.outs)
+    own = [case[name] for case in op.cases if name in case]
+    where = f"{op.name}: {name} is {_shown(value)}"
+    if name in {s.name for s in signature.attrs if DTYPES[s.dtype].kind not in "iu"}:
+        if isinstance(value, (bool, str)) or not math.isfinite(value):
+            raise ParameterError(f"{where}, not a finite number")
+    elif name in {s.dtype for s in arrays}:
+        if value not in (letters := dict.fromkeys([*own, dtype])):
+            raise ParameterError(f"{where}, not {' or '.join(letters)}")
+    elif name in {s.name for s in signature.ins} - {n for s in arrays for d in s.dims or () for n in dim_names(d)}:
+        if not isinstance(value, bool):
+            raise ParameterError(f"{where}, not true or false")
+    else:
+        least = min([1, *(v for v in own if isinstance(v, int))])  # 0 where the op has such a case: N of logprobs
+        if type(value) is not int or value < least:
+            raise ParameterError(f"{where}, not a whole number of at least {least}")
+        if value > _MOST:
+            raise ParameterError(f"{where}: too large; {_MOST} at most")
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def registry_cases(op: Op, dtype: str) -> list[Case]:

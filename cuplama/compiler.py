@@ -369,12 +369,19 @@ def compile_error(file: str, log: str, arch: int | None = None) -> CompileError:
     """A CompileError with the first complaint of a compiler log, at a line of our source."""
     where = f" for sm_{arch}" if arch else ""
     if m := _COMPLAINT.search(log):
-        at = Path(m["file"].strip())
-        shown = at if at.name == m["file"].strip() else at.name  # headers come with their folder
-        return CompileError(f"cuda_src/{shown}:{m['line']}: {m['text'].strip()} (compiling {file}{where})")
+        at = _shown(Path(m["file"].strip()))
+        return CompileError(f"{at}:{m['line']}: {m['text'].strip()} (compiling {file}{where})")
     lines = [line.strip() for line in log.replace("\0", "").splitlines() if line.strip()]
     first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
-    return CompileError(f"cuda_src/{file}: {first}{where}")
+    return CompileError(f"{_shown(Path(file))}: {first}{where}")
+
+
+def _shown(path: Path) -> str:
+    """A source as messages name it: ours by its folder's name; one from elsewhere, such as a contender's, by its path.
+
+    The compiler names headers of ours with their folder.
+    """
+    return str(path) if path.is_absolute() and path.parent != kernel.source_folder() else f"cuda_src/{path.name}"
 
 
 def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
@@ -451,14 +458,14 @@ def judge(program: Program, admitted: Mapping[str, str] = ADMITTED_SPILLS) -> li
 
 def compile_kernels(
     archs: Sequence[int],
-    names: Sequence[str] = (),
+    names: Sequence[str] | None = None,
     *,
     workers: int | None = None,
     done: Callable[[str, int, float], None] | None = None,
 ) -> list[Result]:
     """Compile every kernel instance that any op needs, for each arch; one program a file and arch.
 
-    names: op or kernel names, or file stems; empty for all. done(file, arch, seconds) is told of each finished program.
+    names: op or kernel names, or file stems; None for all. done(file, arch, seconds) is told of each finished program.
     Errors come back as results, so that one broken file does not hide another. Raises DeviceError for an unknown name.
     """
     jobs = []
@@ -467,10 +474,10 @@ def compile_kernels(
         for file, instances in needed(kernel.Device(arch=arch, shared=shared_limit(arch))).items():
             known |= {Path(file).stem, *(e.split("<")[0] for e in instances)}
             known |= {op for need in instances.values() for op in need.ops}
-            chosen = [e for e, need in instances.items() if not names or _matches(file, e, need, names)]
+            chosen = [e for e, need in instances.items() if names is None or _matches(file, e, need, names)]
             if chosen:
                 jobs.append((file, chosen, arch))
-    if unknown := [n for n in names if n not in known]:
+    if unknown := [n for n in names or () if n not in known]:
         raise DeviceError(f"no op, kernel or file is named {unknown[0]!r}; known: {', '.join(sorted(known))}")
     nvrtc_library()
 

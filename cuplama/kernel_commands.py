@@ -23,6 +23,7 @@ from .errors import DeviceError, ParameterError
 from .op import DTYPES, Op, dtype_name
 from .ops import OPS
 from .ops.linear import LIBRARY, STREAMED_ROWS
+from .report import check_picture, counted
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -35,7 +36,11 @@ def kernels() -> None:
     """See, check, compile, time and compare the CUDA kernels. Only times need a GPU."""
 
 
-@kernels.command("list")
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
+
+
+@kernels.command("list", short_help="Name, file, ops, dtypes and meaning of every kernel.")
+@DEBUG
 def list_kernels() -> None:
     """Name, file, ops, dtypes and meaning of every kernel."""
     rows = []
@@ -48,12 +53,13 @@ def list_kernels() -> None:
     show(("kernel", "file", "ops", "dtypes", "computes"), rows)
 
 
-@kernels.command("compile")
+@kernels.command("compile", short_help="Compile kernels for any architecture; print what they use.")
 @click.option("--arch", default="all", show_default=True, metavar="LIST", help="Architectures, such as sm_80,sm_90.")
 @click.option(
     "-j", "--jobs", type=click.IntRange(1), help="Compilations at a time. [default: the CPU cores, at most 8]"
 )
 @click.option("-v", "--verbose", is_flag=True, help="A row per instance, not only the largest of each kernel.")
+@DEBUG
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def compile_kernels(arch: str, jobs: int | None, verbose: bool, names: tuple[str, ...]) -> None:
     """Compile the kernels of the given ops, kernels or files (all by default) and print what they use.
@@ -67,7 +73,7 @@ def compile_kernels(arch: str, jobs: int | None, verbose: bool, names: tuple[str
     def done(file: str, arch: int, seconds: float) -> None:
         click.echo(f"{file} for sm_{arch}: {seconds:.1f} s", err=True)
 
-    results = compiler.compile_kernels(archs, names, workers=jobs, done=done)
+    results = compiler.compile_kernels(archs, names or None, workers=jobs, done=done)
     rows = [
         (r.expression, r.file, f"sm_{r.arch}", *map(str, _numbers(r.resources)), r.admitted or "")
         for r in (results if verbose else _largest(results))
@@ -79,8 +85,8 @@ def compile_kernels(arch: str, jobs: int | None, verbose: bool, names: tuple[str
         click.echo(f"{r.file} sm_{r.arch}: {r.expression or 'the file'}: {r.problem}", err=True)
     good = sum(r.resources is not None for r in results)
     click.echo(
-        f"{good} kernel instances for {', '.join(f'sm_{a}' for a in archs)} in {time.perf_counter() - began:.0f} s;"
-        f" {len(bad)} problem{'' if len(bad) == 1 else 's'}"
+        f"{counted(good, 'kernel instance')} for {', '.join(f'sm_{a}' for a in archs)}"
+        f" in {time.perf_counter() - began:.0f} s; {counted(len(bad), 'problem')}"
     )
     if bad:
         sys.exit(1)
@@ -91,17 +97,16 @@ _SHAPE = click.option(
 )
 _DTYPE = click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), default="bf16", show_default=True)
 _FORM = click.option("-o", "form", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True)
-_DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
 
 
-@kernels.command("show")
+@kernels.command("show", short_help="Documentation, signature, launches and resources of kernels.")
 @click.argument("name")
 @_SHAPE
 @_DTYPE
 @click.option("--arch", default="sm_90", show_default=True, metavar="LIST", help="Architectures to compile for.")
 @click.option("--ptx", is_flag=True, help="Print the PTX of the first architecture.")
 @click.option("--sass", is_flag=True, help="Print the machine code of the first architecture.")
-@_DEBUG
+@DEBUG
 def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: bool, sass: bool) -> None:
     """Documentation, signature, launches and resources of an op, a kernel or a file. Needs no GPU."""
     from . import cases, lab
@@ -111,7 +116,7 @@ def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: 
     ops = [] if launches else find_ops(name)
     device = kernel.Device(arch=archs[0], shared=compiler.shared_limit(archs[0]))
     for op in ops:
-        chosen = [cases.shape_case(op, parse_shape(s), dtype) for s in shapes] or cases.default_cases(op.name, dtype)
+        chosen = _asked(op, shapes, dtype, device) or cases.default_cases(op.name, dtype)
         click.echo(f"{op.name}: {op.doc}\n  {op.text}\n")
         for case in chosen[: 4 if not shapes else None]:
             click.echo(f"  {' '.join(filter(None, (case.graph, '/'.join(case.weights), case.dtype, case.shape)))}")
@@ -142,10 +147,12 @@ def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: 
             click.echo(_sass(compiler.compile_program(file, instances, archs[0]).cubin))
 
 
-@kernels.command("bench")
+@kernels.command("bench", short_help="Check ops against their references, and time them on a GPU.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @_SHAPE
-@click.option("--model", metavar="MODEL", help="All ops at the shapes of a folder's config.json or a known model.")
+@click.option(
+    "-m", "--model", metavar="MODEL", help="All ops at the shapes of a folder's config.json or a known model."
+)
 @_DTYPE
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="With --model: sequences decoded.")
 @click.option("--depth", type=click.IntRange(2), default=512, show_default=True, help="With --model: tokens cached.")
@@ -153,7 +160,7 @@ def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: 
 @_FORM
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the roofline.")
 @click.option("--arch", default="sm_90", show_default=True, metavar="LIST", help="Without a GPU: compile for these.")
-@_DEBUG
+@DEBUG
 def bench_kernels(
     names: tuple[str, ...],
     shapes: tuple[str, ...],
@@ -173,11 +180,10 @@ def bench_kernels(
     the emulator, on the ops' own small cases or on --shape, and compiled; nothing is timed.
     """
     from .backends.driver import cuda_available
-    from .report import new_figure
 
     works, reason = cuda_available()
     if plot is not None:
-        new_figure(1, 1)  # refuses before the work, not after it
+        check_picture(plot)
         if not works:
             raise DeviceError(f"--plot draws times, and nothing can be timed: {reason}")
     ops = [op for name in names for op in find_ops(name)] or list(OPS.values())
@@ -187,7 +193,7 @@ def bench_kernels(
         if works:
             _bench_on_gpu(ops, names, shapes, model, dtype, (batch, depth, prompt), form, plot)
         else:
-            _bench_without(ops, shapes, model, dtype, arch, reason)
+            _bench_without(ops, names, shapes, model, dtype, batch, form, arch, reason)
 
 
 def _bench_on_gpu(
@@ -214,6 +220,7 @@ def _bench_on_gpu(
             nodes = loaded.engine.decode_nodes(batch)
             chosen = cases.decode_cases(loaded.config, dtype, batch, depth, context, nodes)
             chosen += cases.prompt_cases(loaded.config, dtype, prompt, loaded.backend.prefill_chunk)
+            _check_used(names, chosen, model)
             wanted = [c for c in chosen if not names or c.op in ops]
             limits = ceilings.measure(loaded.backend)
             rows = lab.bench(loaded.backend, wanted, limits, _say)
@@ -225,7 +232,7 @@ def _bench_on_gpu(
         backend = CudaBackend(dtype)
         dtype = dtype_name(backend.dtype)
         try:
-            chosen = [cases.shape_case(ops[0], parse_shape(s), dtype) for s in shapes]
+            chosen = _asked(ops[0], shapes, dtype, backend.gpu.limits)
             chosen = chosen or [c for op in ops for c in cases.default_cases(op.name, dtype)]
             limits = ceilings.measure(backend)
             found = lab.result(backend, lab.bench(backend, chosen, limits, _say), limits, [])
@@ -244,7 +251,15 @@ def _bench_on_gpu(
 
 
 def _bench_without(
-    ops: Sequence[Op], shapes: Sequence[str], model: str | None, dtype: str, arch: str, reason: str
+    ops: Sequence[Op],
+    names: Sequence[str],
+    shapes: Sequence[str],
+    model: str | None,
+    dtype: str,
+    batch: int,
+    form: str,
+    arch: str,
+    reason: str,
 ) -> None:
     """Check and compile; say what is missing."""
     from . import cases, lab
@@ -253,44 +268,73 @@ def _bench_without(
         from .shapes import find_shape
 
         config = find_shape(model)[1]
-        used = {c.op.name for c in (*cases.decode_cases(config, dtype), *cases.prompt_cases(config, dtype))}
+        both = [*cases.decode_cases(config, dtype, batch), *cases.prompt_cases(config, dtype)]
+        _check_used(names, both, model)
+        used = {c.op.name for c in both}
         ops = [op for op in ops if op.name in used]
     archs = compiler.parse_archs(arch, tuple(compiler.nvrtc_library().getSupportedArchs()))
+    device = kernel.Device(arch=archs[0], shared=compiler.shared_limit(archs[0]))
     kernelled = [op for op in ops if op.kernels is not None]
     rows = []
     missing = lab.emulator_missing()
     for op in kernelled:
+        chosen = _asked(op, shapes, dtype, device) or cases.registry_cases(op, dtype)
         if missing:
-            rows.append((op.name, dtype, "-", "not run"))
+            rows.append(_checked(op, dtype, None, "not run"))
             continue
         emulator = lab.Emulator(arch=archs[0])
-        chosen = [cases.shape_case(op, parse_shape(s), dtype) for s in shapes] or cases.registry_cases(op, dtype)
-        _say(f"{op.name}: {len(chosen)} cases")
+        _say(f"{op.name}: {counted(len(chosen), 'case')}")
         try:
             emulator.prepare(chosen)
             for case in chosen:
                 emulator.check(case)
         except DeviceError as e:  # nothing is wrong with the kernel: it cannot be run here
-            rows.append((op.name, dtype, str(len(chosen)), f"not run: {e}"))
+            rows.append(_checked(op, dtype, len(chosen), f"not run: {e}"))
         else:
-            rows.append((op.name, dtype, str(len(chosen)), "right"))
-    show(("op", "dtype", "cases", "on the emulator"), rows)
+            rows.append(_checked(op, dtype, len(chosen), "right"))
+    if form == "md":
+        cells = [["-" if value is None else str(value) for value in row.values()] for row in rows]
+        show(("op", "dtype", "cases", "on the emulator"), cells)
+        click.echo()
+    else:
+        _render_checked(rows, form)
     results = compiler.compile_kernels(archs, [op.name for op in kernelled])
     for problem in (r for r in results if r.problem is not None):
         raise lab.WrongResultError(f"{problem.file} for sm_{problem.arch}: {problem.expression} {problem.problem}")
+    good = sum(r.resources is not None for r in results)
     shown = ", ".join(f"sm_{a}" for a in archs)
-    click.echo(f"\n{sum(r.resources is not None for r in results)} kernel instances compile for {shown}")
-    click.echo(f"nothing is timed: {reason}" + (f"; {missing}" if missing else ""))
+    told = form != "md"  # the sentences would spoil what a program reads
+    click.echo(f"{counted(good, 'kernel instance')} compile{'s' if good == 1 else ''} for {shown}", err=told)
+    click.echo(f"nothing is timed: {reason}" + (f"; {missing}" if missing else ""), err=told)
 
 
-@kernels.command("compare")
+def _checked(op: Op, dtype: str, cases: int | None, result: str) -> dict[str, Any]:
+    """What was checked without a GPU, by stable names."""
+    return {"op": op.name, "dtype": dtype, "cases": cases, "emulator": result}
+
+
+def _render_checked(rows: Sequence[Mapping[str, Any]], form: str) -> None:
+    from . import report
+
+    click.echo(report.render((), rows, form, {"command": report.command()}), nl=False)
+
+
+def _check_used(names: Sequence[str], cases: Sequence[Case], model: str) -> None:
+    """Raises ParameterError for a name of which a model's cases have no op."""
+    used = {c.op.name for c in cases}
+    for name in names:
+        if used.isdisjoint(op.name for op in find_ops(name)):
+            raise ParameterError(f"{model} does not use {name}; it uses: {', '.join(sorted(used))}")
+
+
+@kernels.command("compare", short_help="Judge another version of a file's kernels against the tree's.")
 @click.argument("other", type=click.Path(path_type=Path))
 @click.option("--op", "name", required=True, metavar="NAME", help="The op whose kernels OTHER has.")
 @_SHAPE
 @_DTYPE
 @_FORM
 @click.option("--arch", default="sm_90", show_default=True, metavar="LIST", help="Without a GPU: compile for these.")
-@_DEBUG
+@DEBUG
 def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str, form: str, arch: str) -> None:
     """Judge the kernels of the file OTHER against those of the tree: same cases, same inputs, right first.
 
@@ -304,20 +348,16 @@ def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str,
     if name not in OPS:
         raise ParameterError(f"no op is named {name!r}; ops: {', '.join(OPS)}")
     op = OPS[name]
-
-    def asked(dtype: str) -> list[Case]:
-        return [cases.shape_case(op, parse_shape(s), dtype) for s in shapes]
-
     works, reason = cuda_available()
     with _refusing():
         if not works:
-            _compare_without(other, op, dtype, asked(dtype) or cases.registry_cases(op, dtype), arch, reason)
+            _compare_without(other, op, shapes, dtype, form, arch, reason)
             return
         backend = CudaBackend(dtype)
         dtype = dtype_name(backend.dtype)  # an old GPU has no bf16
         try:
             against = contender.contender_op(other, op, dtype, backend.gpu.limits)
-            chosen = asked(dtype) or cases.default_cases(name, dtype)
+            chosen = _asked(op, shapes, dtype, backend.gpu.limits) or cases.default_cases(name, dtype)
             found = contender.compare(backend, against, chosen, cases.registry_cases(op, dtype))
             facts = ceilings.environment(backend)
         finally:
@@ -329,13 +369,14 @@ def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str,
     click.echo(report.render(contender.COMPARE_COLUMNS, rows, form, extra), nl=False)
 
 
-def _compare_without(other: Path, op: Op, dtype: str, chosen: Sequence[Case], arch: str, reason: str) -> None:
+def _compare_without(other: Path, op: Op, shapes: Sequence[str], dtype: str, form: str, arch: str, reason: str) -> None:
     """Check a contender on the emulator, which wants it beside the headers, and compile it."""
-    from . import contender, lab
+    from . import cases, contender, lab
 
     archs = compiler.parse_archs(arch, tuple(compiler.nvrtc_library().getSupportedArchs()))
     missing = lab.emulator_missing()
     device = kernel.Device(arch=archs[0], shared=compiler.shared_limit(archs[0]))
+    chosen = _asked(op, shapes, dtype, device) or cases.registry_cases(op, dtype)
     against = [replace(c, op=contender.contender_op(other, op, dtype, device)) for c in chosen]
     wanted: dict[str, list[str]] = {}
     for case in against:
@@ -345,25 +386,39 @@ def _compare_without(other: Path, op: Op, dtype: str, chosen: Sequence[Case], ar
         for one in archs:
             compiler.compile_program(file, list(dict.fromkeys(expressions)), one)
     with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
         for path in (*kernel.source_folder().glob("*.cuh"), other):
-            shutil.copy(path, Path(name) / path.name)
+            shutil.copy(path, folder / path.name)
         if not missing:
             emulator = lab.Emulator(archs[0])
-            copy = contender.contender_op(Path(name) / other.name, op, dtype, device)
-            for case in chosen:
-                emulator.check(replace(case, op=copy))
-    shown = "compiles; not run" if missing else f"compiles, and is right on {len(chosen)} cases"
-    click.echo(f"{other}: {shown}; not timed: {reason}" + (f"; {missing}" if missing else ""))
+            copy = contender.contender_op(folder / other.name, op, dtype, device)
+            try:
+                for case in chosen:
+                    emulator.check(replace(case, op=copy))
+            except lab.WrongResultError as e:  # a fault is at a line of what was given, not of its copy
+                text = str(e).replace(str(folder / other.name), str(other)).replace(f"{folder}/", "cuda_src/")
+                raise lab.WrongResultError(text) from None
+    if form != "md":
+        row = _checked(op, dtype, None, "not run") if missing else _checked(op, dtype, len(chosen), "right")
+        _render_checked([row], form)
+    shown = "compiles; not run" if missing else f"compiles, and is right on {counted(len(chosen), 'case')}"
+    click.echo(f"{other}: {shown}; not timed: {reason}" + (f"; {missing}" if missing else ""), err=form != "md")
 
 
-@kernels.command("watch")
+@kernels.command("watch", short_help="Check and time a kernel whenever a source of it is saved.")
 @click.argument("name")
 @_SHAPE
 @_DTYPE
-@_DEBUG
+@DEBUG
 def watch_kernel(name: str, shapes: tuple[str, ...], dtype: str) -> None:
     """Check and time NAME whenever a source of it is saved. Ctrl-C ends it."""
+    from . import cases
+
     ops = find_ops(name)
+    if shapes and len(ops) != 1:
+        raise ParameterError("--shape needs the NAME of one op")
+    for shape in shapes:  # refused once, not after every change
+        cases.shape_case(ops[0], parse_shape(shape), dtype)
     arguments = ["kernels", "bench", *[op.name for op in ops], "--dtype", dtype]
     for shape in shapes:
         arguments += ["--shape", shape]
@@ -409,7 +464,10 @@ def watch(look: Callable[[], Mapping[str, int]], again: Callable[[], object], pa
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """A wrong kernel ends with its case on stderr and exit status 1, where other errors have status 2."""
+    """A wrong kernel ends with its case on stderr and exit status 1, where other errors have status 2.
+
+    Arrays that do not fit into memory are such an error: the shape's, or the model's.
+    """
     from .lab import WrongResultError
 
     try:
@@ -417,10 +475,22 @@ def _refusing() -> Iterator[None]:
     except (WrongResultError, compiler.CompileError) as e:
         click.echo(f"refused: {e}", err=True)
         sys.exit(1)
+    except MemoryError as e:
+        raise ParameterError(f"the shape is too large for the memory here: {e}") from e
 
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
+
+
+def _asked(op: Op, shapes: Sequence[str], dtype: str, device: kernel.Device) -> list[Case]:
+    """The cases of --shape. Raises ParameterError for one that the op does not have or cannot launch."""
+    from . import cases, lab
+
+    found = [cases.shape_case(op, parse_shape(s), dtype) for s in shapes]
+    for case in found:
+        lab.check_launches(case, device)
+    return found
 
 
 def find_ops(name: str) -> list[Op]:
@@ -485,8 +555,7 @@ def _documentation(file: str) -> str:
 
 def _ptx(file: str, names: Sequence[str], arch: int) -> str:
     nvrtc = compiler.nvrtc_library()
-    target = getattr(compiler, "target", str)  # sm_90's own instructions are those of 90a
-    flags = (*compiler.options(nvrtc.getVersion()[0]), "-ftz=true", f"-arch=compute_{target(arch)}")
+    flags = (*compiler.options(nvrtc.getVersion()[0]), "-ftz=true", f"-arch=compute_{compiler.target(arch)}")
     program = nvrtc.createProgram(compiler.source(file), file, (), ())
     try:
         for name in names:

@@ -23,10 +23,10 @@ from .bench import Trial, _Runs, show_ceilings
 from .cases import Case, _normal
 from .ceilings import Ceilings, Spread
 from .compiler import stand_in
-from .errors import CuplamaError, DeviceError
+from .errors import CuplamaError, DeviceError, ParameterError
 from .kernel import BoundLaunch, Device
 from .model import Model
-from .op import DTYPES, Array, dtype_name
+from .op import DTYPES, Array, OpError, dtype_name
 from .report import Column
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "bench",
     "bodies",
     "check",
+    "check_launches",
     "check_on",
     "planned",
     "rotation",
@@ -49,6 +50,7 @@ _MOST_COPIES = 64
 _MOST_BYTES = 2 << 30  # of all copies
 _LAUNCHES = 40  # at least, in one replay
 _REPLAYS = 30
+_GRID = (2**31 - 1, 65535, 65535)  # blocks at most (CUDA C++ programming guide, technical specifications)
 _WIDEN = 1 << 24  # inputs of more elements stay as they are: the references widen what they take of them
 
 
@@ -127,6 +129,21 @@ def planned(
         scratch[name] = (np.zeros if name in plan.zeroed else empty)(shape, DTYPES[dtype])
     bound = [kernel.bind(launch, call, scratch) for launch in plan.launches]
     return bound, [call.arrays[s.name] for s in op.signature.outs]
+
+
+def check_launches(case: Case, device: Device) -> None:
+    """Plan the op's own launches. Raises ParameterError for a shape that they do not take or no grid can hold."""
+    if case.op.kernels is None:
+        return
+    try:
+        launches = planned(case, case.ins, device, stand_in)[0]
+    except OpError as e:
+        raise ParameterError(str(e)) from None
+    except (MemoryError, OverflowError) as e:
+        raise ParameterError(f"{case.label}: the shape is too large: {e}") from None
+    for launch in launches:
+        if any(not 1 <= size <= most for size, most in zip(launch.grid, _GRID, strict=True)):
+            raise ParameterError(f"{case.label}: the shape is too large: {launch.expression} needs grid {launch.grid}")
 
 
 class Emulator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,17 @@ from typing import Any
 
 from .errors import ParameterError
 
-__all__ = ["FORMATS", "Column", "command", "new_figure", "render", "save_figure", "significant"]
+__all__ = [
+    "FORMATS",
+    "Column",
+    "check_picture",
+    "command",
+    "counted",
+    "new_figure",
+    "render",
+    "save_figure",
+    "significant",
+]
 
 FORMATS = ("md", "json", "csv")
 Row = Mapping[str, Any]
@@ -83,6 +94,11 @@ def command() -> str:
     return shlex.join(["cuplama", *sys.argv[1:]])
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 case", "2 cases"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def new_figure(width: float, height: float) -> Any:
     """An empty figure that no window shows. Raises ParameterError if matplotlib is not installed."""
     try:
@@ -90,6 +106,17 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError:
         raise ParameterError("--plot needs matplotlib; pip install 'cuplama[plot]'") from None
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse before the work a picture that could not be written after it. Raises ParameterError."""
+    kinds = sorted(new_figure(1, 1).canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ParameterError(f"cannot write {path}: the name must end in one of {', '.join(kinds)}")
+    if not path.parent.is_dir():
+        raise ParameterError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ParameterError(f"cannot write {path}: permission denied")
 
 
 def save_figure(figure: Any, path: Path) -> None:

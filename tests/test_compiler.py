@@ -165,6 +165,21 @@ def test_an_error_names_file_line_and_the_first_complaint(
         compiler.compile_program("test.cu", ["plain<f32, 64>"], 90)
 
 
+def test_an_error_in_a_file_from_elsewhere_names_that_file(tmp_path: Path) -> None:
+    """A contender is no file of cuda_src/; what it includes from there is."""
+    log = f"{tmp_path}/mine.cu(19): error: no such name\n"
+    assert str(compiler.compile_error(f"{tmp_path}/mine.cu", log)).startswith(f"{tmp_path}/mine.cu:19: no such name")
+    log = f"{kernel.source_folder()}/common.cuh(7): error: no such name\n"
+    assert str(compiler.compile_error(f"{tmp_path}/mine.cu", log)).startswith("cuda_src/common.cuh:7: ")
+    assert str(compiler.compile_error(f"{tmp_path}/mine.cu", "odd")) == f"{tmp_path}/mine.cu: odd"
+    assert str(compiler.compile_error("norm.cu", "odd")) == "cuda_src/norm.cu: odd"
+
+
+def test_no_name_is_not_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "compile_program", lambda *_: pytest.fail("compiles"))
+    assert compiler.compile_kernels([90], []) == []
+
+
 def test_the_hash_covers_headers(tmp_path: Path) -> None:
     (tmp_path / "a.cu").write_text("a")
     (tmp_path / "b.cuh").write_text("b")
@@ -235,6 +250,8 @@ def test_compile_prints_what_a_kernel_uses() -> None:
     assert [row[:3] for row in rows[1:3]] == [["add", "residual.cu", "sm_80"], ["add", "residual.cu", "sm_90"]]
     assert all(int(row[3]) > 0 for row in rows[1:3])
     assert "2 kernel instances for sm_80, sm_90" in result.stdout
+    result = CliRunner().invoke(kernels, ["compile", "--arch", "sm_80", "add"])
+    assert "1 kernel instance for sm_80 in" in result.stdout
 
 
 def test_compile_fails_on_a_problem_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

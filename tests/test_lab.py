@@ -29,7 +29,7 @@ from cuplama.fuse import PREFILL_RULES, fuse
 from cuplama.graph import decoder
 from cuplama.kernel import Device
 from cuplama.lab import WrongResultError
-from cuplama.op import DTYPES
+from cuplama.op import DTYPES, Op
 from cuplama.ops import OPS
 from cuplama.shapes import SHAPES, find_shape
 from tests.test_bench import TINY
@@ -107,10 +107,61 @@ def test_shapes_of_ones_own() -> None:
     for op, shape, message in (
         ("add", {"q": 1}, "add has no 'q'; it has d, n"),
         ("attention", {"n": 1}, "attention has no 'n'"),
-        ("linear", {"n": -1}, "linear has no shape n=-1: ValueError"),
     ):
         with pytest.raises(ParameterError, match=message):
             cases.shape_case(OPS[op], shape, "f32")
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "message"),
+    [
+        ("linear", "n=-1", "linear: n is -1, not a whole number of at least 1"),
+        ("rms_norm", "n=0,d=64", "rms_norm: n is 0, not a whole number"),
+        ("rms_norm", "n=1.5,d=64", "rms_norm: n is 1.5, not a whole number"),
+        ("rms_norm", "n=true", "rms_norm: n is true, not a whole number"),
+        ("rms_norm", "eps=true", "rms_norm: eps is true, not a finite number"),
+        ("rms_norm", "eps=nan", "rms_norm: eps is nan, not a finite number"),
+        ("linear", "b=3", "linear: b is 3, not true or false"),
+        ("linear", "U=i32", "linear: U is i32, not T or f32 or bf16"),
+        ("attention", "length=0", "attention: length is 0, not a whole number of at least 1"),
+        ("attention", "window=-1", "attention: window is -1, not a whole number of at least 0"),
+        ("attention", "heads=3,H=2", "attention needs heads % H == 0, not H=2, heads=3"),
+        ("attention", "new=2,length=1", "attention needs new <= length, not length=1, new=2"),
+        ("append_attention", "new=2", "append_attention needs new == 1, not new=2"),
+        ("rope", "n=1,D=7", "rope needs 2 * h <= D, not D=7, h=32"),
+        ("kv_append", "n=49", "kv_append needs n <= P * S, not P=3, S=16, n=49"),
+        ("logprobs", "N=8", "logprobs needs N <= V, not N=8, V=7"),
+        ("embedding", "n=1,d=99999999999", "embedding: d is 99999999999: too large"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_in_one_line(op: str, shape: str, message: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        cases.shape_case(OPS[op], kernel_commands.parse_shape(shape), "bf16")
+    assert message in str(caught.value)
+    assert "Error" not in str(caught.value)
+
+
+def test_a_shape_that_memory_cannot_hold_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: Any) -> None:  # where memory is promised freely, really asking for so much ends the process
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(Op, "random_inputs", short)
+    with pytest.raises(ParameterError, match="add: the shape n=9,d=8 is too large: Unable to allocate 9 TiB"):
+        cases.shape_case(OPS["add"], {"n": 9, "d": 8}, "f32")
+
+
+def test_sizes_that_an_op_has_as_zero_may_be_zero() -> None:
+    assert cases.shape_case(OPS["logprobs"], {"N": 0}, "f32").call["N"] == 0
+    assert cases.shape_case(OPS["attention"], {"window": 0, "length": 3}, "f32").call["window"] == 0
+
+
+def test_launches_are_checked_before_they_are_made() -> None:
+    with pytest.raises(ParameterError, match="rms_norm: d is 100000; the kernel takes at most 16384"):
+        lab.check_launches(cases.shape_case(OPS["rms_norm"], {"d": 100000}, "bf16"), Device())
+    many = cases.shape_case(OPS["logprobs"], {"b": 65536, "V": 8}, "f32")
+    with pytest.raises(ParameterError, match=r"the shape is too large: logprobs_chunk.* needs grid \(1, 65536, 1\)"):
+        lab.check_launches(many, Device())
+    lab.check_launches(cases.shape_case(OPS["logprobs"], {"b": 65535, "V": 8}, "f32"), Device())
 
 
 def test_random_inputs_keep_products_in_range() -> None:
@@ -282,6 +333,17 @@ def test_a_kernel_that_writes_nothing_is_refused(gpu: CudaBackend) -> None:
     assert gpu._check is False
 
 
+def test_memory_that_is_short_is_no_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(self: Case, seed: int = 0) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(Case, "arrays", short)
+    monkeypatch.setattr(lab.Emulator, "prepare", lambda self, cases: None)
+    done = _invoke("bench", "add", "--shape", "n=2,d=8")
+    assert isinstance(done.exception, ParameterError)
+    assert "the shape is too large for the memory here: Unable to allocate 9 TiB" in str(done.exception)
+
+
 @pytest.fixture
 def command_gpu(gpu: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     """The commands find the stand-in as the machine's GPU."""
@@ -316,6 +378,11 @@ def test_bench_on_a_gpu(command_gpu: CudaBackend, tmp_path: Path, monkeypatch: p
     assert re.search(r"^decode: a step of 1 at 70 tokens: the ops add up to .* measured 1 ms", done.stdout, re.M)
     assert re.search(r"^prefill: a prompt of 12 tokens: the ops add up to .* measured 2 ms", done.stdout, re.M)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    unused = _invoke("bench", "add", "-m", str(tmp_path), "--dtype", "f32", "--depth", "70", "--prompt", "12")
+    assert isinstance(unused.exception, ParameterError)
+    assert re.search(r" does not use add; it uses: advance, append_attention, ", str(unused.exception))
+    large = _invoke("bench", "rms_norm", "--shape", "d=100000", "--dtype", "f32")
+    assert str(large.exception) == "rms_norm: d is 100000; the kernel takes at most 16384"
 
 
 def test_a_wrong_kernel_is_refused_on_a_gpu(command_gpu: CudaBackend) -> None:
@@ -456,6 +523,15 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
         roofline.plot_roofline(found, tmp_path / "x.png")
 
 
+def test_a_picture_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    for name in ("x.png", "x.SVG"):
+        report.check_picture(tmp_path / name)
+    ending = "the name must end in one of .*png"
+    for name, message in (("no/x.png", "there is no folder"), ("x.xyz", ending), ("x", ending)):
+        with pytest.raises(ParameterError, match=message):
+            report.check_picture(tmp_path / name)
+
+
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +559,8 @@ def test_show() -> None:
     product = _invoke("show", "linear_add").stdout  # a library's for many rows; ours in groups of 8
     assert "n=512 k=4096 m=4096\n    cuBLAS; without it:\n    64 x linear_add_mma<bf16" in product
     assert "n=1 k=4096 m=4096\n    linear_add<bf16" in product
+    hopper = _invoke("show", "rms_norm", "--shape", "n=2,d=64", "--ptx").stdout
+    assert ".target sm_90a" in hopper  # as what is run is compiled
     reading = _invoke("show", "read_sum")
     assert "Does nothing but read" in reading.stdout
     assert re.search(r"^read_sum  sm_90 +\d+", reading.stdout, re.M)
@@ -507,6 +585,50 @@ def test_bench_without_a_gpu_checks_and_compiles() -> None:
     assert re.search(r"^add +f32 +4 +right$", done.stdout, re.M)
     assert "2 kernel instances compile for sm_75" in done.stdout
     assert "nothing is timed: no GPU in this test" in done.stdout
+
+
+@needs_nvrtc
+def test_without_a_gpu_programs_can_read_what_was_checked(tmp_path: Path) -> None:
+    done = _invoke("bench", "add", "--shape", "n=2,d=8", "--dtype", "f32", "-o", "json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["rows"] == [{"op": "add", "dtype": "f32", "cases": 1, "emulator": "right"}]
+    assert found["command"].startswith("cuplama ")
+    assert re.search(r"^add: 1 case$", done.stderr, re.M)
+    assert re.search(r"^1 kernel instance compiles for sm_90\nnothing is timed: no GPU", done.stderr, re.M)
+    args = ["--op", "add", "--dtype", "f32", "--shape", "n=2,d=8"]
+    done = _invoke("compare", str(_other(tmp_path)), *args, "-o", "csv")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "op,dtype,cases,emulator\nadd,f32,1,right\n"
+    assert "mine.cu: compiles, and is right on 1 case; not timed: no GPU" in done.stderr
+
+
+def test_an_op_that_a_model_lacks_is_refused() -> None:
+    done = _invoke("bench", "layer_norm", "add", "-m", "gpt2")
+    assert isinstance(done.exception, ParameterError)
+    assert re.match(r"gpt2 does not use add; it uses: advance, .*layer_norm, ", str(done.exception))
+
+
+def test_watch_refuses_a_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_commands, "watch", lambda look, again: pytest.fail("watches"))
+    for args, message in (
+        (["rms_norm", "--shape", "n=-1"], "rms_norm: n is -1"),
+        (["norm", "--shape", "n=1"], "--shape needs the NAME of one op"),
+    ):
+        done = _invoke("watch", *args)
+        assert isinstance(done.exception, ParameterError)
+        assert message in str(done.exception)
+
+
+def test_help_is_not_cut() -> None:
+    text = _invoke("--help").stdout
+    assert "watch" in text
+    assert "..." not in text.split("Commands:")[1]
+
+
+@pytest.mark.parametrize("command", ["list", "compile", "show", "bench", "compare", "watch"])
+def test_every_command_has_debug(command: str) -> None:
+    assert "--debug" in _invoke(command, "--help").stdout
 
 
 @needs_nvrtc
@@ -546,7 +668,12 @@ def test_compare_without_a_gpu_checks(tmp_path: Path) -> None:
     assert "refused: add of mine.cu f32 n=1 d=64" in wrong.stderr
     broken = _invoke("compare", str(_other(tmp_path, "+= other", "+= another")), "--op", "add", "--dtype", "f32")
     assert broken.exit_code == 1
-    assert "another" in broken.stderr
+    assert re.search(rf"refused: {re.escape(str(tmp_path))}/mine\.cu:\d+: .*another", broken.stderr)
+    fault = _invoke(
+        "compare", str(_other(tmp_path, "+= other.v[j]", "+= b[i + j + 4096]")), "--op", "add", "--dtype", "f32"
+    )
+    assert fault.exit_code == 1
+    assert f"{tmp_path}/mine.cu:" in fault.stderr
 
 
 @pytest.mark.parametrize(
@@ -558,6 +685,12 @@ def test_compare_without_a_gpu_checks(tmp_path: Path) -> None:
         (["bench", "add", "--shape", "n"], "name=value pairs"),
         (["bench", "add", "--shape", "n=x"], "'x' is neither a number"),
         (["bench", "add", "--plot", "x.png"], "nothing can be timed: no GPU in this test"),
+        (["bench", "add", "--plot", "absent/x.png"], "cannot write absent/x.png: there is no folder absent"),
+        (["bench", "add", "--plot", "x.xyz"], "cannot write x.xyz: the name must end in one of"),
+        (["bench", "rms_norm", "--shape", "n=1,d=100000"], "rms_norm: d is 100000; the kernel takes at most"),
+        (["bench", "rms_norm", "--shape", "n=0,d=64"], "n is 0, not a whole number"),
+        (["show", "attention", "--shape", "heads=3,H=2"], "attention needs heads % H == 0"),
+        (["show", "attention", "--shape", "D=7"], "attention: D = 7 is no multiple of 8"),
         (["bench", "--model", "llama-9"], "known shapes"),
         (["show", "nonsense"], "known: "),
         (["compare", "x.cu", "--op", "norm"], "no op is named 'norm'"),
@@ -614,4 +747,6 @@ def test_without_a_checkout_or_compiler_it_says_so(monkeypatch: pytest.MonkeyPat
     done = _invoke("bench", "add", "--dtype", "f32")
     assert done.exit_code == 0, done.output
     assert re.search(r"^add +f32 +- +not run$", done.stdout, re.M)
-    assert "1 kernel instances compile" in done.stdout
+    assert "1 kernel instance compiles" in done.stdout
+    done = _invoke("bench", "add", "--dtype", "f32", "-o", "json")
+    assert json.loads(done.stdout)["rows"] == [{"op": "add", "dtype": "f32", "cases": None, "emulator": "not run"}]
