@@ -168,7 +168,7 @@ def _or(value: Any, default: int) -> Any:
 
 
 _HUGE = 1e30
-_MOST_LAYERS = 10_000  # far beyond any model; each has an entry in several lists, and a wrong number must not fill memory
+_MOST_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
 def _is_number(value: Any) -> bool:

@@ -22,28 +22,35 @@ __all__ = ["Finding", "examine", "run"]
 
 PACKAGES = ("cuplama", "numpy", "safetensors", "tokenizers", "ml_dtypes")
 CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+_NO_CACHE = "not tried without a kernel cache"
 LIBRARIES = {"cudart": "nvidia-cuda-runtime-cu12", "nvrtc": "nvidia-cuda-nvrtc-cu12", "cublasLt": "nvidia-cublas-cu12"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and, where that is not good, what to do."""
+    """One line: what was looked at, what was found, and, where that is not good, what to do.
+
+    skipped: not looked at, because of a problem that has a line of its own; it is no further problem.
+    """
 
     name: str
     found: str
     remedy: str = ""
+    skipped: bool = False
 
     def __str__(self) -> str:
-        mark = "--" if self.remedy else "ok"
+        mark = "--" if self.remedy or self.skipped else "ok"
         return f"{mark}  {self.name:<18} {self.found}" + (f"\n    {'':<18} -> {self.remedy}" if self.remedy else "")
 
 
 def run(echo: Callable[[str], object] = print) -> int:
     """Print every finding. Returns 0 if models can run on a GPU, else 1."""
-    bad = 0
+    bad, skipped = 0, False
     for finding in examine():
         echo(str(finding))
         bad += bool(finding.remedy)
+        skipped = skipped or finding.skipped
+    bad = max(bad, int(skipped))  # what was not looked at is not ready
     echo(f"\n{bad} problem{'' if bad == 1 else 's'}; models run on NumPy until solved" if bad else "\nready for CUDA")
     return 1 if bad else 0
 
@@ -53,12 +60,14 @@ def examine() -> Iterator[Finding]:
     yield Finding("system", f"{platform.platform()}, Python {platform.python_version()}")
     yield Finding("packages", ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES))
     yield from _driver()
-    yield _cupy()
+    cache = _cache()
+    yield cache
+    usable = not cache.remedy  # CuPy makes the folder when it is imported, and NVRTC is used through CuPy
+    yield _cupy(usable)
     yield from _libraries()
     yield _headers()
-    yield _nvrtc()
-    yield _cache()
-    yield _kernel()
+    yield _nvrtc() if usable else Finding("NVRTC", _NO_CACHE, skipped=True)
+    yield _kernel() if usable else Finding("a kernel", _NO_CACHE, skipped=True)
 
 
 def _version(package: str) -> str | None:
@@ -111,12 +120,15 @@ def _free(device: int) -> str:
         return ""
 
 
-def _cupy() -> Finding:
+def _cupy(usable: bool) -> Finding:
+    """usable: whether there is a kernel cache, without which CuPy does not import."""
     installed = [f"{name} {version}" for name in CUPY if (version := _version(name))]
     if not installed:
         return Finding("cupy", "not installed", "pip install cupy-cuda12x")
     if len(installed) > 1:
         return Finding("cupy", ", ".join(installed), "two CuPy packages overwrite each other; pip uninstall one")
+    if not usable:
+        return Finding("cupy", f"{installed[0]}, {_NO_CACHE}", skipped=True)
     try:
         import cupy  # noqa: F401
     except Exception as e:  # CuPy raises several kinds, by what is missing
@@ -170,7 +182,8 @@ def _cache() -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        return Finding("kernel cache", f"{folder} is not writable ({e.strerror})", "set CUPY_CACHE_DIR to a folder")
+        remedy = "set CUPY_CACHE_DIR to a folder that is"
+        return Finding("kernel cache", f"{folder} is not writable ({e.strerror})", remedy)
     return Finding("kernel cache", f"{folder}, writable")
 
 
@@ -178,7 +191,7 @@ def _kernel() -> Finding:
     """Compile one kernel for the GPU at hand, run it, and compare."""
     works, reason = driver.cuda_available()
     if not works:
-        return Finding("a kernel", f"not run: {reason}", "solve the lines above")
+        return Finding("a kernel", f"not run: {reason}", skipped=True)
     try:
         from .backends.cuda import CudaBackend
 

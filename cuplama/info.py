@@ -1,52 +1,112 @@
-"""What ``cuplama info`` says of a model, from its config and file headers alone."""
+"""What ``cuplama info`` says of a model, from its config and file headers alone.
+
+``facts`` is for programs: numbers are numbers, and the names stay. ``view`` makes of it what people read.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_weights
+from .checkpoint import INDEX, load_weights
 from .config import ModelConfig, load_config, read_json
-from .model import DEFAULT_CONTEXT, stop_tokens
+from .model import DEFAULT_CONTEXT, find_model, stop_tokens
+from .op import DTYPES
+from .shapes import SHAPES, find_shape
 from .tokenizer import Tokenizer
 
-__all__ = ["describe"]
+__all__ = ["describe", "facts", "find_config", "view"]
 
 _PARTS = {"embed": "embedding", "positions": "embedding", "head": "head"}
 
 
+def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelConfig]:
+    """A model's folder and config; no folder for the name of a known shape. A folder of that name comes first."""
+    if model is not None and model in SHAPES and not Path(model).exists():
+        return None, find_shape(model)[1]
+    folder = find_model(model, offline)
+    return folder, load_config(folder)
+
+
 def describe(folder: Path) -> dict[str, Any]:
-    """Facts about the model in ``folder``, name -> value, in the order to show them."""
-    config = load_config(folder)
-    weights = load_weights(folder, config)
-    unique = {w.source: (name, w) for name, w in reversed(weights.items())}
-    parameters = sum(math.prod(w.shape) for _, w in unique.values())
+    """Facts about the model in ``folder`` as people read them, name -> value, in the order to show them."""
+    return view(facts(folder, load_config(folder)))
+
+
+def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
+    """Facts about a model by stable names. Where there are no weights, what they would be by the config."""
+    found = folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists())
+    if folder is not None and found:
+        weights = load_weights(folder, config)
+        tied = weights["head"].source == weights["embed"].source
+        shapes = {name: w.shape for name, w in weights.items()}
+        dtypes = {name: w.dtype for name, w in weights.items()}
+    else:
+        tied = bool(config.raw.get("tie_word_embeddings"))
+        shapes = config.weight_shapes()
+        stored = {"float16": "f16", "bfloat16": "bf16"}.get(config.dtype or "", "f32")
+        dtypes = dict.fromkeys(shapes, DTYPES[stored])
+    sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "head" or not tied}
     memory: dict[str, int] = {}
-    for name, w in unique.values():
-        part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed-forward")
-        memory[part] = memory.get(part, 0) + w.nbytes
-    dtypes = sorted({w.dtype.name for w in weights.values()})
-    item = max(w.dtype.itemsize for w in weights.values())
-    per_token = 2 * config.layers * config.kv_heads * config.head_dim * item
+    for name, size in sizes.items():
+        part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
+        memory[part] = memory.get(part, 0) + size * dtypes[name].itemsize
+    per_token = 2 * config.layers * config.kv_heads * config.head_dim * max(d.itemsize for d in dtypes.values())
     context = min(config.context, DEFAULT_CONTEXT)
     return {
-        "folder": str(folder),
+        "folder": None if folder is None else str(folder),
         "architecture": config.architecture,
-        "parameters": f"{parameters:,}",
+        "parameters": sum(sizes.values()),
         "layers": config.layers,
-        "hidden size": config.hidden,
-        "feed-forward size": config.ffn,
-        "attention": f"{config.heads} heads, {config.kv_heads} KV heads of {config.head_dim}",
-        "positions": _positions(config),
-        "context": f"{config.context} tokens"
-        + (f" ({context} unless --context asks for more)" if context < config.context else ""),
+        "hidden_size": config.hidden,
+        "feed_forward_size": config.ffn,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_size": config.head_dim,
+        "rope_type": None if config.rope is None else config.rope.type,
+        "rope_theta": None if config.rope is None else config.rope.theta,
+        "rope_size": None if config.rope is None else config.rope.dim,
+        "sliding_window": max(config.windows) or None,
+        "sliding_layers": sum(map(bool, config.windows)),
+        "context": config.context,
+        "default_context": context,
         "vocabulary": config.vocab,
-        "weights": f"{_size(sum(memory.values()))} as {', '.join(dtypes)}"
-        + (" (head tied to the embedding)" if weights["head"].source == weights["embed"].source else ""),
-        "memory by part": [f"{part} {_size(size)}" for part, size in memory.items()],
-        "KV cache": f"{_size(per_token)} per token, {_size(per_token * context)} for {context} tokens",
-        "stop tokens": _stop_tokens(folder, config),
+        "weights_found": found,
+        "weight_bytes": sum(memory.values()),
+        "weight_dtypes": sorted({d.name for d in dtypes.values()}),
+        "head_tied": tied,
+        "bytes_by_part": memory,
+        "cache_bytes_per_token": per_token,
+        "cache_bytes": per_token * context,
+        "stop_tokens": _stop_tokens(folder, config),
+    }
+
+
+def view(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for people: name -> a value or a list of values."""
+    more = f" ({facts['default_context']} unless --context asks for more)"
+    tied = " (head tied to the embedding)" if facts["head_tied"] else ""
+    size = f"{_size(facts['weight_bytes'])} as {', '.join(facts['weight_dtypes'])}{tied}"
+    per_token, context = _size(facts["cache_bytes_per_token"]), facts["default_context"]
+    return {
+        "folder": facts["folder"] or "none: the published shape of a known model",
+        "architecture": facts["architecture"],
+        "parameters": f"{facts['parameters']:,}",
+        "layers": facts["layers"],
+        "hidden size": facts["hidden_size"],
+        "feed-forward size": facts["feed_forward_size"],
+        "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}",
+        "positions": _positions(facts),
+        "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
+        "vocabulary": facts["vocabulary"],
+        "weights": size if facts["weights_found"] else f"none here; by the config {size}",
+        "memory by part": [f"{part.replace('_', '-')} {_size(n)}" for part, n in facts["bytes_by_part"].items()],
+        "KV cache": f"{per_token} per token, {_size(facts['cache_bytes'])} for {context} tokens",
+        "stop tokens": [
+            str(t["id"]) if t["text"] is None else f"{t['id']} {t['text']!r}" for t in facts["stop_tokens"]
+        ],
     }
 
 
@@ -54,21 +114,24 @@ def _is_attention(name: str) -> bool:
     return name.split(".")[1:2] in (["qkv"], ["o"])
 
 
-def _positions(config: ModelConfig) -> str:
-    window = {w for w in config.windows if w}
-    sliding = f", sliding window of {max(window)} in {sum(map(bool, config.windows))} layers" if window else ""
-    if config.rope is None:
+def _positions(facts: Mapping[str, Any]) -> str:
+    window = facts["sliding_window"]
+    sliding = f", sliding window of {window} in {facts['sliding_layers']} layers" if window else ""
+    if facts["rope_type"] is None:
         return "learned" + sliding
-    partial = f" on {config.rope.dim} of {config.head_dim} dims" if config.rope.dim < config.head_dim else ""
-    return f"RoPE ({config.rope.type}, theta {config.rope.theta:g}){partial}{sliding}"
+    size, head = facts["rope_size"], facts["head_size"]
+    partial = f" on {size} of {head} dims" if size < head else ""
+    return f"RoPE ({facts['rope_type']}, theta {facts['rope_theta']:g}){partial}{sliding}"
 
 
-def _stop_tokens(folder: Path, config: ModelConfig) -> list[str]:
+def _stop_tokens(folder: Path | None, config: ModelConfig) -> list[dict[str, Any]]:
     """The stop tokens as the engine uses them, with their text where there is a tokenizer."""
+    if folder is None:
+        return [{"id": i, "text": None} for i in sorted(config.eos)]
     path = folder / "generation_config.json"
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     ids = sorted(stop_tokens(config, read_json(path) if path.exists() else {}, tokenizer, path))
-    return [str(i) if tokenizer is None else f"{i} {tokenizer.token_text(i)!r}" for i in ids]
+    return [{"id": i, "text": None if tokenizer is None else tokenizer.token_text(i)} for i in ids]
 
 
 def _size(count: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .errors import CuplamaError, PromptError
+from .errors import ContextError, CuplamaError, PromptError
 from .model import Model, Timings
 
 __all__ = ["repl"]
@@ -24,7 +24,14 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
 
 
 def repl(model: Model, params: dict[str, Any], system: str | None, stats: Callable[[Timings], str] | None) -> None:
-    """Read a line, answer it, until /exit or the end of input. Raises TokenizerError if the model has no template."""
+    """Read a line, answer it, until /exit or the end of input.
+
+    Raises TokenizerError if the model has no template and ParameterError for parameters that it cannot have. Where
+    nobody types, a question that cannot be answered is an error as well: there the answers that follow would be wrong.
+    """
+    if sys.stdin is None:  # `cuplama chat <&-`
+        raise PromptError("standard input is closed")
+    model.params(**params)  # before the first question, not after it
     conversation: list[dict[str, str]] = []
     start = [{"role": "system", "content": system}] if system else []
     model.tokenizer.apply_chat(
@@ -49,7 +56,14 @@ def repl(model: Model, params: dict[str, Any], system: str | None, stats: Callab
                 click.echo(f"{command} is not a command; /help lists them", err=True)
             else:
                 conversation.append({"role": "user", "content": line})
-                answer = _answer(model, [*start, *conversation], params, stats)
+                try:
+                    answer = _answer(model, [*start, *conversation], params, stats)
+                except CuplamaError as e:
+                    if not interactive:
+                        raise
+                    hint = " (/clear starts again)" if isinstance(e, ContextError) else ""
+                    click.echo(f"cuplama: {e}{hint}", err=True)
+                    answer = None
                 if answer is None:
                     conversation.pop()  # the question could not be asked; the conversation before it stands
                 else:
@@ -75,9 +89,6 @@ def _answer(
         if stats is not None:
             click.echo(stats(stream.timings), err=True)
     except KeyboardInterrupt:  # before the answer began
-        return None
-    except CuplamaError as e:
-        click.echo(f"cuplama: {e} (/clear starts again)", err=True)
         return None
     return text
 

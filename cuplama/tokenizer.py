@@ -70,7 +70,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             hint = "; a tokenizer.model alone is not supported" if (folder / "tokenizer.model").exists() else ""
-            raise TokenizerError(f"{path}: not found{hint}")
+            raise TokenizerError(f"{path} does not exist{hint}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -121,6 +121,19 @@ class Tokenizer:
         middle = _Pipeline(self._stages)
         middle.push("x")  # whatever the decoder does at the start of a text is now behind us
         return middle.push(piece) + middle.flush()
+
+    def token_shown(self, id: int) -> str:
+        """`token_text` in quotes, for listings; bytes that are no whole characters are shown as `b'\\xe2\\x82'`.
+
+        The b tells the lone byte A0 from the character U+00A0, which has the same escape.
+        """
+        piece = self._piece(id)
+        lone = None if piece is None else _lone_bytes(piece, self._stages)
+        try:
+            (lone or b"").decode()
+        except UnicodeDecodeError:
+            return repr(lone)
+        return repr(self.token_text(id))
 
     def apply_chat(
         self,

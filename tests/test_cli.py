@@ -73,6 +73,8 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("talker")
     shutil.copytree(LLAMA, folder, dirs_exist_ok=True)
     shutil.copy(Path(CHARS) / "tokenizer.json", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20000}))  # any length it is
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}")
     return str(folder)
 
@@ -153,9 +155,15 @@ def test_info_graph_and_tokenize(run: Run) -> None:
     status, out, err = run("info", "-m", LLAMA)
     assert (status, err) == (0, "")
     facts = json.loads(run("info", "-m", LLAMA, "--json")[1])
-    assert {"architecture", "parameters", "memory by part", "context", "KV cache", "stop tokens"} <= facts.keys()
-    assert all(line.split("  ")[0].strip() in facts for line in out.splitlines())
-    assert facts["architecture"] == "LlamaForCausalLM"
+    assert {"architecture", "bytes_by_part", "stop_tokens"} <= facts.keys()
+    for name in ("parameters", "layers", "heads", "context", "weight_bytes", "cache_bytes", "cache_bytes_per_token"):
+        assert type(facts[name]) is int, name
+    assert all(re.fullmatch("[a-z_]+", name) for name in (*facts, *facts["bytes_by_part"]))
+    assert sum(facts["bytes_by_part"].values()) == facts["weight_bytes"]
+    assert (facts["architecture"], facts["weights_found"]) == ("LlamaForCausalLM", True)
+    shown = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
+    assert shown["parameters"] == f"{facts['parameters']:,}"
+    assert shown["attention"] == f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}"
     status, out, err = run("graph", "-m", LLAMA)
     assert (status, err) == (0, "")
     assert out.startswith("x = embedding(ids, embed)\n")
@@ -164,6 +172,43 @@ def test_info_graph_and_tokenize(run: Run) -> None:
     assert run("tokenize", "It", "-m", CHARS)[1].split() == ["21", "'I'", "58", "'t'"]
     assert run("tokenize", "-", "-m", CHARS, "--ids", stdin=b"It\r\n")[1] == "21 58\n"
     assert run("tokenize", "21, 58", "-m", CHARS, "--decode") == (0, "It\n", "")
+
+
+def test_info_and_graph_without_weights(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a config.json alone the same numbers as with the weights beside it; and known shapes need no file."""
+    shutil.copy(Path(LLAMA) / "config.json", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    full = json.loads(run("info", "-m", LLAMA, "--json")[1])
+    alone = json.loads(run("info", "-m", str(tmp_path), "--json")[1])
+    assert (alone["weights_found"], alone["head_tied"]) == (False, bool(config["tie_word_embeddings"]))
+    assert alone["parameters"] == full["parameters"]
+    status, out, err = run("info", "-m", str(tmp_path))
+    assert (status, err) == (0, "")
+    assert "none here; by the config" in out
+    monkeypatch.chdir(tmp_path)  # a config.json in the current folder has no part in it
+    known = json.loads(run("info", "-m", "llama-3.2-1b", "--json")[1])
+    assert (known["folder"], known["parameters"], known["head_tied"]) == (None, 1_235_814_400, True)
+    assert "the published shape of a known model" in run("info", "-m", "llama-3.2-1b")[1]
+    status, out, err = run("graph", "-m", "llama-3.2-1b")
+    assert (status, err, out.count("= attention(")) == (0, "", 16)
+
+
+def test_tokens_that_are_no_characters(run: Run) -> None:
+    out = run("tokenize", "🦙", "--no-bos")[1]
+    assert [line.split()[1] for line in out.splitlines()] == [r"b'\xf0'", r"b'\x9f'", r"b'\xa6'", r"b'\x99'"]
+
+
+def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
+    for command in ("generate", "chat", "perplexity", "info", "graph", "tokenize", "bench"):
+        help_ = run(command, "--help")[1]
+        names = re.findall(r"^  (-[^ ,]+)", help_, re.M)
+        assert (names[0], names[-2:]) == ("-m", ["--debug", "-h"])
+    assert "..." not in run("--help")[1].partition("Commands:")[2]
+
+
+def test_counts_of_one_are_singular(run: Run) -> None:
+    err = run("generate", "F", "-m", CHARS, *NUMPY, "-n", "2", "--stats")[2]
+    assert re.fullmatch(r"\nprompt: 1 token in .*, then 1 token in .*\n", err)
 
 
 def test_perplexity(run: Run, tmp_path: Path) -> None:
@@ -182,6 +227,24 @@ def test_perplexity(run: Run, tmp_path: Path) -> None:
     assert [line.split()[0] for line in out.splitlines()] == ["tokens", "nats", "bits", "perplexity"]
 
 
+def test_perplexity_of_a_file_and_of_standard_input_are_one(run: Run, tmp_path: Path) -> None:
+    text = b"To be, or not to be.\n"
+    (tmp_path / "text").write_bytes(text)
+    file = run("perplexity", str(tmp_path / "text"), "-m", CHARS, *NUMPY, "--json")
+    assert run("perplexity", "-", "-m", CHARS, *NUMPY, "--json", stdin=text) == file
+    assert json.loads(file[1])["bytes"] == len(text)
+
+
+def test_json_has_no_infinity(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cuplama.perplexity
+
+    (tmp_path / "text").write_text("To be")
+    hopeless = cuplama.perplexity.Perplexity(tokens=1, nats=1e4, squares=1e8, size=5)
+    monkeypatch.setattr(cuplama.perplexity, "perplexity", lambda *_: hopeless)
+    out = run("perplexity", str(tmp_path / "text"), "-m", CHARS, *NUMPY, "--json")[1]
+    assert (json.loads(out)["perplexity"], "Infinity" in out, "NaN" in out) == (None, False, False)
+
+
 # --- What a user can do wrong ---------------------------------------------------------------------
 
 
@@ -189,24 +252,28 @@ def test_perplexity(run: Run, tmp_path: Path) -> None:
     ("args", "words"),
     [
         (["--temp", "hot"], "'hot' is not a valid float"),
-        (["--temp", "nan"], "temperature = nan is out of range"),
-        (["--temp", "-1"], "temperature = -1.0 is out of range"),
-        (["-n", "-5"], "max_tokens = -5 is out of range"),
+        (["--temp", "nan"], "'--temp' / '--temperature': nan is not a number >= 0"),
+        (["--temp", "-1"], "'--temp' / '--temperature': -1.0 is not a number >= 0"),
+        (["-n", "-5"], "'-n' / '--max-tokens': -5 is not a whole number >= 0, or -1: until the context is full"),
         (["-n", "1.5"], "'1.5' is not a valid integer"),
-        (["--top-k", "-1"], "top_k = -1 is out of range"),
-        (["--top-p", "2"], "top_p = 2.0 is out of range"),
-        (["--min-p", "-0.1"], "min_p = -0.1 is out of range"),
-        (["--repeat-penalty", "0"], "repetition_penalty = 0.0 is out of range"),
-        (["--seed", "-1"], "seed = -1 is out of range"),
-        (["--seed", str(2**64)], "seed = 18446744073709551616 is out of range"),
-        (["--stop", ""], "stop = ('',) is out of range"),
+        (["--top-k", "-1"], "'--top-k': -1 is not a whole number >= 0"),
+        (["--top-p", "2"], "'--top-p': 2.0 is not a number from 0 to 1"),
+        (["--min-p", "-0.1"], "'--min-p': -0.1 is not a number from 0 to 1"),
+        (["--min-tokens", "-1"], "'--min-tokens': -1 is not a whole number >= 0"),
+        (["--repeat-penalty", "0"], "'--repeat-penalty': 0.0 is not a number > 0"),
+        (["--frequency-penalty", "inf"], "'--frequency-penalty': inf is not a finite number"),
+        (["--seed", "-1"], "'--seed': -1 is not a whole number from 0 to 2^64 - 1 (cuplama"),
+        (["--seed", str(2**64)], "'--seed': 18446744073709551616 is not"),
+        (["--stop", ""], "'--stop': the text is empty"),
         (["--logit-bias", "5"], "must look like 42=-1.5"),
+        (["--logit-bias", "5=nan"], "must look like 42=-1.5"),
+        (["--logit-bias", "-5=1"], "must look like 42=-1.5"),
         (["--logit-bias", "65=1"], "token id 65 is out of range"),
         (["--logprobs", "3"], "--logprobs needs --json"),
-        (["--json", "--logprobs", "99"], "logprobs = 99 is out of range"),
+        (["--json", "--logprobs", "99"], "'--logprobs': 99 is not a whole number from 0 to 64 (cuplama"),
         (["--device", "tpu"], "'tpu' is not one of"),
         (["--dtype", "int8"], "'int8' is not one of"),
-        (["--context", "0"], "context = 0 is out of range"),
+        (["--context", "0"], "'--context': 0 is not in the range"),
         (["--context", "81"], "context 81 is more than the 80 positions"),
         (["--frobnicate"], "No such option"),
         (["extra"], "unexpected extra argument"),
@@ -214,7 +281,35 @@ def test_perplexity(run: Run, tmp_path: Path) -> None:
 )
 def test_wrong_options(args: list[str], words: str, fails: Callable[..., str]) -> None:
     device = () if "--device" in args else NUMPY
-    assert words in fails("generate", "First", "-m", CHARS, *device, *args)
+    message = fails("generate", "First", "-m", CHARS, *device, *args)
+    assert words in message
+    assert "None" not in message
+
+
+def test_a_wrong_option_costs_no_loading(
+    fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("loaded")  # an internal error, for the command line
+
+    monkeypatch.setattr("cuplama.cli.load", load)
+    (tmp_path / "text").write_text("To be or not to be")
+    for command in (("generate", "x"), ("chat",)):
+        assert "'--top-p'" in fails(*command, "-m", CHARS, "--top-p", "2")
+    assert "--stride = 9" in fails("perplexity", str(tmp_path / "text"), "-m", CHARS, "--window", "9", "--stride", "9")
+
+
+def test_bench_refuses_before_it_works(
+    fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("cuplama.bench.run", lambda *_: pytest.fail("it works"))
+    monkeypatch.chdir(tmp_path)
+    assert "there is no folder nowhere" in fails("bench", "--plot", "nowhere/x.png")
+    for name in ("x.doc", "x"):
+        assert "the name must end in one of" in fails("bench", "--plot", name)
+    assert "'0' is not a list of sequence counts such as 1,8" in fails("bench", "-b", "0")
+    assert "--dummy-weights needs -m" in fails("bench", "--dummy-weights")  # and no word of the bundled model
 
 
 def test_wrong_usage(fails: Callable[..., str]) -> None:
@@ -268,7 +363,7 @@ def broken(folder: Path, fault: str) -> Path:
         ("generation", "generation_config.json is not valid JSON"),
         ("no weights", "has no model.safetensors"),
         ("experts", "num_local_experts = 8 is not supported"),
-        ("no tokenizer", "tokenizer.json: not found"),
+        ("no tokenizer", "tokenizer.json does not exist"),
     ],
 )
 def test_broken_folders(fault: str, words: str, tmp_path: Path, fails: Callable[..., str]) -> None:
@@ -284,7 +379,7 @@ def test_wrong_models(tmp_path: Path, fails: Callable[..., str]) -> None:
     assert "is a file; give the folder" in fails("info", "-m", __file__)
     assert "'' does not exist" in fails("info", "-m", "")
     assert "nowhere\\nat all" in fails("info", "-m", "nowhere\nat all")
-    assert "tokenizer.json: not found" in fails("tokenize", "x", "-m", LLAMA)
+    assert "tokenizer.json does not exist" in fails("tokenize", "x", "-m", LLAMA)
     assert "no chat template" in fails("chat", "-m", CHARS, *NUMPY)
 
 
@@ -297,7 +392,7 @@ def test_wrong_prompts(tmp_path: Path, fails: Callable[..., str]) -> None:
     assert "not valid Unicode" in fails(*generate, "a\udcff")  # how Python passes on a byte that is not UTF-8
     assert "token id 65 is out of range" in fails("tokenize", "3 65", "-m", CHARS, "--decode")
     assert "token id -1 is out of range" in fails("tokenize", "-m", CHARS, "--decode", "--", "-1")
-    assert "--decode takes token ids" in fails("tokenize", "three", "-m", CHARS, "--decode")
+    assert "takes token ids; 'three' is not a whole number" in fails("tokenize", "three", "-m", CHARS, "--decode")
 
 
 def test_wrong_files(tmp_path: Path, fails: Callable[..., str]) -> None:
@@ -310,10 +405,11 @@ def test_wrong_files(tmp_path: Path, fails: Callable[..., str]) -> None:
     assert "Is a directory" in fails(*perplexity, str(tmp_path))
     (tmp_path / "text").write_text("To be or not to be")
     for option, value, words in (
-        ("--window", "1", "context = 1 is out of range; it must be from 2 to 80"),
-        ("--window", "81", "context = 81 is out of range"),
-        ("--stride", "0", "stride = 0 is out of range; it must be from 1 to 79"),
-        ("--stride", "80", "stride = 80 is out of range"),
+        ("--context", "1", "--context = 1 is too short; a window needs at least 2 tokens"),
+        ("--window", "1", "--window = 1 is out of range; it must be from 2 to 80"),
+        ("--window", "81", "--window = 81 is out of range"),
+        ("--stride", "0", "--stride = 0 is out of range; it must be from 1 to 79"),
+        ("--stride", "80", "--stride = 80 is out of range"),
     ):
         assert words in fails(*perplexity, str(tmp_path / "text"), option, value)
 
@@ -385,9 +481,11 @@ def test_a_closed_pipe_ends_quietly(args: str, talker: str) -> None:
         assert process.stderr.read() == b""
 
 
-def test_ctrl_c_ends_generate_with_130(talker: str) -> None:
+@pytest.mark.parametrize("stats", [False, True])
+def test_ctrl_c_ends_generate_with_130(stats: bool, talker: str) -> None:
+    args = ["generate", "First", "-m", talker, *NUMPY, "-n", "-1", "--context", "20000", "--ignore-eos"]
     with subprocess.Popen(
-        [*LAUNCHER, "generate", "First", "-m", talker, *NUMPY, "-n", "-1", "--context", "20000", "--ignore-eos"],
+        [*LAUNCHER, *args, *(["--stats"] if stats else [])],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -395,7 +493,43 @@ def test_ctrl_c_ends_generate_with_130(talker: str) -> None:
         assert process.stdout.read(10)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
-        assert process.stderr.read().strip() == b""
+        said = process.stderr.read().strip().decode()
+        assert re.fullmatch(r"prompt: 5 tokens in .*, then \d+ tokens in .*" if stats else "", said)
+
+
+def test_as_a_module() -> None:
+    args = [sys.executable, "-m", "cuplama", "--version"]
+    done = subprocess.run(args, capture_output=True, env=environment(), timeout=60, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"cuplama, version {cuplama.__version__}\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["generate", "info"])
+def test_a_full_disk_is_said_in_one_line(command: str) -> None:
+    args = [command, "-m", CHARS, *(("First", *NUMPY, "-n", "5") if command == "generate" else ())]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*LAUNCHER, *args], stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=60, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "cuplama: reading or writing failed: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "closed", "status", "said"),
+    [
+        (["generate", "-", "-m", CHARS, *NUMPY], "<&-", 2, "cuplama: standard input is closed\n"),
+        (["chat", "-m", "TALKER", *NUMPY], "<&-", 2, "cuplama: standard input is closed\n"),
+        (["info", "-m", CHARS], ">&-", 2, "cuplama: standard output is closed\n"),
+        (["generate", "First", "-m", CHARS, *NUMPY, "-n", "5"], "2>&-", 0, ""),
+    ],
+)
+def test_closed_streams(args: list[str], closed: str, status: int, said: str, talker: str) -> None:
+    args = [talker if a == "TALKER" else a for a in args]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *LAUNCHER, *args],
+        capture_output=True, env=environment(), timeout=60, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 class Teletype(io.StringIO):
@@ -426,6 +560,9 @@ def test_generate_in_a_terminal_shows_the_prompt() -> None:
     assert re.sub(r"\x1b\[\d*m", "", text).startswith("First")
     assert len(re.sub(r"\x1b\[\d*m", "", text)) == 10
     assert terminal.status() == 0
+    terminal = Terminal([*LAUNCHER, "generate", "First", "-m", CHARS, *NUMPY, "--logit-bias", "65=1"], environment())
+    assert terminal.until("\r\n").startswith("cuplama: logit_bias: token id 65")  # no prompt before it
+    assert terminal.status() == 2
 
 
 # --- Chat -----------------------------------------------------------------------------------------
@@ -465,12 +602,39 @@ def test_chat_ends_with_its_input(run: Run, talker: str) -> None:
 
 
 def test_chat_beyond_the_context(run: Run, talker: str) -> None:
-    status, out, err = run(
-        "chat", "-m", talker, *NUMPY, "-n", "2", "--context", "40", stdin=b"Hi\n" + b"x" * 60 + b"\nHi\n"
-    )
-    assert status == 0
-    assert out.count("\n") == 2
-    assert re.fullmatch(r"cuplama: the prompt has \d+ tokens; .* \(/clear starts again\)\n", err)
+    """In a pipe it is an error; who types can go on."""
+    args = ("chat", "-m", talker, *NUMPY, "-n", "2", "--context", "40", "--ignore-eos")
+    status, out, err = run(*args, stdin=b"Hi\n" + b"x" * 60 + b"\nHi\n")
+    assert status == 2
+    assert out.count("\n") == 1
+    assert re.fullmatch(r"cuplama: the prompt has \d+ tokens; [^/]*\n", err)
+    terminal = Terminal([*LAUNCHER, *args], environment(TERM="dumb"))
+    terminal.until("> ")
+    terminal.send("x" * 60 + "\n")
+    assert "cuplama: the prompt has" in terminal.until(" (/clear starts again)\r\n> ")
+    terminal.send("/exit\n")
+    assert terminal.status() == 0
+
+
+def test_chat_checks_its_parameters_before_the_first_question(fails: Callable[..., str], talker: str) -> None:
+    message = fails("chat", "-m", talker, *NUMPY, "--logit-bias", "9999=1")  # no question is there
+    assert "logit_bias: token id 9999 is out of range" in message
+    assert "/clear" not in message
+
+
+def test_only_a_full_context_is_mended_by_clear(talker: str, tmp_path: Path) -> None:
+    shutil.copytree(talker, tmp_path, dirs_exist_ok=True)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}x"
+    (tmp_path / "chat_template.jinja").write_text(refusal)
+    terminal = Terminal([*LAUNCHER, "chat", "-m", str(tmp_path), *NUMPY, "-n", "2"], environment(TERM="dumb"))
+    terminal.until("> ")
+    terminal.send("/system Be nice\n")
+    terminal.until("\r\n> ")
+    terminal.send("Hi\n")
+    terminal.until("no system message")
+    assert "/clear" not in terminal.until("> ")
+    terminal.send("/exit\n")
+    assert terminal.status() == 0
 
 
 def test_chat_refuses_input_that_is_not_utf8(talker: str) -> None:

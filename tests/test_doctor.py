@@ -26,7 +26,9 @@ def test_without_a_driver_everything_else_is_still_examined(monkeypatch: pytest.
     assert "no NVIDIA driver" in found["a kernel"].found
     lines: list[str] = []
     assert doctor.run(lines.append) == 1
-    assert "problem" in lines[-1]
+    problems = sum(bool(f.remedy) for f in found.values())
+    assert lines[-1].startswith(f"\n{problems} problem")  # the kernel that was not run is none of its own
+    assert any(line.startswith("--  a kernel") for line in lines)
 
 
 def test_every_failing_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +43,9 @@ def test_every_failing_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(compiler, "toolkit_folders", lambda major: ())
     found = _findings()
-    for name in ("driver", "cupy", "CUDA libraries", "CUDA headers", "NVRTC", "a kernel"):
+    for name in ("driver", "cupy", "CUDA libraries", "CUDA headers", "NVRTC"):
         assert found[name].remedy, name
+    assert found["a kernel"].skipped
     assert found["cupy"].remedy == "pip install cupy-cuda12x"
 
 
@@ -52,8 +55,16 @@ def test_an_unwritable_cache_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     finding = doctor._cache()
     assert "not writable" in finding.found
     assert "CUPY_CACHE_DIR" in finding.remedy
+    found = _findings()
+    assert [name for name in ("cupy", "NVRTC", "a kernel") if found[name].remedy] == []  # nothing to reinstall
+    assert found["NVRTC"].skipped
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "good"))
     assert not doctor._cache().remedy
+
+
+def test_what_was_not_looked_at_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("a kernel", "not run", skipped=True)]))
+    assert doctor.run(lambda line: None) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 import cuplama
 from cuplama import Model
-from cuplama.errors import ParameterError, PromptError
+from cuplama.errors import DeviceError, ParameterError, PromptError
 from cuplama.perplexity import Perplexity, perplexity
 
 CHARS = Path(__file__).parent / "golden" / "cases" / "gpt2-char"
@@ -39,14 +39,14 @@ def direct(model: Model, ids: list[int], context: int, stride: int) -> list[floa
 
 
 @pytest.mark.parametrize(
-    ("context", "stride"),
+    ("window", "stride"),
     [(2, 1), (3, 2), (10, 1), (10, 3), (10, 9), (16, 8), (79, 40), (80, 79), (None, None), (20, None)],
 )
-def test_against_a_direct_computation(model: Model, context: int | None, stride: int | None) -> None:
+def test_against_a_direct_computation(model: Model, window: int | None, stride: int | None) -> None:
     ids = model.encode(TEXT)
-    size = 80 if context is None else context
+    size = 80 if window is None else window
     losses = np.array(direct(model, ids, size, size // 2 if stride is None else stride))
-    found = perplexity(model, TEXT, context, stride)
+    found = perplexity(model, TEXT, window, stride)
     assert found.tokens == len(losses) == len(ids) - 1
     assert found.size == len(TEXT.encode())
     assert found.nats == pytest.approx(losses.sum(), rel=1e-5)
@@ -81,17 +81,36 @@ def test_what_cannot_be_scored(model: Model) -> None:
         with pytest.raises(PromptError, match="fewer than two tokens"):
             perplexity(model, text)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"context": 1}, "context = 1 is out of range; it must be from 2 to 80"),
-        ({"context": 81}, "context = 81 is out of range"),
-        ({"context": 0}, "context = 0"),
+        ({"window": 1}, "window = 1 is out of range; it must be from 2 to 80"),
+        ({"window": 81}, "window = 81 is out of range"),
+        ({"window": 0}, "window = 0"),
         ({"stride": 0}, "stride = 0 is out of range; it must be from 1 to 79"),
-        ({"context": 10, "stride": 10}, "stride = 10 is out of range; it must be from 1 to 9"),
+        ({"window": 10, "stride": 10}, "stride = 10 is out of range; it must be from 1 to 9"),
         ({"stride": -1}, "stride = -1"),
     ]
     for options, words in wrong:
         with pytest.raises(ParameterError, match=words):
             perplexity(model, TEXT, **options)
     assert model.engine.cache.free == model.engine.cache.pages
+
+
+def test_a_context_of_one_token_is_named() -> None:
+    with (
+        cuplama.load(CHARS, device="numpy", context=1) as short,
+        pytest.raises(ParameterError, match="context = 1 is too short; a window needs at least 2 tokens"),
+    ):
+        perplexity(short, TEXT)
+
+
+@pytest.mark.filterwarnings("error")  # NumPy's too
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite(model: Model, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(tokens: list[int]) -> Iterator[Array]:
+        yield np.full((len(tokens), model.config.vocab), value, np.float32)
+
+    monkeypatch.setattr(model.engine, "logits", broken)
+    with pytest.raises(DeviceError, match=r"logits are not finite in float32; --dtype float32 may help"):
+        perplexity(model, TEXT)
 
 
 def test_extremes() -> None:

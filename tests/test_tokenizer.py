@@ -156,7 +156,7 @@ def test_saved_truncation_and_padding_do_not_apply() -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not found$"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist$"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(TokenizerError, match=r"tokenizer\.model alone is not supported"):
@@ -286,6 +286,9 @@ def test_token_text_byte_level(shared: Path) -> None:
     tokenizer = load(shared / FOLDERS["gpt2"])
     texts = [tokenizer.token_text(id) for id in tokenizer.encode("Hi wörld 🦙<|endoftext|>")]
     assert texts == ["Hi", " w", "ör", "ld", " \\xf0\\x9f", "\\xa6", "\\x99", "<|endoftext|>"]
+    shown = [tokenizer.token_shown(id) for id in tokenizer.encode(" w🦙\n\u00a0")]
+    assert shown == ["' w'", r"b'\xf0\x9f'", r"b'\xa6'", r"b'\x99'", r"'\n\xa0'"]
+    assert tokenizer.token_shown(99999) == "'<unused 99999>'"
 
 
 # --- Streaming ------------------------------------------------------------------------------------

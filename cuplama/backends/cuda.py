@@ -191,9 +191,7 @@ class CudaBackend:
         elements = sum(w.nbytes // w.dtype.itemsize for w in unique)
 
         def fit(free: int) -> tuple[int, memory.MemoryPlan]:
-            return memory.fit(
-                config, elements, backend.dtype, context, tokens, cls._CHUNKS, free, backend.gpu.limits
-            )
+            return memory.fit(config, elements, backend.dtype, context, tokens, cls._CHUNKS, free, backend.gpu.limits)
 
         free = backend.free_memory()
         backend.prefill_chunk, plan = fit(free)

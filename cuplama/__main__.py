@@ -1,0 +1,5 @@
+"""``python -m cuplama`` is ``cuplama``."""
+
+from .cli import main
+
+main(prog_name="cuplama")
