@@ -39,18 +39,37 @@ def kernels() -> None:
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
 
 
-@kernels.command("list", short_help="Name, file, ops, dtypes and meaning of every kernel.")
+@kernels.command("list", short_help="Name, file, ops, dtypes, architectures and meaning of every kernel.")
 @DEBUG
 def list_kernels() -> None:
-    """Name, file, ops, dtypes and meaning of every kernel."""
+    """Name, file, ops, dtypes, architectures and meaning of every kernel."""
+    by_arch = {arch: _users(arch) for arch in _GENERATIONS}
     rows = []
-    users = _users()
     for path in sorted(kernel.source_folder().glob("*.cu")):
         for name in kernel.prototypes(path.name):
-            ops, dtypes = users.get((path.name, name), (frozenset[str](), frozenset[str]()))
-            shown = " ".join(d for d in DTYPES if d in dtypes)
-            rows.append((name, path.name, " ".join(sorted(ops)) or "-", shown or "-", _meaning(name, path.name, ops)))
-    show(("kernel", "file", "ops", "dtypes", "computes"), rows)
+            found = {arch: users[path.name, name] for arch, users in by_arch.items() if (path.name, name) in users}
+            ops = frozenset(op for who, _ in found.values() for op in who)
+            dtypes = {d for who, given in found.values() for op in who for d in _dtypes(OPS[op], given)}
+            alone = sum(ops <= who for who, _ in by_arch[90].values()) == 1
+            cells = (" ".join(sorted(ops)), " ".join(d for d in DTYPES if d in dtypes), _archs(list(found)))
+            rows.append((name, path.name, *(cell or "-" for cell in cells), _meaning(name, path.name, ops, alone)))
+    show(("kernel", "file", "ops", "dtypes", "archs", "computes"), rows)
+
+
+_GENERATIONS = (75, 80, 90, 100)  # ops choose their kernels by these, and by nothing between them
+
+
+def _dtypes(op: Op, given: frozenset[str]) -> frozenset[str]:
+    """Of the model's dtypes an op was given, those that it sees: all, or what its signature names."""
+    own = {s.dtype for s in (*op.signature.ins, *op.signature.outs)}
+    return given if "T" in own else given & own
+
+
+def _archs(found: Sequence[int]) -> str:
+    """ "sm_80+" for all from there on, else each by name."""
+    if found and found == list(_GENERATIONS[-len(found) :]):
+        return f"sm_{found[0]}+"
+    return " ".join(f"sm_{arch}" for arch in found)
 
 
 @kernels.command("compile", short_help="Compile kernels for any architecture; print what they use.")
@@ -603,10 +622,10 @@ def _rank(used: compiler.Resources | None) -> tuple[int, int]:
     return (0, 0) if used is None else (used.spills, used.registers)
 
 
-def _users() -> dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]]:
-    """(file, kernel) -> the ops and dtypes that need it, for the kernels that ops launch."""
+def _users(arch: int = 90) -> dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]]:
+    """(file, kernel) -> the ops and dtypes that need it, for the kernels that ops launch on that architecture."""
     users: dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]] = {}
-    for file, instances in compiler.needed(kernel.Device()).items():
+    for file, instances in compiler.needed(kernel.Device(arch=arch, shared=compiler.shared_limit(arch))).items():
         for expression, need in instances.items():
             ops, dtypes = users.get((file, expression.split("<")[0]), (frozenset(), frozenset()))
             if need.ops:
@@ -614,13 +633,13 @@ def _users() -> dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]]:
     return users
 
 
-def _meaning(name: str, file: str, ops: frozenset[str]) -> str:
-    """The doc of the op if there is one; else what the head of the file says of the kernel, or its first line."""
-    if len(ops) == 1:
-        return OPS[next(iter(ops))].doc.split(". ")[0]
+def _meaning(name: str, file: str, ops: frozenset[str], alone: bool) -> str:
+    """The doc of its op if the kernel is all of it; else what the head of the file says of the kernel, or the doc."""
     head = _documentation(file)
-    found = re.search(rf"^\s*{name}\s\s+(.*?)(?:\s\s|,?$)", head, re.M)
-    return found[1] if found else head.splitlines()[0].strip()
+    found = None if alone else re.search(rf"^\s*{name}\s\s+(.*?)(?:\s\s|[,;]?$)", head, re.M)
+    if found:
+        return found[1]
+    return OPS[next(iter(ops))].doc.split(". ")[0] if len(ops) == 1 else head.splitlines()[0].strip()
 
 
 def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -132,11 +133,13 @@ def test_a_spill_is_a_problem_unless_a_reason_is_given() -> None:
     (result,) = compiler.judge(program, {})
     assert result.problem is not None
     assert result.problem.startswith("spills ")
-    for key in ("greedy", "greedy@90"):
-        (result,) = compiler.judge(program, {key: "because"})
-        assert (result.problem, result.admitted) == (None, "because")
-    (result,) = compiler.judge(program, {"greedy@80": "because"})
-    assert result.problem is not None
+    assert result.resources is not None
+    spilled = result.resources.spills
+    (result,) = compiler.judge(program, {"greedy@90": (spilled, "because")})
+    assert (result.problem, result.admitted) == (None, "because")
+    for less in ({"greedy@90": (spilled - 1, "because")}, {"greedy@80": (spilled, "because")}):
+        (result,) = compiler.judge(program, less)
+        assert result.problem is not None
 
 
 def test_a_warning_is_a_problem(sources: Path) -> None:
@@ -241,6 +244,11 @@ def test_list_shows_every_kernel() -> None:
     # kernels of several ops: what the head of the file says of them
     assert lines["layer_norm_linear_mma"].endswith("  y[n,m] = act(layer_norm(x) w^T + b)")
     assert lines["fill_rows"].endswith("  y[i,j] = a[i,j] + b[j]")
+    assert re.search(r"  f32 +sm_75\+  maximum of each chunk of 2048 logits", lines["sample_max"])
+    assert re.search(r"  f32 f16 +sm_75\+  ", lines["attention_prefill"])  # where there are no tensor cores for it
+    assert re.search(r"  f16 bf16 +sm_80\+  ", lines["attention_prefill_mma"])
+    assert re.search(r"  f16 bf16 +sm_90  ", lines["attention_prefill_wgmma"])
+    assert re.search(r"  - +sm_75\+  ", lines["advance"])  # integers only
 
 
 def test_compile_prints_what_a_kernel_uses() -> None:
