@@ -308,7 +308,8 @@ def test_a_picture_needs_matplotlib_and_a_place(folder: Path, monkeypatch: pytes
 def test_cold_start(folder: Path) -> None:
     found = bench.cold_start(Source(str(folder), dummy=True, device="numpy"))
     parts = [v for k, v in found.items() if k != "total_seconds"]
-    assert list(found) == ["total_seconds", "start_seconds", "import_seconds", "load_seconds", "first_token_seconds"]
+    names = ("total", "start", "import", "load", "compile", "first_token")
+    assert list(found) == [f"{name}_seconds" for name in names]
     assert min(parts) >= 0
     assert sum(parts) == pytest.approx(found["total_seconds"])
     assert 0.05 < found["total_seconds"] < 30

@@ -34,13 +34,16 @@ class Recording(Protocol):
 class Backend(Protocol):
     """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most.
 
-    records: whether prompts and decode steps go through ``recording``.
+    records: whether prompts and decode steps go through ``recording``; compile_seconds: spent on kernels so far.
     """
 
     name: str
     dtype: np.dtype[Any]
     prefill_chunk: int
     records: bool
+
+    @property
+    def compile_seconds(self) -> float: ...
 
     def describe(self) -> str:
         """One line for people: what the model runs on."""

@@ -211,6 +211,11 @@ class CudaBackend:
     def describe(self) -> str:
         return self.gpu.describe()
 
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent on compiling kernels, or on finding them in the cache and loading them."""
+        return self.gpu.compile_seconds
+
     def free_memory(self) -> int:
         """Bytes of GPU memory that can still be allocated."""
         return self.gpu.free_memory()

@@ -10,6 +10,7 @@ import gc
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ class Gpu:
 
     Its arrays are CuPy arrays in its own pool. The user's CuPy state (current stream, default pool) is not touched.
     """
+
+    compile_seconds = 0.0  # spent on compiling kernels, or on finding them in the cache and loading them
 
     def __init__(self, device: int = 0) -> None:
         ok, reason = cuda_available(device)
@@ -213,6 +216,7 @@ class Gpu:
         """
         found = self._functions.get((file, expression))
         if found is None:
+            began = time.perf_counter()
             module = self._cupy.RawModule(
                 code=compiler.source(file),
                 options=compiler.options(self._cuda_version[0], self.limits.arch),
@@ -223,6 +227,7 @@ class Gpu:
             except self._cupy.cuda.compiler.CompileException as e:
                 raise compiler.compile_error(file, str(e), self.limits.arch) from None
             launch = raw.kernel
+            self.compile_seconds += time.perf_counter() - began
             # All kernels alike: a multiprocessor must be empty to change its shared memory, and then none starts early.
             raw.preferred_shared_memory_carveout = 100
             if waits and self._early is not None:

@@ -90,6 +90,7 @@ class NumPyBackend:
 
     name = "numpy"
     prefill_chunk = 512
+    compile_seconds = 0.0
     records = False  # nothing to gain; but it can, so that recorded passes and steps are tested without a GPU
 
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
