@@ -400,7 +400,7 @@ def info(model: str | None, offline: bool, as_json: bool) -> None:
     lines = view(found)
     width = max(map(len, lines))
     for name, value in lines.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        shown = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
         click.echo(f"{name:<{width}}  {shown}")
 
 
