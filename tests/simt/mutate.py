@@ -328,6 +328,11 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "every stage is given back one tile late: slower, but still before it is needed and after it was read",
     ),
     (
+        "attention_hopper.cu",
+        "still read them.\n        bar_sync(1 + consumer, GROUP);",
+        "a product of the emulator is done when it is issued; on a GPU those of other warps may still read the queries",
+    ),
+    (
         "attention_prefill.cu",
         "at < high; at += KEYS, stage",
         "one more tile, which a warp skips, or masks for all rows that are stored",
