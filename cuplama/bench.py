@@ -31,7 +31,7 @@ from .model import Model, Settings, _context, load, start_engine
 from .op import DTYPES
 from .report import Column
 from .sampling import SamplingParams
-from .shapes import SHAPES, find_shape
+from .shapes import find_shape, is_shape
 
 __all__ = [
     "COLUMNS",
@@ -108,7 +108,7 @@ class Source:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
             return dummy_model(self.model, self.device, self.dtype, context, cache_tokens)
-        if self.model is not None and self.model in SHAPES and not Path(self.model).exists():
+        if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
         return load(self.model, device=self.device, dtype=self.dtype, context=context, cache_tokens=cache_tokens)
 
@@ -130,8 +130,7 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any]) -> dict[str, Weight
 def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens: int) -> Model:
     """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states."""
     name, config = find_shape(model)
-    stored = {"float16": "f16", "bfloat16": "bf16"}.get(config.dtype or "", "f32")
-    weights = dummy_weights(config, DTYPES[stored])
+    weights = dummy_weights(config, DTYPES[config.stored])
     length = _context(config, context)
     engine = start_engine(config, weights, device, dtype, length, max(length, cache_tokens))
     return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None, {}))

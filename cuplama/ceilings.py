@@ -235,8 +235,7 @@ def environment(backend: Backend) -> dict[str, str]:
         library = driver.load_driver()
         found["driver"] = _driver() or "unknown"
         if library is not None:
-            version = driver.driver_version(library)
-            found["driver_cuda"] = f"{version // 1000}.{version % 1000 // 10}"
+            found["driver_cuda"] = driver.dotted(driver.driver_version(library))
         found["cupy"] = _version(("cupy-cuda12x", "cupy-cuda13x", "cupy"))
     found["cuplama"] = _version(("cuplama",))
     found["numpy"] = np.__version__

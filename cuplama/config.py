@@ -45,6 +45,11 @@ class ModelConfig:
     eos: tuple[int, ...]
     raw: Mapping[str, Any] = field(repr=False, compare=False)
 
+    @property
+    def stored(self) -> str:
+        """The checkpoint's dtype by the config, as ops name it; float32 where the config does not say."""
+        return {"float16": "f16", "bfloat16": "bf16"}.get(self.dtype or "", "f32")
+
     def dims(self) -> dict[str, int]:
         """The sizes by the names that weight recipes use."""
         return {

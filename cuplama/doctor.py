@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .backends import driver
+from .report import counted
 
 __all__ = ["Finding", "examine", "run"]
 
@@ -51,7 +52,7 @@ def run(echo: Callable[[str], object] = print) -> int:
         bad += bool(finding.remedy)
         skipped = skipped or finding.skipped
     bad = max(bad, int(skipped))  # what was not looked at is not ready
-    echo(f"\n{bad} problem{'' if bad == 1 else 's'}; models run on NumPy until solved" if bad else "\nready for CUDA")
+    echo(f"\n{counted(bad, 'problem')}; models run on NumPy until solved" if bad else "\nready for CUDA")
     return 1 if bad else 0
 
 
@@ -85,7 +86,7 @@ def _driver() -> Iterator[Finding]:
     works, reason = library.cuInit(0) == 0, driver.cuda_available()[1]
     version = driver.driver_version(library)
     old = "update the NVIDIA driver to 525 or newer" if version < driver.OLDEST_DRIVER else ""
-    yield Finding("driver", f"supports CUDA up to {version // 1000}.{version % 1000 // 10}", old)
+    yield Finding("driver", f"supports CUDA up to {driver.dotted(version)}", old)
     if not works:
         yield Finding(
             "GPU", reason, "check that nvidia-smi works, and CUDA_VISIBLE_DEVICES; in a container: --gpus all"

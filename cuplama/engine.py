@@ -26,12 +26,17 @@ from .prefill import PrefillPasses, most_logits
 from .rope import RopeTables, Span
 from .sampling import SamplingParams
 
-__all__ = ["Engine", "Generation", "Token"]
+__all__ = ["Engine", "Generation", "Token", "not_finite"]
 
 _MOST_LOOPS = 20  # recordings kept for batches to come: as a batch of 64 or so shrinks, it needs one of every size
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
 _Step = TypeVar("_Step")
+
+
+def not_finite(logits: str, dtype: str) -> DeviceError:
+    """The error for logits that nothing can be made of."""
+    return DeviceError(f"{logits} are not finite in {dtype}; --dtype float32 may help, or a weight is damaged")
 
 
 @dataclass(frozen=True)
@@ -192,10 +197,7 @@ class Engine:
         drawn = [pair for pair in zip(active, _tokens(active, outs), strict=True) if pair[0].finish_reason is None]
         for s, token in drawn:
             if token.id < 0:
-                raise DeviceError(
-                    f"the logits after {len(s.tokens)} tokens are not finite in {dtype_name(self.backend.dtype)};"
-                    " --dtype float32 may help, or a weight is damaged"
-                )
+                raise not_finite(f"the logits after {len(s.tokens)} tokens", dtype_name(self.backend.dtype))
             s.tokens.append(token.id)
             if token.id in s.stop_ids:
                 s.finish_reason = "stop"

@@ -14,7 +14,7 @@ from .checkpoint import INDEX, load_weights
 from .config import ModelConfig, load_config, read_json
 from .model import DEFAULT_CONTEXT, find_model, stop_tokens
 from .op import DTYPES
-from .shapes import SHAPES, find_shape
+from .shapes import find_shape, is_shape
 from .tokenizer import Tokenizer
 
 __all__ = ["describe", "facts", "find_config", "view"]
@@ -23,8 +23,8 @@ _PARTS = {"embed": "embedding", "positions": "embedding", "head": "head"}
 
 
 def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelConfig]:
-    """A model's folder and config; no folder for the name of a known shape. A folder of that name comes first."""
-    if model is not None and model in SHAPES and not Path(model).exists():
+    """A model's folder and config; no folder for the name of a known shape."""
+    if model is not None and is_shape(model):
         return None, find_shape(model)[1]
     folder = find_model(model, offline)
     return folder, load_config(folder)
@@ -46,8 +46,7 @@ def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
     else:
         tied = bool(config.raw.get("tie_word_embeddings"))
         shapes = config.weight_shapes()
-        stored = {"float16": "f16", "bfloat16": "bf16"}.get(config.dtype or "", "f32")
-        dtypes = dict.fromkeys(shapes, DTYPES[stored])
+        dtypes = dict.fromkeys(shapes, DTYPES[config.stored])
     sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "head" or not tied}
     memory: dict[str, int] = {}
     for name, size in sizes.items():

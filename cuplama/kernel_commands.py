@@ -28,7 +28,7 @@ from .report import check_picture, counted
 if TYPE_CHECKING:
     from .cases import Case
 
-__all__ = ["kernels"]
+__all__ = ["DEBUG", "kernels"]
 
 
 @click.group()

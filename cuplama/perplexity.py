@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import DeviceError, ParameterError, PromptError
+from .engine import not_finite
+from .errors import ParameterError, PromptError
 from .model import Model
 
 __all__ = ["Perplexity", "perplexity", "window_and_stride"]
@@ -73,10 +74,7 @@ def perplexity(
                 targets = ids[at + first + 1 : at + len(rows) + 1]
                 losses = _losses(rows[first:], targets)
                 if not np.isfinite(losses).all():
-                    raise DeviceError(
-                        f"the logits are not finite in {model.backend.dtype.name}; --dtype float32 may help,"
-                        " or a weight is damaged"
-                    )
+                    raise not_finite("the logits", model.backend.dtype.name)
                 tokens, nats, squares = tokens + len(losses), nats + losses.sum(), squares + (losses**2).sum()
             at += len(rows)
         scored = at + 1

@@ -12,7 +12,7 @@ from typing import Any
 from .config import ModelConfig, load_config, parse_config
 from .errors import ConfigError
 
-__all__ = ["SHAPES", "find_shape"]
+__all__ = ["SHAPES", "find_shape", "is_shape"]
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -81,6 +81,11 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     ),
     "qwen3-8b": _shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, 1e6, rms_norm_eps=1e-6, head_dim=128),
 }  # fmt: skip
+
+
+def is_shape(model: str | None) -> bool:
+    """Whether a model's name means a shape without weights. A folder of that name comes first."""
+    return model is not None and model in SHAPES and not Path(model).exists()
 
 
 def find_shape(model: str) -> tuple[str, ModelConfig]:

@@ -7,7 +7,6 @@ once more.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -60,20 +59,20 @@ class Pool:
         return block
 
     def release(self, block: Block) -> None:
-        if (after := block.after) is not None and after in self._free:
-            self._free.remove(after)
-            block.size += after.size
-            block.after = after.after
-            if block.after is not None:
-                block.after.before = block
-        if (before := block.before) is not None and before in self._free:
-            self._free.remove(before)
-            before.size += block.size
-            before.after = block.after
-            if before.after is not None:
-                before.after.before = before
-            block = before
+        if block.after in self._free:
+            block = self._join(block, block.after)
+        if block.before in self._free:
+            block = self._join(block.before, block)
         self._free.append(block)
+
+    def _join(self, left: Block, right: Block) -> Block:
+        """One block of two neighbours, of which at most one is among the free."""
+        self._free = [b for b in self._free if b is not left and b is not right]
+        left.size += right.size
+        left.after = right.after
+        if left.after is not None:
+            left.after.before = left
+        return left
 
     def free_all_blocks(self) -> None:
         whole = [b for b in self._free if b.before is None and b.after is None]
@@ -147,7 +146,3 @@ _nothing.text = "a product"  # type: ignore[attr-defined]
 def weights_on(gpu: PoolGpu, shapes: dict[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, Any]:
     """Weights of zeros."""
     return {name: gpu.empty(shape, dtype) for name, shape in shapes.items()}
-
-
-def elements(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(map(math.prod, shapes.values()))

@@ -23,26 +23,33 @@ from cuplama.op import DTYPES
 from cuplama.prefill import KEPT_CHUNKS, padded_rows
 from cuplama.sampling import SamplingParams
 from cuplama.shapes import SHAPES, find_shape
-from tests.cupy_pool import PoolGpu, elements, weights_on
+from tests.cupy_pool import PoolGpu, weights_on
 
 _CASES = Path(__file__).parent / "golden" / "cases"
 GB = 10**9
 
 
-def _llama_8b() -> ModelConfig:
+def _llama(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, context: int) -> ModelConfig:
     return parse_config(
         {
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": context,
         }
     )
+
+
+def _llama_8b() -> ModelConfig:
+    return _llama(128256, 4096, 14336, 32, 32, 8, 131072)
+
+
+def _small() -> ModelConfig:
+    return _llama(4000, 256, 896, 2, 8, 2, 8192)
 
 
 def _elements(config: ModelConfig) -> int:
@@ -166,24 +173,9 @@ def test_a_pool_takes_no_more_than_planned_for_a_pass(name: str) -> None:
     assert work < taken < memory.POOL * work + 16 * config.vocab + (1 << 20)
 
 
-def _small() -> ModelConfig:
-    return parse_config(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 4000,
-            "hidden_size": 256,
-            "intermediate_size": 896,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 8192,
-        }
-    )
-
-
 def test_memory_that_other_sizes_keep_is_given_back_when_it_is_needed() -> None:
     config, bf16 = _small(), DTYPES["bf16"]
-    plan = memory.plan(config, elements(config.weight_shapes()), bf16, 8192, 8192, 4096, Device())
+    plan = memory.plan(config, _elements(config), bf16, 8192, 8192, 4096, Device())
     engine = _engine(config)
     room = engine.backend.gpu.used() + plan.workspace - memory.FIXED  # type: ignore[attr-defined]
     engine = _engine(config, room)
@@ -210,7 +202,7 @@ def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.Mo
     """An engine is part of reference cycles: its memory comes back when they are found, not before."""
     config = _small()
     weights = {name: Weight(name, (name,), (np.zeros(s, np.float32),)) for name, s in config.weight_shapes().items()}
-    plan = memory.plan(config, elements(config.weight_shapes()), DTYPES["f32"], 512, 512, 512, Device())
+    plan = memory.plan(config, _elements(config), DTYPES["f32"], 512, 512, 512, Device())
     gpu = PoolGpu(plan.total)
     monkeypatch.setattr("cuplama.backends.cuda.Gpu", lambda device: gpu)
     gc.disable()

@@ -18,6 +18,7 @@ __all__ = [
     "EarlyLaunch",
     "compute_capability",
     "cuda_available",
+    "dotted",
     "driver_version",
     "load_driver",
 ]
@@ -35,7 +36,7 @@ def cuda_available(device: int = 0) -> tuple[bool, str]:
         reasons = {100: "the NVIDIA driver finds no GPU", 804: "the NVIDIA driver does not support this GPU"}
         return False, reasons.get(code, f"the NVIDIA driver does not start (cuInit: error {code})")
     if (version := driver_version(driver)) < OLDEST_DRIVER:
-        return False, f"the NVIDIA driver is too old (CUDA {_dotted(version)}; driver 525 or newer is needed)"
+        return False, f"the NVIDIA driver is too old (CUDA {dotted(version)}; driver 525 or newer is needed)"
     count = ctypes.c_int()
     driver.cuDeviceGetCount(ctypes.byref(count))
     if device >= count.value:
@@ -73,7 +74,8 @@ def _attribute(driver: ctypes.CDLL, device: int, attribute: int) -> int:
     return value.value
 
 
-def _dotted(version: int) -> str:
+def dotted(version: int) -> str:
+    """ "12.9" for 12090."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
