@@ -1,6 +1,6 @@
 """Launcher: ``python cli.py generate "Once upon a time"`` works from a checkout without installing."""
 
-from cuplama.cli import main
+from cuplama.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="cuplama")

@@ -23,10 +23,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import record
-from cuplama.backends.cuda import CudaBackend
-from cuplama.cache import PAGE, pages_for
-from cuplama.lab import Replay
-from cuplama.op import DTYPES
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.dtypes import DTYPES
+from cuplama.engine.kv_cache import PAGE, pages_for
+from cuplama.lab.timing import Replay
 from cuplama.ops import OPS
 
 PORTABLE = 89  # an architecture whose plan is the portable kernel
@@ -98,13 +98,13 @@ def measure(n: int, heads: int, H: int, D: int) -> list[dict[str, Any]]:
             given = backend.upload(host)
             slots = backend.upload(np.arange(n, dtype=np.int32))
             cache = [backend.zeros((pages, H, PAGE, D), bf16) for _ in range(2)]
-            backend.call("kv_append", (given, slots, *cache), {})
+            backend.call(OPS["kv_append"], (given, slots, *cache), {})
             i32 = [np.array([0, n]), np.array([n]), np.arange(pages)[None]]
             ins = (given, *cache, *[backend.upload(a.astype(np.int32)) for a in i32])
             attrs = {"heads": heads, "window": 0, "scale": D**-0.5}
-            (y,) = backend.call("attention", ins, attrs)
+            (y,) = backend.call(OPS["attention"], ins, attrs)
             out = torch.from_numpy(backend.download(y).view(np.int16)).cuda().view(torch.bfloat16)
-            seconds = Replay(backend, [partial(backend.call, "attention", ins, attrs)]).seconds(5).median
+            seconds = Replay(backend, [partial(backend.call, OPS["attention"], ins, attrs)]).seconds(5).median
             found.append(row("portable" if arch else "for this GPU", out.reshape(n, heads, D), seconds))
         backend.close()
     heads_first = [a.transpose(0, 1)[None].contiguous() for a in (q, k, v)]

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import itertools
 
 from benchmarks.record import record
-from cuplama.backends.cuda import Recording
-from cuplama.bench import dummy_model
+from cuplama.backends.cuda.backend import CapturedGraph
+from cuplama.lab.dummy import dummy_model
 from cuplama.model import Model
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
@@ -46,9 +46,9 @@ def idle(model: Model, prompt: list[int], steps: int) -> float:
     import cupy
 
     events: list[tuple[Any, Any]] = []
-    plain = Recording.run
+    plain = CapturedGraph.replay
 
-    def timed(self: Recording) -> Any:
+    def timed(self: CapturedGraph) -> Any:
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         begin.record(self._gpu.stream)
         mark = plain(self)
@@ -56,11 +56,11 @@ def idle(model: Model, prompt: list[int], steps: int) -> float:
         events.append((begin, end))
         return mark
 
-    Recording.run = timed  # type: ignore[method-assign]
+    CapturedGraph.replay = timed  # type: ignore[method-assign]
     try:
         model.generate(prompt, max_tokens=steps, **GREEDY)
     finally:
-        Recording.run = plain  # type: ignore[method-assign]
+        CapturedGraph.replay = plain  # type: ignore[method-assign]
     events[-1][1].synchronize()
     used = events[8:]
     between = [cupy.cuda.get_elapsed_time(a[1], b[0]) for a, b in itertools.pairwise(used)]
@@ -70,7 +70,7 @@ def idle(model: Model, prompt: list[int], steps: int) -> float:
 
 def measure(shape: str) -> dict[str, Any]:
     with dummy_model(shape, "cuda", "bfloat16", 4096, 4096) as model:
-        prompt = np.random.default_rng(0).integers(0, model.config.vocab, 128).tolist()
+        prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 128).tolist()
         model.generate(prompt, max_tokens=16, **GREEDY)
         rates = [model.generate(prompt, max_tokens=256, **GREEDY).timings for _ in range(5)]
         between = gaps(model, prompt, 2000) * 1e3

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cuplama.bench import dummy_model
+from cuplama.lab.dummy import dummy_model
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
@@ -26,7 +26,7 @@ def profile(shape: str, rows: int) -> None:
     from torch.profiler import profile as record
 
     with dummy_model(shape, "cuda", "bfloat16", 4096, 4096) as model:
-        prompt = np.random.default_rng(0).integers(0, model.config.vocab, 128).tolist()
+        prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 128).tolist()
         model.generate(prompt, max_tokens=16, **GREEDY)
         timings = model.generate(prompt, max_tokens=128, **GREEDY).timings
         print(f"{shape} tok/s {timings.decode_rate} ttft ms {timings.prompt_seconds * 1e3}")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cuplama.backends.cuda import CudaBackend
-from tests.gpu.verify import environment
+from cuplama.backends.cuda.backend import CudaBackend
+from tools.verify import environment
 
 
 def record(results: Sequence[dict[str, Any]], file: Path | None) -> None:

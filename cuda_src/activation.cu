@@ -19,25 +19,25 @@ __global__ void silu_mul(const T* __restrict__ x, T* __restrict__ y, int f) {
     const T* gate = x + i64(blockIdx.x) * 2 * f;
     const T* up = gate + f;
     T* out = y + i64(blockIdx.x) * f;
-    const bool wide = f % 8 == 0 && aligned(x, y);
+    const bool vectorized = f % 8 == 0 && aligned(x, y);
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8; i < f; i += gridDim.y * blockDim.x * 8) {
-        const Pack<T, 8> g = load_row<8>(gate, i, f, wide), u = load_row<8>(up, i, f, wide);
+        const Pack<T, 8> g = load_row<8>(gate, i, f, vectorized), u = load_row<8>(up, i, f, vectorized);
         Pack<T, 8> v;
 #pragma unroll
         for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(silu_of<T>(to_float(g.v[j])) * to_float(u.v[j]));
-        store_row<8>(out, i, f, wide, v);
+        store_row<8>(out, i, f, vectorized, v);
     }
 }
 
 // One activation over all n * f elements.
 template <float (*FUNCTION)(float), typename T>
 __device__ __forceinline__ void map_elements(const T* x, T* y, i64 size) {
-    const bool wide = aligned(x, y);
+    const bool vectorized = aligned(x, y);
     for (i64 i = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < size; i += i64(gridDim.x) * blockDim.x * 8) {
-        Pack<T, 8> v = load_row<8>(x, i, size, wide);
+        Pack<T, 8> v = load_row<8>(x, i, size, vectorized);
 #pragma unroll
         for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(FUNCTION(to_float(v.v[j])));
-        store_row<8>(y, i, size, wide, v);
+        store_row<8>(y, i, size, vectorized, v);
     }
 }
 

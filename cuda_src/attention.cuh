@@ -14,9 +14,9 @@ __device__ __forceinline__ i64 token_offset(const i32* table, int position, int 
 }
 
 // Tiles are numbered over the whole batch without knowing the lengths: sequence i has the numbers from
-// starts[i]*group/rows + i to those of sequence i+1, which are at least as many as its tiles.
-__device__ __forceinline__ int first_tile(const i32* starts, int i, int group, int rows) {
-    return starts[i] * group / rows + i;
+// cu_seqlens[i]*group/rows + i to those of sequence i+1, which are at least as many as its tiles.
+__device__ __forceinline__ int first_tile(const i32* cu_seqlens, int i, int group, int rows) {
+    return cu_seqlens[i] * group / rows + i;
 }
 
 // A tile of up to `rows` (token, head of the group) pairs of one sequence.
@@ -24,19 +24,19 @@ struct Tile {
     int sequence, start, old;  // start: row of x of its first new token; old: tokens before the new ones
     int first, end;            // rows of the sequence; empty for numbers beyond its last tile
 
-    __device__ __forceinline__ Tile(const i32* starts, const i32* lengths, int b, int group, int rows, int number) {
+    __device__ __forceinline__ Tile(const i32* cu_seqlens, const i32* seq_lens, int b, int group, int rows, int number) {
         sequence = 0;
         for (int last = b; last - sequence > 1;) {
             const int middle = (sequence + last) / 2;
-            if (first_tile(starts, middle, group, rows) <= number)
+            if (first_tile(cu_seqlens, middle, group, rows) <= number)
                 sequence = middle;
             else
                 last = middle;
         }
-        start = starts[sequence];
-        const int fresh = starts[sequence + 1] - start;
-        old = lengths[sequence] - fresh;
-        first = (number - first_tile(starts, sequence, group, rows)) * rows;
+        start = cu_seqlens[sequence];
+        const int fresh = cu_seqlens[sequence + 1] - start;
+        old = seq_lens[sequence] - fresh;
+        first = (number - first_tile(cu_seqlens, sequence, group, rows)) * rows;
         end = fresh * group;
     }
 };

@@ -5,12 +5,12 @@
 //   attention_decode  the cache holds the new token already
 //   append_attention  first, per head: rms_norm of q and the new k (if there are q_norm and k_norm), rotation of both
 //                     by row rows[i] of cos and sin (if there are any; dims 2h .. D stay), and the new k and v go to
-//                     slots[i] of the cache. Each step rounds to T, as the ops do that it stands for.
+//                     slot_mapping[i] of the cache. Each step rounds to T, as the ops do that it stands for.
 //
-//   x       [b, (heads+2H)*D] T    query, key and value heads of the new tokens
-//   k, v    [P, H, S, D] T         pages of S tokens; token t of sequence i is on page blocks[i][t / S]
-//   lengths [b], blocks [b, M], slots, rows [b] i32; cos, sin [R, h] f32; q_norm, k_norm [D] T
-//   y       [b, heads*D] T
+//   x       [b, (num_heads+2H)*D] T    query, key and value heads of the new tokens
+//   k, v    [P, H, S, D] T         pages of S tokens; token t of sequence i is on page page_table[i][t / S]
+//   seq_lens [b], page_table [b, M], slot_mapping, rows [b] i32; cos, sin [R, h] f32; q_norm, k_norm [D] T
+//   y       [b, num_heads*D] T
 //   partial [b, heads, splits, D], stats [b, heads, splits, 2] f32: of a split, the sum of p * v, the largest score and
 //           the sum of p = exp2(score - largest)
 //   arrivals [b, H * parts] u32    zero before and after
@@ -398,14 +398,14 @@ __device__ __forceinline__ void attend_block(const T* k, const T* v, const i32* 
         }
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
-            float wide[8];
+            float vectorized[8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) wide[i] = to_float(values[u].v[i]);
+            for (int i = 0; i < 8; i++) vectorized[i] = to_float(values[u].v[i]);
 #pragma unroll
             for (int h = 0; h < Q; h++) {
                 const float p = score[u * ROWS + row][h];
 #pragma unroll
-                for (int i = 0; i < 8; i++) acc[h][i] += p * wide[i];
+                for (int i = 0; i < 8; i++) acc[h][i] += p * vectorized[i];
             }
         }
         __syncthreads();  // score and shrink may be written again
@@ -444,7 +444,7 @@ struct Preparation {
     float c[EACH], s[EACH], eps;
     int turned, half;  // dims that turn; half of them
 
-    __device__ __forceinline__ Preparation(const f32* cos, const f32* sin, const i32* rows, int h, float eps)
+    __device__ __forceinline__ Preparation(const f32* cos, const f32* sin, const i32* rope_rows, int h, float eps)
         : eps(eps) {
         const int lane = threadIdx.x % WARP;
         turned = cos != nullptr ? 2 * h : 0, half = h;
@@ -493,10 +493,10 @@ struct Preparation {
 // ---- the kernels ----------------------------------------------------------------------------------------------------
 
 template <bool APPEND, typename T, int D, int S, int Q, int WARPS, bool TENSOR, typename Wait>
-__device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k, const T* v, T* k_out, T* v_out,
-                                       const i32* lengths, const i32* blocks, const i32* rows, const f32* cos,
+__device__ __forceinline__ void decode(const T* x, const i32* slot_mapping, const T* k, const T* v, T* k_out, T* v_out,
+                                       const i32* seq_lens, const i32* page_table, const i32* rope_rows, const f32* cos,
                                        const f32* sin, const T* q_norm, const T* k_norm, T* y, f32* partial, f32* stats,
-                                       u32* arrivals, int heads, int H, int M, int h, int window, int least, int most,
+                                       u32* arrivals, int num_heads, int H, int M, int h, int window, int least, int most,
                                        int splits, float scale, float eps, Wait wait) {
     using Numbers = Decode<T, D, Q, WARPS, TENSOR>;
     constexpr int THREADS = Numbers::THREADS, PARTS = Numbers::PARTS, STRIDE = Numbers::STRIDE;
@@ -508,13 +508,13 @@ __device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k,
     __shared__ int last;
 
     const int sequence = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int group = heads / H, parts = (group + Q - 1) / Q, kv_head = blockIdx.y / parts;
+    const int group = num_heads / H, parts = (group + Q - 1) / Q, kv_head = blockIdx.y / parts;
     const int part = blockIdx.y % parts * Q, here = min(Q, group - part);  // heads of this block
     const int head = kv_head * group + part;                               // the first of them
-    const i32* table = blocks + i64(sequence) * M;
-    y += (i64(sequence) * heads + head) * D;
+    const i32* table = page_table + i64(sequence) * M;
+    y += (i64(sequence) * num_heads + head) * D;
 
-    const Span span(lengths[sequence], window, least, most);
+    const Span span(seq_lens[sequence], window, least, most);
     const int taking = min(int(gridDim.x), span.count);  // blocks that have a split
     if (int(blockIdx.x) >= taking) {
         if (span.count == 0 && blockIdx.x == 0) {  // an empty sequence
@@ -550,10 +550,10 @@ __device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k,
         for (int i = 0; i < MINE; i++) scales[i] = load<8>((warp + i * WARPS < here ? q_norm : k_norm) + lane * 8);
     }
     wait();
-    x += i64(sequence) * (heads + 2 * H) * D + lane * 8;
+    x += i64(sequence) * (num_heads + 2 * H) * D + lane * 8;
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
-        const int j = warp + i * WARPS, from = j < here ? head + j : heads + kv_head + (j - here) * H;
+        const int j = warp + i * WARPS, from = j < here ? head + j : num_heads + kv_head + (j - here) * H;
         if (j < count && lane * 8 < D) fetched[i] = load<8>(x + from * D);
     }
 #pragma unroll
@@ -563,7 +563,7 @@ __device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k,
         T* to = j < here ? q + j * QUERY : j == here ? fresh_key : fresh_value;
         prepare(fetched[i], normed && j <= here, scales[i], j <= here, to);
         if (j >= here && part == 0 && lane * 8 < D) {
-            const i64 at = ((i64(slots[sequence] / S) * H + kv_head) * S + slots[sequence] % S) * D + lane * 8;
+            const i64 at = ((i64(slot_mapping[sequence] / S) * H + kv_head) * S + slot_mapping[sequence] % S) * D + lane * 8;
             store<8>((j == here ? k_out : v_out) + at, load<8>(to + lane * 8));
         }
     }
@@ -604,7 +604,7 @@ __device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k,
                 y[i] = from_float<T>(total / weights);
                 continue;
             }
-            const i64 at = (i64(sequence) * heads + head + row) * splits + split;
+            const i64 at = (i64(sequence) * num_heads + head + row) * splits + split;
             partial[at * D + column] = total;
             if (column == 0) stats[at * 2] = top, stats[at * 2 + 1] = weights;
         }
@@ -627,7 +627,7 @@ __device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k,
     // ROWS threads share 4 columns of a head, each with a softmax of its own over every ROWS-th split.
     constexpr int ITEMS = Q * D / 4, ROWS = Numbers::ROWS, BATCH = 8;
     __shared__ float tops[ROWS][Q], totals[ROWS][Q];
-    const i64 first = (i64(sequence) * heads + head) * splits;
+    const i64 first = (i64(sequence) * num_heads + head) * splits;
     for (int i = threadIdx.x; i < ITEMS * ROWS; i += THREADS) {
         const int row = i % ITEMS / (D / 4), column = i % (D / 4) * 4, start = i / ITEMS;
         if (row >= here) continue;
@@ -680,29 +680,29 @@ __device__ __forceinline__ void decode(const T* x, const i32* slots, const T* k,
 template <typename T, int D, int S, int Q, int WARPS, bool TENSOR>
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, D, Q, WARPS, TENSOR>::BLOCKS)
     attention_decode(const T* x, const T* k, const T* v,
-                     const i32* lengths, const i32* blocks, T* y,
-                     f32* partial, f32* stats, u32* arrivals, int heads, int H,
+                     const i32* seq_lens, const i32* page_table, T* y,
+                     f32* partial, f32* stats, u32* arrivals, int num_heads, int H,
                      int M, int window, int least, int most, int splits, float scale) {
     launch_dependents();
-    wait_for_previous();
+    pdl_wait();
     const f32* none = nullptr;
     const T* unscaled = nullptr;
-    decode<false, T, D, S, Q, WARPS, TENSOR>(x, nullptr, k, v, nullptr, nullptr, lengths, blocks, nullptr, none, none,
-                                             unscaled, unscaled, y, partial, stats, arrivals, heads, H, M, 0, window,
+    decode<false, T, D, S, Q, WARPS, TENSOR>(x, nullptr, k, v, nullptr, nullptr, seq_lens, page_table, nullptr, none, none,
+                                             unscaled, unscaled, y, partial, stats, arrivals, num_heads, H, M, 0, window,
                                              least, most, splits, scale, 0.f, [] {});
 }
 
 template <typename T, int D, int S, int Q, int WARPS, bool TENSOR>
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, D, Q, WARPS, TENSOR>::BLOCKS)
-    append_attention(const T* x, const i32* slots, T* k, T* v,
-                     const i32* lengths, const i32* blocks, const i32* rows,
+    append_attention(const T* x, const i32* slot_mapping, T* k, T* v,
+                     const i32* seq_lens, const i32* page_table, const i32* rope_rows,
                      const f32* cos, const f32* sin, const T* q_norm,
                      const T* k_norm, T* y, f32* partial,
-                     f32* stats, u32* arrivals, int heads, int H, int M, int h, int window,
+                     f32* stats, u32* arrivals, int num_heads, int H, int M, int h, int window,
                      int least, int most, int splits, float scale, float eps) {
     launch_dependents();
-    const auto wait = [] { wait_for_previous(); };  // for x; the rest is older than the step, see above
-    decode<true, T, D, S, Q, WARPS, TENSOR>(x, slots, k, v, k, v, lengths, blocks, rows, cos, sin, q_norm, k_norm, y,
-                                            partial, stats, arrivals, heads, H, M, h, window, least, most, splits,
+    const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
+    decode<true, T, D, S, Q, WARPS, TENSOR>(x, slot_mapping, k, v, k, v, seq_lens, page_table, rows, cos, sin, q_norm, k_norm, y,
+                                            partial, stats, arrivals, num_heads, H, M, h, window, least, most, splits,
                                             scale, eps, wait);
 }

@@ -69,8 +69,8 @@ __device__ __forceinline__ void store(T* p, const Pack<T, W>& x) {
 // Elements at .. at + W - 1 of a row of `size`. What lies past the end reads as zero and is not written. `wide` promises
 // that `at` is a multiple of W and that row and size allow accesses of 16 bytes there; without it nothing is asked.
 template <int W, typename T>
-__device__ __forceinline__ Pack<T, W> load_row(const T* row, i64 at, i64 size, bool wide) {
-    if (wide && at + W <= size) return load<W>(row + at);
+__device__ __forceinline__ Pack<T, W> load_row(const T* row, i64 at, i64 size, bool vectorized) {
+    if (vectorized && at + W <= size) return load<W>(row + at);
     Pack<T, W> x;
 #pragma unroll
     for (int i = 0; i < W; i++) x.v[i] = at + i < size ? row[at + i] : from_float<T>(0.f);
@@ -78,8 +78,8 @@ __device__ __forceinline__ Pack<T, W> load_row(const T* row, i64 at, i64 size, b
 }
 
 template <int W, typename T>
-__device__ __forceinline__ void store_row(T* row, i64 at, i64 size, bool wide, const Pack<T, W>& x) {
-    if (wide && at + W <= size) return store<W>(row + at, x);
+__device__ __forceinline__ void store_row(T* row, i64 at, i64 size, bool vectorized, const Pack<T, W>& x) {
+    if (vectorized && at + W <= size) return store<W>(row + at, x);
 #pragma unroll
     for (int i = 0; i < W; i++)
         if (at + i < size) row[at + i] = x.v[i];

@@ -1,6 +1,6 @@
 // kv_append  The last 2*H*D columns of x are the keys and values of a token, [2][H][D]. They go to
-//                k, v[slots[token] / S, head, slots[token] % S, :]
-//            x[n,w]: T, slots[n]: i32, k, v[P,H,S,D]: T (P pages of S tokens), updated in place.
+//                k, v[slot_mapping[token] / S, head, slot_mapping[token] % S, :]
+//            x[n,w]: T, slot_mapping[n]: i32, k, v[P,H,S,D]: T (P pages of S tokens), updated in place.
 //
 // Mapping: blockIdx.x is the token; blockIdx.y and the threads share its 2*H*D elements, 8 at a time. Bits are moved,
 // not converted. Rows whose size or address forbids wide accesses go element by element.
@@ -20,12 +20,12 @@ __device__ void append(const T* __restrict__ x, T* __restrict__ k, T* __restrict
 }
 
 template <typename T>
-__global__ void kv_append(const T* __restrict__ x, const i32* __restrict__ slots, T* __restrict__ k,
+__global__ void kv_append(const T* __restrict__ x, const i32* __restrict__ slot_mapping, T* __restrict__ k,
                           T* __restrict__ v, int w, int H, int S, int D) {
-    const bool wide = D % 8 == 0 && w % 8 == 0 && aligned(x, k, v);
+    const bool vectorized = D % 8 == 0 && w % 8 == 0 && aligned(x, k, v);
     x += i64(blockIdx.x) * w + w - 2 * H * D;
-    const int page = slots[blockIdx.x] / S, place = slots[blockIdx.x] % S;
-    if (wide)
+    const int page = slot_mapping[blockIdx.x] / S, place = slot_mapping[blockIdx.x] % S;
+    if (vectorized)
         append<8>(x, k, v, page, place, H, S, D);
     else
         append<1>(x, k, v, page, place, H, S, D);

@@ -87,9 +87,9 @@ __device__ __forceinline__ T* scale_at(X* staged, int at) {
 // The scale g of a norm on its way to the first row of staged: it is constant, so it need not wait for earlier kernels.
 // Comes before the ring.
 template <typename T, typename X>
-__device__ __forceinline__ void fetch_scale(const T* g, X* staged, int k, bool wide) {
+__device__ __forceinline__ void fetch_scale(const T* g, X* staged, int k, bool vectorized) {
     constexpr int W = 16 / sizeof(T);
-    if (wide) {
+    if (vectorized) {
 #pragma unroll 1
         for (int at = threadIdx.x * 8; at < k; at += blockDim.x * 8)
 #pragma unroll
@@ -166,13 +166,13 @@ struct Stream {
     int row, at, left;    // of the next pieces: column of y, place in the row; batches still to ask for
     int m, k, lane, begin, end, steps;
 
-    __device__ __forceinline__ Stream(const T* w, int m, int k, bool wide) : m(m), k(k) {
+    __device__ __forceinline__ Stream(const T* w, int m, int k, bool vectorized) : m(m), k(k) {
         DYNAMIC_SHARED(uint4, memory);
         const int warps = blockDim.x / WARP, local = threadIdx.x / WARP;
         const u32 units = (m + NEW - 1) / NEW, warp = blockIdx.x * warps + local, all = gridDim.x * warps;
         lane = threadIdx.x % WARP;
         begin = units * warp / all, end = units * (warp + 1) / all;  // in 32 bits: m is below a million
-        steps = wide ? (k + STEP - 1) / STEP : 0;
+        steps = vectorized ? (k + STEP - 1) / STEP : 0;
         ring = memory + local * (DEPTH * BATCH * WARP) + lane;
         from = w + i64(begin) * NEW * k + lane * W;
         row = begin * NEW, at = lane * W, left = (end - begin) * steps;
@@ -313,7 +313,7 @@ template <typename T, typename U, int ROWS, int OUTS, int DEPTH, bool STAGED>
 __global__ void __launch_bounds__(MOST_THREADS, 1) linear(const T* x, const T* __restrict__ w, const T* __restrict__ b,
                                                        U* y, int first, int m, int k) {
     Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, STAGED ? w : x));
-    wait_for_previous();
+    pdl_wait();
     const T* rows = stage<ROWS, DEPTH, STAGED>(x + i64(first) * k, k);
     multiply_rows<NO_ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     linear_add(const T* x, const T* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y, int first, int m,
                int k) {
     Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, STAGED ? w : x));
-    wait_for_previous();
+    pdl_wait();
     const T* rows = stage<ROWS, DEPTH, STAGED>(x + i64(first) * k, k);
     multiply_rows<NO_ACT, ROWS, OUTS>(stream, rows, w, b, a + i64(first) * m, y + i64(first) * m);
 }
@@ -334,12 +334,12 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
                     int first, int m, int k, f32 eps) {
     __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();  // rounded to the dtype of y, as by the norm alone
-    const bool wide = k % 8 == 0 && aligned(x, g);
-    fetch_scale(g, rows, k, wide);
+    const bool vectorized = k % 8 == 0 && aligned(x, g);
+    fetch_scale(g, rows, k, vectorized);
     Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
-    wait_for_previous();
+    pdl_wait();
     cp_async_wait<DEPTH>();  // the scale came before the ring
-    if (wide)
+    if (vectorized)
         normalise<RMS_NORM, 8, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
     else
         normalise<RMS_NORM, 1, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
@@ -352,12 +352,12 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
                       const T* __restrict__ b, U* y, int first, int m, int k, f32 eps) {
     __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();
-    const bool wide = k % 8 == 0 && aligned(x, g, h);
-    fetch_scale(g, rows, k, wide);
+    const bool vectorized = k % 8 == 0 && aligned(x, g, h);
+    fetch_scale(g, rows, k, vectorized);
     Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
-    wait_for_previous();
+    pdl_wait();
     cp_async_wait<DEPTH>();  // the scale came before the ring
-    if (wide)
+    if (vectorized)
         normalise<LAYER_NORM, 8, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);
     else
         normalise<LAYER_NORM, 1, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);

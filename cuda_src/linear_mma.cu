@@ -74,10 +74,10 @@ __device__ __forceinline__ Piece as_piece(const Pack<T, 8>& x) {
 // Zeros if not `there`, and nothing is read. What does not lie on a 16-byte boundary (not `wide`) comes element by
 // element, in a loop that takes few registers.
 template <typename T>
-__device__ __forceinline__ Piece load_piece(const T* from, bool there, bool wide) {
+__device__ __forceinline__ Piece load_piece(const T* from, bool there, bool vectorized) {
     Piece piece = {};
     if (!there) return piece;
-    if (wide) return load<4>(reinterpret_cast<const u32*>(from));
+    if (vectorized) return load<4>(reinterpret_cast<const u32*>(from));
 #pragma unroll 1
     for (int j = 0; j < 8; j++) {
         const T element = from[j];
@@ -97,14 +97,14 @@ struct Stream {
     uint4* ring;  // of this lane: a piece every WARP
     const T* w;
     int m, k, begin, end;  // columns of y of this block
-    bool wide;
+    bool vectorized;
     int phase, column, chunk;  // to ask for next
 
     __device__ __forceinline__ Stream(const T* w, int m, int k) : w(w), m(m), k(k) {
         DYNAMIC_SHARED(uint4, memory);
         ring = memory + threadIdx.x / WARP * (DEPTH * 4 * WARP) + threadIdx.x % WARP;
         begin = border(m, 0), end = border(m, 1);
-        wide = aligned(w);
+        vectorized = aligned(w);
         phase = 0, column = begin, chunk = 0;
 #pragma unroll 1
         for (int slot = 0; slot < DEPTH; slot++) fetch(slot);
@@ -141,7 +141,7 @@ struct Stream {
             const T* from = w + i64(row) * k + at;
             const i64 other = i64(COLUMNS > ROWS ? ROWS : m) * k;  // from a row to that of the other half
             uint4* to = ring + slot * (4 * WARP);
-            if (wide) {
+            if (vectorized) {
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     cp_async_16(to + i * WARP, from + i / 2 * other + i % 2 * 32, there(row, at, i));
@@ -265,10 +265,10 @@ template <int WARPS, int CHUNKS, typename T>
 struct PlainRows {
     const T* x;  // of this lane
     int k;
-    bool there, wide;
+    bool there, vectorized;
 
     __device__ __forceinline__ PlainRows(const T* x, int k, int count)
-        : x(x + i64(lane_row()) * k), k(k), there(lane_row() < count), wide(aligned(x)) {}
+        : x(x + i64(lane_row()) * k), k(k), there(lane_row() < count), vectorized(aligned(x)) {}
 
     __device__ __forceinline__ void operator()(int phase, Piece (&to)[CHUNKS][2][1]) const {
 #pragma unroll
@@ -276,7 +276,7 @@ struct PlainRows {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
-                to[c][i][0] = load_piece(x + at, there && at < k, wide);
+                to[c][i][0] = load_piece(x + at, there && at < k, vectorized);
             }
     }
 };
@@ -284,13 +284,13 @@ struct PlainRows {
 // Scale g and shift h of a norm on their way to shared memory. They are constant: they wait for no earlier kernel.
 template <int NORM, int WARPS, typename T>
 __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, int k) {
-    const bool wide = aligned(g, h);
+    const bool vectorized = aligned(g, h);
 #pragma unroll 1
     for (int at = threadIdx.x * 8; at < k; at += WARPS * WARP * 8)
 #pragma unroll
         for (int i = 0; i < (NORM == LAYER_NORM ? 2 : 1); i++) {
             const T* from = (i == 0 ? g : h) + at;
-            if (wide)
+            if (vectorized)
                 cp_async_16(to + i * k + at, from, true);
             else
                 store<4>(reinterpret_cast<u32*>(to + i * k + at), load_piece(from, true, false));
@@ -307,16 +307,16 @@ struct NormalisedRows {
     const f32* x;  // of this lane
     const T* scale;  // in shared memory: g, and h behind it
     int k;
-    bool there, wide;
+    bool there, vectorized;
     float mean, inverse;
     Pack<f32, 8> kept[KEPT ? CHUNKS : 1][2];
 
     __device__ __forceinline__ NormalisedRows(const f32* x, const T* scale, int k, int count)
-        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), wide(aligned(x)), mean(0.f) {}
+        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), vectorized(aligned(x)), mean(0.f) {}
 
     __device__ __forceinline__ Pack<f32, 8> piece(int phase, int c, int i) const {
         const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
-        return load_row<8>(x, at, there ? k : 0, wide);
+        return load_row<8>(x, at, there ? k : 0, vectorized);
     }
 
     // The sum of f(element) over the row of this lane.
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(WARPS * WARP, 1) linear_mma(const T* x, const 
     Stream<COLUMNS<NO_ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
     Piece pieces[CHUNKS][2][1];
     const int count = min(n - first, ROWS);
-    wait_for_previous();
+    pdl_wait();
     const PlainRows<WARPS, CHUNKS, T> rows(x + i64(first) * k, k, count);
     multiply_rows<NO_ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
 }
@@ -399,12 +399,12 @@ __global__ void __launch_bounds__(WARPS * WARP, 1)
     Stream<COLUMNS<NO_ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
     Piece pieces[CHUNKS][2][1];
     const int count = min(n - first, ROWS);
-    wait_for_previous();
+    pdl_wait();
     const PlainRows<WARPS, CHUNKS, T> rows(x + i64(first) * k, k, count);
     multiply_rows<NO_ACT>(stream, rows, pieces, b, a + i64(first) * m, y + i64(first) * m, count);
 }
 
-// The ops with a norm. wait: wait_for_previous, which the kernels themselves call so that they are known to be early.
+// The ops with a norm. wait: pdl_wait, which the kernels themselves call so that they are known to be early.
 template <int NORM, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U, typename Wait>
 __device__ __forceinline__ void norm_linear(const f32* x, const T* g, const T* h, const T* w, const T* b, U* y, int n,
                                             int first, int m, int k, f32 eps, Wait wait) {
@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(WARPS * WARP, 1)
                         int n, int first, int m, int k, f32 eps) {
     const T* h = nullptr;
     norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps,
-                                                             [] { wait_for_previous(); });
+                                                             [] { pdl_wait(); });
 }
 
 template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
@@ -434,5 +434,5 @@ __global__ void __launch_bounds__(WARPS * WARP, 1)
     layer_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
                           const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps) {
     norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps,
-                                                               [] { wait_for_previous(); });
+                                                               [] { pdl_wait(); });
 }

@@ -1,9 +1,9 @@
 // rms_norm    y[n,d] = x / sqrt(mean(x^2) + eps) * w                       x[n,d]: f32, w[d]: T, y: T
 // layer_norm  y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * w + b          b[d]: T
-// head_norm   rms_norm of each of the heads + 2 kv_heads vectors of D      x[n,(heads+2*kv_heads)*D], y: T
+// qk_norm   rms_norm of each of the heads + 2 num_kv_heads vectors of D      x[n,(num_heads+2*num_kv_heads)*D], y: T
 //             in a row of x: weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
 //
-// Mapping: rms_norm and layer_norm give a row to a block, head_norm gives a head to a warp. A thread holds CHUNKS pieces
+// Mapping: rms_norm and layer_norm give a row to a block, qk_norm gives a head to a warp. A thread holds CHUNKS pieces
 // of 8 elements in registers, so x is read once however many passes follow; the pieces of the threads interleave.
 // The variance is the mean of the squared differences from the mean, never mean(x^2) - mean(x)^2, which cancels.
 // The weights are asked for before the sums, so that the two latencies overlap.
@@ -17,15 +17,15 @@ __global__ void __launch_bounds__(1024)
     rms_norm(const f32* __restrict__ x, const T* __restrict__ w, T* __restrict__ y, int d, f32 eps) {
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
-    const bool wide = d % 8 == 0 && aligned(x, w, y);
+    const bool vectorized = d % 8 == 0 && aligned(x, w, y);
     Pack<f32, 8> v[CHUNKS];
     Pack<T, 8> scale[CHUNKS];
     float squares = 0.f;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int at = (c * blockDim.x + threadIdx.x) * 8;
-        v[c] = load_row<8>(x, at, d, wide);
-        scale[c] = load_row<8>(w, at, d, wide);
+        v[c] = load_row<8>(x, at, d, vectorized);
+        scale[c] = load_row<8>(w, at, d, vectorized);
 #pragma unroll
         for (int j = 0; j < 8; j++) squares += v[c].v[j] * v[c].v[j];
     }
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(1024)
         Pack<T, 8> out;
 #pragma unroll
         for (int j = 0; j < 8; j++) out.v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale[c].v[j]));
-        store_row<8>(y, at, d, wide, out);
+        store_row<8>(y, at, d, vectorized, out);
     }
 }
 
@@ -45,12 +45,12 @@ __global__ void __launch_bounds__(1024) layer_norm(const f32* __restrict__ x, co
                                                    const T* __restrict__ b, T* __restrict__ y, int d, f32 eps) {
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
-    const bool wide = d % 8 == 0 && aligned(x, w, b, y);
+    const bool vectorized = d % 8 == 0 && aligned(x, w, b, y);
     Pack<f32, 8> v[CHUNKS];
     float sum = 0.f;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        v[c] = load_row<8>(x, (c * blockDim.x + threadIdx.x) * 8, d, wide);
+        v[c] = load_row<8>(x, (c * blockDim.x + threadIdx.x) * 8, d, vectorized);
 #pragma unroll
         for (int j = 0; j < 8; j++) sum += v[c].v[j];
     }
@@ -69,31 +69,31 @@ __global__ void __launch_bounds__(1024) layer_norm(const f32* __restrict__ x, co
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int at = (c * blockDim.x + threadIdx.x) * 8;
-        const Pack<T, 8> scale = load_row<8>(w, at, d, wide), shift = load_row<8>(b, at, d, wide);
+        const Pack<T, 8> scale = load_row<8>(w, at, d, vectorized), shift = load_row<8>(b, at, d, vectorized);
         Pack<T, 8> out;
 #pragma unroll
         for (int j = 0; j < 8; j++)
             out.v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale.v[j]) + to_float(shift.v[j]));
-        store_row<8>(y, at, d, wide, out);
+        store_row<8>(y, at, d, vectorized, out);
     }
 }
 
 template <typename T, int CHUNKS>
-__global__ void head_norm(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
-                          T* __restrict__ y, int n, int heads, int kv_heads, int D, f32 eps) {
+__global__ void qk_norm(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
+                          T* __restrict__ y, int n, int num_heads, int num_kv_heads, int D, f32 eps) {
     const int lane = threadIdx.x % WARP;
     const i64 index = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;  // of the head, over all tokens
-    if (index >= i64(n) * (heads + 2 * kv_heads)) return;                          // a whole warp
-    const int head = index % (heads + 2 * kv_heads);
-    const T* w = head < heads ? q_norm : head < heads + kv_heads ? k_norm : nullptr;
-    const bool wide = D % 8 == 0 && aligned(x, q_norm, k_norm, y);
+    if (index >= i64(n) * (num_heads + 2 * num_kv_heads)) return;                          // a whole warp
+    const int head = index % (num_heads + 2 * num_kv_heads);
+    const T* w = head < num_heads ? q_norm : head < num_heads + num_kv_heads ? k_norm : nullptr;
+    const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, y);
     x += index * D;
     y += index * D;
     Pack<T, 8> v[CHUNKS];
     float squares = 0.f;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        v[c] = load_row<8>(x, (c * WARP + lane) * 8, D, wide);
+        v[c] = load_row<8>(x, (c * WARP + lane) * 8, D, vectorized);
 #pragma unroll
         for (int j = 0; j < 8; j++) squares += to_float(v[c].v[j]) * to_float(v[c].v[j]);
     }
@@ -102,11 +102,11 @@ __global__ void head_norm(const T* __restrict__ x, const T* __restrict__ q_norm,
     for (int c = 0; c < CHUNKS; c++) {
         const int at = (c * WARP + lane) * 8;
         if (w != nullptr) {
-            const Pack<T, 8> scale = load_row<8>(w, at, D, wide);
+            const Pack<T, 8> scale = load_row<8>(w, at, D, vectorized);
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse * to_float(scale.v[j]));
         }
-        store_row<8>(y, at, D, wide, v[c]);
+        store_row<8>(y, at, D, vectorized, v[c]);
     }
 }

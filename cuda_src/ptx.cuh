@@ -34,7 +34,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ---- programmatic dependent launch (sm_90; nothing before) -----------------------------------------------------------
 // The next kernel of the stream may start once every block of this one has called launch_dependents or ended, if it is
-// launched so; it is if its own text calls wait_for_previous (cuplama/kernel.py). Until that call returns it must not
+// launched so; it is if its own text calls pdl_wait (cuplama/kernel.py). Until that call returns it must not
 // touch what an earlier kernel reads or writes. Pointers to such memory are declared without __restrict__: with it the
 // compiler takes the memory for constant and may move loads up past the wait.
 
@@ -45,7 +45,7 @@ __device__ __forceinline__ void launch_dependents() {
 }
 
 // Waits until all earlier kernels of the stream have ended and their writes are visible.
-__device__ __forceinline__ void wait_for_previous() {
+__device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

@@ -10,20 +10,20 @@
 
 __global__ void add(const f32* __restrict__ a, const f32* __restrict__ b, f32* __restrict__ y, int n, int d) {
     const i64 size = i64(n) * d;
-    const bool wide = aligned(a, b, y);
+    const bool vectorized = aligned(a, b, y);
     for (i64 i = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < size; i += i64(gridDim.x) * blockDim.x * 4) {
-        Pack<f32, 4> sum = load_row<4>(a, i, size, wide);
-        const Pack<f32, 4> other = load_row<4>(b, i, size, wide);
+        Pack<f32, 4> sum = load_row<4>(a, i, size, vectorized);
+        const Pack<f32, 4> other = load_row<4>(b, i, size, vectorized);
 #pragma unroll
         for (int j = 0; j < 4; j++) sum.v[j] += other.v[j];
-        store_row<4>(y, i, size, wide, sum);
+        store_row<4>(y, i, size, vectorized, sum);
     }
 }
 
 __global__ void select_rows(const f32* __restrict__ x, const i32* __restrict__ rows, f32* __restrict__ y, int d) {
     const f32* from = x + i64(rows[blockIdx.x]) * d;
     f32* to = y + i64(blockIdx.x) * d;
-    const bool wide = d % 4 == 0 && aligned(x, y);
+    const bool vectorized = d % 4 == 0 && aligned(x, y);
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * 4; i < d; i += gridDim.y * blockDim.x * 4)
-        store_row<4>(to, i, d, wide, load_row<4>(from, i, d, wide));
+        store_row<4>(to, i, d, vectorized, load_row<4>(from, i, d, vectorized));
 }

@@ -1,8 +1,8 @@
-// rope  For each query and key head of a token, with (c, s) = (cos, sin)[rows[token]] and i < h:
+// rope  For each query and key head of a token, with (c, s) = (cos, sin)[rope_rows[token]] and i < h:
 //           y[i]     = x[i] c[i] - x[i + h] s[i]
 //           y[i + h] = x[i + h] c[i] + x[i] s[i]
 //       Dims from 2h on (a partial rotation) and value heads are copied.
-//       x, y[n,(heads+2*kv_heads)*D]: T, rows[n]: i32, cos, sin[R,h]: f32, h <= D/2
+//       x, y[n,(num_heads+2*num_kv_heads)*D]: T, rope_rows[n]: i32, cos, sin[R,h]: f32, h <= D/2
 //
 // Mapping: blockIdx.x is the token; blockIdx.y and the threads share its columns, W at a time. A thread computes W
 // results that lie on the same side of a rotation, so it also reads the W partners; L1 serves the second reading.
@@ -34,15 +34,15 @@ __device__ void rotate(const T* __restrict__ x, const f32* __restrict__ cos, con
 }
 
 template <typename T>
-__global__ void rope(const T* __restrict__ x, const i32* __restrict__ rows, const f32* __restrict__ cos,
-                     const f32* __restrict__ sin, T* __restrict__ y, int heads, int kv_heads, int h, int D) {
-    const int turned = (heads + kv_heads) * D, columns = turned + kv_heads * D;
-    const bool wide = D % 8 == 0 && h % 8 == 0 && aligned(x, cos, sin, y);
+__global__ void rope(const T* __restrict__ x, const i32* __restrict__ rope_rows, const f32* __restrict__ cos,
+                     const f32* __restrict__ sin, T* __restrict__ y, int num_heads, int num_kv_heads, int h, int D) {
+    const int turned = (num_heads + num_kv_heads) * D, columns = turned + num_kv_heads * D;
+    const bool vectorized = D % 8 == 0 && h % 8 == 0 && aligned(x, cos, sin, y);
     x += i64(blockIdx.x) * columns;
     y += i64(blockIdx.x) * columns;
-    cos += i64(rows[blockIdx.x]) * h;
-    sin += i64(rows[blockIdx.x]) * h;
-    if (wide)
+    cos += i64(rope_rows[blockIdx.x]) * h;
+    sin += i64(rope_rows[blockIdx.x]) * h;
+    if (vectorized)
         rotate<8>(x, cos, sin, y, turned, columns, h, D);
     else
         rotate<1>(x, cos, sin, y, turned, columns, h, D);

@@ -85,7 +85,7 @@ __device__ __forceinline__ float row_max(const f32* chunk_max, int chunks) {
 
 __global__ void __launch_bounds__(THREADS)
     penalize(const f32* __restrict__ logits, const i32* __restrict__ seen, const f32* __restrict__ bias,
-             const i32* __restrict__ stop_ids, const i32* __restrict__ pos, const i32* __restrict__ min_pos,
+             const i32* __restrict__ stop_ids, const i32* __restrict__ positions, const i32* __restrict__ min_positions,
              const f32* __restrict__ repetition, const f32* __restrict__ presence, const f32* __restrict__ frequency,
              f32* __restrict__ y, int V, int m) {
     const int row = blockIdx.y, id = blockIdx.x * THREADS + threadIdx.x;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(THREADS)
     const int count = times >> 1;  // generated
     if (count > 0) x = __fadd_rn(x, -__fadd_rn(presence[row], __fmul_rn(frequency[row], float(count))));
     if (bias) x = __fadd_rn(x, bias[at]);
-    if (pos[row] < min_pos[row])
+    if (positions[row] < min_positions[row])
         for (int i = 0; i < m; i++)
             if (stop_ids[i64(row) * m + i] == id) x = -infinity();
     y[at] = x;
@@ -115,15 +115,15 @@ struct Row {  // logits of one row as z, four at a time
     const f32* logits;
     int V;
     float largest, temperature;
-    bool wide;
+    bool vectorized;
 
     __device__ __forceinline__ Row(const f32* all, int row, int V, float largest, float temperature)
         : logits(all + i64(row) * V), V(V), largest(largest), temperature(temperature),
-          wide(V % 4 == 0 && aligned(all)) {}
+          vectorized(V % 4 == 0 && aligned(all)) {}
 
     // z of ids at .. at+3; -infinity beyond the end.
     __device__ __forceinline__ Pack<f32, 4> operator()(int at) const {
-        Pack<f32, 4> x = load_row<4>(logits, at, V, wide);
+        Pack<f32, 4> x = load_row<4>(logits, at, V, vectorized);
 #pragma unroll
         for (int i = 0; i < 4; i++) x.v[i] = at + i < V ? (x.v[i] - largest) / temperature + 0.f : -infinity();
         return x;
@@ -326,8 +326,8 @@ __global__ void __launch_bounds__(1024)
 }
 
 // Philox 4x32-10 (Salmon et al., SC 2011) of the counter (block, pos, 0, 0).
-__device__ __forceinline__ void philox(u32 block, u32 pos, u64 seed, u32 (&word)[4]) {
-    u32 c0 = block, c1 = pos, c2 = 0, c3 = 0, k0 = u32(seed), k1 = u32(seed >> 32);
+__device__ __forceinline__ void philox(u32 block, u32 positions, u64 seed, u32 (&word)[4]) {
+    u32 c0 = block, c1 = positions, c2 = 0, c3 = 0, k0 = u32(seed), k1 = u32(seed >> 32);
 #pragma unroll
     for (int round = 0; round < 10; round++) {
         const u32 high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
@@ -345,7 +345,7 @@ __device__ __forceinline__ float gumbel(u32 word) {
 
 __global__ void __launch_bounds__(THREADS)
     sample_draw(const f32* __restrict__ logits, const f32* __restrict__ chunk_max, const f32* __restrict__ temperature,
-                const f32* __restrict__ min_p, const u64* __restrict__ seed, const i32* __restrict__ pos,
+                const f32* __restrict__ min_p, const u64* __restrict__ seed, const i32* __restrict__ positions,
                 const u32* __restrict__ threshold, u64* __restrict__ best, u32* __restrict__ finished,
                 i32* __restrict__ token, int V) {
     const int row = blockIdx.y, first = blockIdx.x * CHUNK, end = min(first + CHUNK, V);
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(THREADS)
             }
             if (!(kept[0] || kept[1] || kept[2] || kept[3])) continue;
             u32 word[4];
-            philox(at / 4, pos[row], seed[row], word);
+            philox(at / 4, positions[row], seed[row], word);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 if (!kept[i]) continue;

@@ -5,9 +5,11 @@ model = cuplama.load()
 print(model.generate("Once upon a time", seed=1).text)
 """
 
+from .completion import Completion, Delta
 from .errors import CuplamaError
-from .model import Completion, Model, Piece, load
-from .sampling import SamplingParams
+from .load import load
+from .model import Model
+from .sampling_params import SamplingParams
 
-__all__ = ["Completion", "CuplamaError", "Model", "Piece", "SamplingParams", "load"]
+__all__ = ["Completion", "CuplamaError", "Delta", "Model", "SamplingParams", "load"]
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 """``python -m cuplama`` is ``cuplama``."""
 
-from .cli import main
+from .cli.main import main
 
 main(prog_name="cuplama")

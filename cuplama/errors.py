@@ -42,3 +42,7 @@ class DeviceError(CuplamaError):
 
 class ParameterError(CuplamaError, ValueError):
     """A parameter is unknown or out of range."""
+
+
+class CompileError(DeviceError):
+    """A kernel does not compile: file and line of our source, and the compiler's first complaint."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cuplama
+from tests.paths import ROOT
 
 LIMIT = 0.2  # seconds
-ROOT = Path(__file__).resolve().parents[1]
 LAZY = ["cupy", "cupy_backends", "cuda", "torch", "transformers"]
 LAZY += ["jinja2", "huggingface_hub", "rich", "click", "tokenizers"]
 
@@ -52,7 +51,7 @@ def test_import_is_quick() -> None:
 
 
 def test_public_names() -> None:
-    assert cuplama.__all__ == ["Completion", "CuplamaError", "Model", "Piece", "SamplingParams", "load"]
+    assert cuplama.__all__ == ["Completion", "CuplamaError", "Model", "Delta", "SamplingParams", "load"]
     for name in cuplama.__all__:
         assert getattr(cuplama, name).__module__.startswith("cuplama.")
         assert getattr(cuplama, name).__doc__

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.paths import ROOT
+
 README = ROOT / "cuda_src" / "README.md"
 
 _WRITE = re.compile(r"Write `([^`]+)`:\n\n```\w+\n(.*?)```", re.S)

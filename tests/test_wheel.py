@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.paths import ROOT
+
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "cuplama", "cuda_src", "weights")
 
 

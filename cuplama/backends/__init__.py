@@ -7,24 +7,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..checkpoint import Weight
-from ..graph import Node
-from ..op import Array
+from ..dtypes import Array
+from ..ops.node import Node
+from ..ops.op import Op
+from ..quant.weight import Weight
 
-__all__ = ["Backend", "Mark", "Recording"]
+__all__ = ["Backend", "CapturedGraph", "Event"]
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point in the device's queue."""
 
     def synchronize(self) -> None:
         """Wait until the device has passed it."""
 
 
-class Recording(Protocol):
+class CapturedGraph(Protocol):
     """A body of calls that is repeated. The first run may be an ordinary one."""
 
-    def run(self) -> Mark:
+    def replay(self) -> Event:
         """Queue the body once; the mark is behind it."""
 
     def close(self) -> None:
@@ -34,13 +35,13 @@ class Recording(Protocol):
 class Backend(Protocol):
     """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most.
 
-    records: whether prompts and decode steps go through ``recording``; compile_seconds: spent on kernels so far.
+    captures: whether prompts and decode steps go through ``recording``; compile_seconds: spent on kernels so far.
     """
 
     name: str
     dtype: np.dtype[Any]
     prefill_chunk: int
-    records: bool
+    captures: bool
 
     @property
     def compile_seconds(self) -> float: ...
@@ -63,13 +64,13 @@ class Backend(Protocol):
     def end_loading(self) -> None:
         """Give back what only loading weights needs."""
 
-    def call(self, op: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
+    def call(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         """Run one op. In-place outputs are returned as well."""
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         """Run a node list on named values and return the ones in ``keep``; the rest is freed as soon as it is dead."""
 
-    def recording(self, body: Callable[[], None]) -> Recording:
+    def capture(self, body: Callable[[], None]) -> CapturedGraph:
         """Record the launches of ``body``, to be repeated without the host's work."""
 
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ..checkpoint import Weight
-from ..graph import Node
-from ..op import DTYPES, Array
+from ..dtypes import DTYPES, Array
 from ..ops import OPS
+from ..ops.node import Node, dying
+from ..ops.op import Op
+from ..quant.weight import Weight
 
 __all__ = ["NumPyBackend"]
 
@@ -26,7 +27,7 @@ _ONE_THREAD = 1 << 23
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Prepared:
     """A node made ready to run: what to call, and what dies after it."""
 
     reference: Callable[..., Any]
@@ -64,13 +65,13 @@ class _OneThread:
 _one_thread = _OneThread()  # the libraries' number of threads belongs to the process, not to a backend
 
 
-class _Recording:
+class _CapturedGraph:
     """A recording that is the body itself; it is done as soon as it is queued."""
 
     def __init__(self, body: Callable[[], None]) -> None:
         self._body = body
 
-    def run(self) -> _Recording:
+    def replay(self) -> _CapturedGraph:
         self._body()
         return self
 
@@ -91,13 +92,13 @@ class NumPyBackend:
     name = "numpy"
     prefill_chunk = 512
     compile_seconds = 0.0
-    records = False  # nothing to gain; but it can, so that recorded passes and steps are tested without a GPU
+    captures = False  # nothing to gain; but it can, so that recorded passes and steps are tested without a GPU
 
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
         self.dtype = DTYPES[dtype]
         self._convert = convert
         self._largest = 0  # elements of the largest weight
-        self._steps: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Step]]] = {}
+        self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
 
     def describe(self) -> str:
         return f"NumPy {np.__version__} on {os.cpu_count()} CPU cores, {self.dtype.name}"
@@ -124,14 +125,14 @@ class NumPyBackend:
     def end_loading(self) -> None:
         pass
 
-    def call(self, op: str, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
-        out = OPS[op].reference(*ins, **attrs)
+    def call(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
+        out = op.reference(*ins, **attrs)
         outs = out if isinstance(out, tuple) else (out,)
         return tuple(o.astype(d, copy=False) for o, d in zip(outs, self._dtypes(op, attrs), strict=True))
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         # What overflows in float16 shows in the logits; the sampler refuses those.
-        with self._threads(len(values["ids"])), np.errstate(over="ignore", invalid="ignore"):
+        with self._threads(len(values["input_ids"])), np.errstate(over="ignore", invalid="ignore"):
             return self._run(nodes, values, keep)
 
     def _threads(self, tokens: int) -> AbstractContextManager[Any]:
@@ -149,8 +150,8 @@ class NumPyBackend:
                 del values[name]
         return {name: values[name] for name in keep}
 
-    def recording(self, body: Callable[[], None]) -> _Recording:
-        return _Recording(body)
+    def capture(self, body: Callable[[], None]) -> _CapturedGraph:
+        return _CapturedGraph(body)
 
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
         ring = np.zeros(shape, np.int32)
@@ -163,31 +164,27 @@ class NumPyBackend:
         pass
 
     def close(self) -> None:
-        self._steps.clear()
+        self._prepared.clear()
 
-    def _dtypes(self, op: str, attrs: Mapping[str, Any]) -> list[np.dtype[Any]]:
-        letters = [attrs.get(spec.dtype, spec.dtype) for spec in OPS[op].signature.outs]
+    def _dtypes(self, op: Op, attrs: Mapping[str, Any]) -> list[np.dtype[Any]]:
+        letters = [attrs.get(spec.dtype, spec.dtype) for spec in op.signature.outs]
         return [self.dtype if letter == "T" else DTYPES[letter] for letter in letters]
 
-    def _prepare(self, nodes: Sequence[Node], keep: Sequence[str]) -> list[_Step]:
+    def _prepare(self, nodes: Sequence[Node], keep: Sequence[str]) -> list[_Prepared]:
         """The steps of a node list; worked out once per list."""
         key = id(nodes), tuple(keep)
-        known = self._steps.get(key)
+        known = self._prepared.get(key)
         if known is not None and known[0] is nodes:
             return known[1]
-        made = {name for node in nodes for name in node.outs if name not in node.ins}
-        last = {name: i for i, node in enumerate(nodes) for name in (*node.ins, *node.outs)}
-        steps = []
-        for i, node in enumerate(nodes):
-            touched = dict.fromkeys((*node.ins, *node.outs))
-            steps.append(
-                _Step(
-                    OPS[node.op].reference,
-                    node.ins,
-                    tuple(zip(node.outs, self._dtypes(node.op, node.attrs), strict=True)),
-                    node.attrs,
-                    tuple(n for n in touched if n in made and last[n] == i and n not in keep),
-                )
+        steps = [
+            _Prepared(
+                OPS[node.op].reference,
+                node.ins,
+                tuple(zip(node.outs, self._dtypes(OPS[node.op], node.attrs), strict=True)),
+                node.attrs,
+                dead,
             )
-        self._steps[key] = (nodes, steps)
+            for node, dead in zip(nodes, dying(nodes, keep), strict=True)
+        ]
+        self._prepared[key] = (nodes, steps)
         return steps

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..op import Op
-from . import activation, attention, decode, embedding, fused, kv_cache, linear, norm, residual, rope, sampling
+from . import activation, attention, embedding, fused, kv_cache, linear, norm, residual, rope, sampling
+from . import advance as decode
+from .op import Op
 
 __all__ = ["OPS"]
 

@@ -10,15 +10,16 @@ import math
 
 import numpy as np
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, wide
+from ..dtypes import Array, upcast
+from .launch import Device, Launch, Plan
+from .op import Call, Op
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def _silu_mul(x: Array) -> Array:
-    x = wide(x)
+    x = upcast(x)
     f = x.shape[-1] // 2
     gate, up = x[..., :f], x[..., f:]
     with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
@@ -26,12 +27,12 @@ def _silu_mul(x: Array) -> Array:
 
 
 def _gelu_tanh(x: Array) -> Array:
-    x = wide(x)
+    x = upcast(x)
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def _gelu_erf(x: Array) -> Array:
-    x = wide(x)
+    x = upcast(x)
     return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)).astype(x.dtype))
 
 

@@ -1,5 +1,5 @@
 """Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention_decode.cu (one new token per
-sequence), attention_hopper.cu, attention_prefill.cu and attention.cu (many, by what the GPU and the dtype allow).
+sequence), attention_prefill_wgmma.cu, attention_prefill_mma.cu and attention_prefill_fma.cu (many, by what the GPU and the dtype allow).
 
 Grouped queries: Ainslie et al., arXiv:2305.13245. Online softmax: Milakov & Gimelshein, arXiv:1805.02867;
 tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-3", arXiv:2407.08608.
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, OpError, wide
+from ..dtypes import Array, upcast
+from .launch import Device, Launch, Plan
+from .op import Call, Op
+from .signature import OpError
 
 _BLOCK = 256  # queries at a time: bounds the score matrix
 
@@ -21,66 +23,66 @@ def _attention(
     x: Array,
     k: Array,
     v: Array,
-    starts: Array,
-    lengths: Array,
-    blocks: Array,
+    cu_seqlens: Array,
+    seq_lens: Array,
+    page_table: Array,
     *,
-    heads: int,
+    num_heads: int,
     window: int,
     scale: float,
 ) -> Array:
-    _, kv_heads, size, d = k.shape
-    x = wide(x)
-    y = np.zeros((len(x), heads * d), x.dtype)
-    group = heads // kv_heads
-    for i, length in enumerate(lengths.tolist()):
-        first, last = int(starts[i]), int(starts[i + 1])
-        pages = blocks[i, : -(-length // size)]
+    _, num_kv_heads, size, d = k.shape
+    x = upcast(x)
+    y = np.zeros((len(x), num_heads * d), x.dtype)
+    group = num_heads // num_kv_heads
+    for i, length in enumerate(seq_lens.tolist()):
+        first, last = int(cu_seqlens[i]), int(cu_seqlens[i + 1])
+        pages = page_table[i, : -(-length // size)]
         keys, values = (
-            wide(c[pages]).transpose(1, 0, 2, 3).reshape(kv_heads, -1, d)[:, :length] for c in (k, v)
+            upcast(c[pages]).transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, d)[:, :length] for c in (k, v)
         )  # [H, length, D]
         for at in range(first, last, _BLOCK):
             end = min(at + _BLOCK, last)
-            q = x[at:end, : heads * d].reshape(end - at, kv_heads, group, d).transpose(1, 2, 0, 3)
+            q = x[at:end, : num_heads * d].reshape(end - at, num_kv_heads, group, d).transpose(1, 2, 0, 3)
             position = length - last + np.arange(at, end)  # of each query in its sequence
             low = max(0, int(position[0]) - window + 1) if window else 0
             high = int(position[-1]) + 1
-            scores = q.reshape(kv_heads, -1, d) @ keys[:, low:high].transpose(0, 2, 1)
-            scores = scores.reshape(kv_heads, group, end - at, high - low) * x.dtype.type(scale)
+            scores = q.reshape(num_kv_heads, -1, d) @ keys[:, low:high].transpose(0, 2, 1)
+            scores = scores.reshape(num_kv_heads, group, end - at, high - low) * x.dtype.type(scale)
             if end - at > 1:  # a single query sees every key in [low, high)
                 distance = position[:, None] - np.arange(low, high)
                 hidden = (distance < 0) | (distance >= window) if window else distance < 0
                 scores += np.where(hidden, -np.inf, 0).astype(x.dtype)
             scores -= scores.max(-1, keepdims=True)
             np.exp(scores, out=scores)
-            out = scores.reshape(kv_heads, -1, high - low) @ values[:, low:high]
-            out = out.reshape(kv_heads, group, end - at, d) / scores.sum(-1)[..., None]
+            out = scores.reshape(num_kv_heads, -1, high - low) @ values[:, low:high]
+            out = out.reshape(num_kv_heads, group, end - at, d) / scores.sum(-1)[..., None]
             y[at:end] = out.transpose(2, 0, 1, 3).reshape(end - at, -1)
     return y
 
 
 def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
-    """Sequences of the case's lengths, each on pages drawn at random from the pool; table entries past the end
+    """Sequences of the case's seq_lens, each on pages drawn at random from the pool; table entries past the end
     point at a page that does not exist, so that a kernel that follows them is caught."""
-    new, lengths, size = np.array(case["new"]), np.array(case["lengths"]), case["S"]
-    need = -(-lengths // size)
+    new, seq_lens, size = np.array(case["new"]), np.array(case["seq_lens"]), case["S"]
+    need = -(-seq_lens // size)
     pool = rng.permutation(case["P"])
-    blocks = np.full((len(lengths), case["M"]), 2**30, np.int32)
+    page_table = np.full((len(seq_lens), case["M"]), 2**30, np.int32)
     for i, count in enumerate(need):
-        blocks[i, :count], pool = pool[:count], pool[count:]
+        page_table[i, :count], pool = pool[:count], pool[count:]
     return {
-        "starts": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
-        "lengths": lengths.astype(np.int32),
-        "blocks": blocks,
+        "cu_seqlens": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
+        "seq_lens": seq_lens.astype(np.int32),
+        "page_table": page_table,
     }
 
 
-def _case(
-    heads: int, H: int, D: int, new: list[int], lengths: list[int], window: int = 0, S: int = 16
+def attention_case(
+    num_heads: int, H: int, D: int, new: list[int], seq_lens: list[int], window: int = 0, S: int = 16
 ) -> dict[str, Any]:
-    need = [-(-length // S) for length in lengths]
+    need = [-(-length // S) for length in seq_lens]
     return dict(
-        n=sum(new), b=len(new), heads=heads, H=H, D=D, new=new, lengths=lengths, window=window, S=S,
+        n=sum(new), b=len(new), num_heads=num_heads, H=H, D=D, new=new, seq_lens=seq_lens, window=window, S=S,
         P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5,
     )  # fmt: skip
 
@@ -90,20 +92,20 @@ def _host(array: Array) -> np.ndarray[Any, Any]:
 
 
 def _pairs(c: Call) -> float:
-    """Query-key pairs that the mask lets through. Needs the lengths, so it reads them from the device."""
-    starts, lengths = (
-        np.asarray(getattr(a, "get", lambda a=a: a)()) for a in (c.arrays["starts"], c.arrays["lengths"])
+    """Query-key pairs that the mask lets through. Needs the seq_lens, so it reads them from the device."""
+    cu_seqlens, seq_lens = (
+        np.asarray(getattr(a, "get", lambda a=a: a)()) for a in (c.arrays["cu_seqlens"], c.arrays["seq_lens"])
     )
     total = 0.0
-    for new, length in zip(np.diff(starts), lengths, strict=True):
+    for new, length in zip(np.diff(cu_seqlens), seq_lens, strict=True):
         seen = np.arange(length - new, length, dtype=np.float64) + 1
         total += float(np.minimum(seen, c["window"]).sum() if c["window"] else seen.sum())
     return total
 
 
 def _bytes(c: Call) -> float:
-    seen = int(np.minimum(_host(c.arrays["lengths"]), c["window"] or 2**31 - 1).sum())
-    elements: int = c["D"] * (2 * seen * c["H"] + 2 * c["n"] * c["heads"])
+    seen = int(np.minimum(_host(c.arrays["seq_lens"]), c["window"] or 2**31 - 1).sum())
+    elements: int = c["D"] * (2 * seen * c["H"] + 2 * c["n"] * c["num_heads"])
     return elements * c.dtypes["T"].itemsize
 
 
@@ -125,11 +127,11 @@ _WAVES = 8  # blocks that a large batch gets, in multiples of what the GPU holds
 
 
 def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Plan:
-    """One new token per sequence. The GPU, which knows the lengths, splits a sequence's keys over blocks: at least
+    """One new token per sequence. The GPU, which knows the seq_lens, splits a sequence's keys over blocks: at least
     `least` keys each, at most `most` splits, as many as fill it. The grid depends on the batch and the table alone."""
-    b, heads, H, D = (call[name] for name in ("b", "heads", "H", "D"))
+    b, num_heads, H, D = (call[name] for name in ("b", "num_heads", "H", "D"))
     _check_head(D)
-    parts = -(-heads // H // _MOST_HEADS)
+    parts = -(-num_heads // H // _MOST_HEADS)
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
     warps = 8 if tensor else 4
     least = 256 if tensor else 64  # two tiles of 16 keys for every warp: a second block would not pay
@@ -141,12 +143,12 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     splits = max(1, min(most, -(-keys // least)))
     blocks = max(1, min(splits, _WAVES * resident // (H * parts * b)))
     constants |= {
-        "Q": -(-heads // H // parts), "WARPS": warps, "TENSOR": tensor,
+        "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor,
         "least": least, "most": most, "splits": splits,
     }  # fmt: skip
     scratch = {
-        "partial": ((b, heads, splits, D), "f32"),
-        "stats": ((b, heads, splits, 2), "f32"),
+        "partial": ((b, num_heads, splits, D), "f32"),
+        "stats": ((b, num_heads, splits, 2), "f32"),
         "arrivals": ((b, H * parts), "u32"),
     }
     launch = Launch(f"attention_decode.cu:{kernel}", (blocks, H * parts, b), (32 * warps,), constants=constants)
@@ -158,14 +160,14 @@ def _prefill(call: Call, device: Device) -> Plan:
 
     Tensor cores multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one.
     """
-    n, b, heads, H, D, S = (call[name] for name in ("n", "b", "heads", "H", "D", "S"))
+    n, b, num_heads, H, D, S = (call[name] for name in ("n", "b", "num_heads", "H", "D", "S"))
     _check_head(D)
-    rows = n * (heads // H)
+    rows = n * (num_heads // H)
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and S >= 8 and S & (S - 1) == 0
     if tensor and device.arch == 90 and D in (64, 96, 128):
         groups = 3 if D == 64 else 2  # warpgroups of 64 rows; three where registers allow it
         shared = 1024 + 2 * (-(-D // 64) * 64) * (64 * groups + 4 * 128)
-        name = "attention_hopper.cu:attention_prefill_wgmma"
+        name = "attention_prefill_wgmma.cu:attention_prefill_wgmma"
         grid, threads, constants = ((rows // (64 * groups) + b) * H, 1), 128 * groups + 128, {"GROUPS": groups}
     elif tensor:
         # 128 rows are faster once there are some four blocks for each multiprocessor; 64 share out fewer rows better.
@@ -173,64 +175,64 @@ def _prefill(call: Call, device: Device) -> Plan:
         # What fits into registers; D = 96 and 128 with 64 keys only as the compiler allots them before sm_100.
         KEYS = 64 if D <= 64 or (D in (96, 128) and device.arch <= 90) else 32
         shared = 2 * (-(-D // 16) * 16) * (ROWS + 4 * KEYS)
-        name = "attention_prefill.cu:attention_prefill_mma"
+        name = "attention_prefill_mma.cu:attention_prefill_mma"
         grid, threads, constants = ((rows // ROWS + b) * H, 1), 128, {"ROWS": ROWS, "KEYS": KEYS}
     else:
         ROWS, KEYS = (64, 32) if D <= 128 else (32, 16)  # at most 60 KiB of shared memory: sm_75 has 64
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
-        name = "attention.cu:attention_prefill"
+        name = "attention_prefill_fma.cu:attention_prefill"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
     return Plan((Launch(name, grid, (threads,), shared, constants=constants),))
 
 
 attention = Op(
     "attention",
-    "y[n,heads*D]:T = (x[n,(heads+2*H)*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T, starts[b+1]:i32, lengths[b]:i32,"
-    " blocks[b,M]:i32, heads:i32, window:i32, scale:f32)",
-    doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows starts[i]..starts[i+1] of x, the last of its"
-    " lengths[i] tokens; its keys lie on pages blocks[i]. A query sees itself and what came before, the last `window`"
+    "y[n,num_heads*D]:T = (x[n,(num_heads+2*H)*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
+    " page_table[b,M]:i32, num_heads:i32, window:i32, scale:f32)",
+    doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of its"
+    " seq_lens[i] tokens; its keys lie on pages page_table[i]. A query sees itself and what came before, the last `window`"
     " tokens only if window > 0. Rows that belong to no sequence are not computed. n = b is a decode step: a row each."
     " D: a multiple of 8 up to 256.",
     reference=_attention,
     kernels=_kernels,
     cases=[
-        _case(4, 2, 64, [1], [1]),
-        _case(4, 2, 64, [1], [37]),
-        _case(1, 1, 8, [1, 1, 1], [5, 16, 17]),
-        _case(6, 2, 80, [1, 1], [100, 33], window=20),
-        _case(8, 8, 128, [1], [130], S=64),
-        _case(32, 8, 128, [1], [300], S=64),
-        _case(3, 1, 256, [1, 1], [70, 9]),
-        _case(7, 1, 64, [1, 1], [513, 64], S=64),
-        _case(16, 1, 32, [1], [90], S=64),
-        _case(18, 2, 24, [1, 1], [20, 70], window=65),
-        _case(2, 1, 16, [1, 1], [4500, 8300], S=64),
-        _case(4, 4, 16, [5], [5]),
-        _case(4, 2, 64, [33, 1, 7], [33, 40, 12]),
-        _case(2, 1, 96, [70], [70], window=16),
-        _case(6, 3, 40, [9, 20], [50, 20], window=7, S=8),
-        _case(4, 1, 128, [65, 64], [65, 128], S=64),
+        attention_case(4, 2, 64, [1], [1]),
+        attention_case(4, 2, 64, [1], [37]),
+        attention_case(1, 1, 8, [1, 1, 1], [5, 16, 17]),
+        attention_case(6, 2, 80, [1, 1], [100, 33], window=20),
+        attention_case(8, 8, 128, [1], [130], S=64),
+        attention_case(32, 8, 128, [1], [300], S=64),
+        attention_case(3, 1, 256, [1, 1], [70, 9]),
+        attention_case(7, 1, 64, [1, 1], [513, 64], S=64),
+        attention_case(16, 1, 32, [1], [90], S=64),
+        attention_case(18, 2, 24, [1, 1], [20, 70], window=65),
+        attention_case(2, 1, 16, [1, 1], [4500, 8300], S=64),
+        attention_case(4, 4, 16, [5], [5]),
+        attention_case(4, 2, 64, [33, 1, 7], [33, 40, 12]),
+        attention_case(2, 1, 96, [70], [70], window=16),
+        attention_case(6, 3, 40, [9, 20], [50, 20], window=7, S=8),
+        attention_case(4, 1, 128, [65, 64], [65, 128], S=64),
         # tensor cores: tiles of 64 to 192 rows by 32 to 128 keys
-        _case(4, 1, 128, [33, 31], [64, 129], S=64),
-        _case(7, 1, 64, [19, 1, 2], [65, 130, 64], S=128),
-        _case(2, 2, 128, [130], [193], window=65, S=16),
-        _case(1, 1, 96, [128, 3], [128, 67], window=64, S=64),
-        _case(3, 1, 8, [100], [200], window=30, S=8),
-        _case(4, 2, 80, [65], [127], window=128, S=32),
-        _case(4, 1, 256, [17, 40], [33, 95], window=33, S=32),
-        _case(2, 1, 200, [33], [64], S=8),
-        _case(4, 1, 128, [20], [600], S=64),
-        _case(3, 1, 64, [100, 5], [300, 520], window=200, S=32),
-        # lengths that end with a page, but not with a tile of keys
-        _case(4, 2, 64, [48], [48], 0, 16),
-        _case(4, 2, 40, [48], [48], 0, 16),
-        _case(1, 1, 40, [20], [69]),  # a warp's last token is the first key of a tile
-        _case(4, 2, 64, [1, 1], [24, 40], S=8),
+        attention_case(4, 1, 128, [33, 31], [64, 129], S=64),
+        attention_case(7, 1, 64, [19, 1, 2], [65, 130, 64], S=128),
+        attention_case(2, 2, 128, [130], [193], window=65, S=16),
+        attention_case(1, 1, 96, [128, 3], [128, 67], window=64, S=64),
+        attention_case(3, 1, 8, [100], [200], window=30, S=8),
+        attention_case(4, 2, 80, [65], [127], window=128, S=32),
+        attention_case(4, 1, 256, [17, 40], [33, 95], window=33, S=32),
+        attention_case(2, 1, 200, [33], [64], S=8),
+        attention_case(4, 1, 128, [20], [600], S=64),
+        attention_case(3, 1, 64, [100, 5], [300, 520], window=200, S=32),
+        # seq_lens that end with a page, but not with a tile of keys
+        attention_case(4, 2, 64, [48], [48], 0, 16),
+        attention_case(4, 2, 40, [48], [48], 0, 16),
+        attention_case(1, 1, 40, [20], [69]),  # a warp's last token is the first key of a tile
+        attention_case(4, 2, 64, [1, 1], [24, 40], S=8),
         # decode: splits of more than two tiles for a warp; more splits than a thread adds up at once
-        _case(44, 44, 8, [1], [800], S=64),
-        _case(8, 1, 128, [1], [2100], S=64),
+        attention_case(44, 44, 8, [1], [800], S=64),
+        attention_case(8, 1, 128, [1], [2100], S=64),
     ],
     inputs=_inputs,
     bytes=_bytes,
-    flops=lambda c: 4 * c["heads"] * c["D"] * _pairs(c),
+    flops=lambda c: 4 * c["num_heads"] * c["D"] * _pairs(c),
 )

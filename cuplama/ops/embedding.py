@@ -1,9 +1,10 @@
-"""Token embedding, with and without learned positions. Kernels: cuda_src/embedding.cu."""
+"""Token embedding, with and without learned position_table. Kernels: cuda_src/embedding.cu."""
 
 from __future__ import annotations
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, wide
+from ..dtypes import Array, upcast
+from .launch import Device, Launch, Plan
+from .op import Call, Op
 
 _CASES = [
     dict(n=1, d=8, V=5, P=4),
@@ -13,12 +14,12 @@ _CASES = [
 ]
 
 
-def _embedding(ids: Array, table: Array) -> Array:
-    return wide(table[ids])
+def _embedding(input_ids: Array, table: Array) -> Array:
+    return upcast(table[input_ids])
 
 
-def _embedding_pos(ids: Array, pos: Array, table: Array, positions: Array) -> Array:
-    return wide(table[ids]) + wide(positions[pos])
+def _embedding_pos(input_ids: Array, positions: Array, table: Array, position_table: Array) -> Array:
+    return upcast(table[input_ids]) + upcast(position_table[positions])
 
 
 _THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
@@ -31,22 +32,22 @@ def _kernels(call: Call, device: Device) -> Plan:
 
 embedding = Op(
     "embedding",
-    "x[n,d]:f32 = (ids[n]:i32, table[V,d]:T)",
-    doc="x = table[ids]",
+    "x[n,d]:f32 = (input_ids[n]:i32, table[V,d]:T)",
+    doc="x = table[input_ids]",
     reference=_embedding,
     kernels=_kernels,
     cases=_CASES,
-    ranges={"ids": "V"},
+    ranges={"input_ids": "V"},
     bytes=lambda c: c["n"] * (4 + c["d"] * (4 + c.dtypes["T"].itemsize)),
 )
 
 embedding_pos = Op(
     "embedding_pos",
-    "x[n,d]:f32 = (ids[n]:i32, pos[n]:i32, table[V,d]:T, positions[P,d]:T)",
-    doc="x = table[ids] + positions[pos], the learned positions of GPT-2",
+    "x[n,d]:f32 = (input_ids[n]:i32, positions[n]:i32, table[V,d]:T, position_table[P,d]:T)",
+    doc="x = table[input_ids] + position_table[positions], the learned position_table of GPT-2",
     reference=_embedding_pos,
     kernels=_kernels,
     cases=_CASES,
-    ranges={"ids": "V", "pos": "P"},
+    ranges={"input_ids": "V", "positions": "P"},
     bytes=lambda c: c["n"] * (8 + c["d"] * (4 + 2 * c.dtypes["T"].itemsize)),
 )

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from ..kernel import Device, Plan
-from ..op import Array, Call, Op, OpError, dtype_name
+from ..dtypes import Array, dtype_name
 from . import activation, norm, residual
 from .attention import attention, decode_plan
 from .kv_cache import kv_append
+from .launch import Device, Plan
 from .linear import linear, stream_rows
-from .norm import head_norm
+from .norm import qk_norm
+from .op import Call, Op
 from .rope import rope
+from .signature import OpError
 
 _NORMS = {"rms_norm": (norm.rms_norm, ("g",)), "layer_norm": (norm.layer_norm, ("g", "h"))}
 _ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
@@ -87,30 +89,30 @@ linear_add = Op(
 
 def _append_attention(
     x: Array,
-    slots: Array,
+    slot_mapping: Array,
     k: Array,
     v: Array,
-    starts: Array,
-    lengths: Array,
-    blocks: Array,
-    rows: Array | None = None,
+    cu_seqlens: Array,
+    seq_lens: Array,
+    page_table: Array,
+    rope_rows: Array | None = None,
     cos: Array | None = None,
     sin: Array | None = None,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
     *,
-    heads: int,
+    num_heads: int,
     window: int,
     scale: float,
     eps: float,
 ) -> tuple[Array, Array, Array]:
-    shape = {"heads": heads, "kv_heads": k.shape[1]}
+    shape = {"num_heads": num_heads, "num_kv_heads": k.shape[1]}
     if q_norm is not None:
-        x = head_norm.reference(x, q_norm, k_norm, **shape, eps=eps)
+        x = qk_norm.reference(x, q_norm, k_norm, **shape, eps=eps)
     if cos is not None:
-        x = rope.reference(x, rows, cos, sin, **shape, D=k.shape[3])
-    k, v = kv_append.reference(x, slots, k, v)
-    y = attention.reference(x, k, v, starts, lengths, blocks, heads=heads, window=window, scale=scale)
+        x = rope.reference(x, rope_rows, cos, sin, **shape, D=k.shape[3])
+    k, v = kv_append.reference(x, slot_mapping, k, v)
+    y = attention.reference(x, k, v, cu_seqlens, seq_lens, page_table, num_heads=num_heads, window=window, scale=scale)
     return y, k, v
 
 
@@ -124,9 +126,9 @@ def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
     """The attention op's pages; the new token of each sequence goes to the slot that its length says."""
     assert attention.inputs is not None
     given = attention.inputs(rng, case, T)
-    last = given["lengths"] - 1
-    pages = given["blocks"][np.arange(len(last)), last // case["S"]]
-    return {**given, "slots": (pages * case["S"] + last % case["S"]).astype(np.int32)}
+    last = given["seq_lens"] - 1
+    pages = given["page_table"][np.arange(len(last)), last // case["S"]]
+    return {**given, "slot_mapping": (pages * case["S"] + last % case["S"]).astype(np.int32)}
 
 
 def _append_cases() -> list[dict[str, Any]]:
@@ -136,7 +138,7 @@ def _append_cases() -> list[dict[str, Any]]:
         half = case["D"] // 2 if i % 3 else case["D"] // 4
         found.append(
             {
-                **case, "h": half, "R": 11, "eps": 1e-6, "rows": i % 4 != 3, "cos": i % 4 != 3, "sin": i % 4 != 3,
+                **case, "h": half, "R": 11, "eps": 1e-6, "rope_rows": i % 4 != 3, "cos": i % 4 != 3, "sin": i % 4 != 3,
                 "q_norm": i % 2 == 0, "k_norm": i % 2 == 0,
             }
         )  # fmt: skip
@@ -145,15 +147,15 @@ def _append_cases() -> list[dict[str, Any]]:
 
 append_attention = Op(
     "append_attention",
-    "y[n,heads*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,(heads+2*H)*D]:T, slots[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T,"
-    " starts[b+1]:i32, lengths[b]:i32, blocks[b,M]:i32, rows[n]:i32?, cos[R,h]:f32?, sin[R,h]:f32?, q_norm[D]:T?,"
-    " k_norm[D]:T?, heads:i32, window:i32, scale:f32, eps:f32)",
-    doc="A decode step's attention, one new token per sequence (n = b): head_norm (if there are q_norm and k_norm),"
+    "y[n,num_heads*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T,"
+    " cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?, sin[R,h]:f32?, q_norm[D]:T?,"
+    " k_norm[D]:T?, num_heads:i32, window:i32, scale:f32, eps:f32)",
+    doc="A decode step's attention, one new token per sequence (n = b): qk_norm (if there are q_norm and k_norm),"
     " rope (if there are cos and sin), kv_append and attention.",
     reference=_append_attention,
     kernels=_append_kernels,
     cases=_append_cases(),
-    ranges={"rows": "R"},
+    ranges={"rope_rows": "R"},
     inputs=_append_inputs,
     bytes=attention.bytes,
     flops=attention.flops,

@@ -10,22 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op
+from ..dtypes import Array
+from .launch import Device, Launch, Plan
+from .op import Call, Op
 
 
-def _kv_append(x: Array, slots: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    _, heads, size, d = k.shape
-    new = x.reshape(len(x), -1, d)[:, -2 * heads :]
-    page, offset = slots // size, slots % size
-    k[page, :, offset] = new[:, :heads]
-    v[page, :, offset] = new[:, heads:]
+def _kv_append(x: Array, slot_mapping: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    _, num_heads, size, d = k.shape
+    new = x.reshape(len(x), -1, d)[:, -2 * num_heads :]
+    page, offset = slot_mapping // size, slot_mapping % size
+    k[page, :, offset] = new[:, :num_heads]
+    v[page, :, offset] = new[:, num_heads:]
     return k, v
 
 
 def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
-    slots = rng.permutation(case["P"] * case["S"])[: case["n"]]  # distinct: two tokens never share a slot
-    return {"slots": slots.astype(np.int32)}
+    slot_mapping = rng.permutation(case["P"] * case["S"])[: case["n"]]  # distinct: two tokens never share a slot
+    return {"slot_mapping": slot_mapping.astype(np.int32)}
 
 
 _THREADS = 128
@@ -38,8 +39,8 @@ def _kernels(call: Call, device: Device) -> Plan:
 
 kv_append = Op(
     "kv_append",
-    "k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,w]:T, slots[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T)",
-    doc="write the key and value heads of x (its last 2*H*D columns) to page slots[n] // S, place slots[n] % S",
+    "k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,w]:T, slot_mapping[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T)",
+    doc="write the key and value heads of x (its last 2*H*D columns) to page slot_mapping[n] // S, place slot_mapping[n] % S",
     reference=_kv_append,
     kernels=_kernels,
     cases=[

@@ -8,22 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from ..kernel import Device, Launch, Plan
-from ..op import DTYPES, Array, Call, Op, OpError, wide
+from ..dtypes import DTYPES, Array, upcast
+from .launch import Device, Launch, Plan
+from .op import Call, Op
+from .signature import OpError
 
 _BLOCK = 4096  # weight rows converted at a time where the weight is kept in 16 bits
 
 
 def _linear(x: Array, w: Array, b: Array | None = None, *, U: str = "") -> Array:
-    x = wide(x)
-    if wide(w[:0]).dtype == w.dtype:
+    x = upcast(x)
+    if upcast(w[:0]).dtype == w.dtype:
         y = x @ w.T
     else:
         y = np.empty((len(x), len(w)), x.dtype)
         for i in range(0, len(w), _BLOCK):
-            np.matmul(x, wide(w[i : i + _BLOCK]).T, out=y[:, i : i + _BLOCK])
+            np.matmul(x, upcast(w[i : i + _BLOCK]).T, out=y[:, i : i + _BLOCK])
     if b is not None:
-        y += wide(b)
+        y += upcast(b)
     return y
 
 

@@ -2,42 +2,44 @@
 
 rms_norm: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 layer_norm: Ba, Kiros & Hinton, "Layer Normalization", arXiv:1607.06450.
-head_norm: RMSNorm over each query and key head, as Qwen3 has it.
+qk_norm: RMSNorm over each query and key head, as Qwen3 has it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, OpError, wide
+from ..dtypes import Array, upcast
+from .launch import Device, Launch, Plan
+from .op import Call, Op
+from .signature import OpError
 
 _CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120), (1, 12288))]
 
 
 def _rms_norm(x: Array, w: Array, *, eps: float) -> Array:
-    x = wide(x)
+    x = upcast(x)
     mean_square = np.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1]
-    return x / np.sqrt(mean_square + eps) * wide(w)
+    return x / np.sqrt(mean_square + eps) * upcast(w)
 
 
 def _layer_norm(x: Array, w: Array, b: Array, *, eps: float) -> Array:
     x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * wide(w) + wide(b)
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * upcast(w) + upcast(b)
 
 
-def _head_norm(x: Array, q_norm: Array, k_norm: Array, *, heads: int, kv_heads: int, eps: float) -> Array:
+def _head_norm(x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float) -> Array:
     d = len(q_norm)
-    y = wide(x).reshape(len(x), heads + 2 * kv_heads, d).copy()
-    y[:, :heads] = _rms_norm(y[:, :heads], q_norm, eps=eps)
-    y[:, heads : heads + kv_heads] = _rms_norm(y[:, heads : heads + kv_heads], k_norm, eps=eps)
+    y = upcast(x).reshape(len(x), num_heads + 2 * num_kv_heads, d).copy()
+    y[:, :num_heads] = _rms_norm(y[:, :num_heads], q_norm, eps=eps)
+    y[:, num_heads : num_heads + num_kv_heads] = _rms_norm(y[:, num_heads : num_heads + num_kv_heads], k_norm, eps=eps)
     return y.reshape(len(x), -1)
 
 
 _WIDTH = 8  # elements of a piece, as in the kernels
 _THREADS = 1024  # at most, for a row
 _CHUNKS = 2  # pieces that a thread of so large a block holds without spilling
-_HEADS = 4  # heads per block, one warp each
+_HEADS = 4  # num_heads per block, one warp each
 
 
 def _row_kernels(call: Call, device: Device) -> Plan:
@@ -50,9 +52,9 @@ def _row_kernels(call: Call, device: Device) -> Plan:
 
 
 def _head_kernels(call: Call, device: Device) -> Plan:
-    blocks = -(-call["n"] * (call["heads"] + 2 * call["kv_heads"]) // _HEADS)
+    blocks = -(-call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"]) // _HEADS)
     chunks = -(-call["D"] // (32 * _WIDTH))
-    return Plan((Launch("norm.cu:head_norm", (blocks,), (32 * _HEADS,), constants={"CHUNKS": chunks}),))
+    return Plan((Launch("norm.cu:qk_norm", (blocks,), (32 * _HEADS,), constants={"CHUNKS": chunks}),))
 
 
 rms_norm = Op(
@@ -75,16 +77,16 @@ layer_norm = Op(
     flops=lambda c: 7 * c["n"] * c["d"],
 )
 
-head_norm = Op(
-    "head_norm",
-    "y[n,(heads+2*kv_heads)*D]:T = (x[n,(heads+2*kv_heads)*D]:T, q_norm[D]:T, k_norm[D]:T,"
-    " heads:i32, kv_heads:i32, eps:f32)",
+qk_norm = Op(
+    "qk_norm",
+    "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, q_norm[D]:T, k_norm[D]:T,"
+    " num_heads:i32, num_kv_heads:i32, eps:f32)",
     doc="rms_norm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied",
     reference=_head_norm,
     kernels=_head_kernels,
     cases=[
-        dict(n=n, heads=h, kv_heads=k, D=d, eps=1e-6)
+        dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6)
         for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256))
     ],
-    flops=lambda c: 4 * c["n"] * (c["heads"] + c["kv_heads"]) * c["D"],
+    flops=lambda c: 4 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
 )

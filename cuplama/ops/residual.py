@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op
+from ..dtypes import Array
+from .launch import Device, Launch, Plan
+from .op import Call, Op
 
 
 def _add(a: Array, b: Array) -> Array:

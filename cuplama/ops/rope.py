@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, wide
+from ..dtypes import Array, upcast
+from .launch import Device, Launch, Plan
+from .op import Call, Op
 
 
-def _rope(x: Array, rows: Array, cos: Array, sin: Array, *, heads: int, kv_heads: int, D: int) -> Array:
+def _rope(x: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int, num_kv_heads: int, D: int) -> Array:
     h = cos.shape[1]
-    y = np.array(wide(x)).reshape(len(x), heads + 2 * kv_heads, D)
-    turned = y[:, : heads + kv_heads]
+    y = np.array(upcast(x)).reshape(len(x), num_heads + 2 * num_kv_heads, D)
+    turned = y[:, : num_heads + num_kv_heads]
     a, b = turned[..., :h].copy(), turned[..., h : 2 * h].copy()
-    c, s = cos[rows][:, None], sin[rows][:, None]
+    c, s = cos[rope_rows][:, None], sin[rope_rows][:, None]
     turned[..., :h] = a * c - b * s
     turned[..., h : 2 * h] = b * c + a * s
     return y.reshape(len(x), -1)
@@ -26,19 +27,19 @@ _THREADS = 128
 
 
 def _kernels(call: Call, device: Device) -> Plan:
-    columns = (call["heads"] + 2 * call["kv_heads"]) * call["D"]
+    columns = (call["num_heads"] + 2 * call["num_kv_heads"]) * call["D"]
     return Plan((Launch("rope.cu:rope", (call["n"], -(-columns // (8 * _THREADS))), (_THREADS,)),))
 
 
 rope = Op(
     "rope",
-    "y[n,(heads+2*kv_heads)*D]:T = (x[n,(heads+2*kv_heads)*D]:T, rows[n]:i32, cos[R,h]:f32, sin[R,h]:f32,"
-    " heads:i32, kv_heads:i32, D:i32)",
-    doc="rotate dims i and i + h (i < h) of every query and key head by the angle in table row rows[n]; h <= D/2",
+    "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32, sin[R,h]:f32,"
+    " num_heads:i32, num_kv_heads:i32, D:i32)",
+    doc="rotate dims i and i + h (i < h) of every query and key head by the angle in table row rope_rows[n]; h <= D/2",
     reference=_rope,
     kernels=_kernels,
     cases=[
-        dict(n=n, heads=q, kv_heads=k, D=d, h=h, R=r)
+        dict(n=n, num_heads=q, num_kv_heads=k, D=d, h=h, R=r)
         for n, q, k, d, h, r in (
             (1, 4, 2, 64, 32, 5),
             (3, 1, 1, 8, 4, 9),
@@ -47,6 +48,6 @@ rope = Op(
             (2, 32, 8, 128, 64, 64),
         )
     ],
-    ranges={"rows": "R"},
-    flops=lambda c: 6 * c["n"] * (c["heads"] + c["kv_heads"]) * c["h"],
+    ranges={"rope_rows": "R"},
+    flops=lambda c: 6 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["h"],
 )

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..kernel import Device, Launch, Plan
-from ..op import Array, Call, Op, OpError
+from ..dtypes import Array
+from .launch import Device, Launch, Plan
+from .op import Call, Op
+from .signature import OpError
 
 _MASS = 2.0**32  # probabilities as integers, so that their sums do not depend on the order
 
@@ -35,16 +37,16 @@ def philox(counter: Array, key: int) -> Array:
     return np.stack(c, -1).astype(np.uint32)
 
 
-def gumbel(ids: Array, seed: int, pos: int) -> Array:
+def gumbel(ids: Array, seed: int, positions: int) -> Array:
     """Standard Gumbel noise, float32, for the given token ids at one position.
 
-    Token id has word ``id % 4`` of the Philox block with counter (id // 4, pos, 0, 0) and key ``seed``.
+    Token id has word ``id % 4`` of the Philox block with counter (id // 4, positions, 0, 0) and key ``seed``.
     ``u = (word + 1/2) / 2^32`` in float32; g = -log(-log(1 - u)), written with log1p so that the upper tail, which
     decides the draw, is resolved to 2^-33.
     """
     block, at = np.unique(ids // 4, return_inverse=True)
     counter = np.zeros((len(block), 4), np.uint32)
-    counter[:, 0], counter[:, 1] = block, pos
+    counter[:, 0], counter[:, 1] = block, positions
     word = philox(counter, seed)[at, ids % 4]
     u = (word.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
     with np.errstate(divide="ignore"):
@@ -56,8 +58,8 @@ def _penalize(
     seen: Array,
     bias: Array | None,
     stop_ids: Array,
-    pos: Array,
-    min_pos: Array,
+    positions: Array,
+    min_positions: Array,
     repetition: Array,
     presence: Array,
     frequency: Array,
@@ -72,13 +74,13 @@ def _penalize(
             y[i] -= presence[i] * (count > 0) + frequency[i] * count
         if bias is not None:
             y[i] += bias[i]
-        if pos[i] < min_pos[i]:
+        if positions[i] < min_positions[i]:
             y[i, stop_ids[i][stop_ids[i] >= 0]] = -np.inf
     return y
 
 
 def _sample(
-    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seed: Array, pos: Array
+    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seed: Array, positions: Array
 ) -> Array:
     tokens = np.empty(len(logits), np.int32)
     for i, row in enumerate(logits):
@@ -102,7 +104,7 @@ def _sample(
         if min_p[i] > 0:
             ids = ids[np.exp(z[ids]) >= min_p[i]]
         ids = np.sort(ids)
-        tokens[i] = ids[np.argmax(z[ids] + gumbel(ids, int(seed[i]), int(pos[i])))]
+        tokens[i] = ids[np.argmax(z[ids] + gumbel(ids, int(seed[i]), int(positions[i])))]
     return tokens
 
 
@@ -125,8 +127,8 @@ def _penalize_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> d
     return {
         "seen": rng.choice([0, 0, 0, 1, 2, 3, 7], (b, v)).astype(np.int32),
         "stop_ids": rng.integers(-1, v, (b, m)).astype(np.int32),
-        "pos": rng.integers(0, 9, b).astype(np.int32),
-        "min_pos": rng.integers(0, 9, b).astype(np.int32),
+        "positions": rng.integers(0, 9, b).astype(np.int32),
+        "min_positions": rng.integers(0, 9, b).astype(np.int32),
         "repetition": rng.choice([1.0, 1.3, 0.8], b).astype(np.float32),
         "presence": rng.choice([0.0, 0.5, -0.5], b).astype(np.float32),
         "frequency": rng.choice([0.0, 0.25], b).astype(np.float32),
@@ -153,7 +155,7 @@ def _sample_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
         "top_p": rng.choice(np.array([1.0, 0.95, 0.5, 0.0], np.float32), b),
         "min_p": rng.choice(np.array([0.0, 0.05, 1.0], np.float32), b),
         "seed": rng.integers(0, 2**64, b, dtype=np.uint64),
-        "pos": rng.integers(0, 2**31, b).astype(np.int32),
+        "positions": rng.integers(0, 2**31, b).astype(np.int32),
     }
 
 
@@ -218,11 +220,11 @@ def _logprobs_kernels(call: Call, device: Device) -> Plan:
 
 penalize = Op(
     "penalize",
-    "y[b,V]:f32 = (logits[b,V]:f32, seen[b,V]:i32, bias[b,V]:f32?, stop_ids[b,m]:i32, pos[b]:i32, min_pos[b]:i32,"
+    "y[b,V]:f32 = (logits[b,V]:f32, seen[b,V]:i32, bias[b,V]:f32?, stop_ids[b,m]:i32, positions[b]:i32, min_positions[b]:i32,"
     " repetition[b]:f32, presence[b]:f32, frequency[b]:f32)",
     doc="Penalties and bias. seen = 2 * (times generated) + (1 if in the prompt). Where seen > 0 a positive logit is"
     " divided and a negative one multiplied by `repetition`; where generated, `presence` and count * `frequency` are"
-    " subtracted; then the bias is added; stop_ids (-1: none) cannot be drawn while pos < min_pos.",
+    " subtracted; then the bias is added; stop_ids (-1: none) cannot be drawn while positions < min_positions.",
     reference=_penalize,
     kernels=_penalize_kernels,
     cases=[{**s, "m": m, "bias": bias} for s, m, bias in zip(_SHAPES, (1, 3, 2), (True, False, True), strict=True)],
@@ -232,11 +234,11 @@ penalize = Op(
 sample = Op(
     "sample",
     "token[b]:i32 = (logits[b,V]:f32, temperature[b]:f32, top_k[b]:i32, top_p[b]:f32, min_p[b]:f32, seed[b]:u64,"
-    " pos[b]:i32)",
+    " positions[b]:i32)",
     doc="Draw a token. temperature 0: the largest logit, the lowest id of equals. Otherwise z = (logit - max) /"
     " temperature; top_k > 0 keeps z >= the k-th largest; top_p < 1 keeps a token if the probability of the tokens"
     " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token"
-    " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, pos, token id). -1 if a logit is NaN"
+    " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, position, token id). -1 if a logit is NaN"
     " or +infinity, or if all are -infinity.",
     reference=_sample,
     kernels=_sample_kernels,

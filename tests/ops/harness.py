@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cuplama.kernel import BoundLaunch, Device, Plan, bind
-from cuplama.op import DTYPES, Array, Call, Op, Spec, dtype_name
+from cuplama.dtypes import DTYPES, Array, dtype_name
 from cuplama.ops import OPS
-from cuplama.ops.attention import _case as attention_case
+from cuplama.ops.attention import attention_case
+from cuplama.ops.launch import BoundLaunch, Device, Plan, bind
+from cuplama.ops.op import Call, Op
+from cuplama.ops.signature import Spec
 
 Case = Mapping[str, Any]
 Arrays = dict[str, np.ndarray[Any, Any] | None]
@@ -53,7 +55,7 @@ class Emulator:
 
     def launch(self, bound: BoundLaunch) -> None:
         # Imported here: without a compiler, everything but this still works.
-        importlib.import_module("tests.simt.emulator").run(bound, check=self._check)
+        importlib.import_module("cuplama.simt.emulator").run(bound, check=self._check)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -62,8 +64,8 @@ class Emulator:
 def _attention(i: Callable[..., int]) -> Case:
     H, D = i(1, 4), 8 * i(1, 32)
     new = [i(1, 2) if i(0, 1) else i(1, 70) for _ in range(i(1, 3))]
-    lengths = [n + i(0, 90) for n in new]
-    return attention_case(H * i(1, 5), H, D, new, lengths, window=i(0, 1) * i(1, 60), S=8 * i(1, 8))
+    seq_lens = [n + i(0, 90) for n in new]
+    return attention_case(H * i(1, 5), H, D, new, seq_lens, window=i(0, 1) * i(1, 60), S=8 * i(1, 8))
 
 
 def _kv_append(i: Callable[..., int]) -> Case:
@@ -73,7 +75,7 @@ def _kv_append(i: Callable[..., int]) -> Case:
 
 def _rope(i: Callable[..., int]) -> Case:
     h = i(1, 70)
-    return dict(n=i(1, 9), heads=i(1, 9), kv_heads=i(1, 4), D=2 * h + i(0, 1) * i(1, 40), h=h, R=i(1, 50))
+    return dict(n=i(1, 9), num_heads=i(1, 9), num_kv_heads=i(1, 4), D=2 * h + i(0, 1) * i(1, 40), h=h, R=i(1, 50))
 
 
 def _sampled(i: Callable[..., int]) -> Case:
@@ -87,8 +89,8 @@ def _streamed(i: Callable[..., int]) -> Case:
 def _append_attention(i: Callable[..., int]) -> Case:
     case = _attention(i)
     one = [1] * len(case["new"])
-    lengths = [n - m + 1 for n, m in zip(case["lengths"], case["new"], strict=True)]
-    case = attention_case(case["heads"], case["H"], case["D"], one, lengths, case["window"], case["S"])
+    seq_lens = [n - m + 1 for n, m in zip(case["seq_lens"], case["new"], strict=True)]
+    case = attention_case(case["num_heads"], case["H"], case["D"], one, seq_lens, case["window"], case["S"])
     turned, normed = dict.fromkeys(("rows", "cos", "sin"), bool(i(0, 1))), bool(i(0, 1))
     return {**case, **turned, "q_norm": normed, "k_norm": normed, "h": i(1, case["D"] // 2), "R": i(1, 99), "eps": 1e-6}
 
@@ -98,7 +100,7 @@ _RANDOM: Mapping[str, Callable[[Callable[..., int]], Case]] = {
     "embedding_pos": lambda i: dict(n=i(1, 9), d=i(1, 2000), V=i(1, 40), P=i(1, 40)),
     "rms_norm": lambda i: dict(n=i(1, 5), d=i(1, 9000), eps=1e-6),
     "layer_norm": lambda i: dict(n=i(1, 5), d=i(2, 9000), eps=1e-5),
-    "head_norm": lambda i: dict(n=i(1, 9), heads=i(1, 9), kv_heads=i(1, 4), D=i(1, 300), eps=1e-6),
+    "qk_norm": lambda i: dict(n=i(1, 9), num_heads=i(1, 9), num_kv_heads=i(1, 4), D=i(1, 300), eps=1e-6),
     "linear": lambda i: dict(n=i(1, 12), m=i(1, 70), k=i(1, 40) * i(1, 40), b=bool(i(0, 1)), U=("T", "f32")[i(0, 1)]),
     "rope": _rope,
     "kv_append": _kv_append,
@@ -159,10 +161,10 @@ def attributes(op: Op, case: Case) -> dict[str, Any]:
 def random_inputs(op: Op, case: Case, T: str) -> Arrays:
     """The op's random inputs; of a paged cache, what no sequence has is NaN: to find kernels that use it."""
     ins = op.random_inputs(np.random.default_rng(len(case) + sum(name_of(op, case, T).encode())), case, DTYPES[T])
-    blocks, lengths = ins.get("blocks"), ins.get("lengths")
-    if blocks is not None and lengths is not None and "S" in case and "k" in ins:
+    blocks, seq_lens = ins.get("page_table"), ins.get("seq_lens")
+    if blocks is not None and seq_lens is not None and "S" in case and "k" in ins:
         unused = np.ones((case["P"], case["S"]), bool)
-        for table, length in zip(blocks, lengths, strict=True):
+        for table, length in zip(blocks, seq_lens, strict=True):
             token = np.arange(length)
             unused[table[token // case["S"]], token % case["S"]] = False
         for cache in (ins["k"], ins["v"]):

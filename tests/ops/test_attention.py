@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuplama.kernel import Device, bind
-from cuplama.op import DTYPES
-from cuplama.ops.attention import _case, attention
+from cuplama.dtypes import DTYPES
+from cuplama.ops.attention import attention, attention_case
 from cuplama.ops.fused import append_attention
-from tests.simt.emulator import run
+from cuplama.ops.launch import Device, bind
+from cuplama.simt.emulator import run
 
 from . import harness
 
@@ -24,7 +24,7 @@ def _run(ins: Inputs, case: harness.Case, seed: int = 0, device: Device = HOPPER
     call = attention.bind([ins[s.name] for s in attention.signature.ins], harness.attributes(attention, case))
     plan = attention.kernels(call, device) if attention.kernels else None
     assert plan is not None
-    y = np.full((call["n"], call["heads"] * call["D"]), np.nan, ins["x"].dtype)
+    y = np.full((call["n"], call["num_heads"] * call["D"]), np.nan, ins["x"].dtype)
     call.arrays["y"] = y
     scratch = {
         name: np.full(shape, 0 if name in plan.zeroed else harness.poison(DTYPES[dtype]), DTYPES[dtype])
@@ -41,60 +41,60 @@ def _inputs(case: harness.Case, T: str) -> Inputs:
 
 def _alone(ins: Inputs, i: int, width: int) -> Inputs:
     """Sequence i as a batch of one, its table cut or widened to `width` pages."""
-    first, last = ins["starts"][i : i + 2]
+    first, last = ins["cu_seqlens"][i : i + 2]
     blocks = np.full((1, width), 2**30, np.int32)
-    keep = min(width, ins["blocks"].shape[1])
-    blocks[0, :keep] = ins["blocks"][i, :keep]
+    keep = min(width, ins["page_table"].shape[1])
+    blocks[0, :keep] = ins["page_table"][i, :keep]
     return {
         **ins,
         "x": ins["x"][first:last].copy(),
-        "starts": np.array([0, last - first], np.int32),
-        "lengths": ins["lengths"][i : i + 1].copy(),
-        "blocks": blocks,
+        "cu_seqlens": np.array([0, last - first], np.int32),
+        "seq_lens": ins["seq_lens"][i : i + 1].copy(),
+        "page_table": blocks,
     }
 
 
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("T", ["f32", "bf16"])
 def test_decode_does_not_depend_on_the_batch_or_the_table(T: str, window: int) -> None:
-    case = _case(6, 2, 16, [1, 1, 1], [5, 700, 4200], window=window, S=64)
+    case = attention_case(6, 2, 16, [1, 1, 1], [5, 700, 4200], window=window, S=64)
     ins = _inputs(case, T)
     together = _run(ins, case)
     for i in range(3):
-        for width in (-(-int(ins["lengths"][i]) // 64), 200):
+        for width in (-(-int(ins["seq_lens"][i]) // 64), 200):
             assert np.array_equal(_run(_alone(ins, i, width), case)[0], together[i])
 
 
 @pytest.mark.parametrize("window", [0, 37])
 @pytest.mark.parametrize(("T", "D", "device"), [("f32", 32, HOPPER), ("bf16", 64, HOPPER), ("bf16", 64, AMPERE)])
 def test_prefill_does_not_depend_on_the_batch_or_the_chunks(T: str, D: int, device: Device, window: int) -> None:
-    case = _case(4, 2, D, [50, 1, 90], [70, 33, 150], window=window)
+    case = attention_case(4, 2, D, [50, 1, 90], [70, 33, 150], window=window)
     ins = _inputs(case, T)
     together = _run(ins, case, device=device)
-    starts = ins["starts"]
+    cu_seqlens = ins["cu_seqlens"]
     for i in (0, 2):
         alone = _alone(ins, i, 10)
-        assert np.array_equal(_run(alone, case, device=device), together[starts[i] : starts[i + 1]])
+        assert np.array_equal(_run(alone, case, device=device), together[cu_seqlens[i] : cu_seqlens[i + 1]])
         for cut in (2, 41):  # the first `cut` tokens alone: what follows a token does not change its result
-            length = int(alone["lengths"][0]) - len(alone["x"]) + cut
+            length = int(alone["seq_lens"][0]) - len(alone["x"]) + cut
             part = {
                 **alone,
                 "x": alone["x"][:cut].copy(),
-                "starts": np.array([0, cut], np.int32),
-                "lengths": np.array([length], np.int32),
+                "cu_seqlens": np.array([0, cut], np.int32),
+                "seq_lens": np.array([length], np.int32),
             }
-            assert np.array_equal(_run(part, case, device=device), together[starts[i] : starts[i] + cut])
+            assert np.array_equal(_run(part, case, device=device), together[cu_seqlens[i] : cu_seqlens[i] + cut])
 
 
 @pytest.mark.parametrize("T", ["f16", "bf16"])
 @pytest.mark.parametrize(
     "case",
     [
-        _case(4, 1, 128, [33, 31], [64, 129], S=64),
-        _case(7, 1, 64, [19, 1, 2], [65, 130, 64], S=128),
-        _case(1, 1, 96, [127, 3], [128, 67], window=63, S=16),
-        _case(3, 1, 8, [60], [130], window=30, S=8),
-        _case(2, 1, 80, [65], [97]),
+        attention_case(4, 1, 128, [33, 31], [64, 129], S=64),
+        attention_case(7, 1, 64, [19, 1, 2], [65, 130, 64], S=128),
+        attention_case(1, 1, 96, [127, 3], [128, 67], window=63, S=16),
+        attention_case(3, 1, 8, [60], [130], window=30, S=8),
+        attention_case(2, 1, 80, [65], [97]),
     ],
     ids=lambda case: f"D={case['D']}",
 )
@@ -108,11 +108,11 @@ def test_prefill_tiles_of_64_and_of_128_rows(case: harness.Case, T: str) -> None
 
 def test_empty_sequences_of_a_padded_batch() -> None:
     """A row without keys gives zeros and reads nothing; the others are as they would be without it."""
-    case = _case(4, 2, 32, [1, 1], [40, 20])
+    case = attention_case(4, 2, 32, [1, 1], [40, 20])
     ins = _inputs(case, "f32")
     together = _run(ins, case)
-    ins["lengths"][1] = 0
-    ins["blocks"][1] = 2**30
+    ins["seq_lens"][1] = 0
+    ins["page_table"][1] = 2**30
     padded = _run(ins, case)
     assert np.array_equal(padded[0], together[0])
     assert (padded[1] == 0).all()
@@ -125,19 +125,19 @@ def test_empty_sequences_of_a_padded_batch() -> None:
 )
 def test_rows_and_sequences_that_fill_up_a_batch(T: str, D: int, arch: int, sms: int, window: int) -> None:
     """Rows behind the last sequence are neither read nor written, and empty sequences read nothing."""
-    case = _case(4, 2, D, [50, 1, 20], [70, 33, 150], window=window)
+    case = attention_case(4, 2, D, [50, 1, 20], [70, 33, 150], window=window)
     ins = _inputs(case, T)
     device = Device(arch, sms)
     together = _run(ins, case, device=device)
-    rows, b, M = len(ins["x"]), len(ins["lengths"]), ins["blocks"].shape[1]
+    rows, b, M = len(ins["x"]), len(ins["seq_lens"]), ins["page_table"].shape[1]
     padded = {
         **ins,
         "x": np.concatenate([ins["x"], np.full((77, ins["x"].shape[1]), np.nan, ins["x"].dtype)]),
-        "starts": np.concatenate([ins["starts"], np.full(5, rows, np.int32)]),
-        "lengths": np.concatenate([ins["lengths"], np.zeros(5, np.int32)]),
-        "blocks": np.concatenate([ins["blocks"], np.full((5, M), 2**30, np.int32)]),
+        "cu_seqlens": np.concatenate([ins["cu_seqlens"], np.full(5, rows, np.int32)]),
+        "seq_lens": np.concatenate([ins["seq_lens"], np.zeros(5, np.int32)]),
+        "page_table": np.concatenate([ins["page_table"], np.full((5, M), 2**30, np.int32)]),
     }
-    assert len(padded["starts"]) == b + 6
+    assert len(padded["cu_seqlens"]) == b + 6
     y = _run(padded, case, device=device)
     assert np.array_equal(y[:rows], together)
     assert np.isnan(y[rows:]).all()
@@ -145,14 +145,14 @@ def test_rows_and_sequences_that_fill_up_a_batch(T: str, D: int, arch: int, sms:
 
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_thread_order_does_not_matter(seed: int) -> None:
-    for D, new, lengths in ((40, [1, 1], [130, 90]), (40, [33, 2], [40, 60]), (64, [33, 2], [40, 400])):
-        case = _case(5, 1, D, new, lengths)
+    for D, new, seq_lens in ((40, [1, 1], [130, 90]), (40, [33, 2], [40, 60]), (64, [33, 2], [40, 400])):
+        case = attention_case(5, 1, D, new, seq_lens)
         ins = _inputs(case, "f16")
         assert np.array_equal(_run(ins, case, seed), _run(ins, case))
 
 
-def _append_case(lengths: list[int], window: int = 0) -> harness.Case:
-    case = _case(6, 2, 32, [1] * len(lengths), lengths, window=window, S=64)
+def _append_case(seq_lens: list[int], window: int = 0) -> harness.Case:
+    case = attention_case(6, 2, 32, [1] * len(seq_lens), seq_lens, window=window, S=64)
     return {**case, "h": 12, "R": 9, "eps": 1e-6}
 
 
@@ -167,7 +167,7 @@ def _run_append(ins: Inputs, case: harness.Case, seed: int = 0) -> list[np.ndarr
         )
         plan = append_attention.kernels(call, Device()) if append_attention.kernels else None
         assert plan is not None
-        call.arrays["y"] = np.full((call["n"], call["heads"] * call["D"]), np.nan, ins["x"].dtype)
+        call.arrays["y"] = np.full((call["n"], call["num_heads"] * call["D"]), np.nan, ins["x"].dtype)
         scratch = {
             name: counters.setdefault(name, np.zeros(shape, DTYPES[dtype]))
             if name in plan.zeroed
@@ -188,10 +188,14 @@ def test_append_does_not_depend_on_the_batch_or_the_table(T: str, window: int) -
     ins: Inputs = append_attention.random_inputs(np.random.default_rng(4), case, DTYPES[T])
     y, k, v = _run_append(ins, case)
     for i in range(3):
-        alone: Inputs = {**_alone(ins, i, 90), "slots": ins["slots"][i : i + 1], "rows": ins["rows"][i : i + 1]}
+        alone: Inputs = {
+            **_alone(ins, i, 90),
+            "slot_mapping": ins["slot_mapping"][i : i + 1],
+            "rows": ins["rows"][i : i + 1],
+        }
         y1, k1, v1 = _run_append(alone, case)
         assert np.array_equal(y1[0], y[i])
-        page, place = divmod(int(ins["slots"][i]), case["S"])
+        page, place = divmod(int(ins["slot_mapping"][i]), case["S"])
         assert np.array_equal(k1[page, :, place], k[page, :, place])
         assert np.array_equal(v1[page, :, place], v[page, :, place])
 
@@ -203,7 +207,7 @@ def test_append_does_not_read_the_slot() -> None:
         ins: Inputs = append_attention.random_inputs(np.random.default_rng(5), case, DTYPES[T])
         y, *_ = _run_append(ins, case)
         for cache in (ins["k"], ins["v"]):
-            cache[ins["slots"] // case["S"], :, ins["slots"] % case["S"]] = np.nan
+            cache[ins["slot_mapping"] // case["S"], :, ins["slot_mapping"] % case["S"]] = np.nan
         again, k, v = _run_append(ins, case)
         assert np.array_equal(again, y)
         assert not np.isnan(k).any()

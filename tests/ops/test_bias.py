@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cuplama import kernel
-from cuplama.backends import cuda
-from cuplama.op import DTYPES
+from cuplama.backends.cuda import backend as cuda
+from cuplama.dtypes import DTYPES
 from cuplama.ops import OPS
+from cuplama.ops import launch as kernel
 
 from . import harness
 

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuplama import compiler
-from cuplama.kernel import BoundLaunch, Device, prototypes, source_folder
-from cuplama.op import DTYPES, Array, Op
+from cuplama.dtypes import DTYPES, Array
+from cuplama.folders import source_folder
+from cuplama.lab import inventory as compiler
 from cuplama.ops import OPS
+from cuplama.ops.launch import BoundLaunch, Device
+from cuplama.ops.op import Op
+from cuplama.ops.prototypes import prototypes
 
 from . import harness
 from .harness import Case
@@ -75,7 +78,7 @@ class _Shifted(harness.Emulator):
         return shifted(array)
 
 
-ANY_ALIGNMENT = ("embedding", "embedding_pos", "rms_norm", "layer_norm", "head_norm", "linear", "rope", "kv_append",
+ANY_ALIGNMENT = ("embedding", "embedding_pos", "rms_norm", "layer_norm", "qk_norm", "linear", "rope", "kv_append",
                  "silu_mul", "gelu_tanh", "gelu_erf", "add", "select_rows", "linear_add", "rms_norm_linear_silu_mul",
                  "layer_norm_linear")  # fmt: skip
 
@@ -191,8 +194,8 @@ def test_check_finds_a_wrong_integer() -> None:
 @pytest.mark.parametrize("T", list(DTYPES)[1:4])
 def test_check_finds_a_touched_cache(T: str) -> None:
     op, case, ins, (k, v) = _outputs("kv_append", T)
-    assert ins["slots"] is not None
-    free = next(s for s in range(case["P"] * case["S"]) if s not in ins["slots"])
+    assert ins["slot_mapping"] is not None
+    free = next(s for s in range(case["P"] * case["S"]) if s not in ins["slot_mapping"])
     v[free // case["S"], 0, free % case["S"], 0] *= -1
     with pytest.raises(AssertionError, match="changed outside"):
         harness.check(op, case, T, ins, [k, v])

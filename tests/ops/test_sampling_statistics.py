@@ -32,7 +32,7 @@ def test_philox_known_answers(counter: list[int], key: int, answer: str) -> None
 
 def test_gumbel_moments() -> None:
     """Mean gamma = 0.5772 and variance pi^2 / 6, within 5 standard errors."""
-    g = gumbel(np.arange(200_000), seed=7, pos=3).astype(np.float64)
+    g = gumbel(np.arange(200_000), seed=7, positions=3).astype(np.float64)
     assert abs(g.mean() - np.euler_gamma) < 5 * np.sqrt(np.pi**2 / 6 / g.size)
     assert abs(g.var() - np.pi**2 / 6) < 5 * np.sqrt(4.4 * (np.pi**2 / 6) ** 2 / g.size)  # kurtosis 5.4
 
@@ -44,10 +44,10 @@ def _settings(rows: int, **given: Any) -> dict[str, Any]:
         "top_p": 1.0,
         "min_p": 0.0,
         "seed": 1,
-        "pos": 0,
+        "positions": 0,
         **given,
     }
-    dtypes = {"top_k": np.int32, "pos": np.int32, "seed": np.uint64}
+    dtypes = {"top_k": np.int32, "positions": np.int32, "seed": np.uint64}
     return {k: np.broadcast_to(np.asarray(v, dtypes.get(k, np.float32)), rows).copy() for k, v in settings.items()}
 
 
@@ -90,7 +90,7 @@ def test_frequencies(settings: dict[str, float], keep: list[int] | None) -> None
         above = np.array([p[p > p[i]].sum() for i in range(len(p))])
         keep = [int(i) for i in order if above[i] < 0.95 and p[i] >= 0.2 * p.max()]
     p = _probabilities(temperature, keep)
-    tokens = _draw(np.broadcast_to(_LOGITS, (_DRAWS, _LOGITS.size)), **settings, pos=np.arange(_DRAWS))
+    tokens = _draw(np.broadcast_to(_LOGITS, (_DRAWS, _LOGITS.size)), **settings, positions=np.arange(_DRAWS))
     counts = np.bincount(tokens, minlength=_LOGITS.size)
     assert (counts[p == 0] == 0).all()
     wanted = _DRAWS * p
@@ -107,7 +107,7 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     given: dict[str, Any] = {
         "temperature": np.array([0, 1, 0.7, 1, 1.5, 1]), "top_k": np.array([0, 0, 9, 5, 0, 400]),
         "top_p": np.array([1, 1, 0.9, 1, 0.5, 0.99]), "min_p": np.array([0, 0, 0, 0.1, 0, 0.01]),
-        "seed": np.arange(6) * 2**60, "pos": np.arange(6),
+        "seed": np.arange(6) * 2**60, "positions": np.arange(6),
     }  # fmt: skip
     together = _draw(logits, **given)
     for i in range(6):
@@ -119,7 +119,7 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
 def test_neighbouring_positions_and_seeds_are_unrelated() -> None:
     """With equal logits, the tokens of successive positions (or seeds) form pairs as often as chance has it."""
     flat = np.zeros((_DRAWS, 8), np.float32)
-    for over in ("pos", "seed"):
+    for over in ("positions", "seed"):
         tokens = _draw(flat, **{over: np.arange(_DRAWS)})
         pairs = np.bincount(8 * tokens[:-1] + tokens[1:], minlength=64)
         wanted = (_DRAWS - 1) / 64

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuplama.kernel import Device, Launch, Parameter, bind, parse_prototypes, prototypes, source_folder
-from cuplama.op import DTYPES, Op, OpError, Signature, Spec, dim_names, dim_value, dtype_name
+from cuplama.dtypes import DTYPES, dtype_name
+from cuplama.folders import source_folder
 from cuplama.ops import OPS
+from cuplama.ops.launch import Device, Launch, bind
+from cuplama.ops.op import Op
+from cuplama.ops.prototypes import Parameter, parse_prototypes, prototypes
+from cuplama.ops.signature import OpError, Signature, Spec, dim_names, dim_value
 
 F32, F16, I32 = (DTYPES[t] for t in ("f32", "f16", "i32"))
 
@@ -33,8 +37,8 @@ def test_parse_refuses(text: str) -> None:
 
 
 def test_dim_expressions() -> None:
-    assert dim_names("(heads+2*kv_heads)*D") == ("D", "heads", "kv_heads")
-    assert dim_value("(heads+2*kv_heads)*D", dict(heads=4, kv_heads=2, D=8)) == 64
+    assert dim_names("(num_heads+2*num_kv_heads)*D") == ("D", "num_heads", "num_kv_heads")
+    assert dim_value("(num_heads+2*num_kv_heads)*D", dict(num_heads=4, num_kv_heads=2, D=8)) == 64
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
@@ -76,12 +80,12 @@ def test_bind_solves_dims_and_dtypes() -> None:
 def test_bind_solves_expressions() -> None:
     call = OPS["silu_mul"].bind([zeros(2, 14)], {})
     assert call["f"] == 7
-    call = OPS["head_norm"].bind([zeros(1, 64), zeros(8), zeros(8)], dict(heads=4, kv_heads=2, eps=1e-5))
+    call = OPS["qk_norm"].bind([zeros(1, 64), zeros(8), zeros(8)], dict(num_heads=4, num_kv_heads=2, eps=1e-5))
     assert call["D"] == 8
 
 
 _NORM = dict(eps=1e-5)
-_HEADS = dict(heads=4, kv_heads=2, eps=1e-5)
+_HEADS = dict(num_heads=4, num_kv_heads=2, eps=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ _HEADS = dict(heads=4, kv_heads=2, eps=1e-5)
     [
         ("rms_norm", [zeros(2, 8), zeros(7)], _NORM, r"rms_norm: w has 7 where d is 8"),
         ("silu_mul", [zeros(2, 7)], {}, r"silu_mul: x has 7 where 2\*f is 6"),
-        ("head_norm", [zeros(1, 65), zeros(8), zeros(8)], _HEADS, r"head_norm: x has 65 where .* is 64"),
+        ("qk_norm", [zeros(1, 65), zeros(8), zeros(8)], _HEADS, r"qk_norm: x has 65 where .* is 64"),
         ("rms_norm", [zeros(8), zeros(8)], _NORM, r"rms_norm: x\[n,d\] has shape \(8,\)"),
         ("rms_norm", [zeros(2, 8, dtype=F16), zeros(8)], _NORM, r"rms_norm: x\[n,d\] is float16, not float32"),
         ("linear", [zeros(1, 8), zeros(5, 8, dtype=F16)], {"U": "f32"}, r"linear: w\[m,k\] is float16, not float32"),
@@ -225,9 +229,9 @@ def test_a_row_too_long_for_registers_is_refused() -> None:
 
 def test_kernels_that_wait_are_told_from_those_that_do_not() -> None:
     found = parse_prototypes(
-        "__device__ void helper() { wait_for_previous(); }\n"
-        "__global__ void early(int n) { if (n) { n++; } wait_for_previous(); }\n"
-        "__global__ void plain(int n) { /* no wait_for_previous() */ n++; }\n"
+        "__device__ void helper() { pdl_wait(); }\n"
+        "__global__ void early(int n) { if (n) { n++; } pdl_wait(); }\n"
+        "__global__ void plain(int n) { /* no pdl_wait() */ n++; }\n"
     )
     assert {name: p.waits for name, p in found.items()} == {"early": True, "plain": False}
 
@@ -242,7 +246,7 @@ def test_whoever_waits_is_launched_early() -> None:
     """A kernel whose helper waits would be launched like any other, and nobody would see why it is slow."""
     for path in sorted(source_folder().glob("*.cu*")):
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
-        calls = text.count("wait_for_previous(") - ("void wait_for_previous(" in text)
+        calls = text.count("pdl_wait(") - ("void pdl_wait(" in text)
         assert calls == sum(p.waits for p in prototypes(path.name).values()), path.name
 
 

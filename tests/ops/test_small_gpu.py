@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import pytest
 
-from cuplama.kernel import Device
 from cuplama.ops import OPS
-from cuplama.ops.attention import _case
+from cuplama.ops.attention import attention_case
+from cuplama.ops.launch import Device
 
 from . import harness
 
-_DECODE = _case(6, 2, 64, [1] * 12, [600, 5, 290, 17, 16, 1, 33, 560, 2, 32, 64, 3])
+_DECODE = attention_case(6, 2, 64, [1] * 12, [600, 5, 290, 17, 16, 1, 33, 560, 2, 32, 64, 3])
 _WIDE = {"eps": 1e-5, "b": True}
 CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("linear", dict(n=2, m=127, k=72, b=True, U="T"), Device(sms=2)),  # units of 4 rows, the last of 3

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuplama.kernel import BoundLaunch, prototypes
-
-from .emulator import CUDA_SRC, HERE, NOT_EMULATED, KernelFault, precompile, run
+from cuplama.ops.launch import BoundLaunch
+from cuplama.ops.prototypes import prototypes
+from cuplama.simt.emulator import CUDA_SRC, HERE, NOT_EMULATED, KernelFault, precompile, run
 
 KERNELS = HERE / "kernels"
 Array = np.ndarray[Any, Any]

@@ -1,0 +1,176 @@
+"""Matrix products over many rows: cuBLASLt through ctypes, since CuPy has no binding of it.
+
+A product adds a bias and another matrix on its way out, so neither costs a pass over the result. Its algorithm is
+chosen when it is planned and used from then on, with one workspace of fixed size: results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from ...errors import DeviceError
+
+__all__ = ["ALIGNMENT", "Cublas", "Heuristic", "Product", "load_cublas"]
+
+ALIGNMENT = 16  # bytes that every array's address is a multiple of
+_log = logging.getLogger("cuplama")
+# ---- the interface, as in cublasLt.h (CUDA 12 and 13) ----------------------------------------------------------------
+_TYPES: Mapping[str, int] = {"f32": 0, "f16": 2, "bf16": 14}  # cudaDataType
+_COMPUTE_32F = 68  # cublasComputeType_t: float32 throughout, never TF32
+_UNSUPPORTED = (7, 15)  # cublasStatus_t: INVALID_VALUE, NOT_SUPPORTED
+_TRANSPOSE = ctypes.c_int32(1)  # cublasOperation_t
+_ADD_BIAS = ctypes.c_uint32(4)  # cublasLtEpilogue_t
+# cublasLtReductionScheme_t: partial sums are kept in float32 (or there are none), never rounded to 16 bits on the way.
+_REDUCTION = ctypes.c_uint32(2)
+_DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 7, 8  # cublasLtMatmulDescAttributes_t
+_PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t
+
+
+class Heuristic(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = (
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+_P, _I, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
+    "cublasLtCreate": (_P,),
+    "cublasLtDestroy": (_P,),
+    "cublasLtMatmulDescCreate": (_P, _I, _I),
+    "cublasLtMatmulDescSetAttribute": (_P, _I, _P, _SIZE),
+    "cublasLtMatmulDescDestroy": (_P,),
+    "cublasLtMatrixLayoutCreate": (_P, _I, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64),
+    "cublasLtMatrixLayoutDestroy": (_P,),
+    "cublasLtMatmulPreferenceCreate": (_P,),
+    "cublasLtMatmulPreferenceSetAttribute": (_P, _I, _P, _SIZE),
+    "cublasLtMatmulPreferenceDestroy": (_P,),
+    "cublasLtMatmulAlgoGetHeuristic": (*(_P,) * 7, _I, _P, _P),
+    "cublasLtMatmul": (*(_P,) * 14, _SIZE, _P),
+}
+
+
+def load_cublas() -> ctypes.CDLL | None:
+    """The cuBLASLt of CuPy's CUDA version, or None with a warning."""
+    try:
+        from cupy.cuda import runtime
+        from cupy_backends.cuda.libs import cublas  # noqa: F401  loads the library it was built for
+
+        major = runtime.runtimeGetVersion() // 1000
+        try:
+            return ctypes.CDLL(f"cublasLt64_{major}.dll" if sys.platform == "win32" else f"libcublasLt.so.{major}")
+        except OSError:
+            from cuda.pathfinder import load_nvidia_dynamic_lib
+
+            return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
+    except Exception as e:  # several libraries may be missing, each in its own way; our kernels do the work then
+        _log.warning("cuBLAS is not available (%s); long prompts will be slow. pip install nvidia-cublas-cu12", e)
+        return None
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+class Cublas:
+    """The library on one device and stream. workspace: address of ``size`` bytes that all products share."""
+
+    def __init__(self, library: ctypes.CDLL, stream: int, workspace: int, size: int) -> None:
+        self._library = library
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+        self.stream, self.workspace, self.size = stream, workspace, size
+        self._owned = ExitStack()
+        self.handle = self.make("", self._owned)
+        self.preference = self.make("MatmulPreference", self._owned)
+        self.set("MatmulPreference", self.preference, _PREF_WORKSPACE, ctypes.c_uint64(size))
+        self.set("MatmulPreference", self.preference, _PREF_REDUCTION, _REDUCTION)
+        for operand in _PREF_ALIGNMENTS:
+            self.set("MatmulPreference", self.preference, operand, ctypes.c_uint32(ALIGNMENT))
+
+    def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Product | None:
+        """Plan y[n,m]:U = x[n,k]:T w[m,k]^T:T (+ b[m]:U) (+ c[n,m]:U). None if the library has no algorithm for it."""
+        product = Product(self, n, m, k, T, U, bias, add)
+        return product if product.algorithm is not None else None
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function of the library. Raises DeviceError, naming it, if it fails."""
+        if status := getattr(self._library, name)(*arguments):
+            raise DeviceError(f"{name} fails with status {status}")
+
+    def make(self, kind: str, owner: ExitStack, *arguments: Any) -> ctypes.c_void_p:
+        """An object of the library, which ``owner`` gives back."""
+        made = ctypes.c_void_p()
+        self.call(f"cublasLt{kind}Create", ctypes.byref(made), *arguments)
+        owner.callback(getattr(self._library, f"cublasLt{kind}Destroy"), made)
+        return made
+
+    def set(self, kind: str, made: ctypes.c_void_p, attribute: int, value: Any) -> None:
+        self.call(f"cublasLt{kind}SetAttribute", made, attribute, ctypes.byref(value), ctypes.sizeof(value))
+
+    def choose(self, desc: ctypes.c_void_p, w: ctypes.c_void_p, x: ctypes.c_void_p, y: ctypes.c_void_p) -> Any:
+        """A pointer to the best algorithm for y = w^T x as cuBLAS sees it; None if there is none."""
+        best, count = Heuristic(), ctypes.c_int()
+        status = self._library.cublasLtMatmulAlgoGetHeuristic(
+            self.handle, desc, w, x, y, y, self.preference, 1, ctypes.byref(best), ctypes.byref(count)
+        )
+        if status not in (0, *_UNSUPPORTED):
+            raise DeviceError(f"cublasLtMatmulAlgoGetHeuristic fails with status {status}")
+        return ctypes.byref(best.algorithm) if status == 0 and count.value and best.state == 0 else None
+
+    def close(self) -> None:
+        """Give back the library's handle. Products cannot be used afterwards."""
+        self._owned.close()
+
+
+class Product:
+    """A planned product, called with the addresses of its arrays; ``Cublas.product`` makes it.
+
+    Matrices are row-major here and column-major in cuBLAS, which therefore computes y^T = w x^T. A bias is added to
+    each column of that, as it should be; it has y's dtype, as cublasLt.h demands. c may be y itself.
+    """
+
+    def __init__(self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool) -> None:
+        self.text = f"cuBLAS: y[{n},{m}]:{U} = x[{n},{k}]:{T} w[{m},{k}]^T{' + b' * bias}{' + c' * add}"
+        self._cublas, self._bias = cublas, bias
+        self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(add)
+        owned = ExitStack()
+        weakref.finalize(self, owned.close).atexit = False
+        try:
+            self._desc = cublas.make("MatmulDesc", owned, _COMPUTE_32F, _TYPES["f32"])
+            cublas.set("MatmulDesc", self._desc, _DESC_TRANSA, _TRANSPOSE)
+            if bias:
+                cublas.set("MatmulDesc", self._desc, _DESC_EPILOGUE, _ADD_BIAS)
+                # The heuristic reads from the address only how biases are aligned.
+                cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(ALIGNMENT))
+            self._w, self._x, self._y = (
+                cublas.make("MatrixLayout", owned, _TYPES[dtype], rows, columns, rows)
+                for dtype, rows, columns in ((T, k, m), (T, k, n), (U, m, n))
+            )
+            self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y)
+        except DeviceError as e:
+            raise DeviceError(f"{self.text}: {e}") from None
+
+    def __call__(self, x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
+        """Queue the product. b and c are given if and only if it was planned with them. Raises DeviceError."""
+        cublas, layout = self._cublas, self._y
+        if (x | w | y | b | c) % ALIGNMENT:
+            raise DeviceError(f"{self.text}: an array does not begin at a multiple of {ALIGNMENT} bytes")
+        try:
+            if self._bias:
+                cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(b))
+            cublas.call(
+                "cublasLtMatmul", cublas.handle, self._desc, ctypes.byref(self._alpha), w, self._w, x, self._x,
+                ctypes.byref(self._beta), c or y, layout, y, layout, self.algorithm,
+                cublas.workspace, cublas.size, cublas.stream,
+            )  # fmt: skip
+        except DeviceError as e:
+            raise DeviceError(f"{self.text}: {e}") from None

@@ -1,0 +1,294 @@
+"""One GPU through CuPy and cuBLAS: memory, streams, compiled functions, copies, captured graphs.
+
+CuPy is imported when a ``Gpu`` is made, not before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from ...dtypes import Array
+from ...errors import DeviceError
+from ...ops import launch as kernel
+from ...ops.signature import OpError
+from .cublas import Cublas, load_cublas
+from .driver import PdlLaunch, cuda_available, driver_version, load_driver
+from .nvrtc import compile_error
+from .toolkit import options, source
+
+__all__ = ["STAGE", "WORKSPACE", "Gpu", "parallel_copy"]
+
+WORKSPACE = 32 << 20  # bytes for cuBLAS: what NVIDIA recommends for Hopper; fixed, so that results repeat
+STAGE = 32 << 20  # bytes of each of the two pinned buffers that weights pass through
+
+
+class Gpu:
+    """One GPU: a stream, a memory pool, compiled functions and cuBLAS, all given back by ``close``.
+
+    Its arrays are CuPy arrays in its own pool. The user's CuPy state (current stream, default pool) is not touched.
+    """
+
+    compile_seconds = 0.0  # spent on compiling kernels, or on finding them in the cache and loading them
+
+    def __init__(self, device: int = 0) -> None:
+        ok, reason = cuda_available(device)
+        if not ok:
+            raise DeviceError(f"CUDA cannot be used: {reason}")
+        try:
+            import cupy
+            from cupy_backends.cuda.libs import nvrtc
+
+            self._cuda_version = nvrtc.getVersion()
+        except Exception as e:  # CuPy raises several kinds, by what is missing
+            raise DeviceError(f"cupy does not start: {e}; run `cuplama doctor`") from None
+        self._cupy = cupy
+        self.array_type: type = cupy.ndarray
+        self._device = cupy.cuda.Device(device)
+        attributes = self._device.attributes
+        self.limits = kernel.Device(
+            arch=int(self._device.compute_capability),
+            sms=attributes["MultiProcessorCount"],
+            shared=attributes["MaxSharedMemoryPerBlockOptin"],
+        )
+        self.name: str = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
+        self.failures: tuple[type[Exception], ...] = (
+            cupy.cuda.driver.CUDADriverError,
+            cupy.cuda.runtime.CUDARuntimeError,
+        )
+        self._functions: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._stage: _Stage | None = None
+        driver = load_driver()
+        self._early: ctypes.CDLL | None = None
+        if driver is not None and self.limits.arch >= PdlLaunch.OLDEST_ARCH:
+            self._early = driver if driver_version(driver) >= PdlLaunch.OLDEST_DRIVER else None
+        with self._device:
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+            self.pool = self._main_pool = cupy.cuda.MemoryPool()
+        self.give_back: Callable[[], None] = lambda: None  # drops what others keep only to be fast
+        self._capturing = False
+        library = load_cublas()
+        self.cublas: Cublas | None = None
+        if library is not None:
+            with self:
+                self._workspace = self.pool.malloc(WORKSPACE)
+                self.cublas = Cublas(library, self.stream.ptr, self._workspace.ptr, WORKSPACE)
+
+    def __enter__(self) -> Gpu:
+        """Make device and stream current; everything below happens inside."""
+        self._device.__enter__()
+        self.stream.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stream.__exit__(*exc)
+        self._device.__exit__(*exc)
+
+    def describe(self) -> str:
+        total = self._device.mem_info[1]
+        version = ".".join(map(str, self._cuda_version))
+        return f"{self.name} (sm_{self.limits.arch}, {total / 1e9:.0f} GB), CUDA {version}"
+
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated: free on the card, or free in the pool."""
+        return int(self._device.mem_info[0] + self._main_pool.free_bytes())
+
+    def key(self, array: Array) -> tuple[Any, ...]:
+        """What a plan depends on. Raises AttributeError for an array that is not on a GPU."""
+        return (array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id)
+
+    def check(self, where: str, array: Array) -> None:
+        """Raise OpError unless the array lies on this GPU."""
+        if not isinstance(array, self.array_type):
+            raise OpError(f"{where} is a {type(array).__module__}.{type(array).__name__}, not an array on the GPU")
+        if array.data.device_id != self._device.id:  # type: ignore[attr-defined]
+            raise OpError(f"{where} lies on GPU {array.data.device_id}, not {self._device.id}")  # type: ignore[attr-defined]
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        count = dtype.itemsize * math.prod(shape)
+        failure = self._cupy.cuda.memory.OutOfMemoryError
+        try:
+            return self.array_type(shape, dtype, self.pool.malloc(count))
+        except failure:
+            if self._capturing:  # nothing may be freed now; a body's first run has made its pool large enough
+                raise self._out_of_memory(count) from None
+        # A pool gives its own free blocks back before it fails, but no other pool's.
+        self.give_back()
+        self._main_pool.free_all_blocks()
+        try:
+            return self.array_type(shape, dtype, self.pool.malloc(count))
+        except failure:
+            raise self._out_of_memory(count) from None
+
+    def _out_of_memory(self, count: int) -> DeviceError:
+        free, total = self._device.mem_info
+        return DeviceError(
+            f"out of GPU memory: {count / 1e9:.2f} GB asked for, {free / 1e9:.2f} of {total / 1e9:.2f} GB free;"
+            " a shorter --context or a smaller batch needs less"
+        )
+
+    def fill(self, array: Array, byte: int) -> None:
+        array.data.memset_async(byte, array.nbytes, self.stream)
+
+    def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
+        """Copy from pageable memory; the host array may change as soon as this returns."""
+        array.data.copy_from_host_async(host.ctypes.data, host.nbytes, self.stream)
+
+    def read(self, array: Array) -> np.ndarray[Any, Any]:
+        host = np.empty(array.shape, array.dtype)
+        array.data.copy_to_host_async(host.ctypes.data, host.nbytes, self.stream)
+        self.stream.synchronize()
+        return host
+
+    def stage(self, array: Array, offset: int, host: np.ndarray[Any, Any]) -> None:
+        """Copy 1-D ``host`` to the array's elements from ``offset`` on, through the pinned buffers."""
+        if self._stage is None:
+            self._stage = _Stage(self._cupy, self.stream)
+        self._stage.copy(array.data + offset * host.itemsize, host.view(np.uint8))
+
+    def end_staging(self) -> None:
+        """Give the pinned buffers back, once what went through them has arrived."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def mark(self) -> Any:
+        """An event behind everything queued."""
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+        return event
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], Array]:
+        """Zeroed page-locked host memory, as the host and as kernels see it (one address serves both)."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = self._cupy.cuda.PinnedMemoryPointer(self._cupy.cuda.PinnedMemory(size), 0)
+        host = np.frombuffer(memory, dtype, size // dtype.itemsize).reshape(shape)
+        host[...] = 0
+        owned = self._cupy.cuda.UnownedMemory(memory.ptr, size, memory, self._device.id)
+        return host, self.array_type(shape, dtype, self._cupy.cuda.MemoryPointer(owned, 0))
+
+    def new_pool(self) -> Any:
+        """A memory pool beside the main one; its memory goes back when it dies."""
+        return self._cupy.cuda.MemoryPool()
+
+    @contextmanager
+    def drawing_from(self, pool: Any) -> Iterator[None]:
+        """Allocate from another pool for a while."""
+        before, self.pool = self.pool, pool
+        try:
+            yield
+        finally:
+            self.pool = before
+
+    def capture(self, body: Callable[[], None]) -> Any:
+        """The launches of ``body`` as a CUDA graph; none of them runs now."""
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection finds may wait for the stream, which must not happen now
+        self.stream.begin_capture()
+        self._capturing = True
+        try:
+            body()
+        finally:
+            self._capturing = False
+            graph = self.stream.end_capture()
+            if collecting:
+                gc.enable()
+        return graph
+
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
+    def function(self, file: str, expression: str, shared: int, waits: bool = False) -> Callable[..., None]:
+        """``f(grid, block, args, shared)`` for a kernel instance, compiled or taken from CuPy's disk cache.
+
+        waits: the kernel waits for what it needs of the kernel ahead, so it is launched early where that is possible.
+        One module per instance: whichever instances a run needs, each is found in the cache on its own.
+        """
+        found = self._functions.get((file, expression))
+        if found is None:
+            began = time.perf_counter()
+            module = self._cupy.RawModule(
+                code=source(file),
+                options=options(self._cuda_version[0], self.limits.arch),
+                name_expressions=(expression,),
+            )
+            try:
+                raw = module.get_function(expression)
+            except self._cupy.cuda.compiler.CompileException as e:
+                raise compile_error(file, str(e), self.limits.arch) from None
+            launch = raw.kernel
+            self.compile_seconds += time.perf_counter() - began
+            # All kernels alike: a multiprocessor must be empty to change its shared memory, and then none starts early.
+            raw.preferred_shared_memory_carveout = 100
+            if waits and self._early is not None:
+                launch = PdlLaunch(self._early, launch, self.stream.ptr)
+            found = self._functions[file, expression] = (raw, launch)
+        raw, function = found
+        if shared + raw.shared_size_bytes > 48 * 1024 and shared > raw.max_dynamic_shared_size_bytes:
+            raw.max_dynamic_shared_size_bytes = shared
+        return function  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die."""
+        with self, suppress(*self.failures):  # a GPU in an error state refuses everything; the process's end frees it
+            self.stream.synchronize()
+            self.end_staging()
+            if self.cublas is not None:
+                self.cublas.close()
+            self.cublas, self._workspace = None, None
+            self.give_back = lambda: None
+            self._functions.clear()
+            self._main_pool.free_all_blocks()
+
+
+class _Stage:
+    """Two pinned buffers: while one is on its way to the GPU, the next piece is read from the file into the other.
+
+    Several threads fill a buffer, because reading a mapped file is bound by page faults, not by bandwidth.
+    """
+
+    _THREADS = min(8, os.cpu_count() or 1)
+
+    def __init__(self, cupy: Any, stream: Any) -> None:
+        pinned = [cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(STAGE), 0) for _ in range(2)]
+        self._stream = stream
+        self._ring = itertools.cycle(
+            [(p, np.frombuffer(p, np.uint8, STAGE), cupy.cuda.Event(disable_timing=True)) for p in pinned]
+        )
+        self._threads = ThreadPoolExecutor(self._THREADS)
+
+    def copy(self, target: Any, data: np.ndarray[Any, Any]) -> None:
+        for at in range(0, data.size, STAGE):
+            piece = data[at : at + STAGE]
+            pointer, buffer, sent = next(self._ring)
+            sent.synchronize()  # returns at once if it was never recorded
+            parallel_copy(self._threads, self._THREADS, buffer[: piece.size], piece)
+            (target + at).copy_from_host_async(pointer.ptr, piece.size, self._stream)
+            sent.record(self._stream)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._stream.synchronize()
+        self._ring = itertools.cycle(())
+
+
+def parallel_copy(
+    pool: ThreadPoolExecutor, threads: int, target: np.ndarray[Any, Any], data: np.ndarray[Any, Any]
+) -> None:
+    """``target[:] = data`` for 1-D bytes, with several threads where it is worth it."""
+    size = max(1 << 20, -(-data.size // threads))
+    cuts = range(0, data.size, size)
+    list(pool.map(lambda at: np.copyto(target[at : at + size], data[at : at + size]), cuts))

@@ -1,0 +1,114 @@
+"""TODO: backends.cuda.toolkit."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from ...errors import CompileError, DeviceError
+from ...folders import source_folder
+
+__all__ = ["ARCHS", "options", "parse_archs", "shared_limit", "source", "source_hash", "target", "toolkit_folders"]
+
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+
+
+@cache
+def source_hash(folder: Path | None = None) -> str:
+    """A hash over every source of ``cuda_src/``: CuPy's cache key does not see the headers that a source includes."""
+    digest = hashlib.sha256()
+    for path in sorted((folder or source_folder()).glob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@cache
+def toolkit_folders(major: int) -> tuple[Path, ...]:
+    """The include folders of the CUDA toolkit of that major version: fp16/bf16 headers, then libcu++ (``nv/target``).
+
+    Looks into the nvidia wheels, then CUDA_PATH, then /usr/local/cuda; CuPy brings a libcu++ of its own. Headers of
+    another major version are skipped: a machine may have the wheels of two. Empty if there are none.
+    """
+    wheels = [f for root in _package("nvidia") for f in sorted(root.glob("*/include"))]
+    systems = [Path(p) / "include" for p in (os.environ.get("CUDA_PATH"), "/usr/local/cuda") if p]
+    bundled = [root / "_core/include/cupy/_cccl/libcudacxx" for root in _package("cupy")]
+    for folder in (*wheels, *systems):
+        header = folder / "cuda_runtime_api.h"
+        if (folder / "cuda_fp16.h").is_file() and header.is_file():
+            version = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
+            if version and int(version[1]) // 1000 == major:
+                nearby = wheels if folder in wheels and folder.parent.name != f"cu{major}" else []
+                cccl = [f for f in (folder / "cccl", *nearby, *bundled) if (f / "nv" / "target").is_file()]
+                return (folder, *cccl[:1])
+    return ()
+
+
+def _package(name: str) -> list[Path]:
+    """The folders of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
+
+
+def target(arch: int) -> str:
+    """What follows ``sm_`` or ``compute_`` in the compiler's -arch.
+
+    Hopper's warpgroup instructions (wgmma) are no part of sm_90, which later GPUs understand as well, but of sm_90a.
+    """
+    return "90a" if arch == 90 else str(arch)
+
+
+def options(major: int, arch: int = 0) -> tuple[str, ...]:
+    """The compiler options that CUDA backend and GPU-free compilation share. major: of the NVRTC version.
+
+    arch: for RawModule, which appends an -arch of its own; NVRTC takes the first of two.
+
+    Raises CompileError if the toolkit's headers are not installed.
+    """
+    folders = toolkit_folders(major)
+    if not folders:
+        raise CompileError(
+            f"the CUDA {major} headers (cuda_fp16.h) are not installed; "
+            f"pip install 'cuda-toolkit[cudart,cccl]=={major}.*'"
+        )
+    return (
+        "-std=c++17",
+        f"-I{source_folder()}",
+        *(f"-I{f}" for f in folders),
+        f"-DCUPLAMA_SOURCE_HASH={source_hash()}",
+        *((f"-arch=sm_{target(arch)}",) if target(arch) != str(arch) else ()),
+    )
+
+
+def source(file: str) -> str:
+    """The text of ``cuda_src/<file>``, with its name in place, so that the compiler reports lines of our file."""
+    return f'#line 1 "{file}"\n' + (source_folder() / file).read_text(encoding="utf-8")
+
+
+def parse_archs(text: str, supported: Sequence[int] = ()) -> tuple[int, ...]:
+    """``"sm_80,sm_90"`` or ``"80,90"`` or ``"all"`` -> (80, 90). Raises DeviceError naming the piece it cannot read."""
+    if text.strip() == "all":
+        return ARCHS
+    archs = []
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        m = re.fullmatch(r"(?:sm_)?(\d{2,3})", piece)
+        if m is None or (supported and int(m[1]) not in supported) or int(m[1]) < ARCHS[0]:
+            known = ", ".join(f"sm_{a}" for a in supported or ARCHS if a >= ARCHS[0])
+            raise DeviceError(f"architecture {piece!r} is not supported; supported: {known}")
+        archs.append(int(m[1]))
+    if not archs:
+        raise DeviceError("no architecture given; for example: sm_80,sm_90")
+    return tuple(dict.fromkeys(archs))
+
+
+# Largest shared memory of a block that opts in, in bytes (CUDA C++ programming guide, technical specifications).
+_SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory a block can have on an architecture; of unknown ones, the smallest since sm_80."""
+    return _SHARED.get(arch, 101376)

@@ -1,0 +1,38 @@
+"""TODO: dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["DTYPES", "Array", "dtype_name", "upcast"]
+
+Array = Any  # a NumPy or CuPy array: both have shape, dtype, flags and nbytes
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "f64": np.dtype(np.float64),
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "i64": np.dtype(np.int64),
+    "u64": np.dtype(np.uint64),
+    "i32": np.dtype(np.int32),
+    "u32": np.dtype(np.uint32),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The short name of a dtype, as signatures and kernels spell it: ``bf16``, ``i32``, ..."""
+    return _NAMES[np.dtype(dtype)]
+
+
+def upcast(x: Array) -> Array:
+    """The array in the precision that references compute in: float32, or float64 if it is float64 already."""
+    return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)

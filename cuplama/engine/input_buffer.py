@@ -1,0 +1,61 @@
+"""Small arrays that change together: one buffer on the device, so that one transfer sets them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..dtypes import Array
+
+if TYPE_CHECKING:
+    from ..backends import Backend
+
+
+__all__ = ["Packed"]
+
+_ALIGNMENT = 16  # bytes; kernels may read 16 at a time
+
+
+class Packed:
+    """Copies of ``arrays`` in one buffer. device: name -> device array; host: name -> what ``send`` sends there.
+
+    A backend whose device is the host may share the memory of both.
+    """
+
+    def __init__(self, backend: Backend, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self._backend = backend
+        self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
+        size = 0
+        for name, array in arrays.items():
+            self._places[name] = (size, array.shape, array.dtype)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._bytes = np.zeros(size, np.uint8)
+        self.host: dict[str, np.ndarray[Any, Any]] = self._views(self._bytes)
+        for name, array in arrays.items():
+            self.host[name][...] = array
+        self._buffer = backend.upload(self._bytes)
+        self.device: dict[str, Array] = self._views(self._buffer)
+
+    def _views(self, buffer: Array) -> dict[str, Any]:
+        found = {}
+        for name, (at, shape, dtype) in self._places.items():
+            found[name] = buffer[at : at + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return found
+
+    def put(self, name: str, array: np.ndarray[Any, Any], rest: int = 0) -> None:
+        """Set a host array: ``array`` in its first rows and columns, ``rest`` everywhere else."""
+        host = self.host[name]
+        host.fill(rest)
+        host[tuple(slice(size) for size in array.shape)] = array
+
+    def send(self) -> None:
+        """Copy the host's arrays to the device, in order with what is queued; they may change as soon as it returns."""
+        self._backend.write(self._buffer, self._bytes)
+
+    def close(self) -> None:
+        """Drop the device arrays."""
+        self.device.clear()
+        del self._buffer

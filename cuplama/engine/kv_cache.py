@@ -1,0 +1,88 @@
+"""The paged KV cache: a pool of pages, and the pages that each sequence owns.
+
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..dtypes import Array
+from ..errors import ContextError
+from ..models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from ..backends import Backend
+
+
+__all__ = ["PAGE", "PagedCache", "block_table", "pages_for"]
+
+PAGE = 64  # tokens per page: 16 KB of one bf16 head of 128, a good size for one bulk copy
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold this many tokens."""
+    return -(-tokens // PAGE)
+
+
+class PagedCache:
+    """The pool. ``arrays``: "<layer>.cache.k" and ".v" [pages + 1, kv_heads, PAGE, head_dim] in the model's dtype."""
+
+    def __init__(self, backend: Backend, config: ModelConfig, pages: int) -> None:
+        shape = (pages + 1, config.num_kv_heads, PAGE, config.head_dim)
+        self.pages, self.page_size = pages, PAGE
+        self.spare = pages  # a page that is nobody's: rows that fill up a recorded batch write there
+        self.arrays: dict[str, Array] = {
+            f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.num_layers) for part in "kv"
+        }
+        self._free = list(range(pages - 1, -1, -1))  # low pages first: memory that is never used is never touched
+        self._reserved = 0
+
+    @property
+    def free(self) -> int:
+        """Pages that no sequence owns."""
+        return len(self._free)
+
+    @property
+    def unreserved(self) -> int:
+        """Pages that no run may still ask for."""
+        return self.pages - self._reserved
+
+    @contextmanager
+    def reserve(self, pages: int) -> Iterator[None]:
+        """Keep this many pages for one run, which takes them one by one as its sequences grow.
+
+        Two runs may interleave (two open streams), and neither may find the pool empty halfway.
+        """
+        if pages > self.unreserved:
+            raise ContextError(
+                f"the KV cache has room for {self.unreserved * PAGE} more tokens, {pages * PAGE} are needed:"
+                " end the streams that are still open, or load the model with more cache_tokens"
+            )
+        self._reserved += pages
+        try:
+            yield
+        finally:
+            self._reserved -= pages
+
+    def extend(self, owned: list[int], tokens: int) -> None:
+        """Give a sequence the pages it needs for ``tokens`` tokens in all. They were promised to its run."""
+        while len(owned) < pages_for(tokens):
+            owned.append(self._free.pop())
+
+    def release(self, owned: list[int]) -> None:
+        """Take back all pages of a sequence."""
+        self._free += reversed(owned)
+        owned.clear()
+
+
+def block_table(sequences: list[list[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """The pages of each sequence as [b, M]; unused entries are 0."""
+    table = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
+    for row, pages in zip(table, sequences, strict=True):
+        row[: len(pages)] = pages
+    return table

@@ -1,0 +1,41 @@
+"""TODO: engine.sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..sampling_params import SamplingParams
+
+__all__ = ["Sequence", "Token"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A drawn token. logprob and top, [(id, logprob), ...], are of the raw logits; None and () unless asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class SequenceState:
+    """One sequence on its way. The consumer sets ``finish_reason`` to end it; the engine sets "stop" or "length"."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    seed: int = 0
+    tokens: list[int] = field(default_factory=list)  # prompt and generated
+    cached: int = 0  # tokens whose keys and values are in the cache
+    pages: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.seed = self.params.with_seed()
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.prompt)

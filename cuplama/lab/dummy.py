@@ -1,0 +1,66 @@
+"""TODO: lab.dummy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import DTYPES
+from ..errors import ConfigError, ParameterError
+from ..load import context_length, load, start_engine
+from ..model import Model, Settings
+from ..models.config import ModelConfig
+from ..models.presets import find_shape, is_shape
+from ..quant.weight import Weight
+from .peaks import random_weight
+
+__all__ = ["Source", "dummy_model", "dummy_weights"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model runs and how. model: folder, hub id or a known shape; dummy: random weights from its config alone."""
+
+    model: str | None
+    dummy: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def open(self, context: int, cache_tokens: int) -> Model:
+        """Load the model, or make it up."""
+        if self.dummy:
+            if self.model is None:
+                raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
+            return dummy_model(self.model, self.device, self.dtype, context, cache_tokens)
+        if is_shape(self.model):
+            raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
+        return load(self.model, device=self.device, dtype=self.dtype, context=context, cache_tokens=cache_tokens)
+
+
+def dummy_weights(config: ModelConfig, dtype: np.dtype[Any]) -> dict[str, Weight]:
+    """Random weights by canonical name, as a checkpoint would give them. Scales of norms are near 1, the rest near 0.
+
+    The head shares the embedding's array if the config ties them.
+    """
+    return {
+        name: random_weight(
+            name,
+            shape,
+            dtype,
+            ("embed_tokens",) if name == "lm_head" and config.tied else (name,),
+            float(name.endswith("norm")),
+        )
+        for name, shape in config.weight_shapes().items()
+    }
+
+
+def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens: int) -> Model:
+    """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states."""
+    name, config = find_shape(model)
+    weights = dummy_weights(config, DTYPES[config.stored])
+    length = context_length(config, context)
+    engine = start_engine(config, weights, device, dtype, length, max(length, cache_tokens))
+    return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None, {}))

@@ -1,0 +1,161 @@
+"""Safetensors files -> canonical weights. Memory-mapped, sharded or not, and strict.
+
+Every tensor of the files must be used by the model and every weight of the model must be found, with the right shape:
+a lost weight would otherwise turn into silently wrong text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..dtypes import DTYPES
+from ..errors import CheckpointError
+from ..ops.signature import dim_value
+from ..quant.weight import Weight
+from .config import ModelConfig, read_json
+from .family import HARMLESS_TENSORS, Recipe
+
+__all__ = ["INDEX", "Tensor", "load_weights", "open_tensors"]
+
+# The safetensors dtypes that weights may have.
+_DTYPES = {"F32": DTYPES["f32"], "F16": DTYPES["f16"], "BF16": DTYPES["bf16"]}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file: ``data`` is a read-only view of the mapped file, or None if its dtype is not a weight's."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray[Any, Any] | None
+
+
+def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
+    """The weights of ``config`` from the safetensors files in ``folder``, by canonical name.
+
+    Raises CheckpointError naming the file and the tensor that is missing, left over, of the wrong shape or unreadable.
+    """
+    tensors = open_tensors(folder)
+    prefix = config.family.prefix
+    if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
+        tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
+    dims = config.dims()
+    used: set[str] = set()
+    weights = {}
+    for name, recipe in config.recipes().items():
+        weight = _assemble(folder, name, recipe, tensors, dims)
+        weights[name] = weight
+        used.update(weight.source)
+    for name in sorted(tensors.keys() - used):
+        if not any(re.fullmatch(pattern, name) for pattern in HARMLESS_TENSORS):
+            t = tensors[name]
+            raise CheckpointError(
+                f"{t.file}: tensor {t.name} {list(t.shape)} has no place in {config.architecture} as config.json"
+                " describes it; refusing to ignore it"
+            )
+    return weights
+
+
+def _assemble(
+    folder: Path, name: str, recipe: Recipe, tensors: Mapping[str, Tensor], dims: Mapping[str, int]
+) -> Weight:
+    parts, sources = [], []
+    for shape_text, tensor_name in recipe.parts:
+        shape = tuple(dim_value(d, dims) for d in shape_text.split(","))
+        found = tensors.get(tensor_name)
+        if found is None and recipe.otherwise is not None:
+            found, tensor_name = tensors.get(recipe.otherwise), recipe.otherwise
+        if found is None:
+            alternative = f" (nor {recipe.parts[0][1]})" if recipe.otherwise else ""
+            untied = name in ("embed_tokens", "lm_head") and not recipe.otherwise
+            reason = ", and config.json says that head and embedding are not tied" if untied else ""
+            raise CheckpointError(f"{folder}: tensor {tensor_name}{alternative} is missing{reason}")
+        stored = shape[::-1] if recipe.transposed else shape
+        if found.shape != stored:
+            raise CheckpointError(
+                f"{found.file}: tensor {found.name} has shape {list(found.shape)}; config.json asks for {list(stored)}"
+            )
+        if found.data is None:
+            raise CheckpointError(
+                f"{found.file}: tensor {found.name} has dtype {found.dtype}; supported: {', '.join(_DTYPES)}"
+            )
+        parts.append(found.data.T if recipe.transposed else found.data)
+        sources.append(tensor_name)
+    if len({p.dtype for p in parts}) > 1:
+        raise CheckpointError(f"{folder}: tensors {', '.join(sources)} have different dtypes")
+    return Weight(name, tuple(sources), tuple(parts))
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by name: of ``model.safetensors``, or of the shards that the index lists.
+
+    Raises CheckpointError for a missing, truncated or corrupt file and for an index that does not match its shards.
+    """
+    if (folder / INDEX).exists():
+        return _open_shards(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"
+    if single in files:
+        files = [single]
+    if not files:
+        others = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in sorted(folder.glob(pattern))]
+        hint = f" ({', '.join(others[:3])} cannot be read; convert to safetensors)" if others else ""
+        raise CheckpointError(f"{folder} has no model.safetensors{hint}")
+    if len(files) > 1:
+        raise CheckpointError(f"{folder} has {len(files)} safetensors files but no {INDEX} that says how they belong")
+    return _open_file(files[0])
+
+
+def _open_shards(folder: Path) -> dict[str, Tensor]:
+    index = folder / INDEX
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise CheckpointError(f"{index} has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(names.values())):
+        if not (folder / shard).is_file():
+            count = sum(v == shard for v in names.values())
+            raise CheckpointError(f"{folder / shard} is missing; {INDEX} places {count} tensors in it")
+        for name, tensor in _open_file(folder / shard).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {tensor.file}")
+            tensors[name] = tensor
+    for name, shard in names.items():
+        if name not in tensors or tensors[name].file != folder / shard:
+            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, though {INDEX} places it there")
+    for name in sorted(tensors.keys() - names.keys()):
+        raise CheckpointError(f"{tensors[name].file}: tensor {name} is not listed in {INDEX}")
+    return tensors
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    """Map one file. The safetensors library checks the header against the file; the views are then plain offsets."""
+    try:
+        with safe_open(str(path), framework="np"):
+            pass
+        data = np.memmap(path, np.uint8, "r")
+    except SafetensorError as e:
+        raise CheckpointError(f"{path} is truncated or corrupt: {str(e).split(': ', 1)[-1]}") from None
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror or e}") from None
+    start = 8 + int(data[:8].view(np.uint64)[0])
+    tensors = {}
+    for name, entry in json.loads(data[8:start].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
+        view = None if dtype is None else np.asarray(data[start + first : start + last]).view(dtype).reshape(shape)
+        tensors[name] = Tensor(name, path, entry["dtype"], shape, view)
+    return tensors

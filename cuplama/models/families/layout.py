@@ -1,0 +1,41 @@
+"""Checkpoint names that Llama introduced and most families kept."""
+
+from __future__ import annotations
+
+from ..family import Recipe, one
+
+__all__ = ["EMBED_AND_HEAD", "KV_ROWS", "LAYER", "LLAMA", "Q_ROWS"]
+
+LAYER = "model.layers.{i}."
+Q_ROWS, KV_ROWS = "num_heads*D", "num_kv_heads*D"
+
+EMBED_AND_HEAD = {
+    # A tied matrix may be stored under either name; if both are stored, both count.
+    "embed_tokens": one("V,d", "model.embed_tokens.weight", otherwise="lm_head.weight"),
+    "lm_head": one("V,d", "lm_head.weight", otherwise="model.embed_tokens.weight"),
+    "norm": one("d", "model.norm.weight"),
+    "{i}.attn_norm": one("d", LAYER + "input_layernorm.weight"),
+    "{i}.mlp_norm": one("d", LAYER + "post_attention_layernorm.weight"),
+    "{i}.o_proj": one(f"d,{Q_ROWS}", LAYER + "self_attn.o_proj.weight"),
+    "{i}.down_proj": one("d,f", LAYER + "mlp.down_proj.weight"),
+}
+
+LLAMA = {
+    **EMBED_AND_HEAD,
+    "{i}.qkv_proj": Recipe(
+        tuple(
+            (f"{rows},d", f"{LAYER}self_attn.{x}_proj.weight")
+            for x, rows in (("q", Q_ROWS), ("k", KV_ROWS), ("v", KV_ROWS))
+        )
+    ),
+    "{i}.qkv_proj.bias": Recipe(
+        tuple((rows, f"{LAYER}self_attn.{x}_proj.bias") for x, rows in (("q", Q_ROWS), ("k", KV_ROWS), ("v", KV_ROWS))),
+        when="qkv_bias",
+    ),
+    "{i}.o_proj.bias": one("d", LAYER + "self_attn.o_proj.bias", when="o_bias"),
+    "{i}.gate_up_proj": Recipe((("f,d", LAYER + "mlp.gate_proj.weight"), ("f,d", LAYER + "mlp.up_proj.weight"))),
+    "{i}.gate_up_proj.bias": Recipe(
+        (("f", LAYER + "mlp.gate_proj.bias"), ("f", LAYER + "mlp.up_proj.bias")), when="mlp_bias"
+    ),
+    "{i}.down_proj.bias": one("d", LAYER + "mlp.down_proj.bias", when="mlp_bias"),
+}

@@ -1,0 +1,19 @@
+"""Qwen2 and Qwen2.5: Llama with biases of q, k and v, and windows by layer."""
+
+from __future__ import annotations
+
+from ..family import OFF, Family, fields, window_by_layer
+from .layout import LLAMA
+
+__all__ = ["FAMILY"]
+
+
+FAMILY = Family(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    LLAMA,
+    fields(num_key_value_heads=32, max_position_embeddings=32768),
+    windows=window_by_layer,
+    flags={"qkv_bias": True},
+    neutral={"mlp_bias": OFF},
+)

@@ -1,0 +1,103 @@
+"""The shapes of well-known models, as their published config.json states them: enough to measure without a download.
+
+The facts that a run depends on, and no more; text, tokenizer and weights are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .config import ModelConfig, load_config, parse_config
+
+__all__ = ["SHAPES", "find_shape", "is_shape"]
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(
+    architecture: str,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    context: int,
+    theta: float,
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "rope_theta": theta,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **more,
+    }
+
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "llama-2-7b": _shape("Llama", 4096, 11008, 32, 32, 32, 32000, 4096, 1e4, torch_dtype="float16"),
+    "llama-3.1-8b": _shape(
+        "Llama", 4096, 14336, 32, 32, 8, 128256, 131072, 5e5, rope_scaling={**_LLAMA3_ROPE, "factor": 8.0}
+    ),
+    "llama-3.2-1b": _shape(
+        "Llama", 2048, 8192, 16, 32, 8, 128256, 131072, 5e5,
+        rope_scaling={**_LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True,
+    ),
+    "mistral-7b-v0.1": _shape("Mistral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e4, sliding_window=4096),
+    "phi-3-mini-4k": _shape(
+        "Phi3", 3072, 8192, 32, 32, 32, 32064, 4096, 1e4, sliding_window=2047, original_max_position_embeddings=4096
+    ),
+    "qwen2.5-0.5b": _shape(
+        "Qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6, rms_norm_eps=1e-6, tie_word_embeddings=True
+    ),
+    "qwen3-8b": _shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, 1e6, rms_norm_eps=1e-6, head_dim=128),
+}  # fmt: skip
+
+
+def is_shape(model: str | None) -> bool:
+    """Whether a model's name means a shape without weights. A folder of that name comes first."""
+    return model is not None and model in SHAPES and not Path(model).exists()
+
+
+def find_shape(model: str) -> tuple[str, ModelConfig]:
+    """(name, config) of a folder that holds a config.json, or of a name in ``SHAPES``. Reads no weights.
+
+    Raises ConfigError listing the names.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name, load_config(folder)
+    if model in SHAPES:
+        return model, parse_config(SHAPES[model], model)
+    raise ConfigError(
+        f"{model!r:.200} is neither a folder with a config.json nor one of the known shapes: {', '.join(SHAPES)}"
+    )

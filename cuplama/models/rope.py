@@ -1,0 +1,207 @@
+"""Rotary frequencies and their cos/sin tables: every RoPE variant is a different table, and nothing else.
+
+Angles are float32 products of position and inverse frequency, as transformers computes them.
+
+default: Su et al., arXiv:2104.09864. linear: Chen et al., arXiv:2306.15595. dynamic: "NTK-aware" scaling as
+transformers has it. llama3: the Llama 3.1 release. yarn: Peng et al., arXiv:2309.00071. longrope: Ding et al.,
+arXiv:2402.13753.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ROPE_KEYS", "FloatArray", "Rope", "RopeTables", "Span", "table_rows"]
+
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+# The keys that each type takes beside rope_type, rope_theta and partial_rotary_factor: (required, optional).
+ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    name: (frozenset(required.split()), frozenset(optional.split()))
+    for name, required, optional in (
+        ("default", "", ""),
+        ("linear", "factor", ""),
+        ("dynamic", "factor", ""),
+        ("llama3", "factor low_freq_factor high_freq_factor", "original_max_position_embeddings"),
+        (
+            "yarn",
+            "factor",
+            "original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
+        ),
+        ("longrope", "short_factor long_factor", "factor attention_factor original_max_position_embeddings"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary settings of a model.
+
+    dim: rotated elements per head (head_dim, less when partial); context: max_position_embeddings; original: the
+    context before scaling; settings: the keys of the type, as in ``ROPE_KEYS``.
+    """
+
+    type: str
+    theta: float
+    dim: int
+    context: int
+    original: int
+    settings: Mapping[str, Any]
+
+    def frequencies(self, length: Any) -> tuple[FloatArray, float]:
+        """Inverse frequencies [dim/2] and the factor on cos and sin, for a sequence of ``length`` tokens.
+
+        dynamic takes an array of n lengths too, for frequencies [n, dim/2].
+        """
+        return _TYPES[self.type](self, length)
+
+    def regime(self, length: int) -> int:
+        """Keys cached under one regime cannot be used under another: the sequence has to be computed again.
+
+        Only longrope has two: short factors up to the original context, long ones beyond. (dynamic changes with every
+        token, but there, as in transformers, cached keys stay as they are.)
+        """
+        return int(self.type == "longrope" and length > self.original)
+
+    def stable_steps(self, length: int) -> int:
+        """Decode steps that keep one regime, for a sequence of ``length`` tokens whose last is not cached yet."""
+        if self.type == "longrope" and not self.regime(length - 1):
+            return max(0, self.original - length + 1)
+        return 2**31
+
+
+def _base(rope: Rope, theta: Any = None) -> FloatArray:
+    exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    thetas = np.asarray(rope.theta if theta is None else theta, np.float32)[..., None]
+    frequencies: FloatArray = (1.0 / np.power(thetas, exponent)).astype(np.float32)
+    return frequencies
+
+
+def _default(rope: Rope, length: int) -> tuple[FloatArray, float]:
+    return _base(rope), 1.0
+
+
+def _linear(rope: Rope, length: int) -> tuple[FloatArray, float]:
+    return _base(rope) / np.float32(rope.settings["factor"]), 1.0
+
+
+def _dynamic(rope: Rope, length: Any) -> tuple[FloatArray, float]:
+    factor = rope.settings["factor"]
+    stretch = factor * np.maximum(length, rope.context) / rope.context - (factor - 1)
+    return _base(rope, rope.theta * stretch ** (rope.dim / (rope.dim - 2))), 1.0
+
+
+def _llama3(rope: Rope, length: int) -> tuple[FloatArray, float]:
+    s = rope.settings
+    low, high, factor = s["low_freq_factor"], s["high_freq_factor"], s["factor"]
+    f = _base(rope)
+    wavelength = 2 * math.pi / f
+    t = (rope.original / wavelength - low) / (high - low)
+    blend = (1 - t) * f / factor + t * f
+    scaled = np.where(wavelength > rope.original / low, f / factor, blend)
+    return np.where(wavelength < rope.original / high, f, scaled).astype(np.float32), 1.0
+
+
+def _yarn(rope: Rope, length: int) -> tuple[FloatArray, float]:
+    s = rope.settings
+    factor = s["factor"] or rope.context / rope.original
+
+    def turning_point(rotations: float) -> float:
+        """The dim that makes this many rotations within the original context."""
+        return rope.dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = turning_point(s.get("beta_fast") or 32), turning_point(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    ramp = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001), 0, 1)
+    f = _base(rope)
+
+    def magnitude(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    attention = s.get("attention_factor")
+    if attention is None:
+        mscale, all_dim = s.get("mscale"), s.get("mscale_all_dim")
+        attention = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    return (ramp * f / factor + (1 - ramp) * f).astype(np.float32), attention
+
+
+def _longrope(rope: Rope, length: int) -> tuple[FloatArray, float]:
+    s = rope.settings
+    divisors = np.asarray(s["long_factor" if length > rope.original else "short_factor"], np.float32)
+    attention = s.get("attention_factor")
+    if attention is None:
+        factor = s.get("factor") or rope.context / rope.original
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(rope.original))
+    return (_base(rope) / divisors).astype(np.float32), attention
+
+
+_TYPES: Mapping[str, Callable[[Rope, int], tuple[FloatArray, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence in one pass: positions start .. start + count - 1.
+
+    total: the length that the sequence reaches once its prompt is through, which in a chunked prefill is more than
+    start + count; it decides the frequencies, so that chunks of a prompt agree with the prompt in one piece.
+    """
+
+    start: int
+    count: int
+    total: int
+
+
+def table_rows(rope: Rope, positions: int) -> int:
+    """Rows of the tables for that many positions."""
+    return positions * (1 + rope.regime(positions))
+
+
+class RopeTables:
+    """cos and sin for every position up to ``positions``, float32 [rows, dim/2].
+
+    Row p belongs to position p. longrope has the same again with the long factors from row ``positions`` on; the rows
+    of dynamic are those of a sequence that ends there (a decode step), and other passes beyond the context get a table
+    of their own.
+    """
+
+    def __init__(self, rope: Rope, positions: int) -> None:
+        self.rope, self.positions = rope, positions
+        everywhere = np.arange(positions)
+        if rope.type == "dynamic":
+            # The frequencies beyond depend on the position itself: as many rows of them.
+            parts = [self._rows(everywhere[: rope.context], rope.context)]
+            parts += [self._rows(beyond, beyond + 1) for beyond in np.array_split(everywhere[rope.context :], 64)]
+        elif rope.regime(positions):
+            parts = [self._rows(everywhere, 1), self._rows(everywhere, positions)]
+        else:
+            parts = [self._rows(everywhere, positions)]
+        self.cos = np.concatenate([cos for cos, _ in parts])
+        self.sin = np.concatenate([sin for _, sin in parts])
+
+    def _rows(self, positions: np.ndarray[Any, Any], length: Any) -> tuple[FloatArray, FloatArray]:
+        frequencies, factor = self.rope.frequencies(length)
+        angles = positions.astype(np.float32)[:, None] * frequencies
+        return np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
+
+    def lookup(self, spans: Sequence[Span]) -> tuple[FloatArray, FloatArray, np.ndarray[Any, np.dtype[np.int32]]]:
+        """Tables and the row of each new token. The tables are ``self.cos, self.sin`` unless the pass needs its own."""
+        positions = [np.arange(s.start, s.start + s.count) for s in spans]
+        if self.rope.type == "dynamic" and any(s.total > self.rope.context and s.total != s.start + 1 for s in spans):
+            own = [self._rows(p, s.total) for p, s in zip(positions, spans, strict=True)]
+            cos, sin = (np.concatenate(tables) for tables in zip(*own, strict=True))
+            return cos, sin, np.arange(len(cos), dtype=np.int32)
+        rows = [p + self.positions * self.rope.regime(s.total) for p, s in zip(positions, spans, strict=True)]
+        return self.cos, self.sin, np.concatenate(rows).astype(np.int32)

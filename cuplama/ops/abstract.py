@@ -1,0 +1,65 @@
+"""Shapes and dtypes without arrays: what a list of nodes would compute, found by walking it once.
+
+Memory plans, the kernel inventory and the lab's workloads all come from this walk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import DTYPES, Array, dtype_name
+from . import OPS
+from .node import Node
+from .op import Call, Op
+
+__all__ = ["AbstractArray", "abstract", "attributes", "infer"]
+
+
+class _Flags:
+    c_contiguous = True
+
+
+@dataclass(frozen=True)
+class AbstractArray:
+    """An array's description without the array: enough to bind an op and to plan its launches."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    flags: type[_Flags] = _Flags
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def abstract(shape: Sequence[int], dtype: np.dtype[Any]) -> AbstractArray:
+    """The description of an array of that shape and dtype."""
+    return AbstractArray(tuple(shape), np.dtype(dtype))
+
+
+def attributes(op: Op, given: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
+    """What of ``given`` is an attribute of the op; a dtype letter given as "T" becomes the model's dtype."""
+    letters = {s.dtype for s in (*op.signature.outs, *op.signature.ins)} - set(DTYPES)
+    names = {s.name for s in op.signature.attrs} | letters
+    return {k: dtype_name(T) if k in letters and v == "T" else v for k, v in given.items() if k in names}
+
+
+def infer(nodes: Sequence[Node], values: dict[str, Array | None], T: np.dtype[Any]) -> Iterator[tuple[Node, Call]]:
+    """Each node with its call: the sizes, dtypes and attributes that follow from ``values``, by name.
+
+    values: weights, inputs and caches, as arrays or descriptions; the outputs of every node are added to it as
+    descriptions. T: the model's dtype. Raises OpError for values that do not fit an op.
+    """
+    values[""] = None  # the name of an input that is left out
+    for node in nodes:
+        op = OPS[node.op]
+        call = op.bind([values[name] for name in node.ins], attributes(op, node.attrs, T))
+        for name, spec in zip(node.outs, op.signature.outs, strict=True):
+            if spec.name not in op.signature.in_place:
+                values[name] = abstract(call.shape(spec), call.dtype(spec))
+        yield node, call

@@ -1,0 +1,79 @@
+"""TODO: ops.prototypes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..folders import source_folder
+
+__all__ = ["Parameter", "Prototype", "parse_prototypes", "prototypes"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a kernel: ``const T* x`` has type ``T``, pointer and const true."""
+
+    name: str
+    type: str
+    pointer: bool = False
+    const: bool = False
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """A kernel as its ``.cu`` declares it; template parameters have type ``typename`` or an integer type.
+
+    waits: its text calls ``pdl_wait``, so it may be started before the kernel ahead of it has ended.
+    """
+
+    name: str
+    template: tuple[Parameter, ...]
+    parameters: tuple[Parameter, ...]
+    waits: bool = False
+
+
+_KERNEL = re.compile(
+    r"(?:template\s*<([^>]*)>\s*)?(?:extern\s+\"C\"\s+)?__global__\s+(?:static\s+)?void\s+"
+    r"(?:__launch_bounds__\s*\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)\s*\{",
+    re.S,
+)
+
+
+def parse_prototypes(text: str) -> dict[str, Prototype]:
+    """Every kernel of a ``.cu`` text by name."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+    found = {}
+    for m in _KERNEL.finditer(text):
+        template, name, params = m.groups(default="")
+        waits = "pdl_wait(" in _block(text, m.end())
+        found[name] = Prototype(name, _parameters(template), _parameters(params), waits)
+    return found
+
+
+def _block(text: str, start: int) -> str:
+    """The text from just behind a brace to the brace that closes it."""
+    depth, at = 1, start
+    while depth and at < len(text):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        at += 1
+    return text[start:at]
+
+
+def _parameters(text: str) -> tuple[Parameter, ...]:
+    parsed = []
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        piece = piece.split("=")[0]
+        words = piece.replace("*", " * ").replace("__restrict__", " ").replace("volatile", " ").split()
+        const, pointer = "const" in words, "*" in words
+        words = [w for w in words if w not in ("const", "*")]
+        parsed.append(Parameter(words[-1], " ".join(words[:-1]), pointer, const))
+    return tuple(parsed)
+
+
+@cache
+def prototypes(file: str, folder: Path | None = None) -> dict[str, Prototype]:
+    """Every kernel of ``cuda_src/<file>`` by name."""
+    return parse_prototypes(((folder or source_folder()) / file).read_text(encoding="utf-8"))

@@ -1,0 +1,90 @@
+"""TODO: ops.signature."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["OpError", "Signature", "Spec", "dim_names", "dim_value"]
+
+
+class OpError(TypeError):
+    """Arrays that do not fit an op's signature. Always a bug of the caller, never of the user."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One array or scalar of a signature."""
+
+    name: str
+    dims: tuple[str, ...] | None  # None: a scalar attribute
+    dtype: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A parsed signature: output arrays, input arrays, scalar attributes."""
+
+    text: str
+    outs: tuple[Spec, ...]
+    ins: tuple[Spec, ...]
+    attrs: tuple[Spec, ...]
+
+    @staticmethod
+    def parse(text: str) -> Signature:
+        left, right = text.split("=", 1)
+        specs = _specs(right.strip()[1:-1])
+        return Signature(
+            text,
+            outs=_specs(left),
+            ins=tuple(s for s in specs if s.dims is not None),
+            attrs=tuple(s for s in specs if s.dims is None),
+        )
+
+    @cached_property
+    def in_place(self) -> frozenset[str]:
+        return frozenset(s.name for s in self.outs) & frozenset(s.name for s in self.ins)
+
+
+_SPEC = re.compile(r"\s*(\w+)(?:\[([^\]]*)\])?:(\w+)(\??)\s*(?:,|$)")
+
+
+def _specs(text: str) -> tuple[Spec, ...]:
+    specs, at = [], 0
+    while at < len(text.rstrip()):
+        m = _SPEC.match(text, at)
+        if m is None:
+            raise ValueError(f"cannot read the signature at {text[at:]!r}")
+        name, dims, dtype, optional = m.groups()
+        split = None if dims is None else tuple(d.strip() for d in dims.split(","))
+        specs.append(Spec(name, split, dtype, bool(optional)))
+        at = m.end()
+    return tuple(specs)
+
+
+_DIM_CODE: dict[str, Any] = {}
+_DIM_NAMES: dict[str, tuple[str, ...]] = {}
+
+
+def dim_names(expression: str) -> tuple[str, ...]:
+    """The names in a dim expression."""
+    if expression not in _DIM_NAMES:
+        tree = ast.parse(expression, mode="eval")
+        _DIM_NAMES[expression] = tuple(sorted({n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}))
+        _DIM_CODE[expression] = compile(tree, "<dim>", "eval")
+    return _DIM_NAMES[expression]
+
+
+def dim_value(expression: str, env: Mapping[str, Any]) -> int:
+    """The value of a dim expression once its names are known."""
+    dim_names(expression)
+    return int(eval(_DIM_CODE[expression], {"__builtins__": {}}, dict(env)))

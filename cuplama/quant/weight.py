@@ -1,0 +1,54 @@
+"""TODO: quant.weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Weight"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A canonical weight: row blocks of mapped tensors, stacked along the first axis.
+
+    source: the tensors' names; two weights with the same source are one (a tied head).
+    """
+
+    name: str
+    source: tuple[str, ...]
+    parts: tuple[np.ndarray[Any, Any], ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = self.parts[0].dtype
+        return dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(len(p) for p in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
+    def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+        """(element offset in the row-major weight, contiguous 1-D array) pieces of at most about ``max_bytes``.
+
+        Pieces are views of the mapped file, except those of a transposed tensor, which are copied.
+        """
+        offset = 0
+        for part in self.parts:
+            row = max(1, part.nbytes // max(1, len(part)))
+            rows = max(1, max_bytes // row)
+            for at in range(0, len(part), rows):
+                piece = np.ascontiguousarray(part[at : at + rows]).reshape(-1)
+                yield offset, piece
+                offset += piece.size
+
+    def array(self) -> np.ndarray[Any, Any]:
+        """The whole weight in its stored dtype: a view of the file where it is one tensor, a copy otherwise."""
+        return self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)

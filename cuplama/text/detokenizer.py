@@ -1,0 +1,55 @@
+"""Token ids to text, one at a time: what ``decode`` of the whole would give, as soon as it is certain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+from .token_decoder import Pipeline
+from .tokenizer import Tokenizer
+
+__all__ = ["Detokenizer"]
+
+
+class Detokenizer:
+    """Turns ids into text one at a time, and never takes back or repeats a character.
+
+    The pushes and the flush together are exactly `tokenizer.decode(ids)`, for any ids. After `context` (the prompt),
+    they are what decode(context + ids) adds to decode(context), so the continuation of a sentencepiece prompt
+    keeps its leading space; if the ids complete a character that the context left incomplete, that character is given.
+
+    It runs the decoder of tokenizer.json as a chain of stages that each hold back only what a later token can still
+    change: an incomplete UTF-8 character (byte-level), or a run of `<0xXX>` tokens, which decodes as a whole or
+    not at all (byte fallback). The held-back part is therefore at most 3 bytes in the one case and the current run
+    in the other, and a push costs the same however long the text is. `tokenizers.DecodeStream` instead guesses from
+    U+FFFD in decoded text: it shows `A` for <0x41>, then fails on <0xFF>, and has no flush.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, context: Sequence[int] = (), skip_special: bool = True) -> None:
+        self._piece = tokenizer._piece
+        self._hidden = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._pipeline = Pipeline(tokenizer.stages)
+        self._seen = ""  # of the text still held back, what the context's own decoding already shows
+        if context:
+            for id in context:
+                self.push(id)
+            self._seen = copy.deepcopy(self._pipeline).flush()
+
+    def push(self, id: int) -> str:
+        """The text that is certain now that token `id` has come; "" while a character is incomplete."""
+        piece = None if id in self._hidden else self._piece(id)
+        return "" if piece is None else self._unseen(self._pipeline.push(piece))
+
+    def flush(self) -> str:
+        """The rest, at the end: incomplete bytes become U+FFFD. Nothing may be pushed after it."""
+        return self._unseen(self._pipeline.flush())
+
+    def _unseen(self, text: str) -> str:
+        # What a stage holds back it gives in one piece, so the first text to come contains all of `_seen` or differs.
+        if self._seen and text:
+            text, self._seen = text.removeprefix(self._seen), ""
+        return text

@@ -1,0 +1,251 @@
+"""Text to token ids and back: tokenizer.json, streaming detokenization, stop strings.
+
+`tokenizers` reads tokenizer.json, which is the whole truth about encoding and decoding: normalizer, model,
+post-processor (the BOS and EOS around a text) and decoder. tokenizer_config.json adds the names of BOS and EOS, added
+tokens that tokenizer.json lacks, and the chat template. Its `add_bos_token` is ignored: transformers 5 ignores it too
+where there is a tokenizer.json. One known difference: transformers 5 replaces the normalizer of its Llama class, so
+that text right after a special token inside a prompt gets no `▁`; here, as in `tokenizers` itself, the file decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PromptError, TokenizerError
+from . import chat_template
+
+if TYPE_CHECKING:
+    import tokenizers
+from .token_decoder import Pipeline, decoder_spec, lone_bytes, stages
+
+__all__ = ["Tokenizer"]
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A model folder's tokenizer; build one with `Tokenizer.load`.
+
+    `vocab_size` counts added tokens too (largest id + 1). `bos` and `eos` are the ids that the folder names, or None.
+    `chat_template` is the jinja2 source of the default template, or None. `special_ids` are the ids that
+    `decode(skip_special=True)` leaves out.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        backend.no_truncation()  # a limit saved from training must not cut a prompt
+        backend.no_padding()
+        self._backend = backend
+        self._special_tokens = dict(special_tokens or {})
+        self._chat_templates = dict(chat_templates or {})
+        self.stages = stages(decoder_spec(backend))
+        self._pieces: dict[int, str | None] = {}
+        added = backend.get_added_tokens_decoder()
+        self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
+        self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
+        self.bos: int | None = self._named_id("bos_token")
+        self.eos: int | None = self._named_id("eos_token")
+        self.chat_template: str | None = self._chat_templates.get("default")
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json and the optional files beside it from `folder`.
+
+        Raises TokenizerError, naming the file, if tokenizer.json is missing or any of the files is unusable.
+        """
+        import tokenizers
+
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            hint = "; a tokenizer.model alone is not supported" if (folder / "tokenizer.model").exists() else ""
+            raise TokenizerError(f"{path} does not exist{hint}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise TokenizerError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        config_path = folder / "tokenizer_config.json"
+        config = _read_object(config_path)
+        map_path = folder / "special_tokens_map.json"
+        names = {**_special_tokens(map_path, _read_object(map_path)), **_special_tokens(config_path, config)}
+        _add_missing_tokens(backend, config, config_path)
+        try:
+            return cls(backend, names, _chat_templates(folder, config))
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder}: {error}") from error
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """The ids of `text`; special tokens written in the text become their ids.
+
+        With `bos`, the model's post-processor puts its tokens (BOS, for the models that have one) around the text,
+        but never a second BOS before a text that already starts with it. Without, the ids are those of the text
+        alone. Raises PromptError for text that is not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            char = text[error.start]
+            raise PromptError(f"the text is not valid Unicode: {char!r} at character {error.start}") from None
+        encoding = self._backend.encode(text, add_special_tokens=bos)
+        ids: list[int] = encoding.ids
+        # The mask is 1 only for what the post-processor added, so text that itself doubles a token is left alone.
+        doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
+        return ids[1:] if doubled else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids without a token become nothing."""
+        return self._backend.decode([id for id in ids if id >= 0], skip_special_tokens=skip_special)
+
+    def token_text(self, id: int) -> str:
+        """What token `id` adds in the middle of a text, special tokens included, for listings and logprobs.
+
+        Bytes that are only a part of a character are written as escapes (`\\xe2\\x82`), and an id of the model's
+        vocabulary that has no token as `<unused ID>`.
+        """
+        piece = self._piece(id)
+        if piece is None:
+            return f"<unused {id}>"
+        if (lone := lone_bytes(piece, self.stages)) is not None:
+            return lone.decode("utf-8", "backslashreplace")
+        middle = Pipeline(self.stages)
+        middle.push("x")  # whatever the decoder does at the start of a text is now behind us
+        return middle.push(piece) + middle.flush()
+
+    def token_shown(self, id: int) -> str:
+        """`token_text` in quotes, for listings; bytes that are no whole characters are shown as `b'\\xe2\\x82'`.
+
+        The b tells the lone byte A0 from the character U+00A0, which has the same escape.
+        """
+        piece = self._piece(id)
+        lone = None if piece is None else lone_bytes(piece, self.stages)
+        try:
+            (lone or b"").decode()
+        except UnicodeDecodeError:
+            return repr(lone)
+        return repr(self.token_text(id))
+
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """The ids of `messages` in the model's chat template; `options` go to `chat_template.render`.
+
+        The template alone decides about BOS, as in transformers, so there are never two. With `tools`, a folder's
+        separate `tool_use` template is used where there is one. Raises TokenizerError as `render` does, and when the
+        model has no template.
+        """
+        source = self.chat_template
+        if tools:
+            source = self._chat_templates.get("tool_use", source)
+        if source is None:
+            named = f" named 'default' (only {', '.join(self._chat_templates)})" if self._chat_templates else ""
+            raise TokenizerError(
+                f"the model has no chat template{named}: use generate with a plain prompt, "
+                "or put a chat_template.jinja into the model folder"
+            )
+        variables = {"tools": tools, **self._special_tokens, **options}
+        return self.encode(chat_template.render(source, messages, **variables), bos=False)
+
+    def _named_id(self, name: str) -> int | None:
+        token = self._special_tokens.get(name)
+        if token is None:
+            return None
+        id = self._backend.token_to_id(token)
+        if id is None:
+            raise TokenizerError(f"{name} {token!r} is not in the vocabulary of tokenizer.json")
+        return id
+
+    def _piece(self, id: int) -> str | None:
+        """The vocabulary's own spelling of `id` (`Ġthe`, `▁the`, `<0x0A>`), or None if it has no token."""
+        try:
+            return self._pieces[id]
+        except KeyError:
+            piece = self._backend.id_to_token(id) if id >= 0 else None
+            self._pieces[id] = piece
+            return piece
+
+
+# --- The files beside tokenizer.json --------------------------------------------------------------
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _special_tokens(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of the special tokens that `path` names, as strings or as serialized AddedTokens."""
+    names: dict[str, str] = {}
+    for name, value in values.items():
+        if name not in _SPECIAL_NAMES or value is None:
+            continue
+        token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str):
+            raise TokenizerError(f"{path}: {name} must be a string, not {value!r:.80}")
+        names[name] = token
+    return names
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], path: Path) -> None:
+    """Add the tokens that only tokenizer_config.json lists, under the ids it gives them."""
+    import tokenizers
+
+    listed = config.get("added_tokens_decoder") or {}
+    try:
+        entries = sorted((int(id), dict(entry)) for id, entry in listed.items())
+        tokens = [(id, tokenizers.AddedToken(**_without_type(entry))) for id, entry in entries]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{path}: added_tokens_decoder is malformed: {error}") from error
+    for id, token in tokens:
+        if backend.token_to_id(token.content) is not None:
+            continue
+        backend.add_tokens([token])
+        if (given := backend.token_to_id(token.content)) != id:
+            raise TokenizerError(
+                f"{path}: added_tokens_decoder gives {token.content!r} id {id}, but tokenizer.json has room for {given}"
+            )
+
+
+def _without_type(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "__type"}
+
+
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> source: chat_template.jinja before chat_template.json before tokenizer_config.json."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        try:
+            return {"default": jinja.read_text(encoding="utf-8")}
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{jinja}: cannot be read: {error}") from error
+    alone = folder / "chat_template.json"
+    for path, holder in ((alone, _read_object(alone)), (folder / "tokenizer_config.json", config)):
+        value = holder.get("chat_template")
+        if value is None:
+            continue
+        if isinstance(value, str):
+            return {"default": value}
+        try:
+            named = {entry["name"]: entry["template"] for entry in value}
+        except (TypeError, KeyError):
+            named = {}
+        if not named or not all(isinstance(text, str) for pair in named.items() for text in pair):
+            raise TokenizerError(f"{path}: chat_template must be a string or a list of {{name, template}}")
+        return named
+    return {}

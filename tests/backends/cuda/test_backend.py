@@ -1,0 +1,563 @@
+"""The CUDA backend without a GPU: its planning, on arrays in host memory and kernels run by the emulator."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama.backends.cuda import backend as cuda
+from cuplama.backends.cuda.backend import CudaBackend, convert
+from cuplama.backends.cuda.driver import cuda_available
+from cuplama.backends.cuda.gpu import Gpu, _Stage, parallel_copy
+from cuplama.dtypes import DTYPES
+from cuplama.errors import CheckpointError, CompileError, DeviceError
+from cuplama.models.checkpoint import load_weights
+from cuplama.models.config import load_config
+from cuplama.ops import launch as kernel
+from cuplama.ops.linear import STREAMED_ROWS
+from cuplama.ops.node import Node
+from cuplama.ops.signature import OpError
+from cuplama.quant.weight import Weight
+from tests.fakes import Driver, FakeGpu, HostCublas
+from tests.paths import GOLDEN
+
+
+@pytest.fixture
+def backend() -> CudaBackend:
+    return CudaBackend("f32", gpu=FakeGpu())
+
+
+def _fake(backend: CudaBackend) -> FakeGpu:
+    assert isinstance(backend.gpu, FakeGpu)
+    return backend.gpu
+
+
+def _ones(backend: CudaBackend, *shape: int) -> Any:
+    return backend.upload(np.ones(shape, np.float32))
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["llama3-gqa", "qwen3", "gpt2"])
+@pytest.mark.parametrize("cublas", [None, HostCublas()], ids=["kernels", "cublas"])
+def test_a_model_on_the_emulator_gives_the_golden_logits(case: str, cublas: Any) -> None:
+    """Prefill (more rows than a GEMV takes) through graph, plans, kernels, bias and in-place cache."""
+    from cuplama.engine.engine import Engine
+
+    folder = GOLDEN / case
+    config = load_config(folder)
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True, cublas=cublas))
+    weights = {name: backend.load_weight(w) for name, w in load_weights(folder, config).items()}
+    golden = np.load(folder / "golden.npz")
+    engine = Engine(backend, config, weights, 64, 64)
+    logits = np.concatenate(list(engine.logits(golden["prompt_1"].tolist())))
+    np.testing.assert_allclose(logits, golden["logits_1"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama-attention-bias", "gpt2"])
+def test_a_large_batch_decodes_through_cublas(case: str) -> None:
+    """Recorded steps of more rows than are streamed: cuBLAS adds the residual, attention appends."""
+    from cuplama.engine.engine import Engine
+    from cuplama.model import Model, Settings
+
+    folder, count = GOLDEN / case, STREAMED_ROWS + 1
+    config = load_config(folder)
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True, cublas=HostCublas()))
+    weights = {name: backend.load_weight(w) for name, w in load_weights(folder, config).items()}
+    golden = np.load(folder / "golden.npz")
+    model = Model(folder, config, None, Engine(backend, config, weights, 64, 64 * count), Settings())
+    prompt = golden["prompt_1"].tolist()[:20]
+    alone = model.generate(prompt, max_tokens=4, temperature=0.0, ignore_eos=True)
+    _fake(backend).launches.clear()
+    batch = model.generate([prompt] * count, max_tokens=4, temperature=0.0, ignore_eos=True)
+    assert [c.tokens for c in batch] == [alone.tokens] * count
+    launched = {name.split("<")[0] for name in _fake(backend).launches}
+    assert "append_attention" in launched
+    assert not {"add", "linear", "linear_add"} & launched
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+_CHAIN = [
+    Node("add", ("x1",), ("x0", "x0")),
+    Node("add", ("x2",), ("x1", "x0")),
+    Node("add", ("x3",), ("x2", "x0")),
+    Node("add", ("x4",), ("x3", "x0")),
+]
+
+
+def test_dead_intermediates_are_freed_and_kept_ones_returned(backend: CudaBackend) -> None:
+    gpu, x = _fake(backend), _ones(backend, 4, 256)
+    out = backend.run(_CHAIN, {"x0": x}, ("x4", "x2"))
+    assert out.keys() == {"x4", "x2"}
+    gpu.peak = 0
+    del out
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+    assert gpu.peak == 3 * x.nbytes  # x0, and one node's input and output
+    assert len(gpu.alive) == 1
+
+
+def test_the_second_run_plans_nothing(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _ones(backend, 4, 256)
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+    assert len(_fake(backend).launches) == 4
+    monkeypatch.setattr(backend, "_plan", lambda *a: pytest.fail("planned again"))
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+    assert len(_fake(backend).launches) == 8
+
+
+def test_a_plan_made_for_one_array_twice_serves_two_arrays(backend: CudaBackend) -> None:
+    a, b = _ones(backend, 1, 8), _ones(backend, 1, 8)
+    backend.call(OPS["add"], (a, a), {})
+    backend.call(OPS["add"], (a, b), {})
+    assert _fake(backend).seen[:2] == [id(a), id(b)]
+
+
+def test_plans_do_not_grow_without_end(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaBackend, "_MOST_PLANS", 10)
+    for d in range(1, 40):
+        backend.call(OPS["add"], (_ones(backend, 1, d), _ones(backend, 1, d)), {})
+    assert len(backend._plans) <= 10
+
+
+def test_a_fused_node_without_a_kernel_runs_its_parts(backend: CudaBackend) -> None:
+    fused = Node("add_twice", ("x2",), ("x0",), {}, tuple(_CHAIN[:2]))
+    backend.run([fused], {"x0": _ones(backend, 1, 8)}, ("x2",))
+    assert len(_fake(backend).launches) == 2
+
+
+def test_a_recording_runs_once_then_is_captured_then_replayed() -> None:
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True))
+    gpu, x = _fake(backend), _ones(backend, 1, 8)
+    bodies: list[int] = []
+    state: dict[str, Any] = {}
+
+    def body() -> None:
+        bodies.append(len(gpu.launches))
+        state.update(backend.run(_CHAIN, {"x0": x}, ("x4",)))
+
+    recording = backend.capture(body)
+    gpu.pools.clear()
+    for run in (1, 2, 3, 4):
+        x[...] = run
+        recording.replay()
+        assert len(gpu.launches) == 4 * run
+        assert (state["x4"] == 5 * run).all()  # in the same array from the second run on
+    assert len(bodies) == 2
+    assert set(gpu.pools) == {"pool of a recording"}  # a replay overwrites that memory: nobody else may have it
+    assert gpu.pool == "main pool"
+
+
+def test_while_checking_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPLAMA_CHECK", "1")
+    backend = CudaBackend("f32", gpu=FakeGpu(emulate=True))
+    bodies: list[int] = []
+    recording = backend.capture(lambda: bodies.append(1))
+    for _ in range(3):
+        recording.replay()
+    assert len(bodies) == 3
+
+
+_NO_BIAS: Any = HostCublas(lambda bias, add: bias)
+_NOTHING: Any = HostCublas(lambda bias, add: True)
+
+
+_WAYS: list[tuple[Any, str, str, bool, list[str]]] = [
+    (HostCublas(), "f32", "f32", False, []),
+    (HostCublas(), "bf16", "f32", False, []),
+    (HostCublas(), "f32", "f32", True, []),
+    (HostCublas(), "f16", "f16", True, []),
+    (HostCublas(), "bf16", "f32", True, ["cast_bias<bf16, f32>"]),
+    (_NO_BIAS, "bf16", "f32", True, ["fill_rows<bf16, f32>"]),
+    (_NO_BIAS, "f16", "f16", True, ["fill_rows<f16, f16>"]),
+    (_NOTHING, "f32", "f32", True, ["linear"]),
+    (None, "f32", "f32", False, ["linear"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "cublas", "T", "U", "bias", "launched"),
+    [(op, *way) for op in ("linear", "linear_add") for way in _WAYS if op == "linear" or way[2] == "f32"],
+)
+def test_many_rows_go_to_cublas_in_the_best_way_it_has(
+    op: str, cublas: Any, T: str, U: str, bias: bool, launched: list[str]
+) -> None:
+    backend = CudaBackend(T, gpu=FakeGpu(emulate=True, cublas=cublas))
+    gpu, rng = _fake(backend), np.random.default_rng(0)
+    gpu.limits = kernel.Device(sms=2)
+    for n in (9, 300):
+        x, w, b = (rng.standard_normal(s).astype(np.float32).astype(DTYPES[T]) for s in ((n, 40), (264, 40), (264,)))
+        a = rng.standard_normal((n, 264)).astype(np.float32)
+        want = x.astype(np.float64) @ w.astype(np.float64).T + bias * b.astype(np.float64)
+        ins, attrs = [x, w, *([b] if bias else [])], {"U": U}
+        if op == "linear_add":
+            want += a
+            ins, attrs = [x, w, a, *([b] if bias else [])], {}
+        gpu.launches.clear()
+        (y,) = backend.call(op, [backend.upload(i) for i in ins], attrs)
+        if launched == ["linear"]:
+            assert {name.split("<")[0] for name in gpu.launches} == {op}
+        else:
+            assert gpu.launches == launched
+        assert y.dtype == DTYPES[U]
+        error = np.abs(backend.download(y).astype(np.float64) - want).max()
+        assert error < (1e-4 if U == "f32" else 0.05)
+        if n > 9 and launched == ["linear"]:
+            break
+
+
+def test_few_rows_go_to_our_kernels() -> None:
+    backend = CudaBackend("f32", gpu=FakeGpu(cublas=_NOTHING))
+    ins = [_ones(backend, 8, 40), _ones(backend, 24, 40), _ones(backend, 8, 24), _ones(backend, 24)]
+    backend.call(OPS["linear"], [ins[0], ins[1], ins[3]], {"U": "f32"})
+    backend.call(OPS["linear_add"], ins, {})
+    assert [name.split("<")[0] for name in _fake(backend).launches] == ["linear", "linear_add"]
+
+
+# ---- checks before and errors after a launch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: np.ones((2, 8), np.float32), "add: b is not on the GPU"),
+        (lambda a: a[:, :4], "not contiguous|add: b"),
+        (lambda a: a.astype(np.float16), "float16"),
+        (lambda a: a.reshape(4, 4), "b has 4 where n is 2"),
+        (lambda a: a.reshape(16), "shape"),
+        (lambda a: None, "input b is missing"),
+    ],
+    ids=["host", "strided", "dtype", "shape", "rank", "missing"],
+)
+def test_unfit_arrays_never_reach_a_launch(backend: CudaBackend, spoil: Callable[[Any], Any], message: str) -> None:
+    a = _ones(backend, 2, 8)
+    backend.call(OPS["add"], (a, a), {})
+    launched = len(_fake(backend).launches)
+    with pytest.raises(OpError, match=message):
+        backend.call(OPS["add"], (a, spoil(a)), {})
+    assert len(_fake(backend).launches) == launched
+
+
+def test_a_failed_launch_names_kernel_grid_block_and_shapes(backend: CudaBackend) -> None:
+    _fake(backend).fail = True
+    a = _ones(backend, 3, 8)
+    with pytest.raises(DeviceError, match=r"residual.cu: add grid=.* block=.*a=\(3, 8\):float32.*INVALID_VALUE"):
+        backend.call(OPS["add"], (a, a), {})
+    with pytest.raises(DeviceError, match=r"node x1 = add\(x0, x0\)"):
+        backend.run(_CHAIN, {"x0": a}, ("x4",))
+
+
+def test_checking_poisons_outputs_and_waits_after_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPLAMA_CHECK", "1")
+    backend = CudaBackend("f32", gpu=FakeGpu())  # its kernels write nothing
+    out = backend.run(_CHAIN[:2], {"x0": _ones(backend, 1, 8)}, ("x2",))["x2"]
+    assert np.isnan(out).all()
+    assert _fake(backend).synchronised == 2
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_the_poison_is_nan_in_every_dtype(backend: CudaBackend, dtype: str) -> None:
+    array = backend.gpu.empty((3,), DTYPES[dtype])
+    backend.gpu.fill(array, 0xFF)
+    assert np.isnan(array.astype(np.float32)).all()
+
+
+def test_writing_past_the_end_of_an_array_is_refused(backend: CudaBackend) -> None:
+    array = _ones(backend, 2, 3)
+    backend.write(array, np.full((2, 3), 7, np.float32))
+    assert (array == 7).all()
+    with pytest.raises(OpError, match=r"shape \(3, 3\) over one of shape \(2, 3\)"):
+        backend.write(array, np.zeros((3, 3), np.float32))
+
+
+def test_a_failure_is_told_by_the_mark_behind_it(backend: CudaBackend) -> None:
+    class Event:
+        def synchronize(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(DeviceError, match=r"illegal memory access.*CUPLAMA_CHECK=1 names the node"):
+        cuda.Event(Event(), backend.gpu.failures).synchronize()
+
+
+@pytest.mark.parametrize("broken", ["write", "empty"])
+def test_what_cuda_complains_about_is_a_device_error(broken: str, backend: CudaBackend) -> None:
+    x = _ones(backend, 1, 8)
+    backend.call(OPS["add"], (x, x), {})
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    setattr(_fake(backend), broken, fail)
+    host = np.ones((1, 8), np.float32)
+    calls: dict[str, Callable[[], Any]] = {
+        "upload": lambda: backend.upload(host),
+        "write": lambda: backend.write(x, host),
+        "zeros": lambda: backend.zeros((3,), DTYPES["f32"]),
+        "call": lambda: backend.call(OPS["add"], (x, x), {}),
+        "load": lambda: backend.load_weight(Weight("w", ("w",), (host,))),
+    }
+    for name in ("upload", "write") if broken == "write" else ("upload", "zeros", "call", "load"):
+        with pytest.raises(DeviceError, match="illegal memory access"):
+            calls[name]()
+
+
+# ---- weights and dtypes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("logit_rows", ["f32", "f16", "bf16"])
+def test_weights_arrive_in_the_backends_dtype(stored: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "STAGE", 64)  # many pieces
+    rng = np.random.default_rng(0)
+    parts = tuple(rng.standard_normal((n, 7)).astype(DTYPES[stored]) for n in (5, 3))
+    backend = CudaBackend(wanted, gpu=FakeGpu())
+    got = backend.load_weight(Weight("w", ("a", "b"), parts))
+    assert got.dtype == DTYPES[wanted]
+    want = np.concatenate(parts).astype(np.float32).astype(DTYPES[wanted])
+    assert np.array_equal(got.view(np.ndarray), want)
+
+
+def test_a_value_that_fp16_cannot_hold_is_refused() -> None:
+    piece = np.array([1, 70000], np.float32).astype(DTYPES["bf16"])
+    with pytest.raises(CheckpointError, match=r"weight 3\.up holds 70144, which float16 cannot"):
+        convert(piece, DTYPES["f16"], "3.gate_up_proj")
+    assert np.isinf(convert(np.array([np.inf], np.float32), DTYPES["f16"], "x")).all()
+
+
+def test_bf16_becomes_fp16_below_sm_80(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "cuplama"):
+        assert CudaBackend("bf16", gpu=FakeGpu(arch=75)).dtype == np.float16
+    assert "a fake GPU (sm_75) has no bf16; running in fp16" in caplog.text
+    assert CudaBackend("bf16", gpu=FakeGpu(arch=80)).dtype == DTYPES["bf16"]
+
+
+def test_pinned_buffers_take_turns_and_wait_for_their_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuplama.backends.cuda.gpu.STAGE", 100)
+    events: list[str] = []
+    sent: dict[int, bytes] = {}
+
+    class Pinned(bytearray):
+        ptr = property(lambda self: self)
+
+    class Event:
+        def __init__(self, disable_timing: bool) -> None:
+            self.name = "ab"[len(made)]
+            made.append(self)
+
+        def synchronize(self) -> None:
+            events.append(f"wait {self.name}")
+
+        def record(self, stream: Any) -> None:
+            events.append(f"sent {self.name}")
+
+    class Pointer:
+        def __init__(self, at: int) -> None:
+            self.at = at
+
+        def __add__(self, offset: int) -> Pointer:
+            return Pointer(self.at + offset)
+
+        def copy_from_host_async(self, source: bytearray, size: int, stream: Any) -> None:
+            sent[self.at] = bytes(source[:size])
+
+    made: list[Event] = []
+    names = SimpleNamespace(PinnedMemory=lambda n: n, PinnedMemoryPointer=lambda m, at: Pinned(m), Event=Event)
+    stage = _Stage(SimpleNamespace(cuda=names), SimpleNamespace(synchronize=lambda: None))
+    data = np.arange(250, dtype=np.uint8)
+    stage.copy(Pointer(1000), data)
+    stage.close()
+    assert b"".join(sent[at] for at in (1000, 1100, 1200)) == data.tobytes()
+    assert events == ["wait a", "sent a", "wait b", "sent b", "wait a", "sent a"]
+
+
+def test_parallel_copy_copies_everything() -> None:
+    data = np.random.default_rng(0).integers(0, 256, (5 << 20) + 3, np.uint8)
+    target = np.zeros_like(data)
+    with ThreadPoolExecutor(3) as pool:
+        parallel_copy(pool, 3, target, data)
+    assert np.array_equal(target, data)
+
+
+# ---- compiled functions ----------------------------------------------------------------------------------------------
+
+
+class _Raw:
+    shared_size_bytes = 1024
+    max_dynamic_shared_size_bytes = 48 * 1024
+    kernel = staticmethod(lambda *a: None)
+
+
+class CompileException(Exception):  # noqa: N818
+    """Named as CuPy's."""
+
+
+def _gpu_with(module: Callable[..., Any]) -> Gpu:
+    gpu = object.__new__(Gpu)
+    compiler = SimpleNamespace(CompileException=CompileException)
+    gpu._cupy = SimpleNamespace(RawModule=module, cuda=SimpleNamespace(compiler=compiler))
+    gpu._functions, gpu._cuda_version, gpu.limits = {}, _cuda_version(), kernel.Device()
+    return gpu
+
+
+def _cuda_version() -> tuple[int, int]:
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs cupy for NVRTC's version")
+    version: tuple[int, int] = nvrtc.getVersion()
+    return version
+
+
+def test_a_function_is_compiled_once_under_the_hash_of_all_sources() -> None:
+    made: list[dict[str, Any]] = []
+    raw = _Raw()
+
+    def module(**given: Any) -> Any:
+        made.append(given)
+        return SimpleNamespace(get_function=lambda name: raw)
+
+    gpu = _gpu_with(module)
+    gpu.function("residual.cu", "add", 0)
+    gpu.function("residual.cu", "add", 47 * 1024)
+    assert raw.max_dynamic_shared_size_bytes == 48 * 1024  # 47 + 1 static still fit
+    gpu.function("residual.cu", "add", 60 * 1024)
+    gpu.function("residual.cu", "add", 50 * 1024)
+    assert raw.max_dynamic_shared_size_bytes == 60 * 1024  # never lowered: another plan may need it
+    (given,) = made
+    assert gpu.compile_seconds > 0
+    assert given["name_expressions"] == ("add",)
+    assert any(o.startswith("-DCUPLAMA_SOURCE_HASH=") for o in given["options"])
+
+
+def test_a_compile_error_names_file_and_line() -> None:
+    def fail(name: str) -> None:
+        raise CompileException('residual.cu(12): error: identifier "blockidx" is undefined\n\n1 error detected')
+
+    gpu = _gpu_with(lambda **given: SimpleNamespace(get_function=fail))
+    with pytest.raises(CompileError, match=r'cuda_src/residual.cu:12: identifier "blockidx" is undefined'):
+        gpu.function("residual.cu", "add", 0)
+
+
+# ---- is there a GPU? -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (None, "no NVIDIA driver"),
+        (Driver(init=100), "finds no GPU"),
+        (Driver(init=999), "error 999"),
+        (Driver(version=11040), r"too old \(CUDA 11.4; driver 525"),
+        (Driver(count=0), "no NVIDIA GPU is visible"),
+        (Driver(arch=61), r"sm_61; sm_75 or newer"),
+    ],
+)
+def test_the_reason_why_cuda_cannot_be_used(driver: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuplama.backends.cuda.driver.load_driver", lambda: driver)
+    works, said = cuda_available()
+    assert not works
+    assert re.search(reason, said)
+    with pytest.raises(DeviceError, match=reason):
+        CudaBackend("f32")
+
+
+def test_a_missing_cupy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuplama.backends.cuda.driver.load_driver", Driver)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cuda_available() == (False, "cupy is not installed (pip install cupy-cuda12x)")
+
+
+def test_importing_the_module_does_not_import_cupy() -> None:
+    modules = "sys, cuplama.backends.cuda, cuplama.doctor, cuplama.compiler, cuplama.kernel_commands"
+    code = f"import {modules}; print('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real() -> Iterator[CudaBackend]:
+    works, reason = cuda_available()
+    if not works:
+        pytest.skip(f"needs a GPU: {reason}")
+    backend = CudaBackend("f32")
+    yield backend
+    backend.close()
+
+
+@pytest.mark.gpu
+def test_arrays_travel_both_ways(real: CudaBackend) -> None:
+    for dtype in DTYPES.values():
+        host = np.arange(1000).reshape(10, 100).astype(dtype)
+        assert np.array_equal(real.download(real.upload(host)), host)
+        assert not real.download(real.zeros((3, 5), dtype)).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("op", "U"), [("linear", "T"), ("linear", "f32"), ("linear_add", "f32")])
+def test_cublas_products(real: CudaBackend, dtype: str, bias: bool, op: str, U: str) -> None:
+    rng, T = np.random.default_rng(0), DTYPES[dtype]
+    real.dtype = T
+    for n, m, k in ((9, 48, 136), (100, 65, 7), (512, 1024, 896)):
+        x, w, b = (rng.standard_normal(s).astype(np.float32).astype(T) for s in ((n, k), (m, k), (m,)))
+        a = [rng.standard_normal((n, m)).astype(np.float32)] * (op == "linear_add")
+        ins = [real.upload(i) for i in (x, w, *a, *[b] * bias)]
+        attrs = {} if a else {"U": U}
+        (y,) = real.call(op, ins, attrs)
+        (again,) = real.call(op, ins, attrs)
+        got = real.download(y)
+        assert np.array_equal(got.view(np.uint8), real.download(again).view(np.uint8))
+        want = x.astype(np.float64) @ w.astype(np.float64).T + (b.astype(np.float64) if bias else 0) + sum(a)
+        error = np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want)
+        assert error < {"f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}[dtype if U == "T" else "f32"]
+
+
+@pytest.mark.gpu
+def test_close_gives_the_memory_back(real: CudaBackend) -> None:
+    import cupy
+
+    def cycle() -> int:
+        backend = CudaBackend("bf16")
+        w = backend.load_weight(Weight("w", ("w",), (np.ones((1 << 14, 1 << 12), np.float32),)))
+        x = backend.upload(np.ones((16, 1 << 12), DTYPES["bf16"]))
+        (y,) = backend.call(OPS["linear"], (x, w), {"U": "f32"})
+        assert (backend.download(y) == 4096).all()
+        del w, x, y
+        backend.close()
+        return int(cupy.cuda.Device().mem_info[0])
+
+    first = cycle()  # libraries and compiled kernels stay
+    assert [cycle() for _ in range(3)] == [first] * 3
+
+
+@pytest.mark.gpu
+def test_a_second_backend_compiles_nothing(real: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    a = np.ones((2, 8), np.float32)
+    real.call(OPS["add"], (real.upload(a), real.upload(a)), {})
+    cupy.clear_memo()  # forget the loaded modules, keep the cache on disk
+    compiled: list[Any] = []
+    old = cupy.cuda.compiler._NVRTCProgram.compile
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.src.strip():  # CuPy compiles an empty program to learn NVRTC's version
+            compiled.append(self.name)
+        return old(self, *args, **kwargs)
+
+    monkeypatch.setattr(cupy.cuda.compiler._NVRTCProgram, "compile", count)
+    other = CudaBackend("f32")
+    other.call("add", (other.upload(a), other.upload(a)), {})
+    other.close()
+    assert compiled == []

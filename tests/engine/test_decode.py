@@ -1,0 +1,147 @@
+"""The decode loop: recorded steps give what plain steps give. NumPy plays the recording device here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuplama
+from cuplama.engine.decode import batch_size, decode_nodes
+from cuplama.lab.cases import decode_cases
+from cuplama.lab.check import planned
+from cuplama.models.config import load_config
+from cuplama.models.fusion import PREFILL_RULES, RULES, fuse
+from cuplama.models.graph import decoder
+from cuplama.ops.abstract import abstract
+from cuplama.ops.launch import Device
+from cuplama.ops.node import Node
+from tests.paths import GOLDEN
+
+CASES = sorted((GOLDEN).iterdir())
+SAMPLED: dict[str, Any] = dict(
+    max_tokens=24, temperature=1.0, seed=5, repetition_penalty=1.2, frequency_penalty=0.1, logprobs=2, min_tokens=3,
+    logit_bias={3: 2.0}, stop_token_ids=[5, 6, 7, 8, 9, 10, 11],
+)  # fmt: skip
+
+
+def _load(case: Path) -> tuple[cuplama.Model, list[list[int]], Any]:
+    golden = np.load(case / "golden.npz")
+    context = json.loads((case / "meta.json").read_text())["context"]
+    model = cuplama.load(case, device="numpy", context=context, cache_tokens=1000)
+    prompts = [golden[f"prompt_{j}"].tolist() for j in range(4)]
+    return model, prompts, golden
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_recorded_steps_give_the_golden_tokens(case: Path) -> None:
+    model, prompts, golden = _load(case)
+    model.backend.captures = True
+    greedy: dict[str, Any] = dict(max_tokens=24, temperature=0.0, ignore_eos=True)
+    for j, (alone, batched) in enumerate(
+        zip([model.generate(p, **greedy) for p in prompts], model.generate(prompts, **greedy), strict=True)
+    ):
+        assert alone.tokens == golden[f"greedy_{j}"].tolist()
+        assert batched.tokens == alone.tokens
+    assert model.engine.cache.free == model.engine.cache.pages
+
+
+@pytest.mark.parametrize("case", CASES[::4], ids=lambda p: p.name)
+def test_recorded_sampling_agrees_with_plain_steps(case: Path) -> None:
+    """Sequences that end at different times, with every optional input of the sampler."""
+    model, prompts, _ = _load(case)
+    plain = model.generate(prompts, **SAMPLED)
+    model.backend.captures = True
+    recorded = model.generate(prompts, **SAMPLED)
+    assert len({len(c.tokens) for c in plain}) > 1
+    for a, b in zip(plain, recorded, strict=True):
+        assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
+        assert a.logprobs is not None
+        assert b.logprobs is not None
+        for x, y in zip(a.logprobs, b.logprobs, strict=True):
+            assert x.logprob == pytest.approx(y.logprob, abs=1e-5)
+            assert [i for i, _ in x.top] == [i for i, _ in y.top]
+
+
+def test_a_recording_serves_again() -> None:
+    """A second generation replays the recording of the first, with its own prompt and parameters."""
+    model, prompts, golden = _load(CASES[-1])
+    model.backend.captures = True
+    for _ in range(2):
+        for j, prompt in enumerate(prompts):
+            completion = model.generate(prompt, max_tokens=24, temperature=0.0, ignore_eos=True)
+            assert completion.tokens == golden[f"greedy_{j}"].tolist()
+    assert len(model.engine._loops) == 1
+
+
+def test_two_open_streams_do_not_share_a_recording() -> None:
+    model, prompts, golden = _load(CASES[-1])
+    model.backend.captures = True
+    greedy: dict[str, Any] = dict(max_tokens=24, temperature=0.0, ignore_eos=True)
+    streams = [model.stream(prompts[j], **greedy) for j in (1, 2)]
+    pairs = list(zip(*streams, strict=True))
+    for i, j in enumerate((1, 2)):
+        assert [pair[i].token.id for pair in pairs] == golden[f"greedy_{j}"].tolist()
+    assert len(model.engine._loops) == 1
+    assert model.engine.cache.free == model.engine.cache.pages
+
+
+def test_closing_a_stream_in_mid_flight_gives_the_pages_back() -> None:
+    model, prompts, golden = _load(CASES[-1])
+    model.backend.captures = True
+    stream = model.stream(prompts[1], max_tokens=24, temperature=0.0, ignore_eos=True)
+    first = [next(stream).token.id for _ in range(5)]
+    stream.close()
+    assert first == golden["greedy_1"].tolist()[:5]
+    assert model.engine.cache.free == model.engine.cache.pages
+    again = model.generate(prompts[1], max_tokens=24, temperature=0.0, ignore_eos=True)
+    assert again.tokens == golden["greedy_1"].tolist()
+
+
+def test_batch_sizes_cover_every_count() -> None:
+    assert [batch_size(n) for n in (1, 8, 9, 13, 33, 64, 65, 96)] == [1, 8, 12, 16, 48, 64, 96, 96]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_fusion_leaves_five_nodes_a_layer(case: Path) -> None:
+    config = load_config(case)
+    fused = fuse(decoder(config))
+    assert len(fused) == 5 * config.num_layers + 3  # the embedding, the rows that are wanted, the head
+    assert [leaf for node in fused for leaf in (node.parts or (node,))] == decoder(config)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
+    """A library multiplies then: it takes the residual sum with it, and nothing else."""
+    config = load_config(case)
+    prefill, batch = fuse(decoder(config), PREFILL_RULES), decode_nodes(decoder(config), 9)
+    assert [leaf for node in prefill for leaf in (node.parts or (node,))] == decoder(config)
+    assert {n.op for n in prefill if n.parts} == {"linear_add"}
+    assert {n.op for n in batch if n.parts} == {"linear_add", "append_attention"}
+    for nodes in (prefill, batch):
+        assert [n.op for n in nodes].count("linear_add") == 2 * config.num_layers
+        assert "add" not in {n.op for n in nodes}
+
+
+@pytest.mark.parametrize("size", [1, 8, 16])
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_what_is_read_before_a_wait_changes_in_no_step(case: Path, size: int) -> None:
+    """append_attention reads lengths, pages and old keys early. So a step begins with an ordinary launch, which waits
+    for the step before and its ``advance``, and nothing but append_attention writes to the cache."""
+    config = load_config(case)
+    steps = decode_cases(config, "bf16", size, depth=40)
+    first, last = (planned(c, c.ins, Device(arch=90), abstract)[0] for c in (steps[0], steps[-1]))
+    assert not any(launch.prototype.waits for launch in (*first, *last))
+    assert steps[-1].op.name == "advance"
+    nodes = decode_nodes(decoder(config), size)
+    assert {n.op for n in nodes if any(".cache." in name for name in n.outs)} == {"append_attention"}
+
+
+def test_fusion_keeps_a_value_that_is_used_again() -> None:
+    nodes = [
+        Node("rms_norm", ("h",), ("x", "g"), {"eps": 1e-5}),
+        Node("linear", ("y",), ("h", "w"), {"U": "T"}),
+        Node("add", ("z",), ("h", "y"), {}),
+    ]
+    assert [n.op for n in fuse(nodes, [r for r in RULES if r.parts[0] == "rms_norm"])] == ["rms_norm", "linear", "add"]

@@ -1,0 +1,225 @@
+"""The arithmetic of memory planning."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.dtypes import DTYPES
+from cuplama.engine import memory
+from cuplama.engine.engine import Engine
+from cuplama.engine.memory import MemoryPlan
+from cuplama.engine.prefill import KEPT_CHUNKS, padded_rows
+from cuplama.engine.sequence import SequenceState
+from cuplama.errors import DeviceError
+from cuplama.models.config import ModelConfig, load_config, parse_config
+from cuplama.models.presets import SHAPES, find_shape
+from cuplama.ops.launch import Device
+from cuplama.quant.weight import Weight
+from cuplama.sampling_params import SamplingParams
+from tests.fakes import PoolGpu, weights_on
+from tests.paths import GOLDEN
+
+_CASES = GOLDEN
+GB = 10**9
+
+
+def _llama(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, context: int) -> ModelConfig:
+    return parse_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": context,
+        }
+    )
+
+
+def _llama_8b() -> ModelConfig:
+    return _llama(128256, 4096, 14336, 32, 32, 8, 131072)
+
+
+def _small() -> ModelConfig:
+    return _llama(4000, 256, 896, 2, 8, 2, 8192)
+
+
+def _elements(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in config.weight_shapes().values())
+
+
+def test_the_cache_of_llama_8b_takes_128_kib_a_token() -> None:
+    assert memory.cache_bytes(_llama_8b(), DTYPES["bf16"], 64) == 64 * 128 * 1024
+    assert memory.cache_bytes(_llama_8b(), DTYPES["f32"], 65) == 128 * 256 * 1024  # whole pages
+
+
+def test_the_workspace_is_the_worst_moment_of_a_pass() -> None:
+    """With 2,000 tokens: the residual stream and the widest layer's input and output."""
+    config, n = _llama_8b(), 2000
+    got = memory.workspace_bytes(config, DTYPES["bf16"], n, Device())
+    residual, up, act = 4 * n * 4096, 2 * n * 2 * 14336, 2 * n * 14336
+    assert got == residual + up + act
+    assert memory.workspace_bytes(replace(config, layers=2), DTYPES["bf16"], n, Device()) == got  # layers take turns
+
+
+def test_the_residual_sum_takes_no_array_of_its_own() -> None:
+    """With a narrow MLP the worst moment is the attention's output, the old residual stream and the new one."""
+    config, n = replace(_llama_8b(), ffn=64), 2000
+    attended, residual = 2 * n * 4096, 4 * n * 4096
+    assert memory.workspace_bytes(config, DTYPES["bf16"], n, Device()) == attended + 2 * residual
+
+
+@pytest.mark.parametrize("rows", [16, 128, 640, 1024, 2048])
+def test_the_plan_covers_the_recorded_passes_that_are_kept(rows: int) -> None:
+    """As many passes of that many rows as may be kept, each with memory of its own, and one beside them."""
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    kept = KEPT_CHUNKS * 2048 // rows
+    plan = memory.plan(config, _elements(config), bf16, 8192, 8192, 2048, Device())
+    recorded, other = (memory.workspace_bytes(config, bf16, n, Device()) for n in (rows, 2048))
+    assert kept * recorded + other + memory.FIXED <= plan.workspace
+
+
+def test_many_logits_are_part_of_it() -> None:
+    config = _llama_8b()
+    assert memory.workspace_bytes(config, DTYPES["bf16"], 500, Device(), rows=500) >= 4 * 500 * 128256
+
+
+@pytest.mark.parametrize("case", sorted(p.name for p in _CASES.iterdir()))
+def test_every_family_can_be_planned(case: str) -> None:
+    config = load_config(_CASES / case)
+    plan = memory.plan(config, _elements(config), DTYPES["f16"], 64, 64, 64, Device(arch=75))
+    assert plan.weights == 2 * _elements(config)
+    assert plan.workspace > memory.FIXED
+    assert plan.total == sum(size for _, size in plan.parts())
+
+
+def test_a_plan_that_fits_passes() -> None:
+    config = _llama_8b()
+    plan = memory.plan(config, _elements(config), DTYPES["bf16"], 8192, 8192, 2048, Device())
+    assert 17.5 * GB < plan.total < 19 * GB
+    memory.check(plan, plan.total, "a GPU")
+
+
+def test_passes_are_shorter_where_memory_is_short() -> None:
+    config, bf16, chunks = _llama_8b(), DTYPES["bf16"], (4096, 2048, 512)
+    totals = {c: memory.plan(config, _elements(config), bf16, 8192, 8192, c, Device()).total for c in chunks}
+    assert totals[4096] > totals[2048] > totals[512]
+    for free, chosen in ((totals[4096], 4096), (totals[4096] - 1, 2048), (totals[512], 512), (totals[512] - 1, 512)):
+        chunk, plan = memory.fit(config, _elements(config), bf16, 8192, 8192, chunks, free, Device())
+        assert (chunk, plan.total) == (chosen, totals[chosen])
+
+
+@pytest.mark.parametrize(
+    ("plan", "free", "said"),
+    [
+        (MemoryPlan(10 * GB, 8 * GB, GB, 8000, "bf16"), 15 * GB, "--context 3968 would fit"),
+        (MemoryPlan(20 * GB, 8 * GB, GB, 8000, "f32"), 15 * GB, "--dtype float16 would halve it"),
+        (MemoryPlan(20 * GB, 8 * GB, GB, 8000, "bf16"), 15 * GB, "a smaller model or a larger GPU"),
+    ],
+)
+def test_a_refusal_has_the_numbers_and_what_would_help(plan: MemoryPlan, free: int, said: str) -> None:
+    with pytest.raises(DeviceError) as e:
+        memory.check(plan, free, "Tesla T4")
+    text = str(e.value)
+    assert said in text
+    assert "\n" not in text
+    for number in (f"{plan.total / GB:.2f} GB", f"{plan.cache / GB:.2f} GB", "Tesla T4 has 15.00 GB free"):
+        assert number in text
+
+
+def test_the_context_that_would_fit_does_fit() -> None:
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    need = memory.plan(config, _elements(config), bf16, 131072, 131072, 2048, Device())
+    with pytest.raises(DeviceError, match=r"--context (\d+) would fit") as e:
+        memory.check(need, 24 * GB, "RTX 4090")
+    tokens = int(str(e.value).split("--context ")[1].split()[0])
+    memory.check(memory.plan(config, _elements(config), bf16, tokens, tokens, 2048, Device()), 24 * GB, "RTX 4090")
+    assert tokens > 32768
+
+
+# ---- against a pool like CuPy's --------------------------------------------------------------------------------------
+
+
+def _engine(config: ModelConfig, capacity: int = 1 << 60, context: int = 8192) -> Engine:
+    gpu = PoolGpu(capacity)
+    backend = CudaBackend("bf16", gpu=gpu)
+    return Engine(backend, config, weights_on(gpu, config.weight_shapes(), backend.dtype), context, context)
+
+
+def _generate(engine: Engine, *prompts: int) -> None:
+    params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.0)
+    for _ in engine.generate([SequenceState([1] * n, params, frozenset()) for n in prompts]):
+        pass
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_pool_takes_no_more_than_planned_for_a_pass(name: str) -> None:
+    config = replace(find_shape(name)[1], layers=2)
+    context = min(8192, config.context)
+    engine, rows = _engine(config, context=context), min(4096, context - 4)
+    gpu: Any = engine.backend.gpu  # type: ignore[attr-defined]
+    before = gpu.used()
+    _generate(engine, rows)
+    taken = gpu._main_pool.total - before
+    work = memory.workspace_bytes(config, DTYPES["bf16"], padded_rows(rows), Device())
+    assert work < taken < memory.POOL * work + 16 * config.vocab_size + (1 << 20)
+
+
+def test_memory_that_other_sizes_keep_is_given_back_when_it_is_needed() -> None:
+    config, bf16 = _small(), DTYPES["bf16"]
+    plan = memory.plan(config, _elements(config), bf16, 8192, 8192, 4096, Device())
+    engine = _engine(config)
+    room = engine.backend.gpu.used() + plan.workspace - memory.FIXED  # type: ignore[attr-defined]
+    engine = _engine(config, room)
+    for _ in engine.logits([1] * 4096):
+        pass
+    sizes = [[4096], [2000, 2000], [1000] * 4, [100] * 8, [50] * 16, [64] * 32]
+    for prompts in [s for s in sizes for _ in range(3)]:
+        _generate(engine, *prompts)
+    assert engine.cache.free == engine.cache.pages
+
+
+def test_a_pass_for_which_there_is_no_memory_is_refused_and_loses_nothing() -> None:
+    config = _small()
+    base = _engine(config).backend.gpu.used()  # type: ignore[attr-defined]
+    engine = _engine(config, base + (2 << 20))
+    _generate(engine, 100)
+    with pytest.raises(DeviceError, match=r"out of GPU memory: .* a shorter --context or a smaller batch"):
+        _generate(engine, 4096)
+    assert engine.cache.free == engine.cache.unreserved == engine.cache.pages
+    _generate(engine, 100)
+
+
+def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is part of reference cycles: its memory comes back when they are found, not before."""
+    config = _small()
+    weights = {name: Weight(name, (name,), (np.zeros(s, np.float32),)) for name, s in config.weight_shapes().items()}
+    plan = memory.plan(config, _elements(config), DTYPES["f32"], 512, 512, 512, Device())
+    gpu = PoolGpu(plan.total)
+    monkeypatch.setattr("cuplama.backends.cuda.backend.Gpu", lambda device: gpu)
+    gc.disable()
+    try:
+        backend = CudaBackend.open(config, weights, "f32", 512, 512)
+        engine = Engine(backend, config, {n: backend.load_weight(w) for n, w in weights.items()}, 512, 512)
+        _generate(engine, 100)
+        del engine, backend
+        gpu.give_back = lambda: None  # a real model has a Gpu of its own, which goes with it
+        assert gpu.free_memory() < plan.total
+        CudaBackend.open(config, weights, "f32", 512, 512)
+    finally:
+        gc.enable()
+
+
+def test_a_head_size_without_kernels_is_refused_before_anything_is_loaded() -> None:
+    config = replace(_small(), head_dim=100)
+    with pytest.raises(DeviceError, match=r"head_dim = 100: .*multiples of 8 up to 256; --device numpy"):
+        CudaBackend.open(config, {}, "bf16", 64, 64)

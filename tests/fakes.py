@@ -1,0 +1,329 @@
+"""Stand-ins for the hardware: a GPU in host memory, its memory pool, cuBLAS, the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from cuplama.backends.cuda.gpu import Gpu
+from cuplama.dtypes import DTYPES
+from cuplama.ops import launch as kernel
+from cuplama.ops.prototypes import prototypes
+from cuplama.ops.signature import OpError
+
+
+class Launcher:
+    """Stands for a compiled function; remembers its launches and runs them on the emulator if asked to."""
+
+    def __init__(self, gpu: FakeGpu, file: str, expression: str) -> None:
+        self.gpu, self.file, self.expression = gpu, file, expression
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
+        if self.gpu.captured is not None:
+            self.gpu.captured.append(lambda: self(grid, block, args, shared))
+            return
+        self.gpu.launches.append(self.expression)
+        self.gpu.seen = [id(a) for a in args]
+        if self.gpu.fail:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
+        if self.gpu.emulate:
+            from cuplama.simt import emulator
+
+            prototype = prototypes(self.file)[self.expression.split("<")[0]]
+            g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
+            bound = kernel.BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
+            emulator.run(bound, check=False)
+
+
+class HostCublas:
+    """The products that Cublas promises, on addresses in host memory. refuses: what it has no algorithm for."""
+
+    def __init__(self, refuses: Callable[[bool, bool], bool] = lambda bias, add: False) -> None:
+        self.refuses = refuses
+        self.gpu: FakeGpu | None = None
+
+    def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Any:
+        gpu = self.gpu
+
+        def run(x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
+            if gpu is not None and gpu.captured is not None:
+                gpu.captured.append(lambda: run(x, w, y, b, c))
+                return
+            assert (bool(b), bool(c)) == (bias, add)
+            f, g = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
+            out = f @ g.T
+            for address, shape in ((b, (m,)), (c, (n, m))):
+                if address:
+                    out += _at(address, shape, U).astype(np.float32)
+            _at(y, (n, m), U)[...] = out
+
+        run.text = "a product on the host"  # type: ignore[attr-defined]
+        return None if self.refuses(bias, add) else run
+
+    def close(self) -> None:
+        pass
+
+
+def _at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    size = int(np.prod(shape)) * DTYPES[dtype].itemsize
+    return np.frombuffer(memoryview((ctypes.c_byte * size).from_address(address)).cast("B"), DTYPES[dtype]).reshape(
+        shape
+    )
+
+
+class HostArray(np.ndarray[Any, Any]):
+    """An array "on the GPU": host memory of another type than the arrays of the caller."""
+
+
+class _Pool(str):
+    """The name of a pool."""
+
+    def free_all_blocks(self) -> None:
+        pass
+
+
+class FakeGpu(Gpu):
+    def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
+        self.limits, self.name = kernel.Device(arch=arch), "a fake GPU"
+        self.failures, self.array_type = (RuntimeError,), HostArray
+        self.cublas, self.emulate, self.fail = cublas, emulate, False
+        self.launches: list[str] = []
+        self.seen: list[int] = []
+        self._made: list[weakref.ref[HostArray]] = []
+        self.captured: list[Callable[[], None]] | None = None
+        self.captured_memory: list[HostArray] = []
+        if cublas is not None:
+            cublas.gpu = self
+        self.stream, self.pool = None, _Pool("main pool")
+        self.pools: list[str] = []
+        self.peak = self.synchronised = 0
+
+    def __enter__(self) -> FakeGpu:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def key(self, array: Any) -> tuple[Any, ...]:
+        if type(array) is not HostArray:
+            raise AttributeError
+        return array.shape, array.dtype, array.flags.c_contiguous
+
+    def check(self, where: str, array: Any) -> None:
+        if type(array) is not HostArray:
+            raise OpError(f"{where} is not on the GPU")
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        array = np.zeros(shape, dtype).view(HostArray)
+        self.pools.append(self.pool)
+        self._made.append(weakref.ref(array))
+        if self.captured is not None:
+            self.captured_memory.append(array)
+        self.peak = max(self.peak, sum(a.nbytes for a in self.alive))
+        return array
+
+    @property
+    def alive(self) -> list[HostArray]:
+        return [array for ref in self._made if (array := ref()) is not None]
+
+    def fill(self, array: Any, byte: int) -> None:
+        array.view(np.ndarray).reshape(-1).view(np.uint8)[...] = byte
+
+    def write(self, array: Any, host: np.ndarray[Any, Any]) -> None:
+        array[...] = host
+
+    def read(self, array: Any) -> np.ndarray[Any, Any]:
+        return np.array(array)
+
+    def stage(self, array: Any, offset: int, host: np.ndarray[Any, Any]) -> None:
+        array.reshape(-1)[offset : offset + host.size] = host
+
+    def end_staging(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.synchronised += 1
+
+    def new_pool(self) -> _Pool:
+        return _Pool("pool of a recording")
+
+    def mark(self) -> Any:
+        return SimpleNamespace(synchronize=lambda: None)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], Any]:
+        host = np.zeros(shape, dtype)
+        return host, host.view(HostArray)
+
+    def capture(self, body: Callable[[], None]) -> Any:
+        """As on a GPU: nothing runs until the graph is launched, and then in the same memory, which stays its own."""
+        self.captured, self.captured_memory = [], []
+        body()
+        calls, self.captured = self.captured, None
+        return SimpleNamespace(launch=lambda stream: [call() for call in calls], memory=self.captured_memory)
+
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
+    def function(self, file: str, expression: str, shared: int, waits: bool = False) -> Callable[..., None]:
+        return Launcher(self, file, expression)
+
+    def close(self) -> None:
+        pass
+
+
+class Driver:
+    """A libcuda with the given answers."""
+
+    def __init__(self, init: int = 0, version: int = 12090, count: int = 1, arch: int = 90) -> None:
+        self.init, self.version, self.count, self.arch = init, version, count, arch
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.init
+
+    def cuDriverGetVersion(self, out: Any) -> int:  # noqa: N802
+        out._obj.value = self.version
+        return 0
+
+    def cuDeviceGetCount(self, out: Any) -> int:  # noqa: N802
+        out._obj.value = self.count
+        return 0
+
+    def cuDeviceGetAttribute(self, out: Any, attribute: int, device: int) -> int:  # noqa: N802
+        out._obj.value = {75: self.arch // 10, 76: self.arch % 10}[attribute]
+        return 0
+
+
+_UNIT = 512
+
+
+class OutOfMemoryError(Exception):
+    """Stands for CuPy's."""
+
+
+class Block:
+    """A piece of what one cudaMalloc gave, between its neighbours."""
+
+    def __init__(self, size: int, before: Block | None = None, after: Block | None = None) -> None:
+        self.size, self.before, self.after = size, before, after
+
+
+class Pool:
+    def __init__(self, card: PoolGpu) -> None:
+        self._card, self._free, self.total = card, list[Block](), 0
+        card.pools_made.append(weakref.ref(self))
+
+    def malloc(self, size: int) -> Block | None:
+        size = -(-size // _UNIT) * _UNIT
+        if not size:
+            return None
+        fits = [b for b in self._free if b.size >= size]
+        if not fits:
+            if self._card.used() + size > self._card.capacity:
+                self.free_all_blocks()
+            if self._card.used() + size > self._card.capacity:
+                raise OutOfMemoryError
+            self.total += size
+            return Block(size)
+        block = min(fits, key=lambda b: b.size)
+        self._free.remove(block)
+        if block.size > size:
+            rest = Block(block.size - size, block, block.after)
+            if block.after is not None:
+                block.after.before = rest
+            block.after, block.size = rest, size
+            self._free.append(rest)
+        return block
+
+    def release(self, block: Block) -> None:
+        if block.after in self._free:
+            block = self._join(block, block.after)
+        if block.before in self._free:
+            block = self._join(block.before, block)
+        self._free.append(block)
+
+    def _join(self, left: Block, right: Block) -> Block:
+        """One block of two neighbours, of which at most one is among the free."""
+        self._free = [b for b in self._free if b is not left and b is not right]
+        left.size += right.size
+        left.after = right.after
+        if left.after is not None:
+            left.after.before = left
+        return left
+
+    def free_all_blocks(self) -> None:
+        whole = [b for b in self._free if b.before is None and b.after is None]
+        self._free = [b for b in self._free if b not in whole]
+        self.total -= sum(b.size for b in whole)
+
+    def free_bytes(self) -> int:
+        return sum(b.size for b in self._free)
+
+
+class PoolGpu(FakeGpu):
+    """A card of so many bytes. Its kernels do nothing, so arrays of any size cost the test no memory."""
+
+    def __init__(self, capacity: int = 1 << 60) -> None:
+        cublas = HostCublas()
+        cublas.product = lambda *_, **__: _nothing  # type: ignore[method-assign]
+        self.capacity, self.pools_made = capacity, list["weakref.ref[Pool]"]()
+        super().__init__(cublas=cublas)
+        card = self
+
+        class Device:
+            @property
+            def mem_info(self) -> tuple[int, int]:
+                return card.capacity - card.used(), card.capacity
+
+        self._device: Any = Device()
+        self._cupy: Any = SimpleNamespace(
+            cuda=SimpleNamespace(memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError))
+        )
+        self.pool: Any = Pool(self)
+        self._main_pool = self.pool
+        self.give_back: Callable[[], None] = lambda: None
+        self._capturing = False
+        self.array_type: Any = self._array
+
+    def used(self) -> int:
+        return sum(pool.total for ref in self.pools_made if (pool := ref()) is not None)
+
+    def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any], block: Block | None) -> HostArray:
+        array = np.zeros(shape, dtype).view(HostArray)
+        if block is not None:
+            weakref.finalize(array, self.pool.release, block)
+        return array
+
+    empty, free_memory = Gpu.empty, Gpu.free_memory
+
+    def new_pool(self) -> Any:
+        return Pool(self)
+
+    def capture(self, body: Callable[[], None]) -> Any:
+        self._capturing, self.captured = True, _Forgets()
+        try:
+            body()
+        finally:
+            self._capturing, self.captured = False, None
+        return SimpleNamespace(launch=lambda stream: None)
+
+
+class _Forgets(list[Callable[[], None]]):
+    def append(self, _: Callable[[], None]) -> None:
+        pass
+
+
+def _nothing(*_: int, **__: int) -> None:
+    pass
+
+
+_nothing.text = "a product"  # type: ignore[attr-defined]
+
+
+def weights_on(gpu: PoolGpu, shapes: dict[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Weights of zeros."""
+    return {name: gpu.empty(shape, dtype) for name, shape in shapes.items()}

@@ -1,0 +1,322 @@
+"""``cuplama bench`` on NumPy and on a stand-in GPU: what is counted, how it is shown, and that it runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.backends.numpy import NumPyBackend
+from cuplama.cli.main import cli
+from cuplama.dtypes import DTYPES
+from cuplama.errors import ConfigError, DeviceError, ParameterError
+from cuplama.lab import bench, report
+from cuplama.lab import peaks as ceilings
+from cuplama.lab.dummy import Source, dummy_model
+from cuplama.lab.peaks import Peaks, Spread, random_weight
+from cuplama.lab.trials import Trial, prompt_operations, step_bytes, trials
+from cuplama.models.config import parse_config
+from cuplama.models.presets import SHAPES, find_shape
+from cuplama.ops.launch import Device
+from tests.fakes import FakeGpu, HostCublas
+
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+LIMITS = Peaks(read=1e9, arithmetic=1e12, dtype="f32")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+# ---- shapes and weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_known_shapes_are_those_of_the_published_configs(name: str, shared: Path) -> None:
+    published = json.loads((shared / "configs" / name / "config.json").read_text())
+    ours, theirs = parse_config(SHAPES[name]), parse_config(published)
+    for field in ("architecture", "vocab", "hidden", "ffn", "layers", "heads", "num_kv_heads", "head_dim", "eps",
+                  "context", "activation", "windows", "rope", "flags", "dtype"):  # fmt: skip
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert SHAPES[name]["tie_word_embeddings"] == published["tie_word_embeddings"]
+
+
+def test_a_folder_wins_over_a_known_name_and_an_unknown_name_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2" / "config.json").write_text(json.dumps(TINY))
+    monkeypatch.chdir(folder)
+    assert find_shape("gpt2")[1].hidden == 32
+    assert find_shape("llama-3.2-1b")[1].hidden == 2048
+    with pytest.raises(ConfigError, match=r"'llama-9'.*llama-3\.1-8b"):
+        find_shape("llama-9")
+
+
+def test_random_weights_are_all_there_in_pieces_and_repeat() -> None:
+    weight = random_weight("w", (5000, 2000), DTYPES["bf16"], centre=1.0)
+    pieces = list(weight.chunks(1 << 22))
+    assert [at for at, _ in pieces] == list(np.cumsum([0] + [p.size for _, p in pieces[:-1]]))
+    assert sum(p.size for _, p in pieces) == 10_000_000
+    assert max(p.nbytes for _, p in pieces) <= 1 << 22
+    values = weight.array().astype(np.float32)
+    assert values.shape == (5000, 2000)
+    assert values.mean() == pytest.approx(1, abs=1e-3)
+    assert values.std() == pytest.approx(0.02, rel=0.05)
+    assert len({row.tobytes() for row in values}) == 5000
+
+
+def test_a_dummy_model_ties_its_head_and_runs(folder: Path) -> None:
+    with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
+        values = model.engine.values
+        assert values["lm_head"] is values["embed_tokens"]
+        assert model.backend.dtype == np.float32
+        assert abs(float(values["0.attn_norm"].mean()) - 1) < 0.05
+        assert abs(float(values["0.qkv_proj"].mean())) < 0.05
+        assert len(model.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens) == 5
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_step_are_the_weights_once_and_the_cache(folder: Path) -> None:
+    matrices = 2 * (32 * 64 + 32 * 32 + 96 * 32 + 32 * 48) + 100 * 32
+    norms = 5 * 32
+    with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
+        cache = 2 * 2 * 2 * 8  # keys and values, layers, heads, head size
+        assert step_bytes(model, 10, 3) == 4 * (matrices + norms + 3 * 10 * cache)
+
+
+def test_an_untied_embedding_is_not_traffic_and_a_window_bounds_the_cache(folder: Path) -> None:
+    config = {**TINY, "architectures": ["MistralForCausalLM"], "sliding_window": 4, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
+        assert model.engine.values["lm_head"] is not model.engine.values["embed_tokens"]
+        short, long = (step_bytes(model, n, 1) for n in (4, 60))
+        assert short == long
+        assert short - step_bytes(model, 3, 1) == 4 * 2 * 2 * 2 * 8
+        assert step_bytes(model, 0, 1) == 4 * (2 * (32 * 64 + 32 * 32 + 96 * 32 + 32 * 48) + 100 * 32 + 5 * 32)
+
+
+def test_operations_of_a_prompt() -> None:
+    config = parse_config(TINY)
+    matrices = 2 * (32 * 64 + 32 * 32 + 96 * 32 + 32 * 48)
+    pairs = 11 + 12 + 13  # three tokens on top of ten
+    wanted = 2 * (2 * 3 * matrices + 2 * 3200) + 4 * 32 * 2 * 2 * pairs
+    assert prompt_operations(config, Trial(3, 0, 10, 2)) == wanted
+
+
+def test_names_and_lengths_of_trials() -> None:
+    found = trials((512, 0), (128,), (0, 4096), (1, 8))
+    assert [t.name for t in found] == [
+        "pp512", "pp512 b8", "pp512 @ d4096", "pp512 @ d4096 b8",
+        "tg128", "tg128 b8", "tg128 @ d4096", "tg128 @ d4096 b8",
+    ]  # fmt: skip
+    assert [t.tokens for t in found[::2]] == [513, 4609, 130, 4225]
+    with pytest.raises(ParameterError, match="nothing to measure"):
+        trials((0,), (0,), (0,), (1,))
+
+
+def test_spread() -> None:
+    spread = Spread((1.0, 2.0, 3.0, 10.0))
+    assert (spread.mean, spread.median) == (4.0, 2.5)
+    assert spread.std == pytest.approx(np.std([1, 2, 3, 10], ddof=1))
+    assert spread.half_range == pytest.approx((4.75 - 1.75) / 2)
+    assert Spread((3.0,)).std == 0
+
+
+def test_rows_follow_from_the_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([*[(9.0, 9.0)] * 3, (0.5, 2.0), (0.7, 4.0)])  # three to warm up
+    monkeypatch.setattr(bench.Runs, "generation", lambda self, trial: next(times))
+    prompts = iter([9.0, 9.0, 9.0, 0.25, 0.75])
+    monkeypatch.setattr(bench.Runs, "prompt", lambda self, trial: next(prompts))
+    with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
+        row = bench.measure(model, Trial(0, 8, 10, 2), 2, LIMITS)
+        traffic = np.mean([step_bytes(model, 11 + i, 2) for i in range(8)])
+        prompt = bench.measure(model, Trial(16, 0), 2, LIMITS)
+    assert row["tokens_per_second"] == pytest.approx((8 + 4) / 2)
+    assert row["tokens_per_second_std"] == pytest.approx(np.std([8, 4], ddof=1))
+    assert row["ms_per_token"] == pytest.approx(3000 / 8)
+    assert row["gigabytes_per_second"] == pytest.approx(traffic * 8 / 3 / 1e9)
+    assert row["percent_of_read_bandwidth"] == pytest.approx(100 * traffic * 8 / 3 / 1e9)
+    assert row["first_token_ms"] == pytest.approx(600)
+    assert row["teraflops"] is None
+    assert prompt["ms_per_token"] == pytest.approx(500 / 16)
+    assert prompt["percent_of_matrix_rate"] == pytest.approx(100 * prompt["teraflops"])
+    assert prompt["gigabytes_per_second"] is None
+    assert list(row) == list(prompt)
+
+
+# ---- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def test_ceilings_on_numpy() -> None:
+    limits = ceilings.measure(NumPyBackend(), probe=8 << 20, side=64, repeats=2)
+    assert limits.dtype == "f32"
+    assert limits.read > 1e8
+    assert limits.arithmetic > 1e7
+    assert limits.percent_read(limits.read / 4) == pytest.approx(25)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    """A backend whose kernels the emulator runs, and whose every call takes a second."""
+
+    def timed(backend: Any, body: Any, repeats: int) -> Spread:
+        body()
+        return Spread((1.0,) * repeats)
+
+    monkeypatch.setattr(ceilings, "seconds", timed)
+    backend = CudaBackend("bf16", gpu=FakeGpu(emulate=True, cublas=HostCublas()))
+    backend.gpu.limits = Device(sms=1)
+    monkeypatch.setattr(backend.gpu, "free_memory", lambda: 1 << 34, raising=False)
+    return backend
+
+
+def test_ceilings_on_a_gpu(gpu: CudaBackend) -> None:
+    limits = ceilings.measure(gpu, probe=1 << 16, side=16, repeats=2)
+    assert limits == Peaks(read=65536.0, arithmetic=2.0 * 16**3, dtype="bf16")
+
+
+def test_a_reading_kernel_that_is_wrong_gives_no_ceiling(gpu: CudaBackend) -> None:
+    gpu.gpu.emulate = False  # type: ignore[attr-defined]
+    with pytest.raises(DeviceError, match=r"ceilings\.cu computes a wrong sum"):
+        ceilings.measure(gpu, probe=1 << 16, side=16, repeats=1)
+
+
+# ---- how it is shown -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [(4321.4, 3, "4321"), (0.012345, 3, "0.0123"), (99.96, 3, "100"), (0, 3, "0"), (1e-7, 2, "0.00000010")],
+)
+def test_significant(value: float, digits: int, shown: str) -> None:
+    assert report.significant(value, digits) == shown
+
+
+def test_tables() -> None:
+    columns = (report.Column("name", "name"), report.Column("speed", "speed", 3, "std"))
+    rows: list[dict[str, Any]] = [
+        {"name": "a", "speed": 12.345, "std": 0.5},
+        {"name": "bb", "speed": None, "std": None},
+    ]
+    assert report.render(columns, rows, "md").splitlines() == [
+        "| name |      speed |",
+        "|------|-----------:|",
+        "| a    | 12.3 ± 0.5 |",
+        "| bb   |          - |",
+    ]
+    assert json.loads(report.render(columns, rows, "json", {"x": 1})) == {"x": 1, "rows": rows}
+    read = list(csv.DictReader(io.StringIO(report.render(columns, rows, "csv"))))
+    assert read == [{"name": "a", "speed": "12.345", "std": "0.5"}, {"name": "bb", "speed": "", "std": ""}]
+
+
+def _invoke(*args: str) -> Any:
+    return CliRunner().invoke(cli, ["bench", "--device", "numpy", "--no-cold-start", *args])
+
+
+FIELDS = [
+    "model", "dtype", "test", "prompt_tokens", "generated_tokens", "depth", "batch", "repeats", "tokens_per_second",
+    "tokens_per_second_std", "ms_per_token", "first_token_ms", "first_token_ms_std", "gigabytes_per_second",
+    "percent_of_read_bandwidth", "teraflops", "percent_of_matrix_rate",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "_HOST_PROBE", 1 << 20)
+
+
+def test_command(folder: Path) -> None:
+    args = ["-m", str(folder), "--dummy-weights", "-p", "8", "-n", "4", "-d", "0,70", "-b", "1,2", "-r", "2"]
+    picture = folder / "out.png"
+    done = _invoke(*args, "-o", "json", "--plot", str(picture))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [r["test"] for r in found["rows"]] == [
+        "pp8", "pp8 b2", "pp8 @ d70", "pp8 @ d70 b2", "tg4", "tg4 b2", "tg4 @ d70", "tg4 @ d70 b2"
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert list(row) == FIELDS
+        assert row["tokens_per_second"] > 0
+        assert row["repeats"] == 2
+    assert found["environment"].keys() >= {"model", "device", "dtype", "cuplama", "numpy", "python", "date"}
+    assert found["environment"]["weights"] == "random"
+    assert found["ceilings"].keys() == {"read_gigabytes_per_second", "matrix_teraflops", "matrix_dtype"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "loading" in done.stderr
+    assert "pp8 @ d70" in done.stderr
+
+
+def test_markdown_and_csv(folder: Path) -> None:
+    args = ["-m", str(folder), "--dummy-weights", "-p", "0", "-n", "2", "-r", "1"]
+    lines = _invoke(*args).stdout.splitlines()
+    assert lines[0].startswith("$ cuplama ")
+    assert lines[2].startswith(f"model {folder}")
+    assert lines[3].startswith("measured ceilings: read ")
+    assert lines[5].startswith("| test ")
+    assert lines[7].startswith("| tg2 ")
+    assert list(next(csv.DictReader(io.StringIO(_invoke(*args, "-o", "csv").stdout)))) == FIELDS
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-p", "12,x"], "'12,x' is not a list"),
+        (["-b", "0"], "'0' is not a list"),
+        (["-p", "0", "-n", "0"], "nothing to measure"),
+        (["-m", "llama-3.2-1b"], "add --dummy-weights"),
+        (["--dummy-weights"], "needs -m"),
+        (["-m", "nonsense", "--dummy-weights"], "known shapes"),
+    ],
+)
+def test_refusals(args: list[str], message: str) -> None:
+    done = _invoke(*args)
+    assert done.exit_code != 0
+    assert message in f"{done.output} {done.exception}"
+
+
+def test_a_picture_needs_matplotlib_and_a_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ParameterError, match="cannot write"):
+        report.save_figure(report.new_figure(1, 1), folder / "absent" / "x.png")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    done = _invoke("--plot", str(folder / "x.png"))
+    assert isinstance(done.exception, ParameterError)
+    assert "pip install 'cuplama[plot]'" in str(done.exception)
+
+
+def test_cold_start(folder: Path) -> None:
+    found = bench.cold_start(Source(str(folder), dummy=True, device="numpy"))
+    parts = [v for k, v in found.items() if k != "total_seconds"]
+    names = ("total", "start", "import", "load", "compile", "first_token")
+    assert list(found) == [f"{name}_seconds" for name in names]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(found["total_seconds"])
+    assert 0.05 < found["total_seconds"] < 30
+
+
+def test_a_cold_start_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"cold start failed: .*config\.json does not exist"):
+        bench.cold_start(Source(str(tmp_path), device="numpy"))

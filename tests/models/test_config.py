@@ -1,0 +1,318 @@
+"""config.json -> ModelConfig: what is read, what an absent field means, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cuplama.errors import ConfigError
+from cuplama.models.config import ModelConfig, load_config, parse_config, read_json, token_ids
+from cuplama.models.families import FAMILIES
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+def raw(name: str = "Llama", **changes: Any) -> dict[str, Any]:
+    """A small config of a family; a change to ``...`` leaves the field out."""
+    start: dict[str, Any] = GPT2 if name == "GPT2" else {"architectures": [f"{name}ForCausalLM"], **SIZES}
+    if name in ("Mistral", "Qwen2", "Qwen3"):  # whose default is a number, not that of the query heads
+        start = {**start, "num_key_value_heads": None}
+    return {key: value for key, value in {**start, **changes}.items() if value is not ...}
+
+
+def parse(name: str = "Llama", **changes: Any) -> ModelConfig:
+    return parse_config(raw(name, **changes), "here/config.json")
+
+
+def refusal(content: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(content, "here/config.json")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("here/config.json: ")
+    return message
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have(number: str) -> None:
+    for field in ("rms_norm_eps", "rope_theta", "partial_rotary_factor"):
+        assert field in refusal(raw(**{field: json.loads(number)}))
+
+
+# What is wrong -> the words that the message must hold: the field, its value, what is supported.
+REFUSALS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("Llama", {"architectures": ["MixtralForCausalLM"]}, ("architectures", "MixtralForCausalLM", "GPT2LMHeadModel")),
+    ("Llama", {"architectures": "LlamaForCausalLM"}, ("architectures", "MistralForCausalLM")),
+    ("Llama", {"architectures": [["LlamaForCausalLM"]]}, ("architectures", "MistralForCausalLM")),
+    ("Llama", {"architectures": None, "model_type": "mamba"}, ("model_type", "mamba", "llama, mistral, qwen2")),
+    ("Llama", {"model_type": "mixtral"}, ("model_type", "mixtral", "llama for LlamaForCausalLM")),
+    ("Llama", {"architectures": None}, ("architectures", "model_type")),
+    ("Llama", {"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
+    ("Llama", {"hidden_act": ["silu"]}, ("hidden_act", "silu")),
+    ("GPT2", {"activation_function": "relu"}, ("activation_function", "relu", "gelu_new")),
+    ("Llama", {"quantization_config": {"bits": 4}}, ("quantization_config", "bits", "null")),
+    ("Llama", {"num_local_experts": 8}, ("num_local_experts", "8", "supported")),
+    ("Qwen3", {"num_experts": 128}, ("num_experts", "128", "supported")),
+    ("Llama", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", "50.0", "null")),
+    ("Llama", {"sliding_window": 8}, ("sliding_window", "8", "null for LlamaForCausalLM")),
+    ("Mistral", {"sliding_window": 1}, ("sliding_window", "1", ">= 2")),
+    ("Mistral", {"sliding_window": "8"}, ("sliding_window", '"8"', ">= 2")),
+    ("Mistral", {"attention_bias": True}, ("attention_bias", "true", "false")),
+    ("Mistral", {"layer_types": ["full_attention"] * 2}, ("layer_types[0]", "full_attention", "sliding_attention")),
+    ("Qwen2", {"layer_types": ["full_attention"]}, ("layer_types", "a list of 2")),
+    ("Qwen2", {"layer_types": ["full_attention", "linear_attention"]}, ("layer_types[1]", "linear_attention")),
+    ("Qwen2", {"layer_types": ["sliding_attention"] * 2}, ("layer_types[0]", "sliding_attention", "full_attention")),
+    ("Qwen2", {"use_sliding_window": "no"}, ("use_sliding_window", '"no"', "true, false")),
+    ("Qwen2", {"use_sliding_window": True, "max_window_layers": "all"}, ("max_window_layers", '"all"')),
+    ("Llama", {"attention_bias": "false"}, ("attention_bias", '"false"', "true, false")),
+    ("Llama", {"num_key_value_heads": 3}, ("num_key_value_heads", "3", "divisor", "4")),
+    ("Llama", {"num_key_value_heads": 0}, ("num_key_value_heads", "0", "positive")),
+    ("Llama", {"num_attention_heads": 5}, ("num_attention_heads", "5", "32")),
+    ("Llama", {"head_dim": 0}, ("head_dim", "0", "positive")),
+    ("Llama", {"head_dim": 7}, ("head_dim", "7", "even")),
+    ("Llama", {"hidden_size": 32.0}, ("hidden_size", "32.0", "whole number")),
+    ("Llama", {"hidden_size": True}, ("hidden_size", "true", "whole number")),
+    ("Llama", {"vocab_size": 10**40}, ("vocab_size", "whole number")),
+    ("Llama", {"num_hidden_layers": -1}, ("num_hidden_layers", "-1")),
+    ("Llama", {"num_hidden_layers": None}, ("num_hidden_layers", "null")),
+    ("Llama", {"num_hidden_layers": 10**9}, ("num_hidden_layers = 1000000000", "at most 10,000 layers")),
+    ("GPT2", {"n_layer": 10_001}, ("n_layer = 10001", "at most 10,000 layers")),
+    ("Llama", {"torch_dtype": ["a"]}, ("torch_dtype", '["a"]', "bfloat16")),
+    ("Llama", {"dtype": 16}, ("dtype", "16", "bfloat16")),
+    ("Llama", {"max_position_embeddings": 0}, ("max_position_embeddings", "0")),
+    ("GPT2", {"n_inner": 0}, ("n_inner", "0")),
+    ("Llama", {"rms_norm_eps": None}, ("rms_norm_eps", "null", "a number >= 0")),
+    ("Llama", {"rms_norm_eps": -1e-5}, ("rms_norm_eps", "-1e-05")),
+    ("GPT2", {"scale_attn_weights": False}, ("scale_attn_weights", "false", "true")),
+    ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, ("scale_attn_by_inverse_layer_idx", "true")),
+    ("Llama", {"eos_token_id": "2"}, ("eos_token_id", "'2'")),
+    ("Llama", {"eos_token_id": [2, True]}, ("eos_token_id", "True")),
+    # Rotary settings.
+    ("Llama", {"rope_theta": None}, ("rope_theta", "null", "a number > 1")),
+    ("Llama", {"rope_theta": 10**400}, ("rope_theta", "a number > 1")),
+    ("Llama", {"rope_scaling": "linear"}, ("rope_scaling", "linear")),
+    ("Llama", {"rope_scaling": {"type": "su", "factor": 2.0}}, ("rope_scaling.rope_type", "su", "longrope")),
+    ("Llama", {"rope_scaling": {"rope_type": ["linear"]}}, ("rope_scaling.rope_type", "linear", "dynamic")),
+    ("Phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ("rope_type", "linear", "default, longrope")),
+    ("Llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ("rope_parameters", "layer type")),
+    ("Llama", {"rope_scaling": {"rope_type": "linear"}}, ("rope_scaling.factor", "missing", "linear")),
+    ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, ("rope_scaling.factor", "0.5", ">= 1")),
+    ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": None}}, ("rope_scaling.factor", "null", ">= 1")),
+    ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": None}}, ("rope_scaling.factor", "null", ">= 1")),
+    ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, ("head_dim", "2", ">= 4")),
+    ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, ("rope_scaling.factor", '"2"')),
+    ("Qwen2", {"rope_scaling": {"rope_type": "default", "mrope_section": [1]}}, ("mrope_section", "for default")),
+    ("Llama", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5", "1 for llama")),
+    ("Phi3", {"partial_rotary_factor": 0}, ("partial_rotary_factor", "0", "(0, 1]")),
+    ("Phi3", {"partial_rotary_factor": 0.1}, ("head_dim", "0", ">= 2")),
+    ("Llama", {"original_max_position_embeddings": 0}, ("original_max_position_embeddings", "0")),
+]  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+REFUSALS += [
+    ("Llama", {"rope_scaling": {**start, key: value}}, (f"rope_scaling.{key}", *words))
+    for start, key, value, words in (
+        (LLAMA3, "factor", None, ("null",)),
+        (LLAMA3, "low_freq_factor", 0, ("positive",)),
+        (LLAMA3, "low_freq_factor", None, ("null", "positive")),
+        (LLAMA3, "high_freq_factor", 1.0, ("> low_freq_factor = 1.0",)),
+        (YARN, "attention_factor", "1", ('"1"', "positive")),
+        (YARN, "beta_fast", [32], ("32", ">= 0")),
+        (YARN, "truncate", "yes", ('"yes"', "true, false")),
+        (YARN, "low_freq_factor", 1.0, ("1.0", "beta_fast")),
+        (LONG, "short_factor", [1.0] * 3, ("a list of 4",)),
+        (LONG, "long_factor", [1.0, 1.0, 0, 1.0], ("a list of 4 positive numbers",)),
+        (LONG, "long_factor", [1.0, 1e-300, 1.0, 1.0], ("a list of 4 positive numbers",)),
+        (LONG, "long_factor", 2.0, ("2.0", "a list of 4")),
+    )
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "words"), REFUSALS, ids=lambda v: str(v)[:60])
+def test_refusals_name_field_value_and_what_is_supported(
+    family: str, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    message = refusal(raw(family, **changes))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("field", sorted(SIZES))
+def test_missing_sizes(field: str) -> None:
+    content = raw()
+    del content[field]
+    assert f"{field} is missing" in refusal(content)
+
+
+# The defaults of an absent field that tests/golden/README.md found in transformers.
+ABSENT = {
+    #           KV heads  head_dim  eps  context  window
+    "Llama": (4, 8, 1e-6, 2048, 0),
+    "Mistral": (4, 8, 1e-6, 131072, 4096),
+    "Qwen2": (4, 8, 1e-6, 32768, 0),
+    "Qwen3": (4, 128, 1e-6, 32768, 0),
+    "Phi3": (4, 8, 1e-5, 4096, 0),
+    "GPT2": (4, 8, 1e-5, 1024, 0),
+}
+
+
+@pytest.mark.parametrize("family", ABSENT)
+def test_defaults_of_absent_fields(family: str) -> None:
+    config = parse(family)
+    found = (config.num_kv_heads, config.head_dim, config.eps, config.context, max(config.windows))
+    assert found == ABSENT[family]
+    assert len(config.windows) == config.num_layers == 2
+    assert config.activation == ("gelu_tanh" if family == "GPT2" else "silu_mul")
+    assert config.intermediate_size == (128 if family == "GPT2" else 64)
+    assert (config.bos, config.eos) == (None, ())
+    if family == "GPT2":
+        assert config.layers[0].rope is None
+    else:
+        assert config.layers[0].rope is not None
+        assert (config.layers[0].rope.type, config.layers[0].rope.theta) == ("default", 10000.0)
+        assert config.layers[0].rope.dim == config.head_dim
+        assert config.layers[0].rope.original == (4096 if family == "Phi3" else config.context)
+
+
+def test_kv_head_defaults_that_do_not_follow_the_query_heads() -> None:
+    assert parse("Mistral", num_attention_heads=32, head_dim=8, num_key_value_heads=...).kv_heads == 8
+    assert parse("Qwen2", num_attention_heads=64, head_dim=8, num_key_value_heads=...).kv_heads == 32
+    assert "num_key_value_heads = 32" in refusal(raw("Qwen3", num_key_value_heads=...))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "GPT2"])
+def test_model_type_stands_in_for_architectures(family: str) -> None:
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    content = raw(family, architectures=..., model_type=FAMILIES[name].model_type)
+    assert parse_config(content).architecture == name
+
+
+BOTH_SPELLINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
+    ({"rope_theta": 5e5, "rope_scaling": {}}, {"rope_parameters": {"rope_theta": 5e5}}),
+    (
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4}},
+    ),
+    (
+        {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3, "original_max_position_embeddings": 64}},
+    ),
+    (
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": 64}},
+        {"rope_parameters": YARN, "original_max_position_embeddings": 64},
+    ),
+    ({"rope_theta": 5e5, "rope_scaling": LONG}, {"rope_theta": 5e5, "rope_parameters": LONG}),
+]
+
+
+@pytest.mark.parametrize(("v4", "v5"), BOTH_SPELLINGS, ids=lambda v: next(iter(v)))
+def test_both_spellings_of_rope_settings_mean_the_same(v4: dict[str, Any], v5: dict[str, Any]) -> None:
+    assert parse(**v4).layers[0].rope == parse(**v5).layers[0].rope
+
+
+def test_rope_precedence() -> None:
+    linear = {"rope_type": "linear", "factor": 2.0}
+    found = parse(rope_scaling=linear, rope_parameters={"rope_type": "llama3", "rope_theta": 7.0}).layers[0].rope
+    assert found is not None
+    assert (found.type, found.theta) == ("linear", 10000.0)  # rope_scaling replaces rope_parameters entirely
+    found = parse(rope_theta=7.0, rope_parameters={"rope_theta": 9.0}).layers[0].rope
+    assert found is not None
+    assert found.theta == 9.0  # the one among the settings wins
+    found = parse(rope_scaling={"rope_type": "linear", "type": "dynamic", "factor": 2.0}).layers[0].rope
+    assert found is not None
+    assert found.type == "linear"
+    found = (
+        parse(original_max_position_embeddings=32, rope_scaling={**LONG, "original_max_position_embeddings": 64})
+        .layers[0]
+        .rope
+    )
+    assert found is not None
+    assert found.original == 32
+    found = (
+        parse("Phi3", rope_scaling={**LONG, "rope_type": "su", "original_max_position_embeddings": 64}).layers[0].rope
+    )
+    assert found is not None
+    assert (found.type, found.original) == ("longrope", 4096)
+
+
+def test_windows_by_layer() -> None:
+    def qwen(**changes: Any) -> tuple[int, ...]:
+        return parse("Qwen2", num_hidden_layers=4, sliding_window=8, **changes).windows
+
+    assert qwen() == (0, 0, 0, 0)
+    assert qwen(use_sliding_window=True, max_window_layers=2) == (0, 0, 8, 8)
+    assert qwen(use_sliding_window=True, max_window_layers=None) == (0, 0, 0, 0)  # 28
+    types = ["full_attention", "sliding_attention"] * 2
+    assert qwen(use_sliding_window=True, layer_types=types) == (0, 8, 0, 8)
+    assert parse("Mistral", num_key_value_heads=2, sliding_window=None).windows == (0, 0)
+    assert parse("Phi3", sliding_window=8).windows == (8, 8)
+
+
+def test_flags_decide_which_weights_exist() -> None:
+    assert parse(attention_bias=True, mlp_bias=None).flags == {"qkv_bias", "o_bias"}
+    assert "0.qkv_proj.bias" in parse("Qwen2", attention_bias=False).weight_shapes()
+    assert "0.o_proj.bias" not in parse("Qwen2").weight_shapes()
+    shapes = parse(num_key_value_heads=2, head_dim=16).weight_shapes()
+    assert shapes["1.qkv_proj"] == ((4 + 2 * 2) * 16, 32)
+    assert shapes["1.o_proj"] == (32, 4 * 16)
+    assert shapes["0.gate_up_proj"] == (128, 32)
+
+
+def test_token_ids() -> None:
+    assert token_ids(None, "x") == ()
+    assert token_ids(3, "x") == (3,)
+    assert token_ids([3, -1, 4], "x") == (3, 4)  # -1 stands for none in some old files
+    with pytest.raises(ConfigError, match=r"x is 1\.5"):
+        token_ids(1.5, "x")
+
+
+BROKEN = [
+    (b"{", "not valid JSON"),
+    (b"", "not valid JSON"),
+    (b"[1]", "JSON list, not an object"),
+    (b"\xff\xfe", "not valid JSON"),
+    (b"\xef\xbb\xbf{}", "not valid JSON"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b'{"a": ' + b"[" * 100_000, "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), BROKEN, ids=lambda v: str(v[:12]))
+def test_files_that_are_not_a_json_object(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path)
+    assert str(caught.value).startswith(str(path))
+    assert words in str(caught.value)
+
+
+def test_folders_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"nothing is not a folder"):
+        load_config(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot read .*config\.json: Is a directory"):
+        load_config(tmp_path)
+
+    def denied(*args: Any, **options: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match=r"cannot read .*config\.json: Permission denied"):
+        read_json(tmp_path / "config.json")
+
+
+PUBLISHED = "gpt2 llama-2-7b llama-3.1-8b llama-3.2-1b mistral-7b-v0.1 phi-3-mini-4k qwen2.5-0.5b qwen3-8b"
+
+
+@pytest.mark.parametrize("name", PUBLISHED.split())
+def test_published_configs_are_read(shared: Path, name: str) -> None:
+    assert load_config(shared / "configs" / name).layers >= 12

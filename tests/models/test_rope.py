@@ -1,0 +1,162 @@
+"""Rotary frequencies against the formulas of tests/golden/README.md, and which table row a token gets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama.models.rope import ROPE_KEYS, Rope, RopeTables, Span
+
+THETA, DIM, CONTEXT, ORIGINAL = 10000.0, 16, 128, 32
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "longrope": {
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+    },
+}
+
+
+def rope(kind: str, **changes: Any) -> Rope:
+    settings = {**SETTINGS[kind], **changes}
+    return Rope(kind, THETA, DIM, settings.pop("context", CONTEXT), settings.pop("original", ORIGINAL), settings)
+
+
+def base(theta: float = THETA) -> list[float]:
+    return [theta ** (-2 * i / DIM) for i in range(DIM // 2)]
+
+
+def test_every_type_has_settings_here() -> None:
+    assert set(SETTINGS) == set(ROPE_KEYS)
+
+
+def check(found: tuple[Any, float], wanted: list[float], factor: float = 1.0) -> None:
+    assert found[0].dtype == np.float32
+    assert found[0].tolist() == pytest.approx(wanted, rel=2e-6)
+    assert found[1] == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 32, 33, 1000])
+def test_static_types(length: int) -> None:
+    check(rope("default").frequencies(length), base())
+    check(rope("linear").frequencies(length), [f / 4 for f in base()])
+
+
+def test_dynamic_grows_its_base_beyond_the_context() -> None:
+    r = rope("dynamic", context=32)
+    for length in (1, 31, 32):
+        check(r.frequencies(length), base())
+    for length in (33, 64, 128):
+        stretch = 4.0 * length / 32 - 3
+        check(r.frequencies(length), base(THETA * stretch ** (DIM / (DIM - 2))))
+
+
+def test_llama3_by_wavelength() -> None:
+    wanted = []
+    for f in base():
+        wavelength = 2 * math.pi / f
+        if wavelength < ORIGINAL / 4:
+            wanted.append(f)
+        elif wavelength > ORIGINAL / 1:
+            wanted.append(f / 8)
+        else:
+            t = (ORIGINAL / wavelength - 1) / (4 - 1)
+            wanted.append((1 - t) * f / 8 + t * f)
+    check(rope("llama3").frequencies(500), wanted)
+    assert len({w / f for w, f in zip(wanted, base(), strict=True)}) == 3  # all three cases occur
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({}, 0.1 * math.log(4) + 1),
+        ({"attention_factor": 1.5}, 1.5),
+        ({"attention_factor": None}, 0.1 * math.log(4) + 1),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, (0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+        ({"mscale": 2.0}, 0.1 * math.log(4) + 1),
+        ({"beta_fast": 0, "beta_slow": None}, 0.1 * math.log(4) + 1),
+        ({"factor": None, "context": 4 * ORIGINAL}, 0.1 * math.log(4) + 1),
+        ({"truncate": False}, 0.1 * math.log(4) + 1),
+    ],
+)
+def test_yarn(changes: dict[str, Any], factor: float) -> None:
+    def turning_point(rotations: float) -> float:
+        return DIM * math.log(ORIGINAL / (rotations * 2 * math.pi)) / (2 * math.log(THETA))
+
+    low, high = turning_point(32), turning_point(1)
+    if changes.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, DIM - 1)
+    ramp = [min(max((i - low) / (high - low), 0), 1) for i in range(DIM // 2)]
+    wanted = [r * f / 4 + (1 - r) * f for r, f in zip(ramp, base(), strict=True)]
+    check(rope("yarn", **changes).frequencies(7), wanted, factor)
+
+
+def test_longrope_changes_sets_beyond_the_original_context() -> None:
+    r = rope("longrope")
+    factor = math.sqrt(1 + math.log(CONTEXT / ORIGINAL) / math.log(ORIGINAL))
+    for length, name in ((1, "short_factor"), (32, "short_factor"), (33, "long_factor"), (128, "long_factor")):
+        wanted = [f / s for f, s in zip(base(), SETTINGS["longrope"][name], strict=True)]
+        check(r.frequencies(length), wanted, factor)
+    assert [r.regime(n) for n in (1, 32, 33)] == [0, 0, 1]
+    assert rope("longrope", attention_factor=1.25).frequencies(1)[1] == 1.25
+    assert rope("longrope", factor=1.0).frequencies(1)[1] == 1.0
+    assert rope("longrope", factor=8.0).frequencies(1)[1] == pytest.approx(math.sqrt(1 + math.log(8) / math.log(32)))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_table_rows(kind: str) -> None:
+    """Whatever the pass, a token's row holds the angles of its position under the frequencies of its total length."""
+    r = rope(kind, context=ORIGINAL if kind == "dynamic" else CONTEXT)
+    tables = RopeTables(r, 96)
+    passes = [
+        [Span(0, 1, 1)],
+        [Span(0, 32, 32)],
+        [Span(0, 33, 33)],
+        [Span(0, 96, 96)],
+        [Span(95, 1, 96)],
+        [Span(0, 10, 50), Span(31, 1, 32), Span(32, 1, 33), Span(0, 5, 5)],
+        [Span(10, 40, 50)],
+        [Span(40, 1, 41), Span(60, 1, 61)],
+    ]
+    for spans in passes:
+        cos, sin, rows = tables.lookup(spans)
+        assert rows.dtype == np.int32
+        assert cos.dtype == sin.dtype == np.float32
+        at = 0
+        for span in spans:
+            frequencies, factor = r.frequencies(span.total)
+            angles = np.arange(span.start, span.start + span.count, dtype=np.float32)[:, None] * frequencies
+            here = rows[at : at + span.count]
+            assert np.allclose(cos[here], np.cos(angles) * factor, atol=1e-6)
+            assert np.allclose(sin[here], np.sin(angles) * factor, atol=1e-6)
+            at += span.count
+        assert at == len(rows)
+
+
+def test_decoding_needs_no_tables_of_its_own() -> None:
+    for kind in SETTINGS:
+        tables = RopeTables(rope(kind, context=ORIGINAL), 96)
+        for n in (1, 32, 33, 96):
+            cos, sin, _ = tables.lookup([Span(n - 1, 1, n), Span(0, 1, 1)])
+            assert cos is tables.cos
+            assert sin is tables.sin
+
+
+def test_stable_steps_end_where_the_regime_does() -> None:
+    """The last of ``length`` tokens is not cached yet; each step feeds one and draws the next."""
+    r = rope("longrope")
+    for length in range(1, 34):
+        steps = r.stable_steps(length)
+        assert all(r.regime(length + i) == r.regime(length - 1) for i in range(steps))
+        assert r.regime(length + steps) != r.regime(length - 1)
+    assert r.stable_steps(33) == 0
+    assert r.stable_steps(34) > 10**6
+    assert rope("default").stable_steps(10**6) > 10**6

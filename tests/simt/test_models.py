@@ -1,0 +1,76 @@
+"""Whole models as the GPU runs them, on the emulator: planned launches, fused nodes, recorded steps, ragged batches.
+
+The kernels' own text computes every family's golden tokens. What is missing here is the hardware: timing, streams and
+the order of launches that overlap.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuplama
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.engine.engine import Engine
+from cuplama.model import Model, Settings
+from cuplama.models.checkpoint import load_weights
+from cuplama.models.config import load_config
+from tests.engine.test_prefill import continued
+from tests.fakes import FakeGpu
+from tests.paths import GOLDEN
+from tools.verify_models import kl, stepwise
+
+CASES = sorted((GOLDEN).iterdir())
+
+
+def _load(case: Path, dtype: str) -> tuple[Model, Any, dict[str, Any]]:
+    meta = json.loads((case / "meta.json").read_text())
+    config = load_config(case)
+    backend = CudaBackend(dtype, gpu=FakeGpu(emulate=True))
+    weights = {name: backend.load_weight(w) for name, w in load_weights(case, config).items()}
+    engine = Engine(backend, config, weights, meta["context"], 2 * meta["context"])
+    return Model(case, config, None, engine, Settings()), np.load(case / "golden.npz"), meta
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
+def test_golden_tokens(case: Path) -> None:
+    """A middling prompt, one that crosses the original context while decoding, one that begins beyond it; a batch."""
+    model, golden, _ = _load(case, "f32")
+    greedy: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+    for j, count in ((1, 4), (2, 6), (3, 3)):
+        done = model.generate(golden[f"prompt_{j}"].tolist(), max_tokens=count, **greedy)
+        assert done.tokens == golden[f"greedy_{j}"].tolist()[:count]
+    batch = model.generate([golden[f"prompt_{j}"].tolist() for j in (1, 0)], max_tokens=4, **greedy)
+    assert [c.tokens for c in batch] == [golden[f"greedy_{j}"].tolist()[:4] for j in (1, 0)]
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda p: p.name)
+@pytest.mark.parametrize(("dtype", "name"), [("bf16", "bfloat16"), ("f16", "float16")])
+def test_16_bit_logits(case: Path, dtype: str, name: str) -> None:
+    """In one piece and by fused steps. transformers' divergence is a mean over more positions, hence the factor."""
+    model, golden, meta = _load(case, dtype)
+    prompt = golden["prompt_1"].tolist()
+    for logits in (model.logits(prompt), stepwise(model, prompt)):
+        assert kl(golden["logits_1"], logits).mean() <= 2 * meta["kl"][name]
+
+
+RECORDED = ("gpt2-char", "llama-rope-dynamic", "llama3-gqa", "mistral-window", "phi3-longrope", "qwen2-window", "qwen3")
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_replayed_prompts(name: str) -> None:
+    """Ragged batches, of a part of each prompt and of the rest: the first is not recorded, the second is run as it is,
+    the third captured, and then they are replayed."""
+    case = next(c for c in CASES if c.name == name)
+    model, golden, meta = _load(case, "f32")
+    plain = cuplama.load(case, device="numpy", context=meta["context"], cache_tokens=2 * meta["context"])
+    prompts = [golden[f"prompt_{j}"].tolist() for j in (2, 0, 1)]
+    for i in range(5):
+        batch = [p[i:] or p for p in prompts]
+        for a, b in zip(continued(model, batch), continued(plain, batch), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3, rtol=0)
+    kept: Any = model.engine._passes._kept.values()
+    assert len(kept) == 2
+    assert all(p._captured._graph for p in kept)
