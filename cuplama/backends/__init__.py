@@ -23,19 +23,19 @@ class Event(Protocol):
 
 
 class CapturedGraph(Protocol):
-    """A body of calls that is repeated. The first run may be an ordinary one."""
+    """A body of calls that is repeated. The first replay may run it call by call."""
 
     def replay(self) -> Event:
-        """Queue the body once; the mark is behind it."""
+        """Queue the body once; the event is behind it."""
 
     def close(self) -> None:
-        """Forget the body and what was recorded of it."""
+        """Forget the body and what was captured of it."""
 
 
 class Backend(Protocol):
     """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most.
 
-    captures: whether prompts and decode steps go through ``recording``; compile_seconds: spent on kernels so far.
+    captures: whether prompts and decode steps go through ``capture``; compile_seconds: spent on kernels so far.
     """
 
     name: str

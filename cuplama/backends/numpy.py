@@ -66,7 +66,7 @@ _one_thread = _OneThread()  # the libraries' number of threads belongs to the pr
 
 
 class _CapturedGraph:
-    """A recording that is the body itself; it is done as soon as it is queued."""
+    """A graph that is the body itself; it is done as soon as it is queued."""
 
     def __init__(self, body: Callable[[], None]) -> None:
         self._body = body
@@ -92,7 +92,7 @@ class NumPyBackend:
     name = "numpy"
     prefill_chunk = 512
     compile_seconds = 0.0
-    captures = False  # nothing to gain; but it can, so that recorded passes and steps are tested without a GPU
+    captures = False  # nothing to gain; but it can, so that captured passes and steps are tested without a GPU
 
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
         self.dtype = DTYPES[dtype]
@@ -132,7 +132,7 @@ class NumPyBackend:
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         # What overflows in float16 shows in the logits; the sampler refuses those.
-        with self._threads(len(values["input_ids"])), np.errstate(over="ignore", invalid="ignore"):
+        with self._threads(len(values[nodes[0].ins[0]])), np.errstate(over="ignore", invalid="ignore"):
             return self._run(nodes, values, keep)
 
     def _threads(self, tokens: int) -> AbstractContextManager[Any]:

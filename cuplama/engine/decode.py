@@ -1,65 +1,78 @@
-"""The decode loop on a device that can record: one recorded step, replayed per token.
+"""The decode loop: one captured step, replayed per token.
 
-All inputs of a step live in buffers that stay where they are, and the step's last op makes the next step's inputs from
-the tokens it drew. So the host only replays the recording, a few steps ahead, and reads the tokens behind the device
+All inputs of a step live in buffers that stay where they are, and the step's last node makes the next step's inputs
+from the tokens it drew. So the host only replays the graph, a few steps ahead, and reads the tokens behind the device
 from a ring in host memory. What it does with them may lag; what it shows may not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..backends import Backend, Event
 from ..dtypes import Array
-from ..models.fusion import BATCH_RULES, RULES, fuse
-from ..models.graph import LOGITS
-from ..ops import OPS
-from ..ops.linear import STREAMED_ROWS
+from ..models.fusion import BATCH_RULES, FEW_ROWS_RULES, fuse
+from ..models.graph import Graph
+from ..ops.linear import MAX_STREAMED_ROWS
 from ..ops.node import Node
-from .input_buffer import Packed
-from .kv_cache import PAGE, block_table, pages_for
+from .batch import Batch, input_shapes
+from .input_buffer import InputBuffer
+from .kv_cache import PAGE
+from .sampler import TOKEN, Sampler
 
-if TYPE_CHECKING:
-    from .engine import Engine
-    from .sampler import Sampler
-    from .sequence import SequenceState
-
-
-__all__ = ["AHEAD", "DecodeLoop", "batch_size", "decode_nodes"]
+__all__ = ["AHEAD", "RING", "DecodeLoop", "decode_nodes", "decode_step"]
 
 AHEAD = 3  # steps that may be in flight: enough to hide the host, few enough that a stop wastes little
-# A recording is made for these numbers of sequences; a batch in between is filled up with idle rows.
-_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
+RING = AHEAD + 1  # rows of the ring of drawn tokens: those in flight, and the one that is being read
+
+# The inputs that a step leaves as the next one needs them, in the order of the op ``advance``.
+_ADVANCED = ("input_ids", "positions", "slot_mapping", "seq_lens", "rope.rows", "ring", "step")
 
 
-def batch_size(sequences: int) -> int:
-    """Rows of the recording that serves this many sequences."""
-    return next((s for s in _SIZES if s >= sequences), -(-sequences // 32) * 32)
+def decode_nodes(graph: Graph, sequences: int) -> list[Node]:
+    """From the last tokens of so many sequences to their logits, with what pays when fused.
+
+    Beyond a few rows products go to a library, which takes no norm and no activation with them.
+    """
+    rules = FEW_ROWS_RULES if sequences <= MAX_STREAMED_ROWS else BATCH_RULES
+    return fuse([*graph.body, *graph.every_row()], rules)
+
+
+def decode_step(graph: Graph, sequences: int, sampling: Sequence[Node]) -> list[Node]:
+    """A whole step: the last tokens in, the next tokens drawn, and the inputs advanced to them."""
+    advance = Node("advance", _ADVANCED, (*_ADVANCED, TOKEN, "page_table"), {"S": PAGE})
+    return [*decode_nodes(graph, sequences), *sampling, advance]
 
 
 class DecodeLoop:
-    """A recorded decode step for ``size`` sequences, with the optional inputs that ``sampler`` has.
+    """A captured step of ``sequences`` sequences, for samplers like the one it is made with.
 
-    Idle rows decode into the cache's spare page.
+    nodes: of ``decode_step``; values: weights and everything else that stays where it is, by name; pages: of a sequence
+    at most.
     """
 
-    def __init__(self, engine: Engine, size: int, sampler: Sampler) -> None:
-        self._engine, self._backend, self.size = engine, engine.backend, size
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-            ("input_ids", "positions", "slot_mapping", "seq_lens", "rope.rows"), (size,)
-        )
-        shapes |= {"page_table": (size, pages_for(engine.context)), "step": (1,)}
+    def __init__(
+        self,
+        backend: Backend,
+        nodes: Sequence[Node],
+        values: Mapping[str, Array],
+        sampler: Sampler,
+        sequences: int,
+        pages: int,
+    ) -> None:
+        self._backend, self._nodes, self._values, self.sequences = backend, nodes, values, sequences
+        shapes = input_shapes(sequences, sequences, pages, logit_rows=0) | {"step": (1,)}
+        del shapes["logit_rows"]  # a step wants the logits of every row
         arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-        arrays["cu_seqlens"] = np.arange(size + 1, dtype=np.int32)
-        arrays |= {name: np.zeros((size, *array.shape[1:]), array.dtype) for name, array in sampler.inputs.items()}
-        self._inputs = Packed(engine.backend, arrays)
+        self._inputs = InputBuffer(backend, arrays | sampler.empty_inputs(sequences))
         self._sampler = sampler
-        self._ring, self._device_ring = engine.backend.host_ring((AHEAD + 1, size))
-        self._scores: tuple[Array, ...] = ()
-        self._captured = engine.backend.capture(self._body)
-        self._events: list[Any] = []
+        self._ring, self._device_ring = backend.host_ring((RING, sequences))
+        self._outs: dict[str, Array] = {}
+        self._graph = backend.capture(self._captured)
+        self._events: list[Event] = []
         self._read = 0
 
     @property
@@ -72,66 +85,36 @@ class DecodeLoop:
         """Steps launched and not read yet."""
         return len(self._events)
 
-    def begin(self, active: Sequence[SequenceState], sampler: Sampler) -> None:
-        """Set the buffers for these sequences, whose last token has been drawn but not fed."""
-        spare = self._engine.cache.spare
-        table = block_table([s.pages for s in active])
-        pos = np.array([len(s.tokens) - 1 for s in active])
-        page = table[np.arange(len(active)), pos // PAGE]
-        inputs = {
-            "input_ids": np.array([s.tokens[-1] for s in active]),
-            "positions": pos,
-            "slot_mapping": page * PAGE + pos % PAGE,
-            "seq_lens": pos + 1,
-            "rope.rows": np.array([self._engine.rope_row(s) for s in active]),
-            "page_table": table,
-            "step": np.zeros(1),
-        }
-        idle = {"slot_mapping": spare * PAGE, "seq_lens": 1, "page_table": spare, "repetition": 1}
-        for name, array in {**inputs, **sampler.inputs}.items():
-            self._inputs.put(name, array, idle.get(name, 0))
+    def begin(self, batch: Batch, sampler: Sampler) -> None:
+        """Set the buffers. batch: the last token of each sequence, ``sequences`` of them, idle ones included."""
+        host = self._inputs.host
+        batch.pad_into(host)
+        sampler.pad_into(host)
+        host["step"][0] = 0
         self._inputs.send()
         self._sampler = sampler
         self._events.clear()
         self._read = 0
 
-    def close(self) -> None:
-        """Drop the recording and the buffers."""
-        self._captured.close()
-        self._inputs.close()
-        self._scores = ()
-
     def launch(self) -> None:
         """Queue one step."""
-        self._events.append(self._captured.replay())
+        self._events.append(self._graph.replay())
 
-    def read(self) -> tuple[np.ndarray[Any, Any], ...]:
-        """The tokens of the oldest step in flight, [size], once it is done; then the log-probabilities, if any."""
+    def read(self) -> list[np.ndarray[Any, Any]]:
+        """What the oldest step in flight drew, once it is done: ``Sampler.outs``, in its order."""
         self._events.pop(0).synchronize()
-        tokens = self._ring[self._read % len(self._ring)].copy()
+        tokens = self._ring[self._read % RING].copy()
         self._read += 1
-        return (tokens, *(self._backend.download(a) for a in self._scores))
+        return [tokens, *(self._backend.download(self._outs[name]) for name in self._sampler.outs[1:])]
 
-    def _body(self) -> None:
+    def _captured(self) -> None:
         """One step, from the buffers to the buffers."""
-        backend, inputs = self._backend, self._inputs.device
-        values = {**self._engine.values, **inputs}
-        logits = backend.run(self._engine.decode_nodes(self.size), values, (LOGITS,))[LOGITS]
-        # "seq_lens" is the position of the token to draw: one more than that of the token just fed.
-        tokens, *scores = self._sampler.draw(backend, inputs, logits, inputs["seq_lens"])
-        self._scores = tuple(scores)
-        state = [inputs[k] for k in ("input_ids", "positions", "slot_mapping", "seq_lens", "rope.rows")]
-        backend.call(
-            OPS["advance"], [*state, self._device_ring, inputs["step"], tokens, inputs["page_table"]], {"S": PAGE}
-        )
+        values = {**self._values, **self._inputs.device, "ring": self._device_ring}
+        self._outs = {}  # before memory for the new ones is asked for
+        self._outs = self._backend.run(self._nodes, values, self._sampler.outs)
 
-
-def decode_nodes(nodes: Sequence[Node], size: int = 1) -> list[Node]:
-    """The node list of a decode step of ``size`` sequences: every row is wanted, and what pays when fused is.
-
-    Beyond a few rows products go to a library, which takes no norm and no activation with them.
-    """
-    select = next(n for n in nodes if n.op == "select_rows")
-    renamed = {select.outs[0]: select.ins[0]}
-    kept = [Node(n.op, n.outs, tuple(renamed.get(i, i) for i in n.ins), n.attrs) for n in nodes if n is not select]
-    return fuse(kept, RULES if size <= STREAMED_ROWS else BATCH_RULES)
+    def close(self) -> None:
+        """Drop the graph and the buffers."""
+        self._graph.close()
+        self._inputs.close()
+        self._outs = {}

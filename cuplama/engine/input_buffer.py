@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..backends import Backend
 from ..dtypes import Array
 
-if TYPE_CHECKING:
-    from ..backends import Backend
-
-
-__all__ = ["Packed"]
+__all__ = ["InputBuffer"]
 
 _ALIGNMENT = 16  # bytes; kernels may read 16 at a time
 
 
-class Packed:
+class InputBuffer:
     """Copies of ``arrays`` in one buffer. device: name -> device array; host: name -> what ``send`` sends there.
 
     A backend whose device is the host may share the memory of both.
@@ -44,12 +41,6 @@ class Packed:
         for name, (at, shape, dtype) in self._places.items():
             found[name] = buffer[at : at + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         return found
-
-    def put(self, name: str, array: np.ndarray[Any, Any], rest: int = 0) -> None:
-        """Set a host array: ``array`` in its first rows and columns, ``rest`` everywhere else."""
-        host = self.host[name]
-        host.fill(rest)
-        host[tuple(slice(size) for size in array.shape)] = array
 
     def send(self) -> None:
         """Copy the host's arrays to the device, in order with what is queued; they may change as soon as it returns."""

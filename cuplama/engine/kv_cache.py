@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..backends import Backend
 from ..dtypes import Array
 from ..errors import ContextError
 from ..models.config import ModelConfig
 
-if TYPE_CHECKING:
-    from ..backends import Backend
-
-
-__all__ = ["PAGE", "PagedCache", "block_table", "pages_for"]
+__all__ = ["PAGE", "PagedCache", "page_table", "pages_for"]
 
 PAGE = 64  # tokens per page: 16 KB of one bf16 head of 128, a good size for one bulk copy
 
@@ -34,8 +30,8 @@ class PagedCache:
 
     def __init__(self, backend: Backend, config: ModelConfig, pages: int) -> None:
         shape = (pages + 1, config.num_kv_heads, PAGE, config.head_dim)
-        self.pages, self.page_size = pages, PAGE
-        self.spare = pages  # a page that is nobody's: rows that fill up a recorded batch write there
+        self.pages = pages
+        self.padding_page = pages  # belongs to no sequence: the rows that pad a batch write there
         self.arrays: dict[str, Array] = {
             f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.num_layers) for part in "kv"
         }
@@ -80,9 +76,9 @@ class PagedCache:
         owned.clear()
 
 
-def block_table(sequences: list[list[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    """The pages of each sequence as [b, M]; unused entries are 0."""
-    table = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
+def page_table(sequences: list[list[int]], padding_page: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """The pages of each sequence as [b, M]; entries beyond a sequence's own are the padding page."""
+    table = np.full((len(sequences), max(map(len, sequences))), padding_page, np.int32)
     for row, pages in zip(table, sequences, strict=True):
         row[: len(pages)] = pages
     return table

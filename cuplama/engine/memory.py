@@ -1,8 +1,8 @@
 """How much GPU memory a model needs, worked out before anything is allocated.
 
 Weights and cache are products of sizes. The workspace is found by walking the node list of the largest prefill pass
-with array descriptions instead of arrays: what is alive at each node, at its peak. Recordings of large batches come on
-top; where they find no room, older ones are dropped.
+with array descriptions instead of arrays: what is alive at each node, at its peak. Captured graphs of large batches
+come on top; where they find no room, older ones are dropped.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import DTYPES, dtype_name
+from ..dtypes import DTYPES, Array, dtype_name
 from ..errors import DeviceError
 from ..models.config import ModelConfig
 from ..models.fusion import PREFILL_RULES, fuse
 from ..models.graph import decoder
 from ..models.rope import table_rows
-from ..ops import OPS
-from ..ops import launch as kernel
-from ..ops.abstract import AbstractArray, abstract, attributes
-from ..ops.linear import LIBRARY
-from ..ops.node import Node
+from ..ops.abstract import infer
+from ..ops.launch import Device
+from ..ops.node import Node, dying
+from .batch import abstract_values, input_shapes
+from .graphs import KEPT_CHUNKS, max_logits, padded_rows
 from .kv_cache import PAGE, pages_for
-from .prefill import KEPT_CHUNKS, most_logits, padded_rows
 
 __all__ = ["FIXED", "POOL", "MemoryPlan", "cache_bytes", "check", "fit", "plan", "workspace_bytes"]
 
@@ -34,7 +33,7 @@ __all__ = ["FIXED", "POOL", "MemoryPlan", "cache_bytes", "check", "fit", "plan",
 # taken before free memory is read.
 FIXED = 160 << 20
 # What a pool takes for each byte that is alive at the worst moment: its free blocks do not always fit together. CuPy's
-# rules, simulated for the shapes of shapes.py, give 1.3 to 1.55 (tests/fakes_pool.py).
+# rules, simulated for the presets, give 1.3 to 1.55 (tests/engine/test_memory.py).
 POOL = 1.6
 
 
@@ -69,45 +68,29 @@ def cache_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int) -> int:
     return 2 * config.num_layers * pages_for(tokens) * PAGE * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def workspace_bytes(
-    config: ModelConfig, dtype: np.dtype[Any], tokens: int, device: kernel.Device, rows: int = 1
-) -> int:
-    """The most that activations and scratch take at one time in a pass over ``tokens`` tokens of one sequence.
-
-    rows: how many of them get logits.
-    """
+def workspace_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int, device: Device, logit_rows: int = 1) -> int:
+    """The most that activations and scratch take at one time in a pass over ``tokens`` tokens of one sequence."""
     pages = pages_for(tokens)
-    f32, i32 = DTYPES["f32"], DTYPES["i32"]
-    half = max(1, (config.ropes.get("rope").dim if config.ropes.get("rope") else config.head_dim) // 2)
-    live = {name: abstract(shape, dtype) for name, shape in config.weight_shapes().items()}
-    live |= {name: abstract((tokens,), i32) for name in ("input_ids", "positions", "slot_mapping", "rope.rows")}
-    live |= {"cu_seqlens": abstract((2,), i32), "seq_lens": abstract((1,), i32), "logit_rows": abstract((rows,), i32)}
-    live |= {"page_table": abstract((1, pages), i32)}
-    live |= {f"rope.{name}": abstract((tokens, half), f32) for name in ("cos", "sin")}
-    pool = abstract((pages, config.num_kv_heads, PAGE, config.head_dim), dtype)
-    live |= {f"{i}.cache.{part}": pool for i in range(config.num_layers) for part in "kv"}
-    return _peak(fuse(decoder(config), PREFILL_RULES), live, dtype, device)
+    values = abstract_values(config, dtype, input_shapes(tokens, 1, pages, logit_rows), pages, tokens)
+    graph = decoder(config)
+    nodes = fuse([*graph.body, *graph.selected_rows()], PREFILL_RULES)
+    return _peak(nodes, {**values}, dtype, device)
 
 
-def _peak(nodes: Sequence[Node], given: dict[str, AbstractArray], T: np.dtype[Any], device: kernel.Device) -> int:
+def _peak(nodes: Sequence[Node], values: dict[str, Array | None], T: np.dtype[Any], device: Device) -> int:
     """Bytes alive at the worst moment, beyond the given values."""
-    last = {name: i for i, node in enumerate(nodes) for name in (*node.ins, *node.outs)}
-    values, made, peak = dict(given), dict[str, int](), 0
-    for i, node in enumerate(nodes):
-        op = OPS[node.op]
-        call = op.bind([values[name] for name in node.ins], attributes(op, node.attrs, T))
-        for name, spec in zip(node.outs, op.signature.outs, strict=True):
-            if spec.name not in op.signature.in_place:
-                values[name] = abstract(call.shape(spec), call.dtype(spec))
-                made[name] = values[name].nbytes
+    alive, peak = dict[str, int](), 0
+    for (node, call), dead in zip(infer(nodes, values, T), dying(nodes), strict=True):
+        signature = call.op.signature
+        made = (n for n, spec in zip(node.outs, signature.outs, strict=True) if spec.name not in signature.in_place)
+        alive |= {name: values[name].nbytes for name in made}  # type: ignore[union-attr]
         scratch = 0
-        if op.kernels is not None and node.op not in LIBRARY:  # a product over many rows is cuBLAS's
-            buffers = op.kernels(call, device).scratch.values()
+        if call.op.kernels is not None and not call.op.matmul:  # a product over many rows is cuBLAS's
+            buffers = call.op.kernels(call, device).scratch.values()
             scratch = sum(math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in buffers)
-        peak = max(peak, sum(made.values()) + scratch)
-        for name in {*node.ins, *node.outs}:
-            if last[name] == i:
-                made.pop(name, None)
+        peak = max(peak, sum(alive.values()) + scratch)
+        for name in dead:
+            alive.pop(name, None)
     return peak
 
 
@@ -118,26 +101,22 @@ def plan(
     context: int,
     tokens: int,
     chunk: int,
-    device: kernel.Device,
+    device: Device,
 ) -> MemoryPlan:
     """What a model of ``elements`` weights takes in that dtype.
 
     context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass.
     """
-    tables = (
-        0
-        if config.ropes.get("rope") is None
-        else 4 * config.ropes.get("rope").dim * table_rows(config.ropes.get("rope"), context)
-    )
+    tables = sum(4 * rope.dim * table_rows(rope, context) for rope in config.ropes.values())
     # Logits, penalised logits and the sampler's scratch; or those of all tokens, where they are asked for.
-    logits = 4 * config.vocab_size * max(4, min(most_logits(config.vocab_size), chunk, tokens))
-    # What recorded passes hold, and one that is not recorded.
+    logits = 4 * config.vocab_size * max(4, min(max_logits(config.vocab_size), chunk, tokens))
+    # What captured passes hold, and one that is not captured.
     work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
-    spare = cache_bytes(config, dtype, PAGE)
+    padding = cache_bytes(config, dtype, PAGE)
     return MemoryPlan(
         weights=elements * dtype.itemsize,
         cache=cache_bytes(config, dtype, tokens),
-        workspace=math.ceil(POOL * work) + tables + logits + spare + FIXED,
+        workspace=math.ceil(POOL * work) + tables + logits + padding + FIXED,
         tokens=tokens,
         dtype=dtype_name(dtype),
     )
@@ -151,7 +130,7 @@ def fit(
     tokens: int,
     chunks: Sequence[int],
     free: int,
-    device: kernel.Device,
+    device: Device,
 ) -> tuple[int, MemoryPlan]:
     """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan."""
     for chunk in chunks:

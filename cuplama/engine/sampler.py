@@ -1,79 +1,117 @@
-"""TODO: engine.sampler."""
+"""The sampler of a set of sequences: its inputs, and the nodes that turn logits into the next tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from ..backends import Backend
-from ..dtypes import Array
-from ..ops import OPS
+from ..models.graph import LOGITS
+from ..ops.node import Node
 from ..sampling_params import SamplingParams
 from .sequence import SequenceState, Token
 
-__all__ = ["Sampler"]
+__all__ = ["TOKEN", "Sampler", "drawn_tokens", "sampling_nodes"]
+
+TOKEN = "token"  # [b] int32: the drawn ids
+_SCORES = ("logprob", "top_ids", "top_logprobs")
+_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed")
+_PENALTIES = ("repetition", "presence", "frequency")
+_PADDING = {"repetition": 1}  # what rows of no sequence have where 0 would not do
+
+
+@cache
+def sampling_nodes(penalised: bool, biased: bool, top_n: int | None) -> tuple[Node, ...]:
+    """From ``LOGITS`` [b, V] to ``TOKEN`` [b]. "seq_lens" is the position of the token to draw.
+
+    penalised: with penalties, stop tokens held back and counts of what was drawn; biased: these with a bias; top_n:
+    best tokens to report beside the drawn one, None for no log-probabilities.
+    """
+    nodes, logits = [], LOGITS
+    if penalised:
+        logits = "logits.penalised"
+        before = (LOGITS, "seen", "bias" if biased else "", "stop_ids", "seq_lens", "min_positions")
+        nodes.append(Node("penalize", (logits,), (*before, *_PENALTIES)))
+    nodes.append(Node("sample", (TOKEN,), (logits, *_SETTINGS, "seq_lens")))
+    if penalised:
+        nodes.append(Node("count_token", ("seen",), ("seen", TOKEN)))
+    if top_n is not None:
+        nodes.append(Node("logprobs", _SCORES, (LOGITS, TOKEN), {"N": top_n}))
+    return tuple(nodes)
 
 
 class Sampler:
-    """What the sampler's ops need for one set of sequences. inputs: host arrays by name; row i is sequence i.
+    """What the sampler's nodes need for one set of sequences. inputs: host arrays by name; row i is sequence i.
 
     top_n: how many best tokens to report beside the drawn one; None: no log-probabilities.
     """
 
-    def __init__(self, vocab: int, active: Sequence[SequenceState]) -> None:
-        p = [s.params for s in active]
+    def __init__(self, vocab_size: int, active: Sequence[SequenceState]) -> None:
+        params = [s.params for s in active]
 
         def column(name: str, dtype: Any) -> np.ndarray[Any, Any]:
-            return np.array([getattr(x, name) for x in p], dtype)
+            return np.array([getattr(p, name) for p in params], dtype)
 
         self.inputs: dict[str, np.ndarray[Any, Any]] = {
             "temperature": column("temperature", np.float32),
-            "top_k": np.array([min(x.top_k, 2**31 - 1) for x in p], np.int32),
+            "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
             "top_p": column("top_p", np.float32),
             "min_p": column("min_p", np.float32),
             "seed": np.array([s.seed for s in active], np.uint64),
         }
-        asked = [x.logprobs for x in p if x.logprobs is not None]
-        self.top_n = min(max(asked), vocab) if asked else None
-        if not any(_penalised(x) for x in p):
-            return
-        seen = np.zeros((len(active), vocab), np.int32)
-        bias = np.zeros((len(active), vocab), np.float32)
-        stop_ids = np.full((len(active), max([1, *(len(s.stop_ids) for s in active)])), -1, np.int32)
-        for i, s in enumerate(active):
-            np.add.at(seen[i], s.tokens[len(s.prompt) :], 2)
-            seen[i, list(s.prompt)] |= 1
-            bias[i, list(s.params.logit_bias)] = list(s.params.logit_bias.values())
-            stop_ids[i, : len(s.stop_ids)] = sorted(s.stop_ids)
-        self.inputs["seen"] = seen
-        if any(x.logit_bias for x in p):
-            self.inputs["bias"] = bias
-        self.inputs["stop_ids"] = stop_ids
-        ends = [min(len(s.prompt) + s.params.min_tokens, 2**31 - 1) for s in active]
-        self.inputs["min_positions"] = np.array(ends, np.int32)
-        for name in ("repetition", "presence", "frequency"):
-            self.inputs[name] = column(f"{name}_penalty", np.float32)
+        asked = [p.logprobs for p in params if p.logprobs is not None]
+        self.top_n = min(max(asked), vocab_size) if asked else None
+        if any(_is_penalised(p) for p in params):
+            self.inputs |= _penalties(vocab_size, active)
+            self.inputs |= {name: column(f"{name}_penalty", np.float32) for name in _PENALTIES}
 
-    def draw(self, backend: Backend, inputs: Mapping[str, Array], logits: Array, pos: Array) -> tuple[Array, ...]:
-        """Tokens [b] from logits [b, vocab] at positions pos [b]; then, if asked for, the outputs of ``logprobs``."""
-        adjusted = logits
-        if "seen" in inputs:
-            before = [logits, inputs["seen"], inputs.get("bias"), inputs["stop_ids"], pos, inputs["min_positions"]]
-            penalties = [inputs[name] for name in ("repetition", "presence", "frequency")]
-            (adjusted,) = backend.call(OPS["penalize"], [*before, *penalties], {})
-        settings = [inputs[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
-        (tokens,) = backend.call(OPS["sample"], [adjusted, *settings, pos], {})
-        if "seen" in inputs:
-            backend.call(OPS["count_token"], [inputs["seen"], tokens], {})
-        if self.top_n is None:
-            return (tokens,)
-        return (tokens, *backend.call(OPS["logprobs"], [logits, tokens], {"N": self.top_n}))
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes; the same tuple for samplers that need the same, since backends keep what they plan for a list."""
+        return sampling_nodes("seen" in self.inputs, "bias" in self.inputs, self.top_n)
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        """The values to read: the tokens, then the log-probabilities if they were asked for."""
+        return (TOKEN,) if self.top_n is None else (TOKEN, *_SCORES)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a captured step depends on: the nodes, and the shapes of the inputs but for the number of sequences."""
+        return (self.top_n, *((name, array.shape[1:]) for name, array in self.inputs.items()))
+
+    def empty_inputs(self, sequences: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Zeros of the inputs' shapes for so many sequences."""
+        return {name: np.zeros((sequences, *a.shape[1:]), a.dtype) for name, a in self.inputs.items()}
+
+    def pad_into(self, host: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Write the inputs into the arrays of ``host``, which may have more rows, and padding into the rest."""
+        for name, array in self.inputs.items():
+            host[name].fill(_PADDING.get(name, 0))
+            host[name][: len(array)] = array
+
+
+def _penalties(vocab_size: int, active: Sequence[SequenceState]) -> dict[str, np.ndarray[Any, Any]]:
+    """Counts, bias and stop tokens; see the op ``penalize``."""
+    seen = np.zeros((len(active), vocab_size), np.int32)
+    bias = np.zeros((len(active), vocab_size), np.float32)
+    stop_ids = np.full((len(active), max([1, *(len(s.stop_ids) for s in active)])), -1, np.int32)
+    for i, s in enumerate(active):
+        np.add.at(seen[i], s.tokens[len(s.prompt) :], 2)
+        seen[i, list(s.prompt)] |= 1
+        bias[i, list(s.params.logit_bias)] = list(s.params.logit_bias.values())
+        stop_ids[i, : len(s.stop_ids)] = sorted(s.stop_ids)
+    found: dict[str, np.ndarray[Any, Any]] = {"seen": seen, "stop_ids": stop_ids}
+    if any(s.params.logit_bias for s in active):
+        found["bias"] = bias
+    ends = [min(len(s.prompt) + s.params.min_tokens, 2**31 - 1) for s in active]
+    return {**found, "min_positions": np.array(ends, np.int32)}
 
 
 def drawn_tokens(active: Sequence[SequenceState], outs: Sequence[np.ndarray[Any, Any]]) -> list[Token]:
-    """The drawn tokens, from the host copies of what ``Sampler.draw`` gave."""
+    """The drawn tokens, from the host copies of ``Sampler.outs``, in its order."""
     ids, *scores = outs
     if not scores:
         return [Token(int(i)) for i in ids[: len(active)]]
@@ -85,7 +123,7 @@ def drawn_tokens(active: Sequence[SequenceState], outs: Sequence[np.ndarray[Any,
     return found
 
 
-def _penalised(p: SamplingParams) -> bool:
+def _is_penalised(p: SamplingParams) -> bool:
     return (
         p.repetition_penalty != 1
         or p.presence_penalty != 0

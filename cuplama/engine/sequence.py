@@ -1,4 +1,4 @@
-"""TODO: engine.sequence."""
+"""One sequence of tokens on its way through the engine, and the tokens that are drawn for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..sampling_params import SamplingParams
 
-__all__ = ["Sequence", "Token"]
+__all__ = ["SequenceState", "Token", "idle_sequence"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,8 @@ class SequenceState:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.prompt)
+
+
+def idle_sequence(padding_page: int) -> SequenceState:
+    """A sequence of one token on the padding page: it fills up a decode step, and nobody reads what it computes."""
+    return SequenceState([0], SamplingParams(seed=0), frozenset(), pages=[padding_page])

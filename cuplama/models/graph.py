@@ -1,87 +1,103 @@
 """A model as a plain list of nodes, from its config alone. This is the only place where a model's layers are written.
 
-Values are names: weights ("3.qkv"), inputs ("input_ids", "positions", "rows", ...), cache arrays ("3.cache.k") and activations.
-The tokens of all sequences in a batch are concatenated: every activation is [n_tokens, ...].
+Values are names: weights ("3.qkv_proj"), inputs of a pass ("input_ids", "page_table", ...: engine/batch.py lists them),
+cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are concatenated: every activation is
+[n, ...] for n new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..ops.node import Node
 from .config import ModelConfig
 
-__all__ = ["INPUTS", "LOGITS", "decoder"]
+__all__ = ["HIDDEN", "LOGITS", "Graph", "decoder"]
 
-LOGITS = "logits"
-# The inputs of a pass, beside weights and cache: name -> what it is.
-INPUTS: Mapping[str, str] = {
-    "input_ids": "[n] token ids of the new tokens, sequence after sequence",
-    "positions": "[n] position of each in its sequence",
-    "slot_mapping": "[n] place of each in the cache: page * page_size + offset",
-    "cu_seqlens": "[b+1] first row of each sequence; the last entry is n",
-    "seq_lens": "[b] tokens of each sequence, new ones included",
-    "page_table": "[b,M] pages of each sequence",
-    "logit_rows": "[r] rows whose logits are asked for",
-    "rope.rows": "[n] row of each token in the cos/sin tables",
-    "rope.cos": "[R,h] cosines",
-    "rope.sin": "[R,h] sines",
-}
+HIDDEN = "hidden"  # [r, d] float32: the rows of the residual stream that the head takes
+LOGITS = "logits"  # [r, vocab_size] float32
 
 
-def decoder(config: ModelConfig) -> list[Node]:
-    """The nodes that turn token ids into logits [r, vocab], float32, for the rows in ``wanted``."""
-    family = config.family
-    weights = config.weight_shapes().keys()
-    nodes: list[Node] = []
-    shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
+@dataclass(frozen=True)
+class Graph:
+    """A model in two parts. A pass in the middle of a prompt runs the body alone: it feeds the cache.
 
-    def emit(op: str, out: str, *ins: str, **attrs: Any) -> str:
-        nodes.append(Node(op, (out,), ins, attrs))
+    body: from token ids to the residual stream ``out``, [n, d] float32; head: from ``HIDDEN`` to ``LOGITS``.
+    """
+
+    body: Sequence[Node]
+    head: Sequence[Node]
+    out: str
+
+    def selected_rows(self) -> list[Node]:
+        """The head behind the choice of its rows: those that the input "logit_rows" names."""
+        return [Node("select_rows", (HIDDEN,), (self.out, "logit_rows")), *self.head]
+
+    def every_row(self) -> list[Node]:
+        """The head on every row of the body, as a decode step needs it."""
+        return [
+            replace(node, ins=tuple(self.out if name == HIDDEN else name for name in node.ins)) for node in self.head
+        ]
+
+
+def decoder(config: ModelConfig) -> Graph:
+    """The graph of a decoder-only model."""
+    nodes = _Nodes(config)
+    learned = ("positions",) if "position_table" in nodes.weights else ()
+    tables = ("embed_tokens", *nodes.present("position_table"))
+    x = nodes.emit(config.family.embed, "x", "input_ids", *learned, *tables)
+    for i in range(config.num_layers):
+        x = nodes.feed_forward(i, nodes.attention(i, x))
+    body = tuple(nodes.found)
+    nodes.found.clear()
+    nodes.linear(nodes.norm(HIDDEN, "norm"), "lm_head", U="f32", out=LOGITS)
+    return Graph(body, tuple(nodes.found), x)
+
+
+class _Nodes:
+    """Collects nodes. Each method emits a block on the residual stream x and returns the name of its result."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config, self.weights = config, config.weight_shapes().keys()
+        self.found: list[Node] = []
+
+    def emit(self, op: str, out: str, *ins: str, **attrs: Any) -> str:
+        self.found.append(Node(op, (out,), ins, attrs))
         return out
 
-    def optional(name: str) -> tuple[str, ...]:
-        return (name,) if name in weights else ()
+    def present(self, *names: str) -> tuple[str, ...]:
+        """Those of the weights that the model has."""
+        return tuple(name for name in names if name in self.weights)
 
-    def norm(x: str, weight: str) -> str:
-        return emit(family.norm, f"{weight}.out", x, weight, *optional(f"{weight}.bias"), eps=config.eps)
+    def norm(self, x: str, weight: str) -> str:
+        bias = self.present(f"{weight}.bias")
+        return self.emit(self.config.family.norm, f"{weight}.out", x, weight, *bias, eps=self.config.eps)
 
-    def linear(x: str, weight: str, U: str) -> str:
-        return emit("linear", f"{weight}.out", x, weight, *optional(f"{weight}.bias"), U=U)
+    def linear(self, x: str, weight: str, U: str, out: str = "") -> str:
+        return self.emit("linear", out or f"{weight}.out", x, weight, *self.present(f"{weight}.bias"), U=U)
 
-    x = emit(
-        family.embed,
-        "x",
-        "input_ids",
-        *(("positions", "embed_tokens", "position_table") if "position_table" in weights else ("embed_tokens",)),
-    )
-    for i in range(config.num_layers):
-        h = linear(norm(x, f"{i}.attn_norm"), f"{i}.qkv_proj", U="T")
-        if f"{i}.q_norm" in weights:
-            h = emit("qk_norm", f"{i}.normed", h, f"{i}.q_norm", f"{i}.k_norm", **shape, eps=config.eps)
+    def attention(self, i: int, x: str) -> str:
+        """Layer i's attention, and its sum with x."""
+        config = self.config
+        heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
+        h = self.linear(self.norm(x, f"{i}.attn_norm"), f"{i}.qkv_proj", U="T")
+        if f"{i}.q_norm" in self.weights:
+            h = self.emit("qk_norm", f"{i}.normed", h, f"{i}.q_norm", f"{i}.k_norm", **heads, eps=config.eps)
         if (rope := config.rope_name(i)) is not None:
             tables = (f"{rope}.rows", f"{rope}.cos", f"{rope}.sin")
-            h = emit("rope", f"{i}.rotated", h, *tables, **shape, D=config.head_dim)
+            h = self.emit("rope", f"{i}.rotated", h, *tables, **heads, D=config.head_dim)
         cache = (f"{i}.cache.k", f"{i}.cache.v")
-        nodes.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
-        h = emit(
-            "attention",
-            f"{i}.attended",
-            h,
-            *cache,
-            "cu_seqlens",
-            "seq_lens",
-            "page_table",
-            num_heads=config.num_heads,
-            window=config.windows[i],
-            scale=config.head_dim**-0.5,
-        )
-        x = emit("add", f"{i}.x", x, linear(h, f"{i}.o_proj", U="f32"))
-        h = linear(
-            norm(x, f"{i}.mlp_norm"), f"{i}.gate_up_proj" if f"{i}.gate_up_proj" in weights else f"{i}.up_proj", U="T"
-        )
-        x = emit("add", f"{i + 1}.x0", x, linear(emit(config.activation, f"{i}.act", h), f"{i}.down_proj", U="f32"))
-    h = norm(emit("select_rows", "x.wanted", x, "logit_rows"), "norm")
-    nodes.append(Node("linear", (LOGITS,), (h, "lm_head"), {"U": "f32"}))
-    return nodes
+        self.found.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
+        where = (*cache, "cu_seqlens", "seq_lens", "page_table")
+        settings = {"num_heads": config.num_heads, "window": config.layers[i].window, "scale": config.head_dim**-0.5}
+        h = self.emit("attention", f"{i}.attended", h, *where, **settings)
+        return self.emit("add", f"{i}.x", x, self.linear(h, f"{i}.o_proj", U="f32"))
+
+    def feed_forward(self, i: int, x: str) -> str:
+        """Layer i's MLP, and its sum with x. A gated MLP has its two first matrices stacked in one."""
+        (up,) = self.present(f"{i}.gate_up_proj", f"{i}.up_proj")
+        h = self.linear(self.norm(x, f"{i}.mlp_norm"), up, U="T")
+        h = self.emit(self.config.activation, f"{i}.act", h)
+        return self.emit("add", f"{i + 1}.x0", x, self.linear(h, f"{i}.down_proj", U="f32"))

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import cuplama
-from cuplama.engine.decode import batch_size, decode_nodes
-from cuplama.lab.cases import decode_cases
-from cuplama.lab.check import planned
+from cuplama.dtypes import DTYPES
+from cuplama.engine.batch import abstract_values, input_shapes
+from cuplama.engine.decode import decode_step
+from cuplama.engine.graphs import padded_sequences
+from cuplama.engine.sampler import sampling_nodes
 from cuplama.models.config import load_config
-from cuplama.models.fusion import PREFILL_RULES, RULES, fuse
 from cuplama.models.graph import decoder
-from cuplama.ops.abstract import abstract
-from cuplama.ops.launch import Device
-from cuplama.ops.node import Node
+from cuplama.ops.abstract import abstract, infer
+from cuplama.ops.launch import Device, bind_plan
 from tests.paths import GOLDEN
 
 CASES = sorted((GOLDEN).iterdir())
@@ -35,7 +35,7 @@ def _load(case: Path) -> tuple[cuplama.Model, list[list[int]], Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
-def test_recorded_steps_give_the_golden_tokens(case: Path) -> None:
+def test_captured_steps_give_the_golden_tokens(case: Path) -> None:
     model, prompts, golden = _load(case)
     model.backend.captures = True
     greedy: dict[str, Any] = dict(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -48,7 +48,7 @@ def test_recorded_steps_give_the_golden_tokens(case: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda p: p.name)
-def test_recorded_sampling_agrees_with_plain_steps(case: Path) -> None:
+def test_captured_sampling_agrees_with_plain_steps(case: Path) -> None:
     """Sequences that end at different times, with every optional input of the sampler."""
     model, prompts, _ = _load(case)
     plain = model.generate(prompts, **SAMPLED)
@@ -64,18 +64,18 @@ def test_recorded_sampling_agrees_with_plain_steps(case: Path) -> None:
             assert [i for i, _ in x.top] == [i for i, _ in y.top]
 
 
-def test_a_recording_serves_again() -> None:
-    """A second generation replays the recording of the first, with its own prompt and parameters."""
+def test_a_captured_step_serves_again() -> None:
+    """A second generation replays the graph of the first, with its own prompt and parameters."""
     model, prompts, golden = _load(CASES[-1])
     model.backend.captures = True
     for _ in range(2):
         for j, prompt in enumerate(prompts):
             completion = model.generate(prompt, max_tokens=24, temperature=0.0, ignore_eos=True)
             assert completion.tokens == golden[f"greedy_{j}"].tolist()
-    assert len(model.engine._loops) == 1
+    assert len(model.engine.runner.steps) == 1
 
 
-def test_two_open_streams_do_not_share_a_recording() -> None:
+def test_two_open_streams_do_not_share_a_captured_step() -> None:
     model, prompts, golden = _load(CASES[-1])
     model.backend.captures = True
     greedy: dict[str, Any] = dict(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -83,7 +83,7 @@ def test_two_open_streams_do_not_share_a_recording() -> None:
     pairs = list(zip(*streams, strict=True))
     for i, j in enumerate((1, 2)):
         assert [pair[i].token.id for pair in pairs] == golden[f"greedy_{j}"].tolist()
-    assert len(model.engine._loops) == 1
+    assert len(model.engine.runner.steps) == 1
     assert model.engine.cache.free == model.engine.cache.pages
 
 
@@ -100,28 +100,7 @@ def test_closing_a_stream_in_mid_flight_gives_the_pages_back() -> None:
 
 
 def test_batch_sizes_cover_every_count() -> None:
-    assert [batch_size(n) for n in (1, 8, 9, 13, 33, 64, 65, 96)] == [1, 8, 12, 16, 48, 64, 96, 96]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
-def test_fusion_leaves_five_nodes_a_layer(case: Path) -> None:
-    config = load_config(case)
-    fused = fuse(decoder(config))
-    assert len(fused) == 5 * config.num_layers + 3  # the embedding, the rows that are wanted, the head
-    assert [leaf for node in fused for leaf in (node.parts or (node,))] == decoder(config)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
-def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
-    """A library multiplies then: it takes the residual sum with it, and nothing else."""
-    config = load_config(case)
-    prefill, batch = fuse(decoder(config), PREFILL_RULES), decode_nodes(decoder(config), 9)
-    assert [leaf for node in prefill for leaf in (node.parts or (node,))] == decoder(config)
-    assert {n.op for n in prefill if n.parts} == {"linear_add"}
-    assert {n.op for n in batch if n.parts} == {"linear_add", "append_attention"}
-    for nodes in (prefill, batch):
-        assert [n.op for n in nodes].count("linear_add") == 2 * config.num_layers
-        assert "add" not in {n.op for n in nodes}
+    assert [padded_sequences(n) for n in (1, 8, 9, 13, 33, 64, 65, 96)] == [1, 8, 12, 16, 48, 64, 96, 96]
 
 
 @pytest.mark.parametrize("size", [1, 8, 16])
@@ -130,18 +109,16 @@ def test_what_is_read_before_a_wait_changes_in_no_step(case: Path, size: int) ->
     """append_attention reads lengths, pages and old keys early. So a step begins with an ordinary launch, which waits
     for the step before and its ``advance``, and nothing but append_attention writes to the cache."""
     config = load_config(case)
-    steps = decode_cases(config, "bf16", size, depth=40)
-    first, last = (planned(c, c.ins, Device(arch=90), abstract)[0] for c in (steps[0], steps[-1]))
-    assert not any(launch.prototype.waits for launch in (*first, *last))
-    assert steps[-1].op.name == "advance"
-    nodes = decode_nodes(decoder(config), size)
-    assert {n.op for n in nodes if any(".cache." in name for name in n.outs)} == {"append_attention"}
-
-
-def test_fusion_keeps_a_value_that_is_used_again() -> None:
-    nodes = [
-        Node("rms_norm", ("h",), ("x", "g"), {"eps": 1e-5}),
-        Node("linear", ("y",), ("h", "w"), {"U": "T"}),
-        Node("add", ("z",), ("h", "y"), {}),
-    ]
-    assert [n.op for n in fuse(nodes, [r for r in RULES if r.parts[0] == "rms_norm"])] == ["rms_norm", "linear", "add"]
+    step = decode_step(decoder(config), size, sampling_nodes(False, False, None))
+    shapes = {**input_shapes(size, size, 2, 0), "step": (1,), "ring": (4, size)}
+    values: dict[str, Any] = {**abstract_values(config, DTYPES["bf16"], shapes, 3, 64)}
+    floats = dict.fromkeys(("temperature", "top_p", "min_p"), abstract((size,), DTYPES["f32"]))
+    values |= {**floats, "top_k": abstract((size,), DTYPES["i32"]), "seed": abstract((size,), DTYPES["u64"])}
+    calls = [call for _, call in infer(step, values, DTYPES["bf16"])]
+    for call in (calls[0], calls[-1]):
+        assert call.op.kernels is not None
+        plan = call.op.kernels(call, Device(arch=90))
+        launches = bind_plan(plan, call, lambda _, *array: abstract(*array), lambda _, *array: abstract(*array))
+        assert not any(launch.prototype.waits for launch in launches)
+    assert step[-1].op == "advance"
+    assert {n.op for n in step if any(".cache." in name for name in n.outs)} == {"append_attention"}

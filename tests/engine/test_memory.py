@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.device import open_backend
 from cuplama.dtypes import DTYPES
 from cuplama.engine import memory
 from cuplama.engine.engine import Engine
+from cuplama.engine.graphs import KEPT_CHUNKS, padded_rows
 from cuplama.engine.memory import MemoryPlan
-from cuplama.engine.prefill import KEPT_CHUNKS, padded_rows
 from cuplama.engine.sequence import SequenceState
 from cuplama.errors import DeviceError
 from cuplama.models.config import ModelConfig, load_config, parse_config
@@ -68,12 +69,12 @@ def test_the_workspace_is_the_worst_moment_of_a_pass() -> None:
     got = memory.workspace_bytes(config, DTYPES["bf16"], n, Device())
     residual, up, act = 4 * n * 4096, 2 * n * 2 * 14336, 2 * n * 14336
     assert got == residual + up + act
-    assert memory.workspace_bytes(replace(config, layers=2), DTYPES["bf16"], n, Device()) == got  # layers take turns
+    assert memory.workspace_bytes(_two_layers(config), DTYPES["bf16"], n, Device()) == got  # layers take turns
 
 
 def test_the_residual_sum_takes_no_array_of_its_own() -> None:
     """With a narrow MLP the worst moment is the attention's output, the old residual stream and the new one."""
-    config, n = replace(_llama_8b(), ffn=64), 2000
+    config, n = replace(_llama_8b(), intermediate_size=64), 2000
     attended, residual = 2 * n * 4096, 4 * n * 4096
     assert memory.workspace_bytes(config, DTYPES["bf16"], n, Device()) == attended + 2 * residual
 
@@ -90,7 +91,7 @@ def test_the_plan_covers_the_recorded_passes_that_are_kept(rows: int) -> None:
 
 def test_many_logits_are_part_of_it() -> None:
     config = _llama_8b()
-    assert memory.workspace_bytes(config, DTYPES["bf16"], 500, Device(), rows=500) >= 4 * 500 * 128256
+    assert memory.workspace_bytes(config, DTYPES["bf16"], 500, Device(), logit_rows=500) >= 4 * 500 * 128256
 
 
 @pytest.mark.parametrize("case", sorted(p.name for p in _CASES.iterdir()))
@@ -149,6 +150,10 @@ def test_the_context_that_would_fit_does_fit() -> None:
 # ---- against a pool like CuPy's --------------------------------------------------------------------------------------
 
 
+def _two_layers(config: ModelConfig) -> ModelConfig:
+    return replace(config, layers=config.layers[:2])
+
+
 def _engine(config: ModelConfig, capacity: int = 1 << 60, context: int = 8192) -> Engine:
     gpu = PoolGpu(capacity)
     backend = CudaBackend("bf16", gpu=gpu)
@@ -163,7 +168,7 @@ def _generate(engine: Engine, *prompts: int) -> None:
 
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_a_pool_takes_no_more_than_planned_for_a_pass(name: str) -> None:
-    config = replace(find_shape(name)[1], layers=2)
+    config = _two_layers(find_shape(name)[1])
     context = min(8192, config.context)
     engine, rows = _engine(config, context=context), min(4096, context - 4)
     gpu: Any = engine.backend.gpu  # type: ignore[attr-defined]
@@ -206,20 +211,22 @@ def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.Mo
     plan = memory.plan(config, _elements(config), DTYPES["f32"], 512, 512, 512, Device())
     gpu = PoolGpu(plan.total)
     monkeypatch.setattr("cuplama.backends.cuda.backend.Gpu", lambda device: gpu)
+    monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
     gc.disable()
     try:
-        backend = CudaBackend.open(config, weights, "f32", 512, 512)
+        backend = open_backend("cuda", "f32", config, weights, 512, 512)
         engine = Engine(backend, config, {n: backend.load_weight(w) for n, w in weights.items()}, 512, 512)
         _generate(engine, 100)
         del engine, backend
         gpu.give_back = lambda: None  # a real model has a Gpu of its own, which goes with it
         assert gpu.free_memory() < plan.total
-        CudaBackend.open(config, weights, "f32", 512, 512)
+        open_backend("cuda", "f32", config, weights, 512, 512)
     finally:
         gc.enable()
 
 
-def test_a_head_size_without_kernels_is_refused_before_anything_is_loaded() -> None:
+def test_a_head_size_without_kernels_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
     config = replace(_small(), head_dim=100)
     with pytest.raises(DeviceError, match=r"head_dim = 100: .*multiples of 8 up to 256; --device numpy"):
-        CudaBackend.open(config, {}, "bf16", 64, 64)
+        open_backend("cuda", "bf16", config, {}, 64, 64)

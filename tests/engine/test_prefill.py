@@ -1,4 +1,4 @@
-"""Recorded prefill passes give what plain passes give. NumPy plays the recording device here; see also
+"""Captured prefill passes give what plain passes give. NumPy plays the recording device here; see also
 test_emulated_models.py."""
 
 import json
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import cuplama
-from cuplama.engine.input_buffer import Packed
+from cuplama.engine.batch import Batch
+from cuplama.engine.graphs import KEPT_CHUNKS, padded_rows
 from cuplama.engine.kv_cache import PAGE
-from cuplama.engine.prefill import PrefillPass, PrefillPasses, padded_rows
 from cuplama.engine.sequence import SequenceState
 from cuplama.errors import DeviceError
 from tests.paths import GOLDEN
@@ -27,7 +27,7 @@ def _load(case: Path, records: bool = True, chunk: int = 512) -> tuple[cuplama.M
     model = cuplama.load(case, device="numpy", context=context, cache_tokens=1000)
     backend: Any = model.backend
     backend.captures, backend.prefill_chunk = records, chunk
-    model.engine._passes = PrefillPasses(model.engine)  # now that the chunks are of another size
+    model.engine.runner.passes.max_cost = KEPT_CHUNKS * padded_rows(min(chunk, model.engine.cache.pages * PAGE))
     return model, [golden[f"prompt_{j}"].tolist() for j in range(4)]
 
 
@@ -39,7 +39,7 @@ def continued(model: cuplama.Model, prompts: list[list[int]]) -> list[np.ndarray
     for part in (0.6, 1.0):
         for s, p in zip(sequences, prompts, strict=True):
             s.tokens = p[: max(1, int(part * len(p)))]
-        found.append(engine.backend.download(engine._last_rows(sequences)))
+        found.append(engine.backend.download(engine.scheduler.last_logits(sequences)))
     for s in sequences:
         engine.cache.release(s.pages)
     return found
@@ -47,20 +47,20 @@ def continued(model: cuplama.Model, prompts: list[list[int]]) -> list[np.ndarray
 
 @pytest.mark.parametrize("chunk", [512, 23])
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
-def test_recorded_passes_agree_with_plain_ones(case: Path, chunk: int) -> None:
+def test_captured_passes_agree_with_plain_ones(case: Path, chunk: int) -> None:
     """Ragged batches, continued and chunked prompts; every row's logits."""
-    recorded, prompts = _load(case, chunk=chunk)
+    captured, prompts = _load(case, chunk=chunk)
     plain, _ = _load(case, records=False, chunk=chunk)
-    assert recorded.engine.cache.arrays["0.cache.k"].shape == plain.engine.cache.arrays["0.cache.k"].shape
+    assert captured.engine.cache.arrays["0.cache.k"].shape == plain.engine.cache.arrays["0.cache.k"].shape
     for batch in ([prompts[1]], prompts, prompts[:2] * 3):
         wanted = continued(plain, batch)
-        for _ in range(2):  # nothing is recorded before it comes again
-            for a, b in zip(continued(recorded, batch), wanted, strict=True):
+        for _ in range(2):  # nothing is captured before it comes again
+            for a, b in zip(continued(captured, batch), wanted, strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
     for _ in range(2):
-        np.testing.assert_allclose(recorded.logits(prompts[2]), plain.logits(prompts[2]), atol=1e-4, rtol=0)
-    assert recorded.engine._passes._kept
-    assert not plain.engine._passes._kept
+        np.testing.assert_allclose(captured.logits(prompts[2]), plain.logits(prompts[2]), atol=1e-4, rtol=0)
+    assert len(captured.engine.runner.passes)
+    assert not len(plain.engine.runner.passes)
 
 
 def test_what_is_left_over_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,51 +70,52 @@ def test_what_is_left_over_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     for name, array in model.engine.cache.arrays.items():
         array[...] = 0
         assert name.split(".")[1] == "cache"
-    run = PrefillPass.run
+    runner, rows = model.engine.runner, [0]
+    run, forward = model.backend.run, runner.forward
 
-    def spoiled(self: PrefillPass, inputs: Any) -> Any:
-        body = self._body
-        rows = len(inputs["input_ids"])
+    def spoiled(nodes: Any, *given: Any) -> Any:
+        hidden = run(nodes, *given)
+        for array in hidden.values() if nodes is runner._body else ():
+            array[rows[0] :] = np.nan
+        for array in model.engine.cache.arrays.values():
+            array[model.engine.cache.padding_page] = np.nan
+        return hidden
 
-        def poison() -> None:
-            body()
-            for hidden in self._hidden.values():
-                hidden[rows:] = np.nan
-            for array in model.engine.cache.arrays.values():
-                array[model.engine.cache.spare] = np.nan
+    def counted(batch: Batch) -> Any:
+        rows[0] = batch.rows
+        return forward(batch)
 
-        monkeypatch.setattr(self._captured, "_body", poison)
-        return run(self, inputs)
-
-    monkeypatch.setattr(PrefillPass, "run", spoiled)
-    model.engine._passes.close()
+    monkeypatch.setattr(model.backend, "run", spoiled)
+    monkeypatch.setattr(runner, "forward", counted)
+    runner.passes.close()
     for a, b in zip(continued(model, prompts[:3]), wanted, strict=True):
         assert np.array_equal(a, b)
     for array in model.engine.cache.arrays.values():
-        assert not np.isnan(array[: model.engine.cache.spare]).any()
+        assert not np.isnan(array[: model.engine.cache.padding_page]).any()
 
 
 @pytest.mark.parametrize(("rows", "padded"), [(1, 16), (16, 16), (17, 32), (65, 96), (128, 128), (129, 192), (512, 512),
                                               (513, 640), (2048, 2048), (2049, 2176)])  # fmt: skip
-def test_rows_are_filled_up_to_the_next_recording(rows: int, padded: int) -> None:
+def test_rows_are_padded_to_the_next_size(rows: int, padded: int) -> None:
     assert padded_rows(rows) == padded
 
 
 def _sizes(model: cuplama.Model) -> list[tuple[int, int]]:
-    return list(model.engine._passes._kept)
+    return model.engine.runner.passes.sizes  # type: ignore[return-value]
 
 
 def test_the_first_pass_of_a_size_has_the_rows_of_the_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of other sizes may add up in another order: the same prompt gave other logits the second time."""
     model, _ = _load(LLAMA)
     rows: list[int] = []
-    body = model.engine.run_body
+    run = model.backend.run
 
-    def counted(inputs: Any) -> Any:
-        rows.append(len(inputs["input_ids"]))
-        return body(inputs)
+    def counted(nodes: Any, values: Any, keep: Any) -> Any:
+        if nodes is model.engine.runner._body:
+            rows.append(len(values["input_ids"]))
+        return run(nodes, values, keep)
 
-    monkeypatch.setattr(model.engine, "run_body", counted)
+    monkeypatch.setattr(model.backend, "run", counted)
     logits = [model.logits([5] * 13) for _ in range(4)]
     assert rows == [16] * 4
     assert all(np.array_equal(logits[0], x) for x in logits)
@@ -123,14 +124,14 @@ def test_the_first_pass_of_a_size_has_the_rows_of_the_later_ones(monkeypatch: py
 def test_the_logits_of_all_tokens_come_in_passes_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = _load(LLAMA)
     wanted = model.logits(prompts[3])
-    monkeypatch.setattr("cuplama.engine.engine.most_logits", lambda vocab: 7)
+    monkeypatch.setattr("cuplama.engine.scheduler.max_logits", lambda vocab: 7)
     sizes = [len(rows) for rows in model.engine.logits(prompts[3])]
     assert max(sizes) == 7
     assert sum(sizes) == len(prompts[3])
     np.testing.assert_allclose(model.logits(prompts[3]), wanted, atol=1e-4, rtol=0)
 
 
-def test_passes_of_nearly_the_same_size_share_a_recording() -> None:
+def test_passes_of_nearly_the_same_size_share_a_graph() -> None:
     model, _ = _load(LLAMA)
     model.logits([5] * 17)
     assert _sizes(model) == []  # not before it comes again
@@ -142,39 +143,42 @@ def test_passes_of_nearly_the_same_size_share_a_recording() -> None:
     assert _sizes(model) == [(32, 1), (32, 16)]
 
 
-def test_the_rows_of_all_recordings_are_bounded() -> None:
+def test_the_rows_of_all_graphs_are_bounded() -> None:
     model, _ = _load(LLAMA, chunk=64)
     for n in (10, 60, 40, 10, 30):
         for _ in range(2):
             model.logits([5] * n)
     assert _sizes(model) == [(48, 1), (16, 1), (32, 1)]  # 64 was used least recently, and too much
-    assert model.engine._passes._most_rows == 128
+    assert model.engine.runner.passes.max_cost == 128
     model.logits([5] * 60)  # as if it were there for the first time
     assert _sizes(model) == [(48, 1), (16, 1), (32, 1)]
 
 
-def test_a_failed_recording_is_dropped_and_gives_the_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_graph_is_dropped_and_gives_the_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = _load(LLAMA)
     wanted = [model.generate(prompts[1], max_tokens=4, temperature=0.0).tokens for _ in range(2)][1]
-    (before,) = model.engine._passes._kept.values()
+    passes = model.engine.runner.passes
+    (size,) = passes.sizes
+    before = passes.take(size)
+    assert before is not None
+    passes.keep(size, before, 32)
 
-    def fail(inputs: Any) -> Any:
+    def fail(*_: Any) -> Any:
         raise DeviceError("out of GPU memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.engine, "run_body", fail)
+        patch.setattr(model.backend, "run", fail)
         with pytest.raises(DeviceError):
             model.generate(prompts[1], max_tokens=4)
     cache = model.engine.cache
     assert cache.free == cache.unreserved == cache.pages
     assert _sizes(model) == []
     assert model.generate(prompts[1], max_tokens=4, temperature=0.0).tokens == wanted
-    (after,) = model.engine._passes._kept.values()
-    assert after is not before
+    assert passes.take(size) not in (None, before)
 
 
 def test_a_stream_opened_while_another_reads_its_prompt() -> None:
-    """Both use the same recordings; the second runs as a whole between two passes of the first."""
+    """Both use the same graphs; the second runs as a whole between two passes of the first."""
     model, prompts = _load(LLAMA, chunk=16)
     one = prompts[3][:40]
     other = one[::-1]
@@ -192,44 +196,15 @@ def test_a_stream_opened_while_another_reads_its_prompt() -> None:
     assert inner == [alone[1]] * 2
 
 
-def test_packed_arrays_go_in_one_transfer() -> None:
-    class Device:
-        sent = 0
-
-        def upload(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            return array.copy()
-
-        def write(self, array: np.ndarray[Any, Any], host: np.ndarray[Any, Any]) -> None:
-            self.sent += 1
-            array[...] = host
-
-    device: Any = Device()
-    arrays: dict[str, np.ndarray[Any, Any]] = {
-        "a": np.arange(5, dtype=np.int32),
-        "b": np.array([2**64 - 1], np.uint64),
-        "c": np.eye(3, 4, dtype=np.float32),
-    }
-    packed = Packed(device, arrays)
-    for name, array in arrays.items():
-        assert np.array_equal(packed.device[name], array)
-        assert (packed.device[name].dtype, packed.device[name].ctypes.data % 8) == (array.dtype, 0)
-    packed.put("a", np.array([8, 9]), rest=3)
-    packed.put("c", np.full((2, 2), 7), rest=1)
-    assert np.array_equal(packed.device["a"], arrays["a"])
-    packed.send()
-    assert device.sent == 1
-    assert packed.device["a"].tolist() == [8, 9, 3, 3, 3]
-    assert packed.device["b"].tolist() == [2**64 - 1]
-    assert packed.device["c"].tolist() == [[7, 7, 1, 1], [7, 7, 1, 1], [1, 1, 1, 1]]
-
-
-def test_left_over_rows_write_to_the_spare_page() -> None:
+def test_padding_writes_to_the_padding_page() -> None:
     model, prompts = _load(LLAMA)
     for _ in range(2):
         model.generate(prompts[1], max_tokens=1)
-    (kept,) = model.engine._passes._kept.values()
-    host, n = kept._inputs.packed.host, len(prompts[1])
-    assert kept.rows > n
-    assert (host["slot_mapping"][n:] // PAGE == model.engine.cache.spare).all()
-    assert (host["slot_mapping"][:n] // PAGE != model.engine.cache.spare).all()
+    passes = model.engine.runner.passes
+    kept = passes.take(passes.sizes[0])
+    assert kept is not None
+    host, n = kept._inputs.host, len(prompts[1])
+    assert len(host["input_ids"]) > n
+    assert (host["slot_mapping"][n:] // PAGE == model.engine.cache.padding_page).all()
+    assert (host["slot_mapping"][:n] // PAGE != model.engine.cache.padding_page).all()
     assert host["cu_seqlens"].tolist() == [0, n]

@@ -22,15 +22,16 @@ from ...ops import OPS
 from ...ops import launch as kernel
 from ...ops.abstract import attributes
 from ...ops.launch import bind_plan
-from ...ops.linear import LIBRARY, STREAMED_ROWS
+from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.node import Node, dying, executable
 from ...ops.op import Call, Op
 from ...ops.signature import OpError
+from ...quant.format import plain_format
 from ...quant.weight import Weight
 from .cublas import Cublas, Product
 from .gpu import STAGE, Gpu
 
-__all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
+__all__ = ["CapturedGraph", "CudaBackend", "Event", "convert", "library_plans"]
 
 _log = logging.getLogger("cuplama")
 
@@ -391,19 +392,26 @@ class _Way:
 
 def _by_library(cublas: Cublas | None, call: Call) -> _Way | None:
     """How cuBLAS computes the op; None if our kernels do."""
-    if cublas is None or call.op.name not in LIBRARY or call["n"] <= STREAMED_ROWS:
+    if cublas is None or not call.op.matmul or call["n"] <= MAX_STREAMED_ROWS:
         return None
     n, m, k = call["n"], call["m"], call["k"]
     T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-    for before, arrays in _ways(call, n, m, T, U):
+    for before, arrays in _ways(call):
         product = cublas.product(n, m, k, T, U, bias="b" in arrays, add="c" in arrays)
         if product is not None:
             return _Way(before, arrays, product)
     return None
 
 
-def _ways(call: Call, n: int, m: int, T: str, U: str) -> Iterator[tuple[kernel.Plan, Mapping[str, str]]]:
+def library_plans(call: Call) -> list[kernel.Plan]:
+    """What may be launched before a library's product for the call; nothing for an op that no library computes."""
+    return [before for before, _ in _ways(call)] if call.op.matmul else []
+
+
+def _ways(call: Call) -> Iterator[tuple[kernel.Plan, Mapping[str, str]]]:
     """What can be launched before a product, with the product's arguments by the names of arrays; the best first."""
+    n, m = call["n"], call["m"]
+    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
     given, columns = {"x": "x", "w": "w", "y": "y"}, -(-m // 256)
     residual = {"c": "a"} if "a" in call.arrays else {}
     if call.arrays["b"] is None:
@@ -423,8 +431,7 @@ def convert(piece: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str) -> np.
     """A piece of a weight in another dtype. Raises CheckpointError if float16 cannot hold a finite value of it."""
     if piece.dtype == dtype:
         return piece
-    if piece.dtype == DTYPES["bf16"]:  # a bf16 is the upper half of a float32: much faster than a cast
-        piece = (piece.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    piece = plain_format(piece.dtype).decode(piece)
     with np.errstate(over="ignore"):
         out = piece.astype(dtype, copy=False)
     if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(piece).all():

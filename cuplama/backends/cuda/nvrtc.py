@@ -1,4 +1,8 @@
-"""TODO: backends.cuda.nvrtc."""
+"""NVRTC without a GPU: a source compiled to machine code for any architecture, and what the code uses.
+
+Options are those with which CuPy compiles the same source on a GPU. Registers, shared memory, stack and spills are read
+from the report of ptxas.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,15 @@ from ...errors import CompileError, DeviceError
 from ...folders import source_folder
 from .toolkit import options, source, target
 
-__all__ = ["Program", "Resources", "compile_error", "compile_program", "nvrtc_library", "parse_resources"]
+__all__ = [
+    "Program",
+    "Resources",
+    "compile_error",
+    "compile_options",
+    "compile_program",
+    "nvrtc_library",
+    "parse_resources",
+]
 
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")  # CuPy adds these by itself
 
@@ -31,7 +43,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Program:
-    """One source file compiled for one architecture. names: C++ name -> name in the cubin; warnings: the log's."""
+    """One source file compiled for one architecture.
+
+    names: C++ name -> name in the cubin; resources: by C++ name; warnings: the log's; seconds: that compiling took.
+    """
 
     file: str
     arch: int
@@ -75,18 +90,26 @@ def compile_error(file: str, log: str, arch: int | None = None) -> CompileError:
 
 
 def _shown(path: Path) -> str:
-    """A source as messages name it: ours by its folder's name; one from elsewhere, such as a contender's, by its path.
+    """A source as messages name it: ours by its folder's name; one from elsewhere, such as a candidate's, by its path.
 
     The compiler names headers of ours with their folder.
     """
     return str(path) if path.is_absolute() and path.parent != source_folder() else f"cuda_src/{path.name}"
 
 
+def compile_options(major: int, arch: int) -> tuple[str, ...]:
+    """The options for machine code of that architecture, as CuPy gives them on a GPU, and for a report of ptxas.
+
+    major: of the NVRTC version. Raises CompileError if the toolkit's headers are not installed.
+    """
+    return (*options(major), *_CUPY_OPTIONS, f"-arch=sm_{target(arch)}", "--ptxas-options=-v")
+
+
 def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
     """Compile instances of a file's kernels with NVRTC. Needs no GPU. Raises CompileError."""
     nvrtc = nvrtc_library()
     began = time.perf_counter()
-    flags = (*options(nvrtc.getVersion()[0]), *_CUPY_OPTIONS, f"-arch=sm_{target(arch)}", "--ptxas-options=-v")
+    flags = compile_options(nvrtc.getVersion()[0], arch)
     program = nvrtc.createProgram(source(file), file, (), ())
     try:
         for name in names:

@@ -1,4 +1,7 @@
-"""TODO: backends.cuda.toolkit."""
+"""What compiling a kernel takes beside the compiler: sources, headers of the CUDA toolkit, options, architectures.
+
+The CUDA backend, which compiles through CuPy on a GPU, and ``nvrtc.py``, which needs none, both take them from here.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ...folders import source_folder
 
 __all__ = ["ARCHS", "options", "parse_archs", "shared_limit", "source", "source_hash", "target", "toolkit_folders"]
 
-ARCHS = (75, 80, 86, 89, 90, 100, 120)
+ARCHS = (75, 80, 86, 89, 90, 100, 120)  # that every kernel is compiled for in CI: Turing to Blackwell
 
 
 @cache
@@ -63,9 +66,10 @@ def target(arch: int) -> str:
 
 
 def options(major: int, arch: int = 0) -> tuple[str, ...]:
-    """The compiler options that CUDA backend and GPU-free compilation share. major: of the NVRTC version.
+    """The compiler options that the CUDA backend and compiling without a GPU share.
 
-    arch: for RawModule, which appends an -arch of its own; NVRTC takes the first of two.
+    major: of the NVRTC version. arch: for RawModule, which appends an -arch of its own, without the "a" of sm_90a;
+    NVRTC takes the first of two. 0 where -arch is given otherwise.
 
     Raises CompileError if the toolkit's headers are not installed.
     """
