@@ -1,126 +1,356 @@
-"""TODO: lab.check."""
+"""The one judge of a kernel's result, for the lab and for the tests.
+
+It holds every element of every output against the reference in float64, which gets the inputs as they are, rounded to
+the model's dtype: so it judges the arithmetic, not the rounding of the inputs. Integers must be equal. Floats are
+measured in units of their own dtype's rounding (``Op.tolerance``):
+
+- the norm of the error, relative to the norm of the result, is at most the tolerance;
+- at most half of that may be a common factor: rounding errors have either sign, a kernel that is too large everywhere
+  has not;
+- a single element may be off by six times the tolerance of its own size and the output's root mean square together: of
+  millions of elements some lie five deviations out;
+- what the op leaves alone in an array that it updates in place keeps its bits.
+
+Kernels run on outputs and scratch full of NaN (integers: a sentinel), between guard zones: an element that is not
+written, or written past the end, is found. Scratch that must be left zero is looked at.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..backends import Backend
 from ..dtypes import DTYPES, Array, dtype_name
 from ..errors import CuplamaError, DeviceError, ParameterError
-from ..ops import launch as kernel
 from ..ops.abstract import abstract
-from ..ops.launch import BoundLaunch, Device
+from ..ops.launch import BoundLaunch, Device, bind_plan
+from ..ops.op import Op
 from ..ops.signature import OpError
-from .cases import Case
+from .workloads import Workload, case_workloads
 
-__all__ = ["TOLERANCE", "WrongResultError", "check", "check_launches", "check_on", "expected", "planned"]
+__all__ = [
+    "BackendExecutor",
+    "Checker",
+    "Executor",
+    "WrongResultError",
+    "backend_checker",
+    "check",
+    "check_launches",
+    "expected",
+    "model_dtypes",
+    "planned",
+    "poison",
+    "relative_error",
+    "run_guarded",
+    "uploaded",
+]
 
-TOLERANCE = {"f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}  # of the error's norm, by the output's dtype
-_GRID = (2**31 - 1, 65535, 65535)  # blocks at most (CUDA C++ programming guide, technical specifications)
-_WIDEN = 1 << 24  # inputs of more elements stay as they are: the references widen what they take of them
+_MAX_GRID = (2**31 - 1, 65535, 65535)  # blocks (CUDA C++ programming guide, technical specifications)
+_MAX_WIDENED = 1 << 24  # Inputs of more elements stay as they are: the references widen what they take of them.
+_MAX_FACTOR = 0.5  # of the tolerance: what may be common to all elements
+_FACTOR_DEVIATIONS = 4  # Of few elements, chance makes a common factor of about the error / sqrt(elements).
+_MAX_OUTLIER = 6  # times the tolerance, for a single element
+_SENTINEL = 0x5A5A5A5A  # in integer outputs before a run
+_GUARD = 256  # bytes before and after each output: a multiple of every alignment that kernels ask for
+
+Arrays = Sequence[np.ndarray[Any, Any] | None]
+Outputs = list[np.ndarray[Any, Any]]
+Run = Callable[[Workload, Arrays], Outputs]
+"""A way to compute a workload's outputs from its inputs on the host."""
 
 
 class WrongResultError(CuplamaError):
     """A kernel computes something else than its reference. Names op, shape, output and the first wrong element."""
 
 
-def expected(case: Case, arrays: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
+class Executor(Protocol):
+    """Runs launches on arrays of its own."""
+
+    device: Device
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Array: ...
+    def download(self, array: Array) -> np.ndarray[Any, Any]: ...
+    def launch(self, bound: BoundLaunch) -> None: ...
+
+
+def model_dtypes(op: Op) -> tuple[str, ...]:
+    """The dtypes that a model may give the op, the narrowest last; one if its signature does not leave it open."""
+    left_open = any(s.dtype not in DTYPES for s in (*op.signature.ins, *op.signature.outs))
+    return ("f32", "f16", "bf16") if left_open else ("f32",)
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+
+
+def expected(workload: Workload, arrays: Arrays) -> Outputs:
     """What the reference says, in float64 where the outputs are floats. The arrays are not changed."""
-    signature = case.op.signature
-    exact = all(case.call.dtype(s).kind in "iu" for s in signature.outs)
+    signature = workload.op.signature
+    exact = all(workload.call.dtype(s).kind in "iu" for s in signature.outs)
     ins: list[Any] = []
     for spec, x in zip(signature.ins, arrays, strict=False):
-        if x is not None and not exact and x.dtype.kind not in "iu" and x.size <= _WIDEN:
+        if x is not None and not exact and x.dtype.kind not in "iu" and x.size <= _MAX_WIDENED:
             ins.append(x.astype(np.float64))
         else:
             ins.append(x.copy() if x is not None and spec.name in signature.in_place else x)
-    out = case.op.reference(*ins, **case.attrs)
+    out = workload.op.reference(*ins, **workload.attrs)
     return list(out) if isinstance(out, tuple) else [out]
 
 
-def check(case: Case, arrays: Sequence[np.ndarray[Any, Any] | None], outs: Sequence[np.ndarray[Any, Any]]) -> None:
+def check(workload: Workload, arrays: Arrays, outs: Outputs, wanted: Outputs | None = None) -> None:
     """Compare every element of every output with the reference. Raises WrongResultError.
 
-    Integers must be equal. Of floats the norm of the error is held to the output dtype's tolerance, a single element to
-    six times that of its own size and the outputs' mean size together: of millions, some lie five deviations out.
+    wanted: what ``expected`` gave, if it is there already.
     """
-    for spec, out, want in zip(case.op.signature.outs, outs, expected(case, arrays), strict=True):
+    op, before = workload.op, dict(zip((s.name for s in workload.op.signature.ins), arrays, strict=False))
+    wanted = expected(workload, arrays) if wanted is None else wanted
+    for spec, out, want in zip(op.signature.outs, outs, wanted, strict=True):
         if out.shape != want.shape:
-            raise WrongResultError(f"{case.label}: {spec.name} has shape {out.shape}, not {want.shape}")
+            raise WrongResultError(f"{workload.label}: {spec.name} has shape {out.shape}, not {want.shape}")
         if out.dtype.kind in "iu":
-            wrong = out != want
-        else:
-            tolerance = TOLERANCE[dtype_name(out.dtype)]
-            out, want = out.astype(np.float64), want.astype(np.float64)
-            finite = np.isfinite(want)
-            size = np.where(finite, np.abs(want), 0)
-            with np.errstate(invalid="ignore"):
-                error = np.abs(out - want)
-            typical = float(np.sqrt(np.mean(size * size))) if size.size else 0.0
-            wrong = np.where(finite, ~(error <= 6 * tolerance * (size + typical)), out != want)
-            norm = float(np.linalg.norm(np.where(finite, error, 0)))
-            if not wrong.any() and not norm <= tolerance * max(float(np.linalg.norm(size)), 1e-30):
-                raise WrongResultError(
-                    f"{case.label}: {spec.name}: the error is {norm / max(float(np.linalg.norm(size)), 1e-30):.1e}"
-                    f" of the result's norm; {tolerance:g} is allowed"
-                )
-        if wrong.any():
-            at = tuple(int(i[0]) for i in np.nonzero(wrong))
-            raise WrongResultError(
-                f"{case.label}: {int(wrong.sum())} of {wrong.size} elements of {spec.name} are wrong, the first at"
-                f" {list(at)}: {out[at]:g}, not {want[at]:g}"
-            )
+            _refuse(workload, spec.name, out != want, out, want)
+            continue
+        _check_floats(workload, spec.name, out, want)
+        if (old := before.get(spec.name)) is not None:
+            _check_untouched(workload, spec.name, old, out, want)
+
+
+def relative_error(out: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
+    """The norm of the error over the norm of the result, of the elements whose result is finite."""
+    finite = np.isfinite(want.astype(np.float64))
+    o, w = (np.where(finite, a.astype(np.float64), 0).ravel() for a in (out, want))
+    return float(np.linalg.norm(o - w)) / max(float(np.linalg.norm(w)), 1e-30)
+
+
+def _check_floats(workload: Workload, name: str, out: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
+    tolerance = workload.op.allowed(dtype_name(out.dtype), workload.dtype)
+    out, want = out.astype(np.float64), want.astype(np.float64)
+    finite = np.isfinite(want)
+    size = np.where(finite, np.abs(want), 0)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(out - want)
+    typical = float(np.sqrt(np.mean(size * size))) if size.size else 0.0
+    same = (out == want) | (np.isnan(out) & np.isnan(want))
+    _refuse(workload, name, np.where(finite, ~(error <= _MAX_OUTLIER * tolerance * (size + typical)), ~same), out, want)
+    where = f"{workload.label}: {name}:"
+    relative = relative_error(out, want)
+    if not relative <= tolerance:
+        raise WrongResultError(f"{where} the error is {relative:.1e} of the result's norm; {tolerance:.1e} is allowed")
+    factor, allowed = _common_factor(np.where(finite, out, 0), np.where(finite, want, 0), tolerance)
+    if abs(factor) > allowed:
+        raise WrongResultError(
+            f"{where} all of it is too {'large' if factor > 0 else 'small'} by {abs(factor):.1e} of its size;"
+            f" {allowed:.1e} is allowed"
+        )
+
+
+def _common_factor(out: np.ndarray[Any, Any], want: np.ndarray[Any, Any], tolerance: float) -> tuple[float, float]:
+    """How much too large the output is as a whole (of the factors that bring ``want`` near it the best, less one), and
+    how much it may be. Where few elements make up the norm, chance may bring about more."""
+    squares = want * want
+    total = float(squares.sum())
+    if not total:
+        return 0.0, tolerance
+    factor = float(((out - want) * want).sum()) / total
+    elements = total * total / float((squares * squares).sum())  # those that count: all of them if they are alike
+    return factor, tolerance * max(_MAX_FACTOR, _FACTOR_DEVIATIONS / math.sqrt(elements))
+
+
+def _check_untouched(workload: Workload, name: str, old: Any, out: Any, want: Any) -> None:
+    """Where the reference leaves an element of an array in place as it was, its bits must be as they were."""
+    kept = (want == old) | (np.isnan(want.astype(np.float64)) & np.isnan(old.astype(np.float64)))
+    moved = kept & (_bits(out) != _bits(old))
+    if moved.any():
+        at = _first(moved)
+        raise WrongResultError(
+            f"{workload.label}: {name} is changed outside what the op writes: {int(moved.sum())} elements, the first at"
+            f" {list(at)}: {out[at]:g}, was {old[at]:g}"
+        )
+
+
+def _refuse(workload: Workload, name: str, wrong: Any, out: Any, want: Any) -> None:
+    if wrong.any():
+        at = _first(wrong)
+        raise WrongResultError(
+            f"{workload.label}: {int(wrong.sum())} of {wrong.size} elements of {name} are wrong, the first at"
+            f" {list(at)}: {out[at]:g}, not {want[at]:g}"
+        )
+
+
+def _first(wrong: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    return tuple(int(i[0]) for i in np.nonzero(wrong))
+
+
+def _bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def planned(
-    case: Case, ins: Sequence[Array | None], device: Device, empty: Callable[[tuple[int, ...], np.dtype[Any]], Array]
+    workload: Workload,
+    ins: Sequence[Array | None],
+    device: Device,
+    empty: Callable[[tuple[int, ...], np.dtype[Any]], Array],
 ) -> tuple[list[BoundLaunch], list[Array]]:
-    """The op's own launches on these arrays, and the arrays that will hold the outputs, all in host memory.
+    """The op's own launches on these arrays, and the arrays that will hold the outputs.
 
-    empty: makes outputs and scratch; descriptions of arrays will do where nothing is run.
+    empty: makes outputs and scratch; descriptions of arrays will do where nothing is run. Raises DeviceError for an op
+    without kernels, OpError for a shape that they do not take.
     """
-    op = case.op
+    op = workload.op
     if op.kernels is None:
         raise DeviceError(f"{op.name} has no kernel of its own; it runs as its parts")
-    call = case.bind(ins)
-    plan = op.kernels(call, device)
-    for spec in op.signature.outs:
-        if spec.name not in op.signature.in_place:
-            call.arrays[spec.name] = empty(call.shape(spec), call.dtype(spec))
-    scratch = {}
-    for name, (shape, dtype) in plan.scratch.items():
-        scratch[name] = (np.zeros if name in plan.zeroed else empty)(shape, DTYPES[dtype])
-    bound = [kernel.bind(launch, call, scratch) for launch in plan.launches]
+    call = workload.bind(ins)
+
+    def make(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return empty(shape, dtype)
+
+    bound = bind_plan(op.kernels(call, device), call, make, make)
     return bound, [call.arrays[s.name] for s in op.signature.outs]
 
 
-def check_launches(case: Case, device: Device) -> None:
+def check_launches(workload: Workload, device: Device) -> None:
     """Plan the op's own launches. Raises ParameterError for a shape that they do not take or no grid can hold."""
-    if case.op.kernels is None:
+    if workload.op.kernels is None:
         return
     try:
-        launches = planned(case, case.ins, device, abstract)[0]
+        launches = planned(workload, workload.ins, device, abstract)[0]
     except OpError as e:
         raise ParameterError(str(e)) from None
     except (MemoryError, OverflowError) as e:
-        raise ParameterError(f"{case.label}: the shape is too large: {e}") from None
+        raise ParameterError(f"{workload.label}: the shape is too large: {e}") from None
     for launch in launches:
-        if any(not 1 <= size <= most for size, most in zip(launch.grid, _GRID, strict=True)):
-            raise ParameterError(f"{case.label}: the shape is too large: {launch.expression} needs grid {launch.grid}")
+        if any(not 1 <= size <= largest for size, largest in zip(launch.grid, _MAX_GRID, strict=True)):
+            raise ParameterError(
+                f"{workload.label}: the shape is too large: {launch.expression} needs grid {launch.grid}"
+            )
 
 
-def check_on(backend: Backend, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None]) -> None:
-    """Run the op as a model does, its outputs poisoned before, and compare. Raises WrongResultError."""
-    checking, backend._check = backend._check, True  # type: ignore[attr-defined]
-    try:
-        outs = backend.call(case.op, uploaded(backend, arrays), case.attrs)
-        check(case, arrays, [backend.download(a) for a in outs])
-    finally:
-        backend._check = checking  # type: ignore[attr-defined]
+def poison(dtype: np.dtype[Any]) -> Any:
+    """What memory holds before a run: NaN, or a number that no kernel computes."""
+    return _SENTINEL if dtype.kind in "iu" else np.nan
 
 
-def uploaded(backend: Backend, arrays: Sequence[np.ndarray[Any, Any] | None]) -> list[Array | None]:
+def run_guarded(workload: Workload, arrays: Arrays, executor: Executor) -> Outputs:
+    """Run the op's own kernels on poisoned memory between guard zones, and return the outputs.
+
+    Raises WrongResultError if a guard zone was written, or scratch that holds zeros was not left so.
+    """
+    op = workload.op
+    if op.kernels is None:
+        raise DeviceError(f"{op.name} has no kernel of its own; it runs as its parts")
+    call = workload.bind([None if x is None else executor.upload(x.copy()) for x in arrays])
+    plan = op.kernels(call, executor.device)
+    zones: dict[str, Array] = {}
+
+    def place(name: str, content: np.ndarray[Any, Any]) -> Array:
+        zones[name], array = _guarded(content, executor)
+        return array
+
+    for spec, x in zip(op.signature.ins, arrays, strict=False):
+        if spec.name in op.signature.in_place and x is not None:
+            call.arrays[spec.name] = place(spec.name, x)
+    bound = bind_plan(
+        plan,
+        call,
+        empty=lambda name, shape, dtype: place(name, np.full(shape, poison(dtype), dtype)),
+        zeros=lambda name, shape, dtype: place(name, np.zeros(shape, dtype)),
+    )
+    for launch in bound:
+        executor.launch(launch)
+    for name, zone in zones.items():
+        content = executor.download(zone)
+        edges = np.concatenate([content[:_GUARD], content[-_GUARD:]])
+        if not (edges == 0x5A).all():
+            raise WrongResultError(f"{workload.label}: {name} was written outside its bounds")
+        if name in plan.zeroed and content[_GUARD : _GUARD + _size(plan.scratch[name])].any():
+            raise WrongResultError(f"{workload.label}: {name} was not left zero")
+    return [executor.download(call.arrays[s.name]) for s in op.signature.outs]
+
+
+def _size(scratch: tuple[tuple[int, ...], str]) -> int:
+    return math.prod(scratch[0]) * DTYPES[scratch[1]].itemsize
+
+
+def _guarded(content: np.ndarray[Any, Any], executor: Executor) -> tuple[Array, Array]:
+    """The bytes of an array between two guard zones, on the executor, and the array in them."""
+    size = content.nbytes
+    zone = np.full(-(-size // 16) * 16 + 2 * _GUARD, 0x5A, np.uint8)
+    zone[_GUARD : _GUARD + size] = np.ascontiguousarray(content).view(np.uint8).reshape(-1)
+    placed = executor.upload(zone)
+    return placed, placed[_GUARD : _GUARD + size].view(content.dtype).reshape(content.shape)
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+
+class Checker:
+    """Checks workloads by one or more ways to run them. Of an op in 16 bits it also checks the cases in float32, once:
+    there an error shows that rounding to 16 bits hides."""
+
+    def __init__(self, *runs: Run, prepare: Callable[[Sequence[Workload]], None] = lambda workloads: None) -> None:
+        self._runs, self._prepare = runs, prepare
+        self._seen: set[Op] = set()
+
+    def check(self, workload: Workload, arrays: Arrays | None = None) -> None:
+        """Raises WrongResultError. arrays: the inputs, by default those of ``workload.arrays``."""
+        self._check(workload, workload.arrays() if arrays is None else arrays)
+        if workload.dtype == "f32" or workload.op in self._seen or len(model_dtypes(workload.op)) == 1:
+            return
+        self._seen.add(workload.op)
+        exact = case_workloads(workload.op, "f32")
+        self._prepare(exact)
+        for one in exact:
+            self._check(one, one.arrays())
+
+    def _check(self, workload: Workload, arrays: Arrays) -> None:
+        wanted = expected(workload, arrays)
+        for run in self._runs:
+            check(workload, arrays, run(workload, arrays), wanted)
+
+
+class BackendExecutor:
+    """Launches on a CUDA backend's stream and memory."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend, self.device = backend, backend.gpu.limits
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Array:
+        return self._backend.upload(array)
+
+    def download(self, array: Array) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = self._backend.download(array)
+        return found
+
+    def launch(self, bound: BoundLaunch) -> None:
+        with self._backend.gpu as gpu:
+            gpu.function(bound.file, bound.expression, bound.shared)(bound.grid, bound.block, bound.args, bound.shared)
+
+
+def backend_checker(backend: Any) -> Checker:
+    """Checks on a CUDA backend: the op as a model runs it, on poisoned outputs, and its kernels between guard zones."""
+
+    def called(workload: Workload, arrays: Arrays) -> Outputs:
+        checking, backend.checking = backend.checking, True
+        try:
+            outs = backend.call(workload.op, uploaded(backend, arrays), workload.attrs)
+            return [backend.download(a) for a in outs]
+        finally:
+            backend.checking = checking
+
+    executor = BackendExecutor(backend)
+
+    def alone(workload: Workload, arrays: Arrays) -> Outputs:
+        return run_guarded(workload, arrays, executor)
+
+    return Checker(called, alone)
+
+
+def uploaded(backend: Backend, arrays: Arrays) -> list[Array | None]:
+    """The arrays on the backend; None stays None."""
     return [None if x is None else backend.upload(x) for x in arrays]

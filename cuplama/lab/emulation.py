@@ -1,85 +1,94 @@
-"""TODO: lab.emulation."""
+"""Kernels of the lab on a machine without a GPU: planned as for one, run by the emulator (``cuplama/simt``)."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..backends.cuda.toolkit import shared_limit
+from ..dtypes import Array
 from ..errors import DeviceError
 from ..folders import source_folder
 from ..ops.abstract import abstract
-from ..ops.launch import Device
-from .cases import Case
-from .check import WrongResultError, check, planned
+from ..ops.launch import BoundLaunch, Device
+from ..simt import emulator
+from .check import Arrays, Checker, Outputs, WrongResultError, planned, run_guarded
+from .workloads import Workload
 
-__all__ = ["Emulator", "emulator_missing"]
+__all__ = ["EmulatedDevice", "Emulator", "emulator_missing"]
+
+
+class EmulatedDevice:
+    """Runs launches on NumPy arrays, on the CPU.
+
+    device: what launches are planned for; check: whether every memory access is looked at; seed: of the order in which
+    threads run.
+    """
+
+    def __init__(self, device: Device | None = None, check: bool = True, seed: int = 0) -> None:
+        self.device, self._check, self._seed = device or Device(), check, seed
+
+    def upload(self, array: np.ndarray[Any, Any]) -> Array:
+        return array
+
+    def download(self, array: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(array)
+
+    def launch(self, bound: BoundLaunch) -> None:
+        emulator.run(bound, check=self._check, seed=self._seed, arch=self.device.arch)
 
 
 class Emulator:
-    """Runs kernels on the CPU, by the emulator of the checkout's tests. Raises DeviceError where there is none."""
+    """Checks workloads on the CPU. Raises DeviceError where there is no C++ compiler."""
 
     def __init__(self, arch: int = 90) -> None:
-        missing = emulator_missing()
-        if missing:
+        if missing := emulator_missing():
             raise DeviceError(missing)
-        root = str(_checkout())
-        if root not in sys.path:
-            sys.path.insert(0, root)
-        from ..simt import emulator
-
-        self._emulator = emulator
         self._devices = [Device(arch=a, shared=shared_limit(a)) for a in dict.fromkeys((arch, min(arch, 80)))]
+        self._checker = Checker(self.outputs, prepare=self.prepare)
 
-    def outputs(self, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
-        """The case's outputs, from poisoned memory. Raises WrongResultError for a fault that is found."""
-        ins = [None if x is None else x.copy() for x in arrays]
-        device = self.device(case)
-        launches, outs = planned(case, ins, device, _poisoned)
+    def outputs(self, workload: Workload, arrays: Arrays) -> Outputs:
+        """The workload's outputs, from poisoned memory. Raises WrongResultError for a fault that is found."""
         try:
-            for launch in launches:
-                self._emulator.run(launch, arch=device.arch)
-        except self._emulator.KernelFault as e:
-            raise WrongResultError(f"{case.label}: {_brief(str(e))}") from None
-        return outs
+            return run_guarded(workload, arrays, EmulatedDevice(self.device(workload)))
+        except emulator.KernelFault as e:
+            raise WrongResultError(f"{workload.label}: {_brief(str(e))}") from None
 
-    def check(self, case: Case) -> None:
-        """Raises WrongResultError."""
-        arrays = case.arrays()
-        check(case, arrays, self.outputs(case, arrays))
+    def check(self, workload: Workload) -> None:
+        """Raises WrongResultError. The first workload of an op also has the op's cases in float32 checked."""
+        self._checker.check(workload)
 
-    def prepare(self, cases: Iterable[Case]) -> None:
-        """Compile what the cases launch, many at a time. Raises WrongResultError with the first complaint."""
+    def prepare(self, workloads: Sequence[Workload]) -> None:
+        """Compile what the workloads launch, many at a time. Raises WrongResultError with the first complaint."""
         wanted: dict[int, dict[tuple[str, str], None]] = {}
-        for case in cases:
-            device = self.device(case)
-            for launch in planned(case, case.ins, device, abstract)[0]:
+        for workload in workloads:
+            device = self.device(workload)
+            for launch in planned(workload, workload.ins, device, abstract)[0]:
                 wanted.setdefault(device.arch, {})[launch.file, launch.expression] = None
         try:
             for arch, kernels in wanted.items():
-                self._emulator.precompile(list(kernels), arch=arch)
-        except self._emulator.KernelFault as e:
+                emulator.precompile(list(kernels), arch=arch)
+        except emulator.KernelFault as e:
             raise WrongResultError(_brief(str(e))) from None
 
-    def device(self, case: Case) -> Device:
-        """The device that a case is planned for: one whose kernels use nothing that is not emulated.
+    def device(self, workload: Workload) -> Device:
+        """The device that a workload is planned for: one whose kernels use nothing that is not emulated.
 
         Raises DeviceError if there is none.
         """
         for device in self._devices:
-            files = {launch.file for launch in planned(case, case.ins, device, abstract)[0]}
-            if not any(self._foreign(file) for file in files):
+            files = {launch.file for launch in planned(workload, workload.ins, device, abstract)[0]}
+            if not any(_foreign(file) for file in files):
                 return device
-        raise DeviceError(f"{case.op.name}: its kernels use instructions that are not emulated")
+        raise DeviceError(f"{workload.op.name}: its kernels use instructions that are not emulated")
 
-    def _foreign(self, file: str) -> bool:
-        text = (source_folder() / file).read_text(encoding="utf-8")
-        return any(f"{name}(" in text or f"{name}<" in text for name in self._emulator.NOT_EMULATED)
+
+def _foreign(file: str) -> bool:
+    text = (source_folder() / file).read_text(encoding="utf-8")
+    return any(f"{name}(" in text or f"{name}<" in text for name in emulator.NOT_EMULATED)
 
 
 def _brief(text: str) -> str:
@@ -90,16 +99,6 @@ def _brief(text: str) -> str:
     return " ".join([lines[0], *[line.strip() for line in lines[1:] if "error: " in line][:1]])
 
 
-def _poisoned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    return np.full(shape, 0x5A5A5A5A if dtype.kind in "iu" else np.nan, dtype)
-
-
-def _checkout() -> Path:
-    return Path(__file__).resolve().parent.parent
-
-
 def emulator_missing() -> str:
-    """Why kernels cannot be run on the CPU here; empty if they can."""
-    if not (_checkout() / "tests" / "simt" / "emulator.py").is_file():
-        return "without a GPU, kernels are run by the emulator in tests/, which is in a checkout only"
-    return "" if shutil.which("g++") else "without a GPU, kernels are run by an emulator that needs g++"
+    """Why kernels cannot be run on the CPU here, in one line; empty if they can."""
+    return "" if shutil.which("g++") else "without a GPU kernels run on an emulator, which needs the C++ compiler g++"

@@ -1,15 +1,23 @@
-"""All ops by name. One module per stem; the kernels of ``ops/<stem>.py`` are in ``cuda_src/<stem>.cu``."""
+"""All ops by name, found by themselves: every module of this folder that holds an ``Op`` adds it to ``OPS``.
+
+One module per stem: the kernels of ``ops/<stem>.py`` are in ``cuda_src/<stem>.cu``.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 
-from . import activation, attention, embedding, fused, kv_cache, linear, norm, residual, rope, sampling
-from . import advance as decode
 from .op import Op
 
 __all__ = ["OPS"]
 
-_MODULES = (embedding, norm, linear, rope, kv_cache, attention, activation, residual, sampling, fused, decode)
+_found: dict[str, Op] = {}
+OPS: Mapping[str, Op] = _found
 
-OPS: Mapping[str, Op] = {op.name: op for module in _MODULES for op in vars(module).values() if isinstance(op, Op)}
+# OPS is there, still empty, before the modules are imported: some of them (node.py, abstract.py) import it from here.
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    for _op in vars(importlib.import_module(f"{__name__}.{_module}")).values():
+        if isinstance(_op, Op):
+            _found[_op.name] = _op

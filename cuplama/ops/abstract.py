@@ -44,7 +44,7 @@ def abstract(shape: Sequence[int], dtype: np.dtype[Any]) -> AbstractArray:
 
 def attributes(op: Op, given: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
     """What of ``given`` is an attribute of the op; a dtype letter given as "T" becomes the model's dtype."""
-    letters = {s.dtype for s in (*op.signature.outs, *op.signature.ins)} - set(DTYPES)
+    letters = {s.letter for s in (*op.signature.outs, *op.signature.ins)} - set(DTYPES)
     names = {s.name for s in op.signature.attrs} | letters
     return {k: dtype_name(T) if k in letters and v == "T" else v for k, v in given.items() if k in names}
 

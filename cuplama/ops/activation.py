@@ -7,14 +7,20 @@ gelu: Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array, upcast
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import Call, Draw, Op
+
+__all__ = ["gelu_erf", "gelu_tanh", "silu_mul"]
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
+_CUPY_SILU = "float a = (float)g; y = (T)(a / (1.0f + expf(-a)) * (float)u)"
+_CUPY_GELU = "float a = (float)x; y = (T)(0.5f * a * (1.0f + tanhf(0.79788456f * (a + 0.044715f * a * a * a))))"
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
@@ -34,6 +40,26 @@ def _gelu_tanh(x: Array) -> Array:
 def _gelu_erf(x: Array) -> Array:
     x = upcast(x)
     return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)).astype(x.dtype))
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    return dict(n=draw(1, 5), f=draw(1, 3000))
+
+
+@cache
+def _cupy_kernel(parameters: str, text: str, name: str) -> Any:
+    import cupy
+
+    return cupy.ElementwiseKernel(parameters, "T y", text, name)
+
+
+def _cupy_silu_mul(y: Array, x: Array) -> None:
+    f = y.shape[1]
+    _cupy_kernel("T g, T u", _CUPY_SILU, "cupy_silu_mul")(x[:, :f], x[:, f:], y)
+
+
+def _cupy_gelu_tanh(y: Array, x: Array) -> None:
+    _cupy_kernel("T x", _CUPY_GELU, "cupy_gelu_tanh")(x, y)
 
 
 _THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
@@ -56,7 +82,9 @@ silu_mul = Op(
     reference=_silu_mul,
     kernels=_row_kernels,
     cases=_CASES,
+    sizes=_sizes,
     flops=lambda c: 5 * c["n"] * c["f"],
+    library=_cupy_silu_mul,
 )
 
 gelu_tanh = Op(
@@ -66,7 +94,9 @@ gelu_tanh = Op(
     reference=_gelu_tanh,
     kernels=_flat_kernels,
     cases=_CASES,
+    sizes=_sizes,
     flops=lambda c: 8 * c["n"] * c["f"],
+    library=_cupy_gelu_tanh,
 )
 
 gelu_erf = Op(
@@ -76,5 +106,7 @@ gelu_erf = Op(
     reference=_gelu_erf,
     kernels=_flat_kernels,
     cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 3072},
     flops=lambda c: 5 * c["n"] * c["f"],
 )

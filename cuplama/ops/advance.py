@@ -57,17 +57,19 @@ def _kernels(call: Call, device: Device) -> Plan:
 
 advance = Op(
     "advance",
-    "input_ids[b]:i32, positions[b]:i32, slot_mapping[b]:i32, seq_lens[b]:i32, rope_rows[b]:i32, ring[R,b]:i32, step[1]:i32 ="
-    " (input_ids[b]:i32, positions[b]:i32, slot_mapping[b]:i32, seq_lens[b]:i32, rope_rows[b]:i32, ring[R,b]:i32, step[1]:i32, token[b]:i32,"
-    " page_table[b,M]:i32, S:i32)",
-    doc="The inputs of the next decode step: input_ids = token (0 for -1, which is none); positions, seq_lens and rope_rows grow by one;"
-    " slot_mapping follows positions through the block table (its last entry stands for all beyond). ring[step % R] = token, then"
-    " step grows by one: the ring lies in host memory, where the engine reads it behind the GPU.",
+    "input_ids[b]:i32, positions[b]:i32, slot_mapping[b]:i32, seq_lens[b]:i32, rope_rows[b]:i32, ring[R,b]:i32,"
+    " step[1]:i32 = (input_ids[b]:i32, positions[b]:i32, slot_mapping[b]:i32, seq_lens[b]:i32, rope_rows[b]:i32,"
+    " ring[R,b]:i32, step[1]:i32, token[b]:i32, page_table[b,M]:i32, S:i32)",
+    doc="The inputs of the next decode step: input_ids = token (0 for -1, which is none); positions, seq_lens and"
+    " rope_rows grow by one; slot_mapping follows positions through the block table (its last entry stands for all"
+    " beyond). ring[step % R] = token, then step grows by one: the ring lies in host memory, where the engine reads it"
+    " behind the GPU.",
     reference=_advance,
     kernels=_kernels,
     cases=[
         dict(b=b, M=m, S=s, R=r, at=at) for b, m, s, r, at in ((1, 3, 64, 4, 0), (5, 2, 16, 3, 7), (200, 1, 8, 2, 1))
     ],
     ranges={"input_ids": "9+0*b", "slot_mapping": "9+0*b", "ring": "9+0*b", "page_table": "50+0*b"},
+    sizes=lambda draw: dict(b=draw(1, 70), M=draw(1, 5), S=8 * draw(1, 8), R=draw(1, 4), at=draw(0, 9)),
     inputs=_inputs,
 )

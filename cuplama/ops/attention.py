@@ -1,5 +1,6 @@
 """Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention_decode.cu (one new token per
-sequence), attention_prefill_wgmma.cu, attention_prefill_mma.cu and attention_prefill_fma.cu (many, by what the GPU and the dtype allow).
+sequence), attention_prefill_wgmma.cu, attention_prefill_mma.cu and
+attention_prefill_fma.cu (many, by what the GPU and the dtype allow).
 
 Grouped queries: Ainslie et al., arXiv:2305.13245. Online softmax: Milakov & Gimelshein, arXiv:1805.02867;
 tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-3", arXiv:2407.08608.
@@ -7,16 +8,27 @@ tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array, upcast
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import Call, Draw, Op
 from .signature import OpError
 
-_BLOCK = 256  # queries at a time: bounds the score matrix
+__all__ = [
+    "DEFAULT_SIZES",
+    "HEAD_DIMS",
+    "attention",
+    "attention_case",
+    "decode_plan",
+    "equal_sequences",
+    "random_sequences",
+]
+
+_QUERIES = 256  # that the reference takes at a time, to bound the memory of the scores
 
 
 def _attention(
@@ -41,8 +53,8 @@ def _attention(
         keys, values = (
             upcast(c[pages]).transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, d)[:, :length] for c in (k, v)
         )  # [H, length, D]
-        for at in range(first, last, _BLOCK):
-            end = min(at + _BLOCK, last)
+        for at in range(first, last, _QUERIES):
+            end = min(at + _QUERIES, last)
             q = x[at:end, : num_heads * d].reshape(end - at, num_kv_heads, group, d).transpose(1, 2, 0, 3)
             position = length - last + np.arange(at, end)  # of each query in its sequence
             low = max(0, int(position[0]) - window + 1) if window else 0
@@ -62,15 +74,26 @@ def _attention(
 
 
 def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
-    """Sequences of the case's seq_lens, each on pages drawn at random from the pool; table entries past the end
-    point at a page that does not exist, so that a kernel that follows them is caught."""
+    """Sequences of the case's seq_lens, each on pages drawn at random from the pool.
+
+    A kernel that uses what it must not is caught: table entries past the end point at a page that does not exist, and
+    what no sequence has of the cache is NaN.
+    """
     new, seq_lens, size = np.array(case["new"]), np.array(case["seq_lens"]), case["S"]
     need = -(-seq_lens // size)
     pool = rng.permutation(case["P"])
     page_table = np.full((len(seq_lens), case["M"]), 2**30, np.int32)
-    for i, count in enumerate(need):
+    unused = np.ones((case["P"], size), bool)
+    for i, (count, length) in enumerate(zip(need, seq_lens, strict=True)):
         page_table[i, :count], pool = pool[:count], pool[count:]
+        token = np.arange(length)
+        unused[page_table[i, token // size], token % size] = False
+    shape = (case["P"], case["H"], size, case["D"])
+    cache = {name: rng.standard_normal(shape).astype(np.float32).astype(T) for name in ("k", "v")}
+    for array in cache.values():
+        array.swapaxes(1, 2)[unused] = np.nan
     return {
+        **cache,
         "cu_seqlens": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
         "seq_lens": seq_lens.astype(np.int32),
         "page_table": page_table,
@@ -80,11 +103,30 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
 def attention_case(
     num_heads: int, H: int, D: int, new: list[int], seq_lens: list[int], window: int = 0, S: int = 16
 ) -> dict[str, Any]:
+    """A case with sequences of ``seq_lens`` tokens, the last ``new`` of each new, on pages of ``S`` tokens."""
     need = [-(-length // S) for length in seq_lens]
     return dict(
         n=sum(new), b=len(new), num_heads=num_heads, H=H, D=D, new=new, seq_lens=seq_lens, window=window, S=S,
         P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5,
     )  # fmt: skip
+
+
+DEFAULT_SIZES: Mapping[str, Any] = dict(num_heads=32, H=8, D=128, b=1, length=512, new=1, window=0, S=64)
+"""Sequences of one length, as people ask for them: ``b`` of ``length`` tokens, of which ``new`` are new."""
+
+
+def equal_sequences(s: Mapping[str, Any]) -> dict[str, Any]:
+    """The case of sequences of one length: from the names of ``DEFAULT_SIZES``."""
+    new, seq_lens = [s["new"]] * s["b"], [s["length"]] * s["b"]
+    return attention_case(s["num_heads"], s["H"], s["D"], new, seq_lens, s["window"], s["S"])
+
+
+def random_sequences(draw: Draw) -> dict[str, Any]:
+    """A random case: up to three sequences, each with one or two new tokens or with many."""
+    H, D = draw(1, 4), 8 * draw(1, 32)
+    new = [draw(1, 2) if draw(0, 1) else draw(1, 70) for _ in range(draw(1, 3))]
+    seq_lens = [n + draw(0, 90) for n in new]
+    return attention_case(H * draw(1, 5), H, D, new, seq_lens, window=draw(0, 1) * draw(1, 60), S=8 * draw(1, 8))
 
 
 def _host(array: Array) -> np.ndarray[Any, Any]:
@@ -113,7 +155,8 @@ def _kernels(call: Call, device: Device) -> Plan:
     return decode_plan("attention_decode", call, device) if call["n"] == call["b"] else _prefill(call, device)
 
 
-HEAD_DIMS = range(8, 257, 8)  # that the kernels can have
+HEAD_DIMS = range(8, 257, 8)
+"""Head sizes that the kernels can have."""
 
 
 def _check_head(D: int) -> None:
@@ -121,30 +164,36 @@ def _check_head(D: int) -> None:
         raise OpError(f"attention: D = {D} is no multiple of 8 up to 256")
 
 
-_MOST_HEADS = 8  # query heads that a block of the decode kernels takes
-_MOST_SPLITS = 64  # of a sequence
-_WAVES = 8  # blocks that a large batch gets, in multiples of what the GPU holds at a time
+# attention_decode.cu. A sequence's keys are divided into splits, one for a block at a time.
+_MAX_HEADS = 8  # query heads that a block takes: the rows of y that its registers hold
+_MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives last adds them all up
+# A large batch has more work than fits on the GPU at once. Its grid has 8 times as many blocks as the GPU holds, so
+# that multiprocessors that are done early find more to do.
+_BLOCKS_PER_PLACE = 8
 
 
 def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Plan:
-    """One new token per sequence. The GPU, which knows the seq_lens, splits a sequence's keys over blocks: at least
-    `least` keys each, at most `most` splits, as many as fill it. The grid depends on the batch and the table alone."""
+    """The launch of a kernel of attention_decode.cu: one new token per sequence.
+
+    The GPU, which knows the seq_lens, divides a sequence's keys into splits: of at least ``min_keys`` keys, and at most
+    ``max_splits``. The grid depends on the size of the batch and of the page table alone.
+    """
     b, num_heads, H, D = (call[name] for name in ("b", "num_heads", "H", "D"))
     _check_head(D)
-    parts = -(-num_heads // H // _MOST_HEADS)
+    parts = -(-num_heads // H // _MAX_HEADS)
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
     warps = 8 if tensor else 4
-    least = 256 if tensor else 64  # two tiles of 16 keys for every warp: a second block would not pay
-    resident = device.sms * (1 if tensor else 2)  # blocks that the GPU holds, as attention_decode.cu says
-    most = max(1, min(_MOST_SPLITS, resident // (H * parts)))
+    min_keys = 256 if tensor else 64  # Two tiles of 16 keys for each warp: for fewer a second block would not pay.
+    resident = device.sms * (1 if tensor else 2)  # Blocks that the GPU holds at once: __launch_bounds__ of the kernel.
+    max_splits = max(1, min(_MAX_SPLITS, resident // (H * parts)))
     keys = call["M"] * call["S"]
     if call["window"]:
         keys = min(keys, call["window"] + 15)  # a tile of 16 keys may begin before the window
-    splits = max(1, min(most, -(-keys // least)))
-    blocks = max(1, min(splits, _WAVES * resident // (H * parts * b)))
+    splits = max(1, min(max_splits, -(-keys // min_keys)))
+    blocks = max(1, min(splits, _BLOCKS_PER_PLACE * resident // (H * parts * b)))
     constants |= {
         "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor,
-        "least": least, "most": most, "splits": splits,
+        "min_keys": min_keys, "max_splits": max_splits, "splits": splits,
     }  # fmt: skip
     scratch = {
         "partial": ((b, num_heads, splits, D), "f32"),
@@ -189,12 +238,18 @@ attention = Op(
     "attention",
     "y[n,num_heads*D]:T = (x[n,(num_heads+2*H)*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
     " page_table[b,M]:i32, num_heads:i32, window:i32, scale:f32)",
-    doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of its"
-    " seq_lens[i] tokens; its keys lie on pages page_table[i]. A query sees itself and what came before, the last `window`"
-    " tokens only if window > 0. Rows that belong to no sequence are not computed. n = b is a decode step: a row each."
-    " D: a multiple of 8 up to 256.",
+    doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of"
+    " its seq_lens[i] tokens; its keys lie on pages page_table[i]. A query sees itself and what came before, the last"
+    " `window` tokens only if window > 0. Rows that belong to no sequence are not computed. n = b is a decode step: a"
+    " row each. D: a multiple of 8 up to 256.",
     reference=_attention,
     kernels=_kernels,
+    kernel_docs={
+        "attention_decode": "attention of one new token per sequence, its keys divided over blocks",
+        "attention_prefill_wgmma": "attention of many new tokens, on Hopper's tensor cores",
+        "attention_prefill_mma": "attention of many new tokens, on tensor cores",
+        "attention_prefill": "attention of many new tokens, by multiply-adds: float32, and GPUs older than sm_80",
+    },
     cases=[
         attention_case(4, 2, 64, [1], [1]),
         attention_case(4, 2, 64, [1], [37]),
@@ -232,7 +287,13 @@ attention = Op(
         attention_case(44, 44, 8, [1], [800], S=64),
         attention_case(8, 1, 128, [1], [2100], S=64),
     ],
+    sizes=random_sequences,
     inputs=_inputs,
+    shape=DEFAULT_SIZES,
+    rules=("num_heads % H == 0", "new <= length"),
+    complete=equal_sequences,
+    tolerance={"f32": 60.0},  # sums over thousands of keys, one after the other: see PRODUCT_TOLERANCE
     bytes=_bytes,
     flops=lambda c: 4 * c["num_heads"] * c["D"] * _pairs(c),
+    unaligned=False,
 )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from ..dtypes import Array, upcast
+from typing import Any
+
+from ..dtypes import Array
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import EXACT, Call, Draw, Op
+from .weights import weight_rows
+
+__all__ = ["embedding", "embedding_pos"]
 
 _CASES = [
     dict(n=1, d=8, V=5, P=4),
@@ -15,11 +20,15 @@ _CASES = [
 
 
 def _embedding(input_ids: Array, table: Array) -> Array:
-    return upcast(table[input_ids])
+    return weight_rows(table, input_ids)
 
 
 def _embedding_pos(input_ids: Array, positions: Array, table: Array, position_table: Array) -> Array:
-    return upcast(table[input_ids]) + upcast(position_table[positions])
+    return weight_rows(table, input_ids) + weight_rows(position_table, positions)
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    return dict(n=draw(1, 9), d=draw(1, 2000), V=draw(1, 40), P=draw(1, 40))
 
 
 _THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
@@ -32,22 +41,25 @@ def _kernels(call: Call, device: Device) -> Plan:
 
 embedding = Op(
     "embedding",
-    "x[n,d]:f32 = (input_ids[n]:i32, table[V,d]:T)",
+    "x[n,d]:f32 = (input_ids[n]:i32, table[V,d]:W)",
     doc="x = table[input_ids]",
     reference=_embedding,
     kernels=_kernels,
     cases=_CASES,
+    sizes=_sizes,
     ranges={"input_ids": "V"},
+    tolerance=EXACT,
     bytes=lambda c: c["n"] * (4 + c["d"] * (4 + c.dtypes["T"].itemsize)),
 )
 
 embedding_pos = Op(
     "embedding_pos",
-    "x[n,d]:f32 = (input_ids[n]:i32, positions[n]:i32, table[V,d]:T, position_table[P,d]:T)",
+    "x[n,d]:f32 = (input_ids[n]:i32, positions[n]:i32, table[V,d]:W, position_table[P,d]:W)",
     doc="x = table[input_ids] + position_table[positions], the learned position_table of GPT-2",
     reference=_embedding_pos,
     kernels=_kernels,
     cases=_CASES,
+    sizes=_sizes,
     ranges={"input_ids": "V", "positions": "P"},
     bytes=lambda c: c["n"] * (8 + c["d"] * (4 + 2 * c.dtypes["T"].itemsize)),
 )

@@ -1,25 +1,37 @@
-"""Fused ops of the decode step: what fuse.py puts in place of several nodes. Kernels: cuda_src/linear.cu and
-linear_mma.cu (weights streamed once, with the norm before and the activation or residual after), attention_decode.cu.
+"""Fused ops of the decode step: what cuplama/models/fusion.py puts in place of several nodes. Kernels:
+cuda_src/linear.cu and linear_mma.cu (weights streamed once, with the norm before and the activation or residual after),
+attention_decode.cu.
 
 A fused op is defined by its parts: the references below do nothing but call theirs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array, dtype_name
 from . import activation, norm, residual
-from .attention import attention, decode_plan
+from .attention import DEFAULT_SIZES, attention, attention_case, decode_plan, equal_sequences, random_sequences
 from .kv_cache import kv_append
 from .launch import Device, Plan
-from .linear import linear, stream_rows
+from .linear import PRODUCT_TOLERANCE, linear, product_sizes, stream_rows
 from .norm import qk_norm
-from .op import Call, Op
-from .rope import rope
+from .op import Call, Draw, Op
+from .rope import random_rotations, rope
 from .signature import OpError
+
+__all__ = [
+    "append_attention",
+    "layer_norm_linear",
+    "layer_norm_linear_gelu_erf",
+    "layer_norm_linear_gelu_tanh",
+    "linear_add",
+    "rms_norm_linear",
+    "rms_norm_linear_silu_mul",
+]
 
 _NORMS = {"rms_norm": (norm.rms_norm, ("g",)), "layer_norm": (norm.layer_norm, ("g", "h"))}
 _ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
@@ -27,8 +39,12 @@ _ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per o
 _SHAPES = ((1, 64, 64, False), (1, 14, 8, True), (2, 34, 72, True), (3, 66, 1024, False), (8, 96, 896, True))
 
 
-def _norm_linear(norm_op: Op, act: Op | None) -> Op:
-    """norm -> linear -> activation, as one op."""
+def _sizes(draw: Draw) -> dict[str, Any]:
+    return {**product_sizes(draw), "n": draw(1, 8)}
+
+
+def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
+    """norm -> linear -> activation, as one op. tolerance: by output dtype, where it is not what such ops have."""
     _, scales = _NORMS[norm_op.name]
     rows = _ACTIVATIONS[act.name] if act else 1
 
@@ -46,10 +62,11 @@ def _norm_linear(norm_op: Op, act: Op | None) -> Op:
 
     out = "y[n,m]:T" if act else "y[n,m]:U"
     width = "2*m" if rows == 2 else "m"
+    formula = f"y = act({norm_op.name}(x) w^T + b)"  # what a kernel computes, which serves several activations
     vectors = ", ".join(f"{s}[k]:T" for s in scales)
     return Op(
         f"{norm_op.name}_linear_{act.name}" if act else f"{norm_op.name}_linear",
-        f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:T, b[{width}]:T?, eps:f32)",
+        f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:W, b[{width}]:T?, eps:f32)",
         doc=f"y = {f'{act.name}(' if act else ''}{norm_op.name}(x) w^T + b{')' if act else ''}",
         reference=reference,
         kernels=kernels,
@@ -57,14 +74,22 @@ def _norm_linear(norm_op: Op, act: Op | None) -> Op:
             *(dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES),
             *([] if act else [dict(n=2, m=10, k=k, b=True, eps=1e-5, U="f32") for k in (27, 40)]),
         ],
+        sizes=_sizes,
+        shape={"n": 1, "m": 3072, "k": 768},
+        # Two more roundings than a product has: of the normalised x, and of what the activation takes.
+        tolerance={**PRODUCT_TOLERANCE, "f16": 1.5, "bf16": 1.25, **tolerance},
         flops=lambda c: 2 * rows * c["n"] * c["m"] * c["k"],
+        kernel_docs={
+            f"{norm_op.name}_linear": f"{formula} for up to 8 rows of x, by multiply-adds",
+            f"{norm_op.name}_linear_mma": f"{formula} for two to eight rows of x, on tensor cores",
+        },
     )
 
 
 rms_norm_linear = _norm_linear(norm.rms_norm, None)
-rms_norm_linear_silu_mul = _norm_linear(norm.rms_norm, activation.silu_mul)
+rms_norm_linear_silu_mul = _norm_linear(norm.rms_norm, activation.silu_mul, bf16=1.75)
 layer_norm_linear = _norm_linear(norm.layer_norm, None)
-layer_norm_linear_gelu_tanh = _norm_linear(norm.layer_norm, activation.gelu_tanh)
+layer_norm_linear_gelu_tanh = _norm_linear(norm.layer_norm, activation.gelu_tanh, f16=3.0)
 layer_norm_linear_gelu_erf = _norm_linear(norm.layer_norm, activation.gelu_erf)
 
 
@@ -78,12 +103,19 @@ def _linear_add(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
 
 linear_add = Op(
     "linear_add",
-    "y[n,m]:f32 = (x[n,k]:T, w[m,k]:T, a[n,m]:f32, b[m]:T?)",
+    "y[n,m]:f32 = (x[n,k]:T, w[m,k]:W, a[n,m]:f32, b[m]:T?)",
     doc="y = a + x w^T + b",
     reference=_linear_add,
     kernels=_linear_add_kernels,
     cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES],
+    sizes=_sizes,
+    tolerance=PRODUCT_TOLERANCE,
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
+    matmul=True,
+    kernel_docs={
+        "linear_add": "y = a + x w^T + b for up to 8 rows of x, by multiply-adds",
+        "linear_add_mma": "y = a + x w^T + b for two to eight rows of x, on tensor cores",
+    },
 )
 
 
@@ -128,7 +160,26 @@ def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
     given = attention.inputs(rng, case, T)
     last = given["seq_lens"] - 1
     pages = given["page_table"][np.arange(len(last)), last // case["S"]]
-    return {**given, "slot_mapping": (pages * case["S"] + last % case["S"]).astype(np.int32)}
+    return {
+        **given,
+        **random_rotations(rng, case),
+        "slot_mapping": (pages * case["S"] + last % case["S"]).astype(np.int32),
+    }
+
+
+def _append_sizes(draw: Draw) -> dict[str, Any]:
+    many = random_sequences(draw)
+    new, seq_lens = [1] * many["b"], [n - m + 1 for n, m in zip(many["seq_lens"], many["new"], strict=True)]
+    case = attention_case(many["num_heads"], many["H"], many["D"], new, seq_lens, many["window"], many["S"])
+    turned, normed = dict.fromkeys(("rope_rows", "cos", "sin"), bool(draw(0, 1))), bool(draw(0, 1))
+    given = {"q_norm": normed, "k_norm": normed, "eps": 1e-6}
+    return {**case, **turned, **given, "h": draw(1, case["D"] // 2), "R": draw(1, 99)}
+
+
+def _append_complete(s: Mapping[str, Any]) -> dict[str, Any]:
+    """Sequences of one length, everything rotated, heads normalised."""
+    given: dict[str, Any] = dict.fromkeys(("rope_rows", "cos", "sin", "q_norm", "k_norm"), True)
+    return {**equal_sequences(s), **given, "eps": 1e-6, "h": s["D"] // 2, "R": 64}
 
 
 def _append_cases() -> list[dict[str, Any]]:
@@ -147,16 +198,23 @@ def _append_cases() -> list[dict[str, Any]]:
 
 append_attention = Op(
     "append_attention",
-    "y[n,num_heads*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T,"
-    " cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?, sin[R,h]:f32?, q_norm[D]:T?,"
-    " k_norm[D]:T?, num_heads:i32, window:i32, scale:f32, eps:f32)",
+    "y[n,num_heads*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:T,"
+    " v[P,H,S,D]:T, cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?,"
+    " sin[R,h]:f32?, q_norm[D]:T?, k_norm[D]:T?, num_heads:i32, window:i32, scale:f32, eps:f32)",
     doc="A decode step's attention, one new token per sequence (n = b): qk_norm (if there are q_norm and k_norm),"
     " rope (if there are cos and sin), kv_append and attention.",
     reference=_append_attention,
     kernels=_append_kernels,
     cases=_append_cases(),
     ranges={"rope_rows": "R"},
+    sizes=_append_sizes,
     inputs=_append_inputs,
+    shape=DEFAULT_SIZES,
+    rules=("num_heads % H == 0", "new == 1", "new <= length"),
+    complete=_append_complete,
+    # Each part rounds to T: q and k twice before their product.
+    tolerance={**attention.tolerance, "f16": 1.75, "bf16": 1.5},
     bytes=attention.bytes,
     flops=attention.flops,
+    unaligned=False,
 )

@@ -12,7 +12,9 @@ import numpy as np
 
 from ..dtypes import Array
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import EXACT, Call, Draw, Op
+
+__all__ = ["kv_append"]
 
 
 def _kv_append(x: Array, slot_mapping: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -29,6 +31,11 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
     return {"slot_mapping": slot_mapping.astype(np.int32)}
 
 
+def _sizes(draw: Draw) -> dict[str, Any]:
+    n, H, D, S = draw(1, 30), draw(1, 5), draw(1, 140), draw(1, 40)
+    return dict(n=n, w=(draw(1, 6) + 2 * H) * D, H=H, D=D, P=-(-n // S) + draw(0, 2), S=S)
+
+
 _THREADS = 128
 
 
@@ -40,13 +47,17 @@ def _kernels(call: Call, device: Device) -> Plan:
 kv_append = Op(
     "kv_append",
     "k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,w]:T, slot_mapping[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T)",
-    doc="write the key and value heads of x (its last 2*H*D columns) to page slot_mapping[n] // S, place slot_mapping[n] % S",
+    doc="write the key and value heads of x (its last 2*H*D columns) to page slot_mapping[n] // S, place"
+    " slot_mapping[n] % S",
     reference=_kv_append,
     kernels=_kernels,
     cases=[
         dict(n=n, w=(q + 2 * h) * d, H=h, D=d, P=p, S=s)
         for n, q, h, d, p, s in ((1, 4, 2, 64, 3, 16), (7, 1, 1, 8, 2, 8), (20, 3, 1, 80, 4, 64), (5, 8, 8, 128, 2, 64))
     ],
+    sizes=_sizes,
     inputs=_inputs,
+    rules=("2 * H * D <= w", "w % D == 0", "n <= P * S"),
+    tolerance=EXACT,
     bytes=lambda c: c["n"] * (4 + 4 * c["H"] * c["D"] * c.dtypes["T"].itemsize),
 )

@@ -26,7 +26,8 @@ Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], Array]
 
 @dataclass(frozen=True)
 class Device:
-    """What a launch may depend on. arch: 75, 80, ..., 120; shared: bytes of shared memory a block can have."""
+    """What a launch may depend on. arch: 75, 80, ..., 120; sms: multiprocessors; shared: bytes of shared memory that a
+    block can have."""
 
     arch: int = 90
     sms: int = 132

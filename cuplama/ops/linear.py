@@ -10,66 +10,83 @@ import numpy as np
 
 from ..dtypes import DTYPES, Array, upcast
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import Call, Draw, Op
 from .signature import OpError
+from .weights import weight_rows
 
-_BLOCK = 4096  # weight rows converted at a time where the weight is kept in 16 bits
+__all__ = ["MAX_STREAMED_ROWS", "PRODUCT_TOLERANCE", "linear", "product_sizes", "stream_rows"]
+
+_CONVERTED_ROWS = 4096  # of a weight kept in 16 bits: as many become float32 at a time, to bound the memory it takes
 
 
 def _linear(x: Array, w: Array, b: Array | None = None, *, U: str = "") -> Array:
     x = upcast(x)
-    if upcast(w[:0]).dtype == w.dtype:
+    if w.dtype in (np.float32, np.float64):
         y = x @ w.T
     else:
         y = np.empty((len(x), len(w)), x.dtype)
-        for i in range(0, len(w), _BLOCK):
-            np.matmul(x, upcast(w[i : i + _BLOCK]).T, out=y[:, i : i + _BLOCK])
+        for i in range(0, len(w), _CONVERTED_ROWS):
+            rows = slice(i, i + _CONVERTED_ROWS)
+            np.matmul(x, weight_rows(w, rows).T, out=y[:, rows])
     if b is not None:
         y += upcast(b)
     return y
 
 
-STREAMED_ROWS = 8  # of x in one launch at most; more rows in all are cuBLAS's, where it can be had
-LIBRARY = frozenset({"linear", "linear_add"})  # the ops that cuBLAS computes then
-_PIECES = 4  # of 16 bytes that a lane asks for at once, as in the kernels
-_STATIC = 4096 + 1024  # bytes of shared memory that the kernels and the driver take beside the dynamic ones
-_STAGED = 131072  # bytes of x up to which it is copied to shared memory; beyond, it is read through L1
-_LEAST_DEPTH, _MOST_DEPTH = 2, 4  # of a ring, in batches
-_RING = 64 << 10  # bytes on their way at once: enough for the bandwidth, and x does not wait behind them for long
-_WARPS = {160 << 10: 16, 0: 8}  # of a block at most, by the shared memory there is: its ring must be deep enough
-_FULL = 0.94  # of the warps busy to the end: good enough
+MAX_STREAMED_ROWS = 8
+"""Rows of x that one launch takes. Where there are more rows in all, cuBLAS computes the product, if it is there."""
 
-# linear_mma.cu
-_TENSOR_ROWS = 2  # of x from which on tensor cores pay
-_TILE = 16  # rows of w
-_CHUNK = 64  # elements of a row of w that a warp takes at a time
-_GROUP = 2  # tiles between two barriers
-_REGISTERS = {False: 128, True: 64}  # chunks of x that fit into a block's; with a norm they come in f32
-_LEAST_COLUMNS = 4  # of y that are worth a block
+PRODUCT_TOLERANCE: Mapping[str, float] = {"f32": 100.0, "f16:f32": 320.0, "bf16:f32": 320.0}
+"""A float32 sum of k products is off by about sqrt(k / 6) roundings if they are added one after the other: by 49, or
+3e-6 of the norm, where k is 14,336, the longest of an 8B model; twice that is allowed. Tensor cores, which multiply
+16-bit numbers, cut off partial sums where float32 rounds them (Fasi et al., "Numerical behavior of NVIDIA tensor
+cores", PeerJ Computer Science 7, 2021), and take a normalised x as the sum of two 16-bit numbers: 320 units are 2e-5 of
+the norm. A result that is stored in 16 bits is rounded once, behind the sum."""
+
+# linear.cu. A block copies its rows of w to shared memory through a ring of batches, ahead of what it multiplies.
+_LANE_LOADS = 4  # 16-byte loads that a lane issues for one batch; BATCH in linear.cu
+_RESERVED_BYTES = 4096 + 1024  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
+_MAX_STAGED_BYTES = 128 << 10  # of rows of x that are copied to shared memory; larger ones are read through L1
+_MIN_DEPTH, _MAX_DEPTH = 2, 4  # batches in a ring: one is multiplied while the others arrive
+_MAX_RING_BYTES = 64 << 10  # This much on its way saturates the memory; with 200 KiB x waited 4 microseconds behind it.
+# The most warps of a block: 16 where a block can have 160 KiB of shared memory or more, else 8. The ring holds a batch
+# for each warp, so with less memory 16 warps would leave it fewer than _MIN_DEPTH batches.
+_MAX_WARPS = {160 << 10: 16, 0: 8}
+_MIN_BUSY = 0.94  # A division of the rows is taken if at least this share of all warps works until the end.
+
+# linear_mma.cu, on tensor cores. A tile is 16 rows of w; the warps of a block divide k, in chunks of 64 elements.
+_MIN_TENSOR_ROWS = 2  # rows of x: for a single row linear.cu is faster (measured on an H200)
+_TILE_ROWS = 16  # the M of the instruction mma.m16n8k16
+_CHUNK = 64  # elements of a row of w, 128 bytes, that a warp multiplies at a time
+_GROUP_TILES = 2  # tiles whose sums the warps add up behind one barrier
+# Chunks of x that the registers of a block hold, and so the longest part of k that goes through the tiles at once: half
+# as much if a norm comes first, because then x arrives as float32.
+_MAX_CHUNKS = {"plain": 128, "normed": 64}
+_MIN_COLUMNS = 4  # of y for a block: for fewer its start costs more than it saves
 
 
 def _depth(room: int, batch: int) -> int:
     """Batches in a ring, where there is that much shared memory for it."""
-    return max(_LEAST_DEPTH, min(room // batch, _RING // batch, _MOST_DEPTH))
+    return max(_MIN_DEPTH, min(room // batch, _MAX_RING_BYTES // batch, _MAX_DEPTH))
 
 
-def _most_warps(device: Device) -> int:
-    return next(warps for shared, warps in _WARPS.items() if device.shared >= shared)
+def _max_warps(device: Device) -> int:
+    return next(warps for shared, warps in _MAX_WARPS.items() if device.shared >= shared)
 
 
-def _shape(rows: int, least: int, device: Device) -> tuple[int, int, int]:
-    """(OUTS, blocks, warps of a block) for a weight of that many rows; OUTS is ``least`` at least.
+def _shape(rows: int, min_outs: int, device: Device) -> tuple[int, int, int]:
+    """(OUTS, blocks, warps of a block) for a weight of that many rows; OUTS is ``min_outs`` at least.
 
     A block takes a whole multiprocessor, so that the blocks of the next kernel are dealt out evenly, one to each that
-    comes free. Many warps drain the ring faster. More rows in a unit (OUTS) mean fewer
-    accesses to x, but the warps should get equal numbers of units: if no OUTS gives that, their number is reduced.
+    comes free. Many warps drain the ring faster. More rows in a unit (OUTS) mean fewer accesses to x, but the warps
+    should get equal numbers of units: if no OUTS gives that, the number of warps is reduced.
     """
-    most = _most_warps(device)
-    for outs in (o for o in (4, 2, 1) if o >= least):
+    max_warps = _max_warps(device)
+    for outs in (o for o in (4, 2, 1) if o >= min_outs):
         units = -(-rows // outs)
-        rounds = -(-units // (device.sms * most))
-        if units >= _FULL * device.sms * most * rounds:
-            return outs, device.sms, most
+        rounds = -(-units // (device.sms * max_warps))
+        if units >= _MIN_BUSY * device.sms * max_warps * rounds:
+            return outs, device.sms, max_warps
     return outs, min(units, device.sms), -(-units // (device.sms * rounds))
 
 
@@ -82,21 +99,21 @@ def _tensor_launch(
     slices of k; the blocks have equal numbers of columns, to one.
     """
     n, m, k, T = call["n"], call["m"], call["k"], call.dtypes["T"]
-    if n - first < _TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8:
+    if n - first < _MIN_TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8:
         return None
     total = -(-k // _CHUNK)
     scales = sum(name in call.arrays for name in ("g", "h"))  # vectors of a norm
-    phases = -(-total // _REGISTERS[scales > 0])
-    chunks = -(-total // (_most_warps(device) * phases))
+    phases = -(-total // _MAX_CHUNKS["normed" if scales else "plain"])
+    chunks = -(-total // (_max_warps(device) * phases))
     warps = -(-total // (chunks * phases))
-    blocks = min(device.sms, -(-m // _LEAST_COLUMNS))
+    blocks = min(device.sms, -(-m // _MIN_COLUMNS))
     columns = -(-m // blocks)  # of a block
-    tiles = -(-columns * halves // _TILE)  # whose sums are kept from phase to phase
-    sums = (2 * warps * _GROUP + (tiles if phases > 1 else 0)) * _TILE * STREAMED_ROWS * 4
+    tiles = -(-columns * halves // _TILE_ROWS)  # whose sums are kept from phase to phase
+    sums = (2 * warps * _GROUP_TILES + (tiles if phases > 1 else 0)) * _TILE_ROWS * MAX_STREAMED_ROWS * 4
     used = sums + scales * k * T.itemsize
-    batch = warps * _TILE * _CHUNK * 2
-    room = device.shared - _STATIC - used
-    if room < _LEAST_DEPTH * batch:
+    batch = warps * _TILE_ROWS * _CHUNK * 2
+    room = device.shared - _RESERVED_BYTES - used
+    if room < _MIN_DEPTH * batch:
         return None
     depth = _depth(room, batch)
     shared = max(depth * batch + used, device.shared // 2)
@@ -114,22 +131,22 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
     n, m, k, size = call["n"], call["m"], call["k"], call.dtypes["T"].itemsize
     halves = 2 if constants.get("ACT") == "SILU_MUL" else 1
     outs, blocks, warps = _shape(m * halves, halves, device)
-    batch = warps * 32 * _PIECES * 16  # bytes that a block asks for at once
-    limit = device.shared - _STATIC
+    batch = warps * 32 * _LANE_LOADS * 16  # bytes that a block asks for at once
+    limit = device.shared - _RESERVED_BYTES
     row = k * (DTYPES[constants["U"]].itemsize if normed else size)  # bytes of a row of x in shared memory
     launches = []
     first = 0
     while first < n:
         if (tensor := _tensor_launch(kernel, call, device, first, halves, constants)) is not None:
             launches.append(tensor)
-            first += STREAMED_ROWS
+            first += MAX_STREAMED_ROWS
             continue
-        rows = min(STREAMED_ROWS, n - first)
+        rows = min(MAX_STREAMED_ROWS, n - first)
         if normed:
-            rows = min(rows, (limit - _LEAST_DEPTH * batch) // row)
+            rows = min(rows, (limit - _MIN_DEPTH * batch) // row)
             if rows < 1:
                 raise OpError(f"{call.op.name}: k is {k}; {device.shared} bytes of shared memory do not hold a row")
-        staged = normed or rows * row <= min(_STAGED, limit - 3 * batch)
+        staged = normed or rows * row <= min(_MAX_STAGED_BYTES, limit - 3 * batch)
         x = -(-rows * row // 16) * 16 * staged
         depth = _depth(limit - x, batch)
         own = {"ROWS": rows, "OUTS": outs, "DEPTH": depth, "first": first}
@@ -145,9 +162,15 @@ def _kernels(call: Call, device: Device) -> Plan:
     return stream_rows("linear", call, device)
 
 
+def product_sizes(draw: Draw) -> dict[str, Any]:
+    """A random product of up to 12 rows, with or without a bias, into either dtype."""
+    n, m, k = draw(1, 12), draw(1, 70), draw(1, 40) * draw(1, 40)
+    return dict(n=n, m=m, k=k, b=bool(draw(0, 1)), U=("T", "f32")[draw(0, 1)], eps=1e-6)
+
+
 linear = Op(
     "linear",
-    "y[n,m]:U = (x[n,k]:T, w[m,k]:T, b[m]:T?)",
+    "y[n,m]:U = (x[n,k]:T, w[m,k]:W, b[m]:T?)",
     doc="y = x w^T + b",
     reference=_linear,
     kernels=_kernels,
@@ -164,5 +187,12 @@ linear = Op(
             (17, 40, 64, False, "T"),
         )
     ],
+    sizes=product_sizes,
+    tolerance=PRODUCT_TOLERANCE,
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
+    matmul=True,
+    kernel_docs={
+        "linear": "y = x w^T + b for up to 8 rows of x, by multiply-adds",
+        "linear_mma": "y = x w^T + b for two to eight rows of x, on tensor cores",
+    },
 )

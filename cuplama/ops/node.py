@@ -1,4 +1,4 @@
-"""A node of a graph: one op applied to named values. What a list of nodes needs and when its values die is told here."""
+"""A node of a graph: one op applied to named values. When the values of a list of nodes die is told here."""
 
 from __future__ import annotations
 

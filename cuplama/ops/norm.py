@@ -7,12 +7,16 @@ qk_norm: RMSNorm over each query and key head, as Qwen3 has it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..dtypes import Array, upcast
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import Call, Draw, Op
 from .signature import OpError
+
+__all__ = ["layer_norm", "qk_norm", "rms_norm"]
 
 _CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120), (1, 12288))]
 
@@ -36,25 +40,31 @@ def _head_norm(x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv
     return y.reshape(len(x), -1)
 
 
-_WIDTH = 8  # elements of a piece, as in the kernels
-_THREADS = 1024  # at most, for a row
-_CHUNKS = 2  # pieces that a thread of so large a block holds without spilling
-_HEADS = 4  # num_heads per block, one warp each
+_WIDTH = 8  # elements that a thread takes at once, as in the kernels
+_MAX_THREADS = 1024  # of a block, which has one row
+_MAX_CHUNKS = 2  # times _WIDTH elements that a thread of so large a block holds without spilling registers
+_BLOCK_HEADS = 4  # heads that a block of qk_norm takes, one for each warp
+
+
+def _head_sizes(draw: Draw) -> dict[str, Any]:
+    return dict(n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(1, 300), eps=1e-6)
 
 
 def _row_kernels(call: Call, device: Device) -> Plan:
-    pieces = -(-call["d"] // _WIDTH)
-    threads = min(_THREADS, -(-pieces // 32) * 32)
-    chunks = -(-pieces // threads)
-    if chunks > _CHUNKS:
-        raise OpError(f"{call.op.name}: d is {call['d']}; the kernel takes at most {_WIDTH * _THREADS * _CHUNKS}")
+    vectors = -(-call["d"] // _WIDTH)
+    threads = min(_MAX_THREADS, -(-vectors // 32) * 32)
+    chunks = -(-vectors // threads)
+    if chunks > _MAX_CHUNKS:
+        raise OpError(
+            f"{call.op.name}: d is {call['d']}; the kernel takes at most {_WIDTH * _MAX_THREADS * _MAX_CHUNKS}"
+        )
     return Plan((Launch(f"norm.cu:{call.op.name}", (call["n"],), (threads,), constants={"CHUNKS": chunks}),))
 
 
 def _head_kernels(call: Call, device: Device) -> Plan:
-    blocks = -(-call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"]) // _HEADS)
+    blocks = -(-call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"]) // _BLOCK_HEADS)
     chunks = -(-call["D"] // (32 * _WIDTH))
-    return Plan((Launch("norm.cu:qk_norm", (blocks,), (32 * _HEADS,), constants={"CHUNKS": chunks}),))
+    return Plan((Launch("norm.cu:qk_norm", (blocks,), (32 * _BLOCK_HEADS,), constants={"CHUNKS": chunks}),))
 
 
 rms_norm = Op(
@@ -64,6 +74,7 @@ rms_norm = Op(
     reference=_rms_norm,
     kernels=_row_kernels,
     cases=_CASES,
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6),
     flops=lambda c: 4 * c["n"] * c["d"],
 )
 
@@ -74,6 +85,7 @@ layer_norm = Op(
     reference=_layer_norm,
     kernels=_row_kernels,
     cases=_CASES,
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(2, 9000), eps=1e-5),
     flops=lambda c: 7 * c["n"] * c["d"],
 )
 
@@ -88,5 +100,6 @@ qk_norm = Op(
         dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6)
         for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256))
     ],
+    sizes=_head_sizes,
     flops=lambda c: 4 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
 )

@@ -7,7 +7,7 @@ An op's signature is one line::
 ``name[dims]:dtype`` is an array, ``name:dtype`` a scalar attribute, ``?`` marks an input that may be absent, and a name
 on both sides is updated in place. Dims are names, or sums and products of names and numbers (``b+1``, ``num_heads*D``).
 Dtypes are ``f32 i32 u64 ...`` or a letter that the call decides: ``T`` is the model's dtype; a letter that no input
-fixes is an attribute of the node (``U`` of ``linear``).
+fixes is an attribute of the node (``U`` of ``linear``). ``W`` is the format of a weight; a plain format holds ``T``.
 
 From the signature follow the checks before every launch, the casts of scalars, the random test cases, the bytes moved,
 and the test that the kernel's parameter list agrees.
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 from ..dtypes import DTYPES, Array
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 
-__all__ = ["Call", "Op"]
+__all__ = ["EXACT", "ROUNDING", "Call", "Draw", "Op"]
+
+ROUNDING: Mapping[str, float] = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+"""The most that rounding to a dtype can cost, relative to the number: half a unit in the last place."""
 
 
 @dataclass
@@ -48,9 +51,11 @@ class Call:
         return self.env[name]
 
     def dtype(self, spec: Spec) -> np.dtype[Any]:
-        return DTYPES.get(spec.dtype) or self.dtypes[spec.dtype]
+        """The dtype of an array of the signature, its letter filled in."""
+        return DTYPES.get(spec.dtype) or self.dtypes[spec.letter]
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
+        """The shape of an array of the signature, its sizes filled in."""
         return tuple(dim_value(d, self.env) for d in spec.dims or ())
 
     def nbytes(self) -> int:
@@ -65,18 +70,41 @@ class Call:
         return total
 
     def flops(self) -> int:
+        """Floating-point operations, two for a multiply-add; 0 where the op does not count them."""
         return int(self.op.flops(self)) if self.op.flops is not None else 0
+
+
+Draw = Callable[[int, int], int]
+"""A random whole number from the first to the last, both included."""
+
+EXACT: Mapping[str, float] = {"f32": 0.0, "f16": 0.0, "bf16": 0.0}
+"""The tolerance of an op that only moves numbers."""
+_TOLERANCE: Mapping[str, float] = {"f32": 4.0, "f16": 1.0, "bf16": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One op: its signature, its meaning in NumPy, its kernels, and the cases that test and time it.
+    """One op, and all that is known of it: no table elsewhere names ops.
 
-    reference: ``f(*inputs, **attributes)`` on NumPy arrays; computes in float32, or in float64 when given float64.
-    kernels:   ``f(call, device) -> Plan``: the launches, or None while the op has no kernel of its own.
-    cases:     dims and attributes of the tests; small, odd and edge shapes.
-    ranges:    for integer inputs, the dim expression that bounds the values.
-    inputs:    ``f(rng, case, T) -> dict`` for inputs that must be consistent with each other (page tables, ...).
+    reference:   ``f(*inputs, **attributes)`` on NumPy arrays; computes in float32, or in float64 when given float64.
+    kernels:     ``f(call, device) -> Plan``: the launches, or None while the op has no kernel of its own.
+    kernel_docs: what each kernel computes, by its name, in a sentence; not needed where one kernel is the whole op.
+    cases:       dims and attributes of the tests; small, odd and edge shapes.
+    sizes:       ``f(draw) -> case``: a random case, where ``draw(low, high)`` is a random whole number.
+    ranges:      for integer inputs, the dim expression that bounds the values.
+    inputs:      ``f(rng, case, T) -> dict`` for inputs that must be consistent with each other (page tables, ...).
+    shape:       dims and attributes to time where no well-known model has the op; what is left out is as in the first
+                 case.
+    rules:       what sizes must fulfil besides the signature, as expressions over them.
+    complete:    ``f(sizes) -> case`` where people give other sizes than a case has; then ``shape`` holds all of theirs.
+    tolerance:   by the dtype of a float output, how far a right result may be from the reference, as a norm relative to
+                 the reference's; the unit is the most that one rounding to that dtype can cost (``ROUNDING``: half a
+                 unit in the last place). Dtypes left out have 1; f32, whose results come from more than one operation,
+                 has 4. "bf16:f32" is for float32 outputs of a model in bf16 alone.
+    bytes, flops: ``f(call)``: what the call moves and computes; by default every array once, and nothing.
+    matmul:      a product x[n,k] w[m,k]^T, which a library computes where there are many rows.
+    library:     ``f(y, *inputs)``: a call of CuPy that computes the op into ``y``, to compare times with.
+    unaligned:   whether arrays may begin anywhere; else at multiples of 16 bytes, where allocators begin them.
     """
 
     name: str
@@ -84,15 +112,41 @@ class Op:
     doc: str
     reference: Callable[..., Any]
     kernels: Callable[[Call, Device], Plan] | None = None
+    kernel_docs: Mapping[str, str] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ()
+    sizes: Callable[[Draw], Mapping[str, Any]] | None = None
     ranges: Mapping[str, str] = field(default_factory=dict)
     inputs: Callable[[np.random.Generator, Mapping[str, Any], np.dtype[Any]], dict[str, Any]] | None = None
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    rules: Sequence[str] = ()
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    tolerance: Mapping[str, float] = field(default_factory=dict)
     bytes: Callable[[Call], float] | None = None
     flops: Callable[[Call], float] | None = None
+    matmul: bool = False
+    library: Callable[..., object] | None = None
+    unaligned: bool = True
 
     @cached_property
     def signature(self) -> Signature:
+        """The signature's text, read."""
         return Signature.parse(self.text)
+
+    def allowed(self, dtype: str, T: str) -> float:
+        """The largest relative error of a right output of that dtype in a model of dtype T, as a norm."""
+        units = self.tolerance.get(f"{T}:{dtype}", self.tolerance.get(dtype, _TOLERANCE[dtype]))
+        return units * ROUNDING[dtype]
+
+    def kernel_doc(self, kernel: str) -> str:
+        """What one of the op's kernels computes: its own sentence, or the first of the op's."""
+        return self.kernel_docs.get(kernel) or self.doc.split(". ")[0]
+
+    def random_cases(self, count: int) -> list[Mapping[str, Any]]:
+        """Cases of random sizes, the same in every run. Raises OpError if the op does not say how to draw them."""
+        if self.sizes is None:
+            raise OpError(f"op {self.name}: no random sizes")
+        rng = np.random.default_rng(sum(self.name.encode()))
+        return [self.sizes(lambda low, high: int(rng.integers(low, high + 1))) for _ in range(count)]
 
     def bind(self, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> Call:
         """Check the inputs against the signature and solve for the dims.
@@ -132,7 +186,7 @@ class Op:
     def _check(self, call: Call, spec: Spec, array: Array) -> None:
         assert spec.dims is not None
         dtype = np.dtype(array.dtype)
-        wanted = DTYPES.get(spec.dtype) or call.dtypes.setdefault(spec.dtype, dtype)
+        wanted = DTYPES.get(spec.dtype) or call.dtypes.setdefault(spec.letter, dtype)
         where = f"{self.name}: {spec.name}[{','.join(spec.dims)}]"
         if dtype != wanted:
             raise OpError(f"{where} is {dtype}, not {wanted}")
@@ -149,11 +203,11 @@ class Op:
         arrays: dict[str, np.ndarray[Any, Any] | None] = {}
         for spec in self.signature.ins:
             assert spec.dims is not None
-            if spec.name in given:
-                arrays[spec.name] = given[spec.name]
-                continue
             if spec.optional and not case.get(spec.name, True):
                 arrays[spec.name] = None
+                continue
+            if spec.name in given:
+                arrays[spec.name] = given[spec.name]
                 continue
             shape = tuple(dim_value(d, case) for d in spec.dims)
             dtype = DTYPES.get(spec.dtype) or T
@@ -165,4 +219,4 @@ class Op:
 
 
 def _letters(signature: Signature) -> set[str]:
-    return {s.dtype for s in (*signature.outs, *signature.ins) if s.dtype not in DTYPES}
+    return {s.letter for s in (*signature.outs, *signature.ins) if s.dtype not in DTYPES}

@@ -1,4 +1,4 @@
-"""TODO: ops.prototypes."""
+"""The prototypes of kernels, read from the ``.cu`` text: that is how parameters get their values by name."""
 
 from __future__ import annotations
 

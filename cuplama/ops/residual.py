@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..dtypes import Array
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import EXACT, Call, Op
+
+__all__ = ["add", "select_rows"]
 
 
 def _add(a: Array, b: Array) -> Array:
@@ -13,6 +15,18 @@ def _add(a: Array, b: Array) -> Array:
 
 def _select_rows(x: Array, rows: Array) -> Array:
     return x[rows]
+
+
+def _cupy_add(y: Array, a: Array, b: Array) -> None:
+    import cupy
+
+    cupy.add(a, b, out=y)
+
+
+def _cupy_select_rows(y: Array, x: Array, rows: Array) -> None:
+    import cupy
+
+    cupy.take(x, rows, axis=0, out=y)
 
 
 _THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
@@ -33,7 +47,9 @@ add = Op(
     reference=_add,
     kernels=_add_kernels,
     cases=[dict(n=n, d=d) for n, d in ((1, 64), (3, 7), (2, 896), (5, 4096))],
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000)),
     flops=lambda c: c["n"] * c["d"],
+    library=_cupy_add,
 )
 
 select_rows = Op(
@@ -43,6 +59,9 @@ select_rows = Op(
     reference=_select_rows,
     kernels=_select_kernels,
     cases=[dict(n=n, r=r, d=d) for n, r, d in ((1, 1, 64), (9, 3, 7), (6, 6, 896))],
+    sizes=lambda draw: dict(n=draw(1, 9), r=draw(1, 9), d=draw(1, 3000)),
     ranges={"rows": "n"},
+    tolerance=EXACT,
+    library=_cupy_select_rows,
     bytes=lambda c: c["r"] * (4 + 8 * c["d"]),
 )

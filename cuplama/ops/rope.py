@@ -1,15 +1,20 @@
 """Rotary position embedding. Kernels: cuda_src/rope.cu. Su et al., "RoFormer", arXiv:2104.09864.
 
-The variants (linear, dynamic, llama3, yarn, longrope) differ only in the contents of the tables: see cuplama/rope.py.
+The variants (linear, dynamic, llama3, yarn, longrope) differ only in what the tables hold: cuplama/models/rope.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array, upcast
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import Call, Draw, Op
+
+__all__ = ["random_rotations", "rope"]
 
 
 def _rope(x: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int, num_kv_heads: int, D: int) -> Array:
@@ -23,6 +28,22 @@ def _rope(x: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int,
     return y.reshape(len(x), -1)
 
 
+def _sizes(draw: Draw) -> dict[str, Any]:
+    h = draw(1, 70)
+    D = 2 * h + draw(0, 1) * draw(1, 40)
+    return dict(n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=D, h=h, R=draw(1, 50))
+
+
+def random_rotations(rng: np.random.Generator, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables cos[R,h] and sin[R,h] of random angles: rotations, which lengthen nothing."""
+    angle = rng.uniform(0, 2 * np.pi, (case["R"], case["h"]))
+    return {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+
+
+def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
+    return random_rotations(rng, case)
+
+
 _THREADS = 128
 
 
@@ -33,8 +54,8 @@ def _kernels(call: Call, device: Device) -> Plan:
 
 rope = Op(
     "rope",
-    "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32, sin[R,h]:f32,"
-    " num_heads:i32, num_kv_heads:i32, D:i32)",
+    "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32,"
+    " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
     doc="rotate dims i and i + h (i < h) of every query and key head by the angle in table row rope_rows[n]; h <= D/2",
     reference=_rope,
     kernels=_kernels,
@@ -48,6 +69,9 @@ rope = Op(
             (2, 32, 8, 128, 64, 64),
         )
     ],
+    sizes=_sizes,
     ranges={"rope_rows": "R"},
+    inputs=_inputs,
+    rules=("2 * h <= D",),
     flops=lambda c: 6 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["h"],
 )

@@ -14,8 +14,10 @@ import numpy as np
 
 from ..dtypes import Array
 from .launch import Device, Launch, Plan
-from .op import Call, Op
+from .op import Call, Draw, Op
 from .signature import OpError
+
+__all__ = ["count_token", "gumbel", "logprobs", "penalize", "philox", "sample"]
 
 _MASS = 2.0**32  # probabilities as integers, so that their sums do not depend on the order
 
@@ -168,6 +170,11 @@ def _with_none(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[st
 _SHAPES = [dict(b=1, V=7), dict(b=3, V=512), dict(b=2, V=4099)]
 
 _THREADS, _CHUNK, _BINS = 256, 2048, 2048  # as in sampling.cu
+_MAX_CHUNKS = 1024  # of a row of logits: what one block of logprobs_merge takes
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    return dict(b=draw(1, 4), V=draw(21, 3000), m=draw(1, 3), bias=bool(draw(0, 1)), N=draw(0, 20))
 
 
 def _penalize_kernels(call: Call, device: Device) -> Plan:
@@ -203,8 +210,8 @@ def _count_token_kernels(call: Call, device: Device) -> Plan:
 def _logprobs_kernels(call: Call, device: Device) -> Plan:
     b, V, N = call["b"], call["V"], call["N"]
     chunks = -(-V // _CHUNK)
-    if chunks > 1024:
-        raise OpError(f"logprobs: a vocabulary of {V} is more than the {1024 * _CHUNK} that the kernel merges")
+    if chunks > _MAX_CHUNKS:
+        raise OpError(f"logprobs: a vocabulary of {V} is more than the {_MAX_CHUNKS * _CHUNK} that the kernel merges")
     return Plan(
         (
             Launch("sampling.cu:logprobs_chunk", (chunks, b), (_THREADS,)),
@@ -220,15 +227,17 @@ def _logprobs_kernels(call: Call, device: Device) -> Plan:
 
 penalize = Op(
     "penalize",
-    "y[b,V]:f32 = (logits[b,V]:f32, seen[b,V]:i32, bias[b,V]:f32?, stop_ids[b,m]:i32, positions[b]:i32, min_positions[b]:i32,"
-    " repetition[b]:f32, presence[b]:f32, frequency[b]:f32)",
+    "y[b,V]:f32 = (logits[b,V]:f32, seen[b,V]:i32, bias[b,V]:f32?, stop_ids[b,m]:i32, positions[b]:i32,"
+    " min_positions[b]:i32, repetition[b]:f32, presence[b]:f32, frequency[b]:f32)",
     doc="Penalties and bias. seen = 2 * (times generated) + (1 if in the prompt). Where seen > 0 a positive logit is"
     " divided and a negative one multiplied by `repetition`; where generated, `presence` and count * `frequency` are"
     " subtracted; then the bias is added; stop_ids (-1: none) cannot be drawn while positions < min_positions.",
     reference=_penalize,
     kernels=_penalize_kernels,
     cases=[{**s, "m": m, "bias": bias} for s, m, bias in zip(_SHAPES, (1, 3, 2), (True, False, True), strict=True)],
+    sizes=_sizes,
     inputs=_penalize_inputs,
+    shape={"b": 1, "V": 128256, "m": 2, "bias": True},
 )
 
 sample = Op(
@@ -238,10 +247,16 @@ sample = Op(
     doc="Draw a token. temperature 0: the largest logit, the lowest id of equals. Otherwise z = (logit - max) /"
     " temperature; top_k > 0 keeps z >= the k-th largest; top_p < 1 keeps a token if the probability of the tokens"
     " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token"
-    " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, position, token id). -1 if a logit is NaN"
-    " or +infinity, or if all are -infinity.",
+    " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, position, token id). -1 if a logit"
+    " is NaN or +infinity, or if all are -infinity.",
     reference=_sample,
     kernels=_sample_kernels,
+    kernel_docs={
+        "sample_max": "of each chunk of the logits the maximum; -1 for a row that holds no number",
+        "sample_histogram": "how many tokens of a row, and how much probability, lie in each range of logits",
+        "sample_threshold": "the lowest logit that top_k, top_p and min_p keep",
+        "sample_draw": "of the kept tokens the one with the largest logit / temperature + Gumbel noise",
+    },
     cases=[
         *({**s, "trial": t} for s in _SHAPES for t in range(4)),
         *(dict(b=4, V=300, ties=True, trial=t) for t in range(4)),
@@ -250,6 +265,8 @@ sample = Op(
         dict(b=6, V=9001, near=True),
         dict(b=6, V=20000),
     ],
+    sizes=_sizes,
+    unaligned=False,
     inputs=_sample_inputs,
 )
 
@@ -260,8 +277,10 @@ count_token = Op(
     reference=_count_token,
     kernels=_count_token_kernels,
     cases=_SHAPES,
+    sizes=_sizes,
     ranges={"seen": "8+0*b"},
     inputs=_with_none,
+    shape={"b": 1, "V": 128256},
     bytes=lambda c: 12 * c["b"],
 )
 
@@ -273,5 +292,13 @@ logprobs = Op(
     reference=_logprobs,
     kernels=_logprobs_kernels,
     cases=[{**s, "N": n} for s, n in zip(_SHAPES, (0, 5, 20), strict=True)],
+    sizes=_sizes,
     inputs=_with_none,
+    shape={"b": 1, "V": 128256, "N": 5},
+    rules=("N <= V",),
+    kernel_docs={
+        "logprobs_chunk": "of each chunk of the logits the maximum, the sum of exponentials and the N largest",
+        "logprobs_merge": "of a row the log-softmax of its token and of the N largest, from what its chunks gave",
+    },
+    unaligned=False,
 )

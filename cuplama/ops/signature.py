@@ -1,4 +1,7 @@
-"""TODO: ops.signature."""
+"""Signatures: the one line that says what arrays and scalars an op takes and gives, read into plain data.
+
+``cuplama/ops/op.py`` explains the notation.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 __all__ = ["OpError", "Signature", "Spec", "dim_names", "dim_value"]
 
@@ -29,6 +28,11 @@ class Spec:
     dtype: str
     optional: bool = False
 
+    @property
+    def letter(self) -> str:
+        """The dtype or letter that an array must have: a weight (``W``) of a plain format holds the model's ``T``."""
+        return "T" if self.dtype == "W" else self.dtype
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -41,6 +45,7 @@ class Signature:
 
     @staticmethod
     def parse(text: str) -> Signature:
+        """Read ``y[n]:T = (x[n]:T, eps:f32)``. Raises ValueError with the text that cannot be read."""
         left, right = text.split("=", 1)
         specs = _specs(right.strip()[1:-1])
         return Signature(
@@ -52,6 +57,7 @@ class Signature:
 
     @cached_property
     def in_place(self) -> frozenset[str]:
+        """The arrays that are both inputs and outputs."""
         return frozenset(s.name for s in self.outs) & frozenset(s.name for s in self.ins)
 
 

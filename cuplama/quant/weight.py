@@ -1,4 +1,4 @@
-"""TODO: quant.weight."""
+"""A weight of a checkpoint: tensors of mapped files, stacked, and the format that they are stored in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from .format import Format, plain_format
 
 __all__ = ["Weight"]
 
@@ -23,16 +25,24 @@ class Weight:
     parts: tuple[np.ndarray[Any, Any], ...]
 
     @property
+    def format(self) -> Format:
+        """How the stored elements become numbers. Raises ValueError for a dtype that is no format."""
+        return plain_format(self.dtype)
+
+    @property
     def dtype(self) -> np.dtype[Any]:
+        """Of the stored elements."""
         dtype: np.dtype[Any] = self.parts[0].dtype
         return dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the stacked rows."""
         return (sum(len(p) for p in self.parts), *self.parts[0].shape[1:])
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return sum(p.nbytes for p in self.parts)
 
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:

@@ -10,10 +10,11 @@ import pytest
 
 from cuplama.backends.cuda import backend as cuda
 from cuplama.dtypes import DTYPES
+from cuplama.lab.check import Executor
+from cuplama.lab.emulation import EmulatedDevice
+from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
-from cuplama.ops import launch as kernel
-
-from . import harness
+from cuplama.ops.launch import bind
 
 CASES = [
     (name, T, U, n, m)
@@ -30,25 +31,25 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "T", "U", "n", "m"), CASES)
 def test_biases_are_prepared_for_cublas(name: str, T: str, U: str, n: int, m: int) -> None:
-    check_biases(harness.Emulator(), name, T, U, n, m)
+    check_biases(EmulatedDevice(), name, T, U, n, m)
 
 
-def check_biases(executor: harness.Executor, name: str, T: str, U: str, n: int, m: int) -> None:
+def check_biases(executor: Executor, name: str, T: str, U: str, n: int, m: int) -> None:
     """Every launch that may come before a product of the op ``name`` with a bias: x[n,8] and b[m] in T, y[n,m] in U."""
     op, case = OPS[name], dict(n=n, m=m, k=8, b=True, U=U)
-    ins = harness.random_inputs(op, case, T)
-    assert ins["b"] is not None
-    b = ins["b"].astype(np.float32)
-    residual = ins.get("a")
+    workload = case_workload(op, case, T)
+    arrays = dict(zip((s.name for s in op.signature.ins), workload.ins, strict=True))
+    b = arrays["b"].astype(np.float32)
+    residual = arrays.get("a")
     launched = set()
-    for plan, _ in cuda._ways(harness.bind_inputs(op, case, ins), n, m, T, U):
+    for plan in cuda.library_plans(workload.bind()):
         for launch in plan.launches:
             if len(launch.grid) > 1:  # fewer blocks than rows, as where there are more than 65535
                 launch = replace(launch, grid=(launch.grid[0], 4))
-            call = harness.bind_inputs(op, case, ins)
+            call = workload.bind()
             call.arrays["y"] = np.full((n, m), np.nan, DTYPES[U])
             scratch = {key: np.full(shape, np.nan, DTYPES[dtype]) for key, (shape, dtype) in plan.scratch.items()}
-            executor.launch(kernel.bind(launch, call, scratch))
+            executor.launch(bind(launch, call, scratch))
             out = scratch["bias"] if scratch else call.arrays["y"]
             want = b if scratch else np.broadcast_to(b, (n, m)) + (0 if residual is None else residual)
             np.testing.assert_array_equal(out, want.astype(DTYPES[U]), launch.kernel)

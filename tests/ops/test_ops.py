@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cuplama.dtypes import DTYPES, Array
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.backends.cuda.driver import cuda_available
+from cuplama.dtypes import Array
 from cuplama.folders import source_folder
-from cuplama.lab import inventory as compiler
+from cuplama.lab.check import BackendExecutor, check, model_dtypes, run_guarded
+from cuplama.lab.emulation import EmulatedDevice
+from cuplama.lab.peaks import READ_KERNEL
+from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS
-from cuplama.ops.launch import BoundLaunch, Device
+from cuplama.ops.launch import Device
+from cuplama.ops.missing import missing
 from cuplama.ops.op import Op
 from cuplama.ops.prototypes import prototypes
 
@@ -24,12 +31,16 @@ _WITH_KERNELS = list(harness.all_cases(lambda op: op.kernels is not None))
 _NAMES = [harness.name_of(*c) for c in _ALL]
 _KERNEL_NAMES = [harness.name_of(*c) for c in _WITH_KERNELS]
 
+# Kernels of no op: the CUDA backend prepares biases for cuBLAS; read_sum measures the bandwidth.
+_OF_NO_OP = {"bias.cu:cast_bias", "bias.cu:fill_rows", ":".join(READ_KERNEL)}
+
 
 @pytest.mark.parametrize(("op", "case", "T"), _ALL, ids=_NAMES)
 def test_reference(op: Op, case: Case, T: str) -> None:
     """The reference in T agrees with itself in float64."""
-    ins = harness.random_inputs(op, case, T)
-    harness.check(op, case, T, ins, harness.run_reference(op, case, T, ins))
+    workload = harness.workload(op, case, T)
+    arrays = workload.arrays()
+    check(workload, arrays, harness.run_reference(workload, arrays))
 
 
 @pytest.mark.parametrize(("op", "case", "T"), _WITH_KERNELS, ids=_KERNEL_NAMES)
@@ -38,22 +49,34 @@ def test_launches_bind(op: Op, case: Case, T: str, device: Device) -> None:
     """Every launch finds its arguments by name, with the types of the signature, within the limits of CUDA."""
     if T == "bf16" and device.arch < 80:
         T = "f16"
-    call = harness.bind_inputs(op, case, harness.random_inputs(op, case, T))
-    assert op.kernels is not None
-    harness.check_plan(op, call, op.kernels(call, device), device)
+    harness.check_launches(harness.workload(op, case, T), device)
 
 
 def test_every_kernel_is_launched() -> None:
     """No kernel of cuda_src/ is dead: every one is used by some case on some architecture."""
-    # Not of an op: the CUDA backend prepares biases for cuBLAS; read_sum measures the bandwidth.
-    used = {"bias.cu:cast_bias", "bias.cu:fill_rows", *(f"{file}:{name}" for file, name in compiler.TOOLS)}
+    used = set(_OF_NO_OP)
     for op, case, T in _WITH_KERNELS:
-        for device in (Device(75, 40, 65536), Device()):
-            call = harness.bind_inputs(op, case, harness.random_inputs(op, case, T))
+        call = harness.workload(op, case, T).bind()
+        for device in (Device(75, 40, 65536), Device(80), Device()):
             assert op.kernels is not None
             used |= {launch.kernel for launch in op.kernels(call, device).launches}
     there = {f"{f.name}:{name}" for f in source_folder().glob("*.cu") for name in prototypes(f.name)}
     assert used == there
+
+
+def test_nothing_is_missing() -> None:
+    assert missing(_OF_NO_OP) == []
+
+
+def test_what_is_missing_is_named() -> None:
+    """In one line each: what an op lacks, and what lacks an op."""
+    assert missing() == ["bias.cu: no op launches it", "peaks.cu: no op launches it"]
+    bare = Op("bare", "y[n]:T = (x[n]:T)", doc="", reference=lambda x: x)
+    with_kernels = Op("two", "y[n]:T = (x[n]:T)", "", lambda x: x, kernels=OPS["sample"].kernels, cases=[dict(n=1)])
+    lines = missing(_OF_NO_OP, {**OPS, "bare": bare, "two": with_kernels})
+    assert lines[:3] == ["op bare: no documentation", "op bare: no cases", "op bare: no random sizes"]
+    assert "op bare: no kernels" in lines
+    assert any(line.startswith("op two: its launches cannot be planned: ") for line in lines)
 
 
 # ---- the emulator ----------------------------------------------------------------------------------------------------
@@ -62,8 +85,9 @@ def test_every_kernel_is_launched() -> None:
 @pytest.mark.parametrize(("op", "case", "T"), _WITH_KERNELS, ids=_KERNEL_NAMES)
 def test_emulator(op: Op, case: Case, T: str) -> None:
     """The kernels' own text, executed on the CPU."""
-    ins = harness.random_inputs(op, case, T)
-    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, harness.Emulator()))
+    workload = harness.workload(op, case, T)
+    arrays = workload.arrays()
+    check(workload, arrays, run_guarded(workload, arrays, EmulatedDevice()))
 
 
 def shifted(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -73,27 +97,26 @@ def shifted(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return out
 
 
-class _Shifted(harness.Emulator):
+class Shifted(EmulatedDevice):
+    """All arrays begin where 16-byte accesses are not allowed."""
+
     def upload(self, array: np.ndarray[Any, Any]) -> Array:
         return shifted(array)
 
 
-ANY_ALIGNMENT = ("embedding", "embedding_pos", "rms_norm", "layer_norm", "qk_norm", "linear", "rope", "kv_append",
-                 "silu_mul", "gelu_tanh", "gelu_erf", "add", "select_rows", "linear_add", "rms_norm_linear_silu_mul",
-                 "layer_norm_linear")  # fmt: skip
+def unaligned_workloads() -> Iterator[Workload]:
+    """Of each op whose arrays may begin anywhere, a few cases."""
+    for op in OPS.values():
+        if op.kernels is not None and op.unaligned:
+            T = "f16" if "f16" in model_dtypes(op) else "f32"
+            for case in op.cases[:5]:
+                yield harness.workload(op, case, T)
 
 
-def unaligned_cases(name: str) -> list[tuple[Op, Case, str]]:
-    op = OPS[name]
-    T = "f16" if "f16" in harness.dtypes(op) else "f32"
-    return [(op, case, T) for case in op.cases[:5]]
-
-
-@pytest.mark.parametrize("name", ANY_ALIGNMENT)
-def test_unaligned_arrays(name: str) -> None:
-    for op, case, T in unaligned_cases(name):
-        ins = harness.random_inputs(op, case, T)
-        harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, _Shifted()))
+@pytest.mark.parametrize("workload", list(unaligned_workloads()), ids=lambda w: w.label.replace(" ", "-"))
+def test_unaligned_arrays(workload: Workload) -> None:
+    arrays = workload.arrays()
+    check(workload, arrays, run_guarded(workload, arrays, Shifted()))
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_add", "rms_norm_linear", "layer_norm_linear_gelu_tanh"])
@@ -101,11 +124,14 @@ def test_unaligned_arrays(name: str) -> None:
 def test_a_row_of_a_product_does_not_depend_on_the_others(name: str, T: str) -> None:
     """Bit for bit, from two rows on: one row has a kernel of its own."""
     op, case = OPS[name], dict(n=8, m=37, k=1096, b=True, U="T", eps=1e-5)
-    ins = harness.random_inputs(op, case, T)
-    (together,) = harness.run_kernels(op, case, ins, harness.Emulator())
+    workload = case_workload(op, case, T)
+    arrays = workload.arrays()
+    (together,) = run_guarded(workload, arrays, EmulatedDevice())
     for rows in (slice(0, 2), slice(3, 8)):
-        few = {key: x[rows] if key in ("x", "a") and x is not None else x for key, x in ins.items()}
-        (alone,) = harness.run_kernels(op, {**case, "n": rows.stop - rows.start}, few, harness.Emulator())
+        few = [x[rows] if s.name in ("x", "a") and x is not None else x
+               for s, x in zip(op.signature.ins, arrays, strict=True)]  # fmt: skip
+        part = Workload(op, tuple(few), workload.attrs, T)
+        (alone,) = run_guarded(part, few, EmulatedDevice())
         assert np.array_equal(alone.view(np.uint8), together[rows].view(np.uint8))
 
 
@@ -113,46 +139,10 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(name: str, T: str) -> 
 
 
 @cache
-def _gpu() -> harness.Executor | str:
+def _gpu() -> BackendExecutor | str:
     """The executor on device 0, or the reason why there is none."""
-    try:
-        import cupy
-
-        count = cupy.cuda.runtime.getDeviceCount()
-    except Exception as e:  # no cupy, no driver or no device: CuPy has an exception for each
-        return f"no GPU: {str(e).splitlines()[0]}"
-    return _Gpu(cupy) if count else "no GPU: the driver has no device"
-
-
-class _Gpu:
-    def __init__(self, cupy: Any) -> None:
-        self._cupy, self._compiler = cupy, compiler
-        properties = cupy.cuda.runtime.getDeviceProperties(0)
-        arch = 10 * properties["major"] + properties["minor"]
-        self.device = Device(arch, properties["multiProcessorCount"], properties["sharedMemPerBlockOptin"])
-        self._functions: dict[tuple[str, str], Any] = {}
-
-    def upload(self, array: np.ndarray[Any, Any]) -> Array:
-        return self._cupy.asarray(array)
-
-    def download(self, array: Array) -> np.ndarray[Any, Any]:
-        content: np.ndarray[Any, Any] = array.get()
-        return content
-
-    def launch(self, bound: BoundLaunch) -> None:
-        key = (bound.file, bound.expression)
-        if key not in self._functions:
-            options = self._compiler.options(self._cupy.cuda.nvrtc.getVersion()[0], self.device.arch)
-            module = self._cupy.RawModule(
-                code=self._compiler.source(bound.file), options=options, name_expressions=[bound.expression]
-            )
-            self._functions[key] = module.get_function(bound.expression)
-            self._functions[key].max_dynamic_shared_size_bytes = max(48 * 1024, bound.shared)
-        function = self._functions[key]
-        if bound.shared > function.max_dynamic_shared_size_bytes:
-            function.max_dynamic_shared_size_bytes = bound.shared
-        function(bound.grid, bound.block, bound.args, shared_mem=bound.shared)
-        self._cupy.cuda.get_current_stream().synchronize()
+    works, reason = cuda_available()
+    return BackendExecutor(CudaBackend("f32")) if works else reason
 
 
 @pytest.mark.gpu
@@ -163,51 +153,6 @@ def test_gpu(op: Op, case: Case, T: str) -> None:
         pytest.skip(gpu)
     if T == "bf16" and gpu.device.arch < 80:
         pytest.skip("bf16 needs sm_80; the backend runs fp16 there")
-    ins = harness.random_inputs(op, case, T)
-    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, gpu))
-
-
-# ---- the harness itself ----------------------------------------------------------------------------------------------
-
-
-def _outputs(name: str, T: str = "f32") -> tuple[Op, Case, harness.Arrays, list[np.ndarray[Any, Any]]]:
-    op = OPS[name]
-    ins = harness.random_inputs(op, op.cases[1], T)
-    return op, op.cases[1], ins, harness.run_reference(op, op.cases[1], T, ins)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e-3])
-def test_check_finds_one_wrong_float(value: float) -> None:
-    op, case, ins, (out,) = _outputs("rms_norm")
-    out.flat[-1] += value
-    with pytest.raises(AssertionError, match="1 of 24 elements wrong, the first at \\(2, 7\\)"):
-        harness.check(op, case, "f32", ins, [out])
-
-
-def test_check_finds_a_wrong_integer() -> None:
-    op, case, ins, (out,) = _outputs("sample")
-    out[0] += 1
-    with pytest.raises(AssertionError, match="token of sample"):
-        harness.check(op, case, "f32", ins, [out])
-
-
-@pytest.mark.parametrize("T", list(DTYPES)[1:4])
-def test_check_finds_a_touched_cache(T: str) -> None:
-    op, case, ins, (k, v) = _outputs("kv_append", T)
-    assert ins["slot_mapping"] is not None
-    free = next(s for s in range(case["P"] * case["S"]) if s not in ins["slot_mapping"])
-    v[free // case["S"], 0, free % case["S"], 0] *= -1
-    with pytest.raises(AssertionError, match="changed outside"):
-        harness.check(op, case, T, ins, [k, v])
-
-
-def test_a_write_past_the_end_is_found() -> None:
-    class Careless(harness.Emulator):
-        def launch(self, bound: BoundLaunch) -> None:
-            y = bound.args[[p.name for p in bound.prototype.parameters].index("y")]
-            y[...] = 0
-            np.lib.stride_tricks.as_strided(y.reshape(-1), (y.size + 1,))[y.size] = 0
-
-    op = OPS["add"]
-    with pytest.raises(AssertionError, match="y was written outside"):
-        harness.run_kernels(op, op.cases[0], harness.random_inputs(op, op.cases[0], "f32"), Careless())
+    workload = harness.workload(op, case, T)
+    arrays = workload.arrays()
+    check(workload, arrays, run_guarded(workload, arrays, gpu))

@@ -97,7 +97,7 @@ _HEADS = dict(num_heads=4, num_kv_heads=2, eps=1e-5)
         ("rms_norm", [zeros(8), zeros(8)], _NORM, r"rms_norm: x\[n,d\] has shape \(8,\)"),
         ("rms_norm", [zeros(2, 8, dtype=F16), zeros(8)], _NORM, r"rms_norm: x\[n,d\] is float16, not float32"),
         ("linear", [zeros(1, 8), zeros(5, 8, dtype=F16)], {"U": "f32"}, r"linear: w\[m,k\] is float16, not float32"),
-        ("embedding", [zeros(2), zeros(5, 8)], {}, r"embedding: ids\[n\] is float32, not int32"),
+        ("embedding", [zeros(2), zeros(5, 8)], {}, r"embedding: input_ids\[n\] is float32, not int32"),
         ("add", [zeros(8, 2).T, zeros(2, 8)], {}, r"add: a\[n,d\] is not contiguous"),
         ("add", [zeros(2, 16)[:, ::2], zeros(2, 8)], {}, r"add: a\[n,d\] is not contiguous"),
         ("add", [zeros(2, 8)], {}, r"add: input b is missing"),

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import pytest
 
+from cuplama.lab.check import check, run_guarded
+from cuplama.lab.emulation import EmulatedDevice
 from cuplama.ops import OPS
 from cuplama.ops.attention import attention_case
 from cuplama.ops.launch import Device
@@ -35,14 +37,14 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     # ... which linear.cu computes on GPUs without tensor cores for it; x, several pieces for a thread, ends the memory
     ("linear", dict(n=4, m=61, k=520, b=True, U="T"), Device(arch=75, sms=2, shared=65536)),
     ("attention", _DECODE, Device(sms=8)),
-    ("append_attention", {**_DECODE, **dict.fromkeys(("rows", "cos", "sin"), True), "h": 24, "R": 9, "q_norm": True,
-                          "k_norm": True, "eps": 1e-6}, Device(sms=8)),
+    ("append_attention", {**_DECODE, **dict.fromkeys(("rope_rows", "cos", "sin", "q_norm", "k_norm"), True),
+                          "h": 24, "R": 9, "eps": 1e-6}, Device(sms=8)),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("T", ["f32", "bf16"])
 @pytest.mark.parametrize(("name", "case", "device"), CASES, ids=[f"{i}-{name}" for i, (name, _, _) in enumerate(CASES)])
 def test_small_gpu(name: str, case: harness.Case, device: Device, T: str) -> None:
-    op = OPS[name]
-    ins = harness.random_inputs(op, case, T)
-    harness.check(op, case, T, ins, harness.run_kernels(op, case, ins, harness.Emulator(device)))
+    workload = harness.workload(OPS[name], case, T)
+    arrays = workload.arrays()
+    check(workload, arrays, run_guarded(workload, arrays, EmulatedDevice(device)))
