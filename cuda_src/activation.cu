@@ -7,7 +7,7 @@
 // x / (1 + exp(-2a)) and x/2 erfc(-x / sqrt(2)), so these are computed.
 //
 // Mapping: 8 elements per thread. silu_mul: blockIdx.x is the row, blockIdx.y and the threads share its f columns;
-// gelu: x is one long row. Sizes or addresses that forbid wide accesses go element by element.
+// gelu: x is one long row. Sizes or addresses that forbid 16-byte accesses go element by element.
 //
 // Ops and references: cuplama/ops/activation.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: full-precision exp and division for 16 bits too; they bind then, not memory.

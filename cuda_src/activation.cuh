@@ -13,7 +13,9 @@ __device__ __forceinline__ float over_one_plus_exp(float x, float y) {
 }
 
 template <typename T>
-__device__ __forceinline__ float silu_of(float x) { return over_one_plus_exp<T>(x, x); }
+__device__ __forceinline__ float silu_of(float x) {
+    return over_one_plus_exp<T>(x, x);
+}
 
 template <typename T>
 __device__ __forceinline__ float gelu_tanh_of(float x) {
@@ -21,6 +23,8 @@ __device__ __forceinline__ float gelu_tanh_of(float x) {
 }
 
 template <typename T>
-__device__ __forceinline__ float gelu_erf_of(float x) { return 0.5f * x * erfcf(x * -0.7071067812f); }
+__device__ __forceinline__ float gelu_erf_of(float x) {
+    return 0.5f * x * erfcf(x * -0.7071067812f);
+}
 
 #endif

@@ -7,7 +7,7 @@
 constexpr float LOG2_E = 1.44269504f;  // scores, or queries, are scaled by it, so that exponentials are powers of two
 constexpr float LOWEST = -1e30f;  // of a row that has seen no key: finite, so that LOWEST - LOWEST is 0 and not NaN
 
-// Where token `position` of a sequence begins in k or v. table: the sequence's row of `blocks`.
+// Where token `position` of a sequence begins in k or v. table: the sequence's row of page_table.
 template <int S, int D>
 __device__ __forceinline__ i64 token_offset(const i32* table, int position, int head, int H) {
     return ((i64(table[position / S]) * H + head) * S + position % S) * D;
@@ -24,7 +24,8 @@ struct Tile {
     int sequence, start, old;  // start: row of x of its first new token; old: tokens before the new ones
     int first, end;            // rows of the sequence; empty for numbers beyond its last tile
 
-    __device__ __forceinline__ Tile(const i32* cu_seqlens, const i32* seq_lens, int b, int group, int rows, int number) {
+    __device__ __forceinline__ Tile(const i32* cu_seqlens, const i32* seq_lens, int b, int group, int rows,
+                                    int number) {
         sequence = 0;
         for (int last = b; last - sequence > 1;) {
             const int middle = (sequence + last) / 2;
@@ -38,6 +39,18 @@ struct Tile {
         old = seq_lens[sequence] - fresh;
         first = (number - first_tile(cu_seqlens, sequence, group, rows)) * rows;
         end = fresh * group;
+    }
+};
+
+// The keys low .. high-1 that some row of a tile sees; low is rounded down to a multiple of KEYS.
+template <int ROWS, int KEYS>
+struct Band {
+    int low, high;
+
+    __device__ __forceinline__ Band(const Tile& tile, int group, int window) {
+        high = tile.old + (min(tile.first + ROWS, tile.end) - 1) / group + 1;
+        const int seen = tile.old + tile.first / group - window + 1;
+        low = window > 0 && seen > 0 ? seen / KEYS * KEYS : 0;
     }
 };
 

@@ -1,21 +1,23 @@
-// Causal grouped-query attention of many new tokens over the paged KV cache, without tensor cores: for f32, and for GPUs
-// and page sizes that attention_prefill_mma.cu does not take. One new token per sequence: attention_decode.cu.
+// Causal grouped-query attention of many new tokens over the paged KV cache, without tensor cores: for f32, and for
+// GPUs and page sizes that attention_prefill_mma.cu does not take. One new token per sequence: attention_decode.cu.
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
-//   x       [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are the new tokens of sequence i, the last of its
-//                                  seq_lens[i] tokens; the query heads come first in a row
-//   k, v    [P, H, S, D] T         pages of S tokens
-//   cu_seqlens  [b+1], seq_lens [b], page_table [b, M] i32    token t of sequence i lies on page page_table[i][t / S]
-//   y       [n, num_heads*D] T
+//   x           [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are the new tokens of sequence i, the
+//                                          last of its seq_lens[i] tokens; the query heads come first in a row
+//   k, v        [P, H, S, D] T             pages of S tokens
+//   cu_seqlens  [b+1] i32
+//   seq_lens    [b] i32
+//   page_table  [b, M] i32                 token t of sequence i lies on page page_table[i][t / S]
+//   y           [n, num_heads*D] T
 //
 // D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and sums are f32.
 // Exponentials are powers of two: the factor log2(e) is part of the scaled query.
 //
-// Mapping: grid (tiles, H), 256 threads. The rows of a tile are (token, head of the group) pairs of one sequence, so the
-// group shares K and V and a sequence with one token wastes little. Thread (ty, tx) of 16 x 16 computes
-// ROWS/16 x KEYS/16 scores and then ROWS/16 x D/16 outputs with FMA, all operands f32 in shared memory; the next tile of
-// K or V is on its way in registers meanwhile. Tiles outside the causal band are skipped.
+// Mapping: grid (tiles, H), 256 threads. The rows of a tile are (token, head of the group) pairs of one sequence, so
+// the group shares K and V and a sequence with one token wastes little. Thread (ty, tx) of 16 x 16 computes
+// ROWS/16 x KEYS/16 scores and then ROWS/16 x D/16 outputs with FMA, all operands f32 in shared memory; the next tile
+// of K or V is on its way in registers meanwhile. Tiles outside the causal band are skipped.
 //
 // The grid depends on shapes alone (lengths live on the device): tiles beyond a sequence's last row return at once.
 //
@@ -26,95 +28,67 @@
 
 constexpr int PREFILL_THREADS = 256;
 
-// A tile of K or V on its way from the pages to shared memory: each thread moves units of 8 elements.
+// A tile of K or V on its way from the pages to shared memory: each thread moves vectors of 8 elements.
 template <typename T, int D, int S, int KEYS, int STRIDE>
 struct PageTile {
-    static constexpr int COUNT = KEYS * D / 8, UNITS = (COUNT + PREFILL_THREADS - 1) / PREFILL_THREADS;
-    Pack<T, 8> held[UNITS];
+    static constexpr int COUNT = KEYS * D / 8, VECTORS = (COUNT + PREFILL_THREADS - 1) / PREFILL_THREADS;
+    Pack<T, 8> held[VECTORS];
 
     // Tokens first .. first+KEYS-1; those from `high` on repeat the last (their scores are masked).
     __device__ __forceinline__ void fetch(const T* cache, const i32* table, int first, int high, int head, int H) {
 #pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            const int unit = threadIdx.x + u * PREFILL_THREADS;
-            if (COUNT % PREFILL_THREADS == 0 || unit < COUNT) {
-                const int token = min(first + unit / (D / 8), high - 1);
-                held[u] = load<8>(cache + token_offset<S, D>(table, token, head, H) + unit % (D / 8) * 8);
+        for (int u = 0; u < VECTORS; u++) {
+            const int vector = threadIdx.x + u * PREFILL_THREADS;
+            if (COUNT % PREFILL_THREADS == 0 || vector < COUNT) {
+                const int token = min(first + vector / (D / 8), high - 1);
+                held[u] = load<8>(cache + token_offset<S, D>(table, token, head, H) + vector % (D / 8) * 8);
             }
         }
     }
 
     __device__ __forceinline__ void stash(float* tile) const {
 #pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            const int unit = threadIdx.x + u * PREFILL_THREADS;
-            if (COUNT % PREFILL_THREADS == 0 || unit < COUNT) {
+        for (int u = 0; u < VECTORS; u++) {
+            const int vector = threadIdx.x + u * PREFILL_THREADS;
+            if (COUNT % PREFILL_THREADS == 0 || vector < COUNT) {
 #pragma unroll
                 for (int half = 0; half < 8; half += 4) {
-                    Pack<f32, 4> vectorized;
+                    Pack<f32, 4> four;
 #pragma unroll
-                    for (int i = 0; i < 4; i++) vectorized.v[i] = to_float(held[u].v[half + i]);
-                    store<4>(tile + unit / (D / 8) * STRIDE + unit % (D / 8) * 8 + half, vectorized);
+                    for (int i = 0; i < 4; i++) four.v[i] = to_float(held[u].v[half + i]);
+                    store<4>(tile + vector / (D / 8) * STRIDE + vector % (D / 8) * 8 + half, four);
                 }
             }
         }
     }
 };
 
-template <typename T, int D, int S, int ROWS, int KEYS>
-__global__ void __launch_bounds__(PREFILL_THREADS, 2)
-    attention_prefill(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
-                      const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens, const i32* __restrict__ page_table,
-                      T* __restrict__ y, int b, int num_heads, int H, int M, int window, float scale) {
-    constexpr int STRIDE = (D + 31) / 32 * 32 + 4;  // floats; 4 more than a multiple of 32 banks: no conflicts
-    constexpr int R = ROWS / 16, C = KEYS / 16;     // scores per thread: rows R*ty + i, keys tx + 16*j
-    constexpr int PAIRS = (D + 31) / 32;            // outputs per thread and row: columns 2*tx + 32*j and the next
-    DYNAMIC_SHARED(float, q);                       // [ROWS][STRIDE], scaled
-    float* kv = q + ROWS * STRIDE;                  // [KEYS][STRIDE], keys and values in turn
-    float* weights = kv + KEYS * STRIDE;            // [ROWS][KEYS + 4]
+// ---- a thread's rows ------------------------------------------------------------------------------------------------
 
-    const int group = num_heads / H, kv_head = blockIdx.y;
-    const int number = gridDim.x - 1 - blockIdx.x;  // the last tiles see the most keys: start them first
-    const Tile part(cu_seqlens, seq_lens, b, group, ROWS, number);
-    const int sequence = part.sequence, start = part.start, first = part.first, fresh = part.end / group;
-    if (first >= part.end) return;
+// Thread (ty, tx) has the rows R*ty + i, of scores the keys tx + 16*j, of outputs the columns 2*tx + 32*j and the next.
+template <int D, int ROWS, int KEYS, int STRIDE>
+struct ThreadRows {
+    static constexpr int R = ROWS / 16, C = KEYS / 16, PAIRS = (D + 31) / 32;
+    int tx, ty, position[R];                          // of each row's token in its sequence
+    float acc[R][PAIRS][2] = {}, largest[R], sum[R];  // sum: of the thread's own keys
 
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    const i32* table = page_table + i64(sequence) * M;
-    int position[R];  // of each row's token in its sequence
+    __device__ __forceinline__ ThreadRows(const Tile& tile, int group) : tx(threadIdx.x % 16), ty(threadIdx.x / 16) {
 #pragma unroll
-    for (int i = 0; i < R; i++) position[i] = part.old + (first + R * ty + i) / group;
-    const int lowest = part.old + first / group;
-    const int high = part.old + (min(first + ROWS, part.end) - 1) / group + 1;
-    const int low = window > 0 && lowest >= window ? (lowest - window + 1) / KEYS * KEYS : 0;
-
-    PageTile<T, D, S, KEYS, STRIDE> tile;
-    tile.fetch(k, table, low, high, kv_head, H);
-    for (int i = threadIdx.x; i < ROWS * D; i += PREFILL_THREADS) {
-        const int row = first + i / D, token = row / group, head = kv_head * group + row % group;
-        const bool there = token < fresh;
-        const i64 at = (i64(start + token) * (num_heads + 2 * H) + head) * D + i % D;
-        q[i / D * STRIDE + i % D] = there ? to_float(x[at]) * (scale * LOG2_E) : 0.f;
+        for (int i = 0; i < R; i++) {
+            position[i] = tile.old + (tile.first + R * ty + i) / group;
+            largest[i] = LOWEST, sum[i] = 0.f;
+        }
     }
 
-    float acc[R][PAIRS][2] = {}, largest[R], sum[R];  // sum: of the thread's own keys
-#pragma unroll
-    for (int i = 0; i < R; i++) largest[i] = LOWEST, sum[i] = 0.f;
-
-    for (int at = low; at < high; at += KEYS) {
-        __syncthreads();
-        tile.stash(kv);
-        __syncthreads();
-        tile.fetch(v, table, at, high, kv_head, H);
-
-        float score[R][C] = {};
+    // score += the rows of q times the keys, both [][STRIDE].
+    __device__ __forceinline__ void multiply_keys(float (&score)[R][C], const float* q, const float* keys) const {
 #pragma unroll 1
         for (int d = 0; d < D; d += 4) {
             Pack<f32, 4> a[R], c[C];
 #pragma unroll
             for (int i = 0; i < R; i++) a[i] = load<4>(q + (R * ty + i) * STRIDE + d);
 #pragma unroll
-            for (int j = 0; j < C; j++) c[j] = load<4>(kv + (tx + 16 * j) * STRIDE + d);
+            for (int j = 0; j < C; j++) c[j] = load<4>(keys + (tx + 16 * j) * STRIDE + d);
 #pragma unroll
             for (int i = 0; i < R; i++) {
 #pragma unroll
@@ -124,6 +98,10 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                 }
             }
         }
+    }
+
+    // Scores of the keys from `at` on to weights [ROWS][KEYS + 4]; the sums so far go with the new maximum.
+    __device__ __forceinline__ void softmax(float (&score)[R][C], float* weights, int at, int window) {
 #pragma unroll
         for (int i = 0; i < R; i++) {
             float most = largest[i];
@@ -147,12 +125,10 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
 #pragma unroll
             for (int j = 0; j < PAIRS; j++) acc[i][j][0] *= shrink, acc[i][j][1] *= shrink;
         }
+    }
 
-        __syncthreads();
-        tile.stash(kv);
-        __syncthreads();
-        if (at + KEYS < high) tile.fetch(k, table, at + KEYS, high, kv_head, H);
-
+    // acc += the weights times the values [KEYS][STRIDE].
+    __device__ __forceinline__ void add_values(const float* weights, const float* values) {
 #pragma unroll 1
         for (int key = 0; key < KEYS; key += 4) {
             Pack<f32, 4> p[R];
@@ -164,7 +140,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                 for (int j = 0; j < PAIRS; j++) {
                     const int column = 2 * tx + 32 * j;
                     if (D % 32 == 0 || column < D) {
-                        const Pack<f32, 2> value = load<2>(kv + (key + e) * STRIDE + column);
+                        const Pack<f32, 2> value = load<2>(values + (key + e) * STRIDE + column);
 #pragma unroll
                         for (int i = 0; i < R; i++) {
                             acc[i][j][0] += p[i].v[e] * value.v[0];
@@ -176,21 +152,75 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         }
     }
 
+    // The rows of y, from that of the sequence's first new token on.
+    template <typename T>
+    __device__ __forceinline__ void store_rows(const Tile& tile, T* y, int kv_head, int group, int num_heads) {
+        const int fresh = tile.end / group;
 #pragma unroll
-    for (int i = 0; i < R; i++) {
+        for (int i = 0; i < R; i++) {
 #pragma unroll
-        for (int lanes = 8; lanes > 0; lanes /= 2) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], lanes);
-        const int row = first + R * ty + i, token = row / group, head = kv_head * group + row % group;
-        if (token >= fresh) continue;
+            for (int lanes = 8; lanes > 0; lanes /= 2) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], lanes);
+            const int row = tile.first + R * ty + i, token = row / group, head = kv_head * group + row % group;
+            if (token >= fresh) continue;
 #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
-            const int column = 2 * tx + 32 * j;
-            if (D % 32 == 0 || column < D) {
-                Pack<T, 2> out;
-                out.v[0] = from_float<T>(acc[i][j][0] / sum[i]);
-                out.v[1] = from_float<T>(acc[i][j][1] / sum[i]);
-                store<2>(y + (i64(start + token) * num_heads + head) * D + column, out);
+            for (int j = 0; j < PAIRS; j++) {
+                const int column = 2 * tx + 32 * j;
+                if (D % 32 == 0 || column < D) {
+                    Pack<T, 2> out;
+                    out.v[0] = from_float<T>(acc[i][j][0] / sum[i]);
+                    out.v[1] = from_float<T>(acc[i][j][1] / sum[i]);
+                    store<2>(y + (i64(tile.start + token) * num_heads + head) * D + column, out);
+                }
             }
         }
     }
+};
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+template <typename T, int D, int S, int ROWS, int KEYS>
+__global__ void __launch_bounds__(PREFILL_THREADS, 2)
+    attention_prefill(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
+                      const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
+                      const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
+                      int window, float scale) {
+    constexpr int STRIDE = (D + 31) / 32 * 32 + 4;  // floats; 4 more than a multiple of 32 banks: no conflicts
+    DYNAMIC_SHARED(float, q);                       // [ROWS][STRIDE], scaled
+    float* kv = q + ROWS * STRIDE;                  // [KEYS][STRIDE], keys and values in turn
+    float* weights = kv + KEYS * STRIDE;            // [ROWS][KEYS + 4]
+
+    const int group = num_heads / H, kv_head = blockIdx.y;
+    const int number = gridDim.x - 1 - blockIdx.x;  // the last tiles see the most keys: start them first
+    const Tile part(cu_seqlens, seq_lens, b, group, ROWS, number);
+    const int fresh = part.end / group;
+    if (part.first >= part.end) return;
+
+    const i32* table = page_table + i64(part.sequence) * M;
+    ThreadRows<D, ROWS, KEYS, STRIDE> rows(part, group);
+    const Band<ROWS, KEYS> band(part, group, window);
+    PageTile<T, D, S, KEYS, STRIDE> tile;
+    tile.fetch(k, table, band.low, band.high, kv_head, H);
+    for (int i = threadIdx.x; i < ROWS * D; i += PREFILL_THREADS) {
+        const int row = part.first + i / D, token = row / group, head = kv_head * group + row % group;
+        const bool there = token < fresh;
+        const i64 at = (i64(part.start + token) * (num_heads + 2 * H) + head) * D + i % D;
+        q[i / D * STRIDE + i % D] = there ? to_float(x[at]) * (scale * LOG2_E) : 0.f;
+    }
+
+    for (int at = band.low; at < band.high; at += KEYS) {
+        __syncthreads();
+        tile.stash(kv);
+        __syncthreads();
+        tile.fetch(v, table, at, band.high, kv_head, H);
+        float score[ROWS / 16][KEYS / 16] = {};
+        rows.multiply_keys(score, q, kv);
+        rows.softmax(score, weights, at, window);
+
+        __syncthreads();
+        tile.stash(kv);
+        __syncthreads();
+        if (at + KEYS < band.high) tile.fetch(k, table, at + KEYS, band.high, kv_head, H);
+        rows.add_values(weights, kv);
+    }
+    rows.store_rows(part, y, kv_head, group, num_heads);
 }

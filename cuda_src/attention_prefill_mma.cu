@@ -2,8 +2,9 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
-//   x, k, v, cu_seqlens, seq_lens, page_table, y    as in attention_prefill_fma.cu; T is f16 or bf16; D a multiple of 8, at most 256; S a
-//                                          power of two; x, k, v and y lie on 16-byte boundaries
+//   x, k, v, cu_seqlens, seq_lens, page_table, y    as in attention_prefill_fma.cu; T is f16 or bf16; D is a multiple
+//                                                   of 8, at most 256; S is a power of two; x, k, v and y lie on
+//                                                   16-byte boundaries
 //
 // FlashAttention-2's forward pass (Dao, arXiv:2307.08691): a block holds ROWS queries and walks over tiles of KEYS keys
 // with an online softmax in f32 (Milakov & Gimelshein, arXiv:1805.02867); products by mma.sync m16n8k16 with f32 sums.
@@ -15,8 +16,8 @@
 // K and V of the next tile are on their way (cp.async, two stages) while this one is computed. Tiles outside the
 // causal band and the window are skipped, by the block or by a warp alone; only tiles on its borders are masked.
 //
-// In shared memory a row is D/8 units of 16 bytes (D rounded up to 16, filled with zeros), stored at permuted places so
-// that the 8 rows of an 8x8 matrix always lie in different banks: see Layout.
+// In shared memory a row is D/8 vectors of 16 bytes (D rounded up to 16, filled with zeros), stored at permuted places
+// so that the 8 rows of an 8x8 matrix always lie in different banks: see Layout.
 //
 // A row's result depends neither on the rest of the batch nor on ROWS nor on how a prompt is cut into chunks, bit for
 // bit: tiles of keys begin at multiples of KEYS, and a masked tile changes nothing.
@@ -25,27 +26,27 @@
 // tests/ops/test_attention.py. Benchmark: `cuplama kernels bench`.
 //
 // On an H200, bf16, 32 query and 8 KV heads, D = 128, one causal prompt of 1k, 4k, 16k tokens, 2026-11-20: 225, 310 and
-// 334 TFLOP/s (4 * num_heads * D * pairs), as benchmarks/results/ has it. Tried, in an earlier run (210, 308, 318): 64 rows
-// for long prompts (285, 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 at 4k and
-// 16k 222 and 233 instead of 262 and 282).
+// 334 TFLOP/s (4 * num_heads * D * pairs), as benchmarks/results/ has it. Tried, in an earlier run (210, 308, 318): 64
+// rows for long prompts (285, 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 at 4k
+// and 16k 222 and 233 instead of 262 and 282).
 #include "attention.cuh"
 #include "mma.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 
-// Where the 16-byte units of a matrix with rows of D elements lie. Eight rows at one column must fall into the eight
-// 16-byte groups of the banks. A row is UNITS = odd * 2^k units, so rows already differ in the upper 3-k bits of the
-// group; the lower k bits are exchanged by an exclusive or with the row's upper bits. TURNS = 2^k, at most 8, units
-// change places among themselves; as many threads copy a row, so that a thread's units differ by constants.
+// Where the 16-byte vectors of a matrix with rows of D elements lie. Eight rows at one column must fall into the eight
+// 16-byte groups of the banks. A row is VECTORS = odd * 2^k vectors, so rows already differ in the upper 3-k bits of
+// the group; the lower k bits are exchanged by an exclusive or with the row's upper bits. TURNS = 2^k, at most 8,
+// vectors change places among themselves; as many threads copy a row, so that a thread's vectors differ by constants.
 template <int D>
 struct Layout {
-    static constexpr int WIDTH = (D + 15) / 16 * 16, UNITS = WIDTH / 8;
-    static constexpr int TURNS = UNITS % 8 == 0 ? 8 : UNITS % 4 == 0 ? 4 : 2;
+    static constexpr int WIDTH = (D + 15) / 16 * 16, VECTORS = WIDTH / 8;
+    static constexpr int TURNS = VECTORS % 8 == 0 ? 8 : VECTORS % 4 == 0 ? 4 : 2;
 
     static __device__ __forceinline__ int turn(int row) { return row / (8 / TURNS) % TURNS; }
-    static __device__ __forceinline__ int at(int row, int unit) { return row * WIDTH + (unit ^ turn(row)) * 8; }
+    static __device__ __forceinline__ int at(int row, int vector) { return row * WIDTH + (vector ^ turn(row)) * 8; }
 };
 
 // The place of a lane's row in an ldmatrix that reads columns 16*i and 16*i + 8 of rows that differ by multiples of 8.
@@ -70,87 +71,61 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const T* k, const T* v
                                       int head, int H, int first, int high) {
     using At = Layout<D>;
     constexpr int PASS = THREADS / At::TURNS;  // rows at once
-    const int row = threadIdx.x / At::TURNS, unit = threadIdx.x % At::TURNS, to = At::at(row, unit);
+    const int row = threadIdx.x / At::TURNS, vector = threadIdx.x % At::TURNS, to = At::at(row, vector);
     // A tile lies on one page, or ...
-    i64 from = S < KEYS ? 0 : i64(page_table[table + first / S] * H + head) * (S * D) + (first % S + row) * D + unit * 8;
+    i64 from =
+        S < KEYS ? 0 : i64(page_table[table + first / S] * H + head) * (S * D) + (first % S + row) * D + vector * 8;
 #pragma unroll
     for (int r = 0; r < KEYS; r += PASS) {
         if (KEYS % PASS != 0 && row + r >= KEYS) break;
         const bool there = row + r < high - first;
         if (S < KEYS && there) {  // ... each token is looked up
             const int token = first + row + r;
-            from = i64(page_table[table + token / S] * H + head) * (S * D) + token % S * D + unit * 8 - r * D;
+            from = i64(page_table[table + token / S] * H + head) * (S * D) + token % S * D + vector * 8 - r * D;
         }
 #pragma unroll
-        for (int u = 0; u < At::UNITS; u += At::TURNS) {
-            const bool valid = there && (At::WIDTH == D || (unit + u) * 8 < D);
+        for (int u = 0; u < At::VECTORS; u += At::TURNS) {
+            const bool valid = there && (At::WIDTH == D || (vector + u) * 8 < D);
             cp_async_16(keys + to + (r * At::WIDTH + u * 8), k + from + (r * D + u * 8), valid);
             cp_async_16(values + to + (r * At::WIDTH + u * 8), v + from + (r * D + u * 8), valid);
         }
     }
 }
 
-// ---- the kernel ------------------------------------------------------------------------------------------------------
+// ---- a warp's rows --------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int S, int ROWS, int KEYS>
-__global__ void __launch_bounds__(THREADS, 2)
-    attention_prefill_mma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
-                          const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
-                          const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M, int window,
-                          float scale) {
-    constexpr int WIDTH = Layout<D>::WIDTH, UNITS = Layout<D>::UNITS, TURNS = Layout<D>::TURNS;
-    constexpr int STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS, MT = SIZE / 16;  // of a warp: rows and 16-row matrices
-    DYNAMIC_SHARED(T, queries);                         // [ROWS][WIDTH]; at the end the outputs
-    T* keys = queries + ROWS * WIDTH;                   // [2][KEYS][WIDTH]
-    T* values = keys + 2 * STAGE;                       // [2][KEYS][WIDTH]
-
-    const int group = num_heads / H, kv_head = blockIdx.x % H;
-    const int number = (gridDim.x - 1 - blockIdx.x) / H;  // the last tiles see the most keys: start them first
-    const Tile tile(cu_seqlens, seq_lens, b, group, ROWS, number);
-    const int start = tile.start, old = tile.old, first = tile.first, rows = tile.end;
-    const int table = tile.sequence * M;
-    if (first >= rows) return;
-
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int high = old + (min(first + ROWS, rows) - 1) / group + 1;
-    const int seen = old + first / group - window + 1;
-    const int low = window > 0 && seen > 0 ? seen / KEYS * KEYS : 0;
-    // Positions of the warp's first and last token; a warp without rows has none.
-    const int mine = first + warp * SIZE;
-    const int near = old + mine / group, far = mine < rows ? old + (mine + SIZE - 1) / group : -1;
-
-    for (int r = threadIdx.x / TURNS; r < ROWS; r += THREADS / TURNS) {
-        const int token = (first + r) / group, head = kv_head * group + (first + r) % group;
-        const T* from = x + (i64(start + token) * (num_heads + 2 * H) + head) * D;
+// The queries of the block to shared memory, [ROWS][WIDTH]; rows beyond the tile's are zeros.
+template <int D, int ROWS, typename T>
+__device__ __forceinline__ void fetch_queries(T* queries, const T* x, const Tile& tile, int kv_head, int group,
+                                              int heads) {
+    using At = Layout<D>;
+    for (int r = threadIdx.x / At::TURNS; r < ROWS; r += THREADS / At::TURNS) {
+        const int token = (tile.first + r) / group, head = kv_head * group + (tile.first + r) % group;
+        const T* from = x + (i64(tile.start + token) * heads + head) * D;
 #pragma unroll
-        for (int u = 0; u < UNITS; u += TURNS) {
-            const int unit = threadIdx.x % TURNS + u;
-            cp_async_16(queries + Layout<D>::at(r, unit), from + unit * 8, first + r < rows && unit * 8 < D);
+        for (int u = 0; u < At::VECTORS; u += At::TURNS) {
+            const int vector = threadIdx.x % At::TURNS + u;
+            cp_async_16(queries + At::at(r, vector), from + vector * 8, tile.first + r < tile.end && vector * 8 < D);
         }
     }
-    fetch<T, D, S, KEYS>(keys, values, k, v, page_table, table, kv_head, H, low, high);
-    cp_async_commit();
+}
 
-    // ldmatrix reads 2x2 matrices: first down and then to the right, or the other way around.
-    const Lane<D> down(lane % 16, lane / 16), across(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    T* q = queries + warp * SIZE * WIDTH;
-    const float factor = scale * LOG2_E;
+// MT matrices of 16 rows. A lane has rows lane/4 and lane/4 + 8 of each, of every 8 columns 2*(lane%4) and the next.
+template <typename T, int D, int MT, int KEYS>
+struct WarpRows {
+    static constexpr int WIDTH = Layout<D>::WIDTH;
+    typedef float Scores[MT][KEYS / 8][4];
     float acc[MT][WIDTH / 8][4] = {}, largest[MT][2], sum[MT][2];  // sum: of the lane's own columns
+    Lane<D> down, across;  // ldmatrix reads 2x2 matrices: first down and then to the right, or the other way around
+
+    __device__ __forceinline__ WarpRows(int lane)
+        : down(lane % 16, lane / 16), across(lane % 8 + lane / 16 * 8, lane / 8 % 2) {
 #pragma unroll
-    for (int m = 0; m < MT; m++) largest[m][0] = largest[m][1] = LOWEST, sum[m][0] = sum[m][1] = 0.f;
+        for (int m = 0; m < MT; m++) largest[m][0] = largest[m][1] = LOWEST, sum[m][0] = sum[m][1] = 0.f;
+    }
 
-    for (int at = low, stage = 0; at < high; at += KEYS, stage ^= 1) {
-        cp_async_wait<0>();
-        __syncthreads();  // this tile is there, and nobody reads the one before
-        if (at + KEYS < high) {
-            const int other = (stage ^ 1) * STAGE;
-            fetch<T, D, S, KEYS>(keys + other, values + other, k, v, page_table, table, kv_head, H, at + KEYS, high);
-            cp_async_commit();
-        }
-        if (at > far || (window > 0 && at + KEYS <= near - window + 1)) continue;
-        const T *k_tile = keys + stage * STAGE, *v_tile = values + stage * STAGE;
-
-        float score[MT][KEYS / 8][4] = {};
+    // score += the rows q times a tile of keys.
+    __device__ __forceinline__ void multiply_keys(Scores& score, const T* q, const T* keys) const {
 #pragma unroll
         for (int i = 0; i < WIDTH / 16; i++) {
             u32 a[MT][4];
@@ -159,7 +134,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
             for (int j = 0; j < KEYS / 16; j++) {
                 u32 both[4];
-                ldmatrix_x4(both, k_tile + across.at(16 * j, i));
+                ldmatrix_x4(both, keys + across.at(16 * j, i));
                 const u32 left[2] = {both[0], both[1]}, right[2] = {both[2], both[3]};
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
@@ -168,26 +143,31 @@ __global__ void __launch_bounds__(THREADS, 2)
                 }
             }
         }
-        // A lane has the rows lane/4 and lane/4 + 8 of each matrix, columns 2*(lane%4) and the next.
-        if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) {
+    }
+
+    // Shuts out what a row does not see of the keys from `at` on. mine: the warp's first row; old: tokens before them.
+    static __device__ __forceinline__ void mask(Scores& score, int at, int old, int mine, int group, int window) {
+        const int lane = threadIdx.x % WARP;
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
+        for (int m = 0; m < MT; m++) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int position = old + (mine + m * 16 + half * 8 + lane / 4) / group;
-                    const int ahead = position - at - lane % 4 * 2;
+            for (int half = 0; half < 2; half++) {
+                const int position = old + (mine + m * 16 + half * 8 + lane / 4) / group;
+                const int ahead = position - at - lane % 4 * 2;
 #pragma unroll
-                    for (int j = 0; j < KEYS / 8; j++) {
+                for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            const int distance = ahead - (j * 8 + e);
-                            if (distance < 0 || (window > 0 && distance >= window))
-                                score[m][j][2 * half + e] = -infinity();
-                        }
+                    for (int e = 0; e < 2; e++) {
+                        const int distance = ahead - (j * 8 + e);
+                        if (distance < 0 || (window > 0 && distance >= window)) score[m][j][2 * half + e] = -infinity();
                     }
                 }
             }
         }
+    }
+
+    // Scores to weights; the sums so far go with the new maximum.
+    __device__ __forceinline__ void softmax(Scores& score, float factor) {
 #pragma unroll
         for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -218,6 +198,10 @@ __global__ void __launch_bounds__(THREADS, 2)
                 }
             }
         }
+    }
+
+    // acc += the weights times a tile of values.
+    __device__ __forceinline__ void add_values(const Scores& score, const T* values) {
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++) {
             u32 a[MT][4];
@@ -225,14 +209,14 @@ __global__ void __launch_bounds__(THREADS, 2)
             for (int m = 0; m < MT; m++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const float(&from)[4] = score[m][2 * i + e / 2];
+                    const float (&from)[4] = score[m][2 * i + e / 2];
                     a[m][e] = pack<T>(from[e % 2 * 2], from[e % 2 * 2 + 1]);
                 }
             }
 #pragma unroll
             for (int j = 0; j < WIDTH / 16; j++) {
                 u32 both[4];
-                ldmatrix_x4_trans(both, v_tile + down.at(16 * i, j));
+                ldmatrix_x4_trans(both, values + down.at(16 * i, j));
                 const u32 left[2] = {both[0], both[1]}, right[2] = {both[2], both[3]};
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
@@ -243,31 +227,86 @@ __global__ void __launch_bounds__(THREADS, 2)
         }
     }
 
-    // Through the warp's rows of `queries`, so that whole rows are written.
-    __syncwarp();  // its last reads of them are done
+    // The rows of y, to q in shared memory.
+    __device__ __forceinline__ void finish(T* q) const {
+        const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int m = 0; m < MT; m++) {
+        for (int m = 0; m < MT; m++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float total = sum[m][half];
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
-            const float inverse = 1.f / total;
-            const int row = m * 16 + half * 8 + lane / 4;
+            for (int half = 0; half < 2; half++) {
+                float total = sum[m][half];
+                total += __shfl_xor_sync(ALL_LANES, total, 1);
+                total += __shfl_xor_sync(ALL_LANES, total, 2);
+                const float inverse = 1.f / total;
+                const int row = m * 16 + half * 8 + lane / 4;
 #pragma unroll
-            for (int j = 0; j < WIDTH / 8; j++)
-                *reinterpret_cast<u32*>(q + Layout<D>::at(row, j) + lane % 4 * 2) =
-                    pack<T>(acc[m][j][2 * half] * inverse, acc[m][j][2 * half + 1] * inverse);
+                for (int j = 0; j < WIDTH / 8; j++)
+                    *reinterpret_cast<u32*>(q + Layout<D>::at(row, j) + lane % 4 * 2) =
+                        pack<T>(acc[m][j][2 * half] * inverse, acc[m][j][2 * half + 1] * inverse);
+            }
         }
     }
+};
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+template <typename T, int D, int S, int ROWS, int KEYS>
+__global__ void __launch_bounds__(THREADS, 2)
+    attention_prefill_mma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
+                          const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
+                          const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
+                          int window, float scale) {
+    constexpr int WIDTH = Layout<D>::WIDTH, VECTORS = Layout<D>::VECTORS, TURNS = Layout<D>::TURNS;
+    constexpr int STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS;  // SIZE: rows of a warp
+    DYNAMIC_SHARED(T, queries);                               // [ROWS][WIDTH]; at the end the outputs
+    T* keys = queries + ROWS * WIDTH;                         // [2][KEYS][WIDTH]
+    T* values = keys + 2 * STAGE;                             // [2][KEYS][WIDTH]
+
+    const int group = num_heads / H, kv_head = blockIdx.x % H;
+    const int number = (gridDim.x - 1 - blockIdx.x) / H;  // the last tiles see the most keys: start them first
+    const Tile tile(cu_seqlens, seq_lens, b, group, ROWS, number);
+    const int old = tile.old, rows = tile.end, table = tile.sequence * M;
+    if (tile.first >= rows) return;
+    const Band<ROWS, KEYS> band(tile, group, window);
+
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    // Positions of the warp's first and last token; a warp without rows has none.
+    const int mine = tile.first + warp * SIZE;
+    const int near = old + mine / group, far = mine < rows ? old + (mine + SIZE - 1) / group : -1;
+    fetch_queries<D, ROWS>(queries, x, tile, kv_head, group, num_heads + 2 * H);
+    fetch<T, D, S, KEYS>(keys, values, k, v, page_table, table, kv_head, H, band.low, band.high);
+    cp_async_commit();
+
+    T* q = queries + warp * SIZE * WIDTH;
+    const float factor = scale * LOG2_E;
+    WarpRows<T, D, SIZE / 16, KEYS> state(lane);
+    for (int at = band.low, stage = 0; at < band.high; at += KEYS, stage ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile is there, and nobody reads the one before
+        if (at + KEYS < band.high) {
+            const int other = (stage ^ 1) * STAGE, next = at + KEYS;
+            fetch<T, D, S, KEYS>(keys + other, values + other, k, v, page_table, table, kv_head, H, next, band.high);
+            cp_async_commit();
+        }
+        if (at > far || (window > 0 && at + KEYS <= near - window + 1)) continue;
+        float score[SIZE / 16][KEYS / 8][4] = {};
+        state.multiply_keys(score, q, keys + stage * STAGE);
+        if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) state.mask(score, at, old, mine, group, window);
+        state.softmax(score, factor);
+        state.add_values(score, values + stage * STAGE);
+    }
+
+    // Through the warp's rows of `queries`, so that whole rows are written.
+    __syncwarp();  // its last reads of them are done
+    state.finish(q);
     __syncwarp();
     for (int r = lane / TURNS; r < SIZE && mine + r < rows; r += WARP / TURNS) {
         const int token = (mine + r) / group, head = kv_head * group + (mine + r) % group;
-        T* to = y + (i64(start + token) * num_heads + head) * D;
+        T* to = y + (i64(tile.start + token) * num_heads + head) * D;
 #pragma unroll
-        for (int u = 0; u < UNITS; u += TURNS) {
-            const int unit = lane % TURNS + u;
-            if (unit * 8 < D) store<8>(to + unit * 8, load<8>(q + Layout<D>::at(r, unit)));
+        for (int u = 0; u < VECTORS; u += TURNS) {
+            const int vector = lane % TURNS + u;
+            if (vector * 8 < D) store<8>(to + vector * 8, load<8>(q + Layout<D>::at(r, vector)));
         }
     }
 }

@@ -38,13 +38,19 @@ __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); 
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ f32 from_float<f32>(float x) { return x; }
+__device__ __forceinline__ f32 from_float<f32>(float x) {
+    return x;
+}
 template <>
-__device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half(x); }
+__device__ __forceinline__ f16 from_float<f16>(float x) {
+    return __float2half(x);
+}
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+    return __float2bfloat16(x);
+}
 
-// ---- wide accesses --------------------------------------------------------------------------------------------------
+// ---- vectorized accesses --------------------------------------------------------------------------------------------
 
 // W consecutive elements, moved with accesses of 16 bytes, or of their own size where they are smaller.
 template <typename T, int W>
@@ -66,8 +72,9 @@ __device__ __forceinline__ void store(T* p, const Pack<T, W>& x) {
     *reinterpret_cast<Pack<T, W>*>(p) = x;
 }
 
-// Elements at .. at + W - 1 of a row of `size`. What lies past the end reads as zero and is not written. `wide` promises
-// that `at` is a multiple of W and that row and size allow accesses of 16 bytes there; without it nothing is asked.
+// Elements at .. at + W - 1 of a row of `size`. What lies past the end reads as zero and is not written. With
+// `vectorized`, `at` must be a multiple of W, and row and size must allow accesses of 16 bytes there; without it they
+// may be anything.
 template <int W, typename T>
 __device__ __forceinline__ Pack<T, W> load_row(const T* row, i64 at, i64 size, bool vectorized) {
     if (vectorized && at + W <= size) return load<W>(row + at);

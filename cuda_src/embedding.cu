@@ -1,8 +1,8 @@
-// embedding      x[n,d] = table[input_ids[n]]                          input_ids: i32, table[V,d]: T, x: f32
-// embedding_pos  x[n,d] = table[input_ids[n]] + position_table[positions[n]]      positions: i32, position_table[P,d]: T
+// embedding      x[n,d] = table[input_ids[n]]                                   input_ids: i32, table[V,d]: T, x: f32
+// embedding_pos  x[n,d] = table[input_ids[n]] + position_table[positions[n]]    positions: i32, position_table[P,d]: T
 //
 // Mapping: blockIdx.x is the token; blockIdx.y and the threads share its d columns, 8 at a time: 16 bytes of a 16-bit
-// table in, 32 bytes out. Rows whose size or address forbids wide accesses go element by element.
+// table in, 32 bytes out. Rows whose size or address forbids 16-byte accesses go element by element.
 //
 // Op and reference: cuplama/ops/embedding.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. The op moves 6 bytes per element and is bound by latency at one token.
@@ -23,8 +23,9 @@ __global__ void embedding(const i32* __restrict__ input_ids, const T* __restrict
 }
 
 template <typename T>
-__global__ void embedding_pos(const i32* __restrict__ input_ids, const i32* __restrict__ positions, const T* __restrict__ table,
-                              const T* __restrict__ position_table, f32* __restrict__ x, int d) {
+__global__ void embedding_pos(const i32* __restrict__ input_ids, const i32* __restrict__ positions,
+                              const T* __restrict__ table, const T* __restrict__ position_table, f32* __restrict__ x,
+                              int d) {
     const T* token = table + i64(input_ids[blockIdx.x]) * d;
     const T* position = position_table + i64(positions[blockIdx.x]) * d;
     f32* out = x + i64(blockIdx.x) * d;

@@ -3,7 +3,7 @@
 //            x[n,w]: T, slot_mapping[n]: i32, k, v[P,H,S,D]: T (P pages of S tokens), updated in place.
 //
 // Mapping: blockIdx.x is the token; blockIdx.y and the threads share its 2*H*D elements, 8 at a time. Bits are moved,
-// not converted. Rows whose size or address forbids wide accesses go element by element.
+// not converted. Rows whose size or address forbids 16-byte accesses go element by element.
 //
 // Op and reference: cuplama/ops/kv_cache.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. The rotation of the keys could be done on the way; that is a fusion, not this op.

@@ -6,17 +6,18 @@
 //                    Each launch takes the rows first .. first + ROWS - 1 of x, ROWS <= 8. Many rows go to cuBLAS.
 //
 // The time is that of reading w once. A unit is OUTS adjacent rows of w (of both halves for silu_mul); every warp of
-// the grid, which fills the GPU once, takes an equal run of units. Lane l takes the pieces of 16 bytes l, l + 32, ...
-// of each row, and streams its own pieces through a ring in shared memory with cp.async: DEPTH batches of OUTS rows x
-// WIDTH pieces. Nobody else reads them, so no barrier guards the ring, and it never runs dry at the end of a unit. x
-// lies in shared memory, where all warps read it. Sums go over a lane's pieces, then over lanes, in an order that k and
-// the shape of a batch decide: a row of y does not depend on the other rows of x. A k or an address that does not allow
-// 16-byte accesses goes element by element.
+// the grid, which fills the GPU once, takes an equal run of units. Lane l takes the vectors of 16 bytes l, l + 32, ...
+// of each row, and streams its own vectors through a ring in shared memory with cp.async: DEPTH batches of OUTS rows x
+// WIDTH vectors. Nobody else reads them, so no barrier guards the ring, and it never runs dry at the end of a unit. x
+// lies in shared memory, where all warps read it. Sums go over a lane's vectors, then over lanes, in an order that k
+// and the shape of a batch decide: a row of y does not depend on the other rows of x. A k or an address that does not
+// allow 16-byte accesses goes element by element.
 //
 // With programmatic dependent launch (ptx.cuh) blocks of the next kernel start where one of this has ended. What does
 // not depend on earlier kernels happens before the wait: the ring is filled, the norm's scale is asked for.
 //
-// What counts in kernels of a few microseconds (on an H200, 2026-11-20; benchmarks/results/README.md has what was kept):
+// What counts in kernels of a few microseconds (on an H200, 2026-11-20; benchmarks/results/README.md has what was
+// kept):
 // - Instructions are fetched, too, and a kernel runs its prologue once, cold: loops that run once or twice are not
 //   unrolled, and the paths for odd addresses are loops over single elements. That alone gave 7% on the 0.5B.
 // - The ring is shallow, 64 KB. That keeps the memory busy; with more on its way x waits behind it: 200 KB, 4 us.
@@ -31,8 +32,8 @@
 
 enum Norm { RMS_NORM, LAYER_NORM };
 
-constexpr int MOST_THREADS = 512;  // of a block
-constexpr int BATCH = 4;  // pieces that a lane asks for at once: OUTS * WIDTH
+constexpr int MAX_THREADS = 512;  // of a block
+constexpr int BATCH = 4;          // vectors that a lane asks for at once: OUTS * WIDTH
 
 // Adds the products of W weights of OUTS rows with the W elements at x of ROWS rows.
 template <int W, int ROWS, int OUTS, typename T, typename X>
@@ -161,9 +162,9 @@ __device__ __forceinline__ void normalise(const f32* x, const T* h, X* staged, i
 template <int NEW, int OUTS, int DEPTH, typename T>
 struct Stream {
     static constexpr int W = 16 / sizeof(T), WIDTH = BATCH / OUTS, STEP = WIDTH * WARP * W;  // STEP: elements of a row
-    uint4* ring;          // of this lane: a piece every WARP
-    const T* from;        // the first of the next pieces
-    int row, at, left;    // of the next pieces: column of y, place in the row; batches still to ask for
+    uint4* ring;        // of this lane: a vector every WARP
+    const T* from;      // the first of the next vectors
+    int row, at, left;  // of the next vectors: column of y, place in the row; batches still to ask for
     int m, k, lane, begin, end, steps;
 
     __device__ __forceinline__ Stream(const T* w, int m, int k, bool vectorized) : m(m), k(k) {
@@ -239,30 +240,30 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
 #pragma unroll 1
         for (int step = 0; step < stream.steps; step++) {
             cp_async_wait<DEPTH - 1>();
-            Pack<T, W> piece[WIDTH][OUTS];
+            Pack<T, W> vector[WIDTH][OUTS];
 #pragma unroll
             for (int i = 0; i < WIDTH; i++)
 #pragma unroll
                 for (int p = 0; p < OUTS; p++) {
                     const uint4 bits = stream.ring[(slot * BATCH + p * WIDTH + i) * WARP];
-                    memcpy(&piece[i][p], &bits, 16);
+                    memcpy(&vector[i][p], &bits, 16);
                 }
             stream.fetch(slot);
             slot = slot + 1 == DEPTH ? 0 : slot + 1;
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 const int at = ((step * WIDTH + i) * WARP + lane) * W;
-                if (at < k) multiply(piece[i], x + at, k, sum);
+                if (at < k) multiply(vector[i], x + at, k, sum);
             }
         }
         if (stream.steps == 0)
 #pragma unroll 1
             for (int at = lane; at < k; at += WARP) {
-                Pack<T, 1> piece[OUTS];
+                Pack<T, 1> vector[OUTS];
 #pragma unroll
                 for (int p = 0; p < OUTS; p++)
-                    piece[p].v[0] = w[(i64(p / COLUMNS) * m + min(unit * COLUMNS + p % COLUMNS, m - 1)) * k + at];
-                multiply(piece, x + at, k, sum);
+                    vector[p].v[0] = w[(i64(p / COLUMNS) * m + min(unit * COLUMNS + p % COLUMNS, m - 1)) * k + at];
+                multiply(vector, x + at, k, sum);
             }
 
         float values[VALUES] = {};
@@ -305,38 +306,37 @@ __device__ __forceinline__ const T* stage(const T* x, int k) {
 
 // Whether 16-byte accesses fit rows of k elements.
 template <typename T>
-__device__ __forceinline__ bool wide_rows(int k, const T* w, const T* x) {
+__device__ __forceinline__ bool vectorized_rows(int k, const T* w, const T* x) {
     return k % (16 / int(sizeof(T))) == 0 && aligned(w, x);
 }
 
 template <typename T, typename U, int ROWS, int OUTS, int DEPTH, bool STAGED>
-__global__ void __launch_bounds__(MOST_THREADS, 1) linear(const T* x, const T* __restrict__ w, const T* __restrict__ b,
-                                                       U* y, int first, int m, int k) {
-    Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, STAGED ? w : x));
+__global__ void __launch_bounds__(MAX_THREADS, 1)
+    linear(const T* x, const T* __restrict__ w, const T* __restrict__ b, U* y, int first, int m, int k) {
+    Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, vectorized_rows(k, w, STAGED ? w : x));
     pdl_wait();
     const T* rows = stage<ROWS, DEPTH, STAGED>(x + i64(first) * k, k);
     multiply_rows<NO_ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }
 
 template <typename T, int ROWS, int OUTS, int DEPTH, bool STAGED>
-__global__ void __launch_bounds__(MOST_THREADS, 1)
-    linear_add(const T* x, const T* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y, int first, int m,
-               int k) {
-    Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, STAGED ? w : x));
+__global__ void __launch_bounds__(MAX_THREADS, 1) linear_add(const T* x, const T* __restrict__ w, const f32* a,
+                                                             const T* __restrict__ b, f32* y, int first, int m, int k) {
+    Stream<OUTS, OUTS, DEPTH, T> stream(w, m, k, vectorized_rows(k, w, STAGED ? w : x));
     pdl_wait();
     const T* rows = stage<ROWS, DEPTH, STAGED>(x + i64(first) * k, k);
     multiply_rows<NO_ACT, ROWS, OUTS>(stream, rows, w, b, a + i64(first) * m, y + i64(first) * m);
 }
 
 template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
-__global__ void __launch_bounds__(MOST_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, 1)
     rms_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
                     int first, int m, int k, f32 eps) {
     __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();  // rounded to the dtype of y, as by the norm alone
     const bool vectorized = k % 8 == 0 && aligned(x, g);
     fetch_scale(g, rows, k, vectorized);
-    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
+    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, vectorized_rows(k, w, w));
     pdl_wait();
     cp_async_wait<DEPTH>();  // the scale came before the ring
     if (vectorized)
@@ -347,14 +347,14 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
 }
 
 template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
-__global__ void __launch_bounds__(MOST_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, 1)
     layer_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
                       const T* __restrict__ b, U* y, int first, int m, int k, f32 eps) {
     __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();
     const bool vectorized = k % 8 == 0 && aligned(x, g, h);
     fetch_scale(g, rows, k, vectorized);
-    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, wide_rows(k, w, w));
+    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, vectorized_rows(k, w, w));
     pdl_wait();
     cp_async_wait<DEPTH>();  // the scale came before the ring
     if (vectorized)

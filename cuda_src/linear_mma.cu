@@ -15,8 +15,8 @@
 //
 // mma.m16n8k16 has the tile as A and x as B. Which k meets which is free as long as both sides agree: lane (r, t) =
 // (lane / 4, lane % 4) holds the elements 8t .. 8t+7 and 32 + 8t .. 32 + 8t+7 of a chunk, of row r of x and of rows r
-// and r + 8 of the tile. So all accesses are of 16 bytes, and two pieces of each row are the lane's share of four
-// products. It sends its own pieces of w through a ring in shared memory with cp.async, DEPTH chunks of a tile deep.
+// and r + 8 of the tile. So all accesses are of 16 bytes, and two vectors of each row are the lane's share of four
+// products. It sends its own vectors of w through a ring in shared memory with cp.async, DEPTH chunks of a tile deep.
 // Nobody else reads them, so no barrier guards the ring, and it never runs dry between tiles.
 //
 // After a group of up to two tiles the warps leave their sums in shared memory, and behind a barrier each thread adds
@@ -55,28 +55,28 @@ constexpr int NUMBERS = sizeof(U) == 4 ? 2 : 1;
 
 __device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
 
-// Where this lane's first piece of a chunk of its warp lies along k. The second is 32 elements on.
+// Where this lane's first vector of a chunk of its warp lies along k. The second is 32 elements on.
 template <int WARPS, int CHUNKS>
 __device__ __forceinline__ int place(int phase, int chunk) {
     return ((phase * WARPS + int(threadIdx.x / WARP)) * CHUNKS + chunk) * CHUNK + int(threadIdx.x % 4) * 8;
 }
 
 // Eight elements of T in the registers of an mma.
-typedef Pack<u32, 4> Piece;
+typedef Pack<u32, 4> Vector;
 
 template <typename T>
-__device__ __forceinline__ Piece as_piece(const Pack<T, 8>& x) {
-    Piece piece;
-    memcpy(&piece, &x, 16);
-    return piece;
+__device__ __forceinline__ Vector as_vector(const Pack<T, 8>& x) {
+    Vector vector;
+    memcpy(&vector, &x, 16);
+    return vector;
 }
 
-// Zeros if not `there`, and nothing is read. What does not lie on a 16-byte boundary (not `wide`) comes element by
-// element, in a loop that takes few registers.
+// Zeros if not `there`, and nothing is read. What does not lie on a 16-byte boundary (not `vectorized`) comes element
+// by element, in a loop that takes few registers.
 template <typename T>
-__device__ __forceinline__ Piece load_piece(const T* from, bool there, bool vectorized) {
-    Piece piece = {};
-    if (!there) return piece;
+__device__ __forceinline__ Vector load_vector(const T* from, bool there, bool vectorized) {
+    Vector vector = {};
+    if (!there) return vector;
     if (vectorized) return load<4>(reinterpret_cast<const u32*>(from));
 #pragma unroll 1
     for (int j = 0; j < 8; j++) {
@@ -84,17 +84,17 @@ __device__ __forceinline__ Piece load_piece(const T* from, bool there, bool vect
         unsigned short bits;
         memcpy(&bits, &element, 2);
 #pragma unroll
-        for (int i = 0; i < 3; i++) piece.v[i] = piece.v[i] >> 16 | piece.v[i + 1] << 16;
-        piece.v[3] = piece.v[3] >> 16 | u32(bits) << 16;
+        for (int i = 0; i < 3; i++) vector.v[i] = vector.v[i] >> 16 | vector.v[i + 1] << 16;
+        vector.v[3] = vector.v[3] >> 16 | u32(bits) << 16;
     }
-    return piece;
+    return vector;
 }
 
 // A warp's share of the weights on its way through the ring, in the order phase, tile, chunk. Making one starts it; it
 // reads nothing but weights.
 template <int COLUMNS, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T>
 struct Stream {
-    uint4* ring;  // of this lane: a piece every WARP
+    uint4* ring;  // of this lane: a vector every WARP
     const T* w;
     int m, k, begin, end;  // columns of y of this block
     bool vectorized;
@@ -112,9 +112,7 @@ struct Stream {
     }
 
     // Where the block's columns of y begin (0) and end (1). In 32 bits: m is below a million.
-    static __device__ __forceinline__ int border(int m, int side) {
-        return u32(m) * (blockIdx.x + side) / gridDim.x;
-    }
+    static __device__ __forceinline__ int border(int m, int side) { return u32(m) * (blockIdx.x + side) / gridDim.x; }
 
     // Shared memory behind the ring: sums of a group's tiles [2][WARPS][GROUP][TILE]; with several phases those of all
     // tiles of the block [tiles][TILE]; then scale and shift of a norm.
@@ -129,7 +127,7 @@ struct Stream {
         return reinterpret_cast<T*>(sums() + (PHASES > 1 ? (columns + COLUMNS - 1) / COLUMNS * TILE : 0));
     }
 
-    // Whether piece i of a chunk is one of the block.
+    // Whether vector i of a chunk is one of the block.
     __device__ __forceinline__ bool there(int row, int at, int i) const {
         return row + i / 2 * (COLUMNS - ROWS) < end && at + i % 2 * 32 < k;
     }
@@ -148,8 +146,8 @@ struct Stream {
             } else {
 #pragma unroll 1
                 for (int i = 0; i < 4; i++) {
-                    const Piece piece = load_piece(from + i / 2 * other + i % 2 * 32, there(row, at, i), false);
-                    memcpy(to + i * WARP, &piece, 16);
+                    const Vector vector = load_vector(from + i / 2 * other + i % 2 * 32, there(row, at, i), false);
+                    memcpy(to + i * WARP, &vector, 16);
                 }
             }
             if (++chunk == CHUNKS) {
@@ -160,27 +158,65 @@ struct Stream {
         cp_async_commit();
     }
 
-    // The next chunk of the ring, which is asked for anew: two pieces of row r of each half.
-    __device__ __forceinline__ void take(int& slot, Piece (&piece)[4]) {
+    // The next chunk of the ring, which is asked for anew: two vectors of row r of each half.
+    __device__ __forceinline__ void take(int& slot, Vector (&vector)[4]) {
         cp_async_wait<DEPTH - 1>();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint4 bits = ring[(slot * 4 + i) * WARP];
-            memcpy(&piece[i], &bits, 16);
+            memcpy(&vector[i], &bits, 16);
         }
         fetch(slot);
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
 };
 
-// y = a + act(x w^T + b). rows(phase, x) gives this lane's pieces of x, each as the sum of LEVELS numbers.
+// The activation of an element of y: of its sum, or of those of both halves of w.
+template <int ACT, typename T, int PARTS>
+__device__ __forceinline__ float activated(const float (&total)[PARTS]) {
+    if constexpr (ACT == SILU_MUL) return silu_of<T>(total[0]) * total[1];
+    if constexpr (ACT == GELU_TANH) return gelu_tanh_of<T>(total[0]);
+    if constexpr (ACT == GELU_ERF) return gelu_erf_of<T>(total[0]);
+    return total[0];
+}
+
+// The sums of one tile over the chunks of this warp, to partial [TILE]. x: this lane's vectors, each as the sum of
+// LEVELS numbers.
+template <int LEVELS, int COLUMNS, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T>
+__device__ __forceinline__ void multiply_tile(Stream<COLUMNS, WARPS, CHUNKS, PHASES, DEPTH, T>& stream, int& slot,
+                                              const Vector (&x)[CHUNKS][2][LEVELS], f32* partial) {
+    constexpr int CHAINS = 3 - LEVELS;  // of products: short ones where there are registers
+    float sum[CHAINS][4] = {};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        Vector w[4];
+        stream.take(slot, w);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const u32(&p)[4] = w[i].v, (&q)[4] = w[i + 2].v;
+#pragma unroll
+            for (int l = 0; l < LEVELS; l++) {
+                const u32(&v)[4] = x[c][i][l].v;
+                multiply(sum[0], {p[0], q[0], p[1], q[1]}, {v[0], v[1]}, T());
+                multiply(sum[CHAINS - 1], {p[2], q[2], p[3], q[3]}, {v[2], v[3]}, T());
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; CHAINS > 1 && i < 4; i++) sum[0][i] += sum[CHAINS - 1][i];
+    // Row r of each half with rows 2t and 2t + 1 of x.
+    store<2>(partial, Pack<f32, 2>{sum[0][0], sum[0][1]});
+    store<2>(partial + HALF, Pack<f32, 2>{sum[0][2], sum[0][3]});
+}
+
+// y = a + act(x w^T + b). rows(phase, x) gives this lane's vectors of x, each as the sum of LEVELS numbers.
 template <int ACT, typename Rows, int LEVELS, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U>
 __device__ __forceinline__ void multiply_rows(Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T>& stream,
-                                              const Rows& rows, Piece (&x)[CHUNKS][2][LEVELS], const T* b, const f32* a,
-                                              U* y, int count) {
+                                              const Rows& rows, Vector (&x)[CHUNKS][2][LEVELS], const T* b,
+                                              const f32* a, U* y, int count) {
     constexpr int THREADS = WARPS * WARP;
     constexpr int STEP = GROUP * COLUMNS<ACT>, PARTS = 2 * ROWS / COLUMNS<ACT>;  // sums for an element of y
-    constexpr int EACH = (STEP * ROWS + THREADS - 1) / THREADS;  // elements of y of a thread in a group
+    constexpr int EACH = (STEP * ROWS + THREADS - 1) / THREADS;                  // elements of y of a thread in a group
     const int m = stream.m, begin = stream.begin, end = stream.end;
     int slot = 0, turn = 0;
 #pragma unroll 1
@@ -206,28 +242,7 @@ __device__ __forceinline__ void multiply_rows(Stream<COLUMNS<ACT>, WARPS, CHUNKS
             f32* mine = partial + threadIdx.x / WARP * (GROUP * TILE) + threadIdx.x % WARP * 2;
 #pragma unroll 1
             for (int column = first; column < min(first + STEP, end); column += COLUMNS<ACT>) {
-                constexpr int CHAINS = 3 - LEVELS;  // of products: short ones where there are registers
-                float sum[CHAINS][4] = {};
-#pragma unroll
-                for (int c = 0; c < CHUNKS; c++) {
-                    Piece w[4];
-                    stream.take(slot, w);
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const u32(&p)[4] = w[i].v, (&q)[4] = w[i + 2].v;
-#pragma unroll
-                        for (int l = 0; l < LEVELS; l++) {
-                            const u32(&v)[4] = x[c][i][l].v;
-                            multiply(sum[0], {p[0], q[0], p[1], q[1]}, {v[0], v[1]}, T());
-                            multiply(sum[CHAINS - 1], {p[2], q[2], p[3], q[3]}, {v[2], v[3]}, T());
-                        }
-                    }
-                }
-#pragma unroll
-                for (int i = 0; CHAINS > 1 && i < 4; i++) sum[0][i] += sum[CHAINS - 1][i];
-                // Row r of each half with rows 2t and 2t + 1 of x.
-                store<2>(mine, Pack<f32, 2>{sum[0][0], sum[0][1]});
-                store<2>(mine + HALF, Pack<f32, 2>{sum[0][2], sum[0][3]});
+                multiply_tile<LEVELS>(stream, slot, x, mine);
                 mine += TILE;
             }
             __syncthreads();
@@ -250,11 +265,7 @@ __device__ __forceinline__ void multiply_rows(Stream<COLUMNS<ACT>, WARPS, CHUNKS
                     total[p] += bias[e][p];
                 }
                 if (phase < PHASES - 1) continue;
-                float value = total[0];
-                if constexpr (ACT == SILU_MUL) value = silu_of<T>(total[0]) * total[1];
-                if constexpr (ACT == GELU_TANH) value = gelu_tanh_of<T>(value);
-                if constexpr (ACT == GELU_ERF) value = gelu_erf_of<T>(value);
-                y[i64(r) * m + column] = from_float<U>(residual[e] + value);
+                y[i64(r) * m + column] = from_float<U>(residual[e] + activated<ACT, T>(total));
             }
         }
     }
@@ -270,13 +281,13 @@ struct PlainRows {
     __device__ __forceinline__ PlainRows(const T* x, int k, int count)
         : x(x + i64(lane_row()) * k), k(k), there(lane_row() < count), vectorized(aligned(x)) {}
 
-    __device__ __forceinline__ void operator()(int phase, Piece (&to)[CHUNKS][2][1]) const {
+    __device__ __forceinline__ void operator()(int phase, Vector (&to)[CHUNKS][2][1]) const {
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
-                to[c][i][0] = load_piece(x + at, there && at < k, vectorized);
+                to[c][i][0] = load_vector(x + at, there && at < k, vectorized);
             }
     }
 };
@@ -293,7 +304,7 @@ __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, 
             if (vectorized)
                 cp_async_16(to + i * k + at, from, true);
             else
-                store<4>(reinterpret_cast<u32*>(to + i * k + at), load_piece(from, true, false));
+                store<4>(reinterpret_cast<u32*>(to + i * k + at), load_vector(from, true, false));
         }
     cp_async_commit();
     return to;
@@ -304,7 +315,7 @@ __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, 
 template <int NORM, int LEVELS, int WARPS, int CHUNKS, int PHASES, typename T>
 struct NormalisedRows {
     static constexpr bool KEPT = PHASES == 1 && LEVELS == 1;
-    const f32* x;  // of this lane
+    const f32* x;    // of this lane
     const T* scale;  // in shared memory: g, and h behind it
     int k;
     bool there, vectorized;
@@ -312,9 +323,10 @@ struct NormalisedRows {
     Pack<f32, 8> kept[KEPT ? CHUNKS : 1][2];
 
     __device__ __forceinline__ NormalisedRows(const f32* x, const T* scale, int k, int count)
-        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), vectorized(aligned(x)), mean(0.f) {}
+        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), vectorized(aligned(x)), mean(0.f) {
+    }
 
-    __device__ __forceinline__ Pack<f32, 8> piece(int phase, int c, int i) const {
+    __device__ __forceinline__ Pack<f32, 8> vector(int phase, int c, int i) const {
         const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
         return load_row<8>(x, at, there ? k : 0, vectorized);
     }
@@ -329,7 +341,7 @@ struct NormalisedRows {
             for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : piece(phase, c, i);
+                    const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : vector(phase, c, i);
                     const bool inside = place<WARPS, CHUNKS>(phase, c) + 32 * i < k;
 #pragma unroll
                     for (int j = 0; j < 8; j++) total += inside ? f(v.v[j]) : 0.f;
@@ -350,19 +362,19 @@ struct NormalisedRows {
 #pragma unroll
         for (int c = 0; KEPT && c < CHUNKS; c++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) kept[KEPT ? c : 0][i] = piece(0, c, i);
+            for (int i = 0; i < 2; i++) kept[KEPT ? c : 0][i] = vector(0, c, i);
         if constexpr (NORM == LAYER_NORM) mean = sum([](float v) { return v; }, partial[1]) / k;
         const float from = mean;
         inverse = 1.f / sqrtf(sum([from](float v) { return (v - from) * (v - from); }, partial[0]) / k + eps);
     }
 
-    __device__ __forceinline__ void operator()(int phase, Piece (&to)[CHUNKS][2][LEVELS]) const {
+    __device__ __forceinline__ void operator()(int phase, Vector (&to)[CHUNKS][2][LEVELS]) const {
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int at = min(place<WARPS, CHUNKS>(phase, c) + 32 * i, k - 8);  // w is zero beyond
-                const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : piece(phase, c, i);
+                const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : vector(phase, c, i);
                 const Pack<T, 8> by = load<8>(scale + at);
                 Pack<T, 8> shift = {}, high, low;
                 if (NORM == LAYER_NORM) shift = load<8>(scale + k + at);
@@ -373,35 +385,34 @@ struct NormalisedRows {
                     high.v[j] = from_float<T>(value);
                     low.v[j] = from_float<T>(value - to_float(high.v[j]));
                 }
-                to[c][i][0] = as_piece(high);
-                if (LEVELS > 1) to[c][i][LEVELS - 1] = as_piece(low);
-                __syncwarp();  // keeps the compiler from asking for too many pieces at once
+                to[c][i][0] = as_vector(high);
+                if (LEVELS > 1) to[c][i][LEVELS - 1] = as_vector(low);
+                __syncwarp();  // keeps the compiler from asking for too many vectors at once
             }
     }
 };
 
 template <typename T, typename U, int WARPS, int CHUNKS, int PHASES, int DEPTH>
-__global__ void __launch_bounds__(WARPS * WARP, 1) linear_mma(const T* x, const T* __restrict__ w,
-                                                              const T* __restrict__ b, U* y, int n, int first, int m,
-                                                              int k) {
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_mma(const T* x, const T* __restrict__ w, const T* __restrict__ b, U* y, int n, int first, int m, int k) {
     Stream<COLUMNS<NO_ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
-    Piece pieces[CHUNKS][2][1];
+    Vector vectors[CHUNKS][2][1];
     const int count = min(n - first, ROWS);
     pdl_wait();
     const PlainRows<WARPS, CHUNKS, T> rows(x + i64(first) * k, k, count);
-    multiply_rows<NO_ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
+    multiply_rows<NO_ACT>(stream, rows, vectors, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
 }
 
 template <typename T, int WARPS, int CHUNKS, int PHASES, int DEPTH>
-__global__ void __launch_bounds__(WARPS * WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_mma(const T* x, const T* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y, int n, int first,
                    int m, int k) {
     Stream<COLUMNS<NO_ACT>, WARPS, CHUNKS, PHASES, DEPTH, T> stream(w, m, k);
-    Piece pieces[CHUNKS][2][1];
+    Vector vectors[CHUNKS][2][1];
     const int count = min(n - first, ROWS);
     pdl_wait();
     const PlainRows<WARPS, CHUNKS, T> rows(x + i64(first) * k, k, count);
-    multiply_rows<NO_ACT>(stream, rows, pieces, b, a + i64(first) * m, y + i64(first) * m, count);
+    multiply_rows<NO_ACT>(stream, rows, vectors, b, a + i64(first) * m, y + i64(first) * m, count);
 }
 
 // The ops with a norm. wait: pdl_wait, which the kernels themselves call so that they are known to be early.
@@ -411,26 +422,25 @@ __device__ __forceinline__ void norm_linear(const f32* x, const T* g, const T* h
     using Weights = Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T>;
     const T* scale = fetch_scales<NORM, WARPS>(Weights::scales(m), g, h, k);
     Weights stream(w, m, k);
-    Piece pieces[CHUNKS][2][NUMBERS<U>];
+    Vector vectors[CHUNKS][2][NUMBERS<U>];
     const int count = min(n - first, ROWS);
     NormalisedRows<NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, scale, k, count);
     wait();
     cp_async_wait<DEPTH>();  // scale and shift came before the ring
     rows.measure(eps);
-    multiply_rows<ACT>(stream, rows, pieces, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
+    multiply_rows<ACT>(stream, rows, vectors, b, static_cast<const f32*>(nullptr), y + i64(first) * m, count);
 }
 
 template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
-__global__ void __launch_bounds__(WARPS * WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
                         int n, int first, int m, int k, f32 eps) {
     const T* h = nullptr;
-    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps,
-                                                             [] { pdl_wait(); });
+    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps, [] { pdl_wait(); });
 }
 
 template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
-__global__ void __launch_bounds__(WARPS * WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     layer_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
                           const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps) {
     norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps,

@@ -1,10 +1,10 @@
 // rms_norm    y[n,d] = x / sqrt(mean(x^2) + eps) * w                       x[n,d]: f32, w[d]: T, y: T
 // layer_norm  y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * w + b          b[d]: T
-// qk_norm   rms_norm of each of the heads + 2 num_kv_heads vectors of D      x[n,(num_heads+2*num_kv_heads)*D], y: T
-//             in a row of x: weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
+// qk_norm     rms_norm of each head, D elements of a row of x      x[n,(num_heads+2*num_kv_heads)*D], y: T
+//             weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
 //
-// Mapping: rms_norm and layer_norm give a row to a block, qk_norm gives a head to a warp. A thread holds CHUNKS pieces
-// of 8 elements in registers, so x is read once however many passes follow; the pieces of the threads interleave.
+// Mapping: rms_norm and layer_norm give a row to a block, qk_norm gives a head to a warp. A thread holds CHUNKS vectors
+// of 8 elements in registers, so x is read once however many passes follow; the vectors of the threads interleave.
 // The variance is the mean of the squared differences from the mean, never mean(x^2) - mean(x)^2, which cancels.
 // The weights are asked for before the sums, so that the two latencies overlap.
 //
@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(1024) layer_norm(const f32* __restrict__ x, co
 
 template <typename T, int CHUNKS>
 __global__ void qk_norm(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
-                          T* __restrict__ y, int n, int num_heads, int num_kv_heads, int D, f32 eps) {
+                        T* __restrict__ y, int n, int num_heads, int num_kv_heads, int D, f32 eps) {
     const int lane = threadIdx.x % WARP;
     const i64 index = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;  // of the head, over all tokens
-    if (index >= i64(n) * (num_heads + 2 * num_kv_heads)) return;                          // a whole warp
+    if (index >= i64(n) * (num_heads + 2 * num_kv_heads)) return;                  // a whole warp
     const int head = index % (num_heads + 2 * num_kv_heads);
     const T* w = head < num_heads ? q_norm : head < num_heads + num_kv_heads ? k_norm : nullptr;
     const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, y);
@@ -104,8 +104,7 @@ __global__ void qk_norm(const T* __restrict__ x, const T* __restrict__ q_norm, c
         if (w != nullptr) {
             const Pack<T, 8> scale = load_row<8>(w, at, D, vectorized);
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse * to_float(scale.v[j]));
+            for (int j = 0; j < 8; j++) v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse * to_float(scale.v[j]));
         }
         store_row<8>(y, at, D, vectorized, v[c]);
     }

@@ -1,12 +1,12 @@
-// read_sum    y[block] = sum of the 32-bit words of the block's share of x, modulo 2^32     x[n]: 16-byte pieces
+// read_sum    y[block] = sum of the 32-bit words of the block's share of x, modulo 2^32     x[n]: 16-byte vectors
 //
-// Does nothing but read: its bytes per second are the ceiling that every other kernel is held against. The sum keeps the
+// Does nothing but read: its bytes per second is the peak that every other kernel is held against. The sum keeps the
 // compiler from dropping the loads, and shows that all of x was read.
 //
-// Mapping: a block takes runs of UNROLL * blockDim.x pieces, one run after the other; a thread has UNROLL loads of 16
+// Mapping: a block takes runs of UNROLL * blockDim.x vectors, one run after the other; a thread has UNROLL loads of 16
 // bytes in flight, a warp's 32 of them in a row. One word per block is written.
 //
-// Launched, checked and timed by cuplama/ceilings.py; tested in tests/test_lab.py.
+// Launched, checked and timed by cuplama/lab/peaks.py; tested in tests/lab/test_lab.py.
 // Tried: nothing else yet.
 #include "common.cuh"
 

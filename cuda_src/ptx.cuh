@@ -4,14 +4,15 @@
 #ifndef CUPLAMA_PTX_CUH
 #define CUPLAMA_PTX_CUH
 
-// ---- copies from global to shared memory that the thread does not wait for (sm_80; plain copies before) ---------------
+// ---- copies from global to shared memory that the thread does not wait for (sm_80; plain copies before) -------------
 
 // 16 bytes, or 16 zero bytes if not `valid`; the global address is not read then. Both addresses on 16-byte boundaries.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(valid ? 16 : 0)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(valid ? 16 : 0)
+        : "memory");
 #else
     *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
 #endif
@@ -32,10 +33,10 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// ---- programmatic dependent launch (sm_90; nothing before) -----------------------------------------------------------
+// ---- programmatic dependent launch (sm_90; nothing before) ----------------------------------------------------------
 // The next kernel of the stream may start once every block of this one has called launch_dependents or ended, if it is
-// launched so; it is if its own text calls pdl_wait (cuplama/kernel.py). Until that call returns it must not
-// touch what an earlier kernel reads or writes. Pointers to such memory are declared without __restrict__: with it the
+// launched so; it is if its own text calls pdl_wait (cuplama/ops/launch.py). Until that call returns it must not touch
+// what an earlier kernel reads or writes. Pointers to such memory are declared without __restrict__: with it the
 // compiler takes the memory for constant and may move loads up past the wait.
 
 __device__ __forceinline__ void launch_dependents() {
@@ -51,7 +52,7 @@ __device__ __forceinline__ void pdl_wait() {
 #endif
 }
 
-// ---- matrices (sm_80); fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16" ------------------------------
+// ---- matrices (sm_80); fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16" -----------------------------
 
 // Four 8x8 matrices of 16-bit elements; lanes 8i .. 8i+7 bring the addresses of the rows (16 bytes each) of matrix i.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
@@ -84,7 +85,7 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- barriers in shared memory (sm_80 for arrivals, sm_90 for waiting), 8 bytes each ---------------------------------
+// ---- barriers in shared memory (sm_80 for arrivals, sm_90 for waiting), 8 bytes each --------------------------------
 
 // A phase ends when `count` arrivals have come. One thread calls, before a block barrier.
 __device__ __forceinline__ void mbarrier_init(void* bar, unsigned count) {
@@ -93,9 +94,9 @@ __device__ __forceinline__ void mbarrier_init(void* bar, unsigned count) {
 }
 
 __device__ __forceinline__ void mbarrier_arrive(void* bar) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(
-                     unsigned(__cvta_generic_to_shared(bar)))
-                 : "memory");
+    asm volatile(
+        "{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(unsigned(__cvta_generic_to_shared(bar)))
+        : "memory");
 }
 
 // Waits until the phase of that parity has ended: 0 for the first, 1 for the second, 0 for the third, ...
@@ -118,7 +119,7 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- warpgroup matrices (sm_90a alone); PTX ISA, "Asynchronous warpgroup level matrix instructions" ------------------
+// ---- warpgroup matrices (sm_90a alone); PTX ISA, "Asynchronous warpgroup level matrix instructions" -----------------
 // Compiled for sm_90a only; a warpgroup is 4 warps, the first a multiple of 4, that call together.
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -145,7 +146,7 @@ __device__ __forceinline__ void wgmma_done(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// A matrix in shared memory in rows of 128 bytes, 8 rows to 1024 bytes on a 1024-byte boundary, the 16-byte units of
+// A matrix in shared memory in rows of 128 bytes, 8 rows to 1024 bytes on a 1024-byte boundary, the 16-byte vectors of
 // row r exchanged by ^ (r % 8). next: bytes from one panel of 128-byte rows to the next (used where rows are along the
 // sum).
 __device__ __forceinline__ unsigned long long wgmma_matrix(const void* shared, unsigned next) {
@@ -164,7 +165,7 @@ __device__ __forceinline__ void registers_fewer() {
 }
 
 // 8 and 32 operands of an asm statement.
-#define CUPLAMA_8(d, i) \
+#define CUPLAMA_8(d, i)                                                                                         \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define CUPLAMA_32(d, i) CUPLAMA_8(d, i), CUPLAMA_8(d, i + 8), CUPLAMA_8(d, i + 16), CUPLAMA_8(d, i + 24)

@@ -2,7 +2,8 @@
 // select_rows  y[r,d] = x[rows[r]]            x[n,d]: f32, rows: i32
 //
 // Mapping: 4 elements, 16 bytes, per thread and access. add: one long row of n * d; select_rows: blockIdx.x is the row
-// of y, blockIdx.y and the threads share its columns. Sizes or addresses that forbid wide accesses go element by element.
+// of y, blockIdx.y and the threads share its columns. Sizes or addresses that forbid 16-byte accesses go element by
+// element.
 //
 // Ops and references: cuplama/ops/residual.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet.

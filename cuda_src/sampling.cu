@@ -31,48 +31,13 @@
 // Ops: cuplama/ops/sampling.py. Tests: the registry's in tests/ops/test_ops.py, and of the drawn frequencies
 // tests/ops/test_sampling_statistics.py. Benchmark: `cuplama kernels bench`.
 // Not taken: one block per row alone, which would compute the noise of a large vocabulary on one multiprocessor.
-#include "common.cuh"
+#include "sampling.cuh"
 
 constexpr int THREADS = 256;
 constexpr int CHUNK = 2048;  // logits per block; ops/sampling.py sizes the grids with it
 constexpr int BINS = 2048;
 constexpr float BINS_PER_UNIT = 64.f;
 constexpr int LISTED = 4096;  // keys of a bin that fit in shared memory
-
-// An integer that orders as the float does; 0 for no float but a NaN. Both zeros have the same.
-__device__ __forceinline__ u32 key_of(float x) {
-    const u32 bits = __float_as_uint(x + 0.f);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-__device__ __forceinline__ float value_of(u32 key) {
-    return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
-}
-
-// The larger value first, the lower id first among equals.
-__device__ __forceinline__ u64 rank_of(float x, int id) { return u64(key_of(x)) << 32 | ~u32(id); }
-__device__ __forceinline__ int id_of(u64 rank) { return int(~u32(rank)); }
-constexpr u64 BROKEN = ~u64(0);  // above every rank: the row cannot be drawn from
-
-__device__ __forceinline__ u64 warp_max(u64 x) {
-#pragma unroll
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
-        const u64 other = __shfl_xor_sync(ALL_LANES, x, lanes);
-        x = other > x ? other : x;
-    }
-    return x;
-}
-
-__device__ __forceinline__ u64 block_max(u64 x) {
-    __shared__ u64 partial[WARP];
-    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-    x = warp_max(x);
-    if (lane == 0) partial[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = warp_max(lane < warps ? partial[lane] : 0);
-    __syncthreads();
-    return x;
-}
 
 // The maximum of a row from those of its chunks. Every warp computes it.
 __device__ __forceinline__ float row_max(const f32* chunk_max, int chunks) {
@@ -81,7 +46,7 @@ __device__ __forceinline__ float row_max(const f32* chunk_max, int chunks) {
     return warp_max(most);
 }
 
-// ---- penalties -------------------------------------------------------------------------------------------------------
+// ---- penalties ------------------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(THREADS)
     penalize(const f32* __restrict__ logits, const i32* __restrict__ seen, const f32* __restrict__ bias,
@@ -109,7 +74,7 @@ __global__ void __launch_bounds__(THREADS)
     if (row < b && token[row] >= 0) seen[i64(row) * V + token[row]] += 2;
 }
 
-// ---- the draw --------------------------------------------------------------------------------------------------------
+// ---- the draw -------------------------------------------------------------------------------------------------------
 
 struct Row {  // logits of one row as z, four at a time
     const f32* logits;
@@ -182,19 +147,6 @@ __global__ void __launch_bounds__(THREADS)
         atomicAdd(&counts[row * BINS + i], u64(count[i]));
         atomicAdd(&masses[row * BINS + i], (u64(high[i]) << 16) + low[i]);
     }
-}
-
-__device__ __forceinline__ u64 block_sum(u64 x) {
-    __shared__ u64 partial[WARP];
-    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-#pragma unroll
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ALL_LANES, x, lanes);
-    if (lane == 0) partial[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = 0;
-    for (int i = 0; i < warps; i++) x += partial[i];
-    __syncthreads();
-    return x;
 }
 
 // The last of the bins 0 .. last that is not empty and has less than `limit` above it, where `above` counts what lies
@@ -325,24 +277,6 @@ __global__ void __launch_bounds__(1024)
     if (threadIdx.x == 0) threshold[row] = lowest;
 }
 
-// Philox 4x32-10 (Salmon et al., SC 2011) of the counter (block, pos, 0, 0).
-__device__ __forceinline__ void philox(u32 block, u32 positions, u64 seed, u32 (&word)[4]) {
-    u32 c0 = block, c1 = positions, c2 = 0, c3 = 0, k0 = u32(seed), k1 = u32(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        const u32 high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
-        const u32 high1 = __umulhi(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
-        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
-}
-
-__device__ __forceinline__ float gumbel(u32 word) {
-    const float u = (float(word) + 0.5f) * 2.3283064365386963e-10f;  // 2^-32; u can be 1, then the noise is -infinity
-    return -logf(-log1pf(-u));
-}
-
 __global__ void __launch_bounds__(THREADS)
     sample_draw(const f32* __restrict__ logits, const f32* __restrict__ chunk_max, const f32* __restrict__ temperature,
                 const f32* __restrict__ min_p, const u64* __restrict__ seed, const i32* __restrict__ positions,
@@ -359,14 +293,15 @@ __global__ void __launch_bounds__(THREADS)
     } else {
         const Row zs(logits, row, V, row_max(chunk_max + row * gridDim.x, gridDim.x), temperature[row]);
         const u32 lowest = threshold[row];
-        const float least = min_p[row];
+        const float min_mass = min_p[row];
         for (int at = first + 4 * threadIdx.x; at < end; at += 4 * THREADS) {
             const Pack<f32, 4> z = zs(at);
             bool kept[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 if (z.v[i] != z.v[i]) mine = BROKEN;  // the logit is a NaN, or it is the maximum and infinite
-                kept[i] = z.v[i] > -infinity() && key_of(z.v[i]) >= lowest && (least <= 0.f || expf(z.v[i]) >= least);
+                kept[i] =
+                    z.v[i] > -infinity() && key_of(z.v[i]) >= lowest && (min_mass <= 0.f || expf(z.v[i]) >= min_mass);
             }
             if (!(kept[0] || kept[1] || kept[2] || kept[3])) continue;
             u32 word[4];
@@ -390,7 +325,7 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// ---- log-probabilities -----------------------------------------------------------------------------------------------
+// ---- log-probabilities ----------------------------------------------------------------------------------------------
 
 // chunk_sum [b, chunks]: sum of exp(logit - chunk_max); largest [b, chunks, N]: the chunk's N largest, in order.
 __global__ void __launch_bounds__(THREADS)

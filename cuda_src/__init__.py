@@ -1,1 +1,0 @@
-"""The CUDA C++ sources, carried as package data."""

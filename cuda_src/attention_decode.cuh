@@ -1,0 +1,204 @@
+// What the two ways of a decode step's attention share (attention_decode.cu): the arguments, what a block works on, and
+// how the sums of warps and of splits become rows of y.
+#ifndef CUPLAMA_ATTENTION_DECODE_CUH
+#define CUPLAMA_ATTENTION_DECODE_CUH
+
+#include "attention.cuh"
+
+constexpr int TILE = 16;  // keys of a warp's mma; windows begin at a multiple
+
+__host__ __device__ constexpr int power_of_two(int x) { return x <= 1 ? 1 : 2 * power_of_two((x + 1) / 2); }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// The numbers of an instance. Shared memory: queries [Q][QUERY] T, then sums [PARTS][Q][STRIDE] f32.
+template <typename T, int D, int Q, int WARPS, bool TENSOR>
+struct Decode {
+    static constexpr int THREADS = WARPS * WARP;
+    static constexpr int LANES = D <= 8 ? 2 : power_of_two(D / 8);
+    static constexpr int PARTS = TENSOR ? WARPS : 1;  // sums of a block that are added up at the end
+    static constexpr int STRIDE = TENSOR ? D + 4 : 8 * LANES;
+    static constexpr int CHUNKS = (D + 31) / 32;  // of 4 lanes x 8 elements
+    // Two rows of queries lie 64 bytes apart modulo the 128 of all banks.
+    static constexpr int QUERY = !TENSOR ? D : CHUNKS % 2 ? CHUNKS * 32 : CHUNKS * 32 + 32;
+    static constexpr int QUERIES = TENSOR ? 8 : Q;
+    static constexpr int ROWS = larger(1, THREADS / (Q * D / 4));  // splits that are added up side by side
+    static constexpr int ROOM = larger(PARTS * Q * STRIDE, ROWS * Q * D);
+    static constexpr int TILES = 2;  // that a warp has on their way, in registers
+    // Blocks per multiprocessor: bounds the registers. ops/attention.py makes splits to fill them.
+    static constexpr int BLOCKS = TENSOR ? 1 : 2;
+};
+
+// The arguments of both kernels, as the head of attention_decode.cu describes them.
+template <typename T>
+struct Arguments {
+    const T *x, *k, *v;
+    const i32 *seq_lens, *page_table;
+    T* y;
+    f32 *partial, *stats;
+    u32* arrivals;
+    int num_heads, H, M, window, min_keys, max_splits, splits;
+    float scale;
+};
+
+// The arguments of append_attention alone; k and v are the cache again, to write to.
+template <typename T>
+struct NewToken {
+    const i32* slot_mapping;
+    T *k, *v;
+    const i32* rope_rows;
+    const f32 *cos, *sin;
+    const T *q_norm, *k_norm;
+    int h;
+    float eps;
+};
+
+// The part of a sequence that the query sees, in splits.
+struct Span {
+    int low, length, first, size, count;  // first: low, rounded down to where a tile begins
+
+    __device__ __forceinline__ Span(int length, int window, int min_keys, int max_splits) : length(length) {
+        low = window > 0 && length > window ? length - window : 0;
+        first = low / TILE * TILE;
+        const int each = (length - first + max_splits - 1) / max_splits;
+        size = max(min_keys, (each + 63) / 64 * 64);
+        count = (length - first + size - 1) / size;
+    }
+    __device__ __forceinline__ int begin(int split) const { return first + split * size; }
+    __device__ __forceinline__ int end(int split) const { return min(begin(split) + size, length); }
+};
+
+// The query heads of a block, up to Q that share a key head, and their sequence.
+template <int Q>
+struct Heads {
+    int sequence, kv_head, part, count, first;  // part: the first one's number in the group; first: in a row of x
+
+    __device__ __forceinline__ Heads(int num_heads, int H) {
+        const int group = num_heads / H, parts = (group + Q - 1) / Q;
+        sequence = blockIdx.z, kv_head = blockIdx.y / parts;
+        part = blockIdx.y % parts * Q, count = min(Q, group - part);
+        first = kv_head * group + part;
+    }
+};
+
+// The keys and values of a key head of a sequence: in the cache from `low` on, but token `fresh` at key and value.
+template <typename T>
+struct History {
+    const T *k, *v;
+    const i32* table;  // the sequence's row of the page table
+    int head, H, low, fresh;
+    const T *key, *value;
+};
+
+// A split's result from the PARTS sums in room [PARTS][Q][STRIDE]: rows of y if it is the only one, else partial sums.
+template <int D, int Q, int WARPS, bool TENSOR, typename T, int PARTS>
+__device__ __forceinline__ void store_split(const Arguments<T>& a, const Heads<Q>& heads, T* y, int split, bool only,
+                                            const float* room, const float (&largest)[PARTS][Q],
+                                            const float (&sum)[PARTS][Q]) {
+    using Numbers = Decode<T, D, Q, WARPS, TENSOR>;
+    const i64 first = i64(heads.sequence) * a.num_heads + heads.first;
+    for (int i = threadIdx.x; i < heads.count * D; i += Numbers::THREADS) {
+        const int row = i / D, column = i % D;
+        float top = largest[0][row], total = 0.f, weights = 0.f;
+#pragma unroll
+        for (int w = 1; w < PARTS; w++) top = fmaxf(top, largest[w][row]);
+#pragma unroll
+        for (int w = 0; w < PARTS; w++) {
+            const float factor = exp2f(largest[w][row] - top);
+            total += room[(w * Q + row) * Numbers::STRIDE + column] * factor;
+            weights += sum[w][row] * factor;
+        }
+        if (only) {
+            y[i] = from_float<T>(total / weights);
+            continue;
+        }
+        const i64 at = (first + row) * a.splits + split;
+        a.partial[at * D + column] = total;
+        if (column == 0) a.stats[at * 2] = top, a.stats[at * 2 + 1] = weights;
+    }
+}
+
+// Whether this block is the last of `blocks` to arrive. Who arrives last finds every split written; it leaves the
+// counter as it was for the next launch. The barriers extend the fences of one thread to the block.
+__device__ __forceinline__ bool arrives_last(u32* counter, int blocks) {
+    __shared__ int last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(counter, 1u) == u32(blocks - 1);
+        __threadfence();
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
+// A softmax over splits and the sum of 4 columns under it.
+struct SplitSums {
+    static constexpr int BATCH = 8;  // splits that a thread asks for at once
+    Pack<f32, 4> acc = {};
+    float top = LOWEST, total = 0.f;
+
+    // Adds the splits start, start + step, ... of `count`, in the columns from `column` on. first: the head's split 0.
+    template <int D, int STEP>
+    __device__ __forceinline__ void add(const f32* stats, const f32* partial, i64 first, int start, int count,
+                                        int column) {
+        for (int s = start; s < count; s += STEP * BATCH) {
+            float2 stat[BATCH];
+            float4 four[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                const bool there = s + j * STEP < count;
+                const i64 at = first + s + j * STEP;
+                stat[j] = there ? __ldcg(reinterpret_cast<const float2*>(stats + at * 2)) : make_float2(LOWEST, 0.f);
+                four[j] = there ? __ldcg(reinterpret_cast<const float4*>(partial + at * D + column))
+                                : make_float4(0.f, 0.f, 0.f, 0.f);
+            }
+            const float before = top;
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) top = fmaxf(top, stat[j].x);
+            const float shrink = exp2f(before - top);
+            total *= shrink;
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc.v[e] *= shrink;
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                const float factor = exp2f(stat[j].x - top);
+                total += factor * stat[j].y;
+                acc.v[0] += factor * four[j].x, acc.v[1] += factor * four[j].y;
+                acc.v[2] += factor * four[j].z, acc.v[3] += factor * four[j].w;
+            }
+        }
+    }
+};
+
+// Rows of y from all splits of the block's heads. ROWS threads share 4 columns of a head, each with a softmax of its
+// own over every ROWS-th split. room: [ROWS][Q][D]
+template <int D, int Q, int THREADS, int ROWS, typename T>
+__device__ __forceinline__ void add_up_splits(const Arguments<T>& a, const Heads<Q>& heads, T* y, int count,
+                                              float* room) {
+    constexpr int ITEMS = Q * D / 4;
+    __shared__ float tops[ROWS][Q], totals[ROWS][Q];
+    const i64 first = (i64(heads.sequence) * a.num_heads + heads.first) * a.splits;
+    for (int i = threadIdx.x; i < ITEMS * ROWS; i += THREADS) {
+        const int row = i % ITEMS / (D / 4), column = i % (D / 4) * 4, start = i / ITEMS;
+        if (row >= heads.count) continue;
+        SplitSums sums;
+        sums.add<D, ROWS>(a.stats, a.partial, first + row * a.splits, start, count, column);
+        store<4>(room + (start * Q + row) * D + column, sums.acc);
+        if (column == 0) tops[start][row] = sums.top, totals[start][row] = sums.total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads.count * D; i += THREADS) {
+        float top = LOWEST, total = 0.f, weights = 0.f;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) top = fmaxf(top, tops[r][i / D]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const float factor = exp2f(tops[r][i / D] - top);
+            total += room[r * Q * D + i] * factor;
+            weights += totals[r][i / D] * factor;
+        }
+        y[i] = from_float<T>(total / weights);
+    }
+}
+
+#endif
