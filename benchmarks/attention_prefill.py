@@ -1,4 +1,4 @@
-"""The prefill attention kernels alone, beside PyTorch's: ``python benchmarks/attention_prefill.py [--out FILE]``.
+"""The prefill attention kernels alone, beside PyTorch's: ``python -m benchmarks.attention_prefill [--out FILE]``.
 
 One causal prompt of 1,024, 4,096 and 16,384 tokens, 32 query and 8 key heads of 128 and of 64, bf16. For our kernel for
 this GPU, our portable one (mma.sync) and torch's scaled_dot_product_attention: microseconds, TFLOP/s (4 n^2 heads D / 2
@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,30 +19,23 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.record import record
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.dtypes import DTYPES
 from cuplama.engine.kv_cache import PAGE, pages_for
 from cuplama.lab.timing import Replay
 from cuplama.ops import OPS
+from cuplama.ops.op import Op
 
 PORTABLE = 89  # an architecture whose plan is the portable kernel
 EDGE = 128  # tokens at each end that are held against float64
 
 
-@contextmanager
-def planned_for(arch: int) -> Iterator[None]:
-    """Plans of the op as for another architecture; kernels are still compiled for this one."""
-    op = OPS["attention"]
+def planned_for(op: Op, arch: int) -> Op:
+    """The op with the plan that it has on another architecture; its kernels are still compiled for this one."""
     plan = op.kernels
     assert plan is not None
-    object.__setattr__(op, "kernels", lambda call, device: plan(call, replace(device, arch=arch)))
-    try:
-        yield
-    finally:
-        object.__setattr__(op, "kernels", plan)
+    return replace(op, kernels=lambda call, device: plan(call, replace(device, arch=arch)))
 
 
 def truth(torch: Any, q: Any, k: Any, v: Any, rows: Any) -> Any:
@@ -72,11 +64,11 @@ def torch_seconds(torch: Any, run: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(n: int, heads: int, H: int, D: int) -> list[dict[str, Any]]:
+    """A row for each kernel: a prompt of n tokens, H key heads, heads of D."""
     import torch
 
     rng = np.random.default_rng(n + D)
-    bf16 = DTYPES["bf16"]
-    host = rng.standard_normal((n, (heads + 2 * H) * D), dtype=np.float32).astype(bf16)
+    host = rng.standard_normal((n, (heads + 2 * H) * D), dtype=np.float32).astype(DTYPES["bf16"])
     x = torch.from_numpy(host.view(np.int16)).cuda().view(torch.bfloat16).reshape(n, heads + 2 * H, D)
     q, k, v = x[:, :heads], x[:, heads : heads + H], x[:, heads + H :]
     rows = torch.cat([torch.arange(EDGE), torch.arange(n - EDGE, n)]).cuda()
@@ -91,22 +83,10 @@ def measure(n: int, heads: int, H: int, D: int) -> list[dict[str, Any]]:
         }  # fmt: skip
 
     found = []
-    pages = pages_for(n)
-    for arch in (None, PORTABLE):
-        backend = CudaBackend("bf16")
-        with planned_for(arch or backend.gpu.limits.arch):
-            given = backend.upload(host)
-            slots = backend.upload(np.arange(n, dtype=np.int32))
-            cache = [backend.zeros((pages, H, PAGE, D), bf16) for _ in range(2)]
-            backend.call(OPS["kv_append"], (given, slots, *cache), {})
-            i32 = [np.array([0, n]), np.array([n]), np.arange(pages)[None]]
-            ins = (given, *cache, *[backend.upload(a.astype(np.int32)) for a in i32])
-            attrs = {"heads": heads, "window": 0, "scale": D**-0.5}
-            (y,) = backend.call(OPS["attention"], ins, attrs)
-            out = torch.from_numpy(backend.download(y).view(np.int16)).cuda().view(torch.bfloat16)
-            seconds = Replay(backend, [partial(backend.call, OPS["attention"], ins, attrs)]).seconds(5).median
-            found.append(row("portable" if arch else "for this GPU", out.reshape(n, heads, D), seconds))
-        backend.close()
+    for name, op in (("for this GPU", OPS["attention"]), ("portable", planned_for(OPS["attention"], PORTABLE))):
+        y, seconds = ours(op, host, heads, H, D)
+        out = torch.from_numpy(y.view(np.int16)).cuda().view(torch.bfloat16)
+        found.append(row(name, out.reshape(n, heads, D), seconds))
     heads_first = [a.transpose(0, 1)[None].contiguous() for a in (q, k, v)]
 
     def peer() -> Any:
@@ -114,6 +94,25 @@ def measure(n: int, heads: int, H: int, D: int) -> list[dict[str, Any]]:
 
     found.append(row("torch", peer()[0].transpose(0, 1), torch_seconds(torch, peer, 5)))
     return found
+
+
+def ours(op: Op, host: np.ndarray[Any, Any], heads: int, H: int, D: int) -> tuple[np.ndarray[Any, Any], float]:
+    """(result, seconds) of an attention op over one prompt. host: queries, keys and values, [n, (heads + 2 H) D]."""
+    n = len(host)
+    pages = pages_for(n)
+    backend = CudaBackend("bf16")
+    given = backend.upload(host)
+    slots = backend.upload(np.arange(n, dtype=np.int32))
+    cache = [backend.zeros((pages, H, PAGE, D), DTYPES["bf16"]) for _ in range(2)]
+    backend.call(OPS["kv_append"], (given, slots, *cache), {})
+    i32 = [np.array([0, n]), np.array([n]), np.arange(pages)[None]]
+    ins = (given, *cache, *[backend.upload(a.astype(np.int32)) for a in i32])
+    attrs = {"num_heads": heads, "window": 0, "scale": D**-0.5}
+    (y,) = backend.call(op, ins, attrs)
+    out = backend.download(y)
+    seconds = Replay(backend, [partial(backend.call, op, ins, attrs)]).seconds(5).median
+    backend.close()
+    return out, seconds
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What a caller of ``stream`` sees, and what the GPU does in between: ``python benchmarks/decode_step.py [SHAPE ...]``.
+"""What a caller of ``stream`` sees, and what the GPU does in between: ``python -m benchmarks.decode_step [SHAPE ...]``.
 
 For each shape, with random weights, 128 prompt tokens and greedy decoding at batch 1:
 
@@ -13,20 +13,19 @@ Prints one JSON object per shape; ``--out FILE`` writes them as a list.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import itertools
-
 from benchmarks.record import record
-from cuplama.backends.cuda.backend import CapturedGraph
+from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.lab.dummy import dummy_model
 from cuplama.model import Model
 
@@ -34,7 +33,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
 def gaps(model: Model, prompt: list[int], tokens: int) -> np.ndarray[Any, Any]:
-    """Seconds between the pieces of a stream, the first few left out: they plan and record."""
+    """Seconds between the pieces of a stream, the first few left out: they plan and capture."""
     times = []
     for _ in model.stream(prompt, max_tokens=tokens + 8, **GREEDY):
         times.append(time.perf_counter())
@@ -42,25 +41,26 @@ def gaps(model: Model, prompt: list[int], tokens: int) -> np.ndarray[Any, Any]:
 
 
 def idle(model: Model, prompt: list[int], steps: int) -> float:
-    """The share of time in which the GPU waits between recorded steps."""
+    """The share of time in which the GPU waits between replayed steps."""
     import cupy
 
-    events: list[tuple[Any, Any]] = []
-    plain = CapturedGraph.replay
+    backend, events = model.backend, list[tuple[Any, Any]]()
+    assert isinstance(backend, CudaBackend)
+    stream = backend.gpu.stream
 
-    def timed(self: CapturedGraph) -> Any:
+    @contextmanager
+    def between_events() -> Iterator[None]:
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        begin.record(self._gpu.stream)
-        mark = plain(self)
-        end.record(self._gpu.stream)
+        begin.record(stream)
+        yield
+        end.record(stream)
         events.append((begin, end))
-        return mark
 
-    CapturedGraph.replay = timed  # type: ignore[method-assign]
+    plain, backend.replay_hook = backend.replay_hook, between_events
     try:
         model.generate(prompt, max_tokens=steps, **GREEDY)
     finally:
-        CapturedGraph.replay = plain  # type: ignore[method-assign]
+        backend.replay_hook = plain
     events[-1][1].synchronize()
     used = events[8:]
     between = [cupy.cuda.get_elapsed_time(a[1], b[0]) for a, b in itertools.pairwise(used)]
@@ -69,6 +69,7 @@ def idle(model: Model, prompt: list[int], steps: int) -> float:
 
 
 def measure(shape: str) -> dict[str, Any]:
+    """The figures of one shape."""
     with dummy_model(shape, "cuda", "bfloat16", 4096, 4096) as model:
         prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 128).tolist()
         model.generate(prompt, max_tokens=16, **GREEDY)

@@ -1,19 +1,15 @@
-"""Where a decode step spends its time: ``python benchmarks/profile_decode.py [SHAPE ...]``.
+"""Where a decode step spends its time: ``python -m benchmarks.profile_decode [SHAPE ...]``.
 
 For each shape, with random weights: tokens/s over 128 tokens after a prompt of 128, and the GPU time of every kernel
-over 32 steps as CUPTI records it, inside the recorded graph. Needs PyTorch, for its profiler alone.
+over 32 steps as CUPTI records it, inside the captured graph. Needs PyTorch, for its profiler alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cuplama.lab.dummy import dummy_model
 
@@ -21,6 +17,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
 def profile(shape: str, rows: int) -> None:
+    """Print the speed of a shape, and the ``rows`` kernels that take most of the time."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record

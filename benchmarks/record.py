@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ def record(results: Sequence[dict[str, Any]], file: Path | None) -> None:
     if file is None:
         return
     backend = CudaBackend("bf16")
-    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     whole = {"command": command, "environment": environment(backend), "results": list(results)}
     backend.close()
     file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -1,83 +1,62 @@
 """``cuplama bench``: how fast a model reads prompts and generates, in the manner of llama-bench.
 
-A row is a test: ``pp512`` reads a prompt of 512 tokens and draws one; ``tg128`` then generates 128. ``@ d4096`` has
+A row is a trial: ``pp512`` reads a prompt of 512 tokens and draws one; ``tg128`` then generates 128. ``@ d4096`` has
 4,096 tokens in the cache before, ``b8`` is eight sequences at once. Times are what a caller of the library sees, by the
-wall clock; each test is repeated after a warm-up. Beside them stand the ceilings of the machine, measured in the same
-run: generation is held against the read bandwidth, prompts against the rate of a large matrix product.
+wall clock; each trial is repeated after a warm-up. Beside them stand the machine's peaks, measured in the same run:
+generation is held against the read bandwidth, prompts against the rate of a large matrix product.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engine.kv_cache import PAGE
-from ..errors import DeviceError
 from ..model import Model
 from ..models.config import ModelConfig
-from . import peaks as ceilings
-from . import report
+from . import peaks, report
+from .cold_start import cold_start
 from .dummy import Source
-from .peaks import Peaks, Spread
+from .environment import environment, one_line
+from .peaks import Peaks
 from .report import Column
-from .trials import _UNTIL_REPLAYED, Runs, Trial, cache_tokens, prompt_operations, step_bytes
+from .timing import Spread
+from .trials import UNTIL_REPLAYED, Runs, Trial, cache_tokens, prompt_operations, step_bytes
 
-__all__ = ["COLUMNS", "cold_start", "header", "measure", "plot", "run", "show_peaks", "text"]
+__all__ = ["COLUMNS", "header", "measure", "plot", "run", "text"]
 
-_WARM_UP = 8  # tokens
+_WARM_UP_TOKENS = 8  # generated at most
 
 
-def measure(model: Model, test: Trial, repeats: int, limits: Peaks) -> dict[str, Any]:
-    """A row of the table: a test, warmed up and repeated.
+def measure(model: Model, trial: Trial, repeats: int, limits: Peaks) -> dict[str, Any]:
+    """A row of the table: a trial, warmed up and repeated.
 
     tokens_per_second counts all sequences; ms_per_token is the time between two tokens of one sequence (generation) or
     per token read (prompt). gigabytes_per_second and its per cent are of generation, teraflops and its per cent of
     prompts.
     """
-    runs = Runs(model)
-    if test.prompt:
-        for _ in range(_UNTIL_REPLAYED):
-            runs.prompt(test)
-        taken = Spread(tuple(runs.prompt(test) for _ in range(repeats)))
-        first, tokens, per_sequence = taken, test.prompt * test.batch, test.prompt * test.batch
-        rate = prompt_operations(model.config, test) / taken.mean
-        held = {
-            "gigabytes_per_second": None,
-            "percent_of_read_bandwidth": None,
-            "teraflops": rate / 1e12,
-            "percent_of_matrix_rate": limits.percent_arithmetic(rate),
-        }
+    held: dict[str, Any] = dict.fromkeys(
+        ("gigabytes_per_second", "percent_of_read_bandwidth", "teraflops", "percent_of_matrix_rate")
+    )
+    if trial.prompt:
+        first = taken = _prompts(model, trial, repeats)
+        tokens, per_sequence = trial.prompt * trial.batch, trial.prompt * trial.batch
+        rate = prompt_operations(model.config, trial) / taken.mean
+        held |= {"teraflops": rate / 1e12, "percent_of_matrix_rate": limits.percent_arithmetic(rate)}
     else:
-        for _ in range(_UNTIL_REPLAYED):
-            runs.generation(Trial(0, min(_WARM_UP, test.generated), test.depth, test.batch))
-        pairs = [runs.generation(test) for _ in range(repeats)]
-        first, taken = (Spread(tuple(values)) for values in zip(*pairs, strict=True))
-        tokens, per_sequence = test.generated * test.batch, test.generated
-        # Step i attends to the prompt and the tokens fed until then: start + 1 in the first, growing by one.
-        lengths = test.start + 1 + np.arange(test.generated)
-        traffic = float(np.mean([step_bytes(model, float(n), test.batch) for n in _ends(lengths, model.config)]))
-        rate = traffic * test.generated / taken.mean
-        held = {
-            "gigabytes_per_second": rate / 1e9,
-            "percent_of_read_bandwidth": limits.percent_read(rate),
-            "teraflops": None,
-            "percent_of_matrix_rate": None,
-        }
+        first, taken = _generations(model, trial, repeats)
+        tokens, per_sequence = trial.generated * trial.batch, trial.generated
+        rate = _generated_bytes(model, trial) / taken.mean
+        held |= {"gigabytes_per_second": rate / 1e9, "percent_of_read_bandwidth": limits.percent_read(rate)}
     speeds = Spread(tuple(tokens / t for t in taken.values))
     return {
-        "test": test.name,
-        "prompt_tokens": test.prompt,
-        "generated_tokens": test.generated,
-        "depth": test.depth,
-        "batch": test.batch,
+        "test": trial.name,
+        "prompt_tokens": trial.prompt,
+        "generated_tokens": trial.generated,
+        "depth": trial.depth,
+        "batch": trial.batch,
         "repeats": repeats,
         "tokens_per_second": speeds.mean,
         "tokens_per_second_std": speeds.std,
@@ -88,49 +67,33 @@ def measure(model: Model, test: Trial, repeats: int, limits: Peaks) -> dict[str,
     }
 
 
+def _prompts(model: Model, trial: Trial, repeats: int) -> Spread:
+    """Seconds to the first token."""
+    runs = Runs(model)
+    for _ in range(UNTIL_REPLAYED):
+        runs.prompt(trial)
+    return Spread(tuple(runs.prompt(trial) for _ in range(repeats)))
+
+
+def _generations(model: Model, trial: Trial, repeats: int) -> tuple[Spread, Spread]:
+    """Seconds to the first token, and for the tokens after it."""
+    runs = Runs(model)
+    for _ in range(UNTIL_REPLAYED):
+        runs.generation(Trial(0, min(_WARM_UP_TOKENS, trial.generated), trial.depth, trial.batch))
+    first, taken = zip(*(runs.generation(trial) for _ in range(repeats)), strict=True)
+    return Spread(first), Spread(taken)
+
+
+def _generated_bytes(model: Model, trial: Trial) -> float:
+    """Bytes that the trial's decode steps read. Step i attends to the prompt and i + 1 tokens that were fed since."""
+    lengths = trial.start + 1 + np.arange(trial.generated)
+    mean = np.mean([step_bytes(model, float(n), trial.batch) for n in _ends(lengths, model.config)])
+    return float(mean) * trial.generated
+
+
 def _ends(lengths: np.ndarray[Any, Any], config: ModelConfig) -> Sequence[int]:
     """Lengths whose mean traffic is that of all: both ends where it grows in a line, all where windows bend it."""
     return lengths.tolist() if any(config.windows) else [int(lengths[0]), int(lengths[-1])]
-
-
-_CHILD = "import sys, time; began = time.time(); from cuplama import bench; bench._cold_child(began, sys.argv[1])"
-
-
-def cold_start(source: Source) -> dict[str, float]:
-    """Seconds from the start of a fresh process to its first token, and what they went to.
-
-    start: the interpreter; import: cuplama; load: weights, with CuPy and the device; compile: kernels, or what it takes
-    to find them in the cache on disk; first_token: one prompt token fed and one drawn. Raises DeviceError if the
-    process fails.
-    """
-    environment = dict(os.environ)
-    here = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))
-    settings = json.dumps([source.model, source.dummy, source.device, source.dtype])
-    began = time.time()
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, settings], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DeviceError(f"the process that measures the cold start failed: {last}")
-    stamps = json.loads(done.stdout.splitlines()[-1])
-    names = ("start", "import", "load", "compile", "first_token")
-    points = [began, *stamps]
-    parts = {f"{name}_seconds": points[i + 1] - points[i] for i, name in enumerate(names)}
-    return {"total_seconds": points[-1] - began, **parts}
-
-
-def _cold_child(began: float, settings: str) -> None:
-    """What the fresh process does: load, one token, and the times at which each was done, as JSON."""
-    imported = time.time()
-    model = Source(*json.loads(settings)).open(PAGE, PAGE)
-    with model:
-        _ = [model.backend.download(a) for a in list(model.engine.values.values())[-1:]]  # wait for the copies
-        loaded, before = time.time(), model.backend.compile_seconds
-        next(iter(model.stream([0], max_tokens=1, temperature=0.0)))
-        compiled = loaded + model.backend.compile_seconds - before  # as if all came first
-        print(json.dumps([began, imported, loaded, compiled, time.time()]))
 
 
 COLUMNS = (
@@ -154,34 +117,25 @@ def run(
 ) -> dict[str, Any]:
     """Measure everything. say: told what happens next.
 
-    Returns environment, ceilings, cold_start (or None) and rows, with stable field names.
+    Returns environment, peaks, cold_start (or None) and rows, with stable field names.
     """
     context = max(t.tokens for t in wanted)
     room = max(cache_tokens(t.batch, t.tokens) for t in wanted)
     say(f"loading {source.model or 'the bundled model'}{' (random weights)' if source.dummy else ''}")
     with source.open(context, room) as model:
-        say("measuring the ceilings")
-        limits = ceilings.measure(model.backend)
+        say("measuring the peaks")
+        limits = peaks.measure(model.backend)
         facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else "own"}
-        facts |= ceilings.environment(model.backend)
+        facts |= environment(model.backend)
         rows = []
-        for i, test in enumerate(wanted):
-            say(f"{i + 1}/{len(wanted)}: {test.name}")
-            rows.append({"model": facts["model"], "dtype": facts["dtype"], **measure(model, test, repeats, limits)})
-    found: dict[str, Any] = {"environment": facts, "ceilings": show_peaks(limits), "cold_start": None}
+        for i, trial in enumerate(wanted):
+            say(f"{i + 1}/{len(wanted)}: {trial.name}")
+            rows.append({"model": facts["model"], "dtype": facts["dtype"], **measure(model, trial, repeats, limits)})
+    found: dict[str, Any] = {"environment": facts, "peaks": limits.fields(), "cold_start": None}
     if cold:
         say("measuring the cold start")
         found["cold_start"] = cold_start(source)
     return {**found, "rows": rows}
-
-
-def show_peaks(limits: Peaks) -> dict[str, Any]:
-    """The ceilings by stable names."""
-    return {
-        "read_gigabytes_per_second": limits.read / 1e9,
-        "matrix_teraflops": limits.arithmetic / 1e12,
-        "matrix_dtype": limits.dtype,
-    }
 
 
 def text(result: Mapping[str, Any], form: str) -> str:
@@ -192,13 +146,13 @@ def text(result: Mapping[str, Any], form: str) -> str:
 
 
 def header(result: Mapping[str, Any]) -> Iterator[str]:
-    """Command, environment and ceilings, for people."""
+    """Command, environment and peaks, for people."""
     if "command" in result:
         yield f"$ {result['command']}\n"
-    yield ceilings.header(result["environment"])
-    limits = result["ceilings"]
+    yield one_line(result["environment"])
+    limits = result["peaks"]
     yield (
-        f"measured ceilings: read {report.significant(limits['read_gigabytes_per_second'], 4)} GB/s, "
+        f"measured peaks: read {report.significant(limits['read_gigabytes_per_second'], 4)} GB/s, "
         f"{limits['matrix_dtype']} matrix product {report.significant(limits['matrix_teraflops'], 3)} TFLOP/s"
     )
 
@@ -212,7 +166,7 @@ def _footer(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """A bar per test: tokens per second, and how near to the ceiling that is. Sequence left, prompts right."""
+    """A bar per trial: tokens per second, and how near to the peak that is. Generation left, prompts right."""
     figure = report.new_figure(10, 1.6 + 0.42 * max(2, len(result["rows"])))
     kinds = (
         ("generated_tokens", "generation", "percent_of_read_bandwidth", "of read bandwidth", "#1f6f8b"),

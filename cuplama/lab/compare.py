@@ -1,43 +1,40 @@
-"""Another version of a kernel against the one in the tree: the same cases and inputs, right first, then in turn.
+"""A candidate for a kernel against the baseline in ``cuda_src/``: same shapes and inputs, right first, then in turn.
 
-A contender is an op like the tree's whose launches name another file. So both go the same way through the backend, and
-what differs is the kernel.
+A candidate is an op like the baseline whose launches name another file. So both go the same way through the backend,
+and what differs is the kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from ..backends import Backend
 from ..errors import ParameterError
-from ..ops import OPS
 from ..ops.abstract import abstract
 from ..ops.launch import Device, Launch, Plan
 from ..ops.op import Call, Op
 from ..ops.prototypes import prototypes
 from ..ops.signature import OpError
-from .cases import Case, registry_cases
-from .check import check_on, planned
-from .peaks import Spread
+from .check import backend_checker, planned
 from .report import Column
-from .timing import Replay, bodies, cache_bytes, rotation
+from .timing import Replay, Spread, bodies, cache_bytes, rotation
+from .workloads import Workload, case_workloads
 
 __all__ = ["COMPARE_COLUMNS", "Comparison", "candidate_op", "compare", "compare_row", "ratio_interval"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """tree and contender: seconds per call; ratio: how many times as fast the contender is; low, high: its interval."""
+    """baseline, candidate: seconds per call; ratio: how many times as fast the candidate is, between low and high."""
 
-    case: Case
-    tree: Spread
-    contender: Spread
+    workload: Workload
+    baseline: Spread
+    candidate: Spread
     ratio: float
     low: float
     high: float
@@ -58,8 +55,8 @@ def candidate_op(path: Path, op: Op, dtype: str, device: Device) -> Op:
         theirs = prototypes(str(path))  # an absolute path wins over the folder of the sources
     except (OSError, UnicodeDecodeError) as e:
         raise ParameterError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    tree = op.kernels
-    if tree is None:
+    baseline = op.kernels
+    if baseline is None:
         raise ParameterError(f"{op.name} has no kernel of its own; it runs as its parts")
 
     def swapped(launch: Launch) -> Launch:
@@ -67,14 +64,14 @@ def candidate_op(path: Path, op: Op, dtype: str, device: Device) -> Op:
         return replace(launch, kernel=f"{path}:{name}") if name in theirs else launch
 
     def kernels(call: Call, device: Device) -> Plan:
-        plan = tree(replace(call, op=op), device)  # a plan may go by the op's name
+        plan = baseline(replace(call, op=op), device)  # a plan may go by the op's name
         return replace(plan, launches=tuple(map(swapped, plan.launches)))
 
     found = replace(op, name=f"{op.name} of {path.name}", kernels=kernels)
     launched: set[tuple[str, str]] = set()
-    for case in registry_cases(op, dtype):
+    for workload in case_workloads(op, dtype):
         try:
-            bound = planned(replace(case, op=found), case.ins, device, abstract)[0]
+            bound = planned(replace(workload, op=found), workload.ins, device, abstract)[0]
         except OpError as e:
             raise ParameterError(f"{path.name} does not fit the launches of {op.name}: {e}") from None
         launched |= {(launch.file, launch.expression.split("<")[0]) for launch in bound}
@@ -84,48 +81,41 @@ def candidate_op(path: Path, op: Op, dtype: str, device: Device) -> Op:
     return found
 
 
-@contextmanager
-def _registered(op: Op) -> Iterator[None]:
-    """Let backends find the op by its name for a while."""
-    ops = cast("dict[str, Op]", OPS)
-    ops[op.name] = op
-    try:
-        yield
-    finally:
-        del ops[op.name]
-
-
 def compare(
-    backend: Backend, contender: Op, cases: Sequence[Case], checks: Sequence[Case], repeats: int = 40
+    backend: Backend, candidate: Op, workloads: Sequence[Workload], checks: Sequence[Workload], repeats: int = 40
 ) -> list[Comparison]:
-    """Judge a contender: right on ``checks`` and ``cases`` first, then timed in turn with the tree.
+    """Judge a candidate: right on ``checks`` and ``workloads`` first, then timed in turn with the baseline.
 
     Both run on the same inputs; replays of the one and the other alternate, so that what disturbs both cancels.
-    Raises WrongResultError for a contender that is wrong, CompileError for one that does not compile.
+    Raises WrongResultError for a candidate that is wrong, CompileError for one that does not compile.
     """
+    checker = backend_checker(backend)
+    for workload in (*checks, *workloads):
+        checker.check(replace(workload, op=candidate), workload.arrays())
     cache = cache_bytes(backend)
-    found = []
-    with _registered(contender):
-        for case in (*checks, *cases):
-            check_on(backend, replace(case, op=contender), case.arrays())
-        for case in cases:
-            ins = rotation(backend, case, case.arrays(), cache)
-            sides = [Replay(backend, bodies(backend, replace(case, op=op), ins)) for op in (case.op, contender)]
-            taken: list[list[float]] = [[], []]
-            for i in range(repeats):
-                for side in (0, 1) if i % 2 else (1, 0):
-                    taken[side] += sides[side].seconds(1).values
-            tree, other = (Spread(tuple(values)) for values in taken)
-            found.append(Comparison(case, tree, other, *ratio_interval(taken[0], taken[1])))
-    return found
+    return [_in_turn(backend, workload, candidate, cache, repeats) for workload in workloads]
 
 
-def ratio_interval(tree: Sequence[float], contender: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """The median of tree / contender over pairs of repeats, and its 95% interval by the bootstrap (2,000 resamples).
+def _in_turn(backend: Backend, workload: Workload, candidate: Op, cache: int, repeats: int) -> Comparison:
+    """Time a workload with its own op and with the candidate, each going first every other time."""
+    ins = rotation(backend, workload, workload.arrays(), cache)
+    sides = [Replay(backend, bodies(backend, replace(workload, op=op), ins)) for op in (workload.op, candidate)]
+    taken: list[list[float]] = [[], []]
+    for i in range(repeats):
+        for side in (0, 1) if i % 2 else (1, 0):
+            taken[side] += sides[side].seconds(1).values
+    baseline, other = (Spread(tuple(values)) for values in taken)
+    return Comparison(workload, baseline, other, *ratio_interval(taken[0], taken[1]))
+
+
+def ratio_interval(baseline: Sequence[float], candidate: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """The median of baseline / candidate over pairs of repeats, and its 95% interval by the bootstrap.
+
+    2,000 resamples.
 
     Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1), 1979.
     """
-    ratios = np.asarray(tree) / np.asarray(contender)
+    ratios = np.asarray(baseline) / np.asarray(candidate)
     draws = np.random.default_rng(seed).choice(ratios, (2000, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
     return float(np.median(ratios)), float(low), float(high)
@@ -135,8 +125,8 @@ COMPARE_COLUMNS = (
     Column("graph", "graph"),
     Column("op", "op"),
     Column("shape", "shape"),
-    Column("tree_microseconds", "tree µs", 4, "tree_spread"),
-    Column("contender_microseconds", "contender µs", 4, "contender_spread"),
+    Column("baseline_microseconds", "baseline µs", 4, "baseline_spread"),
+    Column("candidate_microseconds", "candidate µs", 4, "candidate_spread"),
     Column("speedup", "times as fast", 4),
     Column("interval", "95%"),
     Column("verdict", "verdict"),
@@ -146,14 +136,14 @@ COMPARE_COLUMNS = (
 def compare_row(c: Comparison) -> dict[str, Any]:
     """A comparison by stable names."""
     return {
-        "graph": c.case.graph,
-        "op": c.case.op.name,
-        "shape": c.case.shape,
-        "dtype": c.case.dtype,
-        "tree_microseconds": 1e6 * c.tree.median,
-        "tree_spread": 1e6 * c.tree.half_range,
-        "contender_microseconds": 1e6 * c.contender.median,
-        "contender_spread": 1e6 * c.contender.half_range,
+        "graph": c.workload.graph,
+        "op": c.workload.op.name,
+        "shape": c.workload.shape,
+        "dtype": c.workload.dtype,
+        "baseline_microseconds": 1e6 * c.baseline.median,
+        "baseline_spread": 1e6 * c.baseline.half_range,
+        "candidate_microseconds": 1e6 * c.candidate.median,
+        "candidate_spread": 1e6 * c.candidate.half_range,
         "speedup": c.ratio,
         "interval": f"{c.low:.4f} to {c.high:.4f}",
         "verdict": c.verdict,

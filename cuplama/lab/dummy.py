@@ -1,4 +1,4 @@
-"""TODO: lab.dummy."""
+"""Models without a checkpoint: a config and random weights are enough for measurements."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from ..model import Model, Settings
 from ..models.config import ModelConfig
 from ..models.presets import find_shape, is_shape
 from ..quant.weight import Weight
-from .peaks import random_weight
+from .random_weights import random_weight
 
 __all__ = ["Source", "dummy_model", "dummy_weights"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which model runs and how. model: folder, hub id or a known shape; dummy: random weights from its config alone."""
+    """Which model runs and how.
+
+    model: folder, hub id or a known shape, None for the bundled one; dummy: random weights from its config alone;
+    device, dtype: as of ``load``.
+    """
 
     model: str | None
     dummy: bool = False
@@ -30,7 +34,10 @@ class Source:
     dtype: str = "auto"
 
     def open(self, context: int, cache_tokens: int) -> Model:
-        """Load the model, or make it up."""
+        """Load the model, or make it up. context, cache_tokens: as of ``load``.
+
+        Raises ParameterError for random weights of no model, ConfigError for a known shape without --dummy-weights.
+        """
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")

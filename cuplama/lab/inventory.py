@@ -1,8 +1,9 @@
-"""NVRTC without a GPU: every kernel of ``cuda_src/`` to machine code for any architecture, and what the code uses.
+"""The kernel inventory: every kernel instance that is launched somewhere, and what the compiler makes of each.
 
-The CUDA backend compiles through CuPy, which needs a GPU. This module makes the same programs with the same options on
-a machine that has none, so that an error, a warning or a register spill on any architecture is found there. What ptxas
-says of each kernel (registers, shared memory, stack, spills) is read from its report.
+An instance is a kernel with its template arguments, such as ``rms_norm<bf16, 8>``. The inventory walks the ops' own
+cases in every dtype, and the decode steps and prompts of the known models and of the bundled one, as descriptions of
+arrays. The CUDA backend compiles through CuPy, which needs a GPU; this module compiles the same programs with the same
+options on a machine that has none, so that an error, a warning or a register spill on any architecture is found there.
 """
 
 from __future__ import annotations
@@ -11,34 +12,35 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..backends.cuda.backend import library_plans
 from ..backends.cuda.nvrtc import Program, Resources, compile_program, nvrtc_library
 from ..backends.cuda.toolkit import shared_limit
-from ..dtypes import DTYPES, dtype_name
+from ..dtypes import DTYPES, Array
+from ..engine.batch import abstract_values, input_shapes
+from ..engine.decode import decode_nodes
+from ..engine.kv_cache import pages_for
 from ..errors import CompileError, DeviceError
+from ..folders import data_folder
+from ..models.config import ModelConfig
+from ..models.fusion import PREFILL_RULES, fuse
+from ..models.graph import decoder
+from ..models.presets import SHAPES, find_shape
 from ..ops import OPS
-from ..ops import launch as kernel
-from ..ops.abstract import abstract, attributes
-from ..ops.linear import LIBRARY
-from ..ops.op import Call, Op
+from ..ops.abstract import abstract, attributes, infer
+from ..ops.launch import Device, Plan, bind_plan
+from ..ops.node import Node, executable
+from ..ops.op import Call
+from ..ops.prototypes import prototypes
+from .peaks import READ_KERNEL
 
-__all__ = [
-    "ADMITTED_SPILLS",
-    "TOOLS",
-    "Need",
-    "Result",
-    "beside",
-    "compile_kernels",
-    "expressions",
-    "judge",
-    "model_cases",
-    "needed",
-]
+__all__ = ["ADMITTED_SPILLS", "Need", "Result", "compile_kernels", "expressions", "judge", "needed"]
 
 # "kernel@arch" -> bytes of registers that an instance may spill at most, and why.
 ADMITTED_SPILLS: Mapping[str, tuple[int, str]] = {
@@ -54,135 +56,125 @@ ADMITTED_SPILLS: Mapping[str, tuple[int, str]] = {
     ),
 }
 
-
-def expressions(op: Op, call: Call, device: kernel.Device) -> Iterator[tuple[str, str]]:
-    """(file, C++ name) of every kernel that computes the call. Its outputs and scratch need no memory."""
-    assert op.kernels is not None
-    plan = op.kernels(call, device)
-    for spec in op.signature.outs:
-        if spec.name not in op.signature.in_place:
-            call.arrays[spec.name] = abstract(call.shape(spec), call.dtype(spec))
-    scratch = {name: abstract(shape, DTYPES[dtype]) for name, (shape, dtype) in plan.scratch.items()}
-    for launch in plan.launches:
-        bound = kernel.bind(launch, call, scratch)
-        yield bound.file, bound.expression
+# The passes of a known model that are walked: a decode step and short prompts of so many sequences, which have a row of
+# logits each. Up to 8 rows every number of them has instances of its own. More rows are a library's, or without one are
+# taken 8 at a time: of the engine's larger steps 12 alone leaves a rest, and 64 stands for the others.
+_SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 64)
+_SHORT = 512  # tokens of the prompts together
+_LONG = 4096  # tokens of one prompt, for which attention has larger tiles: those of the CUDA backend's largest pass
+_CONTEXT = 4096  # tokens that a page table has room for
 
 
-def beside(call: Call) -> Iterator[tuple[str, str]]:
-    """The kernels that go with a library call: what a cuBLAS product with a bias may need before it."""
-    if call.op.name in LIBRARY and call.arrays["b"] is not None:
-        T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-        yield "bias.cu", f"fill_rows<{T}, {U}>"
-        if T != U:
-            yield "bias.cu", f"cast_bias<{T}, {U}>"
-
-
+# ---- which instances there are ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Need:
-    """Who needs a kernel instance: op names and dtypes."""
+    """Who needs a kernel instance: op names and model dtypes. Both are empty for a kernel that no op launches."""
 
-    ops: frozenset[str]
-    dtypes: frozenset[str]
-
-
-# Kernels that belong to no op: the one that measures the read bandwidth.
-TOOLS = (("peaks.cu", "read_sum"),)
+    ops: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset()
 
 
-def needed(device: kernel.Device, ops: Iterable[str] | None = None) -> dict[str, dict[str, Need]]:
-    """file -> C++ name -> Need: every kernel that the ops' cases and the shapes of real models use on that device.
+def needed(device: Device, ops: Iterable[str] | None = None) -> dict[str, dict[str, Need]]:
+    """file -> C++ name -> Need: every kernel instance that the ops' cases and the known models use on that device.
 
-    The cases come in every dtype, the models in the one that they are run in. bf16 is left out below sm_80, where the
-    backend runs fp16 instead.
+    The cases come in every dtype, a model in its own and in the 16-bit one of the device. bf16 is left out below sm_80,
+    where the backend runs fp16 instead. ops: names, all by default; what belongs to no op is there only by default.
     """
-    widely_run = "bf16" if device.arch >= 80 else "f16"
+    wanted = frozenset(OPS if ops is None else ops)
     found: dict[str, dict[str, Need]] = {}
-    for name in OPS if ops is None else ops:
-        op = OPS[name]
-        if op.kernels is None:
-            continue
-        for dtype in ("f32", "f16", "bf16")[: 3 if device.arch >= 80 else 2]:
-            for call in _calls(op, DTYPES[dtype], dtype == widely_run):
-                for file, expression in (*expressions(op, call, device), *beside(call)):
-                    old = found.setdefault(file, {}).get(expression, Need(frozenset(), frozenset()))
-                    found[file][expression] = Need(old.ops | {name}, old.dtypes | {dtype})
-    for file, name in TOOLS if ops is None else ():
-        found.setdefault(file, {})[name] = Need(frozenset(), frozenset())
+    for dtype, calls in _calls(device):
+        for call in calls:
+            if call.op.name in wanted and call.op.kernels is not None:
+                for file, expression in expressions(call, device):
+                    old = found.setdefault(file, {}).get(expression, Need())
+                    found[file][expression] = Need(old.ops | {call.op.name}, old.dtypes | {dtype})
+    if ops is None:
+        file, expression = READ_KERNEL
+        found.setdefault(file, {})[expression] = Need()
     return {file: dict(sorted(found[file].items())) for file in sorted(found)}
 
 
-def _calls(op: Op, T: np.dtype[Any], models: bool) -> Iterator[Call]:
-    rng = np.random.default_rng(0)
-    for case in op.cases:
-        inputs = op.random_inputs(rng, case, T)
-        yield op.bind([inputs[s.name] for s in op.signature.ins], attributes(op, case, T))
-    for ins, attrs in model_cases(op.name, T) if models else ():
-        yield op.bind(ins, attrs)
+def expressions(call: Call, device: Device) -> Iterator[tuple[str, str]]:
+    """(file, C++ name) of every kernel that may compute the call, or may go with a library that computes it.
+
+    Nothing is allocated: outputs and scratch are descriptions.
+    """
+    assert call.op.kernels is not None
+
+    def empty(_: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return abstract(shape, dtype)
+
+    for plan in (call.op.kernels(call, device), *library_plans(call)):
+        for bound in bind_plan(_distinct(plan), call, empty, empty):
+            yield bound.file, bound.expression
 
 
-# Shapes of models that people run: hidden, heads, kv_heads, head_dim, ffn.
-_MODELS = (
-    (896, 14, 2, 64, 4864),  # Qwen2.5-0.5B
-    (576, 9, 3, 64, 1536),  # SmolLM2-135M
-    (2048, 32, 8, 64, 8192),  # Llama-3.2-1B
-    (1024, 16, 8, 128, 3072),  # Qwen3-0.6B
-    (4096, 32, 8, 128, 14336),  # Llama-3.1-8B, Mistral-7B
-    (3072, 32, 32, 96, 8192),  # Phi-3-mini
-    (768, 12, 12, 64, 3072),  # GPT-2
-    (288, 6, 6, 48, 768),  # stories15M
-    (64, 8, 4, 8, 172),  # stories260K
-)
+def _distinct(plan: Plan) -> Plan:
+    """The plan with one launch of each instance: many rows are many launches of few."""
+    found = {}
+    for launch in plan.launches:
+        file, name = launch.kernel.split(":")
+        template = [(p.name, launch.constants.get(p.name)) for p in prototypes(file)[name].template]
+        found[launch.kernel, *template] = launch
+    return replace(plan, launches=tuple(found.values()))
 
 
-def model_cases(name: str, T: np.dtype[Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Inputs (stand-ins) and attributes of an op in a decode step and in a prefill of real models."""
-    f32, i32 = DTYPES["f32"], DTYPES["i32"]
-    for n in (1, 8, 512):
-        for d, heads, kv, D, f in _MODELS:
-            q, w = heads * D, (heads + 2 * kv) * D
-            shape = dict(num_heads=heads, num_kv_heads=kv)
-            x, residual = abstract((n, w), T), abstract((n, d), f32)
-            norm, head = abstract((d,), T), abstract((D,), T)
-            cache = abstract((64, kv, 64, D), T)
-            rows, table = abstract((n,), i32), abstract((4096, D // 2), f32)
-            if name == "linear":
-                for m, k, u in ((w, d, T), (d, q, f32), (2 * f, d, T), (d, f, f32), (32000, d, f32)):
-                    yield [abstract((n, k), T), abstract((m, k), T)], {"U": dtype_name(np.dtype(u))}
-            elif name == "linear_add":
-                for k in (q, f):
-                    yield [abstract((n, k), T), abstract((d, k), T), residual], {}
-            elif name == "rms_norm_linear":
-                for m, u in ((w, T), (32000, f32)):
-                    yield [residual, norm, abstract((m, d), T)], {"eps": 1e-5, "U": dtype_name(np.dtype(u))}
-            elif name == "rms_norm_linear_silu_mul":
-                yield [residual, norm, abstract((2 * f, d), T)], {"eps": 1e-5}
-            elif name == "append_attention" and n <= 8:
-                starts, lengths, blocks = (abstract(s, i32) for s in ((n + 1,), (n,), (n, 64)))
-                attrs = {"num_heads": heads, "window": 0, "scale": 0.125, "eps": 1e-6}
-                new = [x, rows, cache, cache, starts, lengths, blocks, rows, table, table]
-                yield [*new, head, head], attrs
-            elif name == "rms_norm":
-                yield [residual, norm], {"eps": 1e-5}
-            elif name == "layer_norm":
-                yield [residual, norm, norm], {"eps": 1e-5}
-            elif name == "qk_norm":
-                yield [x, head, head], {**shape, "eps": 1e-6}
-            elif name == "rope":
-                yield [x, rows, table, table], {**shape, "D": D}
-            elif name == "kv_append":
-                yield [x, rows, cache, cache], {}
-            elif name == "attention":
-                b = n if n <= 8 else 1
-                starts, lengths, blocks = (abstract(s, i32) for s in ((b + 1,), (b,), (b, 64)))
-                attrs = {"num_heads": heads, "window": 0, "scale": 0.125}
-                for tokens in (n,) if n <= 8 else (n, 32 * n):  # long prompts have larger tiles
-                    yield [abstract((tokens, w), T), cache, cache, starts, lengths, blocks], attrs
-            elif name == "silu_mul":
-                yield [abstract((n, 2 * f), T)], {}
-            elif name.startswith("gelu"):
-                yield [abstract((n, f), T)], {}
+def _calls(device: Device) -> Iterator[tuple[str, Sequence[Call]]]:
+    """(dtype, calls) of the ops' own cases and of the known models."""
+    dtypes = ("f32", "f16", "bf16") if device.arch >= 80 else ("f32", "f16")
+    for dtype in dtypes:
+        yield dtype, _case_calls(dtype)
+    for model in (*SHAPES, str(data_folder("weights"))):
+        stored = find_shape(model)[1].stored
+        for dtype in dict.fromkeys((dtypes[-1], stored if stored in dtypes else dtypes[-1])):
+            yield dtype, _model_calls(model, dtype)
 
 
+@cache
+def _case_calls(dtype: str) -> Sequence[Call]:
+    """The calls of all ops' own cases."""
+    T, rng, found = DTYPES[dtype], np.random.default_rng(0), []
+    for op in OPS.values():
+        for case in op.cases:
+            arrays = op.random_inputs(rng, case, T)
+            ins = [None if (x := arrays[s.name]) is None else abstract(x.shape, x.dtype) for s in op.signature.ins]
+            found.append(op.bind(ins, attributes(op, case, T)))
+    return found
+
+
+@cache
+def _model_calls(model: str, dtype: str) -> Sequence[Call]:
+    """The calls of a known model's passes, each once. Layers that differ in nothing are one."""
+    config = find_shape(model)[1]
+    layers = tuple(layer for i, layer in enumerate(config.layers) if layer not in config.layers[:i])
+    config, T = replace(config, layers=layers), DTYPES[dtype]
+    found: dict[Any, Call] = {}
+    for nodes, values in _passes(config, T):
+        for node, call in infer(executable(nodes), values, T):
+            arrays = tuple(None if a is None else (a.shape, a.dtype) for a in call.arrays.values())
+            found.setdefault((node.op, arrays, *call.env.items(), *call.dtypes.items()), call)
+    return list(found.values())
+
+
+def _passes(config: ModelConfig, T: np.dtype[Any]) -> Iterator[tuple[Sequence[Node], dict[str, Array | None]]]:
+    """The nodes of every pass that is walked, with descriptions of the values that they begin with.
+
+    What a decode step does beside its logits, sampling for example, depends on no model: the ops' own cases have it.
+    """
+    graph, pages = decoder(config), pages_for(_CONTEXT)
+
+    def values(rows: int, sequences: int) -> dict[str, Array | None]:
+        shapes = input_shapes(rows, sequences, pages, logit_rows=sequences)
+        return dict(abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT))
+
+    prompt = [*fuse(graph.body, PREFILL_RULES), *fuse(graph.selected_rows(), PREFILL_RULES)]
+    for sequences in _SEQUENCES:
+        yield decode_nodes(graph, sequences), values(sequences, sequences)
+        yield prompt, values(_SHORT, sequences)
+    yield prompt, values(_LONG, 1)
+
+
+# ---- what the compiler makes of them ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Result:
     """One kernel instance on one architecture: what it uses, and the complaint if that is not allowed."""
@@ -203,8 +195,8 @@ def judge(program: Program, admitted: Mapping[str, tuple[int, str]] = ADMITTED_S
     """A Result per instance; a warning counts against the whole file."""
     results = []
     for name, used in program.resources.items():
-        most, reason = admitted.get(f"{name.split('<')[0]}@{program.arch}", (0, None))
-        problem = f"spills {used.spills} bytes of registers" if used.spills > most else None
+        allowed, reason = admitted.get(f"{name.split('<')[0]}@{program.arch}", (0, None))
+        problem = f"spills {used.spills} bytes of registers" if used.spills > allowed else None
         results.append(Result(program.file, name, program.arch, used, problem, reason if used.spills else None))
     for warning in program.warnings:
         results.append(Result(program.file, "", program.arch, None, warning))
@@ -226,7 +218,7 @@ def compile_kernels(
     jobs = []
     known: set[str] = set()
     for arch in archs:
-        for file, instances in needed(kernel.Device(arch=arch, shared=shared_limit(arch))).items():
+        for file, instances in needed(Device(arch=arch, shared=shared_limit(arch))).items():
             known |= {Path(file).stem, *(e.split("<")[0] for e in instances)}
             known |= {op for need in instances.values() for op in need.ops}
             chosen = [e for e, need in instances.items() if names is None or _matches(file, e, need, names)]

@@ -1,8 +1,7 @@
-"""The kernel lab: an op at a shape, checked against its reference and timed alone. A wrong kernel has no time.
+"""``cuplama kernels bench``: ops at their shapes, each checked against its reference and timed alone.
 
-Timing replays a CUDA graph of many launches, as decoding does. The inputs rotate through copies that exceed the L2
-cache together, but are at most 64: so weights come from memory, and a few kilobytes of activations from L2, as in a
-model. cupyx.profiler would time each launch with the host's part of it, which a replayed step does not have.
+A wrong kernel has no time. A row is an op at a shape, beside the machine's peaks and what else could be used there.
+With a model the rows of a pass add up, and the sum stands beside what the engine takes for the whole pass.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from typing import Any
 
 from ..backends import Backend
 from ..model import Model
-from . import peaks as ceilings
 from .alternatives import alternative
-from .bench import show_peaks
-from .cases import Case
-from .check import check_on
-from .peaks import Peaks, Spread
+from .check import backend_checker
+from .environment import environment
+from .peaks import Peaks
 from .report import Column
-from .timing import cache_bytes, rotation, time_case
-from .trials import Runs, Trial
+from .timing import Spread, cache_bytes, rotation, time_workload
+from .trials import UNTIL_REPLAYED, Runs, Trial
+from .workloads import Workload
 
-__all__ = ["COLUMNS", "Step", "bench", "result", "row", "steps"]
+__all__ = ["COLUMNS", "PassTime", "bench", "pass_times", "result", "row"]
+
+_MAX_HALF = 32  # decode steps on each side of the depth, at most
 
 COLUMNS = (
     Column("graph", "graph"),
@@ -42,34 +42,37 @@ COLUMNS = (
 )
 
 
-def row(case: Case, taken: Spread, other: tuple[str, Spread] | None, limits: Peaks) -> dict[str, Any]:
+def row(workload: Workload, taken: Spread, other: tuple[str, Spread] | None, peaks: Peaks) -> dict[str, Any]:
     """One line of the table: medians, half the distance of the quartiles, and bytes and operations from the op."""
-    call, median = case.call, taken.median
+    call, median = workload.call, taken.median
     moved, operations = call.nbytes(), call.flops()
     return {
-        "graph": case.graph,
-        "op": case.op.name,
-        "weights": "/".join(case.weights),
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "count": case.count,
+        "graph": workload.graph,
+        "op": workload.op.name,
+        "weights": "/".join(workload.weights),
+        "shape": workload.shape,
+        "dtype": workload.dtype,
+        "count": workload.count,
         "microseconds": 1e6 * median,
         "microseconds_spread": 1e6 * taken.half_range,
         "bytes": moved,
         "operations": operations,
         "gigabytes_per_second": moved / median / 1e9,
-        "percent_of_read_bandwidth": limits.percent_read(moved / median),
+        "percent_of_read_bandwidth": peaks.percent_read(moved / median),
         "teraflops": operations / median / 1e12 if operations else None,
-        "percent_of_matrix_rate": limits.percent_arithmetic(operations / median) if operations else None,
+        "percent_of_matrix_rate": peaks.percent_arithmetic(operations / median) if operations else None,
         "alternative": other[0] if other else None,
         "alternative_microseconds": 1e6 * other[1].median if other else None,
-        "total_microseconds": 1e6 * median * case.count,
+        "total_microseconds": 1e6 * median * workload.count,
     }
 
 
 @dataclass(frozen=True)
-class Step:
-    """A whole pass: the sum of its ops, each timed alone, and what the engine took for it, in seconds."""
+class PassTime:
+    """A whole pass, in seconds: the sum of its ops, each timed alone, and what the engine took for it.
+
+    graph: "decode" or "prefill"; what: the pass in words.
+    """
 
     graph: str
     what: str
@@ -82,56 +85,68 @@ class Step:
             f"{1e3 * self.measured:.4g} ms ({100 * self.summed / self.measured:.0f}%)"
         )
 
+    def fields(self) -> dict[str, Any]:
+        """The pass by stable names, in milliseconds."""
+        return {
+            "graph": self.graph,
+            "what": self.what,
+            "summed_ms": 1e3 * self.summed,
+            "measured_ms": 1e3 * self.measured,
+        }
+
 
 def bench(
     backend: Backend,
-    cases: Sequence[Case],
-    limits: Peaks,
+    workloads: Sequence[Workload],
+    peaks: Peaks,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Check and time the cases, in order. Raises WrongResultError at the first wrong one."""
+    """Check and time the workloads, in order. Raises WrongResultError at the first wrong one."""
     cache = cache_bytes(backend)
-    rows = []
-    for i, case in enumerate(cases):
-        say(f"{i + 1}/{len(cases)}: {case.label}")
-        arrays = case.arrays()
-        check_on(backend, case, arrays)
-        ins = rotation(backend, case, arrays, cache)
-        rows.append(row(case, time_case(backend, case, ins), alternative(backend, case, ins), limits))
+    rows, checker = [], backend_checker(backend)
+    for i, workload in enumerate(workloads):
+        say(f"{i + 1}/{len(workloads)}: {workload.label}")
+        arrays = workload.arrays()
+        checker.check(workload, arrays)
+        ins = rotation(backend, workload, arrays, cache)
+        rows.append(row(workload, time_workload(backend, workload, ins), alternative(backend, workload, ins), peaks))
     return rows
 
 
-def steps(
+def pass_times(
     model: Model, rows: Sequence[Mapping[str, Any]], batch: int, depth: int, tokens: int, repeats: int = 5
-) -> list[Step]:
-    """What the engine takes for the passes whose ops the rows are: decode steps around ``depth``, and a prompt."""
+) -> list[PassTime]:
+    """What the engine takes for the passes whose ops the rows are: a decode step around ``depth``, and a prompt.
+
+    batch: sequences of the decode step; tokens: of the prompt. The median of the repeats counts, behind as many runs as
+    it takes until every pass is replayed.
+    """
     runs = Runs(model)
     total = {g: sum(r["total_microseconds"] for r in rows if r["graph"] == g) / 1e6 for g in ("decode", "prefill")}
-    half = min(32, depth - 1)
-    trial = Trial(0, 2 * half or 1, depth - half, batch)  # its steps see ``depth`` tokens on average
-    runs.generation(trial)
-    decode = Spread(tuple(runs.generation(trial)[1] / trial.generated for _ in range(repeats))).median
-    runs.prompt(Trial(tokens, 0))
-    prompt = Spread(tuple(runs.prompt(Trial(tokens, 0)) for _ in range(repeats))).median
+    half = min(_MAX_HALF, depth - 1)
+    generation = Trial(0, 2 * half or 1, depth - half, batch)  # its steps see ``depth`` tokens on average
+    decode = _median(lambda: runs.generation(generation)[1] / generation.generated, repeats)
+    prompt = _median(lambda: runs.prompt(Trial(tokens, 0)), repeats)
     return [
-        Step("decode", f"a step of {batch} at {depth} tokens", total["decode"], decode),
-        Step("prefill", f"a prompt of {tokens} tokens", total["prefill"], prompt),
+        PassTime("decode", f"a step of {batch} at {depth} tokens", total["decode"], decode),
+        PassTime("prefill", f"a prompt of {tokens} tokens", total["prefill"], prompt),
     ]
 
 
-def result(backend: Backend, rows: Sequence[Mapping[str, Any]], limits: Peaks, whole: Sequence[Step]) -> dict[str, Any]:
+def _median(seconds: Callable[[], float], repeats: int) -> float:
+    """The median of the repeats, behind a warm-up."""
+    for _ in range(UNTIL_REPLAYED):
+        seconds()
+    return Spread(tuple(seconds() for _ in range(repeats))).median
+
+
+def result(
+    backend: Backend, rows: Sequence[Mapping[str, Any]], peaks: Peaks, passes: Sequence[PassTime]
+) -> dict[str, Any]:
     """Everything by stable names."""
     return {
-        "environment": ceilings.environment(backend),
-        "ceilings": show_peaks(limits),
-        "steps": [
-            {
-                "graph": s.graph,
-                "what": s.what,
-                "summed_ms": 1e3 * s.summed,
-                "measured_ms": 1e3 * s.measured,
-            }
-            for s in whole
-        ],
+        "environment": environment(backend),
+        "peaks": peaks.fields(),
+        "passes": [p.fields() for p in passes],
         "rows": list(rows),
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..engine.engine import not_finite
+from ..engine.scheduler import not_finite
 from ..errors import ParameterError, PromptError
 from ..model import Model
 

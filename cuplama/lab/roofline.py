@@ -18,12 +18,12 @@ __all__ = ["plot_roofline"]
 
 
 def plot_roofline(found: Mapping[str, Any], path: Path) -> None:
-    """Operations per second against operations per byte, both logarithmic, under the two measured ceilings.
+    """Operations per second against operations per byte, both logarithmic, under the two measured peaks.
 
     found: a result of the lab. One point per op and weight that computes; of several shapes, the one that takes most
     of the time. Raises ParameterError if no op computes.
     """
-    read, peak = found["ceilings"]["read_gigabytes_per_second"] * 1e9, found["ceilings"]["matrix_teraflops"] * 1e12
+    read, peak = found["peaks"]["read_gigabytes_per_second"] * 1e9, found["peaks"]["matrix_teraflops"] * 1e12
     points = _points(found["rows"])
     if not points:
         raise ParameterError("no op of this table computes, so there is nothing to draw")
@@ -64,7 +64,7 @@ def plot_roofline(found: Mapping[str, Any], path: Path) -> None:
     named = {"fontsize": 10, "color": "#222222"}
     bandwidth = f"read bandwidth {read / 1e12:.2f} TB/s"
     ax.text(start, start * read * 1.25, bandwidth, rotation=angle, rotation_mode="anchor", **named)
-    product = f"{found['ceilings']['matrix_dtype']} matrix product {peak / 1e12:.0f} TFLOP/s"
+    product = f"{found['peaks']['matrix_dtype']} matrix product {peak / 1e12:.0f} TFLOP/s"
     ax.text(high / 1.2, peak * 1.15, product, ha="right", **named)
     report.save_figure(figure, path)
 
@@ -100,11 +100,11 @@ def _label(ax: Any, points: Sequence[tuple[float, float, str, str]], roof: Calla
     for cluster in _clusters(at, 70 * pixels):
         left = max(at[i][0] for i in cluster) + gap
         edge = ax.transData.inverted().transform((left, 0))[0]
-        ceiling = ax.transData.transform((edge, roof(edge)))[1] - 0.8 * height
+        top = ax.transData.transform((edge, roof(edge)))[1] - 0.8 * height
         middle = float("inf")
         for i in sorted(cluster, key=lambda i: -at[i][1]):
             right = left + len(points[i][2]) * width
-            middle = min(middle - height, at[i][1], ceiling)
+            middle = min(middle - height, at[i][1], top)
             while any(left < r and right > l and abs(middle - m) < height for l, r, m in boxes):
                 middle -= height / 4
             boxes.append((left, right, middle))

@@ -1,27 +1,141 @@
-"""TODO: lab.timing."""
+"""Time on the device: of any body of queued work, and of an op in isolation.
+
+An op is timed as it runs while decoding: a CUDA graph of many launches is replayed. Its inputs rotate through copies
+that exceed the L2 cache together, but are at most 64: so weights come from memory, and a few kilobytes of activations
+from L2, as in a model. cupyx.profiler would time each launch with the host's part of it, which a replayed step does not
+have.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..backends import Backend
+from ..backends.cuda.backend import CudaBackend
 from ..dtypes import Array
-from . import peaks as ceilings
-from .cases import Case
 from .check import uploaded
-from .peaks import Spread
+from .workloads import Workload
 
-__all__ = ["Body", "Replay", "bodies", "cache_bytes", "copies", "rotation", "time_case"]
+__all__ = [
+    "REPLAYS",
+    "Body",
+    "Replay",
+    "Spread",
+    "bodies",
+    "cache_bytes",
+    "copies",
+    "rotation",
+    "seconds",
+    "time_workload",
+]
 
-_MOST_COPIES = 64
-_MOST_BYTES = 2 << 30  # of all copies
-_LAUNCHES = 40  # at least, in one replay
-_REPLAYS = 30
+REPLAYS = 30  # of a graph, whose times make the spread
+_MAX_COPIES = 64
+_MAX_COPIED_BYTES = 2 << 30  # of all copies together
+_MIN_LAUNCHES = 40  # in one replay, so that what a replay itself takes is little beside them
+_UNTIL_REPLAYED = 3  # runs of a captured body: as it is, captured, and at last replayed
 Body = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeats of one measurement: what is in the middle and how far they scatter."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Of the sample (n - 1); 0 for a single value."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.values))
+
+    @property
+    def half_range(self) -> float:
+        """Half the distance between the quartiles."""
+        low, high = np.percentile(self.values, (25, 75))
+        return float(high - low) / 2
+
+
+def seconds(backend: Backend, body: Body, repeats: int) -> Spread:
+    """Seconds that ``body`` takes on the device, ``repeats`` times over: by events on a GPU, by the clock elsewhere.
+
+    body queues its work on the backend's stream. Warm up first. On a GPU an unmeasured run goes ahead, so that the next
+    ones wait in the queue and no interval holds the host's part of a launch.
+    """
+    if not isinstance(backend, CudaBackend):
+        values = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            body()
+            values.append(time.perf_counter() - began)
+        return Spread(tuple(values))
+    from cupy.cuda import Event, get_elapsed_time
+
+    with backend.gpu as gpu:
+        events = []
+        body()
+        for _ in range(repeats):
+            pair = (Event(), Event())
+            pair[0].record(gpu.stream)
+            body()
+            pair[1].record(gpu.stream)
+            events.append(pair)
+        gpu.synchronize()
+        return Spread(tuple(get_elapsed_time(*pair) / 1e3 for pair in events))
+
+
+# ---- one op ----------------------------------------------------------------------------------------------------------
+class Replay:
+    """Many launches as one captured graph: the bodies in turn, each on its own copy of the inputs."""
+
+    def __init__(self, backend: Backend, bodies: Sequence[Body]) -> None:
+        self._backend = backend
+        self.launches = -(-max(_MIN_LAUNCHES, len(bodies)) // len(bodies)) * len(bodies)
+
+        def body() -> None:
+            for i in range(self.launches):
+                bodies[i % len(bodies)]()
+
+        self._captured = backend.capture(body)
+        for _ in range(_UNTIL_REPLAYED):
+            self._captured.replay().synchronize()
+
+    def seconds(self, repeats: int) -> Spread:
+        """Seconds per launch."""
+        spread = seconds(self._backend, self._captured.replay, repeats)
+        return Spread(tuple(v / self.launches for v in spread.values))
+
+
+def time_workload(backend: Backend, workload: Workload, ins: Sequence[Sequence[Array | None]]) -> Spread:
+    """Seconds per call of the op, as a model runs it, going through these copies of its inputs."""
+    return Replay(backend, bodies(backend, workload, ins)).seconds(REPLAYS)
+
+
+def bodies(backend: Backend, workload: Workload, ins: Sequence[Sequence[Array | None]]) -> list[Body]:
+    """The op on each copy of its inputs."""
+    return [partial(backend.call, workload.op, given, workload.attrs) for given in ins]
+
+
+def rotation(
+    backend: Backend, workload: Workload, arrays: Sequence[np.ndarray[Any, Any] | None], cache: int
+) -> list[list[Array | None]]:
+    """As many copies of the inputs on the device as ``copies`` says. cache: bytes of L2."""
+    stored = sum(x.nbytes for x in arrays if x is not None)
+    count = copies(min(workload.call.nbytes(), stored), stored, cache)
+    return [uploaded(backend, arrays) for _ in range(count)]
 
 
 def copies(touched: int, stored: int, cache: int) -> int:
@@ -30,54 +144,14 @@ def copies(touched: int, stored: int, cache: int) -> int:
     touched, stored: bytes of one copy; cache: bytes of L2.
     """
     enough = -(-2 * cache // max(1, touched)) + 1
-    return max(1, min(enough, _MOST_COPIES, _MOST_BYTES // max(1, stored)))
+    return max(1, min(enough, _MAX_COPIES, _MAX_COPIED_BYTES // max(1, stored)))
 
 
 def cache_bytes(backend: Backend) -> int:
-    """Bytes of the GPU's L2 cache."""
-    if backend.name != "cuda":
+    """Bytes of the GPU's L2 cache; 0 without a GPU."""
+    if not isinstance(backend, CudaBackend):
         return 0
     from cupy.cuda import Device as CupyDevice
 
-    with backend.gpu:  # type: ignore[attr-defined]
+    with backend.gpu:
         return int(CupyDevice().attributes["L2CacheSize"])
-
-
-class Replay:
-    """Many launches as one recording: the bodies in turn, each on its own copy of the inputs."""
-
-    def __init__(self, backend: Backend, bodies: Sequence[Body]) -> None:
-        self._backend = backend
-        self.launches = -(-max(_LAUNCHES, len(bodies)) // len(bodies)) * len(bodies)
-
-        def body() -> None:
-            for i in range(self.launches):
-                bodies[i % len(bodies)]()
-
-        self._captured = backend.capture(body)
-        for _ in range(3):  # plain, captured, replayed
-            self._captured.replay().synchronize()
-
-    def seconds(self, repeats: int) -> Spread:
-        """Seconds per launch."""
-        spread = ceilings.seconds(self._backend, self._captured.replay, repeats)
-        return Spread(tuple(v / self.launches for v in spread.values))
-
-
-def time_case(backend: Backend, case: Case, ins: Sequence[Sequence[Array | None]]) -> Spread:
-    """Seconds per call of the op, as a model runs it, going through these copies of its inputs."""
-    return Replay(backend, bodies(backend, case, ins)).seconds(_REPLAYS)
-
-
-def rotation(
-    backend: Backend, case: Case, arrays: Sequence[np.ndarray[Any, Any] | None], cache: int
-) -> list[list[Array | None]]:
-    """Copies of the inputs on the device."""
-    stored = sum(x.nbytes for x in arrays if x is not None)
-    count = copies(min(case.call.nbytes(), stored), stored, cache)
-    return [uploaded(backend, arrays) for _ in range(count)]
-
-
-def bodies(backend: Backend, case: Case, ins: Sequence[Sequence[Array | None]]) -> list[Body]:
-    """The op on each copy of its inputs."""
-    return [partial(backend.call, case.op, given, case.attrs) for given in ins]

@@ -1,4 +1,7 @@
-"""TODO: lab.trials."""
+"""Trials of a whole model: what is read and generated, what that costs in bytes and operations, and how long it takes.
+
+A trial reads a prompt and draws one token, or generates tokens after a prompt, for a batch of equal sequences.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,20 @@ from ..model import Model
 from ..models.config import ModelConfig
 from ..sampling_params import SamplingParams
 
-__all__ = ["Trial", "cache_tokens", "prompt_operations", "step_bytes", "trials"]
+__all__ = ["UNTIL_REPLAYED", "Runs", "Trial", "cache_tokens", "prompt_operations", "step_bytes", "trials"]
 
-# Runs to warm up. A prompt of a size that was not there yet is not recorded; one that was is run as it is, the next is
-# captured, and from then on it is replayed. A decode step is recorded the first time.
-_UNTIL_REPLAYED = 3
+# Runs that warm a trial up. The first prompt of a size is run launch by launch and leaves no graph, the second makes
+# one that is run launch by launch again, the third captures it, and all after it replay it. A decode step needs fewer.
+UNTIL_REPLAYED = 3
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One row to measure. prompt and generated: tokens; one of them is 0. depth: tokens in the cache before."""
+    """One row to measure.
+
+    prompt, generated: tokens of each sequence that are read or drawn; one of them is 0. depth: tokens of each in the
+    cache before; batch: sequences.
+    """
 
     prompt: int
     generated: int
@@ -33,6 +40,7 @@ class Trial:
 
     @property
     def name(self) -> str:
+        """ "pp512 @ d4096 b8", in the manner of llama-bench."""
         what = f"pp{self.prompt}" if self.prompt else f"tg{self.generated}"
         return what + (f" @ d{self.depth}" if self.depth else "") + (f" b{self.batch}" if self.batch > 1 else "")
 
@@ -50,7 +58,7 @@ class Trial:
 def trials(
     prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int], batches: Sequence[int]
 ) -> list[Trial]:
-    """Every combination; 0 tokens to read or to generate is no test. Raises ParameterError if nothing is left."""
+    """Every combination; 0 tokens to read or to generate is no trial. Raises ParameterError if nothing is left."""
     found = [Trial(p, 0, d, b) for d in depths for b in batches for p in prompts if p]
     found += [Trial(0, n, d, b) for d in depths for b in batches for n in generated if n]
     if not found:
@@ -68,28 +76,28 @@ def step_bytes(model: Model, length: float, batch: int) -> float:
 
     A table from which only rows are taken (embedding, learned positions) counts only if it is the head as well.
     """
-    values, config = model.engine.values, model.config
+    values, config = model.engine.runner.values, model.config
     used = {id(values[n]): values[n] for n in config.weight_shapes() if n not in ("embed_tokens", "position_table")}
     weights = sum(int(a.nbytes) for a in used.values())
     seen = sum(min(length, w) if w else length for w in config.windows)
     return weights + 2 * batch * seen * config.num_kv_heads * config.head_dim * model.backend.dtype.itemsize
 
 
-def prompt_operations(config: ModelConfig, test: Trial) -> float:
+def prompt_operations(config: ModelConfig, trial: Trial) -> float:
     """Floating-point operations of reading a prompt: two per multiply-add, causal attention by the pairs it sees."""
-    rows = test.batch * test.prompt
+    rows = trial.batch * trial.prompt
     shapes = config.weight_shapes()
     matrices = sum(
         s[0] * s[1] for n, s in shapes.items() if len(s) == 2 and n not in ("embed_tokens", "position_table", "lm_head")
     )
-    head = test.batch * shapes["lm_head"][0] * shapes["lm_head"][1]  # of the last token alone
-    at = np.arange(test.depth, test.depth + test.prompt, dtype=np.float64) + 1
+    head = trial.batch * shapes["lm_head"][0] * shapes["lm_head"][1]  # of the last token alone
+    at = np.arange(trial.depth, trial.depth + trial.prompt, dtype=np.float64) + 1
     pairs = sum(float((np.minimum(at, w) if w else at).sum()) for w in config.windows)
-    return 2 * (rows * matrices + head) + 4 * config.num_heads * config.head_dim * test.batch * pairs
+    return 2 * (rows * matrices + head) + 4 * config.num_heads * config.head_dim * trial.batch * pairs
 
 
 class Runs:
-    """Runs tests on one model. Prompts are random tokens, others at every repeat."""
+    """Runs trials on one model. Prompts are random tokens, others at every repeat."""
 
     def __init__(self, model: Model) -> None:
         self._model, self._engine = model, model.engine
@@ -103,30 +111,30 @@ class Runs:
         found: list[int] = self._rng.integers(0, self._model.config.vocab_size, count).tolist()
         return found
 
-    def prompt(self, test: Trial) -> float:
+    def prompt(self, trial: Trial) -> float:
         """Seconds from the call to the first token, on the host, when the prompt is fed on top of ``depth`` tokens."""
         engine, backend = self._engine, self._engine.backend
-        sequences = self._sequences(test.batch, test.depth, 1)
-        with engine.cache.reserve(test.batch * pages_for(test.tokens)):
+        sequences = self._sequences(trial.batch, trial.depth, 1)
+        with engine.cache.reserve(trial.batch * pages_for(trial.tokens)):
             try:
-                if test.depth:
-                    backend.download(engine._last_rows(sequences))
+                if trial.depth:
+                    backend.download(engine.scheduler.last_logits(sequences))
                 for s in sequences:
-                    s.tokens += self._tokens(test.prompt)
+                    s.tokens += self._tokens(trial.prompt)
                 began = time.perf_counter()
-                engine._draw(sequences)
+                engine.runner.draw(sequences, engine.scheduler.last_logits(sequences))
                 return time.perf_counter() - began
             finally:
                 for s in sequences:
                     engine.cache.release(s.pages)
 
-    def generation(self, test: Trial) -> tuple[float, float]:
+    def generation(self, trial: Trial) -> tuple[float, float]:
         """(seconds to the first token, seconds for the ``generated`` tokens of each sequence after it)."""
-        sequences = self._sequences(test.batch, test.start, test.generated + 1)
+        sequences = self._sequences(trial.batch, trial.start, trial.generated + 1)
         began = time.perf_counter()
         stamps = []
         for _ in self._engine.generate(sequences):
             stamps.append(time.perf_counter())
-        if len(stamps) != test.generated + 1:  # the cache was made for all sequences together
-            raise AssertionError(f"{test.name} took {len(stamps)} steps")
+        if len(stamps) != trial.generated + 1:  # the cache was made for all sequences together
+            raise AssertionError(f"{trial.name} took {len(stamps)} steps")
         return stamps[0] - began, stamps[-1] - stamps[0]

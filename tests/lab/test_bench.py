@@ -17,30 +17,20 @@ from cuplama.backends.numpy import NumPyBackend
 from cuplama.cli.main import cli
 from cuplama.dtypes import DTYPES
 from cuplama.errors import ConfigError, DeviceError, ParameterError
-from cuplama.lab import bench, report
-from cuplama.lab import peaks as ceilings
+from cuplama.lab import bench, peaks, report
+from cuplama.lab.cold_start import cold_start
 from cuplama.lab.dummy import Source, dummy_model
-from cuplama.lab.peaks import Peaks, Spread, random_weight
-from cuplama.lab.trials import Trial, prompt_operations, step_bytes, trials
+from cuplama.lab.peaks import Peaks
+from cuplama.lab.random_weights import random_weight
+from cuplama.lab.timing import Spread
+from cuplama.lab.trials import Runs, Trial, step_bytes
 from cuplama.models.config import parse_config
 from cuplama.models.presets import SHAPES, find_shape
 from cuplama.ops.launch import Device
 from tests.fakes import FakeGpu, HostCublas
+from tests.lab.common import TINY, needs_matplotlib
 
-TINY: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-LIMITS = Peaks(read=1e9, arithmetic=1e12, dtype="f32")
+PEAKS = Peaks(read=1e9, arithmetic=1e12, dtype="f32")
 
 
 @pytest.fixture
@@ -56,8 +46,8 @@ def folder(tmp_path: Path) -> Path:
 def test_known_shapes_are_those_of_the_published_configs(name: str, shared: Path) -> None:
     published = json.loads((shared / "configs" / name / "config.json").read_text())
     ours, theirs = parse_config(SHAPES[name]), parse_config(published)
-    for field in ("architecture", "vocab", "hidden", "ffn", "layers", "heads", "num_kv_heads", "head_dim", "eps",
-                  "context", "activation", "windows", "rope", "flags", "dtype"):  # fmt: skip
+    for field in ("architecture", "vocab_size", "hidden_size", "intermediate_size", "layers", "num_heads",
+                  "num_kv_heads", "head_dim", "eps", "context", "activation", "flags", "dtype"):  # fmt: skip
         assert getattr(ours, field) == getattr(theirs, field), field
     assert SHAPES[name]["tie_word_embeddings"] == published["tie_word_embeddings"]
 
@@ -68,8 +58,8 @@ def test_a_folder_wins_over_a_known_name_and_an_unknown_name_is_refused(
     (folder / "gpt2").mkdir()
     (folder / "gpt2" / "config.json").write_text(json.dumps(TINY))
     monkeypatch.chdir(folder)
-    assert find_shape("gpt2")[1].hidden == 32
-    assert find_shape("llama-3.2-1b")[1].hidden == 2048
+    assert find_shape("gpt2")[1].hidden_size == 32
+    assert find_shape("llama-3.2-1b")[1].hidden_size == 2048
     with pytest.raises(ConfigError, match=r"'llama-9'.*llama-3\.1-8b"):
         find_shape("llama-9")
 
@@ -89,7 +79,7 @@ def test_random_weights_are_all_there_in_pieces_and_repeat() -> None:
 
 def test_a_dummy_model_ties_its_head_and_runs(folder: Path) -> None:
     with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
-        values = model.engine.values
+        values = model.engine.runner.values
         assert values["lm_head"] is values["embed_tokens"]
         assert model.backend.dtype == np.float32
         assert abs(float(values["0.attn_norm"].mean()) - 1) < 0.05
@@ -98,44 +88,6 @@ def test_a_dummy_model_ties_its_head_and_runs(folder: Path) -> None:
 
 
 # ---- what is counted -------------------------------------------------------------------------------------------------
-
-
-def test_bytes_of_a_step_are_the_weights_once_and_the_cache(folder: Path) -> None:
-    matrices = 2 * (32 * 64 + 32 * 32 + 96 * 32 + 32 * 48) + 100 * 32
-    norms = 5 * 32
-    with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
-        cache = 2 * 2 * 2 * 8  # keys and values, layers, heads, head size
-        assert step_bytes(model, 10, 3) == 4 * (matrices + norms + 3 * 10 * cache)
-
-
-def test_an_untied_embedding_is_not_traffic_and_a_window_bounds_the_cache(folder: Path) -> None:
-    config = {**TINY, "architectures": ["MistralForCausalLM"], "sliding_window": 4, "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
-        assert model.engine.values["lm_head"] is not model.engine.values["embed_tokens"]
-        short, long = (step_bytes(model, n, 1) for n in (4, 60))
-        assert short == long
-        assert short - step_bytes(model, 3, 1) == 4 * 2 * 2 * 2 * 8
-        assert step_bytes(model, 0, 1) == 4 * (2 * (32 * 64 + 32 * 32 + 96 * 32 + 32 * 48) + 100 * 32 + 5 * 32)
-
-
-def test_operations_of_a_prompt() -> None:
-    config = parse_config(TINY)
-    matrices = 2 * (32 * 64 + 32 * 32 + 96 * 32 + 32 * 48)
-    pairs = 11 + 12 + 13  # three tokens on top of ten
-    wanted = 2 * (2 * 3 * matrices + 2 * 3200) + 4 * 32 * 2 * 2 * pairs
-    assert prompt_operations(config, Trial(3, 0, 10, 2)) == wanted
-
-
-def test_names_and_lengths_of_trials() -> None:
-    found = trials((512, 0), (128,), (0, 4096), (1, 8))
-    assert [t.name for t in found] == [
-        "pp512", "pp512 b8", "pp512 @ d4096", "pp512 @ d4096 b8",
-        "tg128", "tg128 b8", "tg128 @ d4096", "tg128 @ d4096 b8",
-    ]  # fmt: skip
-    assert [t.tokens for t in found[::2]] == [513, 4609, 130, 4225]
-    with pytest.raises(ParameterError, match="nothing to measure"):
-        trials((0,), (0,), (0,), (1,))
 
 
 def test_spread() -> None:
@@ -148,13 +100,13 @@ def test_spread() -> None:
 
 def test_rows_follow_from_the_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([*[(9.0, 9.0)] * 3, (0.5, 2.0), (0.7, 4.0)])  # three to warm up
-    monkeypatch.setattr(bench.Runs, "generation", lambda self, trial: next(times))
+    monkeypatch.setattr(Runs, "generation", lambda self, trial: next(times))
     prompts = iter([9.0, 9.0, 9.0, 0.25, 0.75])
-    monkeypatch.setattr(bench.Runs, "prompt", lambda self, trial: next(prompts))
+    monkeypatch.setattr(Runs, "prompt", lambda self, trial: next(prompts))
     with dummy_model(str(folder), "numpy", "auto", 64, 64) as model:
-        row = bench.measure(model, Trial(0, 8, 10, 2), 2, LIMITS)
+        row = bench.measure(model, Trial(0, 8, 10, 2), 2, PEAKS)
         traffic = np.mean([step_bytes(model, 11 + i, 2) for i in range(8)])
-        prompt = bench.measure(model, Trial(16, 0), 2, LIMITS)
+        prompt = bench.measure(model, Trial(16, 0), 2, PEAKS)
     assert row["tokens_per_second"] == pytest.approx((8 + 4) / 2)
     assert row["tokens_per_second_std"] == pytest.approx(np.std([8, 4], ddof=1))
     assert row["ms_per_token"] == pytest.approx(3000 / 8)
@@ -168,15 +120,15 @@ def test_rows_follow_from_the_times(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert list(row) == list(prompt)
 
 
-# ---- ceilings --------------------------------------------------------------------------------------------------------
+# ---- peaks -----------------------------------------------------------------------------------------------------------
 
 
-def test_ceilings_on_numpy() -> None:
-    limits = ceilings.measure(NumPyBackend(), probe=8 << 20, side=64, repeats=2)
-    assert limits.dtype == "f32"
-    assert limits.read > 1e8
-    assert limits.arithmetic > 1e7
-    assert limits.percent_read(limits.read / 4) == pytest.approx(25)
+def test_peaks_on_numpy() -> None:
+    found = peaks.measure(NumPyBackend(), probe=8 << 20, side=64, repeats=2)
+    assert found.dtype == "f32"
+    assert found.read > 1e8
+    assert found.arithmetic > 1e7
+    assert found.percent_read(found.read / 4) == pytest.approx(25)
 
 
 @pytest.fixture
@@ -187,22 +139,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
         body()
         return Spread((1.0,) * repeats)
 
-    monkeypatch.setattr(ceilings, "seconds", timed)
+    monkeypatch.setattr(peaks, "seconds", timed)
     backend = CudaBackend("bf16", gpu=FakeGpu(emulate=True, cublas=HostCublas()))
     backend.gpu.limits = Device(sms=1)
     monkeypatch.setattr(backend.gpu, "free_memory", lambda: 1 << 34, raising=False)
     return backend
 
 
-def test_ceilings_on_a_gpu(gpu: CudaBackend) -> None:
-    limits = ceilings.measure(gpu, probe=1 << 16, side=16, repeats=2)
-    assert limits == Peaks(read=65536.0, arithmetic=2.0 * 16**3, dtype="bf16")
+def test_peaks_on_a_gpu(gpu: CudaBackend) -> None:
+    found = peaks.measure(gpu, probe=1 << 16, side=16, repeats=2)
+    assert found == Peaks(read=65536.0, arithmetic=2.0 * 16**3, dtype="bf16")
 
 
-def test_a_reading_kernel_that_is_wrong_gives_no_ceiling(gpu: CudaBackend) -> None:
+def test_a_reading_kernel_that_is_wrong_gives_no_peak(gpu: CudaBackend) -> None:
     gpu.gpu.emulate = False  # type: ignore[attr-defined]
-    with pytest.raises(DeviceError, match=r"ceilings\.cu computes a wrong sum"):
-        ceilings.measure(gpu, probe=1 << 16, side=16, repeats=1)
+    with pytest.raises(DeviceError, match=r"peaks\.cu computes a wrong sum"):
+        peaks.measure(gpu, probe=1 << 16, side=16, repeats=1)
 
 
 # ---- how it is shown -------------------------------------------------------------------------------------------------
@@ -246,13 +198,12 @@ FIELDS = [
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "_HOST_PROBE", 1 << 20)
+    monkeypatch.setattr(peaks, "_HOST_PROBE", 1 << 20)
 
 
 def test_command(folder: Path) -> None:
     args = ["-m", str(folder), "--dummy-weights", "-p", "8", "-n", "4", "-d", "0,70", "-b", "1,2", "-r", "2"]
-    picture = folder / "out.png"
-    done = _invoke(*args, "-o", "json", "--plot", str(picture))
+    done = _invoke(*args, "-o", "json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert [r["test"] for r in found["rows"]] == [
@@ -264,8 +215,7 @@ def test_command(folder: Path) -> None:
         assert row["repeats"] == 2
     assert found["environment"].keys() >= {"model", "device", "dtype", "cuplama", "numpy", "python", "date"}
     assert found["environment"]["weights"] == "random"
-    assert found["ceilings"].keys() == {"read_gigabytes_per_second", "matrix_teraflops", "matrix_dtype"}
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert found["peaks"].keys() == {"read_gigabytes_per_second", "matrix_teraflops", "matrix_dtype"}
     assert "loading" in done.stderr
     assert "pp8 @ d70" in done.stderr
 
@@ -275,7 +225,7 @@ def test_markdown_and_csv(folder: Path) -> None:
     lines = _invoke(*args).stdout.splitlines()
     assert lines[0].startswith("$ cuplama ")
     assert lines[2].startswith(f"model {folder}")
-    assert lines[3].startswith("measured ceilings: read ")
+    assert lines[3].startswith("measured peaks: read ")
     assert lines[5].startswith("| test ")
     assert lines[7].startswith("| tg2 ")
     assert list(next(csv.DictReader(io.StringIO(_invoke(*args, "-o", "csv").stdout)))) == FIELDS
@@ -298,9 +248,17 @@ def test_refusals(args: list[str], message: str) -> None:
     assert message in f"{done.output} {done.exception}"
 
 
-def test_a_picture_needs_matplotlib_and_a_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_matplotlib
+def test_a_picture_is_drawn(folder: Path) -> None:
+    args = ["-m", str(folder), "--dummy-weights", "-p", "8", "-n", "2", "-r", "1", "--plot", str(folder / "out.png")]
+    done = _invoke(*args)
+    assert done.exit_code == 0, done.output
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ParameterError, match="cannot write"):
         report.save_figure(report.new_figure(1, 1), folder / "absent" / "x.png")
+
+
+def test_a_picture_needs_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     done = _invoke("--plot", str(folder / "x.png"))
     assert isinstance(done.exception, ParameterError)
@@ -308,7 +266,7 @@ def test_a_picture_needs_matplotlib_and_a_place(folder: Path, monkeypatch: pytes
 
 
 def test_cold_start(folder: Path) -> None:
-    found = bench.cold_start(Source(str(folder), dummy=True, device="numpy"))
+    found = cold_start(Source(str(folder), dummy=True, device="numpy"))
     parts = [v for k, v in found.items() if k != "total_seconds"]
     names = ("total", "start", "import", "load", "compile", "first_token")
     assert list(found) == [f"{name}_seconds" for name in names]
@@ -319,4 +277,4 @@ def test_cold_start(folder: Path) -> None:
 
 def test_a_cold_start_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"cold start failed: .*config\.json does not exist"):
-        bench.cold_start(Source(str(tmp_path), device="numpy"))
+        cold_start(Source(str(tmp_path), device="numpy"))

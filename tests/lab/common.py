@@ -1,0 +1,44 @@
+"""What several tests of the lab and of its commands share."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cuplama.cli.main import cli
+from cuplama.folders import source_folder
+from cuplama.lab.peaks import Peaks
+
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="draws with matplotlib")
+PEAKS = Peaks(read=4e12, arithmetic=8e14, dtype="bf16")
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def invoke(*args: str) -> Any:
+    """Run ``cuplama kernels``."""
+    return CliRunner().invoke(cli, ["kernels", *args])
+
+
+def candidate(folder: Path, old: str = "", new: str = "") -> Path:
+    """A copy of residual.cu, with ``old`` replaced by ``new``."""
+    text = (source_folder() / "residual.cu").read_text()
+    assert old in text
+    path = folder / "mine.cu"
+    path.write_text(text.replace(old, new) if old else text)
+    return path
