@@ -1,4 +1,4 @@
-"""TODO: completion."""
+"""What a generation gives: text as it comes or as a whole, why it ended, and where the time went."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from .engine.sequence import Token
+from .engine.sequence import SequenceState, Token
+from .text.detokenizer import Detokenizer
+from .text.stop_strings import StopStrings
+from .text.tokenizer import Tokenizer
 
-__all__ = ["Completion", "Delta", "Stream", "Timings"]
+__all__ = ["Clock", "Completion", "Delta", "OutputText", "Stream", "Timings"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,35 @@ class Timings:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+@dataclass
+class Clock:
+    """Where the time of a run went. Sequences that wait for room in the cache are read between the others' tokens."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    last: float = 0.0
+
+    def begin(self, prompt_tokens: int) -> None:
+        """The run starts now, with prompts of that many tokens in all."""
+        self.prompt_tokens, self.last = prompt_tokens, time.perf_counter()
+
+    def step(self, tokens: int, first: bool) -> None:
+        """A step has drawn that many tokens; first: those that come right after prompts."""
+        now = time.perf_counter()
+        if first:
+            self.prompt_seconds += now - self.last
+        else:
+            self.decode_tokens += tokens
+            self.decode_seconds += now - self.last
+        self.last = now
+
+    def timings(self) -> Timings:
+        """What has been measured so far."""
+        return Timings(self.prompt_tokens, self.prompt_seconds, self.decode_tokens, self.decode_seconds)
+
+
 @dataclass(frozen=True)
 class Completion:
     """What was generated. tokens: ids, a stop token that ended the text included; text: without it and the prompt.
@@ -51,9 +83,9 @@ class Completion:
 
 @dataclass(frozen=True)
 class Delta:
-    """A step of a stream. text may be empty while a character or a stop string is incomplete.
+    """What one token adds to a stream. text may be empty while a character or a stop string is incomplete.
 
-    finish_reason is set on the last piece. index is the prompt's place in a batch.
+    finish_reason is set on a sequence's last delta. index is the prompt's place in a batch.
     """
 
     text: str
@@ -63,23 +95,20 @@ class Delta:
 
 
 class Stream:
-    """An iterator over the pieces of a generation. close(), or leaving a ``with`` block, stops it.
+    """An iterator over the deltas of a generation. close(), or leaving a ``with`` block, stops it."""
 
-    ``timings`` is right at any moment.
-    """
-
-    def __init__(self, pieces: Generator[Delta], clock: _Clock) -> None:
-        self._pieces, self._clock = pieces, clock
+    def __init__(self, deltas: Generator[Delta], clock: Clock) -> None:
+        self._deltas, self._clock = deltas, clock
 
     def __iter__(self) -> Iterator[Delta]:
-        return self._pieces
+        return self._deltas
 
     def __next__(self) -> Delta:
-        return next(self._pieces)
+        return next(self._deltas)
 
     def close(self) -> None:
         """Stop generating and give the cache pages back."""
-        self._pieces.close()
+        self._deltas.close()
 
     def __enter__(self) -> Stream:
         return self
@@ -89,31 +118,44 @@ class Stream:
 
     @property
     def timings(self) -> Timings:
+        """Where the time went until now; right at any moment."""
         return self._clock.timings()
 
 
-@dataclass
-class _Clock:
-    """Where the time of a run went. Sequences that wait for room in the cache are read between the others' tokens."""
+class OutputText:
+    """The text side of one sequence: detokenises its tokens, watches for stop strings, and ends it at one.
 
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    last: float = 0.0
+    index: the prompt's place in a batch. Without a tokenizer there are tokens and no text.
+    """
 
-    def begin(self, prompt_tokens: int) -> None:
-        self.prompt_tokens, self.last = prompt_tokens, time.perf_counter()
+    def __init__(self, index: int, sequence: SequenceState, tokenizer: Tokenizer | None) -> None:
+        self.index, self.sequence = index, sequence
+        self._detokenizer = Detokenizer(tokenizer, context=sequence.prompt) if tokenizer else None
+        self._stops = StopStrings(sequence.params.stop)
+        self._text = ""
+        self._tokens: list[Token] = []
 
-    def step(self, tokens: int, first: bool) -> None:
-        """A step has drawn that many tokens; first: those that come right after prompts."""
-        now = time.perf_counter()
-        if first:
-            self.prompt_seconds += now - self.last
-        else:
-            self.decode_tokens += tokens
-            self.decode_seconds += now - self.last
-        self.last = now
+    def push(self, token: Token) -> Delta:
+        """What a token that was drawn adds. A stop token adds no text; the last token also adds what was held back."""
+        self._tokens.append(token)
+        sequence, text, stopped = self.sequence, "", False
+        if self._detokenizer is not None:
+            if token.id not in sequence.stop_ids:
+                text, stopped = self._stops.push(self._detokenizer.push(token.id))
+            if sequence.finish_reason is not None and not stopped:
+                tail, stopped = self._stops.push(self._detokenizer.flush())
+                text += tail if stopped else tail + self._stops.flush()
+        if stopped:
+            sequence.finish_reason = "stop"
+        self._text += text
+        return Delta(text, token, sequence.finish_reason, self.index)
 
-    def timings(self) -> Timings:
-        return Timings(self.prompt_tokens, self.prompt_seconds, self.decode_tokens, self.decode_seconds)
+    def completion(self, timings: Timings) -> Completion:
+        """All of it. timings: those of the run."""
+        return Completion(
+            self._text,
+            [t.id for t in self._tokens],
+            self.sequence.finish_reason or "length",
+            self._tokens if self.sequence.params.logprobs is not None else None,
+            timings,
+        )

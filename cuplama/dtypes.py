@@ -1,16 +1,12 @@
-"""TODO: dtypes."""
+"""The dtypes of arrays by the short names that signatures and kernels use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["DTYPES", "Array", "dtype_name", "upcast"]
 

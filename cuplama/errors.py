@@ -2,6 +2,7 @@
 
 __all__ = [
     "CheckpointError",
+    "CompileError",
     "ConfigError",
     "ContextError",
     "CuplamaError",

@@ -1,4 +1,4 @@
-"""TODO: folders."""
+"""The folders of data beside the Python code: in a checkout next to the package, in a wheel inside it."""
 
 from __future__ import annotations
 

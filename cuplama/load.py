@@ -1,11 +1,10 @@
-"""TODO: load."""
+"""From a name to a model that runs: folder or hub id -> config -> weights -> backend -> engine."""
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,29 @@ from .device import open_backend
 from .dtypes import Array
 from .engine.engine import Engine
 from .errors import ConfigError, ParameterError
-from .folders import data_folder
-from .model import Model, Settings, log
+from .hub import find_model
+from .model import Model, Settings
 from .models.checkpoint import load_weights
 from .models.config import ModelConfig, load_config, read_json
 from .quant.weight import Weight
 from .text.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_CONTEXT", "LoadProgress", "find_model", "load", "start_engine"]
+__all__ = ["DEFAULT_CONTEXT", "DTYPE_NAMES", "LoadProgress", "context_length", "load", "start_engine"]
 
+_log = logging.getLogger("cuplama")
 LoadProgress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
-DEFAULT_CONTEXT = 8192  # of a model that allows more: bounds the cache until --context asks for more
+DEFAULT_CONTEXT = 8192  # tokens, of a model that allows more: bounds the cache until --context asks for more
+_MAX_TOKENS = 2**30  # positions are int32, with room for a page more
+# What a caller may ask for -> the short name that backends and ops use. "auto" is decided where the device is known.
+DTYPE_NAMES: Mapping[str, str] = {
+    "auto": "auto",
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "fp32": "f32",
+    "fp16": "f16",
+    "bf16": "bf16",
+}
 
 
 def load(
@@ -50,14 +61,14 @@ def load(
 
     Raises ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
-    if dtype not in _DTYPE_NAMES:
-        raise ParameterError(f"dtype = {dtype!r} is not supported; supported: {', '.join(_DTYPE_NAMES)}")
+    if dtype not in DTYPE_NAMES:
+        raise ParameterError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPE_NAMES)}")
     folder = find_model(model, offline)
     config = load_config(folder)
     length = context_length(config, context)
     tokens = _cache_tokens(length, cache_tokens)
     if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
-        log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
+        _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
     path = folder / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
@@ -76,11 +87,11 @@ def start_engine(
     cache_tokens: int,
     progress: LoadProgress | None = None,
 ) -> Engine:
-    """Load the weights onto a device, with a cache of ``cache_tokens`` tokens. The arguments are those of ``load``.
+    """An engine with the weights on a device and a cache of ``cache_tokens`` tokens; arguments as for ``load``.
 
-    Raises DeviceError, CheckpointError.
+    Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend = open_backend(device, _DTYPE_NAMES[dtype], config, weights, context, cache_tokens)
+    backend = open_backend(device, DTYPE_NAMES[dtype], config, weights, context, cache_tokens)
     try:
         return Engine(backend, config, _upload(backend, weights, progress), context, cache_tokens)
     except BaseException:
@@ -88,56 +99,12 @@ def start_engine(
         raise
 
 
-_DTYPE_NAMES = {
-    "auto": "auto",
-    "float32": "f32",
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "fp32": "f32",
-    "fp16": "f16",
-    "bf16": "bf16",
-}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("*.json", "*.jinja", "model*.safetensors")
-
-
-def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> Path:
-    """The folder of a model: the bundled one, a local folder, or the local copy of a hub repository."""
-    if model is None:
-        return data_folder("weights")
-    try:
-        path = Path(model or "?").expanduser()  # an empty name must not mean the current folder
-        if path.is_dir():
-            return path
-        exists = path.exists()
-    except (OSError, RuntimeError) as e:  # no permission, a name too long, no such home folder
-        raise ConfigError(f"cannot open {model!s:.80}: {getattr(e, 'strerror', None) or e}") from None
-    if exists:
-        raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights")
-    if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
-        raise ConfigError(f"{str(model)!r:.200} does not exist, and is not a hub id of the form org/name")
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    offline = offline or constants.HF_HUB_OFFLINE
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES), local_files_only=offline))
-    except LocalEntryNotFoundError:
-        why = (
-            "it is not in the local cache, and the hub is off limits (offline)"
-            if offline
-            else "the hub cannot be reached"
-        )
-        raise ConfigError(f"{model}: no such folder, and as a hub id: {why}") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        raise ConfigError(f"{model}: no such folder, and the hub says: {str(e).splitlines()[0]}") from None
-
-
-_POSITIONS = 2**30  # positions are int32, with room for a page more
-
-
 def context_length(config: ModelConfig, asked: int | None) -> int:
+    """Tokens that a sequence may have: what was asked for, or the model's own limit, at most ``DEFAULT_CONTEXT``.
+
+    Rotary positions go on beyond the model's limit, learned ones do not. Raises ParameterError for what is no number of
+    tokens, and ConfigError for more than the positions that a model learned.
+    """
     if asked is None:
         return min(config.context, DEFAULT_CONTEXT)
     asked = _tokens("context", asked)
@@ -148,8 +115,8 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
 
 def _tokens(name: str, value: Any) -> int:
     """A whole number of tokens. Raises ParameterError."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _POSITIONS:
-        raise ParameterError(f"{name} = {value!r:.80} is out of range; it must be a number from 1 to {_POSITIONS}")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _MAX_TOKENS:
+        raise ParameterError(f"{name} = {value!r:.80} is out of range; it must be a number from 1 to {_MAX_TOKENS}")
     return int(value)
 
 

@@ -1,58 +1,31 @@
-"""The library's face: load a model folder, generate, stream, chat, look at logits."""
+"""A loaded model: generate, stream, chat, look at logits. ``load`` makes one."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-import operator
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 
-from .completion import Completion, Delta, Stream, _Clock
-from .engine.engine import Engine, Progress
-from .engine.sequence import SequenceState, Token
+from .completion import Clock, Completion, Delta, OutputText, Stream
+from .engine.engine import Engine
+from .engine.scheduler import Progress
+from .engine.sequence import SequenceState
 from .errors import ConfigError, ContextError, ParameterError, PromptError
 from .models.config import ModelConfig, token_ids
+from .prompts import Prompt, prompt_list, whole_ids
 from .sampling_params import PARAMETERS, SamplingParams, sampling_defaults, unsupported_settings
-from .text.detokenizer import Detokenizer
-from .text.stop_strings import StopStrings
 from .text.tokenizer import Tokenizer
 
-__all__ = ["Model", "Prompt", "Settings", "stop_tokens"]
+__all__ = ["Model", "Settings", "stop_tokens"]
 
-Prompt = str | Sequence[int]
-log = logging.getLogger("cuplama")
-
-
-class _Text:
-    """The text side of one generation: detokenises, watches for stop strings, and ends the sequence at one."""
-
-    def __init__(self, index: int, generation: SequenceState, tokenizer: Tokenizer | None) -> None:
-        self.index, self.generation = index, generation
-        self._detokenizer = Detokenizer(tokenizer, context=generation.prompt) if tokenizer else None
-        self._stops = StopStrings(generation.params.stop)
-        self.text = ""
-        self.tokens: list[Token] = []
-
-    def push(self, token: Token) -> Delta:
-        self.tokens.append(token)
-        g, text, stopped = self.generation, "", False
-        if self._detokenizer is not None:
-            if token.id not in g.stop_ids:
-                text, stopped = self._stops.push(self._detokenizer.push(token.id))
-            if g.finish_reason is not None and not stopped:
-                tail, stopped = self._stops.push(self._detokenizer.flush())
-                text += tail if stopped else tail + self._stops.flush()
-        if stopped:
-            g.finish_reason = "stop"
-        self.text += text
-        return Delta(text, token, g.finish_reason, self.index)
+_log = logging.getLogger("cuplama")
 
 
 @dataclass(frozen=True)
@@ -72,7 +45,7 @@ class Settings:
         try:
             defaults = sampling_defaults(generation_config)
             for setting in unsupported_settings(generation_config):
-                log.warning("%s: %s is not supported and is left out", where, setting)
+                _log.warning("%s: %s is not supported and is left out", where, setting)
         except ParameterError as e:
             raise ConfigError(f"{where}: {e}") from None
         bos = tokenizer.bos if tokenizer is not None and tokenizer.bos is not None else config.bos
@@ -102,8 +75,9 @@ class Model:
 
     Several threads may generate at once: their runs take turns, step by step.
 
-    config: ModelConfig; tokenizer: Tokenizer or None; context: tokens a sequence may have; stop_ids: token ids that end
-    a text.
+    folder: where its files are; config: ModelConfig; backend: where it runs; context: tokens a sequence may have;
+    defaults: the sampling parameters that its generation_config.json sets; stop_ids: token ids that end a text;
+    bos: the id that an empty prompt becomes, or None.
     """
 
     def __init__(
@@ -135,7 +109,7 @@ class Model:
         return self._engine
 
     def params(self, **overrides: Any) -> SamplingParams:
-        """The model's own sampling defaults with some replaced. Raises ValueError naming a parameter."""
+        """The model's own sampling defaults with some replaced. Raises ParameterError naming one."""
         for name in overrides.keys() - set(PARAMETERS):
             raise ParameterError(f"{name} is not a sampling parameter; there are: {', '.join(PARAMETERS)}")
         params = SamplingParams(**{**self.defaults, **overrides})
@@ -149,7 +123,7 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, checked. An empty prompt becomes BOS. Raises PromptError."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else whole_ids(prompt)
         if not ids:
             if self.bos is None:
                 raise PromptError("the prompt is empty and the model has no BOS token to start from")
@@ -160,6 +134,7 @@ class Model:
         return ids
 
     def _fit(self, ids: list[int], room: int) -> list[int]:
+        """The ids, if the context has them and ``room`` tokens more. Raises ContextError."""
         if len(ids) + room > self.context:
             more = f"; the model allows {self.config.context} (--context)" if self.config.context > self.context else ""
             raise ContextError(
@@ -180,20 +155,21 @@ class Model:
 
         params: the fields of SamplingParams; what is left out comes from the model's generation_config. In a batch
         every prompt has the same parameters and gives what it gives alone.
-        Raises ValueError for a parameter and PromptError for a prompt that cannot be used.
+        Raises ParameterError for a parameter, PromptError for a prompt that cannot be used, and ContextError for one
+        that is too long.
         """
-        prompts, single = _prompts(prompt)
-        clock = _Clock()
+        prompts, single = prompt_list(prompt)
+        clock = Clock()
         texts = self._start(prompts, params)
-        for _ in self._pieces(texts, progress, clock):
+        for _ in self._deltas(texts, progress, clock):
             pass
-        done = [_completion(t, clock) for t in texts]
+        done = [t.completion(clock.timings()) for t in texts]
         return done[0] if single else done
 
     def stream(self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **params: Any) -> Stream:
         """Like generate, but yields a Delta per token as it is drawn. Closing the stream stops the generation."""
-        clock = _Clock()
-        return Stream(self._pieces(self._start(_prompts(prompt)[0], params), progress, clock), clock)
+        clock = Clock()
+        return Stream(self._deltas(self._start(prompt_list(prompt)[0], params), progress, clock), clock)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Completion:
         """The assistant's answer to ``[{"role": "user", "content": "Hi"}, ...]``, by the model's own chat template.
@@ -208,9 +184,10 @@ class Model:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits after each token: [n, vocab] float32; no token is BOS alone. Raises PromptError."""
-        return np.concatenate(list(self.engine.logits(self._fit(self.encode(_ids(token_ids)), 0))))
+        return np.concatenate(list(self.engine.logits(self._fit(self.encode(whole_ids(token_ids)), 0))))
 
-    def _start(self, prompts: Sequence[Prompt], overrides: Mapping[str, Any]) -> list[_Text]:
+    def _start(self, prompts: Sequence[Prompt], overrides: Mapping[str, Any]) -> list[OutputText]:
+        """A sequence per prompt, all with the same parameters; raises before anything is computed."""
         params = self.params(**overrides)
         if params.stop:
             _ = self.tokenizer  # stop strings need one
@@ -220,19 +197,21 @@ class Model:
             raise ParameterError("logit_bias (with min_tokens: and stop tokens) bans every token of the vocabulary")
         room = 0 if params.max_tokens == 0 else 1
         sequences = [SequenceState(self._fit(self.encode(p), room), params, stops) for p in prompts]
-        return [_Text(i, s, self._tokenizer) for i, s in enumerate(sequences)]
+        return [OutputText(i, s, self._tokenizer) for i, s in enumerate(sequences)]
 
-    def _pieces(self, texts: list[_Text], progress: Progress | None, clock: _Clock) -> Generator[Delta]:
-        by_id = {id(t.generation): t for t in texts}
-        clock.begin(sum(len(t.generation.prompt) for t in texts))
-        with contextlib.closing(self.engine.generate([t.generation for t in texts], progress)) as steps:
-            for step in steps:
-                clock.step(len(step), any(generation.generated == 1 for generation, _ in step))
-                pieces = [by_id[id(generation)].push(token) for generation, token in step]
-                if all(t.generation.finish_reason is not None for t in texts):
-                    steps.close()  # the cache is free again before the last piece is delivered
-                for piece in pieces:
-                    yield piece
+    def _deltas(self, texts: list[OutputText], progress: Progress | None, clock: Clock) -> Generator[Delta]:
+        """Run the sequences; one delta per token drawn, in the order in which they are drawn."""
+        sequences = [t.sequence for t in texts]
+        text_of = {id(s): t for s, t in zip(sequences, texts, strict=True)}
+        clock.begin(sum(len(s.prompt) for s in sequences))
+        with contextlib.closing(self.engine.generate(sequences, progress)) as steps:
+            for drawn in steps:
+                clock.step(len(drawn), any(sequence.generated == 1 for sequence, _ in drawn))
+                deltas = [text_of[id(sequence)].push(token) for sequence, token in drawn]
+                if all(s.finish_reason is not None for s in sequences):
+                    steps.close()  # the cache is free again before the last delta is delivered
+                for delta in deltas:
+                    yield delta
                     _ = self.engine  # closed while the stream was open: raises
 
     def close(self) -> None:
@@ -249,36 +228,3 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _completion(text: _Text, clock: _Clock) -> Completion:
-    g = text.generation
-    return Completion(
-        text.text,
-        [t.id for t in text.tokens],
-        g.finish_reason or "length",
-        text.tokens if g.params.logprobs is not None else None,
-        clock.timings(),
-    )
-
-
-def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """A list of prompts, and whether it was a single one. A list of numbers is one prompt."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    several = isinstance(prompt, Iterable) and not isinstance(prompt, bytes)
-    items = list(prompt) if several else [prompt]
-    if several and items and all(isinstance(i, (int, np.integer)) for i in items):
-        return [cast("list[int]", items)], True
-    for i in items:
-        if isinstance(i, bytes) or not isinstance(i, (Sequence, np.ndarray)):
-            raise PromptError(f"a prompt is text or a list of token ids, not {type(i).__name__}")
-    return cast("list[Prompt]", items), False
-
-
-def _ids(prompt: Sequence[Any]) -> list[int]:
-    """Plain ints from whole numbers of any kind."""
-    try:
-        return [operator.index(t) for t in prompt]
-    except TypeError:
-        raise PromptError(f"a token id is a whole number; the prompt is {prompt!r:.60}") from None

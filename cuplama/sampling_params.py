@@ -99,7 +99,7 @@ def _real(low: float, high: float) -> Callable[[Any], float]:
 
 
 def _temperature(value: Any) -> float:
-    number = _real(0, _HUGE)(value)
+    number = _real(0, _MAX_NUMBER)(value)
     return number if number >= 1e-6 else 0.0  # below, float32 logits cannot tell it from greedy
 
 
@@ -117,7 +117,8 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 def _biases(value: Any) -> dict[int, float]:
     _check(value is None or isinstance(value, Mapping))
-    found = {_whole(k): -math.inf if v == -math.inf else _real(-_HUGE, _HUGE)(v) for k, v in (value or {}).items()}
+    number = _real(-_MAX_NUMBER, _MAX_NUMBER)
+    found = {_whole(k): -math.inf if v == -math.inf else number(v) for k, v in (value or {}).items()}
     _check(all(k >= 0 for k in found))
     return found
 
@@ -127,7 +128,7 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
-_HUGE = 1e30  # the sampler computes in float32, and sums and quotients of what is allowed must stay finite
+_MAX_NUMBER = 1e30  # the sampler computes in float32, and sums and quotients of what is allowed must stay finite
 # Parameter -> (reader, what it takes). A reader returns the value in plain Python types, or raises.
 _RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "max_tokens": (_int(0, none=True), "a whole number >= 0, or None"),
@@ -137,7 +138,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "top_p": (_real(0, 1), "a number from 0 to 1 (1 is off)"),
     "min_p": (_real(0, 1), "a number from 0 to 1 (0 is off)"),
     "repetition_penalty": (_real(1e-6, 1e6), "a number > 0, from 1e-6 to 1e6 (1 is off)"),
-    "presence_penalty": (_real(-_HUGE, _HUGE), "a finite number"),
+    "presence_penalty": (_real(-_MAX_NUMBER, _MAX_NUMBER), "a finite number"),
     "frequency_penalty": (_real(-1e20, 1e20), "a finite number"),
     "logit_bias": (_biases, "a mapping of token ids to numbers (-inf bans a token)"),
     "seed": (_int(0, 2**64 - 1, none=True), "a whole number from 0 to 2^64 - 1, or None"),

@@ -51,7 +51,7 @@ def test_import_is_quick() -> None:
 
 
 def test_public_names() -> None:
-    assert cuplama.__all__ == ["Completion", "CuplamaError", "Model", "Delta", "SamplingParams", "load"]
+    assert cuplama.__all__ == ["Completion", "CuplamaError", "Delta", "Model", "SamplingParams", "load"]
     for name in cuplama.__all__:
         assert getattr(cuplama, name).__module__.startswith("cuplama.")
         assert getattr(cuplama, name).__doc__

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DTYPES
-from ..load import DEFAULT_CONTEXT, find_model
+from ..hub import find_model
+from ..load import DEFAULT_CONTEXT
 from ..model import stop_tokens
 from ..models.checkpoint import INDEX, load_weights
 from ..models.config import ModelConfig, load_config, read_json
 from ..models.presets import find_shape, is_shape
 from ..text.tokenizer import Tokenizer
 
-__all__ = ["describe", "facts", "find_config", "view"]
+__all__ = ["facts", "find_config", "view"]
 
 _PARTS = {"embed_tokens": "embedding", "position_table": "embedding", "lm_head": "head"}
 
@@ -29,11 +30,6 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
         return None, find_shape(model)[1]
     folder = find_model(model, offline)
     return folder, load_config(folder)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """Facts about the model in ``folder`` as people read them, name -> value, in the order to show them."""
-    return view(facts(folder, load_config(folder)))
 
 
 def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
@@ -99,7 +95,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "hidden size": facts["hidden_size"],
         "feed-forward size": facts["feed_forward_size"],
         "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}",
-        "position_table": _positions(facts),
+        "positions": _positions(facts),
         "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
         "vocabulary": facts["vocabulary"],
         "weights": size if facts["weights_found"] else f"none here; by the config {size}",

@@ -79,9 +79,9 @@ def _answer(
     try:
         stream = model.stream_chat(messages, **params)
         try:
-            for piece in stream:
-                text += piece.text
-                sys.stdout.write(piece.text)
+            for delta in stream:
+                text += delta.text
+                sys.stdout.write(delta.text)
                 sys.stdout.flush()
         except KeyboardInterrupt:
             stream.close()

@@ -18,6 +18,7 @@ __all__ = [
     "SILU",
     "Family",
     "Recipe",
+    "Windows",
     "fields",
     "no_window",
     "one",
@@ -25,7 +26,8 @@ __all__ = [
     "window_everywhere",
 ]
 
-REQUIRED = object()
+REQUIRED = object()  # the default of a field that must be there
+Windows = Callable[[Mapping[str, Any], int], list[int]]  # (config.json, number of layers) -> the window of each layer
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Recipe:
     """How a canonical weight is made of checkpoint tensors.
 
     parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over
-    V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads and D (head_dim), as the
-    *canonical* weight has them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to
-    try when the first part's is not there, unless the config says that head and embedding are not tied. when: the
+    V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads and D (head_dim), as
+    the *canonical* weight has them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name
+    to try when the first part's is not there, unless the config says that head and embedding are not tied. when: the
     config flag under which the weight exists.
     """
 
@@ -46,6 +48,7 @@ class Recipe:
 
 
 def one(shape: str, name: str, **options: Any) -> Recipe:
+    """The recipe of a weight that is one tensor. options: the other fields of ``Recipe``."""
     return Recipe(((shape, name),), **options)
 
 
@@ -55,6 +58,7 @@ HARMLESS_TENSORS = (
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
 )
 
+# The names of activations in config.json -> ops. A gated one also multiplies by the other half of its input.
 SILU = {"silu": "silu_mul", "swish": "silu_mul"}
 GELU = {
     "gelu_new": "gelu_tanh",
@@ -68,10 +72,12 @@ GELU = {
 
 
 def no_window(raw: Mapping[str, Any], layers: int) -> list[int]:
+    """Full attention in every layer."""
     return [0] * layers
 
 
-def window_everywhere(absent: int | None) -> Callable[[Mapping[str, Any], int], list[int]]:
+def window_everywhere(absent: int | None) -> Windows:
+    """``sliding_window`` in every layer. absent: the window of a config that leaves the field out."""
     return lambda raw, layers: [raw.get("sliding_window", absent) or 0] * layers
 
 
@@ -85,7 +91,16 @@ def window_by_layer(raw: Mapping[str, Any], layers: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, by the name that config.json has for it. ``fields`` maps a quantity to its config field and the default of an absent one."""
+    """One architecture.
+
+    architecture, model_type: its names in config.json; weights: canonical name -> recipe, "{i}" standing for the layer;
+    fields: quantity -> (config field, default of an absent one); activations: name in config.json -> op; embed, norm:
+    op names; rotary: whether positions are rotations; prefix: of tensor names, which bare exports leave out; windows:
+    the rule for sliding windows; flags: flag of a recipe -> the config field that sets it, or a constant; rope_types:
+    those that it may have; rope_aliases: other names of rope types; partial_rotary: whether a part of the head may stay
+    unrotated; original_context: its own default of original_max_position_embeddings; neutral: further fields that must
+    have one of these values, as in ``NEUTRAL``.
+    """
 
     architecture: str
     model_type: str
@@ -95,43 +110,34 @@ class Family:
     embed: str = "embedding"
     norm: str = "rms_norm"
     rotary: bool = True
-    prefix: str = "model."  # bare exports leave it out of the tensor names
-    windows: Callable[[Mapping[str, Any], int], list[int]] = no_window
-    flags: Mapping[str, str | bool] = field(default_factory=dict)  # weight flag -> config field, or a constant
+    prefix: str = "model."
+    windows: Windows = no_window
+    flags: Mapping[str, str | bool] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     partial_rotary: bool = False
-    original_context: int | None = None  # original_max_position_embeddings, where the family has a default of its own
+    original_context: int | None = None
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def fields(**changes: Any) -> dict[str, tuple[str, Any]]:
-    defaults: dict[str, Any] = {
-        "vocab_size": REQUIRED,
-        "hidden_size": REQUIRED,
-        "intermediate_size": REQUIRED,
-        "num_hidden_layers": REQUIRED,
-        "num_attention_heads": REQUIRED,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "hidden_act": "silu",
-        **changes,
-    }
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "eps",
-        "context",
-        "activation",
-    )
-    return {name: (key, defaults[key]) for name, key in zip(names, list(defaults)[:10], strict=True)}
+# Llama's: quantity -> (its field in config.json, the default of an absent one).
+_FIELDS: Mapping[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", REQUIRED),
+    "hidden_size": ("hidden_size", REQUIRED),
+    "intermediate_size": ("intermediate_size", REQUIRED),
+    "num_layers": ("num_hidden_layers", REQUIRED),
+    "num_heads": ("num_attention_heads", REQUIRED),
+    "num_kv_heads": ("num_key_value_heads", None),
+    "head_dim": ("head_dim", None),
+    "eps": ("rms_norm_eps", 1e-6),
+    "context": ("max_position_embeddings", 2048),
+    "activation": ("hidden_act", "silu"),
+}
+
+
+def fields(**defaults: Any) -> dict[str, tuple[str, Any]]:
+    """Llama's config fields, with other defaults for those that are named as config.json names them."""
+    return {name: (key, defaults.get(key, default)) for name, (key, default) in _FIELDS.items()}
 
 
 OFF = (None, False)

@@ -1,0 +1,1 @@
+"""Text on both ends of a model: tokenizer, detokenizer, stop strings, chat template."""

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 from .token_decoder import Pipeline
 from .tokenizer import Tokenizer
@@ -30,7 +26,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, context: Sequence[int] = (), skip_special: bool = True) -> None:
-        self._piece = tokenizer._piece
+        self._piece = tokenizer.piece
         self._hidden = tokenizer.special_ids if skip_special else frozenset[int]()
         self._pipeline = Pipeline(tokenizer.stages)
         self._seen = ""  # of the text still held back, what the context's own decoding already shows

@@ -1,13 +1,8 @@
-"""TODO: text.stop_strings."""
+"""Stop strings in streamed text: where the text ends, and what may be shown before that is known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["StopStrings"]
 

@@ -1,4 +1,9 @@
-"""The decoder of a tokenizer.json as a chain of stages that take one token at a time."""
+"""The decoder of a tokenizer.json as a chain of stages that take one token at a time.
+
+A piece is a token as the vocabulary spells it (`Ġthe`, `▁the`, `<0x0A>`), and then what the stages make of it. Each
+stage does what the `decode_chain` of the same name in `tokenizers` does to all pieces at once
+(https://github.com/huggingface/tokenizers, tokenizers/src/decoders).
+"""
 
 from __future__ import annotations
 
@@ -15,28 +20,36 @@ from ..errors import TokenizerError
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["Pipeline", "byte_alphabet", "decoder_spec", "lone_bytes", "stages"]
+__all__ = ["Pipeline", "Stage", "decoder_stages", "lone_bytes"]
 
 
-class _Stage(Protocol):
-    """One decoder: pieces in, pieces that are certain out. Semantics: `decode_chain` of the same name in tokenizers."""
+class Stage(Protocol):
+    """One decoder: pieces in, pieces that are certain out."""
 
-    def push(self, pieces: list[str]) -> list[str]: ...
+    def push(self, pieces: list[str]) -> list[str]:
+        """What is certain now that these pieces have come."""
+        ...
 
-    def flush(self) -> list[str]: ...
+    def flush(self) -> list[str]:
+        """The rest, at the end."""
+        ...
 
 
 class Pipeline:
-    def __init__(self, stages: Iterable[Callable[[], _Stage]]) -> None:
+    """The stages in a row: a piece in, the text that is certain out."""
+
+    def __init__(self, stages: Iterable[Callable[[], Stage]]) -> None:
         self.stages = [make() for make in stages]
 
     def push(self, piece: str) -> str:
+        """The text that is certain now that this piece has come."""
         pieces = [piece]
         for stage in self.stages:
             pieces = stage.push(pieces)
         return "".join(pieces)
 
     def flush(self) -> str:
+        """The rest, at the end."""
         pieces: list[str] = []
         for stage in self.stages:
             pieces = stage.push(pieces) + stage.flush()
@@ -121,14 +134,14 @@ class _StripText:
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def byte_alphabet() -> dict[str, int]:
+def _byte_alphabet() -> dict[str, int]:
     """Character -> byte: printable Latin-1 stands for itself, the other bytes for U+0100 onwards (GPT-2's encoder)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    abstract = count(0x100)
-    return {chr(byte if byte in printable else next(abstract)): byte for byte in range(256)}
+    stand_in = count(0x100)
+    return {chr(byte if byte in printable else next(stand_in)): byte for byte in range(256)}
 
 
-_BYTE_OF = byte_alphabet()
+_BYTE_OF = _byte_alphabet()
 
 
 @lru_cache(maxsize=1 << 18)
@@ -139,7 +152,7 @@ def _byte_level_bytes(piece: str) -> bytes:
     return bytes(known) if len(known) == len(values) else piece.encode()
 
 
-def lone_bytes(piece: str, stages: Sequence[Callable[[], _Stage]]) -> bytes | None:
+def lone_bytes(piece: str, stages: Sequence[Callable[[], Stage]]) -> bytes | None:
     """The bytes of a piece that stands for bytes, or None for one that stands for characters."""
     if _ByteLevel in stages:
         return _byte_level_bytes(piece)
@@ -148,18 +161,12 @@ def lone_bytes(piece: str, stages: Sequence[Callable[[], _Stage]]) -> bytes | No
     return None
 
 
-def decoder_spec(backend: tokenizers.Tokenizer) -> dict[str, Any] | None:
+def decoder_stages(backend: tokenizers.Tokenizer) -> list[Callable[[], Stage]]:
+    """A constructor for each stage of a tokenizer's decoder. Raises TokenizerError for one that cannot be streamed."""
     if backend.decoder is None:
-        return None
-    spec: dict[str, Any] = json.loads(backend.decoder.__getstate__())  # its part of tokenizer.json
-    return spec
-
-
-def stages(spec: Mapping[str, Any] | None) -> list[Callable[[], _Stage]]:
-    """A constructor for each stage of the decoder `spec`. Raises TokenizerError for one that cannot be streamed."""
-    if spec is None:
         return [lambda: _Each(lambda piece: " " + piece, first=lambda piece: piece)]
-    stages: list[Callable[[], _Stage]] = []
+    spec: dict[str, Any] = json.loads(backend.decoder.__getstate__())  # its part of tokenizer.json
+    stages: list[Callable[[], Stage]] = []
     fused = False  # from here on the pieces are parts of one string
     for part in _flat(spec):
         kind = part["type"]
@@ -191,11 +198,11 @@ def _flat(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for inner in spec["decoders"] for part in _flat(inner)]
 
 
-def _each(change: Callable[[str], str]) -> Callable[[], _Stage]:
+def _each(change: Callable[[str], str]) -> Callable[[], Stage]:
     return lambda: _Each(change)
 
 
-def _strip_text(part: Mapping[str, Any]) -> Callable[[], _Stage]:
+def _strip_text(part: Mapping[str, Any]) -> Callable[[], Stage]:
     return lambda: _StripText(part["content"], part["start"])
 
 
@@ -203,7 +210,7 @@ def _strip_piece(part: Mapping[str, Any]) -> Callable[[str], str]:
     return lambda piece: _StripText(part["content"], part["start"]).push([piece])[0]
 
 
-def _metaspace(part: Mapping[str, Any]) -> Callable[[], _Stage]:
+def _metaspace(part: Mapping[str, Any]) -> Callable[[], Stage]:
     char = part["replacement"]
     # With a prefix scheme every replacement character of the first piece goes, not only the leading one.
     dropped = "" if part.get("prepend_scheme", "always") != "never" else " "

@@ -1,29 +1,26 @@
-"""Text to token ids and back: tokenizer.json, streaming detokenization, stop strings.
+"""Text to token ids and back, for a whole text at once; ``detokenizer`` does it token by token.
 
 `tokenizers` reads tokenizer.json, which is the whole truth about encoding and decoding: normalizer, model,
-post-processor (the BOS and EOS around a text) and decoder. tokenizer_config.json adds the names of BOS and EOS, added
-tokens that tokenizer.json lacks, and the chat template. Its `add_bos_token` is ignored: transformers 5 ignores it too
-where there is a tokenizer.json. One known difference: transformers 5 replaces the normalizer of its Llama class, so
-that text right after a special token inside a prompt gets no `▁`; here, as in `tokenizers` itself, the file decides.
+post-processor (the BOS and EOS around a text) and decoder. One known difference: transformers 5 replaces the normalizer
+of its Llama class, so that text right after a special token inside a prompt gets no `▁`; here, as in `tokenizers`
+itself, the file decides.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError, TokenizerError
-from . import chat_template
+from .chat_template import render
+from .token_decoder import Pipeline, decoder_stages, lone_bytes
+from .tokenizer_files import read_folder
 
 if TYPE_CHECKING:
     import tokenizers
-from .token_decoder import Pipeline, decoder_spec, lone_bytes, stages
 
 __all__ = ["Tokenizer"]
-
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -31,7 +28,7 @@ class Tokenizer:
 
     `vocab_size` counts added tokens too (largest id + 1). `bos` and `eos` are the ids that the folder names, or None.
     `chat_template` is the jinja2 source of the default template, or None. `special_ids` are the ids that
-    `decode(skip_special=True)` leaves out.
+    `decode(skip_special=True)` leaves out. `stages` are constructors of the decoder's stages, for a `Pipeline`.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
-        self.stages = stages(decoder_spec(backend))
+        self.stages = decoder_stages(backend)
         self._pieces: dict[int, str | None] = {}
         added = backend.get_added_tokens_decoder()
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
@@ -60,24 +57,10 @@ class Tokenizer:
 
         Raises TokenizerError, naming the file, if tokenizer.json is missing or any of the files is unusable.
         """
-        import tokenizers
-
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            hint = "; a tokenizer.model alone is not supported" if (folder / "tokenizer.model").exists() else ""
-            raise TokenizerError(f"{path} does not exist{hint}")
+        files = read_folder(folder)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise TokenizerError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-        config_path = folder / "tokenizer_config.json"
-        config = _read_object(config_path)
-        map_path = folder / "special_tokens_map.json"
-        names = {**_special_tokens(map_path, _read_object(map_path)), **_special_tokens(config_path, config)}
-        _add_missing_tokens(backend, config, config_path)
-        try:
-            return cls(backend, names, _chat_templates(folder, config))
+            return cls(files.backend, files.special_tokens, files.chat_templates)
         except TokenizerError as error:
             raise TokenizerError(f"{folder}: {error}") from error
 
@@ -103,13 +86,22 @@ class Tokenizer:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids without a token become nothing."""
         return self._backend.decode([id for id in ids if id >= 0], skip_special_tokens=skip_special)
 
+    def piece(self, id: int) -> str | None:
+        """The vocabulary's own spelling of `id` (`Ġthe`, `▁the`, `<0x0A>`), or None if it has no token."""
+        try:
+            return self._pieces[id]
+        except KeyError:
+            piece = self._backend.id_to_token(id) if id >= 0 else None
+            self._pieces[id] = piece
+            return piece
+
     def token_text(self, id: int) -> str:
         """What token `id` adds in the middle of a text, special tokens included, for listings and logprobs.
 
         Bytes that are only a part of a character are written as escapes (`\\xe2\\x82`), and an id of the model's
         vocabulary that has no token as `<unused ID>`.
         """
-        piece = self._piece(id)
+        piece = self.piece(id)
         if piece is None:
             return f"<unused {id}>"
         if (lone := lone_bytes(piece, self.stages)) is not None:
@@ -123,7 +115,7 @@ class Tokenizer:
 
         The b tells the lone byte A0 from the character U+00A0, which has the same escape.
         """
-        piece = self._piece(id)
+        piece = self.piece(id)
         lone = None if piece is None else lone_bytes(piece, self.stages)
         try:
             (lone or b"").decode()
@@ -154,7 +146,7 @@ class Tokenizer:
                 "or put a chat_template.jinja into the model folder"
             )
         variables = {"tools": tools, **self._special_tokens, **options}
-        return self.encode(chat_template.render(source, messages, **variables), bos=False)
+        return self.encode(render(source, messages, **variables), bos=False)
 
     def _named_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -164,88 +156,3 @@ class Tokenizer:
         if id is None:
             raise TokenizerError(f"{name} {token!r} is not in the vocabulary of tokenizer.json")
         return id
-
-    def _piece(self, id: int) -> str | None:
-        """The vocabulary's own spelling of `id` (`Ġthe`, `▁the`, `<0x0A>`), or None if it has no token."""
-        try:
-            return self._pieces[id]
-        except KeyError:
-            piece = self._backend.id_to_token(id) if id >= 0 else None
-            self._pieces[id] = piece
-            return piece
-
-
-# --- The files beside tokenizer.json --------------------------------------------------------------
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _special_tokens(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> text of the special tokens that `path` names, as strings or as serialized AddedTokens."""
-    names: dict[str, str] = {}
-    for name, value in values.items():
-        if name not in _SPECIAL_NAMES or value is None:
-            continue
-        token = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(token, str):
-            raise TokenizerError(f"{path}: {name} must be a string, not {value!r:.80}")
-        names[name] = token
-    return names
-
-
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], path: Path) -> None:
-    """Add the tokens that only tokenizer_config.json lists, under the ids it gives them."""
-    import tokenizers
-
-    listed = config.get("added_tokens_decoder") or {}
-    try:
-        entries = sorted((int(id), dict(entry)) for id, entry in listed.items())
-        tokens = [(id, tokenizers.AddedToken(**_without_type(entry))) for id, entry in entries]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{path}: added_tokens_decoder is malformed: {error}") from error
-    for id, token in tokens:
-        if backend.token_to_id(token.content) is not None:
-            continue
-        backend.add_tokens([token])
-        if (given := backend.token_to_id(token.content)) != id:
-            raise TokenizerError(
-                f"{path}: added_tokens_decoder gives {token.content!r} id {id}, but tokenizer.json has room for {given}"
-            )
-
-
-def _without_type(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key != "__type"}
-
-
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> source: chat_template.jinja before chat_template.json before tokenizer_config.json."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        try:
-            return {"default": jinja.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{jinja}: cannot be read: {error}") from error
-    alone = folder / "chat_template.json"
-    for path, holder in ((alone, _read_object(alone)), (folder / "tokenizer_config.json", config)):
-        value = holder.get("chat_template")
-        if value is None:
-            continue
-        if isinstance(value, str):
-            return {"default": value}
-        try:
-            named = {entry["name"]: entry["template"] for entry in value}
-        except (TypeError, KeyError):
-            named = {}
-        if not named or not all(isinstance(text, str) for pair in named.items() for text in pair):
-            raise TokenizerError(f"{path}: chat_template must be a string or a list of {{name, template}}")
-        return named
-    return {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cuplama.errors import ConfigError
-from cuplama.models.config import ModelConfig, load_config, parse_config, read_json, token_ids
+from cuplama.models import families as family_modules
+from cuplama.models.config import Layer, ModelConfig, load_config, parse_config, read_json, token_ids
 from cuplama.models.families import FAMILIES
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -48,7 +50,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("Llama", {"architectures": ["MixtralForCausalLM"]}, ("architectures", "MixtralForCausalLM", "GPT2LMHeadModel")),
     ("Llama", {"architectures": "LlamaForCausalLM"}, ("architectures", "MistralForCausalLM")),
     ("Llama", {"architectures": [["LlamaForCausalLM"]]}, ("architectures", "MistralForCausalLM")),
-    ("Llama", {"architectures": None, "model_type": "mamba"}, ("model_type", "mamba", "llama, mistral, qwen2")),
+    ("Llama", {"architectures": None, "model_type": "mamba"}, ("model_type", "mamba", "gpt2, llama, mistral", "qwen3")),
     ("Llama", {"model_type": "mixtral"}, ("model_type", "mixtral", "llama for LlamaForCausalLM")),
     ("Llama", {"architectures": None}, ("architectures", "model_type")),
     ("Llama", {"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
@@ -180,8 +182,8 @@ def test_defaults_of_absent_fields(family: str) -> None:
 
 
 def test_kv_head_defaults_that_do_not_follow_the_query_heads() -> None:
-    assert parse("Mistral", num_attention_heads=32, head_dim=8, num_key_value_heads=...).kv_heads == 8
-    assert parse("Qwen2", num_attention_heads=64, head_dim=8, num_key_value_heads=...).kv_heads == 32
+    assert parse("Mistral", num_attention_heads=32, head_dim=8, num_key_value_heads=...).num_kv_heads == 8
+    assert parse("Qwen2", num_attention_heads=64, head_dim=8, num_key_value_heads=...).num_kv_heads == 32
     assert "num_key_value_heads = 32" in refusal(raw("Qwen3", num_key_value_heads=...))
 
 
@@ -310,9 +312,37 @@ def test_folders_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_json(tmp_path / "config.json")
 
 
+def test_each_layer_has_its_own_rope_and_window() -> None:
+    """As in models that mix local and global layers: one name per distinct rotation, in the order of the layers."""
+    config = parse(num_hidden_layers=4)
+    rope = config.layers[0].rope
+    assert rope is not None
+    assert (list(config.ropes), [config.rope_name(i) for i in range(4)]) == (["rope"], ["rope"] * 4)
+    local = replace(rope, theta=77.0)
+    mixed = replace(config, layers=(Layer(0, rope), Layer(8, local), Layer(0, None), Layer(8, rope)))
+    assert mixed.ropes == {"rope": rope, "rope1": local}
+    assert [mixed.rope_name(i) for i in range(4)] == ["rope", "rope1", None, "rope"]
+    assert (mixed.windows, mixed.num_layers) == ((0, 8, 0, 8), 4)
+    assert parse("GPT2").ropes == {}
+
+
+@pytest.mark.parametrize(("given", "tied"), [(True, True), (False, False), (None, None), (..., None)])
+def test_tied_heads_are_a_field(given: Any, tied: bool | None) -> None:
+    config = parse(tie_word_embeddings=given)
+    assert config.tied is tied
+    assert (config.recipes()["lm_head"].otherwise is None) == (tied is False)
+
+
+def test_families_are_found_by_being_there() -> None:
+    folder = Path(family_modules.__file__).parent
+    modules = [p.stem for p in sorted(folder.glob("*.py")) if "FAMILY = " in p.read_text(encoding="utf-8")]
+    assert [f.model_type for f in FAMILIES.values()] == modules
+    assert all(name == family.architecture for name, family in FAMILIES.items())
+
+
 PUBLISHED = "gpt2 llama-2-7b llama-3.1-8b llama-3.2-1b mistral-7b-v0.1 phi-3-mini-4k qwen2.5-0.5b qwen3-8b"
 
 
 @pytest.mark.parametrize("name", PUBLISHED.split())
 def test_published_configs_are_read(shared: Path, name: str) -> None:
-    assert load_config(shared / "configs" / name).layers >= 12
+    assert load_config(shared / "configs" / name).num_layers >= 12

@@ -103,7 +103,7 @@ def decode_steps(model: Model, prompts: list[list[int]], greedy: list[list[int]]
     rows: list[list[Array]] = [[] for _ in prompts]
     try:
         for step in range(len(greedy[0])):
-            logits = engine.backend.download(engine._last_rows(sequences))
+            logits = engine.backend.download(engine.scheduler.last_logits(sequences))
             for i, s in enumerate(sequences):
                 rows[i].append(logits[i])
                 s.tokens.append(greedy[i][step])

@@ -55,7 +55,7 @@ def byte_fallback_json() -> dict[str, Any]:
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "input_ids": [1], "tokens": ["<s>"]}},
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         },
         "decoder": {
             "type": "Sequence",
@@ -451,7 +451,7 @@ def test_any_split_shows_the_same_text(text: str, stops: list[str], cuts: list[i
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, cuplama.tokenizer; "
+        "import sys, cuplama.text.tokenizer; "
         "print([m for m in ('jinja2', 'tokenizers', 'transformers', 'torch') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from cuplama.backends.cuda.driver import cuda_available
-from cuplama.cli import doctor
-from cuplama.lab import inventory as compiler
+from cuplama.cli import diagnosis
 from tests.fakes import Driver
 
 
-def _findings() -> dict[str, doctor.Finding]:
-    return {f.name: f for f in doctor.examine()}
+def _findings() -> dict[str, diagnosis.Finding]:
+    return {f.name: f for f in diagnosis.examine()}
 
 
 def test_without_a_driver_everything_else_is_still_examined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +25,7 @@ def test_without_a_driver_everything_else_is_still_examined(monkeypatch: pytest.
     assert {"system", "packages", "cupy", "CUDA headers", "NVRTC", "kernel cache", "a kernel"} <= found.keys()
     assert "no NVIDIA driver" in found["a kernel"].found
     lines: list[str] = []
-    assert doctor.run(lines.append) == 1
+    assert diagnosis.run(lines.append) == 1
     problems = sum(bool(f.remedy) for f in found.values())
     assert lines[-1].startswith(f"\n{problems} problem")  # the kernel that was not run is none of its own
     assert any(line.startswith("--  a kernel") for line in lines)
@@ -42,7 +41,7 @@ def test_every_failing_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     for module in ("cupy", "cupy_backends", "cupy_backends.cuda.libs", "cuda.pathfinder"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(compiler, "toolkit_folders", lambda major: ())
+    monkeypatch.setattr("cuplama.backends.cuda.toolkit.toolkit_folders", lambda major: ())
     found = _findings()
     for name in ("driver", "cupy", "CUDA libraries", "CUDA headers", "NVRTC"):
         assert found[name].remedy, name
@@ -53,19 +52,20 @@ def test_every_failing_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_unwritable_cache_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    finding = doctor._cache()
+    finding = diagnosis._cache()
     assert "not writable" in finding.found
     assert "CUPY_CACHE_DIR" in finding.remedy
+    monkeypatch.setattr(diagnosis, "_version", lambda package: "14.2" if package == diagnosis.CUPY[0] else None)
     found = _findings()
     assert [name for name in ("cupy", "NVRTC", "a kernel") if found[name].remedy] == []  # nothing to reinstall
     assert found["NVRTC"].skipped
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "good"))
-    assert not doctor._cache().remedy
+    assert not diagnosis._cache().remedy
 
 
 def test_what_was_not_looked_at_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("a kernel", "not run", skipped=True)]))
-    assert doctor.run(lambda line: None) == 1
+    monkeypatch.setattr(diagnosis, "examine", lambda: iter([diagnosis.Finding("a kernel", "not run", skipped=True)]))
+    assert diagnosis.run(lambda line: None) == 1
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_bad_driver_is_explained(driver: Any, name: str, remedy: str, monkeypa
     monkeypatch.setattr("cuplama.backends.cuda.driver.load_driver", lambda: driver)
     monkeypatch.setattr(driver, "cuDeviceGetName", lambda b, n, d: 0, raising=False)
     monkeypatch.setattr(driver, "cuDeviceTotalMem_v2", lambda b, d: 0, raising=False)
-    found = {f.name: f for f in doctor._driver()}
+    found = {f.name: f for f in diagnosis._driver()}
     assert remedy in found[name].remedy
 
 

@@ -1,0 +1,30 @@
+"""``cuplama info``: what a model is, from its files' headers alone. The facts themselves are in ``model_info``."""
+
+from __future__ import annotations
+
+import click
+
+from .options import DEBUG, OFFLINE, OR_A_SHAPE, model_option
+from .streams import print_json
+
+__all__ = ["info"]
+
+
+@click.command(short_help="What a model is: parameters, memory, context, stop tokens.")
+@model_option(OR_A_SHAPE)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@OFFLINE
+@DEBUG
+def info(model: str | None, offline: bool, as_json: bool) -> None:
+    """What a model is: family, parameters, memory by part, context, stop tokens. Reads no weights."""
+    from .model_info import facts, find_config, view
+
+    found = facts(*find_config(model, offline))
+    if as_json:
+        print_json(found, indent=1)
+        return
+    lines = view(found)
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        shown = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
+        click.echo(f"{name:<{width}}  {shown}")

@@ -1,0 +1,168 @@
+"""The options that several commands share, and the checks on their values before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..device import DEVICES
+from ..errors import ParameterError
+from ..load import DTYPE_NAMES
+from ..sampling_params import SamplingParams
+
+__all__ = [
+    "DEBUG",
+    "DEVICE",
+    "OFFLINE",
+    "OR_A_SHAPE",
+    "Decorator",
+    "check_sampling",
+    "dtype_option",
+    "given_params",
+    "model_option",
+    "options",
+    "picture_option",
+    "run_options",
+    "sampling_options",
+]
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
+OFFLINE = click.option("--offline", is_flag=True, help="Never ask the hub; use what was downloaded before.")
+DEVICE = click.option("--device", type=click.Choice(list(DEVICES)), default="auto", help="Where to run.")
+OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
+
+
+def options(*decorators: Decorator) -> Decorator:
+    """One decorator for several options, in the order in which --help lists them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def model_option(also: str = "") -> Decorator:
+    """``-m``. also: what the option takes beside a folder and a hub id."""
+    text = f"Folder or hub id (org/name){also}.  [default: the bundled story model]"
+    return click.option("-m", "--model", metavar="MODEL", help=text)
+
+
+def dtype_option(auto: str = "") -> Decorator:
+    """``--dtype`` with the names that ``load`` takes. auto: what "auto" stands for, where the help says it."""
+    choices, text = click.Choice(list(DTYPE_NAMES)), f"float32, float16, bfloat16 or auto{auto}."
+    return click.option("--dtype", type=choices, default="auto", metavar="DTYPE", help=text)
+
+
+# Where and how a model runs: the parameters of ``load``.
+run_options = options(
+    DEVICE,
+    dtype_option(": the checkpoint's on CUDA, float32 on NumPy"),
+    click.option(
+        "--context",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Tokens a sequence may have.  [default: the model's, at most 8192]",
+    ),
+    OFFLINE,
+    DEBUG,
+)
+
+
+def _picture(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None:
+        from ..lab.report import check_picture
+
+        check_picture(path)
+    return path
+
+
+def picture_option(text: str) -> Decorator:
+    """``--plot``, refused before the work if the picture could not be written after it."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    return click.option("--plot", type=path, callback=_picture, metavar="FILE", help=text)
+
+
+def _bias(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[int, float] | None:
+    try:
+        given = {int(i): float(v) for i, v in (value.split("=") for value in values)}
+        SamplingParams(logit_bias=given)
+    except ValueError:  # a ParameterError is one
+        raise click.BadParameter("must look like 42=-1.5: a token id and a number (-inf bans the token)") from None
+    return given or None
+
+
+def _stops(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
+    if "" in values:
+        raise click.BadParameter("the text is empty")
+    return values or None
+
+
+def check_sampling(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """A click callback: SamplingParams knows what the parameter of that name may be; -n -1 is its None."""
+    name = str(parameter.name)
+    if value is None or (name == "max_tokens" and value == -1):
+        return value
+    try:
+        SamplingParams(**{name: value})
+    except ParameterError as e:
+        wanted = str(e).partition("it must be ")[2].removesuffix(", or None")
+        more = ", or -1: until the context is full" if name == "max_tokens" else ""
+        raise click.BadParameter(f"{value} is not {wanted}{more}") from None
+    return value
+
+
+def _sampling(*names: str, type: type, metavar: str, help: str) -> Decorator:
+    return click.option(*names, callback=check_sampling, type=type, metavar=metavar, help=help)
+
+
+# The fields of SamplingParams; what is not given comes from the model's generation_config.json.
+sampling_options = options(
+    _sampling(
+        "-n",
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="Tokens at most; -1: until the context is full.  [default: 512]",
+    ),
+    _sampling("--temp", "--temperature", "temperature", type=float, metavar="T", help="0 is greedy."),
+    _sampling("--top-k", type=int, metavar="K", help="Keep the K best tokens; 0 is off."),
+    _sampling("--top-p", type=float, metavar="P", help="Keep the best tokens that together reach P."),
+    _sampling("--min-p", type=float, metavar="P", help="Keep tokens with at least P times the best probability."),
+    _sampling(
+        "--repeat-penalty",
+        "repetition_penalty",
+        type=float,
+        metavar="X",
+        help="Divide the logits of tokens that occurred by X; 1 is off.",
+    ),
+    _sampling("--presence-penalty", type=float, metavar="X", help="Subtract X from tokens that occurred."),
+    _sampling("--frequency-penalty", type=float, metavar="X", help="Subtract X per earlier occurrence."),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        callback=_bias,
+        metavar="ID=X",
+        help="Add X to a token's logit; -inf bans it (repeatable).",
+    ),
+    _sampling("--seed", type=int, metavar="N", help="The same seed gives the same text."),
+    click.option(
+        "--stop", multiple=True, callback=_stops, metavar="TEXT", help="End the text before this string (repeatable)."
+    ),
+    _sampling("--min-tokens", type=int, metavar="N", help="No stop token before N tokens."),
+    click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at the model's stop tokens."),
+)
+
+
+def given_params(values: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that were given; the model's own defaults stand for the others."""
+    given = {k: v for k, v in values.items() if v is not None}
+    if given.get("max_tokens") == -1:
+        given["max_tokens"] = None
+    return given

@@ -1,0 +1,48 @@
+"""``cuplama tokenize``: text to token ids, and back."""
+
+from __future__ import annotations
+
+import click
+
+from ..errors import ParameterError, PromptError
+from .options import DEBUG, OFFLINE, model_option
+from .streams import read_text
+
+__all__ = ["tokenize"]
+
+
+@click.command(short_help='The tokens of TEXT ("-": standard input), one per line.')
+@click.argument("text")
+@model_option()
+@click.option("--no-bos", is_flag=True, help="Leave out the token that begins a text.")
+@click.option("--ids", is_flag=True, help="Print only the ids, on one line.")
+@click.option("--decode", is_flag=True, help="TEXT holds token ids; print the text they stand for.")
+@OFFLINE
+@DEBUG
+def tokenize(text: str, model: str | None, offline: bool, no_bos: bool, ids: bool, decode: bool) -> None:
+    """The tokens of TEXT ("-": standard input), one per line: id and text."""
+    from ..hub import find_model
+    from ..text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(find_model(model, offline))
+    text = read_text(text)
+    if decode:
+        numbers = [_token_id(word) for word in text.replace(",", " ").split()]
+        for n in numbers:
+            if not 0 <= n < tokenizer.vocab_size:
+                raise PromptError(f"token id {n} is out of range; the tokenizer has {tokenizer.vocab_size}")
+        click.echo(tokenizer.decode(numbers, skip_special=False))
+        return
+    tokens = tokenizer.encode(text, bos=not no_bos)
+    if ids:
+        click.echo(" ".join(map(str, tokens)))
+    else:
+        for t in tokens:
+            click.echo(f"{t:>7}  {tokenizer.token_shown(t)}")
+
+
+def _token_id(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ParameterError(f"--decode takes token ids; {word!r:.80} is not a whole number") from None

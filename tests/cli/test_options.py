@@ -1,0 +1,286 @@
+"""What options are refused, and where those that are accepted arrive."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cuplama.completion import Clock, Completion, Delta, Stream, Timings
+from cuplama.lab.dummy import Source
+from cuplama.lab.perplexity import Perplexity
+from cuplama.lab.trials import trials
+from cuplama.sampling_params import PARAMETERS
+from tests.tiny import CHARS as CHARS_FOLDER
+from tests.tiny import LLAMA as LLAMA_FOLDER
+
+CHARS, LLAMA = str(CHARS_FOLDER), str(LLAMA_FOLDER)
+NUMPY = ("--device", "numpy")
+Run = Callable[..., tuple[int, str, str]]
+Fails = Callable[..., str]
+
+
+def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
+    for command in ("generate", "chat", "perplexity", "info", "graph", "tokenize", "bench"):
+        help_ = run(command, "--help")[1]
+        names = re.findall(r"^  (-[^ ,]+)", help_, re.M)
+        assert (names[0], names[-2:]) == ("-m", ["--debug", "-h"])
+    assert "..." not in run("--help")[1].partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--temp", "hot"], "'hot' is not a valid float"),
+        (["--temp", "nan"], "'--temp' / '--temperature': nan is not a number >= 0"),
+        (["--temp", "-1"], "'--temp' / '--temperature': -1.0 is not a number >= 0"),
+        (["-n", "-5"], "'-n' / '--max-tokens': -5 is not a whole number >= 0, or -1: until the context is full"),
+        (["-n", "1.5"], "'1.5' is not a valid integer"),
+        (["--top-k", "-1"], "'--top-k': -1 is not a whole number >= 0"),
+        (["--top-p", "2"], "'--top-p': 2.0 is not a number from 0 to 1"),
+        (["--min-p", "-0.1"], "'--min-p': -0.1 is not a number from 0 to 1"),
+        (["--min-tokens", "-1"], "'--min-tokens': -1 is not a whole number >= 0"),
+        (["--repeat-penalty", "0"], "'--repeat-penalty': 0.0 is not a number > 0"),
+        (["--frequency-penalty", "inf"], "'--frequency-penalty': inf is not a finite number"),
+        (["--seed", "-1"], "'--seed': -1 is not a whole number from 0 to 2^64 - 1 (cuplama"),
+        (["--seed", str(2**64)], "'--seed': 18446744073709551616 is not"),
+        (["--stop", ""], "'--stop': the text is empty"),
+        (["--logit-bias", "5"], "must look like 42=-1.5"),
+        (["--logit-bias", "5=nan"], "must look like 42=-1.5"),
+        (["--logit-bias", "-5=1"], "must look like 42=-1.5"),
+        (["--logit-bias", "65=1"], "token id 65 is out of range"),
+        (["--logprobs", "3"], "--logprobs needs --json"),
+        (["--json", "--logprobs", "99"], "'--logprobs': 99 is not a whole number from 0 to 64 (cuplama"),
+        (["--device", "tpu"], "'tpu' is not one of"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+        (["--context", "0"], "'--context': 0 is not in the range"),
+        (["--context", "81"], "context 81 is more than the 80 positions"),
+        (["--frobnicate"], "No such option"),
+        (["extra"], "unexpected extra argument"),
+    ],
+)
+def test_wrong_options(args: list[str], words: str, fails: Fails) -> None:
+    device = () if "--device" in args else NUMPY
+    message = fails("generate", "First", "-m", CHARS, *device, *args)
+    assert words in message
+    assert "None" not in message
+
+
+def test_a_wrong_option_costs_no_loading(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("loaded")  # an internal error, for the command line
+
+    monkeypatch.setattr("cuplama.cli.running.load", load)
+    (tmp_path / "text").write_text("To be or not to be")
+    for command in (("generate", "x"), ("chat",)):
+        assert "'--top-p'" in fails(*command, "-m", CHARS, "--top-p", "2")
+    assert "--stride = 9" in fails("perplexity", str(tmp_path / "text"), "-m", CHARS, "--window", "9", "--stride", "9")
+
+
+# --- Where options arrive -------------------------------------------------------------------------
+
+# The options of a model that runs -> the parameter of ``load`` and its value.
+LOAD: list[tuple[str, str, Any]] = [
+    ("--device numpy", "device", "numpy"),
+    ("--device cuda", "device", "cuda"),
+    ("--dtype float16", "dtype", "float16"),
+    ("--dtype bf16", "dtype", "bf16"),
+    ("--context 33", "context", 33),
+    ("--offline", "offline", True),
+]
+LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "offline": False}
+# The sampling options -> the field of SamplingParams and its value.
+SAMPLING: list[tuple[str, str, Any]] = [
+    ("-n 7", "max_tokens", 7),
+    ("--max-tokens 7", "max_tokens", 7),
+    ("-n -1", "max_tokens", None),
+    ("--temp 0.5", "temperature", 0.5),
+    ("--temperature 0.5", "temperature", 0.5),
+    ("--top-k 9", "top_k", 9),
+    ("--top-p 0.25", "top_p", 0.25),
+    ("--min-p 0.125", "min_p", 0.125),
+    ("--repeat-penalty 1.5", "repetition_penalty", 1.5),
+    ("--presence-penalty -0.5", "presence_penalty", -0.5),
+    ("--frequency-penalty 0.75", "frequency_penalty", 0.75),
+    ("--logit-bias 5=1.5 --logit-bias 6=-inf", "logit_bias", {5: 1.5, 6: -math.inf}),
+    ("--seed 11", "seed", 11),
+    ("--stop a --stop b", "stop", ("a", "b")),
+    ("--min-tokens 3", "min_tokens", 3),
+    ("--ignore-eos", "ignore_eos", True),
+]
+
+
+class Recorder:
+    """Stands for ``load`` and for the model that it returns; keeps what both are called with."""
+
+    def __init__(self) -> None:
+        self.model: Any = ...
+        self.loaded: dict[str, Any] = {}
+        self.prompt = ""
+        self.params: dict[str, Any] = {}
+
+    def load(self, model: Any, **options: Any) -> Recorder:
+        assert callable(options.pop("progress"))
+        self.model, self.loaded = model, options
+        return self
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stream(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Stream:
+        self.prompt, self.params = prompt, params
+        nothing: tuple[Delta, ...] = ()
+        return Stream((delta for delta in nothing), Clock())
+
+    def generate(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Completion:
+        self.prompt, self.params = prompt, params
+        return Completion("", [], "length", None, Timings(1, 1.0, 0, 0.0))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    found = Recorder()
+    monkeypatch.setattr("cuplama.cli.running.load", found.load)
+
+    def repl(model: Recorder, params: dict[str, Any], system: str | None, stats: Any) -> None:
+        model.params = {**params, "system": system, "stats": stats is not None}
+
+    def score(model: Recorder, text: str, window: int, stride: int, progress: Any) -> Perplexity:
+        model.params = {"text": text, "window": window, "stride": stride}
+        return Perplexity(tokens=1, nats=1.0, squares=1.0, size=1)
+
+    monkeypatch.setattr("cuplama.cli.repl.repl", repl)
+    monkeypatch.setattr("cuplama.lab.perplexity.perplexity", score)
+    return found
+
+
+@pytest.mark.parametrize(("option", "name", "value"), LOAD)
+@pytest.mark.parametrize("command", ["generate", "chat", "perplexity"])
+def test_options_that_reach_load(
+    command: str, option: str, name: str, value: Any, run: Run, recorder: Recorder, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("To be")
+    argument = {"generate": ["Hi"], "perplexity": [str(tmp_path / "text")]}.get(command, [])
+    assert run(command, *argument, "-m", CHARS)[0] == 0
+    assert (recorder.model, recorder.loaded) == (CHARS, LOAD_DEFAULTS)
+    assert run(command, *argument, "-m", CHARS, *option.split())[0] == 0
+    assert (recorder.model, recorder.loaded) == (CHARS, {**LOAD_DEFAULTS, name: value})
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_no_model_is_the_bundled_one(command: str, run: Run, recorder: Recorder) -> None:
+    assert run(command, *(["Hi"] if command == "generate" else []))[0] == 0
+    assert recorder.model is None
+
+
+@pytest.mark.parametrize(("option", "name", "value"), SAMPLING)
+def test_options_that_reach_generate(option: str, name: str, value: Any, run: Run, recorder: Recorder) -> None:
+    for json_ in ([], ["--json"]):
+        assert run("generate", "Hi", *json_)[0] == 0
+        assert (recorder.prompt, recorder.params) == ("Hi", {})  # the model's own defaults are not overridden
+        assert run("generate", "Hi", *json_, *option.split())[0] == 0
+        assert (recorder.prompt, recorder.params) == ("Hi", {name: value})
+
+
+def test_logprobs_reach_generate(run: Run, recorder: Recorder) -> None:
+    assert run("generate", "Hi", "--json", "--logprobs", "0")[0] == 0
+    assert recorder.params == {"logprobs": 0}
+
+
+@pytest.mark.parametrize(("option", "name", "value"), SAMPLING)
+def test_options_that_reach_chat(option: str, name: str, value: Any, run: Run, recorder: Recorder) -> None:
+    assert run("chat", *option.split())[0] == 0
+    assert recorder.params == {name: value, "system": None, "stats": False}
+
+
+def test_system_message_and_stats_reach_chat(run: Run, recorder: Recorder) -> None:
+    assert run("chat", "--system", "Be nice", "--stats")[0] == 0
+    assert recorder.params == {"system": "Be nice", "stats": True}
+
+
+def test_every_sampling_parameter_has_an_option() -> None:
+    """But the one that a list of options would stand for: token ids that stop, of which users know the text."""
+    assert {name for _, name, _ in SAMPLING} | {"logprobs"} == set(PARAMETERS) - {"stop_token_ids"}
+
+
+@pytest.mark.parametrize(
+    ("options", "window", "stride"),
+    [
+        ("", 80, 40),
+        ("--context 50", 50, 25),
+        ("--window 20", 20, 10),
+        ("--window 20 --stride 7", 20, 7),
+        ("--stride 7", 80, 7),
+    ],
+)
+def test_options_that_reach_perplexity(
+    options: str, window: int, stride: int, run: Run, recorder: Recorder, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("To be")
+    assert run("perplexity", str(tmp_path / "text"), "-m", CHARS, *options.split())[0] == 0
+    assert recorder.params == {"text": "To be", "window": window, "stride": stride}
+
+
+def test_offline_reaches_the_hub(run: Run, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the commands that look for the folder themselves."""
+    asked: list[tuple[str, bool]] = []
+
+    def find(model: str, offline: bool = False) -> Path:
+        asked.append((model, offline))
+        return CHARS_FOLDER
+
+    monkeypatch.setattr("cuplama.hub.find_model", find)
+    monkeypatch.setattr("cuplama.cli.model_info.find_model", find)
+    (tmp_path / "text").write_text("To be")
+    for command in (["perplexity", str(tmp_path / "text")], ["info"], ["graph"], ["tokenize", "Hi"]):
+        for offline in (False, True):
+            assert run(*command, "-m", "org/name", *(["--offline"] if offline else []))[0] == 0
+            assert asked.pop() == ("org/name", offline)
+
+
+# An option of bench -> what of its call is then not the default.
+BENCH: list[tuple[str, dict[str, Any]]] = [
+    ("", {}),
+    ("-m there", {"source": Source("there")}),
+    ("-m there --dummy-weights", {"source": Source("there", dummy=True)}),
+    ("--device numpy", {"source": Source(None, device="numpy")}),
+    ("--dtype fp16", {"source": Source(None, dtype="fp16")}),
+    ("-p 5,6", {"wanted": trials([5, 6], [128], [0], [1])}),
+    ("-n 5,6", {"wanted": trials([512], [5, 6], [0], [1])}),
+    ("-d 5,6", {"wanted": trials([512], [128], [5, 6], [1])}),
+    ("-b 5,6", {"wanted": trials([512], [128], [0], [5, 6])}),
+    ("-r 3", {"repeats": 3}),
+    ("--no-cold-start", {"cold_start": False}),
+    ("-o csv", {"form": "csv"}),
+    ("--plot x.png", {"plot": Path("x.png")}),
+]
+
+
+@pytest.mark.parametrize(("options", "changes"), BENCH)
+def test_options_that_reach_bench(
+    options: str, changes: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {"plot": None}
+
+    def measure(source: Source, wanted: Any, repeats: int, cold_start: bool, say: Any) -> dict[str, Any]:
+        found.update(source=source, wanted=wanted, repeats=repeats, cold_start=cold_start)
+        return {}
+
+    def text(result: dict[str, Any], form: str) -> str:
+        found["form"] = form
+        return ""
+
+    monkeypatch.setattr("cuplama.lab.bench.run", measure)
+    monkeypatch.setattr("cuplama.lab.bench.text", text)
+    monkeypatch.setattr("cuplama.lab.bench.plot", lambda result, path: found.update(plot=path))
+    monkeypatch.setattr("cuplama.lab.report.check_picture", lambda path: None)  # matplotlib need not be here
+    assert run("bench", *options.split())[0] == 0
+    defaults = {"source": Source(None), "wanted": trials([512], [128], [0], [1]), "repeats": 5, "cold_start": True}
+    assert found == {**defaults, "form": "md", "plot": None, **changes}

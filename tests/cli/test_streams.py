@@ -1,0 +1,86 @@
+"""Closed, full and broken streams, and the progress bar."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cuplama.cli.streams import progress_bar
+from tests.cli.processes import LAUNCHER, environment
+from tests.tiny import CHARS as CHARS_FOLDER
+from tests.tiny import LLAMA as LLAMA_FOLDER
+
+CHARS, LLAMA = str(CHARS_FOLDER), str(LLAMA_FOLDER)
+NUMPY = ("--device", "numpy")
+Run = Callable[..., tuple[int, str, str]]
+Fails = Callable[..., str]
+
+
+@pytest.mark.parametrize("args", ["generate First -n 4000 --context 5000 --temp 1.5 --ignore-eos", "graph"])
+def test_a_closed_pipe_ends_quietly(args: str, talker: str) -> None:
+    command, *rest = args.split()
+    device = NUMPY if command == "generate" else ()
+    with subprocess.Popen(
+        [*LAUNCHER, command, *rest, "-m", talker, *device],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(5)
+        process.stdout.close()
+        assert process.wait(timeout=60) in (0, 1)  # a short text may all be in the pipe already
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["generate", "info"])
+def test_a_full_disk_is_said_in_one_line(command: str) -> None:
+    args = [command, "-m", CHARS, *(("First", *NUMPY, "-n", "5") if command == "generate" else ())]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*LAUNCHER, *args], stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=60, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "cuplama: reading or writing failed: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "closed", "status", "said"),
+    [
+        (["generate", "-", "-m", CHARS, *NUMPY], "<&-", 2, "cuplama: standard input is closed\n"),
+        (["chat", "-m", "TALKER", *NUMPY], "<&-", 2, "cuplama: standard input is closed\n"),
+        (["info", "-m", CHARS], ">&-", 2, "cuplama: standard output is closed\n"),
+        (["generate", "First", "-m", CHARS, *NUMPY, "-n", "5"], "2>&-", 0, ""),
+    ],
+)
+def test_closed_streams(args: list[str], closed: str, status: int, said: str, talker: str) -> None:
+    args = [talker if a == "TALKER" else a for a in args]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *LAUNCHER, *args],
+        capture_output=True, env=environment(), timeout=60, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+class Teletype(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step, shown in ((0.01, False), (1.0, True)):
+        clock, stderr = iter(range(10**6)), Teletype()
+        monkeypatch.setattr("cuplama.cli.streams.time.perf_counter", lambda clock=clock, step=step: next(clock) * step)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setenv("TERM", "xterm")
+        with progress_bar("loading", "B") as update:
+            for done in range(5):
+                update(done, 4)
+        assert ("loading" in stderr.getvalue()) == shown
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar("loading", "B") as update:
+        update(1, 2)

@@ -1,0 +1,38 @@
+"""Two tiny models of the golden cases that many tests run on NumPy, and how they are loaded, copied and checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cuplama
+from cuplama import Model
+from tests.paths import GOLDEN
+
+CHARS = GOLDEN / "gpt2-char"  # a tokenizer of 65 characters; no BOS, no stop token; context 80
+LLAMA = GOLDEN / "llama3-gqa"  # no tokenizer
+
+
+def load(folder: Path, **options: Any) -> Model:
+    return cuplama.load(folder, device="numpy", **options)
+
+
+def copy(folder: Path, to: Path, **files: Any) -> Path:
+    """A copy of a model folder with some JSON files replaced: name without .json -> content, or None to remove it."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    for name, content in files.items():
+        path = to / f"{name}.json"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return to
+
+
+def assert_all_pages_free(*models: Model) -> None:
+    """After a test no sequence holds or has reserved a page of the cache."""
+    for model in models:
+        cache = model.engine.cache
+        assert cache.free == cache.unreserved == cache.pages
+        assert sorted(cache._free) == list(range(cache.pages))
