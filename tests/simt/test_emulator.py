@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import pytest
 
 from cuplama.ops.launch import BoundLaunch
 from cuplama.ops.prototypes import prototypes
+from cuplama.simt import objects
+from cuplama.simt.cache import cache_folder, prune
 from cuplama.simt.emulator import CUDA_SRC, HERE, NOT_EMULATED, KernelFault, precompile, run
 
-KERNELS = HERE / "kernels"
+KERNELS = Path(__file__).resolve().parent / "kernels"
 Array = np.ndarray[Any, Any]
 LANES = np.arange(32)
 
@@ -76,7 +81,7 @@ PTX_FAULTS: dict[str, tuple[str, int, Any, int]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    """All toy kernels at once: one g++ call per file."""
+    """All toy kernels at once: a few g++ calls, side by side."""
     twins = [("faults.cu", k) for k in FAULTS] + [("ptx.cu", k) for k in PTX_FAULTS]
     precompile([(f, f"{k}<{ok}>") for f, k in twins for ok in ("false", "true")], folder=KERNELS)
     expressions = re.findall(r'launch\(\s*"(\w+\.cu)", "([^"]+)"', Path(__file__).read_text())
@@ -102,7 +107,7 @@ def test_finds_the_fault_and_spares_its_repaired_twin(file: str, kernel: str) ->
     first, _, detail = str(caught.value).partition("\n")
     assert caught.value.kind == kind, caught.value
     # A clock may stop a thread in the emulator's own code; every other fault has its line in the kernel.
-    place = r"tests/simt/[\w/.]+" if kind == "timeout" else f"tests/simt/kernels/{file}"
+    place = r"(?:simt|kernels)/[\w/.]+" if kind == "timeout" else f"kernels/{file}"
     where = re.fullmatch(rf"{kind}: {kernel}<false>: block \(0, 0, 0\), thread \(\d+, 0, 0\): {place}:(\d+)", first)
     assert where is not None, first
     lines, others = marked(file, kernel, "FAULT"), marked(file, kernel, "OTHER")
@@ -127,7 +132,7 @@ def test_census_names_every_thread() -> None:
     with pytest.raises(KernelFault) as caught:
         launch("faults.cu", "divergent_barrier<false>", floats(64), block=64)
     text = str(caught.value)
-    assert "threads 0-39 waits in __syncthreads at tests/simt/kernels/faults.cu:" in text
+    assert "threads 0-39 waits in __syncthreads at kernels/faults.cu:" in text
     assert "threads 40-63 has ended" in text
 
 
@@ -159,6 +164,69 @@ def test_views_and_shared_arrays_keep_their_places() -> None:
     assert caught.value.kind == "global-out-of-bounds"
     launch("faults.cu", "write_past_end<true>", view, np.int32(16), block=32)
     np.testing.assert_array_equal(base, np.repeat([0, 1, 0, 0], 16))
+
+
+# ---- objects and their cache ---------------------------------------------------------------------------------------
+def test_objects_are_shared_by_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text elsewhere is not compiled again, and its faults read as they would at the first place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told = []
+    for checkout in ("one", "another"):
+        folder = shutil.copytree(KERNELS, tmp_path / checkout / "cuda_src")
+        build = objects.Build(folder / "faults.cu", 90)
+        proto = prototypes("faults.cu", folder)["signed_overflow"]
+        args = (np.full(1, 2**30, np.int32), np.zeros(32, np.int32))
+        objects._load.cache_clear()
+        with pytest.raises(KernelFault) as caught:
+            run(
+                BoundLaunch("faults.cu", "signed_overflow<false>", (1, 1, 1), (32, 1, 1), 0, args, proto), folder=folder
+            )
+        told.append(
+            (str(caught.value), build.key(), sorted(p.name for p in (tmp_path / "cache/cuplama/simt").iterdir()))
+        )
+    assert told[0] == told[1]
+    assert re.search(r": cuda_src/faults\.cu:\d+\n", told[0][0]), told[0][0]
+
+
+def test_a_file_that_is_given_by_its_path_keeps_it_in_reports() -> None:
+    proto = prototypes("faults.cu", KERNELS)["signed_overflow"]
+    args = (np.full(1, 2**30, np.int32), np.zeros(32, np.int32))
+    path = str(KERNELS / "faults.cu")
+    with pytest.raises(KernelFault, match=re.escape(f": {path}:")):
+        run(BoundLaunch(path, "signed_overflow<false>", (1, 1, 1), (32, 1, 1), 0, args, proto))
+
+
+def test_an_object_depends_on_every_text_it_includes(tmp_path: Path) -> None:
+    folder = shutil.copytree(KERNELS, tmp_path / "kernels")
+    keys = {objects.Build(folder / "basic.cu", 90).key()}
+    (folder / "new.cuh").write_text("// nothing yet")
+    keys.add(objects.Build(folder / "basic.cu", 90).key())
+    (folder / "basic.cu").write_text("// nothing left")
+    keys.add(objects.Build(folder / "basic.cu", 90).key())
+    keys |= {objects.Build(folder / "basic.cu", *rest).key() for rest in ((80,), (90, ("A=1",)))}
+    assert len(keys) == 5
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    """What was not used for long goes, and beyond a size what was used least recently."""
+    now = time.time()
+    for name, days, size in (("old", 31, 1), ("a", 3, 600), ("b", 2, 300), ("c", 1, 300)):
+        (tmp_path / name).write_bytes(bytes(size))
+        os.utime(tmp_path / name, times=(now - days * 86400,) * 2)
+    (tmp_path / "being made").mkdir()
+    prune(tmp_path, max_bytes=1000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "being made", "c"]
+
+
+def test_what_the_cache_has_lost_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for suffix in ("so", "json", "o"):
+        objects._load.cache_clear()
+        x, y = np.arange(32, dtype=np.int32), np.zeros(32, np.int32)
+        launch("numbers.cu", "half_masks", x, y)
+        assert y.any()
+        (lost,) = cache_folder().glob(f"*.{suffix}")
+        lost.unlink()
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def test_replayed_prompts(name: str) -> None:
         batch = [p[i:] or p for p in prompts]
         for a, b in zip(continued(model, batch), continued(plain, batch), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-3, rtol=0)
-    kept: Any = model.engine._passes._kept.values()
-    assert len(kept) == 2
-    assert all(p._captured._graph for p in kept)
+    passes = model.engine.runner.passes
+    assert len(passes) == 2
+    kept: list[Any] = [passes.take(size) for size in passes.sizes]
+    assert all(p._graph._graph for p in kept)

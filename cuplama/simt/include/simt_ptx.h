@@ -8,7 +8,7 @@
 // ---- loads and stores -----------------------------------------------------------------------------------------------
 // Kernels run one after the other here.
 SIMT_FN void launch_dependents() {}
-SIMT_FN void wait_for_previous() {}
+SIMT_FN void pdl_wait() {}
 
 // Volatile, acquire and relaxed loads are how threads wait for one another, so they let the others run first. Memory is
 // sequentially consistent here: that an acquire or a release is missing is not found.

@@ -1,1 +1,0 @@
-"""The bundled model, carried as package data."""
