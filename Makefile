@@ -2,19 +2,29 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# A worker per core; one that has finished takes tests of another.
+PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
 
-.PHONY: demo test check kernels format setup clean
+.PHONY: demo test test-all mutate check kernels format setup clean
 
 demo: $(VENV)/.runtime          ## set up, then print a story
 	$(BIN)/cuplama generate "Once upon a time" --stats
 
-test: $(VENV)/.dev              ## set up, then run the test suite
-	$(BIN)/pytest -q
+test: $(VENV)/.dev              ## the fast tests: at most 4 minutes on two idle cores with nothing cached
+	$(PYTEST) -m "not slow and not gpu"
 
-check: $(VENV)/.dev             ## lint, format check, types
+test-all: $(VENV)/.dev          ## every test; those that need a GPU say so where there is none
+	$(PYTEST)
+
+mutate: $(VENV)/.dev            ## break engine, backends and models on purpose, and count what the tests find
+	$(BIN)/python -m tools.mutate_host --sample 300
+
+check: $(VENV)/.dev             ## lint, format, types, and which module may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror cuda_src/*.cu cuda_src/*.cuh
 
 kernels: $(VENV)/.runtime       ## compile every kernel for sm_75 to sm_120; needs no GPU
 	$(BIN)/cuplama kernels compile --arch all > build-kernels.txt || { tail -n 30 build-kernels.txt; exit 1; }
@@ -23,6 +33,7 @@ kernels: $(VENV)/.runtime       ## compile every kernel for sm_75 to sm_120; nee
 format: $(VENV)/.dev            ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i cuda_src/*.cu cuda_src/*.cuh
 
 setup: $(VENV)/.dev             ## only the set-up: an editable install with the dev extra
 
@@ -38,4 +49,4 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.runtime
 
 clean:                          ## remove the environment and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

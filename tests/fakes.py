@@ -5,16 +5,58 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from cuplama.backends.cuda.gpu import Gpu
+from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
 from cuplama.ops import launch as kernel
 from cuplama.ops.prototypes import prototypes
 from cuplama.ops.signature import OpError
+
+_Captured = tuple[Callable[[], None], Callable[[], None]]  # what ``FakeGpu.do`` is given
+
+
+def garbage(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """What new memory holds: NaN in every float dtype, and integers that are no index of anything."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    return np.full(size, 0x5A if dtype.kind in "iu" else 0xFF, np.uint8).view(dtype).reshape(shape)
+
+
+class Queue(list[Callable[[], None]]):
+    """A stream: what is queued is done when something waits for it, in order and no sooner.
+
+    done: how many have been done since the beginning.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = 0
+
+    @property
+    def end(self) -> int:
+        """The number of what is queued next."""
+        return self.done + len(self)
+
+    def wait(self, end: int | None = None) -> None:
+        """Do everything queued, or what was queued before number ``end``."""
+        while self and (end is None or self.done < end):
+            self.done += 1
+            self.pop(0)()
+
+
+class QueueEvent:
+    """A point in a queue."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue, self._end = queue, queue.end
+
+    def synchronize(self) -> None:
+        self._queue.wait(self._end)
 
 
 class Launcher:
@@ -24,20 +66,22 @@ class Launcher:
         self.gpu, self.file, self.expression = gpu, file, expression
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
-        if self.gpu.captured is not None:
-            self.gpu.captured.append(lambda: self(grid, block, args, shared))
-            return
+        work = (lambda: self._run(grid, block, args, shared)) if self.gpu.emulate else _nothing
+        self.gpu.do(work, lambda: self._launched(args))
+
+    def _launched(self, args: tuple[Any, ...]) -> None:
         self.gpu.launches.append(self.expression)
         self.gpu.seen = [id(a) for a in args]
         if self.gpu.fail:
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
-        if self.gpu.emulate:
-            from cuplama.simt import emulator
 
-            prototype = prototypes(self.file)[self.expression.split("<")[0]]
-            g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
-            bound = kernel.BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
-            emulator.run(bound, check=False)
+    def _run(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared: int) -> None:
+        from cuplama.simt import emulator
+
+        prototype = prototypes(self.file)[self.expression.split("<")[0]]
+        g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
+        bound = kernel.BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
+        emulator.run(bound, check=False)
 
 
 class HostCublas:
@@ -51,9 +95,12 @@ class HostCublas:
         gpu = self.gpu
 
         def run(x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
-            if gpu is not None and gpu.captured is not None:
-                gpu.captured.append(lambda: run(x, w, y, b, c))
-                return
+            if gpu is not None:
+                gpu.do(lambda: multiply(x, w, y, b, c))
+            else:
+                multiply(x, w, y, b, c)
+
+        def multiply(x: int, w: int, y: int, b: int, c: int) -> None:
             assert (bool(b), bool(c)) == (bias, add)
             f, g = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
             out = f @ g.T
@@ -88,6 +135,11 @@ class _Pool(str):
 
 
 class FakeGpu(Gpu):
+    """A GPU in host memory. Nothing is done before something waits for it, and new memory holds garbage.
+
+    emulate: whether kernels run, on the emulator; otherwise they do nothing.
+    """
+
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
         self.limits, self.name = kernel.Device(arch=arch), "a fake GPU"
         self.failures, self.array_type = (RuntimeError,), HostArray
@@ -95,8 +147,10 @@ class FakeGpu(Gpu):
         self.launches: list[str] = []
         self.seen: list[int] = []
         self._made: list[weakref.ref[HostArray]] = []
-        self.captured: list[Callable[[], None]] | None = None
+        self.captured: list[_Captured] | None = None
         self.captured_memory: list[HostArray] = []
+        self.queue = Queue()
+        self._addressed: list[Any] = []  # arrays that work in the queue knows by their addresses
         if cublas is not None:
             cublas.gpu = self
         self.stream, self.pool = None, _Pool("main pool")
@@ -119,7 +173,7 @@ class FakeGpu(Gpu):
             raise OpError(f"{where} is not on the GPU")
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        array = np.zeros(shape, dtype).view(HostArray)
+        array = garbage(shape, np.dtype(dtype)).view(HostArray)
         self.pools.append(self.pool)
         self._made.append(weakref.ref(array))
         if self.captured is not None:
@@ -131,29 +185,49 @@ class FakeGpu(Gpu):
     def alive(self) -> list[HostArray]:
         return [array for ref in self._made if (array := ref()) is not None]
 
+    def do(self, work: Callable[[], None], at_launch: Callable[[], None] = lambda: None) -> None:
+        """Queue something, or make it a part of the graph that is being captured. at_launch: called when it is queued,
+        at every launch of the graph."""
+        if self.captured is None:
+            at_launch()
+            self.queue.append(work)
+        else:
+            self.captured.append((work, at_launch))
+
     def fill(self, array: Any, byte: int) -> None:
-        array.view(np.ndarray).reshape(-1).view(np.uint8)[...] = byte
+        def set_bytes() -> None:
+            array.view(np.ndarray).reshape(-1).view(np.uint8)[...] = byte
+
+        self.do(set_bytes)
 
     def write(self, array: Any, host: np.ndarray[Any, Any]) -> None:
-        array[...] = host
+        content = host.copy()
+        self.do(lambda: np.copyto(array, content))
 
     def read(self, array: Any) -> np.ndarray[Any, Any]:
+        self._wait()
         return np.array(array)
 
     def stage(self, array: Any, offset: int, host: np.ndarray[Any, Any]) -> None:
-        array.reshape(-1)[offset : offset + host.size] = host
+        content = host.copy()
+        self.do(lambda: np.copyto(array.reshape(-1)[offset : offset + content.size], content))
 
     def end_staging(self) -> None:
-        pass
+        self._wait()
 
     def synchronize(self) -> None:
         self.synchronised += 1
+        self._wait()
+
+    def _wait(self) -> None:
+        self.queue.wait()
+        self._addressed.clear()
 
     def new_pool(self) -> _Pool:
-        return _Pool("pool of a recording")
+        return _Pool("pool of a graph")
 
     def mark(self) -> Any:
-        return SimpleNamespace(synchronize=lambda: None)
+        return QueueEvent(self.queue)
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], Any]:
         host = np.zeros(shape, dtype)
@@ -161,12 +235,19 @@ class FakeGpu(Gpu):
 
     def capture(self, body: Callable[[], None]) -> Any:
         """As on a GPU: nothing runs until the graph is launched, and then in the same memory, which stays its own."""
-        self.captured, self.captured_memory = [], []
+        self.captured, self.captured_memory, addressed = [], [], len(self._addressed)
         body()
         calls, self.captured = self.captured, None
-        return SimpleNamespace(launch=lambda stream: [call() for call in calls], memory=self.captured_memory)
+        memory = [*self.captured_memory, *self._addressed[addressed:]]
+
+        def launch(_: Any) -> None:
+            for work, at_launch in calls:
+                self.do(work, at_launch)
+
+        return SimpleNamespace(launch=launch, memory=memory)
 
     def address(self, array: Any) -> int:
+        self._addressed.append(array)
         return int(array.ctypes.data)
 
     def function(self, file: str, expression: str, shared: int, waits: bool = False) -> Callable[..., None]:
@@ -174,6 +255,33 @@ class FakeGpu(Gpu):
 
     def close(self) -> None:
         pass
+
+
+class LateNumPyBackend(NumPyBackend):
+    """NumPy as a device that captures: what a replay writes reaches the host no sooner than something waits for it."""
+
+    def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
+        super().__init__(dtype, convert)
+        self.captures, self.queue = True, Queue()
+        self._rings: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+
+    def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Any]:
+        host = garbage(shape, DTYPES["i32"])
+        self._rings.append((host, host.copy()))
+        return self._rings[-1]
+
+    def capture(self, body: Callable[[], None]) -> Any:
+        def replay() -> QueueEvent:
+            body()
+            for host, device in self._rings:
+                self.queue.append(partial(np.copyto, host, device.copy()))
+            return QueueEvent(self.queue)
+
+        return SimpleNamespace(replay=replay, close=self.queue.wait)
+
+    def download(self, array: Any) -> np.ndarray[Any, Any]:
+        self.queue.wait()
+        return super().download(array)
 
 
 class Driver:
@@ -300,21 +408,25 @@ class PoolGpu(FakeGpu):
 
     empty, free_memory = Gpu.empty, Gpu.free_memory
 
+    def do(self, work: Callable[[], None], at_launch: Callable[[], None] = lambda: None) -> None:
+        """At once: work that waited in a queue would keep the memory that it uses."""
+        if self.captured is None:
+            at_launch()
+            work()
+
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
     def new_pool(self) -> Any:
         return Pool(self)
 
     def capture(self, body: Callable[[], None]) -> Any:
-        self._capturing, self.captured = True, _Forgets()
+        self._capturing, self.captured = True, []
         try:
             body()
         finally:
             self._capturing, self.captured = False, None
         return SimpleNamespace(launch=lambda stream: None)
-
-
-class _Forgets(list[Callable[[], None]]):
-    def append(self, _: Callable[[], None]) -> None:
-        pass
 
 
 def _nothing(*_: int, **__: int) -> None:

@@ -1,0 +1,116 @@
+"""The mutation run of the host's code, on a module of a few lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+from tools.python_mutations import mutations, with_mutation
+
+MODULE = '''"""A module."""
+from __future__ import annotations
+__all__ = ["clip"]
+LIMIT: int = 3
+def clip(x: int) -> int:
+    """Documentation."""
+    if x > LIMIT:
+        return LIMIT
+    return x + 0 * unseen(x)
+def unseen(x: int) -> int:
+    return x
+def endless(n: int) -> int:
+    while n > 0:
+        n -= 1
+    return 7
+'''
+TESTS = """from pack.module import clip, endless
+def test_above(): assert clip(5) == 3
+def test_below(): assert clip(-2) == -2
+def test_ends(): assert endless(3) == 7
+def test_fails_as_it_is(): assert clip(0) == 9
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("a < b <= c", ["a <= b <= c", "a < b < c"]),
+        ("a is not None and b in c", ["a is not None or b in c", "a is None", "b not in c"]),
+        ("not a", ["a"]),
+        ("a // 2", ["a * 2", "3"]),
+        ("x = True", ["False"]),
+        ("a if b else c", ["c if b else a"]),
+        ("f(a, b, c)", ["pass", "f(b, a, c)"]),
+        ("f(a, a)", ["pass"]),
+        ("max(a, b)", ["pass"]),
+        ("f(*a, b)", ["pass"]),
+        ("x += y", ["pass"]),
+        ("raise E(f'{x + 1}')", ["pass"]),
+        ("x: int[3] = y", []),
+        ("'documentation'", []),
+        ("__all__ = ['a', 3]", []),
+        ("_log.info('x', 3)", []),
+        ("if TYPE_CHECKING:\n    f(a, b)", []),
+        ("def f(a: int[3]) -> int[4]:\n    return a", ["return None"]),
+        ("for a in b:\n    continue", ["break"]),
+    ],
+)
+def test_the_mistakes_that_are_made(text: str, wrong: list[str]) -> None:
+    assert [m.after for m in mutations(text)] == wrong
+
+
+def test_a_mutation_changes_its_own_place_alone() -> None:
+    found = {m.before: m.number for m in mutations(MODULE)}
+    scope: dict[str, object] = {}
+    exec(compile(with_mutation(MODULE, found["x > LIMIT"]), "module", "exec"), scope)
+    exec("same = [clip(x) for x in (2, 3, 4)]", scope)
+    assert scope["same"] == [2, 3, 3]
+    assert len(mutations(MODULE)) == len(set(found.values()) | {m.number for m in mutations(MODULE)})
+
+
+def _run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.mutate_host", "--packages", "pack", "--tests", "test_it.py",
+               "--patience", "2", *options]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=300, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project of one module and its tests."""
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").touch()
+    (tmp_path / "pack" / "module.py").write_text(MODULE)
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: x\n    gpu: x\n")
+    return tmp_path
+
+
+def test_survivors_are_named_and_fail_the_run(folder: Path) -> None:
+    done = _run(folder, "--report", "report.md")
+    text = (folder / "report.md").read_text()
+    assert text in done.stdout
+    total = len(mutations(MODULE))
+    survivors = re.findall(r"^\* `pack/module.py`:(\d+): `(.*)` -> `(.*)`", text, re.M)
+    killed = total - len(survivors)
+    assert f"{killed} of {total} killed" in text
+    assert f"| `pack/module.py` | {killed} | {total} |" in text
+    # At the limit itself both ways give the limit, and 0 times anything is nothing.
+    assert ("7", "x > LIMIT", "x >= LIMIT") in survivors
+    assert ("13", "n > 0", "n >= 0") in survivors
+    # An edit of a number that is read when the module is imported, and a loop without an end.
+    assert ("4", "3", "4") not in survivors
+    assert ("14", "n -= 1", "pass") not in survivors
+    assert done.returncode == (0 if killed >= 0.85 * total else 1)
+
+
+def test_a_sample_is_the_same_for_a_seed(folder: Path) -> None:
+    first, again = (_run(folder, "--sample", "3", "--seed", "1").stdout.splitlines()[1:-1] for _ in range(2))
+    assert first == again
+    assert "of 3 killed" in "\n".join(first)
