@@ -14,6 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cuplama.lab.check import run_guarded
+from cuplama.lab.emulation import EmulatedDevice
 from tests.ops import harness
 
 # Two ways to round the same sum may end one unit apart: twice the unit of each dtype, as a norm. float32 also carries
@@ -30,9 +32,8 @@ def main() -> int:
             continue
         row = table.setdefault((op.name, T), {"cases": 0, "largest": 0.0, "elements": 0, "different": 0})
         row["cases"] += 1
-        for i, here in enumerate(
-            harness.run_kernels(op, case, harness.random_inputs(op, case, T), harness.Emulator(check=False))
-        ):
+        workload = harness.workload(op, case, T)
+        for i, here in enumerate(run_guarded(workload, workload.arrays(), EmulatedDevice(check=False))):
             there = outputs[f"{name}/{i}"].astype(np.float64)
             mine = here.astype(np.float64)
             finite = np.isfinite(there)

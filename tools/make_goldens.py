@@ -1,9 +1,9 @@
 """Write the golden models: tiny random checkpoints and what transformers computes with them in float32.
 
-    python tools/make_goldens.py [case ...]
+    python -m tools.make_goldens [case ...]
 
-Needs the `golden` extra (torch, transformers). README.md says what each file holds. Everything follows from the seeds,
-so a second run writes the same numbers (on the same versions and kind of CPU).
+Needs the `golden` extra (torch, transformers). tests/golden/README.md says what each file holds. Everything follows
+from the seeds, so a second run writes the same numbers (on the same versions and kind of CPU).
 """
 
 import json

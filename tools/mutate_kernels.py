@@ -28,13 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from cuplama.dtypes import DTYPES
+from cuplama.lab.check import WrongResultError, check, planned, run_guarded
+from cuplama.lab.emulation import EmulatedDevice
+from cuplama.lab.workloads import Workload
 from cuplama.ops import OPS
-from cuplama.ops.launch import BoundLaunch, Device, bind
-from cuplama.ops.op import Op
+from cuplama.ops.abstract import abstract
+from cuplama.ops.launch import BoundLaunch, Device
 from cuplama.simt.emulator import CUDA_SRC, KernelFault, precompile, run
 from tests.ops import harness, test_bias, test_ops, test_small_gpu
-from tests.ops.harness import Case
 
 WANTED = 0.95
 PROCESSES = 2
@@ -47,15 +48,17 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # `<` to `<=` in bounds checks, and limits that are one too large or too small
     ("common.cuh", "if (at + i < size) row[at + i] = x.v[i];", "if (at + i <= size) row[at + i] = x.v[i];"),
     ("common.cuh", "x.v[i] = at + i < size ? row", "x.v[i] = at + i <= size ? row"),
-    ("common.cuh", "wide && at + W <= size) return load", "wide && at <= size) return load"),
-    ("common.cuh", "wide && at + W <= size) return store", "wide && at <= size) return store"),
+    ("common.cuh", "vectorized && at + W <= size) return load", "vectorized && at <= size) return load"),
+    ("common.cuh", "vectorized && at + W <= size) return store", "vectorized && at <= size) return store"),
     ("common.cuh", "lanes = WARP / 2; lanes > 0; lanes /= 2) x +=", "lanes = WARP / 4; lanes > 0; lanes /= 2) x +="),
     ("common.cuh", "x = warp_sum(lane < warps ?", "x = warp_sum(lane <= warps ?"),
     ("activation.cu", "* 8; i < f;", "* 8; i <= f;"),
     ("activation.cu", "* 8; i < size;", "* 8; i <= size;"),
-    ("activation.cu", "const bool wide = f % 8 == 0 && aligned(x, y);", "const bool wide = aligned(x, y);"),
-    ("embedding.cu", "const bool wide = d % 8 == 0 && aligned(table, x);", "const bool wide = aligned(table, x);"),
-    ("embedding.cu", "positions + i64(positions[blockIdx.x]) * d", "positions + i64(positions[blockIdx.x] + 1) * d"),
+    ("activation.cu", "const bool vectorized = f % 8 == 0 && aligned(x, y);", "const bool vectorized = aligned(x, y);"),
+    ("embedding.cu", "const bool vectorized = d % 8 == 0 && aligned(table, x);",
+     "const bool vectorized = aligned(table, x);"),
+    ("embedding.cu", "position_table + i64(positions[blockIdx.x]) * d",
+     "position_table + i64(positions[blockIdx.x] + 1) * d"),
     ("residual.cu", "x + i64(rows[blockIdx.x]) * d", "x + i64(rows[blockIdx.x] + 1) * d"),
     ("kv_cache.cu", "at < 2 * H * D; at", "at <= 2 * H * D; at"),
     ("rope.cu", "at < columns; at", "at <= columns; at"),
@@ -96,7 +99,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear.cu", "left = (end - begin) * steps;", "left = (end - begin) * steps - 1;"),
     ("linear.cu", "slot + 1 == DEPTH ? 0", "slot == DEPTH ? 0"),
     ("linear.cu", "cp_async_wait<DEPTH - 1>();", "cp_async_wait<DEPTH>();"),
-    ("linear.cu", "if (at < k) multiply(piece[i]", "if (at <= k) multiply(piece[i]"),
+    ("linear.cu", "if (at < k) multiply(vector[i]", "if (at <= k) multiply(vector[i]"),
     ("linear.cu", "for (int at = lane; at < k; at += WARP)", "for (int at = lane; at <= k; at += WARP)"),
     ("linear.cu", "p % COLUMNS, m - 1)", "p % COLUMNS, m)"),
     ("linear.cu", "(m + NEW - 1) / NEW", "m / NEW"),
@@ -121,7 +124,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear.cu", "scale_at<8, T>(staged, at + i), g", "scale_at<8, T>(staged, at), g"),
     ("linear.cu", "g + at + i, true);", "g + at + 8, true);"),
     ("linear.cu", "*scale_at<1, T>(staged, at) = g[at];", "*scale_at<1, T>(staged, at + 1) = g[at];"),
-    ("linear.cu", "cp_async_wait<DEPTH>();", "cp_async_wait<DEPTH + 1>();"),
+    ("linear.cu", "<DEPTH>();  // the scale came before the ring\n    if (vectorized)\n        normalise<RMS",
+     "<DEPTH + 1>();  // the scale came before the ring\n    if (vectorized)\n        normalise<RMS"),
     ("linear.cu", "at += MANY * stride) {", "at += (MANY + 1) * stride) {"),
     ("linear.cu", "at + i * stride < size) v[i] =", "at + i * stride <= size) v[i] ="),
     ("linear.cu", "at + i * stride < size) store<W>", "at + i * stride <= size) store<W>"),
@@ -143,7 +147,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_mma.cu", "{p[2], q[2], p[3], q[3]}, {v[2], v[3]}", "{p[2], q[2], p[3], q[3]}, {v[3], v[2]}"),
     ("linear_mma.cu", "l < LEVELS; l++", "l < 1; l++"),
     ("linear_mma.cu", "sum[0][i] += sum[CHAINS - 1][i];", ";"),
-    ("linear_mma.cu", "store<2>(mine + HALF,", "store<2>(mine,"),
+    ("linear_mma.cu", "store<2>(partial + HALF,", "store<2>(partial,"),
     ("linear_mma.cu", "mine += TILE;", ";"),
     ("linear_mma.cu", "turn ^= 1;", ";"),
     ("linear_mma.cu", "r < count && column < end && phase", "r <= count && column < end && phase"),
@@ -155,10 +159,11 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_mma.cu", "if (phase > 0) total[p] += earlier;", ";"),
     ("linear_mma.cu", "silu_of<T>(total[0]) * total[1]", "silu_of<T>(total[1]) * total[0]"),
     ("linear_mma.cu", "to_float(b[p * m + column])", "to_float(b[column])"),
-    ("linear_mma.cu", "from_float<U>(residual[e] + value)", "from_float<U>(value)"),
+    ("linear_mma.cu", "from_float<U>(residual[e] + activated<ACT, T>(total))",
+     "from_float<U>(activated<ACT, T>(total))"),
     # linear_mma.cu: the rows of x
-    ("linear_mma.cu", "there && at < k, wide)", "there && at <= k, wide)"),
-    ("linear_mma.cu", "there(lane_row() < count), upcast(aligned(x)) {", "there(true), upcast(aligned(x)) {"),
+    ("linear_mma.cu", "there && at < k, vectorized)", "there && at <= k, vectorized)"),
+    ("linear_mma.cu", "there(lane_row() < count), vectorized(aligned(x)) {", "there(true), vectorized(aligned(x)) {"),
     ("linear_mma.cu", "total, 2);\n        if", "total, 4);\n        if"),
     ("linear_mma.cu", "for (int p = 0; p < WARPS; p++) total", "for (int p = 1; p < WARPS; p++) total"),
     ("linear_mma.cu", "inside ? f(v.v[j])", "true ? f(v.v[j])"),
@@ -177,85 +182,90 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("bias.cu", "i += gridDim.y)", "i += gridDim.y + 1)"),
     ("bias.cu", "a ? to_float(a[i * m + j]) + value", "a ? to_float(a[j]) + value"),
     ("bias.cu", "+ value : value", ": value"),
-    # attention_decode.cu: bounds
-    ("attention_decode.cu", "token < high;\n            const T* row = tile + (g",
+    # attention_decode.cu and its headers: bounds
+    ("attention_decode_mma.cuh", "token < high;\n            const T* row = tile + (g",
      "token <= high;\n            const T* row = tile + (g"),
-    ("attention_decode.cu", "token < high;\n            const T* row = tile + value",
+    ("attention_decode_mma.cuh", "token < high;\n            const T* row = tile + value",
      "token <= high;\n            const T* row = tile + value"),
-    ("attention_decode.cu", "32 * c + 8 * t < D))\n                    keys",
+    ("attention_decode_mma.cuh", "32 * c + 8 * t < D))\n                    keys",
      "32 * c + 8 * t <= D))\n                    keys"),
-    ("attention_decode.cu", "64 * c + 8 * g < D))\n                    values",
+    ("attention_decode_mma.cuh", "64 * c + 8 * g < D))\n                    values",
      "64 * c + 8 * g <= D))\n                    values"),
-    ("attention_decode.cu", "token < end ? p[u][i] * scale", "token <= end ? p[u][i] * scale"),
-    ("attention_decode.cu", "token >= low && token < end ? p[u][i]", "token > low && token < end ? p[u][i]"),
-    ("attention_decode.cu", "fresh - at < TILE && fresh >= at;", "fresh - at < TILE && fresh > at;"),
-    ("attention_decode.cu", "g + 8 * u == number && 32", "g + 8 * u == number + 1 && 32"),
-    ("attention_decode.cu", "value_row(i) == number && 64", "value_row(i) == number - 1 && 64"),
-    ("attention_decode.cu", "if (t == 0 && g < Q) largest", "if (t == 0 && g <= Q) largest"),
-    ("attention_decode.cu", "if (2 * t + j < Q && column < D)", "if (2 * t + j <= Q && column < D)"),
-    ("attention_decode.cu", "if (2 * t + j < Q && column < D)", "if (2 * t + j < Q && column <= D)"),
-    ("attention_decode.cu", "length > window ? length - window : 0", "length > window ? length - window + 1 : 0"),
-    ("attention_decode.cu", "first = low / TILE * TILE;", "first = low;"),
-    ("attention_decode.cu", "max(least, (each + 63) / 64 * 64)", "max(least, each)"),
-    ("attention_decode.cu", "min(tile + u * ROWS + row, end - 1)", "min(tile + u * ROWS + row, end)"),
-    ("attention_decode.cu", "tile + j < end ? exp2f", "tile + j <= end ? exp2f"),
-    ("attention_decode.cu", "for (int j = lane; j < KEYS; j += WARP) {", "for (int j = lane; j <= KEYS; j += WARP) {"),
+    ("attention_decode_mma.cuh", "token < end ? p[u][i] * scale", "token <= end ? p[u][i] * scale"),
+    ("attention_decode_mma.cuh", "token >= low && token < end ? p[u][i]", "token > low && token < end ? p[u][i]"),
+    ("attention_decode_mma.cuh", "past.fresh - at < TILE && past.fresh >= at;",
+     "past.fresh - at < TILE && past.fresh > at;"),
+    ("attention_decode_mma.cuh", "g + 8 * u == number && 32", "g + 8 * u == number + 1 && 32"),
+    ("attention_decode_mma.cuh", "value_row(i) == number && 64", "value_row(i) == number - 1 && 64"),
+    ("attention_decode_mma.cuh", "if (t == 0 && g < Q) largest", "if (t == 0 && g <= Q) largest"),
+    ("attention_decode_mma.cuh", "if (2 * t + j < Q && column < D)", "if (2 * t + j <= Q && column < D)"),
+    ("attention_decode_mma.cuh", "if (2 * t + j < Q && column < D)", "if (2 * t + j < Q && column <= D)"),
+    ("attention_decode.cuh", "length > window ? length - window : 0", "length > window ? length - window + 1 : 0"),
+    ("attention_decode.cuh", "first = low / TILE * TILE;", "first = low;"),
+    ("attention_decode.cuh", "max(min_keys, (each + 63) / 64 * 64)", "max(min_keys, each)"),
+    ("attention_decode_fma.cuh", "min(tile + u * ROWS + row, end - 1)", "min(tile + u * ROWS + row, end)"),
+    ("attention_decode_fma.cuh", "tile + j < end ? exp2f", "tile + j <= end ? exp2f"),
+    ("attention_decode_fma.cuh", "for (int j = lane; j < KEYS; j += WARP) {",
+     "for (int j = lane; j <= KEYS; j += WARP) {"),
     ("attention_decode.cu", "room[i] = row < here && column < D", "room[i] = row <= here && column < D"),
     ("attention_decode.cu", "if (lane * 8 < D) store<8>(to", "if (lane * 8 <= D) store<8>(to"),
     ("attention_decode.cu", "if (lane + j * WARP < turned)", "if (lane + j * WARP <= turned)"),
     ("attention_decode.cu", "if (i / QUERY >= here ||", "if (i / QUERY > here ||"),
-    ("attention_decode.cu", "i < here * D; i += THREADS) {\n            const",
-     "i <= here * D; i += THREADS) {\n            const"),
-    ("attention_decode.cu", "s + j * ROWS < span.count;", "s + j * ROWS <= span.count;"),
-    ("attention_decode.cu", "== u32(taking - 1);", "== u32(taking);"),
-    ("attention_decode.cu", "if (last) *counter = 0;", ";"),
+    ("attention_decode.cuh", "i < heads.count * D; i += Numbers::THREADS)",
+     "i <= heads.count * D; i += Numbers::THREADS)"),
+    ("attention_decode.cuh", "s + j * STEP < count;", "s + j * STEP <= count;"),
+    ("attention_decode.cuh", "== u32(blocks - 1);", "== u32(blocks);"),
+    ("attention_decode.cuh", "if (last) *counter = 0;", ";"),
     ("attention_decode.cu", "(span.count - 1) % taking == int", "(span.count - 1) == int"),
-    ("attention_decode.cu", "if (split != int(blockIdx.x)) fetch(split);", ";"),
-    # attention_decode.cu: pages, operands, factors, lanes
-    ("attention_decode.cu", "? k + token_offset<S, D>(table, at, head", "? k + token_offset<S, D>(table + 1, at, head"),
-    ("attention_decode.cu", "? v + token_offset<S, D>(table, at, head", "? v + token_offset<S, D>(table + 1, at, head"),
-    ("attention_decode.cu", "row = k + token_offset<S, D>(table, token,",
-     "row = k + token_offset<S, D>(table, token + 1,"),
-    ("attention_decode.cu", "i64 at = token_offset<S, D>(table, token,",
-     "i64 at = token_offset<S, D>(table, token + 1,"),
-    ("attention_decode.cu", "i64(slot_mapping[sequence] / S) * H", "i64(slot_mapping[sequence] / S + 1) * H"),
-    ("attention_decode.cu", "{a.v[0], 0, a.v[1], 0}, {keys[u][c].v[0], keys[u][c].v[1]}",
+    ("attention_decode.cu", "if (split != int(blockIdx.x)) fetch_tiles<WARPS>(tiles, past, begin, min(end, fresh));",
+     ";"),
+    # attention_decode.cu and its headers: pages, operands, factors, lanes
+    ("attention_decode_mma.cuh", "? past.k + token_offset<S, D>(past.table, at,",
+     "? past.k + token_offset<S, D>(past.table + 1, at,"),
+    ("attention_decode_mma.cuh", "? past.v + token_offset<S, D>(past.table, at,",
+     "? past.v + token_offset<S, D>(past.table + 1, at,"),
+    ("attention_decode_mma.cuh", "row = past.k + token_offset<S, D>(past.table, token,",
+     "row = past.k + token_offset<S, D>(past.table, token + 1,"),
+    ("attention_decode_fma.cuh", "i64 at = token_offset<S, D>(past.table, token,",
+     "i64 at = token_offset<S, D>(past.table, token + 1,"),
+    ("attention_decode.cu", "i64(slot / S) * a.H", "i64(slot / S + 1) * a.H"),
+    ("attention_decode_mma.cuh", "{a.v[0], 0, a.v[1], 0}, {keys[u][c].v[0], keys[u][c].v[1]}",
      "{keys[u][c].v[0], 0, keys[u][c].v[1], 0}, {a.v[0], a.v[1]}"),
-    ("attention_decode.cu", "{a.v[2], 0, a.v[3], 0}", "{a.v[3], 0, a.v[2], 0}"),
-    ("attention_decode.cu", "a, high, T()", "{high[0], high[1], high[0], high[1]}, {a[0], a[2]}, T()"),
+    ("attention_decode_mma.cuh", "{a.v[2], 0, a.v[3], 0}", "{a.v[3], 0, a.v[2], 0}"),
+    ("attention_decode_mma.cuh", "a, high, T()", "{high[0], high[1], high[0], high[1]}, {a[0], a[2]}, T()"),
     ("mma.cuh", "mma_m16n8k16_bf16(d, a, b)", "mma_m16n8k16_bf16(d, {a[1], a[0], a[3], a[2]}, b)"),
-    ("attention_decode.cu", "(x & 0xffffu) | y << 16", "(y & 0xffffu) | x << 16"),
-    ("attention_decode.cu", "at + TILES * STEP, low, high, head, H);\n            const",
-     "at + STEP, low, high, head, H);\n            const"),
-    ("attention_decode.cu", "shrink, 8 * t + 4)};", "shrink, 8 * t)};"),
-    ("attention_decode.cu", "acc[c][w][j] *= shrinks[j % 2];", ";"),
-    ("attention_decode.cu", "most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));", ";"),
-    ("attention_decode.cu", "acc[h][i] *= shrink[h];", ";"),
-    ("attention_decode.cu", "sum[h] * shrink[h] + total", "sum[h] + total"),
-    ("attention_decode.cu", "distance >= LANES; distance", "distance > LANES; distance"),
-    ("attention_decode.cu", "if (lane % SAME == 0 && first + i < Q)", "if (lane % SAME == 1 && first + i < Q)"),
-    ("attention_decode.cu", "(w > 0 ? place : 0.f)", "(w > 1 ? place : 0.f)"),
-    ("attention_decode.cu", "(scale * LOG2_E) : 0.f", "LOG2_E : 0.f"),
-    ("attention_decode.cu", "exp2f(largest[w][row] - top)", "exp2f(top - largest[w][row])"),
-    ("attention_decode.cu", "const float shrink = exp2f(before - top);", "const float shrink = 1.f;"),
+    ("attention_decode_mma.cuh", "(x & 0xffffu) | y << 16", "(y & 0xffffu) | x << 16"),
+    ("attention_decode_mma.cuh", "tile.fetch_keys(past, at + TILES * STEP, high);",
+     "tile.fetch_keys(past, at + STEP, high);"),
+    ("attention_decode_mma.cuh", "shrink, 8 * t + 4)};", "shrink, 8 * t)};"),
+    ("attention_decode_mma.cuh", "acc[c][w][j] *= shrinks[j % 2];", ";"),
+    ("attention_decode_mma.cuh", "most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));", ";"),
+    ("attention_decode_fma.cuh", "acc[h][i] *= shrink[h];", ";"),
+    ("attention_decode_fma.cuh", "sum[h] * shrink[h] + total", "sum[h] + total"),
+    ("attention_decode_fma.cuh", "distance >= LANES; distance", "distance > LANES; distance"),
+    ("attention_decode_fma.cuh", "if (lane % SAME == 0 && first + i < Q)", "if (lane % SAME == 1 && first + i < Q)"),
+    ("attention_decode_fma.cuh", "(w > 0 ? place : 0.f)", "(w > 1 ? place : 0.f)"),
+    ("attention_decode.cu", "(a.scale * LOG2_E) : 0.f", "LOG2_E : 0.f"),
+    ("attention_decode.cuh", "exp2f(largest[w][row] - top)", "exp2f(top - largest[w][row])"),
+    ("attention_decode.cuh", "const float shrink = exp2f(before - top);", "const float shrink = 1.f;"),
     ("attention_decode.cu", "side = low ? -partner : partner", "side = low ? partner : -partner"),
     ("attention_decode.cu", "warp_sum(squares) / D + eps", "warp_sum(squares) + eps"),
     ("attention_decode.cu", "normed && j <= here,", "normed && j < here,"),
     ("attention_decode.cu", "scales[i], j <= here, to", "scales[i], j < here, to"),
-    ("attention_decode.cu", "(j == here ? k_out : v_out) + at", "(j == here ? v_out : k_out) + at"),
+    ("attention_decode.cu", "(j == here ? token.k : token.v) + at", "(j == here ? token.v : token.k) + at"),
     # attention_prefill_mma.cu
     ("attention_prefill_mma.cu", "row + r < high - first;", "row + r <= high - first;"),
-    ("attention_prefill_mma.cu", "first + r < rows && unit", "first + r <= rows && unit"),
+    ("attention_prefill_mma.cu", "tile.first + r < tile.end && vector", "tile.first + r <= tile.end && vector"),
     ("attention_prefill_mma.cu", "if (distance < 0 ||", "if (distance <= 0 ||"),
     ("attention_prefill_mma.cu", "distance >= window)", "distance > window)"),
     ("attention_prefill_mma.cu", "if (at + KEYS - 1 > near ||", "if (at + KEYS - 1 > far ||"),
     ("attention_prefill_mma.cu", "if (at > far ||", "if (at >= far ||"),
-    ("attention_prefill_mma.cu", "at < high; at += KEYS, stage", "at <= high; at += KEYS, stage"),
+    ("attention_prefill_mma.cu", "at < band.high; at += KEYS, stage", "at <= band.high; at += KEYS, stage"),
     ("attention_prefill_mma.cu", "mine + r < rows; r += WARP", "mine + r <= rows; r += WARP"),
-    ("attention_prefill_mma.cu", "if (unit * 8 < D) store", "if (unit * 8 <= D) store"),
-    ("attention_prefill_mma.cu", "(At::WIDTH == D || (unit + u) * 8 < D)", "true"),
-    ("attention_prefill_mma.cu", "blocks[table + first / S] * H", "blocks[table + first / S + 1] * H"),
-    ("attention_prefill_mma.cu", "blocks[table + token / S] * H", "blocks[table + token / S + 1] * H"),
+    ("attention_prefill_mma.cu", "if (vector * 8 < D) store", "if (vector * 8 <= D) store"),
+    ("attention_prefill_mma.cu", "(At::WIDTH == D || (vector + u) * 8 < D)", "true"),
+    ("attention_prefill_mma.cu", "page_table[table + first / S] * H", "page_table[table + first / S + 1] * H"),
+    ("attention_prefill_mma.cu", "page_table[table + token / S] * H", "page_table[table + token / S + 1] * H"),
     ("mma.cuh", "mma_m16n8k16_bf16(d, a, b)",
      "mma_m16n8k16_bf16(d, {b[0], b[1], b[0], b[1]}, {a[0], a[2]})"),
     ("mma.cuh", "mma_m16n8k16_f16(d, a, b)", "mma_m16n8k16_f16(d, a, {b[1], b[0]})"),
@@ -265,7 +275,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_prefill_mma.cu", "pack<T>(from[e % 2 * 2], from[e % 2 * 2 + 1])",
      "pack<T>(from[e % 2 * 2 + 1], from[e % 2 * 2])"),
     ("attention_prefill_mma.cu", "ldmatrix_x4_trans(both,", "ldmatrix_x4(both,"),
-    ("attention_prefill_mma.cu", "k_tile + across.at(", "k_tile + down.at("),
+    ("attention_prefill_mma.cu", "keys + across.at(", "keys + down.at("),
     ("attention_prefill_mma.cu", "factor = scale * LOG2_E;", "factor = LOG2_E;"),
     ("attention_prefill_mma.cu", "sum[m][half] * shrink;", "sum[m][half];"),
     ("attention_prefill_mma.cu", "acc[m][j][2 * half] *= shrink, ", ""),
@@ -276,32 +286,33 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention.cuh", "old = seq_lens[sequence] - fresh;", "old = seq_lens[sequence] - fresh + 1;"),
     # attention_prefill_wgmma.cu
     ("attention_prefill_wgmma.cu", "u * 8), i < left);", "u * 8), i <= left);"),
-    ("attention_prefill_wgmma.cu", "unit * 8, mine + r < rows);", "unit * 8, mine + r <= rows);"),
-    ("attention_prefill_wgmma.cu", "if (mine + r >= rows) break;", "if (mine + r > rows) break;"),
-    ("attention_prefill_wgmma.cu", "unit < D / 8; unit += 8)\n                store",
-     "unit <= D / 8; unit += 8)\n                store"),
+    ("attention_prefill_wgmma.cu", "vector * 8, mine + r < tile.end);", "vector * 8, mine + r <= tile.end);"),
+    ("attention_prefill_wgmma.cu", "if (mine + r >= tile.end) break;", "if (mine + r > tile.end) break;"),
+    ("attention_prefill_wgmma.cu", "vector < D / 8; vector += 8)\n                store",
+     "vector <= D / 8; vector += 8)\n                store"),
     ("attention_prefill_wgmma.cu", "if (distance < 0 ||", "if (distance <= 0 ||"),
     ("attention_prefill_wgmma.cu", "distance >= window)", "distance > window)"),
     ("attention_prefill_wgmma.cu", "if (at + KEYS - 1 > near ||", "if (at + KEYS - 1 > far ||"),
-    ("attention_prefill_wgmma.cu", "blocks[table + token / S] * H", "blocks[table + token / S + 1] * H"),
+    ("attention_prefill_wgmma.cu", "page_table[table + token / S] * H", "page_table[table + token / S + 1] * H"),
     ("attention_prefill_wgmma.cu", "(token % S + row) * D", "(token % S + row + 1) * D"),
     ("attention_prefill_wgmma.cu", "wgmma_n128_bf16(d, a, b, add)", "wgmma_n128_bf16(d, b, a, add)"),
     ("attention_prefill_wgmma.cu", "pack<T>(score[8 * i + 2 * e], score[8 * i + 2 * e + 1])",
      "pack<T>(score[8 * i + 2 * e + 1], score[8 * i + 2 * e])"),
     ("attention_prefill_wgmma.cu", "i > 0);", "true);"),
-    ("attention_prefill_wgmma.cu", "(unit % 8 ^ row % 8) * 8", "unit % 8 * 8"),
+    ("attention_prefill_wgmma.cu", "(vector % 8 ^ row % 8) * 8", "vector % 8 * 8"),
     ("attention_prefill_wgmma.cu", "acc[i] *= shrink[i / 2 % 2];", "acc[i] *= shrink[0];"),
     ("attention_prefill_wgmma.cu", "mbarrier_wait(bar.k_full + j % 2, j / 2 % 2)",
      "mbarrier_wait(bar.k_full + j % 2, (j / 2 + 1) % 2)"),
-    ("attention_prefill_wgmma.cu", "mbarrier_wait(empty + j % 2, (j / 2 + 1) % 2)", "mbarrier_wait(empty + j % 2, j / 2 % 2)"),
+    ("attention_prefill_wgmma.cu", "mbarrier_wait(empty + j % 2, (j / 2 + 1) % 2)",
+     "mbarrier_wait(empty + j % 2, j / 2 % 2)"),
     ("attention_prefill_wgmma.cu", "release(bar.v_empty + (j - 1) % 2);", "release(bar.v_empty + j % 2);"),
     ("attention_prefill_wgmma.cu", "mbarrier_init(bar.k_empty + i, GROUPS * GROUP / WARP)",
      "mbarrier_init(bar.k_empty + i, GROUPS * GROUP / WARP + 1)"),
     ("attention_prefill_wgmma.cu", "float total = sum[half] * shrink[half];", "float total = sum[half];"),
-    ("attention_prefill_wgmma.cu", "factor = scale * LOG2_E;", "factor = LOG2_E;"),
+    ("attention_prefill_wgmma.cu", "scale * LOG2_E, 1 + consumer", "LOG2_E, 1 + consumer"),
     # attention_prefill_fma.cu and where all look tokens up
-    ("attention_prefill_fma.cu", "token_offset<S, D>(table, token, head, H) + unit",
-     "token_offset<S, D>(table, token + 1, head, H) + unit"),
+    ("attention_prefill_fma.cu", "token_offset<S, D>(table, token, head, H) + vector",
+     "token_offset<S, D>(table, token + 1, head, H) + vector"),
     ("attention_prefill_fma.cu", "token >= fresh) continue;", "token > fresh) continue;"),
     ("attention_prefill_fma.cu", "to_float(x[at]) * (scale * LOG2_E)", "to_float(x[at]) * LOG2_E"),
     ("attention_prefill_fma.cu", "acc[i][j][0] *= shrink, ", ""),
@@ -314,7 +325,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
 
 
 _SHUFFLES = (
-    "the emulator takes the shuffle between the two accesses as ordering, which CUDA does not reserve; on a GPU"
+    "the emulator takes the shuffle between the two accesses as ordering, which CUDA does not promise; on a GPU"
     " racecheck of compute-sanitizer warns without it"
 )
 
@@ -329,27 +340,27 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "attention_prefill_wgmma.cu",
-        "still read them.\n        bar_sync(1 + consumer, GROUP);",
+        "still read them.\n    bar_sync(id, GROUP);",
         "a product of the emulator is done when it is issued; on a GPU those of other warps may still read the queries",
     ),
     (
         "attention_prefill_mma.cu",
-        "at < high; at += KEYS, stage",
+        "at < band.high; at += KEYS, stage",
         "one more tile, which a warp skips, or masks for all rows that are stored",
     ),
     (
-        "attention_decode.cu",
+        "attention_decode_mma.cuh",
         "if (2 * t + j < Q && column < D)",
         "column D is where the padding of a row of sums begins (STRIDE)",
     ),
     (
-        "attention_decode.cu",
+        "attention_decode_fma.cuh",
         "__syncthreads();  // score and shrink may be written again",
         "a row of score is read and written again by one warp alone, ordered, to the emulator, by reduce_scatter's"
         " shuffles; shrink is written behind the next barrier",
     ),
     (
-        "attention_decode.cu",
+        "attention_decode_fma.cuh",
         "__syncwarp();  // every lane has read largest[h]",
         _SHUFFLES,
     ),
@@ -369,7 +380,7 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "it orders what the compiler makes of the loads; no thread waits for another there",
     ),
     (
-        "sampling.cu",
+        "sampling.cuh",
         "x += partial[i];\n    __syncthreads();",
         "block_sum of integers is called once; the barrier is for a kernel that calls it twice",
     ),
@@ -431,47 +442,39 @@ def _reason(file: str, text: str, at: int) -> str | None:
     return None
 
 
-class _Recorder:
-    """An executor that only notes what would be launched."""
+class _Mutated(EmulatedDevice):
+    """The emulator, with some files from a copy of the sources. seed: of the order of threads."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.bound: list[BoundLaunch] = []
-
-    def upload(self, array: np.ndarray[Any, Any]) -> Any:
-        return array
-
-    def download(self, array: Any) -> np.ndarray[Any, Any]:
-        return np.asarray(array)
+    def __init__(self, folder: Path, files: set[str], device: Device | None = None, seed: int = 0) -> None:
+        super().__init__(device)
+        self.folder, self.files, self.seed = folder, files, seed
 
     def launch(self, bound: BoundLaunch) -> None:
-        self.bound.append(bound)
+        folder = self.folder if bound.file in self.files else None
+        run(bound, folder=folder, timeout=20, seed=self.seed, arch=self.device.arch)
 
 
-class _Mutated(_Recorder):
-    """The emulator, with some files from a copy of the sources."""
-
-    def __init__(
-        self, folder: Path, files: set[str], device: Device | None = None, seed: int = 0, unaligned: bool = False
-    ) -> None:
-        super().__init__(device or Device())
-        self.folder, self.files, self.seed, self.unaligned = folder, files, seed, unaligned
+class _MutatedAndShifted(_Mutated):
+    """The same with arrays that begin where 16-byte accesses are not allowed."""
 
     def upload(self, array: np.ndarray[Any, Any]) -> Any:
-        return test_ops.shifted(array) if self.unaligned else array
-
-    def launch(self, bound: BoundLaunch) -> None:
-        run(bound, folder=self.folder if bound.file in self.files else None, timeout=20, seed=self.seed)
+        return test_ops.shifted(array)
 
 
 @dataclass(frozen=True)
 class Job:
-    op: Op
-    case: Case
-    T: str
+    """A workload for a device. kernels: (file, expression) of its launches; unaligned: arrays at odd addresses."""
+
+    workload: Workload
     device: Device
-    kernels: tuple[tuple[str, str], ...]  # (file, expression)
+    kernels: tuple[tuple[str, str], ...]
     unaligned: bool = False
+
+    def run(self, folder: Path, files: set[str], seed: int) -> None:
+        """Run it with the mutated files of ``folder`` and judge the result."""
+        executor = (_MutatedAndShifted if self.unaligned else _Mutated)(folder, files, self.device, seed)
+        arrays = self.workload.arrays()
+        check(self.workload, arrays, run_guarded(self.workload, arrays, executor))
 
 
 def _read_sum(folder: Path) -> None:
@@ -495,50 +498,54 @@ def _bias(folder: Path) -> None:
 BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {"bias.cu": _bias, "peaks.cu": _read_sum}
 
 
-def _job(op: Op, case: Case, T: str, device: Device, unaligned: bool = False) -> Job:
-    ins = harness.random_inputs(op, case, T)
-    assert op.kernels is not None
-    call = harness.bind_inputs(op, case, ins)
-    plan = op.kernels(call, device)
-    for spec in op.signature.outs:
-        if spec.name not in op.signature.in_place:
-            call.arrays[spec.name] = np.empty(call.shape(spec), call.dtype(spec))
-    scratch = {name: np.empty(shape, DTYPES[dtype]) for name, (shape, dtype) in plan.scratch.items()}
-    bound = [bind(launch, call, scratch) for launch in plan.launches]
-    return Job(op, case, T, device, tuple((b.file, b.expression) for b in bound), unaligned)
+def _job(workload: Workload, device: Device, unaligned: bool = False) -> Job:
+    bound = planned(workload, workload.ins, device, abstract)[0]
+    return Job(workload, device, tuple((b.file, b.expression) for b in bound), unaligned)
 
 
 def jobs() -> list[Job]:
     """Every case of every op with kernels, bf16 first: it is what most models use. Then those of small GPUs, which are
     quick, before the other cases, and the unaligned arrays last."""
-    found = [_job(op, case, T, Device()) for op, case, T in harness.all_cases(lambda op: op.kernels is not None)]
-    small = [_job(OPS[name], case, T, device) for name, case, device in test_small_gpu.CASES for T in ("bf16", "f32")]
-    unaligned = [
-        _job(*case, Device(), unaligned=True)
-        for name in test_ops.ANY_ALIGNMENT
-        if OPS[name].kernels is not None
-        for case in test_ops.unaligned_cases(name)
+    found = [
+        _job(harness.workload(*case), Device()) for case in harness.all_cases(lambda op: op.kernels is not None)
     ]
-    return small + sorted(found, key=lambda j: ("bf16", "f32", "f16").index(j.T)) + unaligned
+    small = [
+        _job(harness.workload(OPS[name], case, T), device)
+        for name, case, device in test_small_gpu.CASES
+        for T in ("bf16", "f32")
+    ]
+    unaligned = [_job(workload, Device(), unaligned=True) for workload in test_ops.unaligned_workloads()]
+    return small + sorted(found, key=lambda j: ("bf16", "f32", "f16").index(j.workload.dtype)) + unaligned
 
 
 def files_of(mutation: Mutation) -> set[str]:
-    """The kernel files that an edit can change: of a header, those that name the edited function."""
+    """The kernel files that an edit can change: of a header, those that include it and, by themselves or through
+    another header of theirs, name the edited function; all that include it if none does."""
     if mutation.file.endswith(".cu"):
         return {mutation.file}
     before = "\n".join(mutation.text.splitlines()[: mutation.line])
     function = re.findall(r"__device__[^;{=]*?\b(\w+)\(", before)[-1]
-    return {p.name for p in CUDA_SRC.glob("*.cu") if re.search(rf"\b{function}\b", p.read_text())}
+    texts = {p.name: p.read_text() for p in CUDA_SRC.glob("*.cu*")}
+
+    def included(file: str) -> set[str]:
+        near = set(re.findall(r'#include "(\w+\.cuh)"', texts[file]))
+        return near.union(*(included(f) for f in near))
+
+    users = {f: included(f) for f in texts if f.endswith(".cu") and mutation.file in included(f)}
+    naming = {
+        file
+        for file, headers in users.items()
+        if any(re.search(rf"\b{function}\b", texts[f]) for f in {file, *headers} - {mutation.file})
+    }
+    return naming or set(users)
 
 
 def _run(now: list[Job], files: set[str], folder: Path) -> None:
     precompile([k for j in now for k in j.kernels if k[0] in files], folder=folder)
     for job in now:
-        ins = harness.random_inputs(job.op, job.case, job.T)
         # Other orders of threads, as in tests/ops/test_attention.py: thread 0 need not come first.
         for seed in (0, 1, 2) if len(now) < 4 else (0,):
-            outs = harness.run_kernels(job.op, job.case, ins, _Mutated(folder, files, job.device, seed, job.unaligned))
-            harness.check(job.op, job.case, job.T, ins, outs)
+            job.run(folder, files, seed)
 
 
 def _caught(test: Callable[[], None]) -> str | None:
@@ -547,7 +554,7 @@ def _caught(test: Callable[[], None]) -> str | None:
         test()
     except KernelFault as fault:
         return str(fault).splitlines()[0]
-    except AssertionError as error:
+    except (AssertionError, WrongResultError) as error:
         return f"wrong result: {str(error).splitlines()[0]}"
     return None
 

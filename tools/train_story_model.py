@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
-from story_tokenizer import (
+from tools.story_tokenizer import (
     END_OF_STORY_ID,
     encode,
     read_stories,

@@ -3,7 +3,7 @@
 Each case of the registry and each random one, in every dtype, runs twice through two roads: the op's kernels between
 guard zones, as the tests of tests/ops do, and ``CudaBackend.call``, which takes cuBLAS for many rows. Outputs are
 poisoned before; every element is checked; both runs must agree bit for bit. Writes ``ops.json`` and ``ops.txt`` with
-the largest relative error per op and dtype, and prints the text. Exit status 1 if anything is wrong.
+the largest relative error per op, dtype and output dtype, and prints the text. Exit status 1 if anything is wrong.
 
 Under compute-sanitizer use ``--no-pool`` (every array an allocation of its own, so that memcheck sees its bounds) and
 ``--run-only`` (no comparison)::
@@ -29,32 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.backends.cuda.driver import driver_version, load_driver
-from cuplama.dtypes import DTYPES, Array
+from cuplama.dtypes import DTYPES, dtype_name
+from cuplama.lab.check import BackendExecutor, check, expected, relative_error, run_guarded, uploaded
+from cuplama.lab.workloads import Workload
 from cuplama.ops import OPS
-from cuplama.ops.launch import BoundLaunch
-from cuplama.ops.op import Op
 from cuplama.quant.weight import Weight
 from tests.ops import harness
 
-LIMITS = harness.TOLERANCE
+Arrays = list[np.ndarray[Any, Any] | None]
 KEPT = 1 << 15  # elements of a case's outputs that --outputs keeps at most
-
-
-class GpuExecutor:
-    """The harness's executor on a backend's stream and memory."""
-
-    def __init__(self, backend: CudaBackend) -> None:
-        self.backend, self.device = backend, backend.gpu.limits
-
-    def upload(self, array: np.ndarray[Any, Any]) -> Array:
-        return self.backend.upload(array)
-
-    def download(self, array: Array) -> np.ndarray[Any, Any]:
-        return self.backend.download(array)
-
-    def launch(self, bound: BoundLaunch) -> None:
-        with self.backend.gpu as gpu:
-            gpu.function(bound.file, bound.expression, bound.shared)(bound.grid, bound.block, bound.args, bound.shared)
 
 
 class _NoPool:
@@ -75,52 +58,55 @@ class _NoPool:
         pass
 
 
-def error(outs: list[np.ndarray[Any, Any]], wanted: list[np.ndarray[Any, Any]]) -> float:
-    """The largest relative error of the float outputs, as a norm over all elements."""
-    worst = 0.0
+def run_backend(workload: Workload, arrays: Arrays, backend: CudaBackend) -> list[np.ndarray[Any, Any]]:
+    """The outputs by the way that a model takes: cuBLAS for many rows."""
+    outs = backend.call(workload.op, uploaded(backend, arrays), workload.attrs)
+    return [backend.download(a) for a in outs]
+
+
+def error(outs: list[np.ndarray[Any, Any]], wanted: list[np.ndarray[Any, Any]]) -> dict[str, float]:
+    """The largest relative error of the float outputs by their dtype, as a norm over all elements."""
+    found: dict[str, float] = {}
     for out, want in zip(outs, wanted, strict=True):
         if out.dtype.kind not in "iu":
-            finite = np.isfinite(want.astype(np.float64))
-            o, w = (np.where(finite, a.astype(np.float64), 0).ravel() for a in (out, want))
-            worst = max(worst, float(np.linalg.norm(o - w)) / max(float(np.linalg.norm(w)), 1e-30))
-    return worst
-
-
-def run_backend(
-    op: Op, case: Mapping[str, Any], ins: harness.Arrays, backend: CudaBackend, T: str
-) -> list[np.ndarray[Any, Any]]:
-    backend.dtype = DTYPES[T]
-    arrays = [None if (a := ins[s.name]) is None else backend.upload(a) for s in op.signature.ins]
-    return [backend.download(a) for a in backend.call(op, arrays, harness.attributes(op, case))]
+            U = dtype_name(out.dtype)
+            found[U] = max(found.get(U, 0.0), relative_error(out, want))
+    return found
 
 
 def verify(
     backend: CudaBackend, names: list[str], compare: bool, kept: dict[str, np.ndarray[Any, Any]] | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """(op -> dtype -> cases and worst error, problems). kept: collects the kernels' outputs, where they are small."""
+    """(op -> dtype -> cases and largest errors by the outputs' dtype, problems).
+
+    kept: collects the kernels' outputs, where they are small.
+    """
     table: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
-    executor = GpuExecutor(backend)
+    executor = BackendExecutor(backend)
     for op, case, T in harness.all_cases(lambda op: op.kernels is not None and (not names or op.name in names)):
         if T == "bf16" and executor.device.arch < 80:
             continue
-        entry = table.setdefault(op.name, {}).setdefault(T, {"cases": 0, "error": 0.0, "wrong": 0})
-        ins = harness.random_inputs(op, case, T)
+        workload = harness.workload(op, case, T)
+        arrays = workload.arrays()
+        rows = table.setdefault(op.name, {})
+        entry = rows.setdefault(T, {"cases": 0, "errors": {}, "wrong": 0})
         entry["cases"] += 1
         try:
-            runs = [harness.run_kernels(op, case, ins, executor) for _ in range(2)]
-            runs += [run_backend(op, case, ins, backend, T) for _ in range(2)]
+            runs = [run_guarded(workload, arrays, executor) for _ in range(2)]
+            runs += [run_backend(workload, arrays, backend) for _ in range(2)]
             for i, out in enumerate(runs[0] if kept is not None and sum(o.size for o in runs[0]) <= KEPT else ()):
                 assert kept is not None
                 kept[f"{harness.name_of(op, case, T)}/{i}"] = out if out.dtype.kind in "iu" else out.astype(np.float32)
             if compare:
-                wanted = harness.expected(op, case, ins)
+                wanted = expected(workload, arrays)
                 for outs in (runs[0], runs[2]):
-                    harness.check(op, case, T, ins, outs)
-                    entry["error"] = max(entry["error"], error(outs, wanted))
+                    check(workload, arrays, outs, wanted)
+                    for U, relative in error(outs, wanted).items():
+                        entry["errors"][U] = max(entry["errors"].get(U, 0.0), relative)
                 for a, b in (runs[:2], runs[2:]):
                     same = all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in zip(a, b, strict=True))
-                    assert same, f"{harness.name_of(op, case, T)}: two runs differ"
+                    assert same, "two runs differ"
         except Exception as e:  # one broken op must not hide the next
             entry["wrong"] += 1
             problems.append(f"{harness.name_of(op, case, T)}: {type(e).__name__}: {e}"[:500])
@@ -141,14 +127,14 @@ def speeds(backend: CudaBackend) -> dict[str, float]:
     backend.synchronize()
     transfer = weight.nbytes / (time.perf_counter() - began) / 1e9
     a = backend.upload(np.ones((1, 64), np.float32))
-    backend._check = False
+    backend.checking = False
     for _ in range(2):
         backend.synchronize()
         began = time.perf_counter()
         for _ in range(2000):
             backend.call(OPS["add"], (a, a), {})
         launch = (time.perf_counter() - began) / 2000 * 1e6
-    backend._check = True
+    backend.checking = True
     return {"weights_gb_per_s": round(transfer, 2), "call_us": round(launch, 2)}
 
 
@@ -170,11 +156,15 @@ def environment(backend: CudaBackend) -> dict[str, str]:
 
 def report(result: Mapping[str, Any]) -> str:
     lines = [f"{name}: {value}" for name, value in {**result["environment"], **result["speeds"]}.items()]
-    lines += ["", f"{'op':<16} {'dtype':<6} {'cases':>5} {'max relative error':>19} {'limit':>8}"]
+    lines += ["", f"{'op':<28} {'dtype':<6} {'output':<6} {'cases':>5} {'largest error':>14} {'allowed':>8}"]
     for op, dtypes in result["ops"].items():
         for T, entry in dtypes.items():
             wrong = f"   {entry['wrong']} WRONG" if entry["wrong"] else ""
-            lines.append(f"{op:<16} {T:<6} {entry['cases']:>5} {entry['error']:>19.2e} {LIMITS[T]:>8.0e}{wrong}")
+            for U, relative in entry["errors"].items():
+                allowed = OPS[op].allowed(U, T)
+                lines.append(f"{op:<28} {T:<6} {U:<6} {entry['cases']:>5} {relative:>14.2e} {allowed:>8.1e}{wrong}")
+            if not entry["errors"]:
+                lines.append(f"{op:<28} {T:<6} {'-':<6} {entry['cases']:>5} {'-':>14} {'exact':>8}{wrong}")
     lines += ["", f"{len(result['problems'])} problems", *result["problems"]]
     return "\n".join(lines) + "\n"
 

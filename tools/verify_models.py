@@ -1,7 +1,7 @@
 """Whole models on a GPU: ``python -m tools.verify_models --out FOLDER [--stories FOLDER] [--big CONFIG]``.
 
 - goldens: float32 logits and greedy tokens of every family against transformers; the KL of bf16 and fp16 runs beside
-  that of transformers' own; plain steps, recorded steps and a ragged batch.
+  that of transformers' own; plain steps, captured steps and a ragged batch.
 - stories (a stories260K folder beside its expected.txt): the published text; sampled text equal on NumPy and CUDA.
 - endurance: load, generate, close, many times over; many tokens: no memory may be lost.
 - big (a folder with a config.json): random weights of that shape, written to a file, loaded and run.
@@ -20,23 +20,25 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import cuplama
-from cuplama.engine.input_buffer import Packed
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.engine.decode import decode_nodes
+from cuplama.engine.input_buffer import InputBuffer
 from cuplama.engine.sequence import SequenceState
-from cuplama.models import graph
 from cuplama.models.config import load_config
+from cuplama.models.graph import LOGITS
+from cuplama.ops.signature import dim_value
 from tools.verify import environment
 
 CASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "cases"
-LOGITS = 1e-3  # largest difference allowed in float32
+LIMIT = 1e-3  # largest difference allowed in float32
 
 
 def kl(truth: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -55,17 +57,16 @@ def kl(truth: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> np.ndarray[
 
 def stepwise(model: cuplama.Model, prompt: list[int]) -> np.ndarray[Any, Any]:
     """The logits after each token, fed one at a time through the nodes of a decode step."""
-    engine, sequence = model.engine, SequenceState(prompt[:1], model.params(), frozenset())
-    rows = []
+    runner, sequence = model.engine.runner, SequenceState(prompt[:1], model.params(), frozenset())
+    nodes, rows = decode_nodes(runner.graph, 1), []
     for n in range(1, len(prompt) + 1):
         sequence.tokens = prompt[:n]
-        engine.cache.extend(sequence.pages, n)
-        inputs = Packed(model.backend, engine._inputs([(sequence, 1)], False)).device
-        values = {**engine.values, **inputs}
-        outs = model.backend.run(engine.decode_nodes(1), values, (graph.LOGITS,))
-        rows.append(model.backend.download(outs[graph.LOGITS]))
+        runner.cache.extend(sequence.pages, n)
+        inputs = InputBuffer(model.backend, runner.batch([(sequence, 1)]).arrays).device
+        (logits,) = model.backend.run(nodes, {**runner.values, **inputs}, (LOGITS,)).values()
+        rows.append(model.backend.download(logits))
         sequence.cached = n
-    engine.cache.release(sequence.pages)
+    runner.cache.release(sequence.pages)
     return np.concatenate(rows)
 
 
@@ -82,7 +83,7 @@ def golden(case: Path) -> dict[str, Any]:
         # Four times: at last the prompts are replayed as well.
         alone = [[model.generate(p, **greedy).tokens for p in prompts] for _ in range(4)]
         batches = [[c.tokens for c in model.generate(prompts, **greedy)] for _ in range(4)]
-        row["recorded"], row["batch"] = alone == [wanted] * 4, batches == [wanted] * 4
+        row["captured"], row["batch"] = alone == [wanted] * 4, batches == [wanted] * 4
         model.backend.captures = False
         row["plain"] = [model.generate(p, **greedy).tokens for p in prompts] == wanted
     for dtype in ("bfloat16", "float16"):
@@ -93,7 +94,7 @@ def golden(case: Path) -> dict[str, Any]:
             short = [p for p in prompts if len(p) < 32]
             truth = np.concatenate([data[f"logits_{prompts.index(p)}"] for p in short])
             row[f"kl_{dtype}_fused"] = float(kl(truth, np.concatenate([stepwise(model, p) for p in short])).mean())
-    row["ok"] = row["logits"] <= LOGITS and row["recorded"] and row["batch"] and row["plain"]
+    row["ok"] = row["logits"] <= LIMIT and row["captured"] and row["batch"] and row["plain"]
     row["kl_ok"] = all(row[f"kl_{d}"] <= row[f"kl_{d}_transformers"] for d in ("bfloat16", "float16"))
     return row
 
@@ -174,11 +175,9 @@ def write_random(config_folder: Path, folder: Path) -> int:
     config = load_config(config_folder)
     shutil.copy(config_folder / "config.json", folder / "config.json")
     dims = config.dims()
-    from cuplama.ops.signature import dim_value
-
     shards: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, recipe in config.recipes().items():
-        if name == "head" and config.raw.get("tie_word_embeddings"):
+        if name == "lm_head" and config.raw.get("tie_word_embeddings"):
             continue
         for shape, tensor in recipe.parts:
             shard = f"model-{name.split('.')[0]}.safetensors"
@@ -230,11 +229,11 @@ def big(config_folder: Path, out: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         with model:
             prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 128).tolist()
-            for records in (False, True):
-                model.backend.captures = records
+            for captures in (False, True):
+                model.backend.captures = captures
                 model.generate(prompt, max_tokens=16, temperature=0.0, ignore_eos=True)
-                c = model.generate(prompt, max_tokens=256 if records else 32, temperature=0.0, ignore_eos=True)
-                way = "recorded" if records else "plain"
+                c = model.generate(prompt, max_tokens=256 if captures else 32, temperature=0.0, ignore_eos=True)
+                way = "captured" if captures else "plain"
                 out[f"tokens_per_second_{way}"] = round(c.timings.decode_rate, 2)
                 out[f"first_token_ms_{way}"] = round(c.timings.prompt_seconds * 1e3, 2)
         out |= {
@@ -265,12 +264,8 @@ def main() -> int:
             result[name] = work()
         except Exception as e:  # the other sections still say something
             result[name] = {"ok": False, "error": f"{type(e).__name__}: {e}"}
-            import traceback
-
             traceback.print_exc()
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
-
-    from cuplama.backends.cuda.backend import CudaBackend
 
     backend = CudaBackend("f32")
     result["environment"] = environment(backend)
@@ -279,7 +274,7 @@ def main() -> int:
         section("goldens", lambda: [golden(c) for c in sorted(CASES.iterdir())])
         if isinstance(result["goldens"], list):
             for r in result["goldens"]:
-                tokens = "tokens equal" if r["recorded"] and r["batch"] and r["plain"] else f"TOKENS DIFFER {r}"
+                tokens = "tokens equal" if r["captured"] and r["batch"] and r["plain"] else f"TOKENS DIFFER {r}"
                 kls = ""
                 for d in ("bfloat16", "float16"):
                     one_piece, steps, limit = (r[f"kl_{d}{suffix}"] for suffix in ("", "_fused", "_transformers"))
