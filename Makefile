@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # A worker per core; one that has finished takes tests of another.
 PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
 
-.PHONY: demo test test-all mutate check kernels format setup clean
+.PHONY: demo test test-all mutate mutate-kernels check kernels format setup clean
 
 demo: $(VENV)/.runtime          ## set up, then print a story
 	$(BIN)/cuplama generate "Once upon a time" --stats
@@ -18,6 +18,9 @@ test-all: $(VENV)/.dev          ## every test; those that need a GPU say so wher
 
 mutate: $(VENV)/.dev            ## break engine, backends and models on purpose, and count what the tests find
 	$(BIN)/python -m tools.mutate_host --sample 300
+
+mutate-kernels: $(VENV)/.dev    ## the same for the kernels, on the emulator; 10 minutes
+	$(BIN)/python -m tools.mutate_kernels --report build-mutations.md
 
 check: $(VENV)/.dev             ## lint, format, types, and which module may import which
 	$(BIN)/ruff check .

@@ -7,24 +7,29 @@ elements differ at all, and whether integers are equal. Exit status 1 if a diffe
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from cuplama.lab.check import run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from tests.ops import harness
+
+__all__ = ["main"]
 
 # Two ways to round the same sum may end one unit apart: twice the unit of each dtype, as a norm. float32 also carries
 # the last bits of exp and log, which differ between the libraries of host and device.
 ROUNDING = {"f32": 2e-6, "f16": 1e-3, "bf16": 8e-3}
 
 
-def main() -> int:
-    outputs = np.load(sys.argv[1])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("outputs", type=Path, metavar="OUTPUTS.npz", help="what a GPU computed")
+    outputs = np.load(parser.parse_args(argv).outputs)
     table: dict[tuple[str, str], dict[str, float]] = {}
     for op, case, T in harness.all_cases(lambda op: op.kernels is not None):
         name = harness.name_of(op, case, T)

@@ -274,7 +274,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the root of the checkout. Returns the exit status."""
     options = _options(argv)
-    sys.path.insert(0, os.getcwd())
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

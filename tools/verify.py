@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.backends.cuda.driver import driver_version, load_driver
 from cuplama.dtypes import DTYPES, dtype_name
@@ -35,6 +33,8 @@ from cuplama.lab.workloads import Workload
 from cuplama.ops import OPS
 from cuplama.quant.weight import Weight
 from tests.ops import harness
+
+__all__ = ["environment", "error", "main", "report", "run_backend", "speeds", "verify"]
 
 Arrays = list[np.ndarray[Any, Any] | None]
 KEPT = 1 << 15  # elements of a case's outputs that --outputs keeps at most
@@ -139,6 +139,7 @@ def speeds(backend: CudaBackend) -> dict[str, float]:
 
 
 def environment(backend: CudaBackend) -> dict[str, str]:
+    """The GPU and the versions of what runs on it."""
     import cupy
 
     driver = load_driver()
@@ -155,6 +156,7 @@ def environment(backend: CudaBackend) -> dict[str, str]:
 
 
 def report(result: Mapping[str, Any]) -> str:
+    """The text of ``ops.txt``."""
     lines = [f"{name}: {value}" for name, value in {**result["environment"], **result["speeds"]}.items()]
     lines += ["", f"{'op':<28} {'dtype':<6} {'output':<6} {'cases':>5} {'largest error':>14} {'allowed':>8}"]
     for op, dtypes in result["ops"].items():
@@ -170,11 +172,12 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for ops.json and ops.txt")
     parser.add_argument("--no-pool", action="store_true", help="every array is an allocation of its own")
     parser.add_argument("--run-only", action="store_true", help="run, but compare nothing")
-    parser.add_argument("--outputs", type=Path, help="keep the kernels' outputs, for tools/agree.py")
+    parser.add_argument("--outputs", type=Path, help="keep the kernels' outputs, for tools.agree")
     parser.add_argument("ops", nargs="*", help="op names; all by default")
     args = parser.parse_args()
     os.environ["CUPLAMA_CHECK"] = "1"  # poison outputs, name the failing node

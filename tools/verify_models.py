@@ -37,6 +37,8 @@ from cuplama.models.graph import LOGITS
 from cuplama.ops.signature import dim_value
 from tools.verify import environment
 
+__all__ = ["big", "endurance", "golden", "kl", "main", "stepwise", "stories"]
+
 CASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "cases"
 LIMIT = 1e-3  # largest difference allowed in float32
 
@@ -247,6 +249,7 @@ def big(config_folder: Path, out: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for models.json and models.txt")
     parser.add_argument("--stories", type=Path, help="folder of stories260K")

@@ -1,5 +1,7 @@
 """Corpora and tokenizer of the bundled story model: read stories, restore case, train the BPE, encode."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections import Counter, defaultdict
@@ -9,6 +11,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+__all__ = [
+    "END_OF_STORY",
+    "END_OF_STORY_ID",
+    "encode",
+    "read_stories",
+    "restore_case",
+    "save_tokenizer",
+    "train_tokenizer",
+    "usual_case",
+]
 
 # One token ends a story and begins the next, as in GPT-2: a file of stories then tokenizes as it stands.
 END_OF_STORY = "<|endoftext|>"

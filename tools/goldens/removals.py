@@ -1,0 +1,142 @@
+"""What each part of a model changes: the part is removed or altered, and the logits must show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+
+from tools.goldens.cases import Case, Config
+
+__all__ = ["removals"]
+
+Mutate = Callable[[Any], None]
+
+
+def zero(match: str) -> Mutate:
+    """Zero the parameters whose name contains the text."""
+
+    def mutate(model: Any) -> None:
+        found = [p for n, p in model.named_parameters() if match in n]
+        assert found, match
+        for p in found:
+            p.data.zero_()
+
+    return mutate
+
+
+def norms_one(match: str) -> Mutate:
+    """Set the norm weights whose name contains the text to one."""
+
+    def mutate(model: Any) -> None:
+        for n, p in model.named_parameters():
+            if match in n and n.endswith("weight"):
+                p.data.fill_(1.0)
+
+    return mutate
+
+
+def eps_less(model: Any) -> None:
+    """Divide the epsilon of every norm by ten."""
+    for module in model.modules():
+        for name in ("variance_epsilon", "eps"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, getattr(module, name) / 10)
+
+
+def no_rotation(model: Any) -> None:
+    """Rotate by no angle."""
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+    rotary.forward = lambda x, position_ids: tuple(
+        f(t) for f, t in zip((torch.ones_like, torch.zeros_like), forward(x, position_ids), strict=True)
+    )
+
+
+def unscaled_rotation(model: Any) -> None:
+    """RoPE without its scaling."""
+    rotary = model.model.rotary_emb
+    rotary.rope_type = "default"
+    inv_freq = 1.0 / model.config.rope_parameters["rope_theta"] ** (
+        torch.arange(len(rotary.inv_freq)) / len(rotary.inv_freq)
+    )
+    rotary.inv_freq.copy_(inv_freq)
+    rotary.attention_scaling = 1.0
+
+
+def no_attention_factor(model: Any) -> None:
+    """RoPE's scaling without its factor on cos and sin."""
+    model.model.rotary_emb.attention_scaling = 1.0
+
+
+def short_factors_only(model: Any) -> None:
+    """LongRoPE that never takes the long factors."""
+    model.model.rotary_emb.rope_type = "default"
+
+
+def same_position(model: Any) -> None:
+    """Give every position the embedding of the first."""
+    wpe = model.transformer.wpe.weight.data
+    wpe.copy_(wpe[:1].expand_as(wpe))
+
+
+def other_gelu(model: Any) -> None:
+    """The exact GELU for the tanh formula, or the other way round."""
+    other = "gelu" if model.config.activation_function == "gelu_new" else "gelu_new"
+    for block in model.transformer.h:
+        block.mlp.act = transformers.activations.ACT2FN[other]
+
+
+def swapped_kv_heads(model: Any) -> None:
+    """KV head h % n_kv in place of h // group, the other way one might share them."""
+    cfg = model.config
+    n, kv, d = cfg.num_attention_heads, cfg.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+    order = [h for k in range(kv) for h in range(n) if h % kv == k]
+    rows = torch.tensor([h * d + i for h in order for i in range(d)])
+    for layer in model.model.layers:
+        q, o = layer.self_attn.q_proj, layer.self_attn.o_proj
+        q.weight.data = q.weight.data[rows]
+        o.weight.data = o.weight.data[:, rows]
+
+
+def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
+    """(name, change to the loaded model, config overrides) of everything that must matter."""
+    names = [n for n, _ in model.named_parameters()]
+    cfg = model.config
+
+    def keep(model: Any) -> None:
+        pass
+
+    yield "eps_tenth", eps_less, {}
+    yield "norms_one", norms_one(".ln_" if case.family == "gpt2" else "norm"), {}
+    if case.family == "gpt2":
+        yield "positions", same_position, {}
+        yield "other_gelu", other_gelu, {}
+        for part in ("c_attn.bias", "c_fc.bias", "c_proj.bias", "ln_f.bias", "ln_1.bias"):
+            yield part, zero(part), {}
+        return
+    yield "rotation", no_rotation, {}
+    for part in ("q_proj.bias", "v_proj.bias", "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias"):
+        if any(part in n for n in names):
+            yield part, zero(part), {}
+    if any("q_norm" in n for n in names):
+        yield "q_norm", norms_one("q_norm"), {}
+        yield "k_norm", norms_one("k_norm"), {}
+    if 1 < cfg.num_key_value_heads < cfg.num_attention_heads:
+        yield "kv_sharing", swapped_kv_heads, {}
+    rope_type = cfg.rope_parameters["rope_type"]
+    if rope_type != "default":
+        yield "rope_scaling", unscaled_rotation, {}
+    if model.model.rotary_emb.attention_scaling != 1.0:
+        yield "attention_factor", no_attention_factor, {}
+    if rope_type == "longrope":
+        yield "long_factor", short_factors_only, {}
+    if getattr(cfg, "sliding_window", None) is not None:
+        width = cfg.sliding_window
+        yield "window", keep, {"sliding_window": 1000}
+        yield "window_plus_one", keep, {"sliding_window": width + 1}
+        yield "window_minus_one", keep, {"sliding_window": width - 1}
+    if "sliding_attention" in (getattr(cfg, "layer_types", None) or []):
+        yield "max_window_layers", keep, {"layer_types": ["sliding_attention"] * cfg.num_hidden_layers}
