@@ -180,10 +180,10 @@ struct ThreadRows {
 
 template <typename T, int D, int S, int ROWS, int KEYS>
 __global__ void __launch_bounds__(PREFILL_THREADS, 2)
-    attention_prefill(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
-                      const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
-                      const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
-                      int window, float scale) {
+    attention_prefill_fma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
+                          const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
+                          const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
+                          int window, float scale) {
     constexpr int STRIDE = (D + 31) / 32 * 32 + 4;  // floats; 4 more than a multiple of 32 banks: no conflicts
     DYNAMIC_SHARED(float, q);                       // [ROWS][STRIDE], scaled
     float* kv = q + ROWS * STRIDE;                  // [KEYS][STRIDE], keys and values in turn

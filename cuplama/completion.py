@@ -39,7 +39,10 @@ class Timings:
 
 @dataclass
 class Clock:
-    """Where the time of a run went. Sequences that wait for room in the cache are read between the others' tokens."""
+    """Measures where the time of a run goes; the fields are those of ``Timings``. last: when the last step ended.
+
+    In a batch that the cache cannot hold at once, the prompts that had to wait are read between tokens of the others.
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -52,7 +55,7 @@ class Clock:
         self.prompt_tokens, self.last = prompt_tokens, time.perf_counter()
 
     def step(self, tokens: int, first: bool) -> None:
-        """A step has drawn that many tokens; first: those that come right after prompts."""
+        """A step has ended that drew that many tokens. first: whether it read prompts, and so drew first tokens."""
         now = time.perf_counter()
         if first:
             self.prompt_seconds += now - self.last

@@ -21,7 +21,7 @@ from .quant.weight import Weight
 __all__ = ["DEVICES", "open_backend"]
 
 DEVICES = ("auto", "cuda", "numpy")
-log = logging.getLogger("cuplama")
+_log = logging.getLogger("cuplama")
 
 
 def open_backend(
@@ -41,7 +41,7 @@ def open_backend(
             return _open_cuda(dtype, config, weights, context, tokens)
         if device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
-        log.warning("running on NumPy: %s", reason)
+        _log.warning("running on NumPy: %s", reason)
     return _open_numpy(dtype, config, weights, tokens)
 
 
@@ -86,7 +86,7 @@ def _open_numpy(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], 
     size, free = _elements(weights) * DTYPES[chosen].itemsize, _free_memory()
     fits = size < 0.7 * free
     if not fits:
-        log.warning(
+        _log.warning(
             "the weights take %.1f GB as %s and do not fit; they stay in the file, which is slow", size / 1e9, chosen
         )
     backend = NumPyBackend(chosen, convert=fits)

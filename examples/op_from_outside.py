@@ -15,7 +15,8 @@ import numpy as np
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import Array
-from cuplama.ops.launch import Device, Launch, Plan, bind_plan
+from cuplama.ops.binding import bind_plan
+from cuplama.ops.launch import Device, Launch, Plan
 from cuplama.ops.op import Call, Op
 
 KERNEL = Path(__file__).resolve().with_name("softcap.cu")

@@ -15,7 +15,8 @@ import numpy as np
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.dtypes import Array
 from cuplama.ops import OPS
-from cuplama.ops.launch import Device, bind_plan
+from cuplama.ops.binding import bind_plan
+from cuplama.ops.launch import Device
 
 OP = OPS["rms_norm"]
 SIZES = {"n": 1, "d": 4096}

@@ -23,7 +23,7 @@ class Event(Protocol):
 
 
 class CapturedGraph(Protocol):
-    """A body of calls that is repeated. The first replay may run it call by call."""
+    """The launches of a body of calls, which can be repeated. The first replays may run the body call by call."""
 
     def replay(self) -> Event:
         """Queue the body once; the event is behind it."""
@@ -33,9 +33,10 @@ class CapturedGraph(Protocol):
 
 
 class Backend(Protocol):
-    """name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most.
+    """Where arrays live and how ops run on them.
 
-    captures: whether prompts and decode steps go through ``capture``; compile_seconds: spent on kernels so far.
+    name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most;
+    captures: whether prompts and decode steps go through ``capture``.
     """
 
     name: str
@@ -44,7 +45,8 @@ class Backend(Protocol):
     captures: bool
 
     @property
-    def compile_seconds(self) -> float: ...
+    def compile_seconds(self) -> float:
+        """Seconds spent on compiling kernels so far."""
 
     def describe(self) -> str:
         """One line for people: what the model runs on."""
@@ -71,7 +73,7 @@ class Backend(Protocol):
         """Run a node list on named values and return the ones in ``keep``; the rest is freed as soon as it is dead."""
 
     def capture(self, body: Callable[[], None]) -> CapturedGraph:
-        """Record the launches of ``body``, to be repeated without the host's work."""
+        """Capture the launches of ``body``, so that a replay repeats them without the body's work on the host."""
 
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
         """An int32 array in host memory that the device can write: as the host sees it, and as ops take it."""

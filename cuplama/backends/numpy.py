@@ -21,8 +21,8 @@ from ..quant.weight import Weight
 
 __all__ = ["NumPyBackend"]
 
-# Products of fewer multiplications than this run on one thread: more would gain little on an idle machine, and on a
-# busy one BLAS threads that wait for each other cost several times the work.
+# A pass whose largest product has fewer multiplications than this runs on one BLAS thread: more threads would gain
+# little on an idle machine, and on a busy one threads that wait for each other cost several times the work.
 _ONE_THREAD = 1 << 23
 
 
@@ -83,16 +83,16 @@ class _CapturedGraph:
 
 
 class NumPyBackend:
-    """Runs in float32 whatever the checkpoint's dtype, unless a narrower dtype is asked for.
+    """The ``Backend`` of the CPU. It runs in float32 whatever the checkpoint's dtype, unless another is asked for.
 
     convert: whether weights are converted to the dtype once, at load; otherwise they stay in the mapped file and are
-    converted in blocks at every use, which is slow but lets a large model run in little memory.
+    converted at every use, some rows at a time, which is slow but lets a large model run in little memory.
     """
 
     name = "numpy"
     prefill_chunk = 512
     compile_seconds = 0.0
-    captures = False  # nothing to gain; but it can, so that captured passes and steps are tested without a GPU
+    captures = False  # It would gain nothing. ``capture`` works all the same: tests use it to run what a GPU captures.
 
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
         self.dtype = DTYPES[dtype]
@@ -118,8 +118,8 @@ class NumPyBackend:
             return weight.array()
         array = np.empty(weight.shape, self.dtype)
         flat = array.reshape(-1)
-        for offset, piece in weight.chunks(1 << 24):
-            flat[offset : offset + piece.size] = piece
+        for offset, chunk in weight.chunks(1 << 24):
+            flat[offset : offset + chunk.size] = chunk
         return array
 
     def end_loading(self) -> None:
@@ -142,11 +142,11 @@ class NumPyBackend:
 
     def _run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         values = {"": None, **values}
-        for step in self._prepare(nodes, keep):
-            out = step.reference(*[values[name] for name in step.ins], **step.attrs)
-            for (name, dtype), array in zip(step.outs, out if isinstance(out, tuple) else (out,), strict=True):
+        for ready in self._prepare(nodes, keep):
+            out = ready.reference(*[values[name] for name in ready.ins], **ready.attrs)
+            for (name, dtype), array in zip(ready.outs, out if isinstance(out, tuple) else (out,), strict=True):
                 values[name] = array.astype(dtype, copy=False)
-            for name in step.dead:
+            for name in ready.dead:
                 del values[name]
         return {name: values[name] for name in keep}
 
@@ -171,12 +171,12 @@ class NumPyBackend:
         return [self.dtype if letter == "T" else DTYPES[letter] for letter in letters]
 
     def _prepare(self, nodes: Sequence[Node], keep: Sequence[str]) -> list[_Prepared]:
-        """The steps of a node list; worked out once per list."""
+        """The nodes of a list made ready; worked out once per list."""
         key = id(nodes), tuple(keep)
         known = self._prepared.get(key)
         if known is not None and known[0] is nodes:
             return known[1]
-        steps = [
+        ready = [
             _Prepared(
                 OPS[node.op].reference,
                 node.ins,
@@ -186,5 +186,5 @@ class NumPyBackend:
             )
             for node, dead in zip(nodes, dying(nodes, keep), strict=True)
         ]
-        self._prepared[key] = (nodes, steps)
-        return steps
+        self._prepared[key] = (nodes, ready)
+        return ready

@@ -6,7 +6,6 @@ Every check works without a GPU and without CuPy, and a check that fails does no
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 import tempfile
@@ -17,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.cuda import driver
+from ..lab.environment import CUPY_PACKAGES, installed_version
 from ..lab.report import counted
 from ..ops import OPS
 
-__all__ = ["CUPY", "LIBRARIES", "PACKAGES", "Finding", "examine", "run"]
+__all__ = ["LIBRARIES", "PACKAGES", "Finding", "examine", "run"]
 
 PACKAGES = ("cuplama", "numpy", "safetensors", "tokenizers", "ml_dtypes")
-CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 _NO_CACHE = "not tried without a kernel cache"
 LIBRARIES = {"cudart": "nvidia-cuda-runtime-cu12", "nvrtc": "nvidia-cuda-nvrtc-cu12", "cublasLt": "nvidia-cublas-cu12"}
 
@@ -41,8 +40,8 @@ class Finding:
     skipped: bool = False
 
     def __str__(self) -> str:
-        mark = "--" if self.remedy or self.skipped else "ok"
-        return f"{mark}  {self.name:<18} {self.found}" + (f"\n    {'':<18} -> {self.remedy}" if self.remedy else "")
+        sign = "--" if self.remedy or self.skipped else "ok"
+        return f"{sign}  {self.name:<18} {self.found}" + (f"\n    {'':<18} -> {self.remedy}" if self.remedy else "")
 
 
 def run(echo: Callable[[str], object] = print) -> int:
@@ -60,7 +59,7 @@ def run(echo: Callable[[str], object] = print) -> int:
 def examine() -> Iterator[Finding]:
     """All checks, from the ground up."""
     yield Finding("system", f"{platform.platform()}, Python {platform.python_version()}")
-    yield Finding("packages", ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES))
+    yield Finding("packages", ", ".join(f"{name} {installed_version(name) or 'missing'}" for name in PACKAGES))
     yield from _driver()
     cache = _cache()
     yield cache
@@ -70,13 +69,6 @@ def examine() -> Iterator[Finding]:
     yield _headers()
     yield _nvrtc() if usable else Finding("NVRTC", _NO_CACHE, skipped=True)
     yield _kernel() if usable else Finding("a kernel", _NO_CACHE, skipped=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _driver() -> Iterator[Finding]:
@@ -124,7 +116,7 @@ def _free(device: int) -> str:
 
 def _cupy(usable: bool) -> Finding:
     """usable: whether there is a kernel cache, without which CuPy does not import."""
-    installed = [f"{name} {version}" for name in CUPY if (version := _version(name))]
+    installed = [f"{name} {version}" for name in CUPY_PACKAGES if (version := installed_version(name))]
     if not installed:
         return Finding("cupy", "not installed", "pip install cupy-cuda12x")
     if len(installed) > 1:

@@ -71,12 +71,13 @@ class Batch:
         padding_page: int,
         all_logits: bool = False,
     ) -> Batch:
-        """The next ``count`` tokens of each sequence that are not cached yet; its pages hold them.
+        """The next ``count`` tokens of each sequence that are not cached yet; its pages have room for them.
 
-        Logits are wanted of the sequences' last tokens, where they are in the batch, or of every token.
+        parts: (sequence, count) pairs; rope: the model's rotation tables, None without; all_logits: ask for the logits
+        of every token, and not only of each sequence's last one where that is in the batch.
         """
         counts = np.array([count for _, count in parts])
-        starts = np.concatenate([[0], np.cumsum(counts)])
+        cu_seqlens = np.concatenate([[0], np.cumsum(counts)])
         positions = np.concatenate([np.arange(s.cached, s.cached + count) for s, count in parts])
         table = page_table([s.pages for s, _ in parts], padding_page)
         owner = np.repeat(np.arange(len(parts)), counts)
@@ -91,10 +92,10 @@ class Batch:
             "positions": positions,
             "slot_mapping": table[owner, positions // PAGE] * PAGE + positions % PAGE,
             "rope.rows": rows,
-            "cu_seqlens": starts,
+            "cu_seqlens": cu_seqlens,
             "seq_lens": np.array([s.cached + count for s, count in parts]),
             "page_table": table,
-            "logit_rows": np.arange(len(positions)) if all_logits else starts[1:][complete] - 1,
+            "logit_rows": np.arange(len(positions)) if all_logits else cu_seqlens[1:][complete] - 1,
         }
         return cls({name: array.astype(np.int32) for name, array in arrays.items()}, tables, padding_page)
 
@@ -105,6 +106,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
+        """How many sequences there are."""
         return len(self.arrays["seq_lens"])
 
     def pad_into(self, host: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -1,8 +1,10 @@
-"""The decode loop: one captured step, replayed per token.
+"""The decode loop: a decode step is captured once as a CUDA graph, and then replayed for every token.
 
-All inputs of a step live in buffers that stay where they are, and the step's last node makes the next step's inputs
-from the tokens it drew. So the host only replays the graph, a few steps ahead, and reads the tokens behind the device
-from a ring in host memory. What it does with them may lag; what it shows may not.
+A captured graph reads and writes the same addresses at each replay. So the inputs of a step live in buffers that never
+move, and the last node of a step, ``advance``, overwrites them with the inputs of the next step, made from the tokens
+that this one drew. The host sends nothing between two steps: it queues up to ``AHEAD`` replays, and reads the drawn
+tokens from a ring in host memory that the device writes, a row for each step. The host may therefore learn up to
+``AHEAD - 1`` steps late that a sequence has ended; what those steps drew for it is dropped and never shown.
 """
 
 from __future__ import annotations
@@ -23,19 +25,22 @@ from .input_buffer import InputBuffer
 from .kv_cache import PAGE
 from .sampler import TOKEN, Sampler
 
-__all__ = ["AHEAD", "RING", "DecodeLoop", "decode_nodes", "decode_step"]
+__all__ = ["AHEAD", "RING", "DecodeLoop", "decode_nodes", "decode_step", "step_inputs"]
 
-AHEAD = 3  # steps that may be in flight: enough to hide the host, few enough that a stop wastes little
-RING = AHEAD + 1  # rows of the ring of drawn tokens: those in flight, and the one that is being read
+# Steps that may be queued and not read yet: enough that the device never waits for the host, and few enough that little
+# work is wasted when a sequence ends.
+AHEAD = 3
+RING = AHEAD + 1  # rows of the ring of drawn tokens: one for each step in flight, and the one that is being read
 
 # The inputs that a step leaves as the next one needs them, in the order of the op ``advance``.
 _ADVANCED = ("input_ids", "positions", "slot_mapping", "seq_lens", "rope.rows", "ring", "step")
 
 
 def decode_nodes(graph: Graph, sequences: int) -> list[Node]:
-    """From the last tokens of so many sequences to their logits, with what pays when fused.
+    """The nodes from the last tokens of so many sequences to their logits, fused where that is faster.
 
-    Beyond a few rows products go to a library, which takes no norm and no activation with them.
+    For more than ``MAX_STREAMED_ROWS`` sequences a library computes the products, and it fuses neither norms nor
+    activations with them.
     """
     rules = FEW_ROWS_RULES if sequences <= MAX_STREAMED_ROWS else BATCH_RULES
     return fuse([*graph.body, *graph.every_row()], rules)
@@ -47,11 +52,21 @@ def decode_step(graph: Graph, sequences: int, sampling: Sequence[Node]) -> list[
     return [*decode_nodes(graph, sequences), *sampling, advance]
 
 
-class DecodeLoop:
-    """A captured step of ``sequences`` sequences, for samplers like the one it is made with.
+def step_inputs(sequences: int, pages: int) -> dict[str, np.ndarray[Any, Any]]:
+    """int32 zeros for the inputs of a step by name, those of the sampler left out: one row for each sequence.
 
-    nodes: of ``decode_step``; values: weights and everything else that stays where it is, by name; pages: of a sequence
-    at most.
+    pages: columns of the page table. "step" [1] counts the steps since ``begin``; the ring's row follows from it.
+    """
+    shapes = input_shapes(sequences, sequences, pages, logit_rows=0) | {"step": (1,)}
+    del shapes["logit_rows"]  # a step makes the logits of every row
+    return {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+
+
+class DecodeLoop:
+    """A captured step of ``sequences`` sequences, for samplers with the ``key`` of the one that it is made with.
+
+    nodes: of ``decode_step``; values: weights, cache and rotation tables by name, whose addresses never change; pages:
+    that one sequence may have at most.
     """
 
     def __init__(
@@ -64,10 +79,7 @@ class DecodeLoop:
         pages: int,
     ) -> None:
         self._backend, self._nodes, self._values, self.sequences = backend, nodes, values, sequences
-        shapes = input_shapes(sequences, sequences, pages, logit_rows=0) | {"step": (1,)}
-        del shapes["logit_rows"]  # a step wants the logits of every row
-        arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-        self._inputs = InputBuffer(backend, arrays | sampler.empty_inputs(sequences))
+        self._inputs = InputBuffer(backend, step_inputs(sequences, pages) | sampler.empty_inputs(sequences))
         self._sampler = sampler
         self._ring, self._device_ring = backend.host_ring((RING, sequences))
         self._outs: dict[str, Array] = {}
@@ -101,7 +113,7 @@ class DecodeLoop:
         self._events.append(self._graph.replay())
 
     def read(self) -> list[np.ndarray[Any, Any]]:
-        """What the oldest step in flight drew, once it is done: ``Sampler.outs``, in its order."""
+        """Wait for the oldest step in flight. Returns what it drew: host copies of ``Sampler.outs``, in that order."""
         self._events.pop(0).synchronize()
         tokens = self._ring[self._read % RING].copy()
         self._read += 1
@@ -110,7 +122,7 @@ class DecodeLoop:
     def _captured(self) -> None:
         """One step, from the buffers to the buffers."""
         values = {**self._values, **self._inputs.device, "ring": self._device_ring}
-        self._outs = {}  # before memory for the new ones is asked for
+        self._outs = {}  # The old outputs are freed before memory for the new ones is asked for.
         self._outs = self._backend.run(self._nodes, values, self._sampler.outs)
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ class Engine:
             self.runner.close()
 
     def logits(self, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
-        """The logits after each token, float32 [rows, vocab_size], in pieces as the passes yield them."""
+        """The logits after each token, float32 [rows, vocab_size], an array for each pass, in order."""
         return self._one_at_a_time(self._logits(tokens))
 
     def _logits(self, tokens: Sequence[int]) -> Generator[np.ndarray[Any, Any]]:

@@ -1,7 +1,7 @@
-"""Which sizes of batches are captured as graphs, and how long the graphs are kept: one policy for prompts and steps.
+"""Which sizes of batches are captured as CUDA graphs, and which captured graphs are kept: for prompts and decode steps.
 
-A captured graph serves batches of one size. So batches are padded to a few sizes, and the graphs that were used last
-are kept, as long as their memory allows.
+A captured graph serves batches of one size only. So batches are padded to a few sizes, and of the captured graphs those
+that were used last are kept, up to a bound on their memory.
 """
 
 from __future__ import annotations
@@ -9,37 +9,39 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["KEPT_CHUNKS", "MAX_STEPS", "Graphs", "max_logits", "padded_rows", "padded_sequences"]
+__all__ = ["KEPT_CHUNKS", "MAX_STEPS", "GraphCache", "max_logits", "padded_rows", "padded_sequences"]
 
-MAX_STEPS = 20  # decode steps that are kept: as a batch of 64 or so shrinks, it needs one of every size
+# Captured decode steps that are kept at most. While a batch shrinks from 64 sequences to one it uses a step of each of
+# the 14 sizes below; 20 leave room for a few with other sampling parameters.
+MAX_STEPS = 20
 
-# Passes of a prompt are kept for this many times the rows of the largest pass: each has memory of its own for its
-# activations, in proportion to its rows.
+# Captured passes over prompts are kept while their rows together are at most this many times the rows of the largest
+# pass: each has memory of its own for its activations, in proportion to its rows.
 KEPT_CHUNKS = 2
 
-# (limit, step): up to ``limit`` rows a pass is padded to a multiple of ``step``. 128 rows are a tile of a matrix
-# product, so beyond them a smaller step would save little work.
-_ROW_STEPS = ((64, 16), (128, 32), (512, 64))
-_LAST_ROW_STEP = 128
+# (limit, multiple): a pass of up to ``limit`` rows is padded to a multiple of ``multiple`` rows, a longer one to a
+# multiple of the last. A matrix product computes tiles of 128 rows, so finer multiples would save little work there.
+_ROW_MULTIPLES = ((64, 16), (128, 32), (512, 64))
+_LAST_ROW_MULTIPLE = 128
 
 # Decode steps are captured for these numbers of sequences, and beyond them for multiples of 32.
 _SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 
 
 def padded_rows(rows: int) -> int:
-    """New tokens of the captured pass that serves this many."""
-    step = next((step for limit, step in _ROW_STEPS if rows <= limit), _LAST_ROW_STEP)
-    return -(-rows // step) * step
+    """The rows (new tokens) of the captured pass that serves a batch of this many."""
+    multiple = next((multiple for limit, multiple in _ROW_MULTIPLES if rows <= limit), _LAST_ROW_MULTIPLE)
+    return -(-rows // multiple) * multiple
 
 
 def padded_sequences(sequences: int) -> int:
-    """Sequences of the captured step or pass that serves this many."""
+    """The sequences of the captured step or pass that serves a batch of this many."""
     return next((s for s in _SEQUENCES if s >= sequences), -(-sequences // 32) * 32)
 
 
 def max_logits(vocab_size: int) -> int:
-    """Rows of logits that a pass may make, where those of all tokens are asked for: 256 MB of float32."""
-    return max(1, (1 << 26) // vocab_size)
+    """Rows of logits that one pass may make where the logits of all tokens are asked for: 256 MiB of float32."""
+    return max(1, (256 << 20) // 4 // vocab_size)
 
 
 class _Closable(Protocol):
@@ -49,9 +51,10 @@ class _Closable(Protocol):
 _Graph = TypeVar("_Graph", bound=_Closable)
 
 
-class Graphs(Generic[_Graph]):
+class GraphCache(Generic[_Graph]):
     """Captured graphs by size, kept for the next batch of that size while their costs add up to ``max_cost`` at most.
 
+    max_cost: in the unit of the costs that ``keep`` is given: a decode step costs 1, a pass over prompts its rows.
     A graph is taken out while it is in use, so that two streams that are open at once never share one. The graph that
     was not used for longest makes room for a new one.
     """
@@ -62,6 +65,7 @@ class Graphs(Generic[_Graph]):
         self._met: set[Hashable] = set()
 
     def __len__(self) -> int:
+        """How many graphs are kept; one that is in use is not among them."""
         return len(self._kept)
 
     @property

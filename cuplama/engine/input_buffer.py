@@ -1,4 +1,7 @@
-"""Small arrays that change together: one buffer on the device, so that one transfer sets them all."""
+"""The small inputs of a pass in one buffer on the device, so that one transfer sets them all.
+
+A transfer costs the host a call, however few bytes it moves, and a decode step has more than ten inputs.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from ..dtypes import Array
 
 __all__ = ["InputBuffer"]
 
-_ALIGNMENT = 16  # bytes; kernels may read 16 at a time
+_ALIGNMENT = 16  # bytes: every array begins at a multiple of it, because kernels may read 16 bytes at a time
 
 
 class InputBuffer:
-    """Copies of ``arrays`` in one buffer. device: name -> device array; host: name -> what ``send`` sends there.
+    """Copies of ``arrays``, of any shapes and dtypes, in one buffer.
 
-    A backend whose device is the host may share the memory of both.
+    device: the arrays on the device, by name; host: by the same names, the arrays in host memory that ``send`` copies
+    there. Where the device is the host both may share their memory.
     """
 
     def __init__(self, backend: Backend, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -45,14 +45,15 @@ class PagedCache:
 
     @property
     def unreserved(self) -> int:
-        """Pages that no run may still ask for."""
+        """Pages that no run has reserved."""
         return self.pages - self._reserved
 
     @contextmanager
     def reserve(self, pages: int) -> Iterator[None]:
-        """Keep this many pages for one run, which takes them one by one as its sequences grow.
+        """Set this many pages aside for one run, which takes them one by one as its sequences grow.
 
-        Two runs may interleave (two open streams), and neither may find the pool empty halfway.
+        Two runs may interleave (two open streams), and neither may find the pool empty halfway. Raises ContextError if
+        other runs have reserved too many.
         """
         if pages > self.unreserved:
             raise ContextError(
@@ -66,7 +67,7 @@ class PagedCache:
             self._reserved -= pages
 
     def extend(self, owned: list[int], tokens: int) -> None:
-        """Give a sequence the pages it needs for ``tokens`` tokens in all. They were promised to its run."""
+        """Give a sequence the pages it needs for ``tokens`` tokens in all. Its run has reserved them."""
         while len(owned) < pages_for(tokens):
             owned.append(self._free.pop())
 

@@ -49,6 +49,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return self.weights + self.cache + self.workspace
 
     def parts(self) -> tuple[tuple[str, int], ...]:
@@ -60,6 +61,7 @@ class MemoryPlan:
         )
 
     def describe(self) -> str:
+        """Sum and parts in one line, in GB (10^9 bytes)."""
         return f"{_gb(self.total)} = " + " + ".join(f"{name} {_gb(size)}" for name, size in self.parts())
 
 

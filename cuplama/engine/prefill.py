@@ -1,7 +1,9 @@
-"""A captured pass over a prompt: one graph up to the head, replayed for prompts of nearly the same length.
+"""A captured pass over prompts: the body of the model as one CUDA graph, replayed for batches of nearly the same size.
 
-Launching the kernels of a pass one by one takes the host milliseconds, longer than a short prompt takes the GPU. The
-head, a few launches that depend on how many logits are asked for, is queued while the GPU is busy with the graph.
+Launching the kernels of a pass one by one takes the host several milliseconds, longer than a short prompt takes the GPU
+(a 0.5B model, 128 tokens, on an H200: 5.9 ms launch by launch, 1.4 ms as a graph). The head of the model is not
+captured: it is a few launches, their number of rows is the number of logits that are asked for, and the host queues
+them while the GPU is busy with the graph.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from .input_buffer import InputBuffer
 
 __all__ = ["PrefillPass"]
 
-Body = Callable[[Mapping[str, Array]], dict[str, Array]]  # the inputs of a pass -> what the head needs of it
+_Body = Callable[[Mapping[str, Array]], dict[str, Array]]  # the inputs of a pass -> what the head needs of it
 
 
 class PrefillPass:
     """The body of a pass over ``rows`` new tokens of ``sequences`` sequences, whose batches are padded to that size."""
 
-    def __init__(self, backend: Backend, body: Body, rows: int, sequences: int, pages: int) -> None:
+    def __init__(self, backend: Backend, body: _Body, rows: int, sequences: int, pages: int) -> None:
         """pages: of a sequence at most."""
         self._backend, self._body = backend, body
         shapes = input_shapes(rows, sequences, pages, logit_rows=rows)
@@ -32,8 +34,10 @@ class PrefillPass:
         self._graph: CapturedGraph | None = None
 
     def send(self, batch: Batch) -> dict[str, Array]:
-        """Set the inputs. Returns them by name, of "logit_rows" only those that are wanted; the next send overwrites
-        them."""
+        """Copy the batch's inputs to the device, padded. Returns the device arrays by name.
+
+        "logit_rows" is cut to the rows that the batch asks for. The next ``send`` overwrites the arrays.
+        """
         batch.pad_into(self._inputs.host)
         self._inputs.send()
         device = self._inputs.device
@@ -47,7 +51,7 @@ class PrefillPass:
         return dict(self._hidden)
 
     def _captured(self) -> None:
-        self._hidden = {}  # before memory for the new one is asked for
+        self._hidden = {}  # The old result is freed before memory for the new one is asked for.
         self._hidden = self._body(self._inputs.device)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from ..models.rope import RopeTables
 from ..ops.node import Node
 from .batch import Batch
 from .decode import DecodeLoop, decode_step
-from .graphs import KEPT_CHUNKS, MAX_STEPS, Graphs, padded_rows, padded_sequences
+from .graphs import KEPT_CHUNKS, MAX_STEPS, GraphCache, padded_rows, padded_sequences
 from .input_buffer import InputBuffer
 from .kv_cache import PAGE, PagedCache, pages_for
 from .prefill import PrefillPass
@@ -32,8 +32,8 @@ __all__ = ["Runner"]
 class Runner:
     """One model on one backend, with its cache. context: tokens a sequence may have.
 
-    graph: the model's, before any fusion; values: weights, cache and rotation tables by name: everything that stays
-    where it is.
+    graph: the model's node list, before any fusion; values: weights, cache and rotation tables by name, whose addresses
+    never change; steps, passes: the captured graphs of decode steps and of prompts.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Runner:
         self._body = fuse(self.graph.body, PREFILL_RULES)
         self._head = fuse(self.graph.selected_rows(), PREFILL_RULES)
         self._step_nodes: dict[Any, list[Node]] = {}
-        self.steps = Graphs[DecodeLoop](MAX_STEPS)
-        self.passes = Graphs[PrefillPass](KEPT_CHUNKS * padded_rows(min(backend.prefill_chunk, cache.pages * PAGE)))
+        self.steps = GraphCache[DecodeLoop](MAX_STEPS)
+        self.passes = GraphCache[PrefillPass](KEPT_CHUNKS * padded_rows(min(backend.prefill_chunk, cache.pages * PAGE)))
 
     # -- prompts
 
@@ -60,7 +60,7 @@ class Runner:
         return Batch.build(parts, self.rope, self.cache.padding_page, all_logits)
 
     def forward(self, batch: Batch) -> Array | None:
-        """Run a pass. Returns the logits that are wanted, [r, vocab_size] float32, or None if none are.
+        """Run a pass. Returns the logits that it asks for, [r, vocab_size] float32, or None if it asks for none.
 
         The first pass of a size is run launch by launch, padded as a captured one will be: a product's sums may depend
         on its number of rows, and the same prompt must give the same logits every time.
@@ -82,7 +82,7 @@ class Runner:
         """(rows, sequences) of the graph that serves the batch. None for a pass that is never captured: it brings
         rotation tables of its own, or has too many rows to be kept."""
         sequences = padded_sequences(batch.sequences)
-        # More rows than sequences, because as many mean a decode step to the attention op.
+        # The attention op takes as many rows as sequences for a decode step, so a prompt gets at least one row more.
         rows = padded_rows(max(batch.rows, sequences + 1))
         if not self.backend.captures or batch.tables or rows > self.passes.max_cost:
             return None
@@ -102,7 +102,7 @@ class Runner:
         except BaseException:
             chosen.close()
             raise
-        # A pass is queued as a whole, on one stream, before another can begin: so even open streams may share it.
+        # A pass is queued as a whole, on one CUDA stream, before another can begin: so runs may share its graph.
         self.passes.keep(size, chosen, size[0])
         return inputs, hidden
 
@@ -153,7 +153,7 @@ class Runner:
         return self._step_nodes[key]
 
     def drop_graphs(self) -> None:
-        """Give back what is only kept to be fast the next time. Graphs in use are not among it."""
+        """Give back what is only kept to be fast the next time. GraphCache in use are not among it."""
         self.steps.close()
         self.passes.close()
 

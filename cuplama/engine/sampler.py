@@ -19,15 +19,16 @@ TOKEN = "token"  # [b] int32: the drawn ids
 _SCORES = ("logprob", "top_ids", "top_logprobs")
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed")
 _PENALTIES = ("repetition", "presence", "frequency")
-_PADDING = {"repetition": 1}  # what rows of no sequence have where 0 would not do
+_PADDING = {"repetition": 1}  # what padding rows, which belong to no sequence, hold where 0 would not do
 
 
 @cache
 def sampling_nodes(penalised: bool, biased: bool, top_n: int | None) -> tuple[Node, ...]:
-    """From ``LOGITS`` [b, V] to ``TOKEN`` [b]. "seq_lens" is the position of the token to draw.
+    """The nodes from ``LOGITS`` [b, V] to ``TOKEN`` [b]. "seq_lens" is the position of the token to draw.
 
-    penalised: with penalties, stop tokens held back and counts of what was drawn; biased: these with a bias; top_n:
-    best tokens to report beside the drawn one, None for no log-probabilities.
+    penalised: whether logits are changed before the draw (by penalties, a bias, or by holding stop tokens back), and
+    drawn tokens are counted; biased: whether there is a bias among them; top_n: how many of the most probable tokens to
+    report beside the drawn one, None for no log-probabilities.
     """
     nodes, logits = [], LOGITS
     if penalised:
@@ -111,7 +112,7 @@ def _penalties(vocab_size: int, active: Sequence[SequenceState]) -> dict[str, np
 
 
 def drawn_tokens(active: Sequence[SequenceState], outs: Sequence[np.ndarray[Any, Any]]) -> list[Token]:
-    """The drawn tokens, from the host copies of ``Sampler.outs``, in its order."""
+    """A Token for each sequence, from the host copies of ``Sampler.outs``, in that order."""
     ids, *scores = outs
     if not scores:
         return [Token(int(i)) for i in ids[: len(active)]]

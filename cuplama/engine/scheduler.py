@@ -89,9 +89,9 @@ class Scheduler:
     def prefill(
         self, active: Sequence[SequenceState], all_logits: bool = False, progress: Progress | None = None
     ) -> Iterator[Array]:
-        """Feed every token that is not cached yet, in passes of bounded size; yields the wanted logits of each pass.
+        """Feed every token that is not cached yet, in passes of bounded size; yields the logits of each pass.
 
-        A decode step is the case of one token per sequence.
+        A decode step without a captured graph is such a pass, of one token per sequence.
         """
         for s in active:
             if s.cached and any(

@@ -21,7 +21,11 @@ class Token:
 
 @dataclass
 class SequenceState:
-    """One sequence on its way. The consumer sets ``finish_reason`` to end it; the engine sets "stop" or "length"."""
+    """A prompt and what is generated after it. The engine ends it by setting ``finish_reason`` to "stop" or "length".
+
+    So may the caller, between two tokens. prompt: token ids; stop_ids: ids that end it; seed: of its draws; pages: its
+    pages of the cache, in order.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
@@ -38,6 +42,7 @@ class SequenceState:
 
     @property
     def generated(self) -> int:
+        """Tokens drawn so far."""
         return len(self.tokens) - len(self.prompt)
 
 

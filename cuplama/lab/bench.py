@@ -30,12 +30,12 @@ __all__ = ["COLUMNS", "header", "measure", "plot", "run", "text"]
 _WARM_UP_TOKENS = 8  # generated at most
 
 
-def measure(model: Model, trial: Trial, repeats: int, limits: Peaks) -> dict[str, Any]:
+def measure(model: Model, trial: Trial, repeats: int, machine: Peaks) -> dict[str, Any]:
     """A row of the table: a trial, warmed up and repeated.
 
-    tokens_per_second counts all sequences; ms_per_token is the time between two tokens of one sequence (generation) or
-    per token read (prompt). gigabytes_per_second and its per cent are of generation, teraflops and its per cent of
-    prompts.
+    machine: the peaks that the row is held against. tokens_per_second counts all sequences; ms_per_token is the time
+    between two tokens of one sequence (generation) or for each token read (prompt). gigabytes_per_second and its per
+    cent are there for generation, teraflops and its per cent for prompts.
     """
     held: dict[str, Any] = dict.fromkeys(
         ("gigabytes_per_second", "percent_of_read_bandwidth", "teraflops", "percent_of_matrix_rate")
@@ -44,12 +44,12 @@ def measure(model: Model, trial: Trial, repeats: int, limits: Peaks) -> dict[str
         first = taken = _prompts(model, trial, repeats)
         tokens, per_sequence = trial.prompt * trial.batch, trial.prompt * trial.batch
         rate = prompt_operations(model.config, trial) / taken.mean
-        held |= {"teraflops": rate / 1e12, "percent_of_matrix_rate": limits.percent_arithmetic(rate)}
+        held |= {"teraflops": rate / 1e12, "percent_of_matrix_rate": machine.percent_arithmetic(rate)}
     else:
         first, taken = _generations(model, trial, repeats)
         tokens, per_sequence = trial.generated * trial.batch, trial.generated
         rate = _generated_bytes(model, trial) / taken.mean
-        held |= {"gigabytes_per_second": rate / 1e9, "percent_of_read_bandwidth": limits.percent_read(rate)}
+        held |= {"gigabytes_per_second": rate / 1e9, "percent_of_read_bandwidth": machine.percent_read(rate)}
     speeds = Spread(tuple(tokens / t for t in taken.values))
     return {
         "test": trial.name,
@@ -92,7 +92,11 @@ def _generated_bytes(model: Model, trial: Trial) -> float:
 
 
 def _ends(lengths: np.ndarray[Any, Any], config: ModelConfig) -> Sequence[int]:
-    """Lengths whose mean traffic is that of all: both ends where it grows in a line, all where windows bend it."""
+    """Lengths whose mean traffic is that of all ``lengths``.
+
+    The first and the last will do where the traffic of a step grows linearly with the length; a window makes it stop
+    growing, and then every length counts.
+    """
     return lengths.tolist() if any(config.windows) else [int(lengths[0]), int(lengths[-1])]
 
 
@@ -110,28 +114,28 @@ COLUMNS = (
 
 def run(
     source: Source,
-    wanted: Sequence[Trial],
+    trials: Sequence[Trial],
     repeats: int,
     cold: bool = True,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure everything. say: told what happens next.
+    """Measure the trials, each ``repeats`` times. cold: time a cold start as well; say: told what comes next.
 
     Returns environment, peaks, cold_start (or None) and rows, with stable field names.
     """
-    context = max(t.tokens for t in wanted)
-    room = max(cache_tokens(t.batch, t.tokens) for t in wanted)
+    context = max(t.tokens for t in trials)
+    room = max(cache_tokens(t.batch, t.tokens) for t in trials)
     say(f"loading {source.model or 'the bundled model'}{' (random weights)' if source.dummy else ''}")
     with source.open(context, room) as model:
         say("measuring the peaks")
-        limits = peaks.measure(model.backend)
+        machine = peaks.measure(model.backend)
         facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else "own"}
         facts |= environment(model.backend)
         rows = []
-        for i, trial in enumerate(wanted):
-            say(f"{i + 1}/{len(wanted)}: {trial.name}")
-            rows.append({"model": facts["model"], "dtype": facts["dtype"], **measure(model, trial, repeats, limits)})
-    found: dict[str, Any] = {"environment": facts, "peaks": limits.fields(), "cold_start": None}
+        for i, trial in enumerate(trials):
+            say(f"{i + 1}/{len(trials)}: {trial.name}")
+            rows.append({"model": facts["model"], "dtype": facts["dtype"], **measure(model, trial, repeats, machine)})
+    found: dict[str, Any] = {"environment": facts, "peaks": machine.fields(), "cold_start": None}
     if cold:
         say("measuring the cold start")
         found["cold_start"] = cold_start(source)
@@ -150,10 +154,10 @@ def header(result: Mapping[str, Any]) -> Iterator[str]:
     if "command" in result:
         yield f"$ {result['command']}\n"
     yield one_line(result["environment"])
-    limits = result["peaks"]
+    machine = result["peaks"]
     yield (
-        f"measured peaks: read {report.significant(limits['read_gigabytes_per_second'], 4)} GB/s, "
-        f"{limits['matrix_dtype']} matrix product {report.significant(limits['matrix_teraflops'], 3)} TFLOP/s"
+        f"measured peaks: read {report.significant(machine['read_gigabytes_per_second'], 4)} GB/s, "
+        f"{machine['matrix_dtype']} matrix product {report.significant(machine['matrix_teraflops'], 3)} TFLOP/s"
     )
 
 

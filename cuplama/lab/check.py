@@ -27,7 +27,8 @@ from ..backends import Backend
 from ..dtypes import DTYPES, Array, dtype_name
 from ..errors import CuplamaError, DeviceError, ParameterError
 from ..ops.abstract import abstract
-from ..ops.launch import BoundLaunch, Device, bind_plan
+from ..ops.binding import BoundLaunch, bind_plan
+from ..ops.launch import Device
 from ..ops.op import Op
 from ..ops.signature import OpError
 from .workloads import Workload, case_workloads

@@ -30,7 +30,10 @@ __all__ = ["COMPARE_COLUMNS", "Comparison", "candidate_op", "compare", "compare_
 
 @dataclass(frozen=True)
 class Comparison:
-    """baseline, candidate: seconds per call; ratio: how many times as fast the candidate is, between low and high."""
+    """Times of both on one workload.
+
+    baseline, candidate: seconds per call; ratio: how many times as fast the candidate is; low, high: its 95% interval.
+    """
 
     workload: Workload
     baseline: Spread
@@ -41,6 +44,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
+        """ "faster" or "slower" where the whole interval says so, else "no difference"."""
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
 
 
@@ -109,9 +113,8 @@ def _in_turn(backend: Backend, workload: Workload, candidate: Op, cache: int, re
 
 
 def ratio_interval(baseline: Sequence[float], candidate: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """The median of baseline / candidate over pairs of repeats, and its 95% interval by the bootstrap.
-
-    2,000 resamples.
+    """(median, low, high) of baseline / candidate over pairs of repeats: the 95% interval is the bootstrap's, of 2,000
+    resamples.
 
     Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1), 1979.
     """

@@ -13,7 +13,8 @@ from ..dtypes import Array
 from ..errors import DeviceError
 from ..folders import source_folder
 from ..ops.abstract import abstract
-from ..ops.launch import BoundLaunch, Device
+from ..ops.binding import BoundLaunch
+from ..ops.launch import Device
 from ..simt import emulator
 from .check import Arrays, Checker, Outputs, WrongResultError, planned, run_guarded
 from .workloads import Workload
@@ -22,7 +23,7 @@ __all__ = ["EmulatedDevice", "Emulator", "emulator_missing"]
 
 
 class EmulatedDevice:
-    """Runs launches on NumPy arrays, on the CPU.
+    """The ``Executor`` that runs launches on NumPy arrays, on the CPU.
 
     device: what launches are planned for; check: whether every memory access is looked at; seed: of the order in which
     threads run.

@@ -6,16 +6,19 @@ import datetime
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from .. import __version__
 from ..backends import Backend
 from ..backends.cuda import driver
 from ..dtypes import dtype_name
 
-__all__ = ["environment", "one_line"]
+__all__ = ["CUPY_PACKAGES", "environment", "installed_version", "one_line"]
+
+CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")  # the names under which CuPy is installed
 
 
 def environment(backend: Backend) -> dict[str, str]:
@@ -26,8 +29,8 @@ def environment(backend: Backend) -> dict[str, str]:
         found["driver"] = _driver() or "unknown"
         if library is not None:
             found["driver_cuda"] = driver.dotted(driver.driver_version(library))
-        found["cupy"] = _version(("cupy-cuda12x", "cupy-cuda13x", "cupy"))
-    found["cuplama"] = _version(("cuplama",))
+        found["cupy"] = next(filter(None, map(installed_version, CUPY_PACKAGES)), "unknown")
+    found["cuplama"] = __version__
     found["numpy"] = np.__version__
     found["python"] = platform.python_version()
     found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -49,11 +52,9 @@ def _driver() -> str | None:
     return m[1] if m else None
 
 
-def _version(packages: Sequence[str]) -> str:
-    """The version of the first of these packages that is installed."""
-    for name in packages:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

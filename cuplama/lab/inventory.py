@@ -34,7 +34,8 @@ from ..models.graph import decoder
 from ..models.presets import SHAPES, find_shape
 from ..ops import OPS
 from ..ops.abstract import abstract, attributes, infer
-from ..ops.launch import Device, Plan, bind_plan
+from ..ops.binding import bind_plan
+from ..ops.launch import Device, Plan
 from ..ops.node import Node, executable
 from ..ops.op import Call
 from ..ops.prototypes import prototypes
@@ -56,9 +57,9 @@ ADMITTED_SPILLS: Mapping[str, tuple[int, str]] = {
     ),
 }
 
-# The passes of a known model that are walked: a decode step and short prompts of so many sequences, which have a row of
-# logits each. Up to 8 rows every number of them has instances of its own. More rows are a library's, or without one are
-# taken 8 at a time: of the engine's larger steps 12 alone leaves a rest, and 64 stands for the others.
+# Of a known model a decode step and a short prompt are walked for each of these numbers of sequences; each has a row of
+# logits. Up to 8 rows every number of rows has instances of its own. More rows a library computes, or where there is
+# none our kernels, 8 at a time: of the engine's larger steps 12 alone leaves a rest, and 64 stands for the others.
 _SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 64)
 _SHORT = 512  # tokens of the prompts together
 _LONG = 4096  # tokens of one prompt, for which attention has larger tiles: those of the CUDA backend's largest pass
@@ -177,7 +178,11 @@ def _passes(config: ModelConfig, T: np.dtype[Any]) -> Iterator[tuple[Sequence[No
 # ---- what the compiler makes of them ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Result:
-    """One kernel instance on one architecture: what it uses, and the complaint if that is not allowed."""
+    """One kernel instance on one architecture, or a whole file where ``expression`` is empty.
+
+    resources: what it uses, None if it did not compile; problem: the error, warning or spill that is not allowed;
+    admitted: why its spill is allowed, if it has one.
+    """
 
     file: str
     expression: str
@@ -188,6 +193,7 @@ class Result:
 
     @property
     def kernel(self) -> str:
+        """The kernel's name, without template arguments."""
         return self.expression.split("<")[0]
 
 

@@ -24,8 +24,8 @@ from .timing import seconds
 __all__ = ["READ_KERNEL", "Peaks", "measure"]
 
 READ_KERNEL = ("peaks.cu", "read_sum")  # file and name of the kernel that does nothing but read
-_RUN = 8 * 256  # pieces of 16 bytes that a block of it reads in one go
-_MAX_PROBE = 4 << 30  # bytes that it reads: far more than any L2 holds, and not more than a quarter of the memory
+_RUN = 8 * 256  # vectors of 16 bytes that a thread block reads before it goes on to its next ones
+_MAX_PROBE = 4 << 30  # bytes that the kernel reads: far more than any L2 holds; less where memory is short
 _HOST_PROBE = 256 << 20  # bytes that NumPy reads
 
 
@@ -81,8 +81,8 @@ def _read_gpu(backend: CudaBackend, probe: int, repeats: int) -> float:
         with backend.gpu:
             function((blocks, 1, 1), (256, 1, 1), (x, y, np.int64(x.nbytes // 16)), 0)
 
-    pieces = 3 * blocks * _RUN + 5  # each block reads several runs, the last one not to its end
-    words = np.random.default_rng(0).integers(0, 2**32, 4 * pieces, dtype=np.uint32)
+    vectors = 3 * blocks * _RUN + 5  # each block reads several runs, the last one not to its end
+    words = np.random.default_rng(0).integers(0, 2**32, 4 * vectors, dtype=np.uint32)
     read(backend.upload(words))
     if int(backend.download(y).sum(dtype=np.uint32)) != int(words.sum(dtype=np.uint32)):
         raise DeviceError("the kernel of peaks.cu computes a wrong sum, so its time would mean nothing")

@@ -22,7 +22,11 @@ __all__ = ["Perplexity", "perplexity", "window_and_stride"]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """tokens: how many were scored; nats: their negative log-likelihoods, summed; squares: of them; size: bytes."""
+    """The score of a text.
+
+    tokens: how many were scored; nats: the sum of their negative log-likelihoods; squares: the sum of the squares of
+    these; size: bytes of the text in UTF-8.
+    """
 
     tokens: int
     nats: float
@@ -31,14 +35,17 @@ class Perplexity:
 
     @property
     def nats_per_token(self) -> float:
+        """Mean negative log-likelihood of a token."""
         return self.nats / self.tokens
 
     @property
     def bits_per_byte(self) -> float:
+        """Negative log-likelihood of the text to the base 2, for each of its bytes: comparable between tokenizers."""
         return self.nats / math.log(2) / self.size
 
     @property
     def perplexity(self) -> float:
+        """exp of the nats per token; infinite where a float64 cannot hold it."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
 
     @property
@@ -102,11 +109,11 @@ def _losses(
     logits: np.ndarray[tuple[int, int], np.dtype[np.float32]], targets: Sequence[int]
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Negative log-likelihood of each target, in nats."""
-    wide = logits.astype(np.float64)
+    exact = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):  # infinite logits give NaN, which the caller looks for
-        top = wide.max(-1)
-        log_sum = top + np.log(np.exp(wide - top[:, None]).sum(-1))
+        top = exact.max(-1)
+        log_sum = top + np.log(np.exp(exact - top[:, None]).sum(-1))
         losses: np.ndarray[tuple[int], np.dtype[np.float64]] = (
-            log_sum - wide[np.arange(len(targets)), np.asarray(targets)]
+            log_sum - exact[np.arange(len(targets)), np.asarray(targets)]
         )
     return losses

@@ -13,23 +13,23 @@ import numpy as np
 from ..dtypes import DTYPES, dtype_name
 from ..quant.weight import Weight
 
-__all__ = ["RandomWeight", "random_weight"]
+__all__ = ["random_weight"]
 
-_BLOCK = (1 << 23) + 331  # values that are made once and repeated; odd, so that no two rows of a weight are equal
+_PERIOD = (1 << 23) + 331  # values that are made once and repeated; odd, so that no two rows of a weight are equal
 
 
 @cache
-def _block(dtype: str, centre: float) -> np.ndarray[Any, Any]:
+def _values(dtype: str, centre: float) -> np.ndarray[Any, Any]:
     """Normal values of deviation 0.02 around ``centre``."""
-    values = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
+    values = np.random.default_rng(0).standard_normal(_PERIOD, np.float32)
     values *= 0.02
     values += np.float32(centre)
     return values.astype(DTYPES[dtype])
 
 
 @dataclass(frozen=True)
-class RandomWeight:
-    """Has the interface of ``quant.weight.Weight`` and holds random values: slices of one block, over and over.
+class _RandomWeight:
+    """Has the interface of ``quant.weight.Weight`` and holds random values: the same values over and over.
 
     source: as of a Weight; two weights with the same source are one. centre: the mean, 1 for the scale of a norm.
     """
@@ -42,25 +42,26 @@ class RandomWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in memory, if all of it were there."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-        """(element offset, contiguous 1-D array) pieces of at most ``max_bytes``."""
-        block, size = _block(dtype_name(self.dtype), self.centre), math.prod(self.shape)
-        length = max(1, min(len(block), max_bytes // self.dtype.itemsize))
+        """Yields (element offset, contiguous 1-D array) for chunks of at most ``max_bytes``."""
+        values, size = _values(dtype_name(self.dtype), self.centre), math.prod(self.shape)
+        length = max(1, min(len(values), max_bytes // self.dtype.itemsize))
         for at in range(0, size, length):
-            yield at, block[: min(length, size - at)]
+            yield at, values[: min(length, size - at)]
 
     def array(self) -> np.ndarray[Any, Any]:
         """The whole weight."""
         flat = np.empty(math.prod(self.shape), self.dtype)
-        for at, piece in self.chunks(1 << 30):
-            flat[at : at + piece.size] = piece
+        for at, chunk in self.chunks(1 << 30):
+            flat[at : at + chunk.size] = chunk
         return flat.reshape(self.shape)
 
 
 def random_weight(
     name: str, shape: tuple[int, ...], dtype: np.dtype[Any], source: tuple[str, ...] = (), centre: float = 0.0
 ) -> Weight:
-    """A RandomWeight as backends take it. source: its name if not given."""
-    return cast(Weight, RandomWeight(name, shape, source or (name,), dtype, centre))
+    """A weight of random values, as backends take it: normal, of deviation 0.02. source: its name if not given."""
+    return cast(Weight, _RandomWeight(name, shape, source or (name,), dtype, centre))

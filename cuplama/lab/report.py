@@ -45,6 +45,7 @@ class Column:
     spread: str | None = None
 
     def text(self, row: Row) -> str:
+        """The cell of a row, as text."""
         value = row[self.field]
         if value is None:
             return "-"

@@ -35,11 +35,11 @@ __all__ = [
     "time_workload",
 ]
 
-REPLAYS = 30  # of a graph, whose times make the spread
+REPLAYS = 30  # timed replays of a graph, whose times make the spread
 _MAX_COPIES = 64
 _MAX_COPIED_BYTES = 2 << 30  # of all copies together
-_MIN_LAUNCHES = 40  # in one replay, so that what a replay itself takes is little beside them
-_UNTIL_REPLAYED = 3  # runs of a captured body: as it is, captured, and at last replayed
+_MIN_LAUNCHES = 40  # launches in one replay, so that the cost of the replay itself is little beside them
+_UNTIL_REPLAYED = 3  # calls of ``replay`` until all is warm: the first runs the body, the second captures it
 Body = Callable[[], object]
 
 
@@ -51,15 +51,17 @@ class Spread:
 
     @property
     def mean(self) -> float:
+        """The arithmetic mean."""
         return float(np.mean(self.values))
 
     @property
     def std(self) -> float:
-        """Of the sample (n - 1); 0 for a single value."""
+        """The standard deviation of the sample (divided by n - 1); 0 for a single value."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
 
     @property
     def median(self) -> float:
+        """The value in the middle."""
         return float(np.median(self.values))
 
     @property

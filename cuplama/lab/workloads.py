@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import DTYPES, Array
-from ..engine.batch import Batch, abstract_values, input_shapes
-from ..engine.decode import RING, decode_step
+from ..engine.batch import Batch, abstract_values
+from ..engine.decode import RING, decode_step, step_inputs
 from ..engine.kv_cache import pages_for
 from ..engine.sampler import Sampler
 from ..engine.sequence import SequenceState
@@ -107,10 +107,10 @@ class Workload:
 def normal_values(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], scale: float
 ) -> np.ndarray[Any, Any]:
-    """Normal values of standard deviation ``scale``; a large array repeats a block that ends inside a row."""
+    """Normal values of standard deviation ``scale``; a large array repeats values, out of step with its rows."""
     size = math.prod(shape)
-    block = rng.standard_normal(min(size, (1 << 22) + 331), np.float32) * np.float32(scale)
-    return np.resize(block.astype(dtype), shape)
+    values = rng.standard_normal(min(size, (1 << 22) + 331), np.float32) * np.float32(scale)
+    return np.resize(values.astype(dtype), shape)
 
 
 def shape_workload(op: Op, shape: Mapping[str, Any], dtype: str) -> Workload:
@@ -212,11 +212,9 @@ def decode_workloads(
         s.cached = depth - 1
     sampler = Sampler(config.vocab_size, sequences)
     built = Batch.build([(s, 1) for s in sequences], _rope(config, context), batch * pages)
-    shapes = input_shapes(batch, batch, pages, logit_rows=0)
-    del shapes["logit_rows"]  # a step wants the logits of every row
-    inputs = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+    inputs = step_inputs(batch, pages)
     built.pad_into(inputs)
-    inputs |= sampler.inputs | {"step": np.zeros(1, np.int32), "ring": np.zeros((RING, batch), np.int32)}
+    inputs |= sampler.inputs | {"ring": np.zeros((RING, batch), np.int32)}
     walk = _Walk(config, dtype, batch * pages, context, "decode")
     walk.run(decode_step(decoder(config), batch, sampler.nodes), inputs)
     return walk.workloads()

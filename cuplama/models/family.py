@@ -20,7 +20,6 @@ __all__ = [
     "Recipe",
     "Windows",
     "fields",
-    "no_window",
     "one",
     "window_by_layer",
     "window_everywhere",
@@ -71,7 +70,7 @@ GELU = {
 }
 
 
-def no_window(raw: Mapping[str, Any], layers: int) -> list[int]:
+def _no_window(raw: Mapping[str, Any], layers: int) -> list[int]:
     """Full attention in every layer."""
     return [0] * layers
 
@@ -111,7 +110,7 @@ class Family:
     norm: str = "rms_norm"
     rotary: bool = True
     prefix: str = "model."
-    windows: Windows = no_window
+    windows: Windows = _no_window
     flags: Mapping[str, str | bool] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     rope_aliases: Mapping[str, str] = field(default_factory=dict)

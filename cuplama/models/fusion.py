@@ -1,4 +1,8 @@
-"""Fusion: rewrite rules on the node list. A fused node keeps its parts, which are its meaning and its fallback."""
+"""Fusion: rules that replace adjacent nodes of a node list by one fused node, which one kernel can compute.
+
+A fused node keeps the nodes that it stands for (``Node.parts``): they define its result, and a backend without a kernel
+for the fused op runs them instead.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,11 @@ __all__ = ["BATCH_RULES", "FEW_ROWS_RULES", "PREFILL_RULES", "Rule", "fuse"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Adjacent nodes with these ops become one ``fused`` node.
+    """Adjacent nodes whose ops are ``parts``, in this order, become one node of the op ``fused``.
 
-    An input of the fused op comes from the first part that has an input of that name; where the names differ, or the
-    first is not the one that is meant, ``sources`` says (part, its input's name). Inputs that no part has are left out.
+    An input of the fused op takes the value of the first part's input of the same name. Where the names differ, or
+    another part is meant, ``sources`` says so: name of the fused op's input -> (op of the part, name of its input). An
+    input that no part has is left out.
     """
 
     parts: tuple[str, ...]
@@ -34,7 +39,7 @@ def _norm_linear(norm: str, act: str | None) -> Rule:
     )
 
 
-# For any number of rows: a product adds the residual on its way out, our kernels' as well as cuBLAS's.
+# For any number of rows: our kernels and cuBLAS alike add the residual to a product before they write it.
 PREFILL_RULES: tuple[Rule, ...] = (Rule(("linear", "add"), "linear_add"),)
 
 # For a decode step, where every sequence has one new token.
@@ -45,8 +50,8 @@ BATCH_RULES: tuple[Rule, ...] = (
     Rule(("kv_append", "attention"), "append_attention"),
 )
 
-# For a decode step of so few rows that the products are our own kernels'. The first rule that fits is taken, so longer
-# patterns stand before shorter ones.
+# For a decode step of at most ``MAX_STREAMED_ROWS`` rows, whose products our own kernels compute. The first rule that
+# fits is taken, so longer patterns stand before shorter ones.
 FEW_ROWS_RULES: tuple[Rule, ...] = (
     _norm_linear("rms_norm", "silu_mul"),
     _norm_linear("layer_norm", "gelu_tanh"),
@@ -58,7 +63,7 @@ FEW_ROWS_RULES: tuple[Rule, ...] = (
 
 
 def fuse(nodes: Sequence[Node], rules: Sequence[Rule]) -> list[Node]:
-    """The list with every run of nodes that a rule describes replaced by one node."""
+    """The list with every run of nodes that a rule describes replaced by one node; the first rule that fits wins."""
     out: list[Node] = []
     at = 0
     while at < len(nodes):
@@ -75,7 +80,7 @@ def fuse(nodes: Sequence[Node], rules: Sequence[Rule]) -> list[Node]:
 
 
 def _hidden(parts: Sequence[Node]) -> set[str]:
-    """The values that would not exist any more: what all parts but the last make."""
+    """The values that fusion would hide: what all parts but the last make, unless it is an array updated in place."""
     return {name for p in parts[:-1] for name in p.outs if name not in p.ins}
 
 
@@ -103,6 +108,6 @@ def _fused(rule: Rule, parts: tuple[Node, ...]) -> Node:
     in_place = tuple(name for p in parts[:-1] for name in p.outs if name in p.ins)
     signature = OPS[rule.fused].signature
     known = {s.name for s in signature.attrs} | {s.dtype for s in signature.outs} - DTYPES.keys()
-    attrs = {s.name: 0.0 for s in signature.attrs if s.dtype == "f32"}  # eps, where there is no norm to use it
+    attrs = {s.name: 0.0 for s in signature.attrs if s.dtype == "f32"}  # an eps that no part gives is not used
     attrs |= {k: v for p in parts for k, v in p.attrs.items() if k in known}
     return Node(rule.fused, (*parts[-1].outs, *in_place), _inputs(rule, parts), attrs, parts)

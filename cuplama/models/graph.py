@@ -22,9 +22,10 @@ LOGITS = "logits"  # [r, vocab_size] float32
 
 @dataclass(frozen=True)
 class Graph:
-    """A model in two parts. A pass in the middle of a prompt runs the body alone: it feeds the cache.
+    """A model in two parts. A pass that ends in the middle of a prompt runs the body alone, which fills the cache.
 
-    body: from token ids to the residual stream ``out``, [n, d] float32; head: from ``HIDDEN`` to ``LOGITS``.
+    body: from token ids to the residual stream; out: the name of that, [n, d] float32; head: the last norm and the
+    product with lm_head, from ``HIDDEN`` to ``LOGITS``.
     """
 
     body: Sequence[Node]
@@ -32,7 +33,7 @@ class Graph:
     out: str
 
     def selected_rows(self) -> list[Node]:
-        """The head behind the choice of its rows: those that the input "logit_rows" names."""
+        """The head on the rows of the body that the input "logit_rows" names."""
         return [Node("select_rows", (HIDDEN,), (self.out, "logit_rows")), *self.head]
 
     def every_row(self) -> list[Node]:
@@ -57,7 +58,7 @@ def decoder(config: ModelConfig) -> Graph:
 
 
 class _Nodes:
-    """Collects nodes. Each method emits a block on the residual stream x and returns the name of its result."""
+    """Collects nodes. A method appends the nodes of a part of the model and returns the name of their result."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config, self.weights = config, config.weight_shapes().keys()

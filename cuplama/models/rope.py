@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROPE_KEYS", "FloatArray", "Rope", "RopeTables", "Span", "table_rows"]
+__all__ = ["ROPE_KEYS", "Rope", "RopeTables", "Span", "table_rows"]
 
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+_FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 # The keys that each type takes beside rope_type, rope_theta and partial_rotary_factor: (required, optional).
 ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     name: (frozenset(required.split()), frozenset(optional.split()))
@@ -39,7 +39,7 @@ ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary settings of a model.
+    """The rotation of a layer's queries and keys, as config.json sets it.
 
     dim: rotated elements per head (head_dim, less when partial); context: max_position_embeddings; original: the
     context before scaling; settings: the keys of the type, as in ``ROPE_KEYS``.
@@ -52,7 +52,7 @@ class Rope:
     original: int
     settings: Mapping[str, Any]
 
-    def frequencies(self, length: Any) -> tuple[FloatArray, float]:
+    def frequencies(self, length: Any) -> tuple[_FloatArray, float]:
         """Inverse frequencies [dim/2] and the factor on cos and sin, for a sequence of ``length`` tokens.
 
         dynamic takes an array of n lengths too, for frequencies [n, dim/2].
@@ -60,10 +60,10 @@ class Rope:
         return _TYPES[self.type](self, length)
 
     def regime(self, length: int) -> int:
-        """Keys cached under one regime cannot be used under another: the sequence has to be computed again.
+        """Which frequencies a sequence of ``length`` tokens uses: 0, or 1 for longrope beyond its original context.
 
-        Only longrope has two: short factors up to the original context, long ones beyond. (dynamic changes with every
-        token, but there, as in transformers, cached keys stay as they are.)
+        Keys cached under one cannot be used under the other: the sequence has to be computed again. The
+        frequencies of dynamic change with every token, but there, as in transformers, cached keys stay as they are.
         """
         return int(self.type == "longrope" and length > self.original)
 
@@ -74,28 +74,28 @@ class Rope:
         return 2**31
 
 
-def _base(rope: Rope, theta: Any = None) -> FloatArray:
+def _base(rope: Rope, theta: Any = None) -> _FloatArray:
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     thetas = np.asarray(rope.theta if theta is None else theta, np.float32)[..., None]
-    frequencies: FloatArray = (1.0 / np.power(thetas, exponent)).astype(np.float32)
+    frequencies: _FloatArray = (1.0 / np.power(thetas, exponent)).astype(np.float32)
     return frequencies
 
 
-def _default(rope: Rope, length: int) -> tuple[FloatArray, float]:
+def _default(rope: Rope, length: int) -> tuple[_FloatArray, float]:
     return _base(rope), 1.0
 
 
-def _linear(rope: Rope, length: int) -> tuple[FloatArray, float]:
+def _linear(rope: Rope, length: int) -> tuple[_FloatArray, float]:
     return _base(rope) / np.float32(rope.settings["factor"]), 1.0
 
 
-def _dynamic(rope: Rope, length: Any) -> tuple[FloatArray, float]:
+def _dynamic(rope: Rope, length: Any) -> tuple[_FloatArray, float]:
     factor = rope.settings["factor"]
     stretch = factor * np.maximum(length, rope.context) / rope.context - (factor - 1)
     return _base(rope, rope.theta * stretch ** (rope.dim / (rope.dim - 2))), 1.0
 
 
-def _llama3(rope: Rope, length: int) -> tuple[FloatArray, float]:
+def _llama3(rope: Rope, length: int) -> tuple[_FloatArray, float]:
     s = rope.settings
     low, high, factor = s["low_freq_factor"], s["high_freq_factor"], s["factor"]
     f = _base(rope)
@@ -106,7 +106,7 @@ def _llama3(rope: Rope, length: int) -> tuple[FloatArray, float]:
     return np.where(wavelength < rope.original / high, f, scaled).astype(np.float32), 1.0
 
 
-def _yarn(rope: Rope, length: int) -> tuple[FloatArray, float]:
+def _yarn(rope: Rope, length: int) -> tuple[_FloatArray, float]:
     s = rope.settings
     factor = s["factor"] or rope.context / rope.original
 
@@ -131,7 +131,7 @@ def _yarn(rope: Rope, length: int) -> tuple[FloatArray, float]:
     return (ramp * f / factor + (1 - ramp) * f).astype(np.float32), attention
 
 
-def _longrope(rope: Rope, length: int) -> tuple[FloatArray, float]:
+def _longrope(rope: Rope, length: int) -> tuple[_FloatArray, float]:
     s = rope.settings
     divisors = np.asarray(s["long_factor" if length > rope.original else "short_factor"], np.float32)
     attention = s.get("attention_factor")
@@ -141,7 +141,7 @@ def _longrope(rope: Rope, length: int) -> tuple[FloatArray, float]:
     return (_base(rope) / divisors).astype(np.float32), attention
 
 
-_TYPES: Mapping[str, Callable[[Rope, int], tuple[FloatArray, float]]] = {
+_TYPES: Mapping[str, Callable[[Rope, int], tuple[_FloatArray, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
@@ -156,7 +156,7 @@ class Span:
     """New tokens of one sequence in one pass: positions start .. start + count - 1.
 
     total: the length that the sequence reaches once its prompt is through, which in a chunked prefill is more than
-    start + count; it decides the frequencies, so that chunks of a prompt agree with the prompt in one piece.
+    start + count; it decides the frequencies, so that chunks of a prompt agree with the prompt as a whole.
     """
 
     start: int
@@ -170,11 +170,11 @@ def table_rows(rope: Rope, positions: int) -> int:
 
 
 class RopeTables:
-    """cos and sin for every position up to ``positions``, float32 [rows, dim/2].
+    """cos and sin for every position below ``positions``, float32 [rows, dim/2].
 
-    Row p belongs to position p. longrope has the same again with the long factors from row ``positions`` on; the rows
-    of dynamic are those of a sequence that ends there (a decode step), and other passes beyond the context get a table
-    of their own.
+    Row p belongs to position p. longrope has a second table with the long factors, from row ``positions`` on. dynamic's
+    frequencies depend on the length of the sequence: row p is that of a sequence whose last token is at p, as a decode
+    step has it, and a prompt that goes beyond the context gets tables of its own.
     """
 
     def __init__(self, rope: Rope, positions: int) -> None:
@@ -191,13 +191,16 @@ class RopeTables:
         self.cos = np.concatenate([cos for cos, _ in parts])
         self.sin = np.concatenate([sin for _, sin in parts])
 
-    def _rows(self, positions: np.ndarray[Any, Any], length: Any) -> tuple[FloatArray, FloatArray]:
+    def _rows(self, positions: np.ndarray[Any, Any], length: Any) -> tuple[_FloatArray, _FloatArray]:
         frequencies, factor = self.rope.frequencies(length)
         angles = positions.astype(np.float32)[:, None] * frequencies
         return np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
 
-    def lookup(self, spans: Sequence[Span]) -> tuple[FloatArray, FloatArray, np.ndarray[Any, np.dtype[np.int32]]]:
-        """Tables and the row of each new token. The tables are ``self.cos, self.sin`` unless the pass needs its own."""
+    def lookup(self, spans: Sequence[Span]) -> tuple[_FloatArray, _FloatArray, np.ndarray[Any, np.dtype[np.int32]]]:
+        """(cos, sin, rows): the tables, and for each new token its row in them.
+
+        The tables are ``self.cos`` and ``self.sin`` unless the pass needs its own.
+        """
         positions = [np.arange(s.start, s.start + s.count) for s in spans]
         if self.rope.type == "dynamic" and any(s.total > self.rope.context and s.total != s.start + 1 for s in spans):
             own = [self._rows(p, s.total) for p, s in zip(positions, spans, strict=True)]

@@ -61,7 +61,7 @@ advance = Op(
     " step[1]:i32 = (input_ids[b]:i32, positions[b]:i32, slot_mapping[b]:i32, seq_lens[b]:i32, rope_rows[b]:i32,"
     " ring[R,b]:i32, step[1]:i32, token[b]:i32, page_table[b,M]:i32, S:i32)",
     doc="The inputs of the next decode step: input_ids = token (0 for -1, which is none); positions, seq_lens and"
-    " rope_rows grow by one; slot_mapping follows positions through the block table (its last entry stands for all"
+    " rope_rows grow by one; slot_mapping follows positions through the page table (its last entry stands for all"
     " beyond). ring[step % R] = token, then step grows by one: the ring lies in host memory, where the engine reads it"
     " behind the GPU.",
     reference=_advance,

@@ -1,6 +1,6 @@
-"""Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention_decode.cu (one new token per
-sequence), attention_prefill_wgmma.cu, attention_prefill_mma.cu and
-attention_prefill_fma.cu (many, by what the GPU and the dtype allow).
+"""Causal grouped-query attention over the paged cache. Kernels: cuda_src/attention_decode.cu for one new token of each
+sequence; attention_prefill_wgmma.cu, attention_prefill_mma.cu or attention_prefill_fma.cu for many, by what the GPU and
+the dtype allow.
 
 Grouped queries: Ainslie et al., arXiv:2305.13245. Online softmax: Milakov & Gimelshein, arXiv:1805.02867;
 tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-3", arXiv:2407.08608.
@@ -135,9 +135,7 @@ def _host(array: Array) -> np.ndarray[Any, Any]:
 
 def _pairs(c: Call) -> float:
     """Query-key pairs that the mask lets through. Needs the seq_lens, so it reads them from the device."""
-    cu_seqlens, seq_lens = (
-        np.asarray(getattr(a, "get", lambda a=a: a)()) for a in (c.arrays["cu_seqlens"], c.arrays["seq_lens"])
-    )
+    cu_seqlens, seq_lens = _host(c.arrays["cu_seqlens"]), _host(c.arrays["seq_lens"])
     total = 0.0
     for new, length in zip(np.diff(cu_seqlens), seq_lens, strict=True):
         seen = np.arange(length - new, length, dtype=np.float64) + 1
@@ -229,7 +227,7 @@ def _prefill(call: Call, device: Device) -> Plan:
     else:
         ROWS, KEYS = (64, 32) if D <= 128 else (32, 16)  # at most 60 KiB of shared memory: sm_75 has 64
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
-        name = "attention_prefill_fma.cu:attention_prefill"
+        name = "attention_prefill_fma.cu:attention_prefill_fma"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
     return Plan((Launch(name, grid, (threads,), shared, constants=constants),))
 
@@ -248,7 +246,7 @@ attention = Op(
         "attention_decode": "attention of one new token per sequence, its keys divided over blocks",
         "attention_prefill_wgmma": "attention of many new tokens, on Hopper's tensor cores",
         "attention_prefill_mma": "attention of many new tokens, on tensor cores",
-        "attention_prefill": "attention of many new tokens, by multiply-adds: float32, and GPUs older than sm_80",
+        "attention_prefill_fma": "attention of many new tokens, by multiply-adds: float32, and GPUs older than sm_80",
     },
     cases=[
         attention_case(4, 2, 64, [1], [1]),

@@ -183,7 +183,7 @@ def _append_complete(s: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _append_cases() -> list[dict[str, Any]]:
-    """The decode cases of attention, with and without rotation and head norm, fully and partially rotated."""
+    """The decode cases of attention, with and without rotation and qk_norm, fully and partially rotated."""
     found = []
     for i, case in enumerate(c for c in attention.cases if c["n"] == c["b"]):
         half = case["D"] // 2 if i % 3 else case["D"] // 4

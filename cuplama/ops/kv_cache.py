@@ -18,11 +18,11 @@ __all__ = ["kv_append"]
 
 
 def _kv_append(x: Array, slot_mapping: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    _, num_heads, size, d = k.shape
-    new = x.reshape(len(x), -1, d)[:, -2 * num_heads :]
+    _, H, size, d = k.shape
+    new = x.reshape(len(x), -1, d)[:, -2 * H :]
     page, offset = slot_mapping // size, slot_mapping % size
-    k[page, :, offset] = new[:, :num_heads]
-    v[page, :, offset] = new[:, num_heads:]
+    k[page, :, offset] = new[:, :H]
+    v[page, :, offset] = new[:, H:]
     return k, v
 
 

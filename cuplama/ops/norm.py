@@ -32,7 +32,7 @@ def _layer_norm(x: Array, w: Array, b: Array, *, eps: float) -> Array:
     return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * upcast(w) + upcast(b)
 
 
-def _head_norm(x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float) -> Array:
+def _qk_norm(x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float) -> Array:
     d = len(q_norm)
     y = upcast(x).reshape(len(x), num_heads + 2 * num_kv_heads, d).copy()
     y[:, :num_heads] = _rms_norm(y[:, :num_heads], q_norm, eps=eps)
@@ -61,11 +61,15 @@ def _row_kernels(call: Call, device: Device) -> Plan:
     return Plan((Launch(f"norm.cu:{call.op.name}", (call["n"],), (threads,), constants={"CHUNKS": chunks}),))
 
 
-def _head_kernels(call: Call, device: Device) -> Plan:
+def _qk_kernels(call: Call, device: Device) -> Plan:
     blocks = -(-call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"]) // _BLOCK_HEADS)
     chunks = -(-call["D"] // (32 * _WIDTH))
     return Plan((Launch("norm.cu:qk_norm", (blocks,), (32 * _BLOCK_HEADS,), constants={"CHUNKS": chunks}),))
 
+
+# Units of float32's rounding. The scale of a row is one number: its error, of a sum of up to 12,288 squares, is a
+# factor that all elements of the row have in common, and the judge admits half of the tolerance as such a factor.
+_ROW_TOLERANCE = {"f32": 12.0}
 
 rms_norm = Op(
     "rms_norm",
@@ -75,6 +79,7 @@ rms_norm = Op(
     kernels=_row_kernels,
     cases=_CASES,
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6),
+    tolerance=_ROW_TOLERANCE,
     flops=lambda c: 4 * c["n"] * c["d"],
 )
 
@@ -86,6 +91,7 @@ layer_norm = Op(
     kernels=_row_kernels,
     cases=_CASES,
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(2, 9000), eps=1e-5),
+    tolerance=_ROW_TOLERANCE,
     flops=lambda c: 7 * c["n"] * c["d"],
 )
 
@@ -94,8 +100,8 @@ qk_norm = Op(
     "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, q_norm[D]:T, k_norm[D]:T,"
     " num_heads:i32, num_kv_heads:i32, eps:f32)",
     doc="rms_norm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied",
-    reference=_head_norm,
-    kernels=_head_kernels,
+    reference=_qk_norm,
+    kernels=_qk_kernels,
     cases=[
         dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6)
         for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256))

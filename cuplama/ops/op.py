@@ -19,13 +19,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .launch import Device, Plan
 from ..dtypes import DTYPES, Array
+from .launch import Device, Plan
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 
 __all__ = ["EXACT", "ROUNDING", "Call", "Draw", "Op"]

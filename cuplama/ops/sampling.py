@@ -39,16 +39,16 @@ def philox(counter: Array, key: int) -> Array:
     return np.stack(c, -1).astype(np.uint32)
 
 
-def gumbel(ids: Array, seed: int, positions: int) -> Array:
+def gumbel(ids: Array, seed: int, position: int) -> Array:
     """Standard Gumbel noise, float32, for the given token ids at one position.
 
-    Token id has word ``id % 4`` of the Philox block with counter (id // 4, positions, 0, 0) and key ``seed``.
+    Token id has word ``id % 4`` of the Philox block with counter (id // 4, position, 0, 0) and key ``seed``.
     ``u = (word + 1/2) / 2^32`` in float32; g = -log(-log(1 - u)), written with log1p so that the upper tail, which
     decides the draw, is resolved to 2^-33.
     """
     block, at = np.unique(ids // 4, return_inverse=True)
     counter = np.zeros((len(block), 4), np.uint32)
-    counter[:, 0], counter[:, 1] = block, positions
+    counter[:, 0], counter[:, 1] = block, position
     word = philox(counter, seed)[at, ids % 4]
     u = (word.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
     with np.errstate(divide="ignore"):

@@ -15,7 +15,7 @@ __all__ = ["Weight"]
 
 @dataclass(frozen=True)
 class Weight:
-    """A canonical weight: row blocks of mapped tensors, stacked along the first axis.
+    """A canonical weight: one or more tensors of mapped files, their rows stacked along the first axis.
 
     source: the tensors' names; two weights with the same source are one (a tied head).
     """
@@ -46,18 +46,19 @@ class Weight:
         return sum(p.nbytes for p in self.parts)
 
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-        """(element offset in the row-major weight, contiguous 1-D array) pieces of at most about ``max_bytes``.
+        """The weight in chunks of whole rows, of at most ``max_bytes`` unless a single row is longer.
 
-        Pieces are views of the mapped file, except those of a transposed tensor, which are copied.
+        Yields (element offset in the row-major weight, contiguous 1-D array). A chunk is a view of the mapped file,
+        except for a transposed tensor, which is copied.
         """
         offset = 0
         for part in self.parts:
             row = max(1, part.nbytes // max(1, len(part)))
             rows = max(1, max_bytes // row)
             for at in range(0, len(part), rows):
-                piece = np.ascontiguousarray(part[at : at + rows]).reshape(-1)
-                yield offset, piece
-                offset += piece.size
+                chunk = np.ascontiguousarray(part[at : at + rows]).reshape(-1)
+                yield offset, chunk
+                offset += chunk.size
 
     def array(self) -> np.ndarray[Any, Any]:
         """The whole weight in its stored dtype: a view of the file where it is one tensor, a copy otherwise."""

@@ -14,15 +14,18 @@ from .structures import Region
 
 __all__ = ["Arguments"]
 
-GUARD = 4096  # bytes between arrays; their base is a multiple of 256, as on the device
+_GUARD = 4096  # bytes between arrays; their base is a multiple of 256, as on the device
 _EMPTY = 0x1000  # the address of an array without elements: any access faults
-_KINDS = {"f": "f", "i": "i", "u": "ub"}
+_KINDS = {"f": "f", "i": "i", "u": "ub"}  # kind of a scalar parameter -> kinds of the NumPy scalars that it takes
 _Array = np.ndarray[Any, Any]
 
 
 @dataclass
 class _Placed:
-    """Arrays that share memory, copied together into device-like memory: 256-byte base, guard zones on both sides."""
+    """Arrays that share memory, copied together into device-like memory: 256-byte base, guard zones on both sides.
+
+    low, high: their addresses; shift: what must be added to one to get its address in the copy.
+    """
 
     low: int
     high: int
@@ -97,9 +100,9 @@ def _place(arrays: Sequence[_Array]) -> list[_Placed]:
             groups.append((low, high, (low - _extent(_root(array))[0]) % 256))
     placed = []
     for low, high, offset in groups:
-        memory = np.full(high - low + 2 * GUARD + 512, 0xFF, np.uint8)
+        memory = np.full(high - low + 2 * _GUARD + 512, 0xFF, np.uint8)
         start = memory.__array_interface__["data"][0]
-        inner = (start + GUARD + 255) // 256 * 256 + offset - start
+        inner = (start + _GUARD + 255) // 256 * 256 + offset - start
         copy = memory[inner : inner + high - low]
         ctypes.memmove(start + inner, low, high - low)
         placed.append(_Placed(low, high, copy, start + inner - low))
@@ -107,7 +110,7 @@ def _place(arrays: Sequence[_Array]) -> list[_Placed]:
 
 
 def _no_null(value: Any) -> Any:
-    """A null pointer is None, or a NumPy uintp of 0 as ``cuplama.ops.launch.bind`` makes it."""
+    """A null pointer is None, or a NumPy uintp of 0 as ``cuplama.ops.binding.bind`` makes it."""
     return None if isinstance(value, np.uintp) and np.ndim(value) == 0 and value == 0 else value
 
 

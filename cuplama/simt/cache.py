@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["MAX_AGE", "MAX_BYTES", "cache_folder", "locked", "prune", "write"]
+__all__ = ["cache_folder", "locked", "prune", "write"]
 
-MAX_BYTES = 1 << 30  # a full test run leaves about 100 MB, so this holds some ten versions of the kernels
-MAX_AGE = 30 * 24 * 3600.0  # seconds since a file was last used
+_MAX_BYTES = 1 << 30  # a full test run leaves about 100 MB, so this holds some ten versions of the kernels
+_MAX_AGE = 30 * 24 * 3600.0  # seconds since a file was last used
 
 
 def cache_folder() -> Path:
@@ -29,7 +29,7 @@ def _ready(folder: Path) -> Path:
     return folder
 
 
-def prune(folder: Path, max_bytes: int = MAX_BYTES, max_age: float = MAX_AGE) -> None:
+def prune(folder: Path, max_bytes: int = _MAX_BYTES, max_age: float = _MAX_AGE) -> None:
     """Delete the files that were not used for ``max_age`` seconds and, beyond ``max_bytes``, the least recently used.
 
     A file's modification time says when it was last used: whoever uses one touches it.

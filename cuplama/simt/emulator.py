@@ -20,17 +20,17 @@ from .fault import KernelFault
 from .objects import CUDA_SRC, HERE, Build, LoadedKernel, load, precompile
 from .structures import LaunchRequest, Region
 
-__all__ = ["CUDA_SRC", "HERE", "NOT_EMULATED", "KernelFault", "precompile", "run"]
+__all__ = ["CUDA_SRC", "HERE", "NOT_EMULATED", "KernelFault", "LaunchLike", "precompile", "run"]
 
 # Functions of ptx.cuh without a twin in include/simt_ptx.h; kernels that call them cannot run here.
 NOT_EMULATED: frozenset[str] = frozenset()
-STACK_BYTES = 128 << 10  # of a fiber, that is, of one CUDA thread
-REPORT_BYTES = 1 << 16
-MAX_THREADS, MAX_SHARED = 1024, 232448  # of a block; bytes of dynamic shared memory, on Hopper
+_STACK_BYTES = 128 << 10  # of a fiber, that is, of one CUDA thread
+_REPORT_BYTES = 1 << 16
+_MAX_THREADS, _MAX_SHARED = 1024, 232448  # of a block; bytes of dynamic shared memory, on Hopper
 
 
 class LaunchLike(Protocol):
-    """What ``run`` reads of a ``cuplama.ops.launch.BoundLaunch``."""
+    """What ``run`` reads of a ``cuplama.ops.binding.BoundLaunch``."""
 
     @property
     def file(self) -> str: ...
@@ -61,7 +61,7 @@ def run(
 ) -> None:
     """Executes a launch on the CPU; arrays are changed in place.
 
-    launch: ``cuplama.ops.launch.BoundLaunch``, or anything with its fields. Arrays are C-contiguous; ``None`` is a null
+    launch: a ``BoundLaunch`` of cuplama.ops.binding, or what has its fields. Arrays: C-contiguous; ``None`` is a null
     pointer. check: verify every memory access (False: about 3 times faster, finds only deadlocks, divergence, undefined
     behaviour and crashes). race_check: report shared-memory races. folder: where ``launch.file`` is, ``cuda_src/`` if
     None. arch: ``__CUDA_ARCH__`` / 10. defines: ``NAME=VALUE`` macros. seed: 0 starts threads in order, another number
@@ -84,7 +84,7 @@ def run(
         block=launch.block,
         dynamic_shared=launch.shared,
         seed=seed,
-        stack_bytes=STACK_BYTES,
+        stack_bytes=_STACK_BYTES,
         max_blocks=max_blocks,
         timeout=0.0 if debug else timeout,
         check=int(check),
@@ -110,7 +110,7 @@ def _check_size(launch: LaunchLike, kernel: LoadedKernel) -> None:
             f"{launch.expression} has {len(kernel.parameters)} parameters, but got {len(launch.args)} arguments"
         )
     threads = math.prod(launch.block)
-    if not 1 <= threads <= MAX_THREADS or min(launch.grid) < 1 or not 0 <= launch.shared <= MAX_SHARED:
+    if not 1 <= threads <= _MAX_THREADS or min(launch.grid) < 1 or not 0 <= launch.shared <= _MAX_SHARED:
         raise TypeError(
             f"{launch.expression}: cannot launch grid {launch.grid}, block {launch.block}, shared {launch.shared}"
         )
@@ -122,7 +122,7 @@ def _launch(kernel: LoadedKernel, request: LaunchRequest, arguments: Arguments, 
     pointers = (ctypes.c_void_p * max(1, len(buffers)))(*[ctypes.addressof(b) for b in buffers])
     regions = (Region * max(1, len(arguments.regions)))(*arguments.regions)
     labels = (ctypes.c_char_p * max(1, len(names)))(*[name.encode() for name in names])
-    report = ctypes.create_string_buffer(REPORT_BYTES)
+    report = ctypes.create_string_buffer(_REPORT_BYTES)
     request.args = ctypes.cast(pointers, ctypes.c_void_p)
     request.regions, request.region_count = ctypes.cast(regions, ctypes.c_void_p), len(arguments.regions)
     if len(kernel.variables):

@@ -25,19 +25,19 @@ from .structures import Parameter, Variable
 __all__ = ["CUDA_SRC", "HERE", "Build", "LoadedKernel", "load", "precompile"]
 
 HERE = Path(__file__).resolve().parent
-INCLUDE = HERE / "include"
+_INCLUDE = HERE / "include"
 CUDA_SRC = source_folder()
-COMPILE = ("-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-gnu-unique",
+_COMPILE = ("-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-gnu-unique",
            "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno", "-fno-ipa-reference", "-fno-stack-protector",
            "-U_FORTIFY_SOURCE", "-gdwarf-4")  # fmt: skip
-CHECKED = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "--param=tsan-distinguish-volatile=1",
+_CHECKED = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "--param=tsan-distinguish-volatile=1",
            "-fsanitize=undefined", "-fno-sanitize=vptr,object-size", "-fno-sanitize-recover=all")  # fmt: skip
 # Lines are all that a report needs of the debug information: with -g1 g++ is a third faster than with -g.
-FAST, DEBUG = ("-O1", "-g1"), ("-O0", "-g")
-RUNTIME = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-rtti", "-fno-threadsafe-statics", "-Wall",
+_FAST, _DEBUG = ("-O1", "-g1"), ("-O0", "-g")
+_RUNTIME = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-rtti", "-fno-threadsafe-statics", "-Wall",
            "-Wextra")  # fmt: skip
 # Kernels that one g++ call compiles at most: its start costs 0.2 s, a kernel 0.1 to 1 s, and calls run side by side.
-MAX_KERNELS = 4
+_MAX_KERNELS = 4
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class Build:
     def flags(self) -> list[str]:
         """g++'s flags, without the paths."""
         macros = [f"-D{d}" for d in (f"__CUDA_ARCH__={self.arch * 10}", *self.defines)]
-        return [*COMPILE, *CHECKED, *(DEBUG if self.debug else FAST), *macros]
+        return [*_COMPILE, *_CHECKED, *(_DEBUG if self.debug else _FAST), *macros]
 
     def places(self) -> dict[Path, str]:
         """The folders of the sources, and what their files are called in reports wherever they lie.
 
         A debugger needs the files themselves.
         """
-        headers = {} if self.debug else {INCLUDE: "simt/include"}
+        headers = {} if self.debug else {_INCLUDE: "simt/include"}
         return {self.path.parent: self.path.parent.name, **headers} if self.named else headers
 
     def key(self) -> str:
         """Hash of everything that an object of this file depends on. Where the files lie is no part of it."""
-        ours = [HERE / "runtime.cpp", Path(__file__), *sorted(INCLUDE.iterdir())]
+        ours = [HERE / "runtime.cpp", Path(__file__), *sorted(_INCLUDE.iterdir())]
         sources = [*ours, *sorted(self.path.parent.glob("*.cuh")), self.path]
         parts = [f"{p.name} {_digest(p, s.st_mtime_ns, s.st_size)}" for p in sources for s in (p.stat(),)]
         place = f"{self.path.parent.name}/{self.path.name}" if self.named else str(self.path)
@@ -106,20 +106,21 @@ def _mapped(places: Mapping[Path, str]) -> list[str]:
 def _runtime() -> Path:
     """The object of runtime.cpp, which every kernel is linked with."""
     source = HERE / "runtime.cpp"
-    content = (source.read_text(), (INCLUDE / "simt_abi.h").read_text())
-    name = f"runtime-{_hash(*content, *RUNTIME)}"
+    content = (source.read_text(), (_INCLUDE / "simt_abi.h").read_text())
+    name = f"runtime-{_hash(*content, *_RUNTIME)}"
     path = cache_folder() / f"{name}.o"
     if not path.exists():
         with locked(name), tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
             out = Path(folder) / path.name
             if not path.exists():
                 mapped = _mapped({Path(folder): ".", HERE: "simt"})
-                _command(["g++", *RUNTIME, *mapped, "-c", str(source), "-o", str(out)], "runtime.cpp", Path(folder))
+                _command(["g++", *_RUNTIME, *mapped, "-c", str(source), "-o", str(out)], "runtime.cpp", Path(folder))
                 out.replace(path)
     _touch(path)
     return path
 
 
+# How g++ writes a function-local static into assembly text: without a value, and (next) as zeros in a section.
 _COMMON = re.compile(r"^\t\.comm\t(_ZZ[\w.$]+),(\d+),(\d+)", re.M)
 _ZEROS = re.compile(
     r"^(\t\.align \d+\n(?:\t\.type\t(_ZZ[\w.$]+), @object\n\t\.size\t\2, (\d+)\n)\2:\n\t\.zero\t\3\n)", re.M
@@ -149,7 +150,7 @@ def _assemble(build: Build, expressions: Sequence[str], folder: Path, what: str)
     source, assembly = folder / "kernel.cpp", folder / "kernel.s"
     kernels = "".join(f"SIMT_KERNEL({i}, {e})\n" for i, e in enumerate(expressions))
     source.write_text(f'#include "{build.path}"\n{kernels}')
-    include = ["-I", str(INCLUDE), "-I", str(build.path.parent), "-include", str(INCLUDE / "simt.h")]
+    include = ["-I", str(_INCLUDE), "-I", str(build.path.parent), "-include", str(_INCLUDE / "simt.h")]
     mapped = _mapped({folder: ".", **build.places()})
     _command(["g++", *build.flags(), *mapped, *include, "-S", str(source), "-o", str(assembly)], what, folder)
     text, sizes = _separate_shared(assembly.read_text())
@@ -224,7 +225,7 @@ def precompile(
             missing.setdefault(file, []).append(expression)
     if missing:
         _runtime()
-    calls = [(builds[f], e[i : i + MAX_KERNELS]) for f, e in missing.items() for i in range(0, len(e), MAX_KERNELS)]
+    calls = [(builds[f], e[i : i + _MAX_KERNELS]) for f, e in missing.items() for i in range(0, len(e), _MAX_KERNELS)]
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         list(pool.map(lambda call: _compile(*call), calls))
 

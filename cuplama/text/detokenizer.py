@@ -45,7 +45,7 @@ class Detokenizer:
         return self._unseen(self._pipeline.flush())
 
     def _unseen(self, text: str) -> str:
-        # What a stage holds back it gives in one piece, so the first text to come contains all of `_seen` or differs.
+        # What a stage holds back it gives all at once, so the first text to come contains all of `_seen` or differs.
         if self._seen and text:
             text, self._seen = text.removeprefix(self._seen), ""
         return text

@@ -11,7 +11,7 @@ class StopStrings:
     """Cuts streamed text at the first stop string, holding back only what may still become one.
 
     First means completed first, as if the text came character by character (of two that end together, the longer), so
-    the shown text does not depend on how the text was split into pieces.
+    the shown text does not depend on how the text was split on its way here.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:

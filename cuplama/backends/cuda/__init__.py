@@ -1,0 +1,1 @@
+"""The CUDA backend: launches are planned, compiled at run time, queued on one GPU, and captured as CUDA graphs."""

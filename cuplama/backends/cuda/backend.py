@@ -19,9 +19,9 @@ import numpy as np
 from ...dtypes import DTYPES, Array, dtype_name
 from ...errors import CheckpointError, DeviceError
 from ...ops import OPS
-from ...ops import launch as kernel
 from ...ops.abstract import attributes
-from ...ops.launch import bind_plan
+from ...ops.binding import BoundLaunch, bind_plan
+from ...ops.launch import Launch, Plan
 from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.node import Node, dying, executable
 from ...ops.op import Call, Op
@@ -37,38 +37,38 @@ _log = logging.getLogger("cuplama")
 
 
 class _Launch:
-    """A kernel launch without its arrays: ``slots`` says which array goes where."""
+    """A kernel launch without its arrays. pointers: (number of an argument, number of the array that it takes)."""
 
-    __slots__ = ("args", "block", "function", "grid", "shared", "slots", "text")
+    __slots__ = ("args", "block", "function", "grid", "pointers", "shared", "text")
 
     def __init__(
-        self, function: Callable[..., None], bound: kernel.BoundLaunch, position: Mapping[str, int], fixed: set[str]
+        self, function: Callable[..., None], bound: BoundLaunch, position: Mapping[str, int], fixed: set[str]
     ) -> None:
         """position: parameter name -> number of its array; fixed: names whose value belongs to the launch itself."""
         self.function, self.grid, self.block, self.shared = function, bound.grid, bound.block, bound.shared
         self.text = bound.describe()
         names = [p.name if p.pointer and p.name not in fixed else "" for p in bound.prototype.parameters]
         given = [name in position and not isinstance(a, np.generic) for name, a in zip(names, bound.args, strict=True)]
-        self.slots = [(i, position[name]) for i, name in enumerate(names) if given[i]]
+        self.pointers = [(i, position[name]) for i, name in enumerate(names) if given[i]]
         self.args = [None if given[i] else a for i, a in enumerate(bound.args)]
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
         args = self.args.copy()
-        for i, j in self.slots:
+        for i, j in self.pointers:
             args[i] = arrays[j]
         self.function(self.grid, self.block, tuple(args), self.shared)
 
 
 class _Matmul:
-    """A cuBLAS product without its arrays. slots: which array is which argument of the product."""
+    """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes."""
 
-    __slots__ = ("address", "product", "slots", "text")
+    __slots__ = ("address", "pointers", "product", "text")
 
-    def __init__(self, product: Product, address: Callable[[Array], int], slots: Mapping[str, int]) -> None:
-        self.product, self.address, self.slots, self.text = product, address, slots, product.text
+    def __init__(self, product: Product, address: Callable[[Array], int], pointers: Mapping[str, int]) -> None:
+        self.product, self.address, self.pointers, self.text = product, address, pointers, product.text
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
-        self.product(**{name: self.address(arrays[i]) for name, i in self.slots.items()})
+        self.product(**{name: self.address(arrays[i]) for name, i in self.pointers.items()})
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A node made ready to run. key: stands for op and attributes in the plans' keys; dead: names that die after it."""
+    """A node made ready to run. key: of op and attributes, see ``_key``; dead: names of values not used after it."""
 
     node: Node
     op: Op
@@ -111,8 +111,8 @@ class Event:
 class CapturedGraph:
     """Repeats a body of calls as one CUDA graph.
 
-    The first replay is an ordinary run: it compiles and plans. The second captures. Both take their memory from a pool
-    of the graph's own, so that what the graph writes to stays its own for as long as it can be replayed.
+    The first replay runs the body call by call, which compiles kernels and makes plans. The second captures it. Both
+    take memory from a pool of the graph's own, so that nobody else gets what the graph writes to while it is there.
     """
 
     def __init__(self, backend: CudaBackend, body: Callable[[], None]) -> None:
@@ -135,7 +135,7 @@ class CapturedGraph:
                 if self._graph is not None:
                     with self._backend.replay_hook():
                         self._graph.launch(gpu.stream)
-                return Event(gpu.mark(), gpu.failures)
+                return Event(gpu.event(), gpu.failures)
             except gpu.failures as e:
                 raise _failure("a captured graph", e) from e
 
@@ -148,22 +148,22 @@ class CapturedGraph:
 
 
 class CudaBackend:
-    """Runs node lists on an NVIDIA GPU. dtype: "f32", "f16" or "bf16".
+    """The ``Backend`` of an NVIDIA GPU. dtype: "f32", "f16" or "bf16".
 
     bf16 needs sm_80; on older GPUs the model runs in fp16, with a warning on the ``cuplama`` logger. Environment:
     CUPLAMA_CHECK=1 fills outputs and scratch with NaN before every node and waits after it, so that an error names its
     node. Raises DeviceError if there is no usable GPU, CompileError if a kernel does not compile.
 
-    checking: whether it does so, at first by the environment; replay_hook: entered around the queueing of every replay
-    of a captured graph, for those who time them.
+    checking: whether it does so, at first by the environment; replay_hook: makes a context manager that is entered
+    around the queueing of every replay of a captured graph, for those who time replays.
     """
 
     name = "cuda"
-    prefill_chunks = (4096, 2048, 1024, 512)  # the most tokens of a pass; fewer where memory is short
+    prefill_chunks = (4096, 2048, 1024, 512)  # tokens of a prefill pass at most; the first that the memory has room for
     prefill_chunk = prefill_chunks[0]
     captures = True
-    _MAX_LISTS = 64  # of nodes whose liveness is kept; forgotten all at once beyond this
-    _MAX_PLANS = 8192  # forgotten all at once beyond this; shapes of prompts vary without end
+    _MAX_LISTS = 64  # node lists whose liveness is kept; when there are more, all are forgotten at once
+    _MAX_PLANS = 8192  # plans that are kept, since shapes of prompts vary without end; then all are forgotten at once
 
     def __init__(self, dtype: str = "bf16", device: int = 0, gpu: Gpu | None = None) -> None:
         self.gpu = gpu or Gpu(device)
@@ -231,8 +231,8 @@ class CudaBackend:
         with self._on_gpu() as gpu:
             out = gpu.empty(weight.shape, self.dtype)
             widest = max(1, self.dtype.itemsize // weight.dtype.itemsize)
-            for offset, piece in weight.chunks(STAGE // widest):
-                gpu.stage(out, offset, convert(piece, self.dtype, weight.name))
+            for offset, chunk in weight.chunks(STAGE // widest):
+                gpu.stage(out, offset, convert(chunk, self.dtype, weight.name))
         return out
 
     def end_loading(self) -> None:
@@ -272,13 +272,13 @@ class CudaBackend:
         """Run a node list. The list must not change after its first run: liveness and ids are worked out once."""
         live = {"": None, **values}
         with self._on_gpu():
-            for step in self._prepare(nodes, tuple(keep)):
-                node = step.node
-                outs = self._execute(step.op, step.key, [live[n] for n in node.ins], node.attrs, node)
+            for ready in self._prepare(nodes, tuple(keep)):
+                node = ready.node
+                outs = self._execute(ready.op, ready.key, [live[n] for n in node.ins], node.attrs, node)
                 for name, array in zip(node.outs, outs, strict=True):
                     live[name] = array
                 del outs
-                for name in step.dead:
+                for name in ready.dead:
                     del live[name]
         return {name: live[name] for name in keep}
 
@@ -342,13 +342,13 @@ class CudaBackend:
             function = gpu.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
             actions.append(_Launch(function, bound, position, set(launch.constants)))
         if way is not None:
-            slots = {argument: position[array] for argument, array in way.arrays.items()}
-            actions.append(_Matmul(way.product, gpu.address, slots))
+            pointers = {argument: position[array] for argument, array in way.arrays.items()}
+            actions.append(_Matmul(way.product, gpu.address, pointers))
         outs = tuple(position[spec.name] for spec in signature.outs)
         return _Planned(width, outs, tuple(new), tuple(actions))
 
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Scratch that its users find and leave zero, so they share it. Kept for good: graphs know its address."""
+        """Scratch that kernels find and leave zero, so all share it. Never freed: captured graphs use it."""
         if (shape, dtype) not in self._zeroed:
             array = self._zeroed[shape, dtype] = self.gpu.empty(shape, dtype)
             self.gpu.fill(array, 0)
@@ -383,9 +383,9 @@ class CudaBackend:
 
 @dataclass(frozen=True)
 class _Way:
-    """A product, what is launched before it, and the names of the arrays that are its arguments."""
+    """A product of cuBLAS, the launches before it, and the name of its array for each argument of the product."""
 
-    before: kernel.Plan
+    before: Plan
     arrays: Mapping[str, str]
     product: Product
 
@@ -403,39 +403,39 @@ def _by_library(cublas: Cublas | None, call: Call) -> _Way | None:
     return None
 
 
-def library_plans(call: Call) -> list[kernel.Plan]:
+def library_plans(call: Call) -> list[Plan]:
     """What may be launched before a library's product for the call; nothing for an op that no library computes."""
     return [before for before, _ in _ways(call)] if call.op.matmul else []
 
 
-def _ways(call: Call) -> Iterator[tuple[kernel.Plan, Mapping[str, str]]]:
-    """What can be launched before a product, with the product's arguments by the names of arrays; the best first."""
+def _ways(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:
+    """The ways to compute a product, best first: launches before it, and argument -> name of the array that it is."""
     n, m = call["n"], call["m"]
     T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
     given, columns = {"x": "x", "w": "w", "y": "y"}, -(-m // 256)
     residual = {"c": "a"} if "a" in call.arrays else {}
     if call.arrays["b"] is None:
-        yield kernel.Plan(()), given | residual
+        yield Plan(()), given | residual
         return
     if T == U:
-        yield kernel.Plan(()), given | residual | {"b": "b"}
+        yield Plan(()), given | residual | {"b": "b"}
     else:
-        cast = kernel.Launch("bias.cu:cast_bias", (columns,), (256,), constants={"U": U})
-        yield kernel.Plan((cast,), {"bias": ((m,), U)}), given | residual | {"b": "bias"}
+        cast = Launch("bias.cu:cast_bias", (columns,), (256,), constants={"U": U})
+        yield Plan((cast,), {"bias": ((m,), U)}), given | residual | {"b": "bias"}
     constants = {"U": U} if residual else {"U": U, "a": None}
-    fill = kernel.Launch("bias.cu:fill_rows", (columns, min(n, 65535)), (256,), constants=constants)
-    yield kernel.Plan((fill,)), given | {"c": "y"}
+    fill = Launch("bias.cu:fill_rows", (columns, min(n, 65535)), (256,), constants=constants)
+    yield Plan((fill,)), given | {"c": "y"}
 
 
-def convert(piece: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
-    """A piece of a weight in another dtype. Raises CheckpointError if float16 cannot hold a finite value of it."""
-    if piece.dtype == dtype:
-        return piece
-    piece = plain_format(piece.dtype).decode(piece)
+def convert(chunk: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
+    """A chunk of a weight in another dtype. Raises CheckpointError if float16 cannot hold a finite value of it."""
+    if chunk.dtype == dtype:
+        return chunk
+    chunk = plain_format(chunk.dtype).decode(chunk)
     with np.errstate(over="ignore"):
-        out = piece.astype(dtype, copy=False)
-    if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(piece).all():
-        largest = float(np.abs(piece).max())
+        out = chunk.astype(dtype, copy=False)
+    if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(chunk).all():
+        largest = float(np.abs(chunk).max())
         raise CheckpointError(f"weight {name} holds {largest:g}, which float16 cannot; --dtype float32 can")
     return out
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from ...errors import DeviceError
 
-__all__ = ["ALIGNMENT", "Cublas", "Heuristic", "Product", "load_cublas"]
+__all__ = ["Cublas", "Heuristic", "Product", "load_cublas"]
 
-ALIGNMENT = 16  # bytes that every array's address is a multiple of
+_ALIGNMENT = 16  # bytes: the address of every array must be a multiple of it
 _log = logging.getLogger("cuplama")
 # ---- the interface, as in cublasLt.h (CUDA 12 and 13) ----------------------------------------------------------------
 _TYPES: Mapping[str, int] = {"f32": 0, "f16": 2, "bf16": 14}  # cudaDataType
@@ -94,7 +94,7 @@ class Cublas:
         self.set("MatmulPreference", self.preference, _PREF_WORKSPACE, ctypes.c_uint64(size))
         self.set("MatmulPreference", self.preference, _PREF_REDUCTION, _REDUCTION)
         for operand in _PREF_ALIGNMENTS:
-            self.set("MatmulPreference", self.preference, operand, ctypes.c_uint32(ALIGNMENT))
+            self.set("MatmulPreference", self.preference, operand, ctypes.c_uint32(_ALIGNMENT))
 
     def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Product | None:
         """Plan y[n,m]:U = x[n,k]:T w[m,k]^T:T (+ b[m]:U) (+ c[n,m]:U). None if the library has no algorithm for it."""
@@ -114,6 +114,7 @@ class Cublas:
         return made
 
     def set(self, kind: str, made: ctypes.c_void_p, attribute: int, value: Any) -> None:
+        """Set an attribute of an object of the library."""
         self.call(f"cublasLt{kind}SetAttribute", made, attribute, ctypes.byref(value), ctypes.sizeof(value))
 
     def choose(self, desc: ctypes.c_void_p, w: ctypes.c_void_p, x: ctypes.c_void_p, y: ctypes.c_void_p) -> Any:
@@ -150,7 +151,7 @@ class Product:
             if bias:
                 cublas.set("MatmulDesc", self._desc, _DESC_EPILOGUE, _ADD_BIAS)
                 # The heuristic reads from the address only how biases are aligned.
-                cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(ALIGNMENT))
+                cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(_ALIGNMENT))
             self._w, self._x, self._y = (
                 cublas.make("MatrixLayout", owned, _TYPES[dtype], rows, columns, rows)
                 for dtype, rows, columns in ((T, k, m), (T, k, n), (U, m, n))
@@ -162,8 +163,8 @@ class Product:
     def __call__(self, x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
         """Queue the product. b and c are given if and only if it was planned with them. Raises DeviceError."""
         cublas, layout = self._cublas, self._y
-        if (x | w | y | b | c) % ALIGNMENT:
-            raise DeviceError(f"{self.text}: an array does not begin at a multiple of {ALIGNMENT} bytes")
+        if (x | w | y | b | c) % _ALIGNMENT:
+            raise DeviceError(f"{self.text}: an array does not begin at a multiple of {_ALIGNMENT} bytes")
         try:
             if self._bias:
                 cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(b))

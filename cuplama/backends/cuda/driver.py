@@ -23,7 +23,7 @@ __all__ = [
     "load_driver",
 ]
 
-OLDEST_ARCH = 75
+OLDEST_ARCH = 75  # sm_75, Turing: the oldest that CUDA 13 and the kernels support
 OLDEST_DRIVER = 12000  # as cuDriverGetVersion counts: CUDA 12.0, driver 525
 
 
@@ -64,7 +64,7 @@ def driver_version(driver: ctypes.CDLL) -> int:
 
 
 def compute_capability(driver: ctypes.CDLL, device: int) -> int:
-    """75 for sm_75."""
+    """A GPU's architecture: 75 for sm_75."""
     return 10 * _attribute(driver, device, 75) + _attribute(driver, device, 76)
 
 

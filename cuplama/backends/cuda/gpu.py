@@ -20,16 +20,16 @@ import numpy as np
 
 from ...dtypes import Array
 from ...errors import DeviceError
-from ...ops import launch as kernel
+from ...ops.launch import Device
 from ...ops.signature import OpError
 from .cublas import Cublas, load_cublas
 from .driver import PdlLaunch, cuda_available, driver_version, load_driver
 from .nvrtc import compile_error
 from .toolkit import options, source
 
-__all__ = ["STAGE", "WORKSPACE", "Gpu", "parallel_copy"]
+__all__ = ["STAGE", "Gpu", "parallel_copy"]
 
-WORKSPACE = 32 << 20  # bytes for cuBLAS: what NVIDIA recommends for Hopper; fixed, so that results repeat
+_WORKSPACE = 32 << 20  # bytes of scratch for cuBLAS: what NVIDIA recommends for Hopper; fixed, so that results repeat
 STAGE = 32 << 20  # bytes of each of the two pinned buffers that weights pass through
 
 
@@ -56,7 +56,7 @@ class Gpu:
         self.array_type: type = cupy.ndarray
         self._device = cupy.cuda.Device(device)
         attributes = self._device.attributes
-        self.limits = kernel.Device(
+        self.limits = Device(
             arch=int(self._device.compute_capability),
             sms=attributes["MultiProcessorCount"],
             shared=attributes["MaxSharedMemoryPerBlockOptin"],
@@ -81,11 +81,11 @@ class Gpu:
         self.cublas: Cublas | None = None
         if library is not None:
             with self:
-                self._workspace = self.pool.malloc(WORKSPACE)
-                self.cublas = Cublas(library, self.stream.ptr, self._workspace.ptr, WORKSPACE)
+                self._workspace = self.pool.malloc(_WORKSPACE)
+                self.cublas = Cublas(library, self.stream.ptr, self._workspace.ptr, _WORKSPACE)
 
     def __enter__(self) -> Gpu:
-        """Make device and stream current; everything below happens inside."""
+        """Make device and stream current. Every method below is called inside such a ``with`` block."""
         self._device.__enter__()
         self.stream.__enter__()
         return self
@@ -95,6 +95,7 @@ class Gpu:
         self._device.__exit__(*exc)
 
     def describe(self) -> str:
+        """Name, architecture, memory in GB (10^9 bytes) and CUDA version, in one line."""
         total = self._device.mem_info[1]
         version = ".".join(map(str, self._cuda_version))
         return f"{self.name} (sm_{self.limits.arch}, {total / 1e9:.0f} GB), CUDA {version}"
@@ -115,6 +116,7 @@ class Gpu:
             raise OpError(f"{where} lies on GPU {array.data.device_id}, not {self._device.id}")  # type: ignore[attr-defined]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array whose content is undefined. Raises DeviceError, with the numbers, when memory is short."""
         count = dtype.itemsize * math.prod(shape)
         failure = self._cupy.cuda.memory.OutOfMemoryError
         try:
@@ -138,6 +140,7 @@ class Gpu:
         )
 
     def fill(self, array: Array, byte: int) -> None:
+        """Set every byte of an array, in order with what is queued."""
         array.data.memset_async(byte, array.nbytes, self.stream)
 
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
@@ -145,6 +148,7 @@ class Gpu:
         array.data.copy_from_host_async(host.ctypes.data, host.nbytes, self.stream)
 
     def read(self, array: Array) -> np.ndarray[Any, Any]:
+        """A copy in host memory, once everything queued before has run."""
         host = np.empty(array.shape, array.dtype)
         array.data.copy_to_host_async(host.ctypes.data, host.nbytes, self.stream)
         self.stream.synchronize()
@@ -163,10 +167,11 @@ class Gpu:
             self._stage = None
 
     def synchronize(self) -> None:
+        """Wait until everything queued has run."""
         self.stream.synchronize()
 
-    def mark(self) -> Any:
-        """An event behind everything queued."""
+    def event(self) -> Any:
+        """A CUDA event behind everything queued."""
         event = self._cupy.cuda.Event(disable_timing=True)
         event.record(self.stream)
         return event
@@ -196,7 +201,7 @@ class Gpu:
     def capture(self, body: Callable[[], None]) -> Any:
         """The launches of ``body`` as a CUDA graph; none of them runs now."""
         collecting = gc.isenabled()
-        gc.disable()  # what a collection finds may wait for the stream, which must not happen now
+        gc.disable()  # An object that is collected may wait for the stream, which a capture does not allow.
         self.stream.begin_capture()
         self._capturing = True
         try:
@@ -209,6 +214,7 @@ class Gpu:
         return graph
 
     def address(self, array: Array) -> int:
+        """Where the array begins in GPU memory."""
         return int(array.data.ptr)
 
     def function(self, file: str, expression: str, shared: int, waits: bool = False) -> Callable[..., None]:
@@ -231,7 +237,8 @@ class Gpu:
                 raise compile_error(file, str(e), self.limits.arch) from None
             launch = raw.kernel
             self.compile_seconds += time.perf_counter() - began
-            # All kernels alike: a multiprocessor must be empty to change its shared memory, and then none starts early.
+            # Every kernel asks for the same division of L1 cache and shared memory: a multiprocessor changes it only
+            # while it is empty, so a kernel that asked for another could not start before the one ahead has ended.
             raw.preferred_shared_memory_carveout = 100
             if waits and self._early is not None:
                 launch = PdlLaunch(self._early, launch, self.stream.ptr)
@@ -255,7 +262,7 @@ class Gpu:
 
 
 class _Stage:
-    """Two pinned buffers: while one is on its way to the GPU, the next piece is read from the file into the other.
+    """Two pinned buffers of ``STAGE`` bytes: while one is copied to the GPU, the next chunk is read into the other.
 
     Several threads fill a buffer, because reading a mapped file is bound by page faults, not by bandwidth.
     """
@@ -272,11 +279,11 @@ class _Stage:
 
     def copy(self, target: Any, data: np.ndarray[Any, Any]) -> None:
         for at in range(0, data.size, STAGE):
-            piece = data[at : at + STAGE]
+            chunk = data[at : at + STAGE]
             pointer, buffer, sent = next(self._ring)
             sent.synchronize()  # returns at once if it was never recorded
-            parallel_copy(self._threads, self._THREADS, buffer[: piece.size], piece)
-            (target + at).copy_from_host_async(pointer.ptr, piece.size, self._stream)
+            parallel_copy(self._threads, self._THREADS, buffer[: chunk.size], chunk)
+            (target + at).copy_from_host_async(pointer.ptr, chunk.size, self._stream)
             sent.record(self._stream)
 
     def close(self) -> None:

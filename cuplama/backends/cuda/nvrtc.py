@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "compile_error",
     "compile_options",
     "compile_program",
+    "compile_ptx",
     "nvrtc_library",
     "parse_resources",
 ]
@@ -109,20 +111,10 @@ def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
     """Compile instances of a file's kernels with NVRTC. Needs no GPU. Raises CompileError."""
     nvrtc = nvrtc_library()
     began = time.perf_counter()
-    flags = compile_options(nvrtc.getVersion()[0], arch)
-    program = nvrtc.createProgram(source(file), file, (), ())
-    try:
-        for name in names:
-            nvrtc.addNameExpression(program, name)
-        try:
-            nvrtc.compileProgram(program, flags)
-        except nvrtc.NVRTCError:
-            raise compile_error(file, nvrtc.getProgramLog(program), arch) from None
+    with _compiled(file, names, arch, compile_options(nvrtc.getVersion()[0], arch)) as program:
         log = nvrtc.getProgramLog(program)
         mangled = {name: nvrtc.getLoweredName(program, name) for name in names}
         cubin = nvrtc.getCUBIN(program)
-    finally:
-        nvrtc.destroyProgram(program)
     resources = parse_resources(log)
     return Program(
         file,
@@ -133,6 +125,32 @@ def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
         tuple(line.strip() for line in _WARNING.findall(log)),
         time.perf_counter() - began,
     )
+
+
+def compile_ptx(file: str, names: Sequence[str], arch: int) -> str:
+    """The PTX of instances of a file's kernels. Needs no GPU. Raises CompileError."""
+    nvrtc = nvrtc_library()
+    flags = (*options(nvrtc.getVersion()[0]), "-ftz=true", f"-arch=compute_{target(arch)}")
+    with _compiled(file, names, arch, flags) as program:
+        text: str = nvrtc.getPTX(program).decode().rstrip("\0")
+    return text
+
+
+@contextmanager
+def _compiled(file: str, names: Sequence[str], arch: int, flags: Sequence[str]) -> Iterator[Any]:
+    """NVRTC's program of a file, compiled with these flags; it is destroyed at the end. Raises CompileError."""
+    nvrtc = nvrtc_library()
+    program = nvrtc.createProgram(source(file), file, (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, flags)
+        except nvrtc.NVRTCError:
+            raise compile_error(file, nvrtc.getProgramLog(program), arch) from None
+        yield program
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def nvrtc_library() -> Any:

@@ -18,7 +18,7 @@ from ...folders import source_folder
 
 __all__ = ["ARCHS", "options", "parse_archs", "shared_limit", "source", "source_hash", "target", "toolkit_folders"]
 
-ARCHS = (75, 80, 86, 89, 90, 100, 120)  # that every kernel is compiled for in CI: Turing to Blackwell
+ARCHS = (75, 80, 86, 89, 90, 100, 120)  # what CI compiles every kernel for, as 90 for sm_90: Turing to Blackwell
 
 
 @cache
@@ -68,8 +68,8 @@ def target(arch: int) -> str:
 def options(major: int, arch: int = 0) -> tuple[str, ...]:
     """The compiler options that the CUDA backend and compiling without a GPU share.
 
-    major: of the NVRTC version. arch: for RawModule, which appends an -arch of its own, without the "a" of sm_90a;
-    NVRTC takes the first of two. 0 where -arch is given otherwise.
+    major: of the NVRTC version. arch: 90 for sm_90, where CuPy's RawModule compiles: it appends an -arch of its own,
+    without the "a" of sm_90a, and of two NVRTC takes the first. 0 where the caller gives -arch itself.
 
     Raises CompileError if the toolkit's headers are not installed.
     """
@@ -94,15 +94,15 @@ def source(file: str) -> str:
 
 
 def parse_archs(text: str, supported: Sequence[int] = ()) -> tuple[int, ...]:
-    """``"sm_80,sm_90"`` or ``"80,90"`` or ``"all"`` -> (80, 90). Raises DeviceError naming the piece it cannot read."""
+    """``"sm_80,sm_90"`` or ``"80,90"`` or ``"all"`` -> (80, 90). Raises DeviceError naming the one it cannot read."""
     if text.strip() == "all":
         return ARCHS
     archs = []
-    for piece in filter(None, (p.strip() for p in text.split(","))):
-        m = re.fullmatch(r"(?:sm_)?(\d{2,3})", piece)
+    for name in filter(None, (n.strip() for n in text.split(","))):
+        m = re.fullmatch(r"(?:sm_)?(\d{2,3})", name)
         if m is None or (supported and int(m[1]) not in supported) or int(m[1]) < ARCHS[0]:
             known = ", ".join(f"sm_{a}" for a in supported or ARCHS if a >= ARCHS[0])
-            raise DeviceError(f"architecture {piece!r} is not supported; supported: {known}")
+            raise DeviceError(f"architecture {name!r} is not supported; supported: {known}")
         archs.append(int(m[1]))
     if not archs:
         raise DeviceError("no architecture given; for example: sm_80,sm_90")

@@ -64,7 +64,7 @@ def bench_kernels(
     """Check ops (all by default) against their references and time them, alone, against the machine's peaks.
 
     A wrong kernel is refused: its case is printed, and the exit status is 1. With --model the ops of a decode step and
-    of a prompt are counted, added up, and held against what the whole step takes. Without a GPU the kernels are run by
+    of a prompt are counted, added up, and held against what the whole pass takes. Without a GPU the kernels are run by
     the emulator, on the ops' own small cases or on --shape, and compiled; nothing is timed.
     """
     from ...backends.cuda.driver import cuda_available
@@ -84,18 +84,18 @@ def bench_kernels(
 
 
 def _bench_on_gpu(request: _Request, plot: Path | None) -> None:
-    """Check, time, and print the table; with a model also the sums beside what the whole steps take."""
+    """Check, time, and print the table; with a model also the sums beside what the whole passes take."""
     from ...lab import bench, kernel_bench, report, roofline
 
-    found, whole = _time_ops(request) if request.model is None else _time_model(request, request.model)
+    found, passes = _time_ops(request) if request.model is None else _time_model(request, request.model)
     found = {"command": report.command(), **found}
     extra = {k: v for k, v in found.items() if k != "rows"}
     if request.form == "md":
         click.echo("\n".join(bench.header(found)) + "\n")
     click.echo(report.render(kernel_bench.COLUMNS, found["rows"], request.form, extra), nl=False)
     if request.form == "md":
-        for step in whole:
-            click.echo(f"\n{step}")
+        for one in passes:
+            click.echo(f"\n{one}")
     if plot is not None:
         roofline.plot_roofline(found, plot)
 
@@ -109,35 +109,35 @@ def _time_ops(request: _Request) -> tuple[dict[str, Any], Sequence[PassTime]]:
     dtype = dtype_name(backend.dtype)  # an old GPU runs bf16 models in f16
     try:
         chosen = shape_workloads(request.ops[0], request.shapes, dtype, backend.gpu.limits)
-        chosen = chosen or [c for op in request.ops for c in workloads.default_workloads(op.name, dtype)]
-        limits = peaks.measure(backend)
-        return kernel_bench.result(backend, kernel_bench.bench(backend, chosen, limits, say), limits, []), []
+        chosen = chosen or [w for op in request.ops for w in workloads.default_workloads(op.name, dtype)]
+        machine = peaks.measure(backend)
+        return kernel_bench.result(backend, kernel_bench.bench(backend, chosen, machine, say), machine, []), []
     finally:
         backend.close()
 
 
 def _time_model(request: _Request, model: str) -> tuple[dict[str, Any], Sequence[PassTime]]:
-    """The ops of a decode step and of a prompt; with all of them also the whole steps."""
+    """The ops of a decode step and of a prompt; with all of them also the whole passes."""
     from ...lab import kernel_bench, peaks, workloads
     from ...lab.dummy import dummy_model
     from ...lab.trials import cache_tokens
 
     batch, depth, prompt = request.batch, request.depth, request.prompt
     context = max(depth + 64, prompt + 1)
-    whole: Sequence[PassTime] = []
+    passes: Sequence[PassTime] = []
     with dummy_model(model, "cuda", DTYPES[request.dtype].name, context, cache_tokens(batch, context)) as loaded:
         dtype = dtype_name(loaded.backend.dtype)  # an old GPU runs bf16 models in f16
         chosen = workloads.decode_workloads(loaded.config, dtype, batch, depth, context)
         chosen += workloads.prompt_workloads(loaded.config, dtype, prompt, loaded.backend.prefill_chunk)
         _check_used(request.names, chosen, model)
-        wanted = [c for c in chosen if not request.names or c.op in request.ops]
-        limits = peaks.measure(loaded.backend)
-        rows = kernel_bench.bench(loaded.backend, wanted, limits, say)
+        wanted = [w for w in chosen if not request.names or w.op in request.ops]
+        machine = peaks.measure(loaded.backend)
+        rows = kernel_bench.bench(loaded.backend, wanted, machine, say)
         if not request.names:
-            whole = kernel_bench.pass_times(loaded, rows, batch, depth, prompt)
-        found = kernel_bench.result(loaded.backend, rows, limits, whole)
+            passes = kernel_bench.pass_times(loaded, rows, batch, depth, prompt)
+        found = kernel_bench.result(loaded.backend, rows, machine, passes)
     found["environment"] = {"model": model, **found["environment"]}
-    return found, whole
+    return found, passes
 
 
 def _bench_without_gpu(request: _Request, arch: str, reason: str) -> None:
@@ -202,7 +202,7 @@ def _ops_of_model(request: _Request) -> Sequence[Op]:
         *workloads.prompt_workloads(config, request.dtype),
     ]
     _check_used(request.names, both, request.model)
-    used = {c.op.name for c in both}
+    used = {w.op.name for w in both}
     return [op for op in request.ops if op.name in used]
 
 

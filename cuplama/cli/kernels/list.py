@@ -51,10 +51,10 @@ def _archs(found: Sequence[int]) -> str:
 
 
 def _meaning(name: str, file: str, ops: frozenset[str]) -> str:
-    """What its op says of a kernel; of one that is not an op's own, what the head of its file says."""
+    """What its op says of a kernel; of one that is not an op's own, what the opening comment of its file says."""
     for op in (OPS[o] for o in sorted(ops)):
         if name in op.kernel_docs or not op.kernel_docs:
             return op.kernel_doc(name)
-    head = opening_comment(file)
-    found = re.search(rf"^\s*{name}\s\s+(.*?)(?:\s\s|[,;]?$)", head, re.M)
-    return found[1] if found else head.splitlines()[0].strip()
+    opening = opening_comment(file)
+    found = re.search(rf"^\s*{name}\s\s+(.*?)(?:\s\s|[,;]?$)", opening, re.M)
+    return found[1] if found else opening.splitlines()[0].strip()

@@ -14,7 +14,8 @@ import click
 
 from ...errors import DeviceError
 from ...ops.abstract import abstract
-from ...ops.launch import BoundLaunch, Device
+from ...ops.binding import BoundLaunch
+from ...ops.launch import Device
 from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.op import Op
 from ..options import DEBUG
@@ -41,7 +42,7 @@ _MAX_WORKLOADS = 4  # of an op's own; more repeat what the first have shown
 @DEBUG
 def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: bool, sass: bool) -> None:
     """Documentation, signature, launches and resources of an op, a kernel or a file. Needs no GPU."""
-    from ...backends.cuda.nvrtc import compile_program
+    from ...backends.cuda.nvrtc import compile_program, compile_ptx
     from ...backends.cuda.toolkit import shared_limit
 
     archs = supported_archs(arch)
@@ -56,7 +57,7 @@ def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: 
     for file, expressions in instances.items():
         _show_file(file, expressions, archs)
         if ptx:
-            click.echo(_ptx(file, expressions, archs[0]))
+            click.echo(compile_ptx(file, expressions, archs[0]))
         if sass:
             click.echo(_sass(compile_program(file, expressions, archs[0]).cubin))
 
@@ -100,23 +101,6 @@ def _show_file(file: str, expressions: Sequence[str], archs: Sequence[int]) -> N
         rows += [(e, f"sm_{arch}", *resource_cells(program.resources[e])) for e in expressions]
     print_table(("kernel", "arch", "registers", "shared", "stack", "spills"), rows)
     click.echo()
-
-
-def _ptx(file: str, names: Sequence[str], arch: int) -> str:
-    from ...backends.cuda.nvrtc import nvrtc_library
-    from ...backends.cuda.toolkit import options, source, target
-
-    nvrtc = nvrtc_library()
-    flags = (*options(nvrtc.getVersion()[0]), "-ftz=true", f"-arch=compute_{target(arch)}")
-    program = nvrtc.createProgram(source(file), file, (), ())
-    try:
-        for name in names:
-            nvrtc.addNameExpression(program, name)
-        nvrtc.compileProgram(program, flags)
-        text: str = nvrtc.getPTX(program).decode().rstrip("\0")
-    finally:
-        nvrtc.destroyProgram(program)
-    return text
 
 
 def _sass(cubin: bytes) -> str:
