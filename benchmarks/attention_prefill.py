@@ -102,9 +102,9 @@ def ours(op: Op, host: np.ndarray[Any, Any], heads: int, H: int, D: int) -> tupl
     pages = pages_for(n)
     backend = CudaBackend("bf16")
     given = backend.upload(host)
-    slots = backend.upload(np.arange(n, dtype=np.int32))
+    slot_mapping = backend.upload(np.arange(n, dtype=np.int32))
     cache = [backend.zeros((pages, H, PAGE, D), DTYPES["bf16"]) for _ in range(2)]
-    backend.call(OPS["kv_append"], (given, slots, *cache), {})
+    backend.call(OPS["kv_append"], (given, slot_mapping, *cache), {})
     i32 = [np.array([0, n]), np.array([n]), np.arange(pages)[None]]
     ins = (given, *cache, *[backend.upload(a.astype(np.int32)) for a in i32])
     attrs = {"num_heads": heads, "window": 0, "scale": D**-0.5}

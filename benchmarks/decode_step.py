@@ -33,7 +33,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
 def gaps(model: Model, prompt: list[int], tokens: int) -> np.ndarray[Any, Any]:
-    """Seconds between the pieces of a stream, the first few left out: they plan and capture."""
+    """Seconds between the deltas of a stream, the first few left out: they plan and capture."""
     times = []
     for _ in model.stream(prompt, max_tokens=tokens + 8, **GREEDY):
         times.append(time.perf_counter())

@@ -14,7 +14,8 @@ import numpy as np
 from cuplama.backends.cuda.gpu import Gpu
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
-from cuplama.ops import launch as kernel
+from cuplama.ops.binding import BoundLaunch
+from cuplama.ops.launch import Device
 from cuplama.ops.prototypes import prototypes
 from cuplama.ops.signature import OpError
 
@@ -80,7 +81,7 @@ class Launcher:
 
         prototype = prototypes(self.file)[self.expression.split("<")[0]]
         g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
-        bound = kernel.BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
+        bound = BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
         emulator.run(bound, check=False)
 
 
@@ -141,7 +142,7 @@ class FakeGpu(Gpu):
     """
 
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
-        self.limits, self.name = kernel.Device(arch=arch), "a fake GPU"
+        self.limits, self.name = Device(arch=arch), "a fake GPU"
         self.failures, self.array_type = (RuntimeError,), HostArray
         self.cublas, self.emulate, self.fail = cublas, emulate, False
         self.launches: list[str] = []
@@ -226,7 +227,7 @@ class FakeGpu(Gpu):
     def new_pool(self) -> _Pool:
         return _Pool("pool of a graph")
 
-    def mark(self) -> Any:
+    def event(self) -> Any:
         return QueueEvent(self.queue)
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray[Any, Any], Any]:

@@ -103,7 +103,7 @@ _FAULT = """
 from pathlib import Path
 import cuplama
 import numpy as np
-from cuplama.ops.launch import BoundLaunch
+from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.prototypes import prototypes
 from cuplama.simt.emulator import KernelFault, run
 x, y = np.ones((2, 16), np.float32), np.zeros((1, 8), np.float32)  # y lacks a row

@@ -11,6 +11,7 @@ import pytest
 
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.cli import diagnosis
+from cuplama.lab.environment import CUPY_PACKAGES
 from tests.fakes import Driver
 
 
@@ -55,7 +56,7 @@ def test_an_unwritable_cache_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     finding = diagnosis._cache()
     assert "not writable" in finding.found
     assert "CUPY_CACHE_DIR" in finding.remedy
-    monkeypatch.setattr(diagnosis, "_version", lambda package: "14.2" if package == diagnosis.CUPY[0] else None)
+    monkeypatch.setattr(diagnosis, "installed_version", lambda p: "14.2" if p == CUPY_PACKAGES[0] else None)
     found = _findings()
     assert [name for name in ("cupy", "NVRTC", "a kernel") if found[name].remedy] == []  # nothing to reinstall
     assert found["NVRTC"].skipped

@@ -113,7 +113,7 @@ def test_without_a_gpu_programs_can_read_what_was_checked(tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["rows"] == [{"op": "add", "dtype": "f32", "cases": 1, "emulator": "right"}]
-    assert found["command"].startswith("cuplama ")
+    assert found["command"].startswith("cuplama")
     assert re.search(r"^add: 1 case$", done.stderr, re.M)
     assert re.search(r"^1 kernel instance compiles for sm_90\nnothing is timed: no GPU", done.stderr, re.M)
     args = ["--op", "add", "--dtype", "f32", "--shape", "n=2,d=8"]
@@ -293,7 +293,7 @@ def test_list_shows_every_kernel() -> None:
     # a kernel of no op's own: what the head of its file says
     assert lines["fill_rows"].endswith("  y[i,j] = a[i,j] + b[j]")
     assert re.search(r"  f32 +sm_75\+  of each chunk of the logits the maximum", lines["sample_max"])
-    assert re.search(r"  f32 f16 +sm_75\+  ", lines["attention_prefill"])  # where there are no tensor cores for it
+    assert re.search(r"  f32 f16 +sm_75\+  ", lines["attention_prefill_fma"])  # where there are no tensor cores for it
     assert re.search(r"  f16 bf16 +sm_80\+  ", lines["attention_prefill_mma"])
     assert re.search(r"  f16 bf16 +sm_90  ", lines["attention_prefill_wgmma"])
     assert re.search(r"  - +sm_75\+  ", lines["advance"])  # integers only

@@ -16,7 +16,8 @@ from cuplama.engine.sampler import sampling_nodes
 from cuplama.models.config import load_config
 from cuplama.models.graph import decoder
 from cuplama.ops.abstract import abstract, infer
-from cuplama.ops.launch import Device, bind_plan
+from cuplama.ops.binding import bind_plan
+from cuplama.ops.launch import Device
 from tests.paths import GOLDEN
 
 CASES = sorted((GOLDEN).iterdir())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuplama.engine.graphs import Graphs
+from cuplama.engine.graphs import GraphCache
 
 
 class _Graph:
@@ -13,8 +13,8 @@ class _Graph:
         self.closed += 1
 
 
-def _filled(max_cost: int, *sizes: int) -> tuple[Graphs[_Graph], dict[int, _Graph]]:
-    graphs, made = Graphs[_Graph](max_cost), {size: _Graph() for size in sizes}
+def _filled(max_cost: int, *sizes: int) -> tuple[GraphCache[_Graph], dict[int, _Graph]]:
+    graphs, made = GraphCache[_Graph](max_cost), {size: _Graph() for size in sizes}
     for size, graph in made.items():
         graphs.first_time(size)
         graphs.keep(size, graph, size)
@@ -22,7 +22,7 @@ def _filled(max_cost: int, *sizes: int) -> tuple[Graphs[_Graph], dict[int, _Grap
 
 
 def test_only_a_size_that_comes_again_is_captured() -> None:
-    graphs = Graphs[_Graph](8)
+    graphs = GraphCache[_Graph](8)
     assert [graphs.first_time(size) for size in (3, 4, 3)] == [True, True, False]
 
 

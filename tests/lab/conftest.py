@@ -32,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
     function = backend.gpu.function
     monkeypatch.setattr(backend.gpu, "function", lambda file, name, shared, *_: function(file, name, shared))
     monkeypatch.setattr(backend.gpu, "describe", lambda: "a stand-in")
-    monkeypatch.setattr(backend.gpu, "mark", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(backend.gpu, "event", lambda: SimpleNamespace(synchronize=lambda: None))
     yield backend
     backend._plans.clear()
 

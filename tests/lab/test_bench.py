@@ -223,7 +223,7 @@ def test_command(folder: Path) -> None:
 def test_markdown_and_csv(folder: Path) -> None:
     args = ["-m", str(folder), "--dummy-weights", "-p", "0", "-n", "2", "-r", "1"]
     lines = _invoke(*args).stdout.splitlines()
-    assert lines[0].startswith("$ cuplama ")
+    assert lines[0].startswith("$ cuplama")
     assert lines[2].startswith(f"model {folder}")
     assert lines[3].startswith("measured peaks: read ")
     assert lines[5].startswith("| test ")

@@ -26,7 +26,8 @@ from cuplama.lab.check import (
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload, case_workloads, shape_workload
 from cuplama.ops import OPS
-from cuplama.ops.launch import BoundLaunch, Device
+from cuplama.ops.binding import BoundLaunch
+from cuplama.ops.launch import Device
 from cuplama.ops.op import ROUNDING, Op
 from tests.fakes import FakeGpu, HostCublas
 

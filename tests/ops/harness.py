@@ -16,7 +16,8 @@ from cuplama.dtypes import Array
 from cuplama.lab.check import model_dtypes
 from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS
-from cuplama.ops.launch import BoundLaunch, Device, bind_plan
+from cuplama.ops.binding import BoundLaunch, bind_plan
+from cuplama.ops.launch import Device
 from cuplama.ops.op import Op
 from cuplama.ops.signature import Spec
 

@@ -13,8 +13,9 @@ from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload
 from cuplama.ops.abstract import attributes
 from cuplama.ops.attention import attention, attention_case
+from cuplama.ops.binding import bind_plan
 from cuplama.ops.fused import append_attention
-from cuplama.ops.launch import Device, bind_plan
+from cuplama.ops.launch import Device
 from cuplama.ops.op import Op
 from cuplama.simt.emulator import run
 

@@ -14,7 +14,7 @@ from cuplama.lab.check import Executor
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
-from cuplama.ops.launch import bind
+from cuplama.ops.binding import bind
 
 CASES = [
     (name, T, U, n, m)

@@ -32,7 +32,7 @@ def test_philox_known_answers(counter: list[int], key: int, answer: str) -> None
 
 def test_gumbel_moments() -> None:
     """Mean gamma = 0.5772 and variance pi^2 / 6, within 5 standard errors."""
-    g = gumbel(np.arange(200_000), seed=7, positions=3).astype(np.float64)
+    g = gumbel(np.arange(200_000), seed=7, position=3).astype(np.float64)
     assert abs(g.mean() - np.euler_gamma) < 5 * np.sqrt(np.pi**2 / 6 / g.size)
     assert abs(g.var() - np.pi**2 / 6) < 5 * np.sqrt(4.4 * (np.pi**2 / 6) ** 2 / g.size)  # kurtosis 5.4
 

@@ -11,7 +11,8 @@ import pytest
 from cuplama.dtypes import DTYPES, dtype_name
 from cuplama.folders import source_folder
 from cuplama.ops import OPS
-from cuplama.ops.launch import Device, Launch, bind
+from cuplama.ops.binding import bind
+from cuplama.ops.launch import Device, Launch
 from cuplama.ops.op import Op
 from cuplama.ops.prototypes import Parameter, parse_prototypes, prototypes
 from cuplama.ops.signature import OpError, Signature, Spec, dim_names, dim_value

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cuplama.ops.launch import BoundLaunch
+from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.prototypes import prototypes
 from cuplama.simt import objects
 from cuplama.simt.cache import cache_folder, prune

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,12 @@ import pytest
 from cuplama.backends.cuda import backend as cuda
 from cuplama.backends.cuda.backend import CudaBackend, convert
 from cuplama.backends.cuda.driver import cuda_available
-from cuplama.backends.cuda.gpu import Gpu, _Stage, parallel_copy
 from cuplama.dtypes import DTYPES
-from cuplama.errors import CheckpointError, CompileError, DeviceError
+from cuplama.errors import CheckpointError, DeviceError
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.ops import OPS
-from cuplama.ops import launch as kernel
+from cuplama.ops.launch import Device
 from cuplama.ops.linear import MAX_STREAMED_ROWS
 from cuplama.ops.node import Node
 from cuplama.ops.signature import OpError
@@ -129,7 +127,48 @@ def test_plans_do_not_grow_without_end(backend: CudaBackend, monkeypatch: pytest
     monkeypatch.setattr(CudaBackend, "_MAX_PLANS", 10)
     for d in range(1, 40):
         backend.call(OPS["add"], (_ones(backend, 1, d), _ones(backend, 1, d)), {})
-    assert len(backend._plans) <= 10
+        assert len(backend._plans) <= 10
+
+
+def test_node_lists_do_not_grow_without_end(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaBackend, "_MAX_LISTS", 3)
+    x, lists = _ones(backend, 1, 8), [_CHAIN[:1] for _ in range(8)]
+    for nodes in lists:
+        backend.run(nodes, {"x0": x}, ("x1",))
+        assert len(backend._prepared) <= 3
+
+
+def test_a_node_list_is_made_ready_once(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _ones(backend, 4, 256)
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+    other = _CHAIN[:2]  # has the id of a list that has died
+    backend._prepared[id(other), ("x2",)] = backend._prepared[id(_CHAIN), ("x4",)]
+    assert backend.run(other, {"x0": x}, ("x2",)).keys() == {"x2"}
+    monkeypatch.setattr(cuda, "executable", lambda nodes: pytest.fail("made ready again"))
+    backend.run(_CHAIN, {"x0": x}, ("x4",))
+
+
+def test_zeroed_scratch_is_shared_and_kept_until_the_end() -> None:
+    backend = CudaBackend("f32", gpu=FakeGpu())
+    scratch: Any = backend._zeros("arrivals", (3, 2), DTYPES["i32"])
+    assert not backend.download(scratch).any()
+    assert backend._zeros("others", (3, 2), DTYPES["i32"]) is scratch
+    assert backend._zeros("arrivals", (2, 3), DTYPES["i32"]) is not scratch
+    assert len(_fake(backend).alive) == 2
+    del scratch
+
+
+def test_close_drops_everything_and_closes_the_gpu(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(backend.gpu, "close", lambda: closed.append(True))
+    backend._zeros("arrivals", (3,), DTYPES["i32"])
+    backend.run(_CHAIN, {"x0": _ones(backend, 1, 8)}, ("x4",))
+    _fake(backend).synchronize()
+    backend.close()
+    gc.collect()
+    assert closed == [True]
+    assert _fake(backend).alive == []
+    assert not backend._prepared
 
 
 def test_a_fused_node_without_a_kernel_runs_its_parts(backend: CudaBackend) -> None:
@@ -196,7 +235,7 @@ def test_many_rows_go_to_cublas_in_the_best_way_it_has(
 ) -> None:
     backend = CudaBackend(T, gpu=FakeGpu(emulate=True, cublas=cublas))
     gpu, rng = _fake(backend), np.random.default_rng(0)
-    gpu.limits = kernel.Device(sms=2)
+    gpu.limits = Device(sms=2)
     for n in (9, 300):
         x, w, b = (rng.standard_normal(s).astype(np.float32).astype(DTYPES[T]) for s in ((n, 40), (264, 40), (264,)))
         a = rng.standard_normal((n, 264)).astype(np.float32)
@@ -224,6 +263,24 @@ def test_few_rows_go_to_our_kernels() -> None:
     backend.call(OPS["linear"], [ins[0], ins[1], ins[3]], {"U": "f32"})
     backend.call(OPS["linear_add"], ins, {})
     assert [name.split("<")[0] for name in _fake(backend).launches] == ["linear", "linear_add"]
+
+
+@pytest.mark.parametrize("n", [300, 70000])
+@pytest.mark.parametrize("m", [256, 257, 264])
+def test_the_launches_before_a_product_reach_every_row_and_column(n: int, m: int) -> None:
+    """A grid has at most 65535 blocks along y; the kernel goes over the other rows in a loop."""
+    x, w, b = (np.zeros(shape, DTYPES["bf16"]) for shape in ((n, 8), (m, 8), (m,)))
+    plans = cuda.library_plans(OPS["linear"].bind((x, w, b), {"T": "bf16", "U": "f32"}))
+    (cast,), (fill,) = (plan.launches for plan in plans)
+    for launch in (cast, fill):
+        assert launch.grid[0] == -(-m // launch.block[0])
+    assert cast.grid[1:] == ()
+    assert fill.grid[1] == min(n, 65535)
+
+
+def test_an_op_that_no_library_computes_has_no_launches_before_it(backend: CudaBackend) -> None:
+    a = _ones(backend, 2, 8)
+    assert cuda.library_plans(OPS["add"].bind((a, a), {})) == []
 
 
 # ---- checks before and errors after a launch -------------------------------------------------------------------------
@@ -262,9 +319,12 @@ def test_a_failed_launch_names_kernel_grid_block_and_shapes(backend: CudaBackend
 def test_checking_poisons_outputs_and_waits_after_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPLAMA_CHECK", "1")
     backend = CudaBackend("f32", gpu=FakeGpu())  # its kernels write nothing
+    filled: list[int] = []
+    monkeypatch.setattr(backend.gpu, "fill", lambda array, byte: filled.append(byte))
     out = backend.run(_CHAIN[:2], {"x0": _ones(backend, 1, 8)}, ("x2",))["x2"]
     assert np.isnan(out).all()
     assert _fake(backend).synchronised == 2
+    assert filled == [0xFF, 0xFF]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -289,6 +349,18 @@ def test_a_failure_is_told_by_the_mark_behind_it(backend: CudaBackend) -> None:
 
     with pytest.raises(DeviceError, match=r"illegal memory access.*CUPLAMA_CHECK=1 names the node"):
         cuda.Event(Event(), backend.gpu.failures).synchronize()
+
+
+def test_waiting_waits_and_tells_of_a_failure(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.synchronize()
+    assert _fake(backend).synchronised == 1
+
+    def fail() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(backend.gpu, "synchronize", fail)
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        backend.synchronize()
 
 
 @pytest.mark.parametrize("broken", ["write", "empty"])
@@ -330,6 +402,20 @@ def test_weights_arrive_in_the_backends_dtype(stored: str, wanted: str, monkeypa
     assert np.array_equal(got.view(np.ndarray), want)
 
 
+@pytest.mark.parametrize(
+    ("stored", "wanted", "pieces"), [("f32", "f32", 8), ("bf16", "f32", 8), ("f32", "f16", 8), ("f16", "f16", 4)]
+)
+def test_a_piece_fills_a_pinned_buffer_before_or_after_its_conversion(
+    stored: str, wanted: str, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "STAGE", 64)
+    backend, sizes = CudaBackend(wanted, gpu=FakeGpu()), list[int]()
+    monkeypatch.setattr(backend.gpu, "stage", lambda array, offset, host: sizes.append(host.nbytes))
+    backend.load_weight(Weight("w", ("w",), (np.zeros((32, 4), DTYPES[stored]),)))
+    assert len(sizes) == pieces
+    assert max(sizes) <= 64
+
+
 def test_a_value_that_fp16_cannot_hold_is_refused() -> None:
     piece = np.array([1, 70000], np.float32).astype(DTYPES["bf16"])
     with pytest.raises(CheckpointError, match=r"weight 3\.gate_up_proj holds 70144, which float16 cannot"):
@@ -342,110 +428,6 @@ def test_bf16_becomes_fp16_below_sm_80(caplog: pytest.LogCaptureFixture) -> None
         assert CudaBackend("bf16", gpu=FakeGpu(arch=75)).dtype == np.float16
     assert "a fake GPU (sm_75) has no bf16; running in fp16" in caplog.text
     assert CudaBackend("bf16", gpu=FakeGpu(arch=80)).dtype == DTYPES["bf16"]
-
-
-def test_pinned_buffers_take_turns_and_wait_for_their_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cuplama.backends.cuda.gpu.STAGE", 100)
-    events: list[str] = []
-    sent: dict[int, bytes] = {}
-
-    class Pinned(bytearray):
-        ptr = property(lambda self: self)
-
-    class Event:
-        def __init__(self, disable_timing: bool) -> None:
-            self.name = "ab"[len(made)]
-            made.append(self)
-
-        def synchronize(self) -> None:
-            events.append(f"wait {self.name}")
-
-        def record(self, stream: Any) -> None:
-            events.append(f"sent {self.name}")
-
-    class Pointer:
-        def __init__(self, at: int) -> None:
-            self.at = at
-
-        def __add__(self, offset: int) -> Pointer:
-            return Pointer(self.at + offset)
-
-        def copy_from_host_async(self, source: bytearray, size: int, stream: Any) -> None:
-            sent[self.at] = bytes(source[:size])
-
-    made: list[Event] = []
-    names = SimpleNamespace(PinnedMemory=lambda n: n, PinnedMemoryPointer=lambda m, at: Pinned(m), Event=Event)
-    stage = _Stage(SimpleNamespace(cuda=names), SimpleNamespace(synchronize=lambda: None))
-    data = np.arange(250, dtype=np.uint8)
-    stage.copy(Pointer(1000), data)
-    stage.close()
-    assert b"".join(sent[at] for at in (1000, 1100, 1200)) == data.tobytes()
-    assert events == ["wait a", "sent a", "wait b", "sent b", "wait a", "sent a"]
-
-
-def test_parallel_copy_copies_everything() -> None:
-    data = np.random.default_rng(0).integers(0, 256, (5 << 20) + 3, np.uint8)
-    target = np.zeros_like(data)
-    with ThreadPoolExecutor(3) as pool:
-        parallel_copy(pool, 3, target, data)
-    assert np.array_equal(target, data)
-
-
-# ---- compiled functions ----------------------------------------------------------------------------------------------
-
-
-class _Raw:
-    shared_size_bytes = 1024
-    max_dynamic_shared_size_bytes = 48 * 1024
-    kernel = staticmethod(lambda *a: None)
-
-
-class CompileException(Exception):  # noqa: N818
-    """Named as CuPy's."""
-
-
-def _gpu_with(module: Callable[..., Any]) -> Gpu:
-    gpu = object.__new__(Gpu)
-    compiler = SimpleNamespace(CompileException=CompileException)
-    gpu._cupy = SimpleNamespace(RawModule=module, cuda=SimpleNamespace(compiler=compiler))
-    gpu._functions, gpu._cuda_version, gpu.limits = {}, _cuda_version(), kernel.Device()
-    return gpu
-
-
-def _cuda_version() -> tuple[int, int]:
-    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs cupy for NVRTC's version")
-    version: tuple[int, int] = nvrtc.getVersion()
-    return version
-
-
-def test_a_function_is_compiled_once_under_the_hash_of_all_sources() -> None:
-    made: list[dict[str, Any]] = []
-    raw = _Raw()
-
-    def module(**given: Any) -> Any:
-        made.append(given)
-        return SimpleNamespace(get_function=lambda name: raw)
-
-    gpu = _gpu_with(module)
-    gpu.function("residual.cu", "add", 0)
-    gpu.function("residual.cu", "add", 47 * 1024)
-    assert raw.max_dynamic_shared_size_bytes == 48 * 1024  # 47 + 1 static still fit
-    gpu.function("residual.cu", "add", 60 * 1024)
-    gpu.function("residual.cu", "add", 50 * 1024)
-    assert raw.max_dynamic_shared_size_bytes == 60 * 1024  # never lowered: another plan may need it
-    (given,) = made
-    assert gpu.compile_seconds > 0
-    assert given["name_expressions"] == ("add",)
-    assert any(o.startswith("-DCUPLAMA_SOURCE_HASH=") for o in given["options"])
-
-
-def test_a_compile_error_names_file_and_line() -> None:
-    def fail(name: str) -> None:
-        raise CompileException('residual.cu(12): error: identifier "blockidx" is undefined\n\n1 error detected')
-
-    gpu = _gpu_with(lambda **given: SimpleNamespace(get_function=fail))
-    with pytest.raises(CompileError, match=r'cuda_src/residual.cu:12: identifier "blockidx" is undefined'):
-        gpu.function("residual.cu", "add", 0)
 
 
 # ---- is there a GPU? -------------------------------------------------------------------------------------------------

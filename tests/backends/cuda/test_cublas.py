@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuplama.backends.cuda.cublas import Cublas, Heuristic
+from cuplama.backends.cuda.cublas import Cublas, Heuristic, load_cublas
 from cuplama.dtypes import DTYPES
 from cuplama.errors import DeviceError
 
@@ -120,6 +122,7 @@ class Library:
         assert asked == 1
         status, found, state = self.heuristic(self.alive[desc])
         # cublasLtMatmulHeuristicResult_t: the algorithm, 64 bytes; size_t workspaceSize; cublasStatus_t state; ...
+        assert ctypes.sizeof(Heuristic) == 96
         ctypes.memmove(out, _ALGORITHM, 64)
         ctypes.c_int.from_address(out + 72).value = state
         ctypes.c_int.from_address(count).value = found
@@ -315,3 +318,46 @@ def test_the_library_takes_our_descriptors(library: Library) -> None:
         "preference": [_SIZE, 2, 16, 16, 16, 16],
     }]  # fmt: skip
     cublas.close()
+
+
+# ---- finding the library ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cupy_of_cuda_12(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(runtimeGetVersion=lambda: 12090)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", SimpleNamespace(cublas=None))
+
+
+@pytest.mark.usefixtures("cupy_of_cuda_12")
+@pytest.mark.parametrize(("platform", "name"), [("linux", "libcublasLt.so.12"), ("win32", "cublasLt64_12.dll")])
+def test_the_library_of_cupys_cuda_version_is_loaded(platform: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda asked: f"loaded {asked}")
+    assert str(load_cublas()) == f"loaded {name}"
+
+
+def _only_by_path(asked: str) -> str:
+    if not asked.startswith("/"):
+        raise OSError(f"{asked}: cannot open shared object file")
+    return f"loaded {asked}"
+
+
+@pytest.mark.usefixtures("cupy_of_cuda_12")
+def test_a_library_that_the_system_does_not_know_is_looked_for_among_the_wheels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", _only_by_path)
+    finder = SimpleNamespace(load_nvidia_dynamic_lib=lambda name: SimpleNamespace(abs_path=f"/wheels/{name}.so"))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", finder)
+    assert str(load_cublas()) == "loaded /wheels/cublasLt.so"
+
+
+@pytest.mark.usefixtures("cupy_of_cuda_12")
+def test_a_missing_library_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", _only_by_path)
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+    with caplog.at_level(logging.WARNING, "cuplama"):
+        assert load_cublas() is None
+    assert "cuBLAS is not available" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import struct
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_the_structures_have_the_sizes_of_cuda_h() -> None:
     fake, _, _ = _launch(0)
     assert (struct.calcsize(_CONFIG), struct.calcsize(_ATTRIBUTE)) == (56, 72)
     assert fake.config[8] % 8 == 0  # the attributes are read in place
+    assert (ctypes.sizeof(driver._Config), ctypes.sizeof(driver._Attribute)) == (56, 72)
 
 
 def test_only_what_keeps_such_edges_launches_early() -> None:
@@ -134,3 +136,21 @@ def test_a_gpu_can_be_used_where_cupy_is_installed(fake: Any, found: bool, monke
 def test_what_the_driver_says_of_itself() -> None:
     fake: Any = Driver(version=12090, arch=86)
     assert (driver_version(fake), dotted(12090), compute_capability(fake, 0)) == (12090, "12.9", 86)
+
+
+@pytest.mark.parametrize(("platform", "name"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
+def test_the_driver_is_loaded_by_its_name_on_each_platform(
+    platform: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda asked: f"loaded {asked}")
+    assert str(driver.load_driver()) == f"loaded {name}"
+
+
+def test_a_machine_without_a_driver_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    assert driver.load_driver() is None
+    assert cuda_available() == (False, "no NVIDIA driver is installed (libcuda.so.1 not found)")

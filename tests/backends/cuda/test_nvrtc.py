@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +12,16 @@ from typing import Any
 import pytest
 
 from cuplama.backends.cuda import nvrtc, toolkit
-from cuplama.backends.cuda.nvrtc import Resources, compile_error, compile_options, compile_program, parse_resources
-from cuplama.backends.cuda.toolkit import ARCHS, options, parse_archs, source_hash, toolkit_folders
+from cuplama.backends.cuda.nvrtc import (
+    Resources,
+    compile_error,
+    compile_options,
+    compile_program,
+    compile_ptx,
+    nvrtc_library,
+    parse_resources,
+)
+from cuplama.backends.cuda.toolkit import options
 from cuplama.errors import CompileError, DeviceError
 from cuplama.folders import source_folder
 
@@ -24,39 +34,60 @@ def headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolkit, "toolkit_folders", lambda major: (Path(f"/cuda{major}"), Path("/cccl")))
 
 
-@pytest.mark.usefixtures("headers")
-def test_the_options_of_the_backend() -> None:
-    """CuPy appends -arch=sm_90, which knows no wgmma; ours stands before it, and NVRTC takes the first."""
-    shared = ("-std=c++17", f"-I{source_folder()}", "-I/cuda12", "-I/cccl", f"-DCUPLAMA_SOURCE_HASH={source_hash()}")
-    assert options(12, 90) == (*shared, "-arch=sm_90a")
-    for arch in {*ARCHS, 0} - {90}:
-        assert options(12, arch) == shared
+class _Nvrtc:
+    """CuPy's binding of NVRTC, with one kernel in every program. done: what was asked of it, in order."""
 
-
-@pytest.mark.usefixtures("headers")
-@pytest.mark.parametrize(("arch", "target"), [(75, "sm_75"), (80, "sm_80"), (90, "sm_90a"), (120, "sm_120")])
-def test_without_a_gpu_a_source_is_compiled_as_cupy_compiles_it(
-    arch: int, target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Any] = []
+    NVRTCError = RuntimeError
     report = (
         "Function properties for mangled\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 8 registers\n"
     )
-    library = SimpleNamespace(
-        NVRTCError=RuntimeError,
-        getVersion=lambda: (12, 9),
-        createProgram=lambda text, name, *_: given.append((text, name)),
-        addNameExpression=lambda program, name: given.append(name),
-        compileProgram=lambda program, flags: given.append(flags),
-        getProgramLog=lambda program: report,
-        getLoweredName=lambda program, name: "mangled",
-        getCUBIN=lambda program: b"cubin",
-        destroyProgram=lambda program: given.append("destroyed"),
-    )
-    monkeypatch.setattr(nvrtc, "nvrtc_library", lambda: library)
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.done = fails, list[Any]()
+
+    def getVersion(self) -> tuple[int, int]:  # noqa: N802
+        return 12, 9
+
+    def createProgram(self, text: str, name: str, *_: Any) -> str:  # noqa: N802
+        self.done.append((text, name))
+        return "program"
+
+    def addNameExpression(self, program: str, name: str) -> None:  # noqa: N802
+        self.done.append(name)
+
+    def compileProgram(self, program: str, flags: tuple[str, ...]) -> None:  # noqa: N802
+        self.done.append(flags)
+        if self.fails:
+            raise RuntimeError
+
+    def getProgramLog(self, program: str) -> str:  # noqa: N802
+        return "residual.cu(3): error: no such name" if self.fails else self.report
+
+    def getLoweredName(self, program: str, name: str) -> str:  # noqa: N802
+        return {("program", "add"): "mangled"}[program, name]
+
+    def getCUBIN(self, program: str) -> bytes:  # noqa: N802
+        return b"cubin"
+
+    def getPTX(self, program: str) -> bytes:  # noqa: N802
+        return b"// PTX\n\0"
+
+    def destroyProgram(self, program: str) -> None:  # noqa: N802
+        self.done.append("destroyed")
+
+
+@pytest.fixture
+def library(headers: None, monkeypatch: pytest.MonkeyPatch) -> _Nvrtc:
+    made = _Nvrtc()
+    monkeypatch.setattr(nvrtc, "nvrtc_library", lambda: made)
+    return made
+
+
+@pytest.mark.parametrize(("arch", "target"), [(75, "sm_75"), (80, "sm_80"), (90, "sm_90a"), (120, "sm_120")])
+def test_without_a_gpu_a_source_is_compiled_as_cupy_compiles_it(library: _Nvrtc, arch: int, target: str) -> None:
     program = compile_program("residual.cu", ["add"], arch)
-    (text, file), name, flags, end = given
+    (text, file), name, flags, end = library.done
     assert text == toolkit.source("residual.cu")
     assert (file, name, end) == ("residual.cu", "add", "destroyed")
     assert flags == compile_options(12, arch)
@@ -64,7 +95,42 @@ def test_without_a_gpu_a_source_is_compiled_as_cupy_compiles_it(
     assert flags[len(options(12)) :] == (
         "-ftz=true", "--device-as-default-execution-space", f"-arch={target}", "--ptxas-options=-v"
     )  # fmt: skip
-    assert (program.cubin, program.names, program.resources["add"].registers) == (b"cubin", {"add": "mangled"}, 8)
+    assert (program.file, program.arch, program.cubin) == ("residual.cu", arch, b"cubin")
+    assert (program.names, program.resources["add"].registers) == ({"add": "mangled"}, 8)
+    assert 0 <= program.seconds < 60
+
+
+@pytest.mark.parametrize(("arch", "target"), [(80, "compute_80"), (90, "compute_90a")])
+def test_ptx_is_compiled_from_the_same_source_with_the_same_options(library: _Nvrtc, arch: int, target: str) -> None:
+    assert compile_ptx("residual.cu", ["add"], arch) == "// PTX\n"
+    source, name, flags, end = library.done
+    assert source == (toolkit.source("residual.cu"), "residual.cu")
+    assert flags == (*options(12), "-ftz=true", f"-arch={target}")
+    assert (name, end) == ("add", "destroyed")
+
+
+@pytest.mark.parametrize("compiler", [compile_program, compile_ptx])
+def test_a_program_that_does_not_compile_is_destroyed(library: _Nvrtc, compiler: Callable[..., Any]) -> None:
+    library.fails = True
+    with pytest.raises(CompileError, match=r"^cuda_src/residual.cu:3: no such name .* for sm_80\)"):
+        compiler("residual.cu", ["add"], 80)
+    assert library.done[-1] == "destroyed"
+
+
+def test_the_library_is_cupys_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    working = _Nvrtc()
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", SimpleNamespace(nvrtc=working))
+    assert nvrtc_library() is working
+
+
+def test_a_library_that_cannot_be_loaded_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing(_Nvrtc):
+        def getVersion(self) -> tuple[int, int]:  # noqa: N802
+            raise OSError("libnvrtc.so.12: cannot open shared object file")
+
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", SimpleNamespace(nvrtc=Missing()))
+    with pytest.raises(DeviceError, match=r"NVRTC is not available \(libnvrtc.so.12: .*\); pip install cupy-cuda12x"):
+        nvrtc_library()
 
 
 # ---- reports, errors, headers ----------------------------------------------------------------------------------------
@@ -143,43 +209,6 @@ def test_an_error_in_a_file_from_elsewhere_names_that_file(tmp_path: Path) -> No
     assert str(compile_error("norm.cu", "odd")) == "cuda_src/norm.cu: odd"
 
 
-def test_the_hash_covers_headers(tmp_path: Path) -> None:
-    (tmp_path / "a.cu").write_text("a")
-    (tmp_path / "b.cuh").write_text("b")
-    first = source_hash(tmp_path)
-    source_hash.cache_clear()
-    (tmp_path / "b.cuh").write_text("c")
-    assert source_hash(tmp_path) != first
-
-
-def test_headers_of_another_cuda_version_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    include = tmp_path / "include"
-    include.mkdir()
-    (include / "cuda_fp16.h").write_text("")
-    (include / "cuda_runtime_api.h").write_text("#define CUDART_VERSION  12090\n")
-    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
-    toolkit_folders.cache_clear()
-    assert toolkit_folders(12) == (include,)
-    assert include not in toolkit_folders(13)
-    with pytest.raises(CompileError, match=r"CUDA 11 headers .* are not installed; pip install"):
-        options(11)
-    toolkit_folders.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("text", "archs"), [("sm_80,sm_90", (80, 90)), ("80, 120", (80, 120)), ("all", ARCHS), ("90,sm_90", (90,))]
-)
-def test_archs_are_read(text: str, archs: tuple[int, ...]) -> None:
-    assert parse_archs(text) == archs
-
-
-@pytest.mark.parametrize("text", ["sm_70", "ninety", "", "sm_9000"])
-def test_an_unknown_arch_is_refused_by_name(text: str) -> None:
-    with pytest.raises(DeviceError, match=text or "no architecture"):
-        parse_archs(text, (70, 80, 90))
-
-
 def test_resources_of_a_report() -> None:
     log = (
         "ptxas info    : Compiling entry function '_Z1f' for 'sm_90'\n"
@@ -188,3 +217,24 @@ def test_resources_of_a_report() -> None:
         "ptxas info    : Used 36 registers, used 1 barriers, 8 bytes cumulative stack size, 512 bytes smem\n"
     )
     assert parse_resources(log) == {"_Z1f": Resources(36, 512, 8, 28)}
+
+
+def test_a_kernel_without_shared_memory_has_none() -> None:
+    log = (
+        "ptxas info    : Function properties for _Z1f\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 36 registers, 380 bytes cmem[0]\n"
+    )
+    assert parse_resources(log) == {"_Z1f": Resources(36, 0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("log", "first"),
+    [
+        ("nvrtc: note\nnvrtc: an ERROR happened\nmore", "nvrtc: an ERROR happened"),
+        ("\n  only this \0\n", "only this"),
+        ("\0", "no message"),
+    ],
+)
+def test_a_log_without_a_line_number_is_told_by_its_first_complaint(log: str, first: str) -> None:
+    assert str(compile_error("norm.cu", log, 80)) == f"cuda_src/norm.cu: {first} for sm_80"
