@@ -114,18 +114,13 @@ __device__ __forceinline__ void fetch_queries(T* queries, const T* x, const Tile
 template <typename T, int D, int MT, int KEYS>
 struct WarpRows {
     static constexpr int WIDTH = Layout<D>::WIDTH;
-    typedef float Scores[MT][KEYS / 8][4];
-    float acc[MT][WIDTH / 8][4] = {}, largest[MT][2], sum[MT][2];  // sum: of the lane's own columns
-    Lane<D> down, across;  // ldmatrix reads 2x2 matrices: first down and then to the right, or the other way around
-
-    __device__ __forceinline__ WarpRows(int lane)
-        : down(lane % 16, lane / 16), across(lane % 8 + lane / 16 * 8, lane / 8 % 2) {
-#pragma unroll
-        for (int m = 0; m < MT; m++) largest[m][0] = largest[m][1] = LOWEST, sum[m][0] = sum[m][1] = 0.f;
-    }
+    // Of a tile; sums over values; statistics. sum: of the lane's own columns. These are arrays of the kernel and not
+    // members: held in a struct they cost up to 11 registers on sm_80, and 240 bytes of spills for D = 128.
+    typedef float Scores[MT][KEYS / 8][4], Sums[MT][WIDTH / 8][4], Stats[MT][2];
 
     // score += the rows q times a tile of keys.
-    __device__ __forceinline__ void multiply_keys(Scores& score, const T* q, const T* keys) const {
+    static __device__ __forceinline__ void multiply_keys(Scores& score, const T* q, const T* keys, const Lane<D>& down,
+                                                         const Lane<D>& across) {
 #pragma unroll
         for (int i = 0; i < WIDTH / 16; i++) {
             u32 a[MT][4];
@@ -167,7 +162,7 @@ struct WarpRows {
     }
 
     // Scores to weights; the sums so far go with the new maximum.
-    __device__ __forceinline__ void softmax(Scores& score, float factor) {
+    static __device__ __forceinline__ void softmax(Scores& score, Sums& acc, Stats& largest, Stats& sum, float factor) {
 #pragma unroll
         for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -201,7 +196,8 @@ struct WarpRows {
     }
 
     // acc += the weights times a tile of values.
-    __device__ __forceinline__ void add_values(const Scores& score, const T* values) {
+    static __device__ __forceinline__ void add_values(Sums& acc, const Scores& score, const T* values,
+                                                      const Lane<D>& down) {
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++) {
             u32 a[MT][4];
@@ -228,7 +224,7 @@ struct WarpRows {
     }
 
     // The rows of y, to q in shared memory.
-    __device__ __forceinline__ void finish(T* q) const {
+    static __device__ __forceinline__ void finish(T* q, const Sums& acc, const Stats& sum) {
         const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -248,6 +244,23 @@ struct WarpRows {
     }
 };
 
+// The SIZE rows of a warp, from `mine` of the tile's sequence on, from q in shared memory to y.
+template <int D, int SIZE, typename T>
+__device__ __forceinline__ void store_rows(T* y, const T* q, const Tile& tile, int mine, int kv_head, int group,
+                                           int num_heads) {
+    using At = Layout<D>;
+    const int lane = threadIdx.x % WARP;
+    for (int r = lane / At::TURNS; r < SIZE && mine + r < tile.end; r += WARP / At::TURNS) {
+        const int token = (mine + r) / group, head = kv_head * group + (mine + r) % group;
+        T* to = y + (i64(tile.start + token) * num_heads + head) * D;
+#pragma unroll
+        for (int u = 0; u < At::VECTORS; u += At::TURNS) {
+            const int vector = lane % At::TURNS + u;
+            if (vector * 8 < D) store<8>(to + vector * 8, load<8>(q + At::at(r, vector)));
+        }
+    }
+}
+
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, int D, int S, int ROWS, int KEYS>
@@ -256,11 +269,10 @@ __global__ void __launch_bounds__(THREADS, 2)
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
                           int window, float scale) {
-    constexpr int WIDTH = Layout<D>::WIDTH, VECTORS = Layout<D>::VECTORS, TURNS = Layout<D>::TURNS;
-    constexpr int STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS;  // SIZE: rows of a warp
-    DYNAMIC_SHARED(T, queries);                               // [ROWS][WIDTH]; at the end the outputs
-    T* keys = queries + ROWS * WIDTH;                         // [2][KEYS][WIDTH]
-    T* values = keys + 2 * STAGE;                             // [2][KEYS][WIDTH]
+    constexpr int WIDTH = Layout<D>::WIDTH, STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS, MT = SIZE / 16;
+    DYNAMIC_SHARED(T, queries);        // [ROWS][WIDTH]; at the end the outputs
+    T* keys = queries + ROWS * WIDTH;  // [2][KEYS][WIDTH]
+    T* values = keys + 2 * STAGE;      // [2][KEYS][WIDTH]
 
     const int group = num_heads / H, kv_head = blockIdx.x % H;
     const int number = (gridDim.x - 1 - blockIdx.x) / H;  // the last tiles see the most keys: start them first
@@ -279,7 +291,12 @@ __global__ void __launch_bounds__(THREADS, 2)
 
     T* q = queries + warp * SIZE * WIDTH;
     const float factor = scale * LOG2_E;
-    WarpRows<T, D, SIZE / 16, KEYS> state(lane);
+    using Rows = WarpRows<T, D, MT, KEYS>;
+    // ldmatrix reads 2x2 matrices: first down and then to the right, or the other way around.
+    const Lane<D> down(lane % 16, lane / 16), across(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    float acc[MT][WIDTH / 8][4] = {}, largest[MT][2], sum[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; m++) largest[m][0] = largest[m][1] = LOWEST, sum[m][0] = sum[m][1] = 0.f;
     for (int at = band.low, stage = 0; at < band.high; at += KEYS, stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads();  // this tile is there, and nobody reads the one before
@@ -289,24 +306,16 @@ __global__ void __launch_bounds__(THREADS, 2)
             cp_async_commit();
         }
         if (at > far || (window > 0 && at + KEYS <= near - window + 1)) continue;
-        float score[SIZE / 16][KEYS / 8][4] = {};
-        state.multiply_keys(score, q, keys + stage * STAGE);
-        if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) state.mask(score, at, old, mine, group, window);
-        state.softmax(score, factor);
-        state.add_values(score, values + stage * STAGE);
+        float score[MT][KEYS / 8][4] = {};
+        Rows::multiply_keys(score, q, keys + stage * STAGE, down, across);
+        if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) Rows::mask(score, at, old, mine, group, window);
+        Rows::softmax(score, acc, largest, sum, factor);
+        Rows::add_values(acc, score, values + stage * STAGE, down);
     }
 
     // Through the warp's rows of `queries`, so that whole rows are written.
     __syncwarp();  // its last reads of them are done
-    state.finish(q);
+    Rows::finish(q, acc, sum);
     __syncwarp();
-    for (int r = lane / TURNS; r < SIZE && mine + r < rows; r += WARP / TURNS) {
-        const int token = (mine + r) / group, head = kv_head * group + (mine + r) % group;
-        T* to = y + (i64(tile.start + token) * num_heads + head) * D;
-#pragma unroll
-        for (int u = 0; u < VECTORS; u += TURNS) {
-            const int vector = lane % TURNS + u;
-            if (vector * 8 < D) store<8>(to + vector * 8, load<8>(q + Layout<D>::at(r, vector)));
-        }
-    }
+    store_rows<D, SIZE>(y, q, tile, mine, kv_head, group, num_heads);
 }

@@ -222,7 +222,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_prefill_mma.cu", "if (at + KEYS - 1 > near ||", "if (at + KEYS - 1 > far ||"),
     ("attention_prefill_mma.cu", "if (at > far ||", "if (at >= far ||"),
     ("attention_prefill_mma.cu", "at < band.high; at += KEYS, stage", "at <= band.high; at += KEYS, stage"),
-    ("attention_prefill_mma.cu", "mine + r < rows; r += WARP", "mine + r <= rows; r += WARP"),
+    ("attention_prefill_mma.cu", "mine + r < tile.end; r += WARP", "mine + r <= tile.end; r += WARP"),
     ("attention_prefill_mma.cu", "if (vector * 8 < D) store", "if (vector * 8 <= D) store"),
     ("attention_prefill_mma.cu", "(At::WIDTH == D || (vector + u) * 8 < D)", "true"),
     ("attention_prefill_mma.cu", "page_table[table + first / S] * H", "page_table[table + first / S + 1] * H"),

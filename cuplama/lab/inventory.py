@@ -41,21 +41,10 @@ from ..ops.op import Call
 from ..ops.prototypes import prototypes
 from .peaks import READ_KERNEL
 
-__all__ = ["ADMITTED_SPILLS", "Need", "Result", "compile_kernels", "expressions", "judge", "needed"]
+__all__ = ["Need", "Result", "compile_kernels", "expressions", "judge", "needed"]
 
-# "kernel@arch" -> bytes of registers that an instance may spill at most, and why.
-ADMITTED_SPILLS: Mapping[str, tuple[int, str]] = {
-    "append_attention@120": (
-        8,
-        "one instance (bf16, heads of 128, one query head a block), whose tiles of keys and values fill 255 registers;"
-        " no other architecture spills there",
-    ),
-    "layer_norm_linear@75": (
-        12,
-        "one instance (f32, 8 rows, the exact GELU), beside the 128 registers that 512 threads can have;"
-        " no other architecture spills there",
-    ),
-}
+# "kernel@arch" -> bytes of registers that an instance may spill at most, and why, as the ops say.
+_ADMITTED: Mapping[str, tuple[int, str]] = {k: v for op in OPS.values() for k, v in op.admitted_spills.items()}
 
 # Of a known model a decode step and a short prompt are walked for each of these numbers of sequences; each has a row of
 # logits. Up to 8 rows every number of rows has instances of its own. More rows a library computes, or where there is
@@ -197,7 +186,7 @@ class Result:
         return self.expression.split("<")[0]
 
 
-def judge(program: Program, admitted: Mapping[str, tuple[int, str]] = ADMITTED_SPILLS) -> list[Result]:
+def judge(program: Program, admitted: Mapping[str, tuple[int, str]] = _ADMITTED) -> list[Result]:
     """A Result per instance; a warning counts against the whole file."""
     results = []
     for name, used in program.resources.items():

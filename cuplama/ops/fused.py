@@ -8,6 +8,7 @@ A fused op is defined by its parts: the references below do nothing but call the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,16 @@ rms_norm_linear = _norm_linear(norm.rms_norm, None)
 rms_norm_linear_silu_mul = _norm_linear(norm.rms_norm, activation.silu_mul, bf16=1.75)
 layer_norm_linear = _norm_linear(norm.layer_norm, None)
 layer_norm_linear_gelu_tanh = _norm_linear(norm.layer_norm, activation.gelu_tanh, f16=3.0)
-layer_norm_linear_gelu_erf = _norm_linear(norm.layer_norm, activation.gelu_erf)
+layer_norm_linear_gelu_erf = replace(
+    _norm_linear(norm.layer_norm, activation.gelu_erf),
+    admitted_spills={
+        "layer_norm_linear@75": (
+            12,
+            "one instance (f32, 8 rows, the exact GELU), beside the 128 registers that 512 threads can have;"
+            " no other architecture spills there",
+        ),
+    },
+)
 
 
 def _linear_add_kernels(call: Call, device: Device) -> Plan:

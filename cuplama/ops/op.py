@@ -104,6 +104,7 @@ class Op:
     matmul:      a product x[n,k] w[m,k]^T, which a library computes where there are many rows.
     library:     ``f(y, *inputs)``: a call of CuPy that computes the op into ``y``, to compare times with.
     unaligned:   whether arrays may begin anywhere; else at multiples of 16 bytes, where allocators begin them.
+    admitted_spills: "kernel@arch" -> (bytes of registers that an instance may spill at most, why).
     """
 
     name: str
@@ -125,6 +126,7 @@ class Op:
     matmul: bool = False
     library: Callable[..., object] | None = None
     unaligned: bool = True
+    admitted_spills: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @cached_property
     def signature(self) -> Signature:
