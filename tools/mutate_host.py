@@ -4,8 +4,11 @@
 
 Each mutation is one small edit of one module (``python_mutations.py``). The tests run once as they are, while the lines
 that they execute are recorded; a mutation is then judged by the tests that execute its line, the quickest first, until
-one fails. A mutation that fails none, or whose line no test runs, has survived. Exit status 1 if fewer than 85% are
-killed.
+one fails. A line that runs when its module is imported is judged by the tests that run the module's functions, or where
+it has none, as a table of data, those of the nearest modules that import it. A mutation that fails no test, or whose
+line no test runs, has survived. Exit status 1 if fewer than 85% are killed.
+
+Edits that change no result are not made: ``python_equivalent.py`` lists them with their reasons.
 
 A mutation's process is forked from one that has imported the libraries and none of the project's modules, so it starts
 at once and sees the edit everywhere. Needs fork, so Linux or macOS.
@@ -14,6 +17,7 @@ at once and sees the edit everywhere. Needs fork, so Linux or macOS.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib
 import importlib.machinery
@@ -26,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +39,7 @@ from typing import Any
 
 import pytest
 
+from tools.python_equivalent import EQUIVALENT, TUNED
 from tools.python_mutations import Mutation, mutations, with_mutation
 
 __all__ = ["main"]
@@ -53,31 +58,52 @@ LIBRARIES = (
     "threadpoolctl",
     "huggingface_hub",
 )
-MAX_TESTS, MAX_SECONDS = 60, 20.0  # that judge one mutation: their number, and what they take together without it
+MAX_TESTS, MAX_SECONDS = 400, 20.0  # that judge one mutation: their number, and what they take together without it
 PYTEST = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly")
 FAST = ("-m", "not slow and not gpu")
 
 
 @dataclass
 class Coverage:
-    """What the tests run: file -> line -> tests; and what each test takes, in seconds."""
+    """What the tests run: file -> line -> tests; and what each test takes, in seconds.
+
+    importers: file -> the files that import it; at_import: file -> lines that run before the first test.
+    """
 
     lines: dict[str, dict[int, set[str]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
     seconds: dict[str, float] = field(default_factory=dict)
+    importers: dict[str, set[str]] = field(default_factory=dict)
+    at_import: dict[str, set[int]] = field(default_factory=dict)
 
     def judges(self, path: str, mutation: Mutation) -> list[str]:
-        """The tests that judge a mutation, the quickest first."""
+        """The tests that judge a mutation, the quickest first: of many cases of a function the first ones."""
         lines = self.lines.get(path, {})
-        there = set[str]().union(*(lines.get(i, ()) for i in range(mutation.first, mutation.last + 1)))
-        if not there and not mutation.local:  # it runs when the module is imported
-            there = set[str]().union(*lines.values())
+        own = range(mutation.first, mutation.last + 1)
+        there = set[str]().union(*(lines.get(i, ()) for i in own))
+        if not there and (not mutation.local or self.at_import.get(path, set()).intersection(own)):
+            there = self._users(path)
+        ranked, cases = list[tuple[int, float, str]](), Counter[str]()
+        for seconds, test in sorted((self.seconds[t], t) for t in there):
+            function = test.split("[")[0]
+            ranked.append((cases[function], seconds, test))
+            cases[function] += 1
         chosen, total = list[str](), 0.0
-        for test in sorted(there, key=lambda t: (self.seconds[t], t)):
-            total += self.seconds[test]
+        for _, seconds, test in sorted(ranked):
+            total += seconds
             if len(chosen) == MAX_TESTS or (chosen and total > MAX_SECONDS):
                 break
             chosen.append(test)
-        return chosen
+        return sorted(chosen, key=lambda t: (self.seconds[t], t))
+
+    def _users(self, path: str) -> set[str]:
+        """The tests that run functions of a module, or of the nearest modules that import it where none does."""
+        met, level = {path}, {path}
+        while level:
+            if found := set[str]().union(*(tests for p in level for tests in self.lines.get(p, {}).values())):
+                return found
+            level = set[str]().union(*(self.importers.get(p, ()) for p in level)) - met
+            met |= level
+        return set()
 
 
 class _Recorder:
@@ -87,13 +113,19 @@ class _Recorder:
         self._files = {str(Path(f).resolve()): f for f in files}
         self._here: set[tuple[str, int]] = set()
         self.coverage = Coverage()
+        sys.settrace(self._trace)  # for what imports run
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         name = self._files.get(frame.f_code.co_filename)
-        if name is None:
+        if name is None or frame.f_code.co_name == "<module>":
             return None
         self._here.add((name, frame.f_lineno))
         return self._trace
+
+    def pytest_collection_finish(self) -> None:
+        sys.settrace(None)
+        for name, line in self._here:
+            self.coverage.at_import.setdefault(name, set()).add(line)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self) -> Iterator[None]:
@@ -111,6 +143,52 @@ class _Recorder:
         if report.when == "teardown" and test in self.coverage.seconds:
             for name, line in self._here:
                 self.coverage.lines[name][line].add(test)
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+def _module(path: str) -> str:
+    parts = Path(path).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def importers(files: Sequence[str]) -> dict[str, set[str]]:
+    """File -> those of the files that import it. A package counts as importing its modules: it may look for them."""
+    paths = {_module(f): f for f in files}
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, path in paths.items():
+        package = name if path.endswith("__init__.py") else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                where = ".".join([*base, *([node.module] if node.module else [])])
+                names = [where, *(f"{where}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            for imported in names:
+                if imported in paths:
+                    found[paths[imported]].add(path)
+        if package in paths and package != name:
+            found[path].add(paths[package])
+    return found
+
+
+def changes_results(path: str, mutation: Mutation, source: str) -> bool:
+    """Whether an edit is none of those that ``python_equivalent.py`` lists."""
+    if _is_number(mutation.before) and any((path, mutation.constant) == (file, name) for file, name, _ in TUNED):
+        return False
+    statement = "\n".join(source.splitlines()[mutation.first - 1 : mutation.last])
+    edit = (path, mutation.before, mutation.after)
+    return not any(edit == (f, old, new) and text in statement for f, text, old, new, _ in EQUIVALENT)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -134,6 +212,23 @@ def _run_pytest(args: Sequence[str], plugins: Sequence[Any] = ()) -> int:
     return int(pytest.main([*PYTEST, *args], plugins=list(plugins)))
 
 
+class _Chosen:
+    """A pytest plugin that runs these tests alone, in this order. As arguments pytest would refuse some ids."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self._order = {test: i for i, test in enumerate(tests)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        chosen = [item for item in items if item.nodeid in self._order]
+        items[:] = sorted(chosen, key=lambda item: self._order[item.nodeid])
+
+
+def run_tests(tests: Sequence[str]) -> int:
+    """Run these tests, by their ids, in order until one fails. Returns pytest's exit status, 0 if all pass."""
+    return _run_pytest(list(dict.fromkeys(test.split("::")[0] for test in tests)), [_Chosen(tests)])
+
+
 class _Mutated(importlib.machinery.SourceFileLoader):
     """Loads a module with an edit."""
 
@@ -150,8 +245,7 @@ class _Finder:
     """Finds the module that is mutated, before Python finds it as it is."""
 
     def __init__(self, path: Path, number: int) -> None:
-        parts = path.with_suffix("").parts
-        self._name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        self._name = _module(str(path))
         self._path, self._number = str(path.resolve()), number
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
@@ -164,7 +258,7 @@ class _Finder:
 def _judge(path: str, number: int, tests: Sequence[str]) -> int:
     finder: Any = _Finder(Path(path), number)
     sys.meta_path.insert(0, finder)
-    return _run_pytest(tests)
+    return run_tests(tests)
 
 
 def record(files: Sequence[str], tests: Sequence[str]) -> Coverage:
@@ -175,17 +269,20 @@ def record(files: Sequence[str], tests: Sequence[str]) -> Coverage:
         def work() -> int:
             recorder = _Recorder(files)
             _run_pytest([*FAST, "--maxfail=100000", *tests], [recorder])
-            lines = {f: {i: sorted(t) for i, t in at.items()} for f, at in recorder.coverage.lines.items()}
-            out.write_text(json.dumps([lines, recorder.coverage.seconds]))
+            found = recorder.coverage
+            lines = {f: {i: sorted(t) for i, t in at.items()} for f, at in found.lines.items()}
+            early = {f: sorted(at) for f, at in found.at_import.items()}
+            out.write_text(json.dumps([lines, found.seconds, early]))
             return 0
 
         os.waitpid(_forked(work), 0)
         if not out.exists():
             raise SystemExit("the tests do not start; run them with pytest to see why")
-        lines, seconds = json.loads(out.read_text())
+        lines, seconds, early = json.loads(out.read_text())
     if not seconds:
         raise SystemExit("no test passes")
-    coverage = Coverage(seconds=seconds)
+    coverage = Coverage(seconds=seconds, importers=importers(files))
+    coverage.at_import = {name: set(at) for name, at in early.items()}
     for name, at in lines.items():
         coverage.lines[name] = defaultdict(set, {int(i): set(tests) for i, tests in at.items()})
     return coverage
@@ -277,8 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    files = [str(p) for folder in options.packages for p in sorted(Path(folder).rglob("*.py")) if options.k in str(p)]
-    every = [(path, m) for path in files for m in mutations(Path(path).read_text(encoding="utf-8"))]
+    files = [str(p) for folder in options.packages for p in sorted(Path(folder).rglob("*.py"))]
+    sources = {path: Path(path).read_text(encoding="utf-8") for path in files if options.k in path}
+    every = [(path, m) for path, text in sources.items() for m in mutations(text) if changes_results(path, m, text)]
     if not every:
         raise SystemExit("there is nothing to mutate")
     todo = every

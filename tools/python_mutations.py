@@ -20,13 +20,15 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 _SYMMETRIC = {"max", "min"}  # functions whose arguments may change places
 _NOT_RUN = {"annotation", "returns", "decorator_list", "type_params"}
 _TEXT = (ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)  # messages, and what has no mutation
+_ASSERTIONS = {"strict"}  # arguments that only check what holds anyway: of zip
 
 
 @dataclass(frozen=True)
 class Mutation:
     """One edit of a module. number: among the module's edits; first, last: lines of the statement it is in.
 
-    local: whether it is inside a function, so that only calls of that function run it.
+    local: whether it is inside a function, so that only calls of that function run it; constant: the name that the
+    module gives the value it is in, "" for none.
     """
 
     number: int
@@ -35,6 +37,7 @@ class Mutation:
     local: bool
     before: str
     after: str
+    constant: str = ""
 
     def __str__(self) -> str:
         return f"{self.first}: `{_brief(self.before)}` -> `{_brief(self.after)}`"
@@ -46,12 +49,13 @@ class _Site:
     first: int
     last: int
     local: bool
+    constant: str = ""
 
 
 def mutations(source: str) -> list[Mutation]:
     """Every edit of a module's text."""
     return [
-        Mutation(i, site.first, site.last, site.local, ast.unparse(site.node), ast.unparse(new))
+        Mutation(i, site.first, site.last, site.local, ast.unparse(site.node), ast.unparse(new), site.constant)
         for i, (site, new) in enumerate(_edits(ast.parse(source)))
     ]
 
@@ -87,17 +91,25 @@ def _sites(node: ast.AST, around: _Site) -> Iterator[_Site]:
             if not isinstance(child, ast.AST) or _untouched(child):
                 continue
             local = around.local or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            site = _Site(child, around.first, around.last, local and name != "args")
+            site = _Site(child, around.first, around.last, local and name != "args", around.constant)
             if isinstance(child, ast.stmt):
                 body = getattr(child, "body", None)
                 last = body[0].lineno - 1 if body else child.end_lineno or child.lineno
-                site = _Site(child, child.lineno, max(child.lineno, last), local)
+                constant = _constant(child) if isinstance(node, ast.Module) else ""
+                site = _Site(child, child.lineno, max(child.lineno, last), local, constant)
             yield site
             yield from _sites(child, site)
 
 
+def _constant(statement: ast.stmt) -> str:
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+            return name
+    return ""
+
+
 def _untouched(node: ast.AST) -> bool:
-    """Documentation, messages, logs, lists of public names, and what is for type checkers."""
+    """Documentation, messages, logs, lists of public names, assertions, and what is for type checkers."""
     match node:
         case ast.Expr(value=ast.Constant()):
             return True
@@ -106,6 +118,8 @@ def _untouched(node: ast.AST) -> bool:
         case ast.Assign(targets=[ast.Name(id="__all__" | "__slots__")]):
             return True
         case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return True
+        case ast.keyword(arg=str() as name) if name in _ASSERTIONS:
             return True
     return isinstance(node, _TEXT)
 

@@ -121,7 +121,6 @@ class ConfigReader:
         if not is_number(theta) or theta <= 1:
             self.refuse("rope_theta", "a number > 1", theta)
         kind = settings.pop("rope_type", settings.pop("type", None)) or "default"
-        settings.pop("type", None)
         kind = family.rope_aliases.get(kind, kind) if isinstance(kind, str) else kind
         if kind not in family.rope_types:
             self.refuse(f"{key}.rope_type", ", ".join(family.rope_types), kind)

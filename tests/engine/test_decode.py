@@ -10,7 +10,7 @@ import pytest
 import cuplama
 from cuplama.dtypes import DTYPES
 from cuplama.engine.batch import abstract_values, input_shapes
-from cuplama.engine.decode import decode_step
+from cuplama.engine.decode import AHEAD, RING, decode_nodes, decode_step
 from cuplama.engine.graphs import padded_sequences
 from cuplama.engine.sampler import sampling_nodes
 from cuplama.models.config import load_config
@@ -18,6 +18,7 @@ from cuplama.models.graph import decoder
 from cuplama.ops.abstract import abstract, infer
 from cuplama.ops.binding import bind_plan
 from cuplama.ops.launch import Device
+from cuplama.ops.linear import MAX_STREAMED_ROWS
 from tests.paths import GOLDEN
 
 CASES = sorted((GOLDEN).iterdir())
@@ -123,3 +124,14 @@ def test_what_is_read_before_a_wait_changes_in_no_step(case: Path, size: int) ->
         assert not any(launch.prototype.waits for launch in launches)
     assert step[-1].op == "advance"
     assert {n.op for n in step if any(".cache." in name for name in n.outs)} == {"append_attention"}
+
+
+def test_the_ring_has_a_row_that_no_step_in_flight_writes() -> None:
+    """The host reads the row of the oldest step while ``AHEAD`` further ones may be queued."""
+    assert RING > AHEAD >= 2
+
+
+def test_norms_are_fused_up_to_the_rows_that_products_stream() -> None:
+    graph = decoder(load_config(CASES[0]))
+    few, many = (decode_nodes(graph, n) for n in (MAX_STREAMED_ROWS, MAX_STREAMED_ROWS + 1))
+    assert len(few) == len(decode_nodes(graph, 1)) < len(many) == len(decode_nodes(graph, 64))

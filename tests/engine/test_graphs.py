@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuplama.engine.graphs import GraphCache
+from cuplama.engine.graphs import MAX_STEPS, GraphCache, max_logits, padded_rows, padded_sequences
 
 
 class _Graph:
@@ -72,3 +72,22 @@ def test_closing_forgets_every_size() -> None:
     assert [g.closed for g in made.values()] == [1, 1]
     assert len(graphs) == 0
     assert graphs.first_time(3)
+
+
+def test_rows_are_padded_to_multiples_that_grow() -> None:
+    sizes = sorted({padded_rows(n) for n in range(1, 900)})
+    assert sizes == [16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
+    assert [padded_rows(n) for n in sizes] == sizes
+
+
+def test_sequences_are_padded_to_the_next_size() -> None:
+    sizes = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert sorted({padded_sequences(n) for n in range(1, 129)}) == sizes
+    assert [padded_sequences(n) for n in sizes] == sizes
+    assert len([n for n in sizes if n <= 64]) <= MAX_STEPS  # a batch that shrinks finds all its steps
+
+
+def test_the_logits_of_a_pass_take_256_mib_at_most() -> None:
+    assert max_logits(1 << 16) == 1024
+    assert max_logits((1 << 16) + 1) == 1023
+    assert max_logits(1 << 26) == max_logits(1 << 27) == 1

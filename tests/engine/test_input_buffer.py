@@ -39,3 +39,5 @@ def test_arrays_go_in_one_transfer() -> None:
     assert buffer.device["a"].tolist() == [0, 8, 9, 3, 4]
     assert buffer.device["b"].tolist() == [2**64 - 1]
     assert (buffer.device["c"] == 7).all()
+    buffer.close()
+    assert buffer.device == {}

@@ -19,7 +19,7 @@ from cuplama.engine.graphs import KEPT_CHUNKS, padded_rows
 from cuplama.engine.memory import MemoryPlan
 from cuplama.engine.sequence import SequenceState
 from cuplama.errors import DeviceError
-from cuplama.models.config import ModelConfig, load_config, parse_config
+from cuplama.models.config import Layer, ModelConfig, load_config, parse_config
 from cuplama.models.presets import SHAPES, find_shape
 from cuplama.ops.launch import Device
 from cuplama.quant.weight import Weight
@@ -145,6 +145,51 @@ def test_the_context_that_would_fit_does_fit() -> None:
     tokens = int(str(e.value).split("--context ")[1].split()[0])
     memory.check(memory.plan(config, _elements(config), bf16, tokens, tokens, 2048, Device()), 24 * GB, "RTX 4090")
     assert tokens > 32768
+
+
+def test_the_parts_of_a_workspace() -> None:
+    """Activations of three passes, rotation tables, logits and the padding page, each by hand."""
+    config, f16 = _small(), DTYPES["f16"]  # heads of 32, 2 KV heads, 2 layers
+
+    def rest(config: ModelConfig, tokens: int, chunk: int, context: int = 100, rows: int = 64) -> int:
+        work = 3 * memory.workspace_bytes(config, f16, rows, Device())
+        plan = memory.plan(config, 10, f16, context, tokens, chunk, Device())
+        assert (plan.weights, plan.tokens, plan.dtype) == (20, tokens, "f16")
+        assert plan.cache == memory.cache_bytes(config, f16, tokens)
+        return plan.workspace - math.ceil(memory.POOL * work) - memory.FIXED
+
+    page = 2 * 2 * 2 * 64 * 32 * 2  # keys and values, layers, heads, tokens, elements, bytes
+    tables, logits = 2 * 100 * 16 * 4, 4 * 4000
+    assert rest(config, 200, 64) == page + tables + 64 * logits
+    assert rest(config, 64, 512) == page + tables + 64 * logits  # a pass has no more rows than the cache
+    assert rest(config, 200, 64, context=200) == page + 2 * tables + 64 * logits
+    assert rest(config, 200, 3, rows=16) == page + tables + 4 * logits  # the sampler's, with few rows
+    assert rest(config, 0, 64, rows=16) == page + tables + 4 * logits
+    assert rest(replace(config, layers=(Layer(),) * 2), 200, 64) == page + 64 * logits
+    wide = replace(config, vocab_size=1 << 23)
+    assert rest(wide, 200, 64) == page + tables + 8 * 4 * (1 << 23)  # no more than max_logits
+
+
+def test_a_plan_in_words() -> None:
+    plan = MemoryPlan(10 * GB, 8 * GB, GB, 8000, "bf16")
+    assert plan.total == 19 * GB
+    assert plan.describe() == ("19.00 GB = weights (bf16) 10.00 GB + cache (8000 tokens) 8.00 GB + workspace 1.00 GB")
+
+
+@pytest.mark.parametrize(
+    ("plan", "free", "said"),
+    [
+        (MemoryPlan(10 * GB, 8 * GB, GB, 8000, "bf16"), 11 * GB + 64 * 10**6, "--context 64 would fit"),
+        (MemoryPlan(10 * GB, 8 * GB, GB, 8000, "bf16"), 11 * GB + 64 * 10**6 - 1, "no --context is short enough"),
+        (MemoryPlan(10 * GB, 8 * GB, GB, 8000, "bf16"), 19 * GB - 1, "--context 7936 would fit"),
+        (MemoryPlan(20 * GB, GB, GB, 8000, "f32"), 11 * GB, "no --context is short enough"),
+        (MemoryPlan(20 * GB, GB, GB, 8000, "f32"), 11 * GB + 1, "--dtype float16 would halve it"),
+        (MemoryPlan(20 * GB, GB, GB, 8000, "f16"), 11 * GB + 1, "no --context is short enough"),
+    ],
+)
+def test_what_would_help_at_the_limits(plan: MemoryPlan, free: int, said: str) -> None:
+    with pytest.raises(DeviceError, match=said):
+        memory.check(plan, free, "a GPU")
 
 
 # ---- against a pool like CuPy's --------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cuplama.backends.numpy import NumPyBackend
-from cuplama.engine.sampler import Sampler
-from cuplama.engine.sequence import SequenceState
+from cuplama.engine.sampler import Sampler, drawn_tokens
+from cuplama.engine.sequence import SequenceState, Token
 from cuplama.models.graph import LOGITS
 from cuplama.sampling_params import SamplingParams
 
@@ -128,3 +128,93 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert chosen[0] == pytest.approx(wanted[7], abs=1e-5)
     assert ids[0].tolist() == np.argsort(-logits)[:3].tolist()
     assert best[0] == pytest.approx(np.sort(wanted)[::-1][:3], abs=1e-5)
+
+
+def _sequence(prompt: list[int], made: list[int], stops: set[int] | None = None, **settings: Any) -> SequenceState:
+    s = SequenceState(prompt, SamplingParams(**settings), frozenset(stops or ()))
+    s.tokens += made
+    return s
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.1},
+        {"repetition_penalty": 0.9},
+        {"presence_penalty": 0.1},
+        {"presence_penalty": -0.1},
+        {"frequency_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"logit_bias": {0: 1.0}},
+        {"min_tokens": 1},
+    ],
+    ids=str,
+)
+def test_any_one_setting_changes_logits_before_the_draw(settings: dict[str, Any]) -> None:
+    plain = _sequence([1], [])
+    assert [n.op for n in Sampler(VOCAB, [plain]).nodes] == ["sample"]
+    for batch in ([_sequence([1], [], **settings)], [plain, _sequence([1], [], **settings)]):
+        sampler = Sampler(VOCAB, batch)
+        assert [n.op for n in sampler.nodes] == ["penalize", "sample", "count_token"]
+        assert ("bias" in sampler.inputs) == ("logit_bias" in settings)
+
+
+def test_tokens_are_counted_twice_and_those_of_the_prompt_are_marked() -> None:
+    """As the op ``penalize`` reads it: twice the count of drawn tokens, and 1 for a token of the prompt."""
+    sampler = Sampler(8, [_sequence([1, 2, 2], [2, 5, 5], presence_penalty=1.0), _sequence([0], [])])
+    assert sampler.inputs["seen"].tolist() == [[0, 1, 3, 0, 0, 4, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+    assert sampler.inputs["presence"].tolist() == [1, 0]
+    assert sampler.inputs["repetition"].tolist() == [1, 1]
+
+
+def test_stop_tokens_are_padded_with_no_token() -> None:
+    sampler = Sampler(8, [_sequence([1], [], {7, 3}, min_tokens=2), _sequence([1, 2], [], {4}), _sequence([1], [])])
+    assert sampler.inputs["stop_ids"].tolist() == [[3, 7], [4, -1], [-1, -1]]
+    assert sampler.inputs["min_positions"].tolist() == [3, 2, 1]
+    none = Sampler(8, [_sequence([1], [], min_tokens=2)])
+    assert none.inputs["stop_ids"].tolist() == [[-1]]
+
+
+def test_numbers_that_int32_does_not_hold_are_cut() -> None:
+    sampler = Sampler(8, [_sequence([1], [], min_tokens=2**40, top_k=2**40)])
+    assert sampler.inputs["min_positions"].tolist() == sampler.inputs["top_k"].tolist() == [2**31 - 1]
+
+
+def test_rows_of_no_sequence_change_nothing() -> None:
+    """Zero in every input but the repetition penalty, which divides."""
+    sampler = Sampler(8, [_sequence([1], [3], {2}, temperature=0.5, frequency_penalty=0.5, logit_bias={4: 1.0})])
+    host = {name: np.full_like(a, 9) for name, a in sampler.empty_inputs(3).items()}
+    sampler.pad_into(host)
+    assert host.keys() == sampler.inputs.keys()
+    for name, array in host.items():
+        assert array.shape == (3, *sampler.inputs[name].shape[1:])
+        assert np.array_equal(array[:1], sampler.inputs[name])
+        assert (array[1:] == (1 if name == "repetition" else 0)).all()
+    assert not any(a.any() for a in sampler.empty_inputs(3).values())
+
+
+def test_as_many_best_tokens_as_the_most_that_one_sequence_asks_for() -> None:
+    def top_n(*asked: int | None) -> int | None:
+        return Sampler(4, [_sequence([1], [], logprobs=n) for n in asked]).top_n
+
+    assert [top_n(None), top_n(0), top_n(2, None, 3, 1), top_n(4), top_n(5)] == [None, 0, 3, 4, 4]
+
+
+def test_samplers_with_the_same_needs_share_a_captured_step() -> None:
+    one = Sampler(VOCAB, [_sequence([1], [2], {5, 6}, min_tokens=3)])
+    two = Sampler(VOCAB, [_sequence([3], [], {7, 8}, frequency_penalty=1.0), _sequence([4], [])])
+    assert one.key == two.key
+    assert one.nodes is two.nodes
+    others: list[dict[str, Any]] = [{"logprobs": 0}, {"logit_bias": {1: 1.0}}, {"stops": {5}}, {"min_tokens": 0}]
+    keys = [Sampler(VOCAB, [_sequence([1], [], **{"stops": {5, 6}, "min_tokens": 3, **o})]).key for o in others]
+    assert one.key not in keys
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_sequence_gets_the_log_probabilities_that_it_asked_for() -> None:
+    active = [_sequence([1], [], logprobs=n) for n in (None, 0, 2)]
+    ids, best = np.array([4, 5, 6, 0]), np.array([[7, 8, 9]] * 4)
+    scores = np.array([[-1.0, -2.0, -3.0]] * 4)
+    outs = [ids, np.array([-0.5, -0.25, -0.125, 0.0]), best, scores]
+    assert drawn_tokens(active, outs) == [Token(4), Token(5, -0.25), Token(6, -0.125, ((7, -1.0), (8, -2.0)))]
+    assert drawn_tokens(active[:2], outs[:1]) == [Token(4), Token(5)]

@@ -269,6 +269,8 @@ def test_flags_decide_which_weights_exist() -> None:
 def test_token_ids() -> None:
     assert token_ids(None, "x") == ()
     assert token_ids(3, "x") == (3,)
+    assert token_ids(0, "x") == token_ids([-1, 0], "x") == (0,)
+    assert (parse(bos_token_id=0, eos_token_id=0).bos, parse(eos_token_id=[0, 5]).eos) == (0, (0, 5))
     assert token_ids([3, -1, 4], "x") == (3, 4)  # -1 stands for none in some old files
     with pytest.raises(ConfigError, match=r"x is 1\.5"):
         token_ids(1.5, "x")
@@ -338,6 +340,98 @@ def test_families_are_found_by_being_there() -> None:
     modules = [p.stem for p in sorted(folder.glob("*.py")) if "FAMILY = " in p.read_text(encoding="utf-8")]
     assert [f.model_type for f in FAMILIES.values()] == modules
     assert all(name == family.architecture for name, family in FAMILIES.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "stored"),
+    [
+        ({}, None, "f32"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16", "bf16"),
+        ({"dtype": "float16"}, "float16", "f16"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16", "f16"),
+        ({"dtype": None, "torch_dtype": "float32"}, "float32", "f32"),
+    ],
+)
+def test_the_dtype_has_two_names(fields: dict[str, Any], dtype: str | None, stored: str) -> None:
+    config = parse(**fields)
+    assert (config.dtype, config.stored) == (dtype, stored)
+
+
+# (family, changes): the last value that is accepted, beside one of REFUSALS or OUTSIDE.
+INSIDE: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {"vocab_size": 2**31 - 1}),
+    ("Llama", {"vocab_size": 1}),
+    ("Llama", {"num_hidden_layers": 10_000}),
+    ("Llama", {"rms_norm_eps": 0}),
+    ("Llama", {"rms_norm_eps": 9e29}),
+    ("Llama", {"rope_theta": 1.5}),
+    ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 1}}),
+    ("Llama", {"rope_scaling": {**YARN, "beta_slow": 0, "mscale": 0, "truncate": False}}),
+    ("Llama", {"rope_scaling": {**YARN, "factor": None, "attention_factor": None}}),
+    ("Llama", {"rope_scaling": {**YARN, "attention_factor": 1.5e-30}}),
+    ("Llama", {"rope_scaling": {**LONG, "long_factor": [1.5e-30] * 4}}),
+    ("Llama", {"rope_scaling": LONG, "original_max_position_embeddings": 2}),
+    ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 4}),
+    ("Llama", {"head_dim": 2}),
+    ("Llama", {"partial_rotary_factor": 1}),
+    ("Llama", {"partial_rotary_factor": None}),
+    ("Mistral", {"sliding_window": 2}),
+    ("Qwen2", {"use_sliding_window": True, "max_window_layers": 0}),
+]
+OUTSIDE: list[tuple[str, dict[str, Any], str]] = [
+    ("Llama", {"vocab_size": 2**31}, "vocab_size = 2147483648 is not a positive whole number below 2^31"),
+    ("Llama", {"rms_norm_eps": 1e30}, "rms_norm_eps = 1e+30"),
+    ("Llama", {"rope_theta": 1}, "rope_theta = 1 "),
+    ("Llama", {"rope_theta": "2"}, 'rope_theta = "2"'),
+    ("Llama", {"rope_scaling": {**YARN, "attention_factor": 1 / 1e30}}, f"attention_factor = {1 / 1e30} is"),
+    ("Llama", {"rope_scaling": LONG, "original_max_position_embeddings": 1},
+     "original_max_position_embeddings = 1 is not supported; supported: a whole number >= 2"),
+    ("Phi3", {"partial_rotary_factor": 1.01}, "partial_rotary_factor = 1.01"),
+    ("Phi3", {"partial_rotary_factor": True}, "partial_rotary_factor = true"),
+    ("Qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers = -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), INSIDE, ids=str)
+def test_the_limits_themselves_are_accepted(family: str, changes: dict[str, Any]) -> None:
+    assert parse(family, **changes).family is FAMILIES[f"{family}ForCausalLM"]
+
+
+@pytest.mark.parametrize(("family", "changes", "words"), OUTSIDE, ids=lambda v: str(v)[:60])
+def test_what_is_just_beyond_a_limit_is_refused(family: str, changes: dict[str, Any], words: str) -> None:
+    assert words in refusal(raw(family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "su"}},
+         'rope_scaling.rope_type = "su" is not supported; supported: default, linear, dynamic, llama3, yarn, longrope'),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 2},
+         'layer_types[0] = "sliding_attention" is not supported; supported: full_attention for this window setting'),
+        ({"num_hidden_layers": None}, "num_hidden_layers is null"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing; rope type linear needs it"),
+        ({"sliding_window": 8}, "sliding_window = 8 is not supported; supported: sliding_window = null for "
+                                "LlamaForCausalLM"),
+    ],
+)  # fmt: skip
+def test_refusals_in_full(changes: dict[str, Any], message: str) -> None:
+    assert refusal(raw(num_key_value_heads=None, **changes)) == f"here/config.json: {message}"
+
+
+def test_long_values_are_shown_in_part() -> None:
+    """A value of up to 80 characters as it is, and of a longer one 77 and three dots."""
+    for length in (80, 81):
+        value = "x" * (length - 2)  # json adds quotes
+        shown = f'"{value}"' if length == 80 else f'"{value}"'[:77] + "..."
+        assert f"hidden_act = {shown} is not" in refusal(raw(hidden_act=value))
+
+
+def test_a_part_of_each_head_may_be_rotated() -> None:
+    (rope,) = parse("Phi3", head_dim=16, partial_rotary_factor=0.75).ropes.values()
+    assert rope.dim == 12
+    (rope,) = parse("Phi3", head_dim=16, rope_parameters={"partial_rotary_factor": 0.5}).ropes.values()
+    assert rope.dim == 8
 
 
 PUBLISHED = "gpt2 llama-2-7b llama-3.1-8b llama-3.2-1b mistral-7b-v0.1 phi-3-mini-4k qwen2.5-0.5b qwen3-8b"

@@ -1,5 +1,6 @@
 """Fusion: what the rules make of every family's graph, and what they leave alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def test_fusion_leaves_five_nodes_a_layer(case: Path) -> None:
     fused = fuse(nodes, FEW_ROWS_RULES)
     assert len(fused) == 5 * config.num_layers + 2  # the embedding, and the head with its norm
     assert _leaves(fused) == nodes
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
+def test_both_gelus_are_fused_with_what_is_before_them(activation: str) -> None:
+    config = replace(load_config(next(c for c in CASES if c.name.startswith("gpt2"))), activation=activation)
+    fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
+    assert len(fused) == 5 * config.num_layers + 2
+    assert sum(activation in {leaf.op for leaf in node.parts} for node in fused) == config.num_layers
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)

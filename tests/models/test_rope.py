@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuplama.models.rope import ROPE_KEYS, Rope, RopeTables, Span
+from cuplama.models.rope import ROPE_KEYS, Rope, RopeTables, Span, table_rows
 
 THETA, DIM, CONTEXT, ORIGINAL = 10000.0, 16, 128, 32
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -84,18 +84,26 @@ def test_llama3_by_wavelength() -> None:
         ({"beta_fast": 0, "beta_slow": None}, 0.1 * math.log(4) + 1),
         ({"factor": None, "context": 4 * ORIGINAL}, 0.1 * math.log(4) + 1),
         ({"truncate": False}, 0.1 * math.log(4) + 1),
+        ({"truncate": False, "original": 10**5}, 0.1 * math.log(4) + 1),
+        ({"original": 10**9, "beta_fast": 1e6}, 0.1 * math.log(4) + 1),  # the last dim bounds the ramp
+        ({"original": 10**5, "beta_fast": 64, "beta_slow": 2000}, 0.1 * math.log(4) + 1),
+        ({"truncate": False, "original": 10**4, "beta_fast": 8, "beta_slow": 8}, 0.1 * math.log(4) + 1),  # a step
+        ({"factor": 1.0}, 1.0),
+        ({"factor": 1.5}, 0.1 * math.log(1.5) + 1),
     ],
 )
 def test_yarn(changes: dict[str, Any], factor: float) -> None:
     def turning_point(rotations: float) -> float:
-        return DIM * math.log(ORIGINAL / (rotations * 2 * math.pi)) / (2 * math.log(THETA))
+        original = changes.get("original", ORIGINAL)
+        return DIM * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(THETA))
 
-    low, high = turning_point(32), turning_point(1)
+    low, high = turning_point(changes.get("beta_fast") or 32), turning_point(changes.get("beta_slow") or 1)
     if changes.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, DIM - 1)
-    ramp = [min(max((i - low) / (high - low), 0), 1) for i in range(DIM // 2)]
-    wanted = [r * f / 4 + (1 - r) * f for r, f in zip(ramp, base(), strict=True)]
+    ramp = [min(max((i - low) / (high - low or 0.001), 0), 1) for i in range(DIM // 2)]
+    stretch = changes.get("factor") or 4
+    wanted = [r * f / stretch + (1 - r) * f for r, f in zip(ramp, base(), strict=True)]
     check(rope("yarn", **changes).frequencies(7), wanted, factor)
 
 
@@ -108,6 +116,7 @@ def test_longrope_changes_sets_beyond_the_original_context() -> None:
     assert [r.regime(n) for n in (1, 32, 33)] == [0, 0, 1]
     assert rope("longrope", attention_factor=1.25).frequencies(1)[1] == 1.25
     assert rope("longrope", factor=1.0).frequencies(1)[1] == 1.0
+    assert rope("longrope", factor=1.5).frequencies(1)[1] == pytest.approx(math.sqrt(1 + math.log(1.5) / math.log(32)))
     assert rope("longrope", factor=8.0).frequencies(1)[1] == pytest.approx(math.sqrt(1 + math.log(8) / math.log(32)))
 
 
@@ -160,3 +169,35 @@ def test_stable_steps_end_where_the_regime_does() -> None:
     assert r.stable_steps(33) == 0
     assert r.stable_steps(34) > 10**6
     assert rope("default").stable_steps(10**6) > 10**6
+
+
+@pytest.mark.parametrize("low", [0.5, 2.0])
+def test_llama3_bounds_are_parts_of_the_original_context(low: float) -> None:
+    found = rope("llama3", low_freq_factor=low).frequencies(1)[0]
+    scaled = [f / 8 for f in base()]
+    assert [float(x) == pytest.approx(s) for x, s in zip(found, scaled, strict=True)] == [
+        2 * math.pi / f > ORIGINAL / low for f in base()
+    ]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_tables_have_the_rows_that_are_planned(kind: str) -> None:
+    r = rope(kind, context=ORIGINAL)
+    for positions in (1, 31, 32, 33, 96):
+        rows = table_rows(r, positions)
+        assert rows == (2 * positions if kind == "longrope" and positions > 32 else positions)
+        tables = RopeTables(r, positions)
+        assert tables.cos.shape == tables.sin.shape == (rows, DIM // 2)
+
+
+def test_dynamic_prompts_bring_tables_only_beyond_the_context() -> None:
+    """A prompt within it, and one token after what is cached, find their rows in the common tables."""
+    tables = RopeTables(rope("dynamic", context=32), 96)
+    for spans, own in (
+        ([Span(0, 32, 32)], False),
+        ([Span(0, 33, 33)], True),
+        ([Span(0, 8, 33)], True),
+        ([Span(32, 1, 33)], False),
+        ([Span(32, 1, 33), Span(31, 2, 33)], True),
+    ):
+        assert (tables.lookup(spans)[0] is not tables.cos) == own

@@ -1,0 +1,185 @@
+"""Each family's row: the tensors that its checkpoints hold, as transformers names them, and its own rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cuplama.errors import ConfigError
+from cuplama.models.config import ModelConfig, parse_config
+from cuplama.models.families import FAMILIES
+from cuplama.ops.signature import dim_value
+
+# V = 96, d = 32, f = 48, 4 query heads and 2 KV heads of 16, one layer; GPT-2: 4 heads of 8, 20 positions.
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+GPT2_SIZES = {"vocab_size": 96, "n_embd": 32, "n_inner": 48, "n_layer": 1, "n_head": 4, "n_positions": 20}
+
+_TOP = {"model.embed_tokens.weight": (96, 32), "lm_head.weight": (96, 32), "model.norm.weight": (32,)}
+_COMMON = {
+    "input_layernorm.weight": (32,),
+    "post_attention_layernorm.weight": (32,),
+    "self_attn.o_proj.weight": (32, 64),
+    "mlp.down_proj.weight": (32, 48),
+}
+_LLAMA = {
+    **_COMMON,
+    "self_attn.q_proj.weight": (64, 32),
+    "self_attn.k_proj.weight": (32, 32),
+    "self_attn.v_proj.weight": (32, 32),
+    "mlp.gate_proj.weight": (48, 32),
+    "mlp.up_proj.weight": (48, 32),
+}
+_QKV_BIAS = {"self_attn.q_proj.bias": (64,), "self_attn.k_proj.bias": (32,), "self_attn.v_proj.bias": (32,)}
+_O_BIAS = {"self_attn.o_proj.bias": (32,)}
+_MLP_BIAS = {"mlp.gate_proj.bias": (48,), "mlp.up_proj.bias": (48,), "mlp.down_proj.bias": (32,)}
+_PHI3 = {**_COMMON, "self_attn.qkv_proj.weight": (128, 32), "mlp.gate_up_proj.weight": (96, 32)}
+_QWEN3 = {**_LLAMA, "self_attn.q_norm.weight": (16,), "self_attn.k_norm.weight": (16,)}
+_GPT2 = {
+    "ln_1.weight": (32,), "ln_1.bias": (32,), "attn.c_attn.weight": (32, 96), "attn.c_attn.bias": (96,),
+    "attn.c_proj.weight": (32, 32), "attn.c_proj.bias": (32,), "ln_2.weight": (32,), "ln_2.bias": (32,),
+    "mlp.c_fc.weight": (32, 48), "mlp.c_fc.bias": (48,), "mlp.c_proj.weight": (48, 32), "mlp.c_proj.bias": (32,),
+}  # fmt: skip
+_GPT2_TOP = {"transformer.wte.weight": (96, 32), "lm_head.weight": (96, 32), "transformer.wpe.weight": (20, 32),
+             "transformer.ln_f.weight": (32,), "transformer.ln_f.bias": (32,)}  # fmt: skip
+
+# (family, fields beside the sizes, the tensors of its layer).
+TENSORS: list[tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
+    ("Llama", {}, _LLAMA),
+    ("Llama", {"attention_bias": True}, {**_LLAMA, **_QKV_BIAS, **_O_BIAS}),
+    ("Llama", {"mlp_bias": True}, {**_LLAMA, **_MLP_BIAS}),
+    ("Mistral", {}, _LLAMA),
+    ("Qwen2", {"attention_bias": False}, {**_LLAMA, **_QKV_BIAS}),
+    ("Qwen3", {}, _QWEN3),
+    ("Qwen3", {"attention_bias": True}, {**_QWEN3, **_QKV_BIAS, **_O_BIAS}),
+    ("Phi3", {}, _PHI3),
+    ("GPT2", {}, _GPT2),
+]
+
+
+def parse(family: str, **fields: Any) -> ModelConfig:
+    if family == "GPT2":
+        return parse_config({"architectures": ["GPT2LMHeadModel"], **GPT2_SIZES, **fields})
+    return parse_config({"architectures": [f"{family}ForCausalLM"], **SIZES, **fields})
+
+
+@pytest.mark.parametrize(("family", "fields", "layer"), TENSORS, ids=lambda v: str(v)[:40])
+def test_the_tensors_of_a_checkpoint(family: str, fields: dict[str, Any], layer: dict[str, tuple[int, ...]]) -> None:
+    config, found = parse(family, **fields), dict[str, tuple[int, ...]]()
+    for recipe in config.recipes().values():
+        for text, name in recipe.parts:
+            shape = tuple(dim_value(d, config.dims()) for d in text.split(","))
+            found[name] = shape[::-1] if recipe.transposed else shape
+    top, prefix = (_GPT2_TOP, "transformer.h.0.") if family == "GPT2" else (_TOP, "model.layers.0.")
+    assert found == {**top, **{prefix + name: shape for name, shape in layer.items()}}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_queries_keys_and_values_are_stacked_in_that_order(family: str) -> None:
+    recipes = parse(family, attention_bias=True, mlp_bias=None).recipes()
+    for name in ("0.qkv_proj", "0.qkv_proj.bias"):
+        kind = name.partition(".")[2].replace("qkv_proj", "") or ".weight"
+        sources = [source for _, source in recipes[name].parts]
+        assert sources == [f"model.layers.0.self_attn.{x}_proj{kind}" for x in "qkv"]
+    assert [source.split(".")[-2] for _, source in recipes["0.gate_up_proj"].parts] == ["gate_proj", "up_proj"]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "GPT2"])
+def test_a_tied_matrix_has_two_names(family: str) -> None:
+    embedding = "transformer.wte.weight" if family == "GPT2" else "model.embed_tokens.weight"
+    recipes = parse(family, tie_word_embeddings=True).recipes()
+    assert (recipes["embed_tokens"].otherwise, recipes["lm_head"].otherwise) == ("lm_head.weight", embedding)
+
+
+def test_names_ops_and_rotations() -> None:
+    """(model_type, embedding, norm, prefix, rope types, whether a part of the head may stay unrotated)."""
+    every = "default linear dynamic llama3 yarn longrope"
+    found = {
+        name: (f.model_type, f.embed, f.norm, f.prefix, " ".join(f.rope_types) if f.rotary else "", f.partial_rotary)
+        for name, f in FAMILIES.items()
+    }
+    assert found == {
+        "LlamaForCausalLM": ("llama", "embedding", "rms_norm", "model.", every, False),
+        "MistralForCausalLM": ("mistral", "embedding", "rms_norm", "model.", every, False),
+        "Qwen2ForCausalLM": ("qwen2", "embedding", "rms_norm", "model.", every, False),
+        "Qwen3ForCausalLM": ("qwen3", "embedding", "rms_norm", "model.", every, False),
+        "Phi3ForCausalLM": ("phi3", "embedding", "rms_norm", "model.", "default longrope", True),
+        "GPT2LMHeadModel": ("gpt2", "embedding_pos", "layer_norm", "transformer.", "", False),
+    }
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_phi3_has_older_names_for_its_rotation(name: str) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    (rope,) = parse("Phi3", rope_scaling={"type": name, **factors}).ropes.values()
+    assert (rope.type, rope.original) == ("longrope", 4096)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_a_window_that_is_on_has_a_default(family: str) -> None:
+    """Of 4096 tokens, from layer 28 on."""
+    many = parse(family, use_sliding_window=True, num_hidden_layers=30).windows
+    assert many == (0,) * 28 + (4096,) * 2
+    assert parse(family, num_hidden_layers=30, sliding_window=8).windows == (0,) * 30
+    assert parse(family, use_sliding_window=True, max_window_layers=0, sliding_window=None).windows == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_python_tanh", "gelu_tanh"),
+     ("gelu_fast", "gelu_tanh"), ("gelu_accurate", "gelu_tanh"), ("gelu", "gelu_erf"), ("gelu_python", "gelu_erf")],
+)  # fmt: skip
+def test_gelu_is_one_of_two_functions(name: str, op: str) -> None:
+    assert parse("GPT2", activation_function=name).activation == op
+
+
+@pytest.mark.parametrize("name", ["silu", "swish"])
+def test_silu_has_two_names(name: str) -> None:
+    assert parse("Llama", hidden_act=name).activation == "silu_mul"
+
+
+# Fields that would change the mathematics: (families, field, values under which they do not, values that are refused).
+NEUTRAL: list[tuple[str, str, list[Any], list[Any]]] = [
+    *(
+        ("Llama GPT2", name, [None, False], [True, 1.5])
+        for name in ("is_encoder_decoder", "add_cross_attention", "attention_sinks", "use_qk_norm", "qk_layernorm",
+                     "alibi", "lm_head_bias", "rope_interleaved", "use_bidirectional_attention")
+    ),
+    *(("Llama", name, [None, 0, 1], [2, 8]) for name in ("num_experts", "num_local_experts")),
+    *(
+        ("Llama", name, [None, 0], [1, 2])
+        for name in ("n_routed_experts", "num_experts_per_tok", "num_nextn_predict_layers")
+    ),
+    *(
+        ("Llama", name, [None, 1, 1.0], [0, 0.5, 2])
+        for name in ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier")
+    ),
+    *(
+        ("Llama", name, [None], [0.5, 8, 1.0])
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "clip_qkv",
+                     "attention_multiplier", "attention_chunk_size", "quantization_config", "per_layer_config")
+    ),
+    ("Llama", "no_rope_layers", [None, []], [[1, 0]]),
+    ("Llama", "is_causal", [None, True], [False]),
+    ("Llama", "sliding_window", [None], [8]),
+    ("Llama", "use_sliding_window", [None, False], [True]),
+    ("Mistral Phi3", "attention_bias", [None, False], [True]),
+    ("Mistral Phi3 Qwen2 Qwen3", "mlp_bias", [None, False], [True]),
+    ("Phi3", "full_attn_mod", [None, 1], [2]),
+    ("Phi3", "interpolate_factor", [None, 1], [2]),
+    ("GPT2", "scale_attn_weights", [None, True], [False]),
+    ("GPT2", "scale_attn_by_inverse_layer_idx", [None, False], [True]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("families", "field", "fine", "refused"), NEUTRAL, ids=lambda v: str(v)[:30])
+def test_fields_that_would_change_the_mathematics(
+    families: str, field: str, fine: list[Any], refused: list[Any]
+) -> None:
+    for family in families.split():
+        for value in fine:
+            assert parse(family, **{field: value}) == parse(family)
+        for value in refused:
+            with pytest.raises(ConfigError, match=rf"{field} = .* is not supported; supported: {field} = "):
+                parse(family, **{field: value})
