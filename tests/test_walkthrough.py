@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import needs_nvrtc
 from tests.paths import ROOT
 
 README = ROOT / "cuda_src" / "README.md"
@@ -54,6 +55,7 @@ def test_the_section_has_the_steps_that_are_followed() -> None:
     assert sum(len(block.splitlines()) for block in _RUN.findall(section)) == 3
 
 
+@needs_nvrtc
 def test_the_commands_succeed(tree: Path) -> None:
     commands = [shlex.split(line) for block in _RUN.findall(_section()) for line in block.splitlines()]
     outputs = []
@@ -72,6 +74,7 @@ def test_the_commands_succeed(tree: Path) -> None:
     assert "scale_add" in benched
 
 
+@needs_nvrtc
 def test_a_kernel_that_is_too_large_everywhere_is_refused(tree: Path) -> None:
     """By 0.9%, in bf16, by the defaults of bench and of compare."""
     right = (tree / "cuda_src" / "scale_add.cu").read_text(encoding="utf-8")
@@ -97,6 +100,7 @@ def test_an_op_that_lacks_something_is_named(tree: Path) -> None:
         path.write_text(right, encoding="utf-8")
 
 
+@needs_nvrtc
 def test_a_broken_kernel_is_refused_with_its_case(tree: Path) -> None:
     path = tree / "cuda_src" / "scale_add.cu"
     right = path.read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import cuplama
+from tests.needs import needs_nvrtc
 from tests.paths import ROOT
 
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "cuplama", "cuda_src", "weights")
@@ -117,6 +118,7 @@ except KernelFault as fault:
 """
 
 
+@needs_nvrtc
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 def test_the_installed_wheel_runs_kernels_on_the_emulator(installed: Path) -> None:
     """A right kernel is judged right, and a fault has the line of the file as a checkout calls it."""

@@ -14,6 +14,7 @@ from cuplama.backends.cuda.nvrtc import nvrtc_library
 from cuplama.cli.main import cli
 from cuplama.errors import DeviceError
 from cuplama.lab.emulation import Emulator, _brief, emulator_missing
+from tests.needs import needs_nvrtc
 
 
 def _invoke(*args: str) -> Any:
@@ -26,6 +27,7 @@ def test_of_a_compilers_messages_the_first_is_shown() -> None:
     assert _brief("race: here\nthere") == "race: here\nthere"
 
 
+@needs_nvrtc
 def test_without_a_compiler_it_says_so_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What can be done without one is done: the kernels are compiled for the GPU."""
     monkeypatch.setattr("cuplama.backends.cuda.driver.cuda_available", lambda device=0: (False, "no GPU in this test"))
