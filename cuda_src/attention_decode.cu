@@ -16,11 +16,14 @@
 //   stats       [b, num_heads, splits, 2] f32    of a split, the largest score and the sum of p = exp2(score - largest)
 //   arrivals    [b, H * parts] u32    zero before and after
 //
+// Ops and references: cuplama/ops/attention.py (attention), cuplama/ops/fused.py (append_attention). Test: tests/ops/.
+// Benchmark: cuplama kernels bench attention append_attention.
+//
 // D is a multiple of 8, at most 256. Scores, softmax statistics and sums are f32.
 //
 // Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8 take several
 // blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many as make max_splits
-// splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a recorded launch
+// splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a captured launch
 // serves every length, and a result depends on the sequence's own length alone: it is the same bit for bit alone, in
 // any batch, and in a table of any width. The block that arrives last adds up the splits, in their order. A sequence of
 // one split needs none of this. The block with the last split computes the new k and v, attends to its own copy, and
@@ -38,8 +41,6 @@
 // old tokens of the cache it reads before: they come from earlier steps. A step must therefore begin with a kernel
 // that is launched in the ordinary way (embedding is), and nothing in it but this kernel may write the cache or those
 // arrays before its end (advance does). attention_decode, which follows a kernel that writes the cache, waits first.
-//
-// Ops: cuplama/ops/attention.py (attention), cuplama/ops/fused.py. Test and benchmark: the registry's.
 //
 // Measured on an H200, 2026-11-20: microseconds per launch in a graph of early launches over caches of 400 MB; 32 query
 // and 8 key heads of 128, bf16, one sequence. Before, as four kernels: 12.6 at 150 keys.

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cuplama.model import Model
 from tests import speeds
+from tests.tiny import CHARS, LLAMA, assert_all_pages_free, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -23,6 +25,27 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the data folder {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def chars() -> Iterator[Model]:
+    """The golden character GPT."""
+    with load(CHARS, cache_tokens=640) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[Model]:
+    """The golden Llama with grouped queries."""
+    with load(LLAMA, context=128, cache_tokens=1024) as model:
+        yield model
+
+
+@pytest.fixture
+def all_pages_come_back(chars: Model, llama: Model) -> Iterator[None]:
+    """After the test, no page of the two models is in use."""
+    yield
+    assert_all_pages_free(chars, llama)
 
 
 @pytest.fixture(scope="session", autouse=True)

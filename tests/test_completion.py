@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,25 +12,9 @@ from threadpoolctl import threadpool_info
 from cuplama import Model
 from cuplama.completion import Timings
 from cuplama.errors import ContextError, DeviceError
-from tests.tiny import CHARS, LLAMA, assert_all_pages_free, load
+from tests.tiny import CHARS, load
 
-
-@pytest.fixture(scope="module")
-def chars() -> Iterator[Model]:
-    with load(CHARS, cache_tokens=640) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def llama() -> Iterator[Model]:
-    with load(LLAMA, context=128, cache_tokens=1024) as model:
-        yield model
-
-
-@pytest.fixture(autouse=True)
-def all_pages_come_back(chars: Model, llama: Model) -> Iterator[None]:
-    yield
-    assert_all_pages_free(chars, llama)
+pytestmark = pytest.mark.usefixtures("all_pages_come_back")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +81,7 @@ def test_a_stream_that_has_ended_holds_nothing(greedy: str) -> None:
 
 @pytest.mark.parametrize("records", [False, True])
 def test_threads_take_turns(records: bool, greedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recordings, plans and pools serve one thread at a time; and BLAS has the threads that it had before."""
+    """Captured graphs, plans and pools serve one thread at a time; and BLAS has the threads that it had before."""
     before = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
     with load(CHARS, cache_tokens=640) as model:
         model.backend.captures = records

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,12 @@ from cuplama.errors import (
     PromptError,
     TokenizerError,
 )
-from tests.tiny import CHARS, LLAMA, assert_all_pages_free, copy, load
+from tests.tiny import CHARS, LLAMA, copy, load
 
 SAMPLED: dict[str, Any] = {"max_tokens": 12, "temperature": 1.2, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 11}
 
 
-@pytest.fixture(scope="module")
-def chars() -> Iterator[Model]:
-    with load(CHARS, cache_tokens=640) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def llama() -> Iterator[Model]:
-    with load(LLAMA, context=128, cache_tokens=1024) as model:
-        yield model
-
-
-@pytest.fixture(autouse=True)
-def all_pages_come_back(chars: Model, llama: Model) -> Iterator[None]:
-    yield
-    assert_all_pages_free(chars, llama)
+pytestmark = pytest.mark.usefixtures("all_pages_come_back")
 
 
 # --- Prompts --------------------------------------------------------------------------------------

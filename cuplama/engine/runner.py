@@ -153,7 +153,7 @@ class Runner:
         return self._step_nodes[key]
 
     def drop_graphs(self) -> None:
-        """Give back what is only kept to be fast the next time. GraphCache in use are not among it."""
+        """Give back what is only kept to be fast the next time. Graphs in use are not among it."""
         self.steps.close()
         self.passes.close()
 

@@ -28,8 +28,8 @@ from ..dtypes import DTYPES, Array, dtype_name
 from ..errors import CuplamaError, DeviceError, ParameterError
 from ..ops.abstract import abstract
 from ..ops.binding import BoundLaunch, bind_plan
-from ..ops.launch import Device
-from ..ops.op import Op
+from ..ops.launch import Device, Plan
+from ..ops.op import Call, Op
 from ..ops.signature import OpError
 from .workloads import Workload, case_workloads
 
@@ -204,15 +204,20 @@ def planned(
     without kernels, OpError for a shape that they do not take.
     """
     op = workload.op
-    if op.kernels is None:
-        raise DeviceError(f"{op.name} has no kernel of its own; it runs as its parts")
     call = workload.bind(ins)
 
     def make(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return empty(shape, dtype)
 
-    bound = bind_plan(op.kernels(call, device), call, make, make)
+    bound = bind_plan(_plan(call, device), call, make, make)
     return bound, [call.arrays[s.name] for s in op.signature.outs]
+
+
+def _plan(call: Call, device: Device) -> Plan:
+    """The op's own launches. Raises DeviceError for an op without kernels."""
+    if call.op.kernels is None:
+        raise DeviceError(f"{call.op.name} has no kernel of its own; it runs as its parts")
+    return call.op.kernels(call, device)
 
 
 def check_launches(workload: Workload, device: Device) -> None:
@@ -243,10 +248,8 @@ def run_guarded(workload: Workload, arrays: Arrays, executor: Executor) -> Outpu
     Raises WrongResultError if a guard zone was written, or scratch that holds zeros was not left so.
     """
     op = workload.op
-    if op.kernels is None:
-        raise DeviceError(f"{op.name} has no kernel of its own; it runs as its parts")
     call = workload.bind([None if x is None else executor.upload(x.copy()) for x in arrays])
-    plan = op.kernels(call, executor.device)
+    plan = _plan(call, executor.device)
     zones: dict[str, Array] = {}
 
     def place(name: str, content: np.ndarray[Any, Any]) -> Array:

@@ -1,4 +1,4 @@
-"""The decode loop: recorded steps give what plain steps give. NumPy plays the recording device here."""
+"""The decode loop: captured steps give what plain steps give. NumPy plays the capturing device here."""
 
 import json
 from pathlib import Path
@@ -55,9 +55,9 @@ def test_captured_sampling_agrees_with_plain_steps(case: Path) -> None:
     model, prompts, _ = _load(case)
     plain = model.generate(prompts, **SAMPLED)
     model.backend.captures = True
-    recorded = model.generate(prompts, **SAMPLED)
+    captured = model.generate(prompts, **SAMPLED)
     assert len({len(c.tokens) for c in plain}) > 1
-    for a, b in zip(plain, recorded, strict=True):
+    for a, b in zip(plain, captured, strict=True):
         assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
         assert a.logprobs is not None
         assert b.logprobs is not None

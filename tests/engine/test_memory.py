@@ -80,13 +80,13 @@ def test_the_residual_sum_takes_no_array_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("rows", [16, 128, 640, 1024, 2048])
-def test_the_plan_covers_the_recorded_passes_that_are_kept(rows: int) -> None:
+def test_the_plan_covers_the_captured_passes_that_are_kept(rows: int) -> None:
     """As many passes of that many rows as may be kept, each with memory of its own, and one beside them."""
     config, bf16 = _llama_8b(), DTYPES["bf16"]
     kept = KEPT_CHUNKS * 2048 // rows
     plan = memory.plan(config, _elements(config), bf16, 8192, 8192, 2048, Device())
-    recorded, other = (memory.workspace_bytes(config, bf16, n, Device()) for n in (rows, 2048))
-    assert kept * recorded + other + memory.FIXED <= plan.workspace
+    captured, other = (memory.workspace_bytes(config, bf16, n, Device()) for n in (rows, 2048))
+    assert kept * captured + other + memory.FIXED <= plan.workspace
 
 
 def test_many_logits_are_part_of_it() -> None:

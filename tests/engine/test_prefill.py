@@ -1,4 +1,4 @@
-"""Captured prefill passes give what plain passes give. NumPy plays the recording device here; see also
+"""Captured prefill passes give what plain passes give. NumPy plays the capturing device here; see also
 test_emulated_models.py."""
 
 import json

@@ -1,4 +1,4 @@
-"""Whole models as the GPU runs them, on the emulator: planned launches, fused nodes, recorded steps, ragged batches.
+"""Whole models as the GPU runs them, on the emulator: planned launches, fused nodes, captured steps, ragged batches.
 
 The kernels' own text computes every family's golden tokens. What is missing here is the hardware: timing, streams and
 the order of launches that overlap.
@@ -61,7 +61,7 @@ RECORDED = ("gpt2-char", "llama-rope-dynamic", "llama3-gqa", "mistral-window", "
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_replayed_prompts(name: str) -> None:
-    """Ragged batches, of a part of each prompt and of the rest: the first is not recorded, the second is run as it is,
+    """Ragged batches, of a part of each prompt and of the rest: the first is not captured, the second is run as it is,
     the third captured, and then they are replayed."""
     case = next(c for c in CASES if c.name == name)
     model, golden, meta = _load(case, "f32")
