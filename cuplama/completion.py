@@ -6,12 +6,9 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from .engine.sequence import SequenceState, Token
-from .text.detokenizer import Detokenizer
-from .text.stop_strings import StopStrings
-from .text.tokenizer import Tokenizer
+from .engine.sequence import Token
 
-__all__ = ["Clock", "Completion", "Delta", "OutputText", "Stream", "Timings"]
+__all__ = ["Clock", "Completion", "Delta", "Stream", "Timings"]
 
 
 @dataclass(frozen=True)
@@ -123,42 +120,3 @@ class Stream:
     def timings(self) -> Timings:
         """Where the time went until now; right at any moment."""
         return self._clock.timings()
-
-
-class OutputText:
-    """The text side of one sequence: detokenises its tokens, watches for stop strings, and ends it at one.
-
-    index: the prompt's place in a batch. Without a tokenizer there are tokens and no text.
-    """
-
-    def __init__(self, index: int, sequence: SequenceState, tokenizer: Tokenizer | None) -> None:
-        self.index, self.sequence = index, sequence
-        self._detokenizer = Detokenizer(tokenizer, context=sequence.prompt) if tokenizer else None
-        self._stops = StopStrings(sequence.params.stop)
-        self._text = ""
-        self._tokens: list[Token] = []
-
-    def push(self, token: Token) -> Delta:
-        """What a token that was drawn adds. A stop token adds no text; the last token also adds what was held back."""
-        self._tokens.append(token)
-        sequence, text, stopped = self.sequence, "", False
-        if self._detokenizer is not None:
-            if token.id not in sequence.stop_ids:
-                text, stopped = self._stops.push(self._detokenizer.push(token.id))
-            if sequence.finish_reason is not None and not stopped:
-                tail, stopped = self._stops.push(self._detokenizer.flush())
-                text += tail if stopped else tail + self._stops.flush()
-        if stopped:
-            sequence.finish_reason = "stop"
-        self._text += text
-        return Delta(text, token, sequence.finish_reason, self.index)
-
-    def completion(self, timings: Timings) -> Completion:
-        """All of it. timings: those of the run."""
-        return Completion(
-            self._text,
-            [t.id for t in self._tokens],
-            self.sequence.finish_reason or "length",
-            self._tokens if self.sequence.params.logprobs is not None else None,
-            timings,
-        )

@@ -13,12 +13,13 @@ from typing import Any, overload
 
 import numpy as np
 
-from .completion import Clock, Completion, Delta, OutputText, Stream
+from .completion import Clock, Completion, Delta, Stream, Timings
 from .engine.engine import Engine
 from .engine.scheduler import Progress
 from .engine.sequence import SequenceState
 from .errors import ConfigError, ContextError, ParameterError, PromptError
 from .models.config import ModelConfig, token_ids
+from .output_text import OutputText
 from .prompts import Prompt, prompt_list, whole_ids
 from .sampling_params import PARAMETERS, SamplingParams, sampling_defaults, unsupported_settings
 from .text.tokenizer import Tokenizer
@@ -163,7 +164,7 @@ class Model:
         texts = self._start(prompts, params)
         for _ in self._deltas(texts, progress, clock):
             pass
-        done = [t.completion(clock.timings()) for t in texts]
+        done = [_completion(t, clock.timings()) for t in texts]
         return done[0] if single else done
 
     def stream(self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **params: Any) -> Stream:
@@ -228,3 +229,14 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _completion(output: OutputText, timings: Timings) -> Completion:
+    """All of a sequence that has ended. timings: those of the run."""
+    return Completion(
+        output.text,
+        [t.id for t in output.tokens],
+        output.sequence.finish_reason or "length",
+        output.tokens if output.sequence.params.logprobs is not None else None,
+        timings,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from pathlib import Path
@@ -14,12 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import cuplama
+import cuplama.loading as load_module
 from cuplama.errors import DeviceError
-from cuplama.load import DTYPE_NAMES
+from cuplama.loading import DTYPE_NAMES
 from cuplama.models.config import load_config
 from tests.tiny import LLAMA, copy, load
-
-load_module = importlib.import_module("cuplama.load")  # `cuplama.load` is the function
 
 STORED: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 

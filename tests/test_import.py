@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import cuplama
 from tests.paths import ROOT
 
 LIMIT = 0.2  # seconds
 LAZY = ["cupy", "cupy_backends", "cuda", "torch", "transformers"]
+EVERYTHING = "import cuplama; [getattr(cuplama, name) for name in cuplama.__all__]"
 LAZY += ["jinja2", "huggingface_hub", "rich", "click", "tokenizers"]
 
 
@@ -21,7 +25,7 @@ def python(code: str) -> str:
 
 
 def test_import_pulls_in_nothing_heavy() -> None:
-    loaded = python("import sys, cuplama; print(*sys.modules)").split()
+    loaded = python(f"import sys; {EVERYTHING}; print(*sys.modules)").split()
     assert "numpy" in loaded
     assert [name for name in LAZY if name in loaded] == []
 
@@ -45,8 +49,8 @@ def test_import_is_quick() -> None:
     Where NumPy alone takes long, the machine is slow: there cuplama may take three times as long as NumPy. One BLAS
     thread, because those that wait for work count as busy.
     """
-    code = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
-    own, numpy = (min(float(python(code.format(name))) for _ in range(5)) for name in ("cuplama", "numpy"))
+    code = "import time; t = time.process_time(); {}; print(time.process_time() - t)"
+    own, numpy = (min(float(python(code.format(line))) for _ in range(5)) for line in (EVERYTHING, "import numpy"))
     assert own < max(LIMIT, 3 * numpy)
 
 
@@ -58,3 +62,27 @@ def test_public_names() -> None:
     assert cuplama.__version__.count(".") == 2
     found = python("from cuplama import *; print(*sorted(n for n in dir() if n[:1] != '_'))").split()
     assert found == sorted(cuplama.__all__)
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'cuplama' has no attribute 'lod'"):
+        cuplama.lod  # noqa: B018
+    assert {"load", "Model", "__version__"} <= set(dir(cuplama))
+
+
+@pytest.mark.parametrize("module", ["cuplama.cli.main", "click", "numpy", "cuplama.sampling_params"])
+@pytest.mark.parametrize("argv", [["-m", "cuplama"], [str(ROOT / "cli.py")]])
+def test_an_interrupt_while_modules_are_imported_ends_quietly(tmp_path: Path, module: str, argv: list[str]) -> None:
+    """The process sends itself Ctrl-C when it begins to look for the module."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+""")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *argv, "generate", "Hi"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

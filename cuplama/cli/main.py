@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from contextlib import suppress
 from typing import NoReturn
 
@@ -41,6 +43,11 @@ def main(prog_name: str = "cuplama") -> NoReturn:
     """Run the command line. What a user can cause ends in one line on stderr and exit status 2."""
     _prepare_streams()
     try:
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        ):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # __main__ had another while modules were imported
         cli.main(prog_name=prog_name, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # `cuplama ... | head -1` ends quietly

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..dtypes import DTYPES
 from ..hub import find_model
-from ..load import DEFAULT_CONTEXT
+from ..loading import DEFAULT_CONTEXT
 from ..model import stop_tokens
 from ..models.checkpoint import INDEX, load_weights
 from ..models.config import ModelConfig, load_config, read_json

@@ -10,7 +10,7 @@ import click
 
 from ..device import DEVICES
 from ..errors import ParameterError
-from ..load import DTYPE_NAMES
+from ..loading import DTYPE_NAMES
 from ..sampling_params import SamplingParams
 
 __all__ = [

@@ -37,7 +37,7 @@ def perplexity(
     """Perplexity of a text FILE ("-": standard input), in nats, bits per byte and with its standard error."""
     from ..hub import find_model
     from ..lab import perplexity as lab
-    from ..load import context_length
+    from ..loading import context_length
     from ..models.config import load_config
 
     text = read_file(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..completion import Timings
 from ..lab.report import counted
-from ..load import load
+from ..loading import load
 from ..model import Model
 from .streams import progress_bar
 

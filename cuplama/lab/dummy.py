@@ -10,7 +10,7 @@ import numpy as np
 
 from ..dtypes import DTYPES
 from ..errors import ConfigError, ParameterError
-from ..load import context_length, load, start_engine
+from ..loading import context_length, load, start_engine
 from ..model import Model, Settings
 from ..models.config import ModelConfig
 from ..models.presets import find_shape, is_shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import numpy as np
 import pytest
 
 import cuplama
+import cuplama.loading as load_module
 from cuplama.errors import ConfigError, DeviceError, ParameterError
 from cuplama.models.config import load_config
 from tests.tiny import CHARS, LLAMA, copy, load
-
-load_module = importlib.import_module("cuplama.load")  # `cuplama.load` is the function
 
 
 def test_a_context_beyond_the_trained_one_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,40 @@
+"""The text of one sequence while it is generated: tokens to text, and the stop strings that end it."""
+
+from __future__ import annotations
+
+from .completion import Delta
+from .engine.sequence import SequenceState, Token
+from .text.detokenizer import Detokenizer
+from .text.stop_strings import StopStrings
+from .text.tokenizer import Tokenizer
+
+__all__ = ["OutputText"]
+
+
+class OutputText:
+    """The text side of one sequence: detokenises its tokens, watches for stop strings, and ends it at one.
+
+    index: the prompt's place in a batch; text, tokens: all that came so far. Without a tokenizer there is no text.
+    """
+
+    def __init__(self, index: int, sequence: SequenceState, tokenizer: Tokenizer | None) -> None:
+        self.index, self.sequence = index, sequence
+        self._detokenizer = Detokenizer(tokenizer, context=sequence.prompt) if tokenizer else None
+        self._stops = StopStrings(sequence.params.stop)
+        self.text = ""
+        self.tokens: list[Token] = []
+
+    def push(self, token: Token) -> Delta:
+        """What a token that was drawn adds. A stop token adds no text; the last token also adds what was held back."""
+        self.tokens.append(token)
+        sequence, text, stopped = self.sequence, "", False
+        if self._detokenizer is not None:
+            if token.id not in sequence.stop_ids:
+                text, stopped = self._stops.push(self._detokenizer.push(token.id))
+            if sequence.finish_reason is not None and not stopped:
+                tail, stopped = self._stops.push(self._detokenizer.flush())
+                text += tail if stopped else tail + self._stops.flush()
+        if stopped:
+            sequence.finish_reason = "stop"
+        self.text += text
+        return Delta(text, token, sequence.finish_reason, self.index)
