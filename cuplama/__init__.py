@@ -4,7 +4,7 @@ import cuplama
 model = cuplama.load()
 print(model.generate("Once upon a time", seed=1).text)
 
-A name is imported when it is first used, so that ``import cuplama`` costs nothing and Ctrl-C works from the first moment.
+A name is imported when it is first used: ``import cuplama`` costs nothing, and Ctrl-C works from the first moment.
 """
 
 from __future__ import annotations
