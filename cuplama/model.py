@@ -264,7 +264,7 @@ class Model:
             sequences += [SequenceState(ids, choice, stops) for choice in params.choices(count)]
         outputs = [OutputText(i, s, self._tokenizer) for i, s in enumerate(sequences)]
         device, dtype = self.backend.name, self.backend.dtype.name
-        return Generation(prompts, outputs, single and n is None, self.name, device, dtype)
+        return Generation(prompts, outputs, single and n is None, self.name, device, dtype, self.context)
 
     def _deltas(self, generation: Generation, progress: Progress | None) -> Generator[Delta]:
         """Run the sequences; one delta per token drawn, in the order in which they are drawn."""
