@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Unpack, overload
 
 import numpy as np
 
-from .arguments import checked, type_of, whole_number
+from .arguments import checked, shown, type_of, whole_number
 from .completion import Completion, Delta, Stream
 from .engine.engine import Engine
 from .engine.scheduler import Progress
@@ -109,7 +109,7 @@ class Model:
             params = SamplingParams(**{**self.defaults, **options})
         elif not isinstance(params, SamplingParams):
             raise ParameterError(
-                f"params = {params!r:.80} is {type_of(params)}; it must be a SamplingParams, or None (give single"
+                f"params = {shown(params)} is {type_of(params)}; it must be a SamplingParams, or None (give single"
                 " parameters by name, as in max_tokens=64, and several prompts as one list)"
             )
         elif options:

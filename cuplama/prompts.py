@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import type_of
+from .arguments import shown, type_of
 from .errors import PromptError
 
 __all__ = ["PlainPrompt", "Prompt", "plain_prompt", "plain_prompts", "prompt_of_batch", "whole_ids"]
@@ -57,7 +57,7 @@ def whole_ids(ids: Any) -> list[int]:
         ids = ids.tolist()
     for id in ids:
         if type(id) is not int and (not isinstance(id, Integral) or isinstance(id, bool)):
-            raise PromptError(f"a token id is a whole number; {id!r:.40} is {type_of(id)}")
+            raise PromptError(f"a token id is a whole number; {shown(id, 40)} is {type_of(id)}")
     return [operator.index(id) for id in ids]
 
 
