@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
+from .arguments import checked, whole_number
 from .backends import Backend
 from .device import open_backend
 from .dtypes import Array
 from .engine.engine import Engine
 from .errors import ConfigError, ParameterError
-from .hub import find_model
-from .model import Model, Settings
+from .generation_config import Settings
+from .hub import BUNDLED, find_model
+from .model import Model
 from .models.checkpoint import load_weights
 from .models.config import ModelConfig, load_config, read_json
 from .quant.weight import Weight
@@ -75,7 +75,8 @@ def load(
     settings = Settings.read(folder, config, tokenizer, generation_config)
     weights = load_weights(folder, config)
     engine = start_engine(config, weights, device, dtype, length, tokens, progress)
-    return Model(folder, config, tokenizer, engine, settings)
+    name = BUNDLED if model is None else os.fspath(model)
+    return Model(folder, config, tokenizer, engine, settings, name)
 
 
 def start_engine(
@@ -115,9 +116,7 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
 
 def _tokens(name: str, value: Any) -> int:
     """A whole number of tokens. Raises ParameterError."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _MAX_TOKENS:
-        raise ParameterError(f"{name} = {value!r:.80} is out of range; it must be a number from 1 to {_MAX_TOKENS}")
-    return int(value)
+    return int(checked(name, value, whole_number(1, _MAX_TOKENS), f"a number from 1 to {_MAX_TOKENS}"))
 
 
 def _cache_tokens(context: int, asked: int | None) -> int:
