@@ -1,4 +1,4 @@
-"""What the commands that run a model have in common: they load it, and say how fast it was."""
+"""What the commands that run a model have in common: they load it, and say how fast it was and whether it was cut."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..loading import load
 from ..model import Model
 from .streams import progress_bar
 
-__all__ = ["open_model", "speed"]
+__all__ = ["cut_notice", "open_model", "speed"]
 
 
 def open_model(model: str | None, offline: bool, device: str, dtype: str, context: int | None) -> Model:
@@ -24,3 +24,16 @@ def speed(t: Timings) -> str:
         f"prompt: {prompt} in {t.prompt_seconds * 1e3:.1f} ms ({t.prompt_rate:.0f} tokens/s), "
         f"then {decode} in {t.decode_seconds:.2f} s ({t.decode_rate:.1f} tokens/s)"
     )
+
+
+def cut_notice(finish_reason: str | None, generated: int, limit: int | None, context: int) -> str | None:
+    """A sentence for stderr where an answer was cut, and by which option; None where it ended by itself.
+
+    generated: tokens of the answer; limit: max_tokens, None for none; context: tokens that prompt and answer may have.
+    Nothing was cut where nothing was asked for: max_tokens = 0 reads the prompt alone.
+    """
+    if finish_reason != "length" or limit == 0:
+        return None
+    if limit is not None and generated >= limit:
+        return f"the answer was cut at {counted(generated, 'token')} (-n {limit})"
+    return f"the answer was cut: the context of {counted(context, 'token')} is full (-c)"
