@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ..completion import Completion, Stream
+from ..model import Model
 from .options import check_sampling, given_params, model_option, run_options, sampling_options
-from .running import open_model, speed
-from .streams import print_json, progress_bar, read_text
+from .prompt import prompt_options, prompt_text
+from .running import cut_notice, open_model, speed
+from .streams import notice, print_json, progress_bar, say
 
 __all__ = ["generate"]
 
 
 @click.command()
-@click.argument("prompt")
 @model_option()
+@prompt_options
 @sampling_options
 @click.option(
     "--logprobs",
@@ -26,64 +29,99 @@ __all__ = ["generate"]
     metavar="N",
     help="With --json: log-probabilities, and those of the N best.",
 )
+@click.option("--echo", is_flag=True, help="Print the prompt before the text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr at the end.")
 @run_options
 def generate(
-    prompt: str,
+    prompt: str | None,
+    prompt_option: str | None,
+    prompt_file: Path | None,
     model: str | None,
     offline: bool,
     device: str,
     dtype: str,
     context: int | None,
+    echo: bool,
     as_json: bool,
     stats: bool,
     **sampling: Any,
 ) -> None:
-    """Continue PROMPT. "-" reads the prompt from standard input.
+    """Continue PROMPT. Without one, or with "-", it is read from standard input.
 
-    The text is streamed to stdout. In a terminal the prompt is shown before it.
+    The text is streamed to stdout and ends with a line break. In a terminal the prompt is shown before it.
 
     Sampling options that are not given come from the model's generation_config.json.
     """
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
-    text = read_text(prompt)
-    interrupted = False
+    if echo and as_json:
+        raise click.UsageError("--echo does not go with --json")
+    params = given_params(sampling)
+    text = prompt_text(prompt, prompt_option, prompt_file)
     with open_model(model, offline, device, dtype, context) as m:
-        params = given_params(sampling)
-        with progress_bar("reading the prompt", "tokens") as progress:
-            if as_json:
+        if as_json:
+            with progress_bar("reading the prompt", "tokens") as progress:
                 completion = m.generate(text, progress=progress, **params)
-                print_json(_as_json(completion))
-                timings = completion.timings
-            else:
-                stream = m.stream(text, progress=progress, **params)  # refuses what it must before the prompt is shown
-                try:
-                    _show(text, stream)
-                except KeyboardInterrupt:
-                    interrupted = True
-                timings = stream.timings
-        if stats:
-            # A text that goes to a file or a pipe ends without a line break; both may end up on one screen.
-            on_a_new_line = as_json or sys.stdout.isatty()
-            click.echo(("" if on_a_new_line else "\n") + speed(timings), err=True)
-    if interrupted:
-        raise KeyboardInterrupt
+            print_json(_as_json(completion))
+            if stats:
+                say(speed(completion.timings))
+        else:
+            _stream(m, text, params, echo, stats)
 
 
-def _show(prompt: str, stream: Stream) -> None:
-    """Write the text as it comes; in a terminal after the prompt and with a line break at the end."""
-    if sys.stderr.isatty() and sys.stdout.isatty():
-        click.secho(prompt, err=True, nl=False, dim=True)
+def _stream(model: Model, prompt: str, params: dict[str, Any], echo: bool, stats: bool) -> None:
+    """Generate as text, and say on stderr what there is to say of it. Ctrl-C ends in KeyboardInterrupt."""
+    with progress_bar("reading the prompt", "tokens") as progress:
+        stream = model.stream(prompt, progress=progress, **params)  # refuses what it must before anything is printed
+        if model.tokenizer.chat_template is not None:
+            notice('this model has a chat template; cuplama chat "..." uses it')
+        try:
+            finish_reason, generated = _show(prompt, stream, echo)
+        finally:
+            if stats:
+                say(speed(stream.timings))
+    cut = cut_notice(finish_reason, generated, model.params(**params).max_tokens, model.context)
+    if cut is not None:
+        notice(cut)
+
+
+def _show(prompt: str, stream: Stream, echo: bool) -> tuple[str | None, int]:
+    """Write the text as it comes, and a line break after it if it has none. Returns why it ended, and its tokens.
+
+    What is written when something fails or is interrupted is ended as a line as well; the message has its own.
+    """
+    shown, generated, finish_reason = _show_prompt(prompt, echo), 0, None
     try:
         for delta in stream:
+            generated, finish_reason = generated + 1, delta.finish_reason
             if delta.text:
-                sys.stdout.write(delta.text)
+                shown = delta.text
+                sys.stdout.write(shown)
                 sys.stdout.flush()
-    finally:
-        if sys.stdout.isatty():
-            sys.stdout.write("\n")
+    except BaseException:
+        if shown:
+            _end_line(shown)
+        raise
+    _end_line(shown)
+    return finish_reason, generated
+
+
+def _show_prompt(prompt: str, echo: bool) -> str:
+    """Show the prompt: on stdout if it is asked for, and else to those who see both streams. Returns what was shown."""
+    if echo:
+        sys.stdout.write(prompt)
+    elif sys.stderr.isatty() and sys.stdout.isatty():
+        click.secho(prompt, err=True, nl=False, dim=True)
+    else:
+        return ""
+    return prompt
+
+
+def _end_line(shown: str) -> None:
+    if not shown.endswith("\n"):
+        sys.stdout.write("\n")
+    sys.stdout.flush()  # before whatever follows on stderr
 
 
 def _as_json(c: Completion) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def main(prog_name: str = "cuplama") -> NoReturn:
             and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
         ):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # __main__ had another while modules were imported
-        cli.main(prog_name=prog_name, standalone_mode=False)
+        cli.main(prog_name=prog_name, standalone_mode=False, color=None if _colourful() else False)
         sys.stdout.flush()
     except BrokenPipeError:  # `cuplama ... | head -1` ends quietly
         _drop_output()
@@ -66,6 +66,11 @@ def main(prog_name: str = "cuplama") -> NoReturn:
             raise
         _fail_by(e)
     sys.exit(0)
+
+
+def _colourful() -> bool:
+    """Whether a terminal may get colours (https://no-color.org); what is no terminal gets none anyway."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _prepare_streams() -> None:

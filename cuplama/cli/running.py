@@ -18,11 +18,16 @@ def open_model(model: str | None, offline: bool, device: str, dtype: str, contex
 
 
 def speed(t: Timings) -> str:
-    """What --stats prints: tokens and seconds of the prompt and of what was generated after its first token."""
-    prompt, decode = counted(t.prompt_tokens, "token"), counted(t.decode_tokens, "token")
+    """What --stats prints of one sequence: tokens and seconds of the prompt, and of what was generated.
+
+    The prompt's time ends with the first token drawn. That token is counted among the generated ones, as -n counts it,
+    but the rate of generation is that of the tokens after it.
+    """
+    generated = t.decode_tokens + (1 if t.prompt_seconds else 0)
     return (
-        f"prompt: {prompt} in {t.prompt_seconds * 1e3:.1f} ms ({t.prompt_rate:.0f} tokens/s), "
-        f"then {decode} in {t.decode_seconds:.2f} s ({t.decode_rate:.1f} tokens/s)"
+        f"prompt: {counted(t.prompt_tokens, 'token')} in {t.prompt_seconds * 1e3:.1f} ms "
+        f"({t.prompt_rate:.0f} tokens/s), then {counted(generated, 'token')} in {t.decode_seconds:.2f} s "
+        f"({t.decode_rate:.1f} tokens/s after the first)"
     )
 
 

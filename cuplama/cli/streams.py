@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,19 @@ import click
 
 from ..errors import PromptError
 
-__all__ = ["print_json", "print_table", "progress_bar", "read_file", "read_text", "say"]
+__all__ = [
+    "QUIET_KEY",
+    "notice",
+    "print_json",
+    "print_table",
+    "progress_bar",
+    "read_file",
+    "read_text",
+    "say",
+    "without_line_end",
+]
+
+QUIET_KEY = "cuplama.quiet"  # of the click context's meta: whether --quiet was given
 
 
 def _standard_input() -> str:
@@ -31,9 +43,14 @@ def _decoded(data: bytes, name: object) -> str:
         raise PromptError(f"{name} is not valid UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}") from None
 
 
+def without_line_end(text: str) -> str:
+    """A text without the line break that editors and echo put at its end."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def read_text(source: str) -> str:
     """An argument as it is; "-" is standard input, without the newline that ends it. Raises PromptError."""
-    return source if source != "-" else _standard_input().removesuffix("\n").removesuffix("\r")
+    return source if source != "-" else without_line_end(_standard_input())
 
 
 def read_file(file: Path) -> str:
@@ -52,9 +69,23 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def print_json(facts: dict[str, Any], indent: int | None = None) -> None:
-    """Print one JSON object; raises ValueError for an infinity, which JSON does not have."""
-    click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False, indent=indent))
+def _quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and QUIET_KEY in context.meta
+
+
+def notice(text: str) -> None:
+    """Print a line on stderr that nobody has to heed, in the form of the log's; --quiet leaves it out."""
+    if not _quiet():
+        say(f"cuplama: {text}")
+
+
+def print_json(facts: Mapping[str, Any] | Sequence[Any], indent: int | None = None) -> None:
+    """Print one JSON value; raises ValueError for an infinity, which JSON does not have.
+
+    It is ASCII, with escapes for the rest: that is right whatever the encoding of the locale is.
+    """
+    click.echo(json.dumps(facts, allow_nan=False, indent=indent))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -75,11 +106,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bar(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, in a terminal only, once the work has lasted half a second.
+    """A progress bar on stderr, in a terminal and without --quiet only, once the work has lasted half a second.
 
-    Yields a function of (done, total), both counted in ``unit``; "B" is bytes.
+    Yields a function of (done, total), both counted in ``unit``; "B" is bytes. The bar goes when all is done, so that
+    what is printed afterwards has the terminal to itself.
     """
-    if not sys.stderr.isatty():
+    if _quiet() or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich import progress as rich
@@ -93,11 +125,16 @@ def progress_bar(description: str, unit: str) -> Iterator[Callable[[int, int], N
 
     def update(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total)
-        if done < total and time.perf_counter() - begin > 0.5:
+        if done >= total:
+            stop()
+        elif time.perf_counter() - begin > 0.5:
             bar.start()
+
+    def stop() -> None:
+        if bar.live.is_started:  # stopping prints an empty line on a dumb terminal
+            bar.stop()
 
     try:
         yield update
     finally:
-        if bar.live.is_started:  # stopping prints an empty line on a dumb terminal
-            bar.stop()
+        stop()

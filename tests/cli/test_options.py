@@ -6,15 +6,18 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import cuplama.cli.model_info  # before a test replaces what it imports
+from cuplama.cli.main import cli
 from cuplama.completion import Clock, Completion, Delta, Stream, Timings
 from cuplama.lab.dummy import Source
 from cuplama.lab.perplexity import Perplexity
 from cuplama.lab.trials import trials
-from cuplama.sampling_params import PARAMETERS
+from cuplama.sampling_params import PARAMETERS, SamplingParams
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
 
@@ -30,6 +33,21 @@ def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
         names = re.findall(r"^  (-[^ ,]+)", help_, re.M)
         assert (names[0], names[-2:]) == ("-m", ["--debug", "-h"])
     assert "..." not in run("--help")[1].partition("Commands:")[2]
+
+
+def test_help_is_readable_at_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in cli.commands:
+        help_ = run(command, "--help")[1]
+        assert max(map(len, help_.splitlines())) <= 80
+        assert not re.findall(r"\B-[a-z-]*-$", help_, re.M)  # the name of an option, broken
+
+
+def test_help_tells_the_names_that_other_programs_have(run: Run) -> None:
+    help_ = " ".join(run("generate", "--help")[1].split())
+    assert "-c, --context N Tokens a text" in help_
+    for names in ("--ctx-size", "--n-predict, --predict, --max-new-tokens", "--repetition-penalty"):
+        assert f"[also: {names}]" in help_
 
 
 @pytest.mark.parametrize(
@@ -48,6 +66,8 @@ def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
         (["--frequency-penalty", "inf"], "'--frequency-penalty': inf is not a finite number"),
         (["--seed", "-1"], "'--seed': -1 is not a whole number from 0 to 2^64 - 1 (cuplama"),
         (["--seed", str(2**64)], "'--seed': 18446744073709551616 is not"),
+        (["--max-tokens", "5", "--min-tokens", "6"], "--max-tokens 5 is less than --min-tokens 6 (cuplama"),
+        (["--repetition-penalty", "0"], "'--repeat-penalty': 0.0 is not a number > 0"),
         (["--stop", ""], "'--stop': the text is empty"),
         (["--logit-bias", "5"], "must look like 42=-1.5"),
         (["--logit-bias", "5=nan"], "must look like 42=-1.5"),
@@ -57,10 +77,12 @@ def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
         (["--json", "--logprobs", "99"], "'--logprobs': 99 is not a whole number from 0 to 64 (cuplama"),
         (["--device", "tpu"], "'tpu' is not one of"),
         (["--dtype", "int8"], "'int8' is not one of"),
-        (["--context", "0"], "'--context': 0 is not in the range"),
+        (["--context", "0"], "'-c' / '--context': 0 is not in the range"),
         (["--context", "81"], "context 81 is more than the 80 positions"),
         (["--frobnicate"], "No such option"),
         (["extra"], "unexpected extra argument"),
+        (["-p", "extra"], "the prompt is given twice, by PROMPT and -p (cuplama"),
+        (["--echo", "--json"], "--echo does not go with --json (cuplama"),
     ],
 )
 def test_wrong_options(args: list[str], words: str, fails: Fails) -> None:
@@ -78,6 +100,9 @@ def test_a_wrong_option_costs_no_loading(fails: Fails, tmp_path: Path, monkeypat
     (tmp_path / "text").write_text("To be or not to be")
     for command in (("generate", "x"), ("chat",)):
         assert "'--top-p'" in fails(*command, "-m", CHARS, "--top-p", "2")
+    contradiction = ("--max-tokens", "5", "--min-tokens", "6")
+    assert "less than --min-tokens" in fails("generate", "x", "-m", CHARS, *contradiction)
+    assert "Missing argument 'PROMPT'" in fails("generate", "-m", CHARS)
     assert "--stride = 9" in fails("perplexity", str(tmp_path / "text"), "-m", CHARS, "--window", "9", "--stride", "9")
 
 
@@ -87,9 +112,13 @@ def test_a_wrong_option_costs_no_loading(fails: Fails, tmp_path: Path, monkeypat
 LOAD: list[tuple[str, str, Any]] = [
     ("--device numpy", "device", "numpy"),
     ("--device cuda", "device", "cuda"),
+    ("--device cpu", "device", "numpy"),
+    ("--device gpu", "device", "cuda"),
     ("--dtype float16", "dtype", "float16"),
     ("--dtype bf16", "dtype", "bf16"),
     ("--context 33", "context", 33),
+    ("-c 33", "context", 33),
+    ("--ctx-size 33", "context", 33),
     ("--offline", "offline", True),
 ]
 LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "offline": False}
@@ -98,17 +127,23 @@ SAMPLING: list[tuple[str, str, Any]] = [
     ("-n 7", "max_tokens", 7),
     ("--max-tokens 7", "max_tokens", 7),
     ("-n -1", "max_tokens", None),
+    ("--n-predict 7", "max_tokens", 7),
+    ("--predict -1", "max_tokens", None),
+    ("--max-new-tokens 7", "max_tokens", 7),
     ("--temp 0.5", "temperature", 0.5),
     ("--temperature 0.5", "temperature", 0.5),
     ("--top-k 9", "top_k", 9),
     ("--top-p 0.25", "top_p", 0.25),
     ("--min-p 0.125", "min_p", 0.125),
     ("--repeat-penalty 1.5", "repetition_penalty", 1.5),
+    ("--repetition-penalty 1.5", "repetition_penalty", 1.5),
     ("--presence-penalty -0.5", "presence_penalty", -0.5),
     ("--frequency-penalty 0.75", "frequency_penalty", 0.75),
     ("--logit-bias 5=1.5 --logit-bias 6=-inf", "logit_bias", {5: 1.5, 6: -math.inf}),
     ("--seed 11", "seed", 11),
+    ("-s 11", "seed", 11),
     ("--stop a --stop b", "stop", ("a", "b")),
+    ("--stop a -r b --reverse-prompt c", "stop", ("a", "b", "c")),
     ("--min-tokens 3", "min_tokens", 3),
     ("--ignore-eos", "ignore_eos", True),
 ]
@@ -121,7 +156,12 @@ class Recorder:
         self.model: Any = ...
         self.loaded: dict[str, Any] = {}
         self.prompt = ""
-        self.params: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}
+        self.context = 80
+        self.tokenizer = SimpleNamespace(chat_template=None)
+
+    def params(self, **given: Any) -> SamplingParams:
+        return SamplingParams(**given)
 
     def load(self, model: Any, **options: Any) -> Recorder:
         assert callable(options.pop("progress"))
@@ -135,12 +175,12 @@ class Recorder:
         pass
 
     def stream(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Stream:
-        self.prompt, self.params = prompt, params
+        self.prompt, self.given = prompt, params
         nothing: tuple[Delta, ...] = ()
         return Stream((delta for delta in nothing), Clock())
 
     def generate(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Completion:
-        self.prompt, self.params = prompt, params
+        self.prompt, self.given = prompt, params
         return Completion("", [], "length", None, Timings(1, 1.0, 0, 0.0))
 
 
@@ -150,10 +190,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr("cuplama.cli.running.load", found.load)
 
     def repl(model: Recorder, params: dict[str, Any], system: str | None, stats: Any) -> None:
-        model.params = {**params, "system": system, "stats": stats is not None}
+        model.given = {**params, "system": system, "stats": stats is not None}
 
     def score(model: Recorder, text: str, window: int, stride: int, progress: Any) -> Perplexity:
-        model.params = {"text": text, "window": window, "stride": stride}
+        model.given = {"text": text, "window": window, "stride": stride}
         return Perplexity(tokens=1, nats=1.0, squares=1.0, size=1)
 
     monkeypatch.setattr("cuplama.cli.repl.repl", repl)
@@ -184,25 +224,25 @@ def test_no_model_is_the_bundled_one(command: str, run: Run, recorder: Recorder)
 def test_options_that_reach_generate(option: str, name: str, value: Any, run: Run, recorder: Recorder) -> None:
     for json_ in ([], ["--json"]):
         assert run("generate", "Hi", *json_)[0] == 0
-        assert (recorder.prompt, recorder.params) == ("Hi", {})  # the model's own defaults are not overridden
+        assert (recorder.prompt, recorder.given) == ("Hi", {})  # the model's own defaults are not overridden
         assert run("generate", "Hi", *json_, *option.split())[0] == 0
-        assert (recorder.prompt, recorder.params) == ("Hi", {name: value})
+        assert (recorder.prompt, recorder.given) == ("Hi", {name: value})
 
 
 def test_logprobs_reach_generate(run: Run, recorder: Recorder) -> None:
     assert run("generate", "Hi", "--json", "--logprobs", "0")[0] == 0
-    assert recorder.params == {"logprobs": 0}
+    assert recorder.given == {"logprobs": 0}
 
 
 @pytest.mark.parametrize(("option", "name", "value"), SAMPLING)
 def test_options_that_reach_chat(option: str, name: str, value: Any, run: Run, recorder: Recorder) -> None:
     assert run("chat", *option.split())[0] == 0
-    assert recorder.params == {name: value, "system": None, "stats": False}
+    assert recorder.given == {name: value, "system": None, "stats": False}
 
 
 def test_system_message_and_stats_reach_chat(run: Run, recorder: Recorder) -> None:
     assert run("chat", "--system", "Be nice", "--stats")[0] == 0
-    assert recorder.params == {"system": "Be nice", "stats": True}
+    assert recorder.given == {"system": "Be nice", "stats": True}
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
@@ -225,7 +265,7 @@ def test_options_that_reach_perplexity(
 ) -> None:
     (tmp_path / "text").write_text("To be")
     assert run("perplexity", str(tmp_path / "text"), "-m", CHARS, *options.split())[0] == 0
-    assert recorder.params == {"text": "To be", "window": window, "stride": stride}
+    assert recorder.given == {"text": "To be", "window": window, "stride": stride}
 
 
 def test_offline_reaches_the_hub(run: Run, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 Fails = Callable[..., str]
 
 
-@pytest.mark.parametrize("args", ["generate First -n 4000 --context 5000 --temp 1.5 --ignore-eos", "graph"])
+@pytest.mark.parametrize("args", ["generate First -n 4000 --context 5000 --temp 1.5 --ignore-eos -q", "graph"])
 def test_a_closed_pipe_ends_quietly(args: str, talker: str) -> None:
     command, *rest = args.split()
     device = NUMPY if command == "generate" else ()
