@@ -20,7 +20,7 @@ __all__ = ["generate"]
 
 @click.command()
 @model_option()
-@prompt_options
+@prompt_options()
 @sampling_options
 @click.option(
     "--logprobs",
@@ -36,7 +36,7 @@ __all__ = ["generate"]
 def generate(
     prompt: str | None,
     prompt_option: str | None,
-    prompt_file: Path | None,
+    file_option: Path | None,
     model: str | None,
     offline: bool,
     device: str,
@@ -58,7 +58,7 @@ def generate(
     if echo and as_json:
         raise click.UsageError("--echo does not go with --json")
     params = given_params(sampling)
-    text = prompt_text(prompt, prompt_option, prompt_file)
+    text = prompt_text(prompt, prompt_option, file_option)
     with open_model(model, offline, device, dtype, context) as m:
         if as_json:
             with progress_bar("reading the prompt", "tokens") as progress:

@@ -10,21 +10,23 @@ import click
 from ..errors import ParameterError
 from ..lab.report import counted
 from .options import model_option, run_options
+from .prompt import file_options, file_text
 from .running import open_model
-from .streams import print_json, progress_bar, read_file
+from .streams import print_json, progress_bar
 
 __all__ = ["perplexity"]
 
 
-@click.command(short_help="How well a model predicts a text FILE, with the standard error.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.command(short_help="How well a model predicts the text of FILE, with the standard error.")
 @model_option()
+@file_options
 @click.option("--window", type=int, metavar="N", help="Tokens per window.  [default: the context, at most 1024]")
 @click.option("--stride", type=int, metavar="N", help="Tokens between windows.  [default: half a window]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @run_options
 def perplexity(
-    file: Path,
+    file: Path | None,
+    file_option: Path | None,
     model: str | None,
     offline: bool,
     device: str,
@@ -34,13 +36,16 @@ def perplexity(
     stride: int | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of a text FILE ("-": standard input), in nats, bits per byte and with its standard error."""
+    """Perplexity of a text FILE, in nats, bits per byte and with its standard error.
+
+    Without FILE, or with "-", the text is read from standard input.
+    """
     from ..hub import find_model
     from ..lab import perplexity as lab
     from ..loading import context_length
     from ..models.config import load_config
 
-    text = read_file(file)
+    text = file_text(file, file_option)
     folder = find_model(model, offline)
     limit = context_length(load_config(folder), context)
     try:

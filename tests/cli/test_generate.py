@@ -79,9 +79,9 @@ def test_where_the_prompt_comes_from(run: Run, tmp_path: Path) -> None:
 
 def test_prompts_that_are_given_twice_or_not_at_all(fails: Fails, tmp_path: Path) -> None:
     file = ("-f", str(tmp_path / "nothing"))
-    assert "given twice, by PROMPT and -f" in fails("generate", "First", *file)
-    assert "given twice, by -p and -f" in fails("generate", "-p", "First", *file)
-    assert "given twice, by PROMPT and -p and -f" in fails("generate", "", "-p", "", *file)
+    assert "given 2 times, by PROMPT and -f" in fails("generate", "First", *file)
+    assert "given 2 times, by -p and -f" in fails("generate", "-p", "First", *file)
+    assert "given 3 times, by PROMPT and -p and -f" in fails("generate", "", "-p", "", *file)
     assert "cannot read" in fails("generate", *file)
     assert "Missing argument 'PROMPT': give it, -p TEXT or -f FILE, or pipe it in" in fails("generate")
     assert "Missing argument 'PROMPT'" in fails("generate", stdin=b"\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import cuplama.cli.model_info  # before a test replaces what it imports
+from cuplama.cli import model_info
 from cuplama.cli.main import cli
 from cuplama.completion import Clock, Completion, Delta, Stream, Timings
 from cuplama.lab.dummy import Source
@@ -81,7 +81,7 @@ def test_help_tells_the_names_that_other_programs_have(run: Run) -> None:
         (["--context", "81"], "context 81 is more than the 80 positions"),
         (["--frobnicate"], "No such option"),
         (["extra"], "unexpected extra argument"),
-        (["-p", "extra"], "the prompt is given twice, by PROMPT and -p (cuplama"),
+        (["-p", "extra"], "the same is given 2 times, by PROMPT and -p; give it once (cuplama"),
         (["--echo", "--json"], "--echo does not go with --json (cuplama"),
     ],
 )
@@ -277,7 +277,7 @@ def test_offline_reaches_the_hub(run: Run, recorder: Recorder, tmp_path: Path, m
         return CHARS_FOLDER
 
     monkeypatch.setattr("cuplama.hub.find_model", find)
-    monkeypatch.setattr("cuplama.cli.model_info.find_model", find)
+    monkeypatch.setattr(model_info, "find_model", find)
     (tmp_path / "text").write_text("To be")
     for command in (["perplexity", str(tmp_path / "text")], ["info"], ["graph"], ["tokenize", "Hi"]):
         for offline in (False, True):
