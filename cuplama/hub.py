@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConfigError
 from .folders import data_folder
 
-__all__ = ["HUB_FILES", "find_model"]
+__all__ = ["HUB_FILES", "CachedModel", "cached_models", "find_model", "pull"]
 
 # The files of a repository that are fetched, as patterns of fnmatch: configs and tokenizer, chat templates, weights.
 # Other formats of the same weights (*.bin, original/*.pth, a consolidated.safetensors) would double the download.
@@ -53,3 +55,35 @@ def _download(repository: str, offline: bool) -> Path:
         raise ConfigError(f"{repository}: no such folder, and as a hub id: {reason}") from None
     except (HfHubHTTPError, HFValidationError, OSError) as e:
         raise ConfigError(f"{repository}: no such folder, and the hub says: {str(e).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model of the Hugging Face cache: its hub id, the folder of its newest revision, and its bytes on disk."""
+
+    repository: str
+    folder: Path
+    size: int
+
+
+def cached_models() -> list[CachedModel]:
+    """The models in the Hugging Face cache; other kinds of repositories are left out."""
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    found = []
+    for repository in repositories:
+        if repository.repo_type == "model" and repository.revisions:
+            newest = max(repository.revisions, key=lambda revision: revision.last_modified)
+            found.append(CachedModel(repository.repo_id, newest.snapshot_path, repository.size_on_disk))
+    return found
+
+
+def pull(repository: str, *, revision: str | None = None, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Download a repository, or bring it up to date. Returns its folder. Raises ConfigError."""
+    if not _HUB_ID.fullmatch(repository):
+        raise ConfigError(f"{repository!r:.200} is not a hub id of the form org/name")
+    return _download(repository, False)

@@ -16,12 +16,15 @@ from .. import __version__
 from ..errors import CuplamaError
 from .bench import bench
 from .chat import chat
+from .completion import completion
 from .doctor import doctor
 from .generate import generate
 from .graph import graph
 from .info import info
 from .kernels import kernels
+from .models import models
 from .perplexity import perplexity
+from .pull import pull
 from .tokenize import tokenize
 
 __all__ = ["cli", "main"]
@@ -35,7 +38,10 @@ def cli() -> None:
     """Run Llama-family language models: no PyTorch, no conversion, a GPU if there is one."""
 
 
-for _command in (bench, chat, doctor, generate, graph, info, kernels, perplexity, tokenize):
+_COMMANDS = (
+    bench, chat, completion, doctor, generate, graph, info, kernels, models, perplexity, pull, tokenize,
+)  # fmt: skip
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

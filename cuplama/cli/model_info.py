@@ -18,6 +18,7 @@ from ..models.checkpoint import INDEX, load_weights
 from ..models.config import ModelConfig, load_config, read_json
 from ..models.presets import find_shape, is_shape
 from ..text.tokenizer import Tokenizer
+from .streams import size_text
 
 __all__ = ["facts", "find_config", "view"]
 
@@ -85,8 +86,8 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The same for people: name -> a value or a list of values."""
     more = f" ({facts['default_context']} unless --context asks for more)"
     tied = " (head tied to the embedding)" if facts["head_tied"] else ""
-    size = f"{_size(facts['weight_bytes'])} as {', '.join(facts['weight_dtypes'])}{tied}"
-    per_token, context = _size(facts["cache_bytes_per_token"]), facts["default_context"]
+    size = f"{size_text(facts['weight_bytes'])} as {', '.join(facts['weight_dtypes'])}{tied}"
+    per_token, context = size_text(facts["cache_bytes_per_token"]), facts["default_context"]
     return {
         "folder": facts["folder"] or "none: the published shape of a known model",
         "architecture": facts["architecture"],
@@ -99,8 +100,8 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
         "vocabulary": facts["vocabulary"],
         "weights": size if facts["weights_found"] else f"none here; by the config {size}",
-        "memory by part": [f"{part.replace('_', '-')} {_size(n)}" for part, n in facts["bytes_by_part"].items()],
-        "KV cache": f"{per_token} per token, {_size(facts['cache_bytes'])} for {context} tokens",
+        "memory by part": [f"{part.replace('_', '-')} {size_text(n)}" for part, n in facts["bytes_by_part"].items()],
+        "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens",
         "stop tokens": [
             str(t["id"]) if t["text"] is None else f"{t['id']} {t['text']!r}" for t in facts["stop_tokens"]
         ],
@@ -129,11 +130,3 @@ def _stop_tokens(folder: Path | None, config: ModelConfig) -> list[dict[str, Any
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     ids = sorted(stop_tokens(config, read_json(path) if path.exists() else {}, tokenizer, path))
     return [{"id": i, "text": None if tokenizer is None else tokenizer.token_text(i)} for i in ids]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

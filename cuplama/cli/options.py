@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..sampling_params import SamplingParams
 from .names import DEVICE_WORDS, NamedOption, device_word
-from .streams import QUIET_KEY
+from .streams import QUIET_KEY, no_warnings
 
 __all__ = [
     "DEBUG",
@@ -51,9 +50,7 @@ OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 def _quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         context.meta[QUIET_KEY] = True
-        log = logging.getLogger("cuplama")
-        context.call_on_close(lambda level=log.level: log.setLevel(level))
-        log.setLevel(logging.ERROR)
+        context.with_resource(no_warnings())
 
 
 QUIET = click.option(

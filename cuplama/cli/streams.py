@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from ..errors import PromptError
 
 __all__ = [
     "QUIET_KEY",
+    "no_warnings",
     "notice",
     "print_json",
     "print_table",
@@ -23,6 +25,7 @@ __all__ = [
     "read_file",
     "read_text",
     "say",
+    "size_text",
     "without_line_end",
 ]
 
@@ -69,6 +72,18 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep what is less than an error out of the package's log for a while."""
+    log = logging.getLogger("cuplama")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _quiet() -> bool:
     context = click.get_current_context(silent=True)
     return context is not None and QUIET_KEY in context.meta
@@ -102,6 +117,15 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people, in units of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
 
 
 @contextmanager
