@@ -28,7 +28,8 @@ class Tokenizer:
 
     `vocab_size` counts added tokens too (largest id + 1). `bos` and `eos` are the ids that the folder names, or None.
     `chat_template` is the jinja2 source of the default template, or None. `special_ids` are the ids that
-    `decode(skip_special=True)` leaves out. `stages` are constructors of the decoder's stages, for a `Pipeline`.
+    `decode(skip_special=True)` leaves out. `kind` is what `tokenizers` calls the model ("BPE"). `stages` are
+    constructors of the decoder's stages, for a `Pipeline`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Tokenizer:
         self._chat_templates = dict(chat_templates or {})
         self.stages = decoder_stages(backend)
         self._pieces: dict[int, str | None] = {}
+        self.kind: str = type(backend.model).__name__
         added = backend.get_added_tokens_decoder()
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
