@@ -25,6 +25,7 @@ __all__ = [
     "read_file",
     "read_text",
     "say",
+    "say_progress",
     "size_text",
     "without_line_end",
 ]
@@ -89,10 +90,15 @@ def _quiet() -> bool:
     return context is not None and QUIET_KEY in context.meta
 
 
-def notice(text: str) -> None:
-    """Print a line on stderr that nobody has to heed, in the form of the log's; --quiet leaves it out."""
+def say_progress(text: str) -> None:
+    """Say how far long work has come; --quiet leaves it out."""
     if not _quiet():
-        say(f"cuplama: {text}")
+        say(text)
+
+
+def notice(text: str) -> None:
+    """Say what nobody has to heed, in the form of the log's lines; --quiet leaves it out."""
+    say_progress(f"cuplama: {text}")
 
 
 def print_json(facts: Mapping[str, Any] | Sequence[Any], indent: int | None = None) -> None:
