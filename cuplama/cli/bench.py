@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import DEBUG, DEVICE, QUIET, Decorator, dtype_option, options, picture_option
+from .options import DEBUG, DEVICE, QUIET, Decorator, complete_model, dtype_option, options, picture_option
 from .streams import say_progress
 
 __all__ = ["bench"]
@@ -51,6 +51,7 @@ _rows_options = options(
     "-m",
     "--model",
     metavar="MODEL",
+    shell_complete=complete_model,
     help="Folder, hub id, or with --dummy-weights a known shape such as llama-3.2-1b.  [default: the story model]",
 )
 @_rows_options

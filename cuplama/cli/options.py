@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..device import DEVICES
 from ..errors import ParameterError
@@ -23,6 +24,7 @@ __all__ = [
     "QUIET",
     "Decorator",
     "check_sampling",
+    "complete_model",
     "dtype_option",
     "given_params",
     "model_option",
@@ -74,10 +76,19 @@ def options(*decorators: Decorator) -> Decorator:
     return decorate
 
 
+def complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell completes after -m: folders, and the hub ids of the models that were downloaded."""
+    from ..hub import cached_models
+
+    names = sorted(model.repository for model in cached_models())
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return [*found, CompletionItem(incomplete, type="dir")]
+
+
 def model_option(also: str = "") -> Decorator:
     """``-m``. also: what the option takes beside a folder and a hub id."""
     text = f"Folder or hub id (org/name){also}.  [default: the bundled story model]"
-    return click.option("-m", "--model", metavar="MODEL", help=text)
+    return click.option("-m", "--model", metavar="MODEL", shell_complete=complete_model, help=text)
 
 
 def dtype_option(auto: str = "") -> Decorator:

@@ -75,14 +75,13 @@ def say(text: str) -> None:
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Keep what is less than an error out of the package's log for a while."""
-    log = logging.getLogger("cuplama")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Keep what is less than an error out of the log for a while, other libraries' warnings included."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
 
 
 def _quiet() -> bool:
