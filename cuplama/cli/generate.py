@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..completion import Completion, Stream
+from ..completion import Stream
 from ..model import Model
 from .options import check_sampling, given_params, model_option, run_options, sampling_options
 from .prompt import prompt_options, prompt_text
@@ -30,7 +30,7 @@ __all__ = ["generate"]
     help="With --json: log-probabilities, and those of the N best.",
 )
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the text, and what repeats the run.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr at the end.")
 @run_options
 def generate(
@@ -61,40 +61,49 @@ def generate(
     text = prompt_text(prompt, prompt_option, file_option)
     with open_model(model, offline, device, dtype, context) as m:
         if as_json:
-            with progress_bar("reading the prompt", "tokens") as progress:
-                completion = m.generate(text, progress=progress, **params)
-            print_json(_as_json(completion))
+            stream = _collect(m, text, params)
+            print_json(stream.completion.to_dict())
             if stats:
-                say(speed(completion.timings))
+                say(speed(stream.timings))
         else:
-            _stream(m, text, params, echo, stats)
+            _print(m, text, params, echo, stats)
 
 
-def _stream(model: Model, prompt: str, params: dict[str, Any], echo: bool, stats: bool) -> None:
+def _collect(model: Model, prompt: str, params: dict[str, Any]) -> Stream:
+    """Generate to the end, with progress."""
+    with progress_bar("reading the prompt", "tokens") as read, progress_bar("generating", "tokens") as generated:
+        stream = model.stream(prompt, progress=read, **params)
+        most = stream.completion.params.max_tokens or model.context
+        for count, _ in enumerate(stream, 1):
+            generated(count, most)
+    return stream
+
+
+def _print(model: Model, prompt: str, params: dict[str, Any], echo: bool, stats: bool) -> None:
     """Generate as text, and say on stderr what there is to say of it. Ctrl-C ends in KeyboardInterrupt."""
     with progress_bar("reading the prompt", "tokens") as progress:
         stream = model.stream(prompt, progress=progress, **params)  # refuses what it must before anything is printed
         if model.tokenizer.chat_template is not None:
             notice('this model has a chat template; cuplama chat "..." uses it')
         try:
-            finish_reason, generated = _show(prompt, stream, echo)
+            _show(prompt, stream, echo)
         finally:
             if stats:
                 say(speed(stream.timings))
-    cut = cut_notice(finish_reason, generated, model.params(**params).max_tokens, model.context)
+    done = stream.completion
+    cut = cut_notice(done.finish_reason, len(done.tokens), done.params.max_tokens, model.context)
     if cut is not None:
         notice(cut)
 
 
-def _show(prompt: str, stream: Stream, echo: bool) -> tuple[str | None, int]:
-    """Write the text as it comes, and a line break after it if it has none. Returns why it ended, and its tokens.
+def _show(prompt: str, stream: Stream, echo: bool) -> None:
+    """Write the text as it comes, and a line break after it if it has none.
 
     What is written when something fails or is interrupted is ended as a line as well; the message has its own.
     """
-    shown, generated, finish_reason = _show_prompt(prompt, echo), 0, None
+    shown = _show_prompt(prompt, echo)
     try:
         for delta in stream:
-            generated, finish_reason = generated + 1, delta.finish_reason
             if delta.text:
                 shown = delta.text
                 sys.stdout.write(shown)
@@ -104,7 +113,6 @@ def _show(prompt: str, stream: Stream, echo: bool) -> tuple[str | None, int]:
             _end_line(shown)
         raise
     _end_line(shown)
-    return finish_reason, generated
 
 
 def _show_prompt(prompt: str, echo: bool) -> str:
@@ -122,19 +130,3 @@ def _end_line(shown: str) -> None:
     if not shown.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()  # before whatever follows on stderr
-
-
-def _as_json(c: Completion) -> dict[str, Any]:
-    t = c.timings
-    found = {
-        "text": c.text,
-        "tokens": c.tokens,
-        "finish_reason": c.finish_reason,
-        "prompt_tokens": t.prompt_tokens,
-        "prompt_seconds": round(t.prompt_seconds, 6),
-        "decode_seconds": round(t.decode_seconds, 6),
-        "tokens_per_second": round(t.decode_rate, 2),
-    }
-    if c.logprobs is not None:
-        found["logprobs"] = [{"id": x.id, "logprob": x.logprob, "top": [list(p) for p in x.top]} for x in c.logprobs]
-    return found

@@ -23,10 +23,9 @@ def speed(t: Timings) -> str:
     The prompt's time ends with the first token drawn. That token is counted among the generated ones, as -n counts it,
     but the rate of generation is that of the tokens after it.
     """
-    generated = t.decode_tokens + (1 if t.prompt_seconds else 0)
     return (
         f"prompt: {counted(t.prompt_tokens, 'token')} in {t.prompt_seconds * 1e3:.1f} ms "
-        f"({t.prompt_rate:.0f} tokens/s), then {counted(generated, 'token')} in {t.decode_seconds:.2f} s "
+        f"({t.prompt_rate:.0f} tokens/s), then {counted(t.generated_tokens, 'token')} in {t.decode_seconds:.2f} s "
         f"({t.decode_rate:.1f} tokens/s after the first)"
     )
 

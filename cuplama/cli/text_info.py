@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ParameterError
-from ..model import stop_tokens
+from ..generation_config import sampling_defaults, stop_tokens
 from ..models.config import ModelConfig, read_json
-from ..sampling_params import sampling_defaults
 from ..text.tokenizer import Tokenizer
 
 __all__ = ["text_facts", "text_view"]

@@ -66,6 +66,10 @@ class Tokenizer:
         except TokenizerError as error:
             raise TokenizerError(f"{folder}: {error}") from error
 
+    def __repr__(self) -> str:
+        chat = "no chat template" if self.chat_template is None else "a chat template"
+        return f"<Tokenizer of {self.vocab_size} tokens: BOS {self.bos}, EOS {self.eos}, {chat}>"
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of `text`; special tokens written in the text become their ids.
 

@@ -58,7 +58,7 @@ def test_help_tells_the_names_that_other_programs_have(run: Run) -> None:
         (["--temp", "-1"], "'--temp' / '--temperature': -1.0 is not a number >= 0"),
         (["-n", "-5"], "'-n' / '--max-tokens': -5 is not a whole number >= 0, or -1: until the context is full"),
         (["-n", "1.5"], "'1.5' is not a valid integer"),
-        (["--top-k", "-1"], "'--top-k': -1 is not a whole number >= 0"),
+        (["--top-k", "-2"], "'--top-k': -2 is not a whole number >= 0"),
         (["--top-p", "2"], "'--top-p': 2.0 is not a number from 0 to 1"),
         (["--min-p", "-0.1"], "'--min-p': -0.1 is not a number from 0 to 1"),
         (["--min-tokens", "-1"], "'--min-tokens': -1 is not a whole number >= 0"),
@@ -160,9 +160,6 @@ class Recorder:
         self.context = 80
         self.tokenizer = SimpleNamespace(chat_template=None)
 
-    def params(self, **given: Any) -> SamplingParams:
-        return SamplingParams(**given)
-
     def load(self, model: Any, **options: Any) -> Recorder:
         assert callable(options.pop("progress"))
         self.model, self.loaded = model, options
@@ -177,11 +174,8 @@ class Recorder:
     def stream(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Stream:
         self.prompt, self.given = prompt, params
         nothing: tuple[Delta, ...] = ()
-        return Stream((delta for delta in nothing), Clock())
-
-    def generate(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Completion:
-        self.prompt, self.given = prompt, params
-        return Completion("", [], "length", None, Timings(1, 1.0, 0, 0.0))
+        completion = Completion("", [], "length", None, Timings(1, 1.0, 0, 0.0), params=SamplingParams(**params))
+        return Stream((delta for delta in nothing), Clock(), lambda: [completion])
 
 
 @pytest.fixture
