@@ -21,7 +21,9 @@ HUB_FILES = ("*.json", "*.jinja", "model*.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> Path:
+def find_model(
+    model: str | os.PathLike[str] | None, offline: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Path:
     """The folder of a model. model: a folder, a hub id ("org/name"), or None for the bundled story model.
 
     The bundled model's name stands for it, too, where no folder has that name.
@@ -70,6 +72,7 @@ class CachedModel:
     repository: str
     folder: Path
     size: int
+    last_used: float
 
 
 def cached_models() -> list[CachedModel]:
@@ -84,7 +87,9 @@ def cached_models() -> list[CachedModel]:
     for repository in repositories:
         if repository.repo_type == "model" and repository.revisions:
             newest = max(repository.revisions, key=lambda revision: revision.last_modified)
-            found.append(CachedModel(repository.repo_id, newest.snapshot_path, repository.size_on_disk))
+            found.append(
+                CachedModel(repository.repo_id, newest.snapshot_path, repository.size_on_disk, repository.last_accessed)
+            )
     return found
 
 

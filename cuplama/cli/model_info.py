@@ -12,13 +12,13 @@ from typing import Any
 
 from ..dtypes import DTYPES
 from ..engine.memory import cache_bytes, plan
-from ..hub import find_model
 from ..loading import DEFAULT_CONTEXT
 from ..models.checkpoint import INDEX, load_weights
 from ..models.config import ModelConfig, load_config
 from ..models.presets import find_shape, is_shape
 from ..ops.attention import HEAD_DIMS
 from ..ops.launch import Device
+from .running import find_folder
 from .streams import size_text
 from .text_info import text_facts, text_view
 
@@ -31,7 +31,7 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
     """A model's folder and config; no folder for the name of a known shape."""
     if model is not None and is_shape(model):
         return None, find_shape(model)[1]
-    folder = find_model(model, offline)
+    folder = find_folder(model, offline)
     return folder, load_config(folder)
 
 

@@ -11,7 +11,7 @@ from ..errors import ParameterError
 from ..lab.report import counted
 from .options import model_option, run_options
 from .prompt import file_options, file_text
-from .running import open_model
+from .running import find_folder, open_model
 from .streams import print_json, progress_bar
 
 __all__ = ["perplexity"]
@@ -40,19 +40,18 @@ def perplexity(
 
     Without FILE, or with "-", the text is read from standard input.
     """
-    from ..hub import find_model
     from ..lab import perplexity as lab
     from ..loading import context_length
     from ..models.config import load_config
 
     text = file_text(file, file_option)
-    folder = find_model(model, offline)
+    folder = find_folder(model, offline)
     limit = context_length(load_config(folder), context)
     try:
         window, stride = lab.window_and_stride(limit, window, stride)  # before the weights are loaded
     except ParameterError as e:
         raise click.UsageError(f"--{e}") from None  # its parameters have the options' names
-    with open_model(str(folder), offline, device, dtype, context) as m, progress_bar("scoring", "tokens") as progress:
+    with open_model(str(folder), True, device, dtype, context) as m, progress_bar("scoring", "tokens") as progress:
         result = lab.perplexity(m, text, window, stride, progress)
     if as_json:
         print_json(

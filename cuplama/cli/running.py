@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from .. import hub
 from ..completion import Timings
 from ..lab.report import counted
 from ..loading import load
 from ..model import Model
 from .streams import progress_bar
 
-__all__ = ["cut_notice", "open_model", "speed"]
+__all__ = ["cut_notice", "find_folder", "open_model", "speed"]
+
+
+def find_folder(model: str | None, offline: bool) -> Path:
+    """The folder of a model as the options name it; a download has a progress bar."""
+    with progress_bar("downloading", "B") as progress:
+        return hub.find_model(model, offline, progress)
 
 
 def open_model(model: str | None, offline: bool, device: str, dtype: str, context: int | None) -> Model:
-    """Load a model as the options say, with a progress bar."""
-    with progress_bar("loading", "B") as progress:
-        return load(model, device=device, dtype=dtype, context=context, offline=offline, progress=progress)
+    """Load a model as the options say, with a progress bar for each of its two parts: download and loading."""
+    find_folder(model, offline)
+    with progress_bar("loading", "B") as progress:  # offline: all that the hub has is here now
+        return load(model, device=device, dtype=dtype, context=context, offline=True, progress=progress)
 
 
 def speed(t: Timings) -> str:

@@ -9,6 +9,7 @@ import click
 from ..errors import ParameterError, PromptError
 from .options import DEBUG, OFFLINE, model_option
 from .prompt import prompt_options, prompt_text
+from .running import find_folder
 
 __all__ = ["tokenize"]
 
@@ -32,11 +33,10 @@ def tokenize(
     decode: bool,
 ) -> None:
     """The tokens of TEXT, one per line: id and text. Without TEXT, or with "-", it is read from standard input."""
-    from ..hub import find_model
     from ..text.tokenizer import Tokenizer
 
     text = prompt_text(prompt, prompt_option, file_option, "TEXT")
-    tokenizer = Tokenizer.load(find_model(model, offline))
+    tokenizer = Tokenizer.load(find_folder(model, offline))
     if decode:
         numbers = [_token_id(word) for word in text.replace(",", " ").split()]
         for n in numbers:

@@ -35,7 +35,7 @@ def strange(tmp_path: Path) -> Path:
 
 
 def test_models(run: Run, strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = [CachedModel("org/strange", strange, 1_234_567), CachedModel("Me/chars", CHARS_FOLDER, 999)]
+    cached = [CachedModel("org/strange", strange, 1_234_567, 0.0), CachedModel("Me/chars", CHARS_FOLDER, 999, 0.0)]
     monkeypatch.setattr(hub, "cached_models", lambda: cached)
     status, out, err = run("models")
     assert (status, err) == (0, "")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from cuplama.cli import model_info
 from cuplama.cli.main import cli
 from cuplama.completion import Clock, Completion, Delta, Stream, Timings
 from cuplama.lab.dummy import Source
@@ -119,9 +118,8 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
     ("--ctx-size 33", "context", 33),
-    ("--offline", "offline", True),
 ]
-LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "offline": False}
+LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "offline": True}
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
     ("-n 7", "max_tokens", 7),
@@ -263,20 +261,24 @@ def test_options_that_reach_perplexity(
 
 
 def test_offline_reaches_the_hub(run: Run, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the commands that look for the folder themselves."""
+    """A hub id is looked up once, with progress; a model is then loaded from what is here."""
     asked: list[tuple[str, bool]] = []
 
-    def find(model: str, offline: bool = False) -> Path:
+    def find(model: str, offline: bool, progress: Callable[[int, int], None]) -> Path:
+        progress(1, 2)
         asked.append((model, offline))
         return CHARS_FOLDER
 
     monkeypatch.setattr("cuplama.hub.find_model", find)
-    monkeypatch.setattr(model_info, "find_model", find)
     (tmp_path / "text").write_text("To be")
-    for command in (["perplexity", str(tmp_path / "text")], ["info"], ["graph"], ["tokenize", "Hi"]):
+    for command in (["generate", "Hi"], ["chat"], ["info"], ["graph"], ["tokenize", "Hi"]):
         for offline in (False, True):
             assert run(*command, "-m", "org/name", *(["--offline"] if offline else []))[0] == 0
-            assert asked.pop() == ("org/name", offline)
+            assert asked == [("org/name", offline)]
+            asked.clear()
+    assert recorder.loaded["offline"]
+    assert run("perplexity", str(tmp_path / "text"), "-m", "org/name", "--offline")[0] == 0
+    assert asked == [("org/name", True), (CHARS, True)]
 
 
 # An option of bench -> what of its call is then not the default.
