@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .options import DEBUG, OFFLINE, OR_A_SHAPE, model_option
+from .options import DEBUG, OFFLINE, OR_A_SHAPE, QUIET, model_option
 
 __all__ = ["graph"]
 
@@ -13,6 +13,7 @@ __all__ = ["graph"]
 @model_option(OR_A_SHAPE)
 @click.option("--fused", is_flag=True, help="The list that a decode step runs, with what each fused node stands for.")
 @OFFLINE
+@QUIET
 @DEBUG
 def graph(model: str | None, offline: bool, fused: bool) -> None:
     """The list of nodes that a model is, one line each.

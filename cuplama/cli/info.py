@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .options import DEBUG, OFFLINE, OR_A_SHAPE, model_option
+from .options import DEBUG, OFFLINE, OR_A_SHAPE, QUIET, model_option
 from .streams import print_json
 
 __all__ = ["info"]
@@ -14,6 +14,7 @@ __all__ = ["info"]
 @model_option(OR_A_SHAPE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @OFFLINE
+@QUIET
 @DEBUG
 def info(model: str | None, offline: bool, as_json: bool) -> None:
     """What a model is: parameters, memory, context, tokenizer, template, sampling defaults. Reads no weights."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import ParameterError, PromptError
-from .options import DEBUG, OFFLINE, model_option
+from .options import DEBUG, OFFLINE, QUIET, model_option
 from .prompt import prompt_options, prompt_text
 from .running import find_folder
 
@@ -21,6 +21,7 @@ __all__ = ["tokenize"]
 @click.option("--ids", is_flag=True, help="Print only the ids, on one line.")
 @click.option("--decode", is_flag=True, help="TEXT holds token ids; print the text they stand for.")
 @OFFLINE
+@QUIET
 @DEBUG
 def tokenize(
     prompt: str | None,
