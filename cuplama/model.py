@@ -9,10 +9,11 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 
+from .chat import ChatOptions, read_chat
 from .completion import Clock, Completion, Delta, Stream, Timings
 from .engine.engine import Engine
 from .engine.scheduler import Progress
@@ -172,16 +173,40 @@ class Model:
         clock = Clock()
         return Stream(self._deltas(self._start(prompt_list(prompt)[0], params), progress, clock), clock)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Completion:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion:
         """The assistant's answer to ``[{"role": "user", "content": "Hi"}, ...]``, by the model's own chat template.
 
-        Raises TokenizerError if the model has no template or the template refuses the messages.
-        """
-        return self.generate(self.tokenizer.apply_chat(messages), **params)
+        messages: dicts with a role and a content, text or a list of text parts. params, n, progress: as for
+        ``generate``. options: sampling parameters, and what reaches the template (tools, enable_thinking, ...), as
+        ChatOptions lists them. With continue_final_message the answer goes on from the last message, and its text is
+        the continuation alone.
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Stream:
+        Raises ParameterError for an option that neither is a sampling parameter nor is read by the template,
+        TokenizerError if the model has no template or the template refuses the messages, and what ``generate`` raises.
+        """
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return self.generate(ids, progress=progress, **sampling)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Stream:
         """Like chat, but yields a Delta per token."""
-        return self.stream(self.tokenizer.apply_chat(messages), **params)
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return self.stream(ids, progress=progress, **sampling)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> list[int]:
+        """The token ids of the prompt that chat makes of the same arguments. Raises what chat raises for them."""
+        return self.encode(read_chat(self.tokenizer, messages, options)[0])
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits after each token: [n, vocab] float32; no token is BOS alone. Raises PromptError."""

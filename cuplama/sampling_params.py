@@ -8,11 +8,31 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
 
 from .errors import ParameterError
 
-__all__ = ["PARAMETERS", "SamplingParams", "sampling_defaults", "unsupported_settings"]
+__all__ = ["PARAMETERS", "SamplingOptions", "SamplingParams", "sampling_defaults", "unsupported_settings"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams as keywords of ``generate`` and others, so that type checkers know them."""
+
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
 
 
 @dataclass(frozen=True)

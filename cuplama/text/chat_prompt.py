@@ -20,6 +20,7 @@ __all__ = [
     "chat_messages",
     "chat_values",
     "check_names",
+    "need_flag",
     "prompt_text",
 ]
 
@@ -49,8 +50,11 @@ class ChatTemplates:
     def choose(self, name: str | None = None, *, tools: bool = False) -> ChatTemplate:
         """The template called `name`; without a name `tool_use` where there are tools and it exists, or the default.
 
-        Raises TokenizerError if there is no such template, or if it does not compile.
+        Raises ParameterError for what is no name, and TokenizerError if there is no such template, or if it does not
+        compile.
         """
+        if name is not None and not isinstance(name, str):
+            raise ParameterError(f"chat_template = {name!r:.80}: it must be a template's name, or None")
         if name is None:
             name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
@@ -89,10 +93,10 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
     """
     check_names(given, template)
     values = {name: plain_data(value, name) for name, value in given.items()}
-    continued = values.setdefault("continue_final_message", False)
-    if values.get("add_generation_prompt") is None:
-        values["add_generation_prompt"] = not continued
-    elif values["add_generation_prompt"] and continued:
+    continued = need_flag("continue_final_message", values.get("continue_final_message", False))
+    begins = values.get("add_generation_prompt")
+    begins = not continued if begins is None else need_flag("add_generation_prompt", begins)
+    if begins and continued:
         raise ParameterError(
             "continue_final_message ends the prompt inside the last message; it excludes add_generation_prompt=True"
         )
@@ -102,7 +106,14 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
             raise TokenizerError(f"{name} must be a list of dicts, not {items!r:.80}")
         if items is not None and name not in template.reading.variables:
             _log.warning("the chat template does not read %s: the model will not see them", name)
-    return values
+    return {**values, "continue_final_message": continued, "add_generation_prompt": begins}
+
+
+def need_flag(name: str, value: Any) -> bool:
+    """The value of a switch. Raises ParameterError for anything but True and False."""
+    if not isinstance(value, bool):
+        raise ParameterError(f"{name} = {value!r:.80}: it must be True or False")
+    return value
 
 
 def chat_messages(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -58,21 +58,34 @@ class ControlTokens:
     def encode(self, text: str, disguise: Disguise) -> list[int]:
         """The ids of a rendered text whose strings were disguised; only what is not disguised is a control token.
 
-        Raises TokenizerError if the tokenizer's model has a control token for the plain characters, too.
+        Raises TokenizerError if the tokenizer makes control tokens of plain characters as well.
         """
         if self._plain is None:
             self._plain = _PlainTokenizer(self._backend, self._texts)
         found = self._backend.encode(text, add_special_tokens=False)
         parts, end = [], 0
         for id, (start, stop) in zip(found.ids, found.offsets, strict=True):
-            if self._is_written(id, text[start:stop]):
-                parts += [disguise.reveal(text[end:start]), self._plain.stand_ins[id]]
+            written = text[start:stop]  # with the blanks that some tokens swallow
+            if self._is_written(id, written):
+                stand_in = self._plain.stand_ins[id]
+                parts += [disguise.reveal(text[end:start]), written.replace(self._texts[id], stand_in)]
                 end = stop
-        return self._plain.encode("".join([*parts, disguise.reveal(text[end:])]))
+        ids = self._plain.encode("".join([*parts, disguise.reveal(text[end:])]))
+        if self._drawn(ids) != self._drawn(found.ids):  # as where the model has one among its own pieces
+            raise TokenizerError(
+                "this tokenizer cannot spell the control tokens in the messages as text; "
+                "special_text=True lets them be control tokens"
+            )
+        return ids
+
+    def _drawn(self, ids: Iterable[int]) -> list[int]:
+        """The control tokens among ids, but for the one that the model draws for what it has no token for."""
+        unknown = getattr(self._backend.model, "unk_token", None)
+        return [id for id in ids if self._texts.get(id, unknown) != unknown]
 
     def _is_written(self, id: int, text: str) -> bool:
-        """Whether a token of a text is a control token that the text spells: models also draw <unk> for other text."""
-        return id in self._texts and (self._texts[id] in text or self._texts[id] != _unknown(self._backend))
+        """Whether a token is a control token that its text spells: models also draw <unk> for other text."""
+        return id in self._texts and self._texts[id] in text
 
 
 class Disguise:
@@ -144,19 +157,10 @@ class _PlainTokenizer:
             ]
         )
         self._real = {self._plain.token_to_id(name): id for id, name in names.items() if name}
-        # A model may have a control token among its own pieces, and then gives it for plain characters.
-        self._forbidden = {
-            id: text for id, text in controls.items() if text != _unknown(backend) and id not in self._real
-        }
 
     def encode(self, text: str) -> list[int]:
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        for id in ids:
-            if id in self._forbidden:
-                raise TokenizerError(
-                    f"this tokenizer has no ids for {self._forbidden[id]!r} as text; "
-                    "special_text=True lets messages hold control tokens"
-                )
+        """The ids of a text with stand-ins."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return [self._real.get(id, id) for id in ids]
 
 
@@ -168,11 +172,6 @@ def private_characters(count: int, avoid: str) -> list[str]:
 
 def _escaped(character: str) -> str:
     return f"\\u{ord(character):04x}"
-
-
-def _unknown(backend: tokenizers.Tokenizer) -> str | None:
-    """The token that the model draws for what it has no token for."""
-    return getattr(backend.model, "unk_token", None)
 
 
 def _are_parts(items: list[Any]) -> bool:

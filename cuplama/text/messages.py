@@ -35,7 +35,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
             raise TokenizerError(f"{where} has no {field!r}")
     if not isinstance(message["role"], str):
         raise TokenizerError(f"{where}['role'] must be a string, not {message['role']!r:.80}")
-    content = message.get("content")
+    content: Any = message.get("content")
     if _is_list(content):
         for i, part in enumerate(content):
             _check_part(part, f"{where}['content'][{i}]")

@@ -106,6 +106,8 @@ class _Field:
         joined: list[nodes.Node] = []
         for sum_ in self._tree.find_all(nodes.Add):
             joined += [sum_.left, sum_.right]
-        for listed in self._tree.find_all((nodes.Concat, nodes.Output)):
-            joined += listed.nodes
+        for concatenation in self._tree.find_all(nodes.Concat):
+            joined += concatenation.nodes
+        for output in self._tree.find_all(nodes.Output):
+            joined += output.nodes
         return any(self._is_it(node) for node in joined)

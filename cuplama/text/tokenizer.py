@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError, TokenizerError
-from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, prompt_text
+from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, need_flag, prompt_text
 from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_folder
@@ -154,7 +154,8 @@ class Tokenizer:
         }
         values = chat_values(template, {**given, **variables})
         spoken = chat_messages(template, messages)
-        disguise = None if special_text else self._control.disguise([spoken, values], template.source)
+        literal = not need_flag("special_text", special_text)
+        disguise = self._control.disguise([spoken, values], template.source) if literal else None
         if disguise is None:
             return self.encode(prompt_text(template, spoken, {**self._special_tokens, **values}), bos=False)
         values = {**self._special_tokens, **disguise.hide(values)}

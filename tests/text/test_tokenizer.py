@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -425,6 +426,21 @@ def test_stop_strings_refuses_what_would_always_or_never_match() -> None:
     for stops in (["a", ""], "ab"):
         with pytest.raises(ValueError, match="stop strings must be"):
             StopStrings(stops)
+
+
+def test_hidden_text_counts_and_is_never_shown() -> None:
+    filter = StopStrings(["b<x>c", "<y>"])
+    pieces = [("ab", False), ("<x>", True), ("d", False), ("b", False), ("<x>", True)]
+    assert [filter.push(text, hidden=hidden) for text, hidden in pieces] == [
+        ("a", False),
+        ("", False),
+        ("bd", False),
+        ("", False),
+        ("", False),
+    ]
+    assert (copy.deepcopy(filter).push("c"), copy.deepcopy(filter).flush()) == (("", True), "b")
+    assert filter.push("<y>", hidden=True) == ("b", True)
+    assert filter.flush() == ""
 
 
 @given(
