@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cuplama import Model
 from cuplama.chat import ChatOptions
 from cuplama.errors import ParameterError, PromptError, TokenizerError
 from cuplama.sampling_params import PARAMETERS
+from tests.paths import ROOT
 from tests.tiny import CHARS, copy, load
 
 TEMPLATE = (
@@ -103,3 +105,13 @@ def test_a_folder_with_named_templates(tmp_path: Path) -> None:
         assert model.encode_chat(CHAT, chat_template="rag", template_args={"style": "x"}) == model.encode("r:x")
         with pytest.raises(ParameterError, match="style is neither"):
             model.encode_chat(CHAT, template_args={"style": "x"})
+
+
+def test_the_programs_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "chat.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 5
+    folder = copy(CHARS, tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ style }}:")
+    with load(folder) as model:
+        monkeypatch.setattr("cuplama.load", lambda name: model)
+        exec("\n".join(blocks), {})

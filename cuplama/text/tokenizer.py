@@ -8,11 +8,12 @@ itself, the file decides.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptError, TokenizerError
+from ..errors import CuplamaError, PromptError, TokenizerError
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, need_flag, prompt_text
 from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
@@ -71,9 +72,10 @@ class Tokenizer:
 
         With `bos`, the model's post-processor puts its tokens (BOS, for the models that have one) around the text,
         but never a second BOS before a text that already starts with it. Without, the ids are those of the text
-        alone. Raises PromptError for text that is not valid Unicode.
+        alone. Raises PromptError for text that is not valid Unicode, or that the vocabulary cannot spell.
         """
-        encoding = self._backend.encode(_unicode(text), add_special_tokens=bos)
+        with _encodable(text):
+            encoding = self._backend.encode(text, add_special_tokens=bos)
         ids: list[int] = encoding.ids
         # The mask is 1 only for what the post-processor added, so text that itself doubles a token is left alone.
         doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
@@ -159,7 +161,9 @@ class Tokenizer:
         if disguise is None:
             return self.encode(prompt_text(template, spoken, {**self._special_tokens, **values}), bos=False)
         values = {**self._special_tokens, **disguise.hide(values)}
-        return self._control.encode(_unicode(prompt_text(template, disguise.hide(spoken), values)), disguise)
+        text = prompt_text(template, disguise.hide(spoken), values)
+        with _encodable(text):
+            return self._control.encode(text, disguise)
 
     def spells_special(self, text: str) -> bool:
         """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""
@@ -194,11 +198,17 @@ class Tokenizer:
         return id
 
 
-def _unicode(text: str) -> str:
-    """The text, if it is valid Unicode. Raises PromptError."""
+@contextmanager
+def _encodable(text: str) -> Iterator[None]:
+    """Raises PromptError for text that is not valid Unicode, and for what goes wrong in a block that encodes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         char = text[error.start]
         raise PromptError(f"the text is not valid Unicode: {char!r} at character {error.start}") from None
-    return text
+    try:
+        yield
+    except CuplamaError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower: a character that has no token, and no <unk>
+        raise PromptError(f"the tokenizer has no ids for the text: {' '.join(str(error).split())}") from error

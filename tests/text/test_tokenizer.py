@@ -275,6 +275,12 @@ def test_text_that_is_not_unicode() -> None:
         tiny().encode("ab\udcff")
 
 
+def test_text_that_the_vocabulary_cannot_spell() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+    with pytest.raises(PromptError, match=r"has no ids for the text: WordLevel error: Missing \[UNK\] token"):
+        Tokenizer(backend).encode("b")
+
+
 def test_ids_without_a_token_decode_to_nothing() -> None:
     assert tiny().decode([262, 5000, -1, 260]) == "aa"
     assert stream(tiny(), [262, 5000, -1, 260]) == "aa"
