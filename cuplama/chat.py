@@ -48,7 +48,7 @@ def read_chat(
     options = dict(options)
     more = {} if (found := options.pop("template_args", None)) is None else found
     if not isinstance(more, Mapping) or not all(isinstance(name, str) for name in more):
-        raise ParameterError(f"template_args = {more!r:.80}: it must be a mapping of names to values")
+        raise ParameterError(f"template_args = {more!r:.80}: it must be a mapping of variables' names to values")
     sampling = {name: value for name, value in options.items() if name in PARAMETERS}
     chat = {**more, **{name: value for name, value in options.items() if name not in PARAMETERS}}
     tokenizer.check_variables(

@@ -9,7 +9,9 @@ from pathlib import Path
 from .errors import ConfigError
 from .folders import data_folder
 
-__all__ = ["HUB_FILES", "find_model"]
+__all__ = ["BUNDLED", "HUB_FILES", "find_model"]
+
+BUNDLED = "stories-7m"  # the name of the model that comes with the package
 
 # The files of a repository that are fetched, as patterns of fnmatch: configs and tokenizer, chat templates, weights.
 # Other formats of the same weights (*.bin, original/*.pth, a consolidated.safetensors) would double the download.
@@ -19,6 +21,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> Path:
     """The folder of a model. model: a folder, a hub id ("org/name"), or None for the bundled story model.
+
+    The bundled model's name stands for it, too, where no folder has that name.
 
     A hub repository is downloaded, or brought up to date, unless ``offline`` (or HF_HUB_OFFLINE) forbids it.
     Raises ConfigError naming what does not exist or cannot be reached.
@@ -32,6 +36,8 @@ def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> P
         exists = path.exists()
     except (OSError, RuntimeError) as e:  # no permission, a name too long, no such home folder
         raise ConfigError(f"cannot open {model!s:.80}: {getattr(e, 'strerror', None) or e}") from None
+    if model == BUNDLED and not exists:
+        return data_folder("weights")
     if exists:
         raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights")
     if not isinstance(model, str) or not _HUB_ID.fullmatch(model):

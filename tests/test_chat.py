@@ -12,7 +12,7 @@ import pytest
 from cuplama import Model
 from cuplama.chat import ChatOptions
 from cuplama.errors import ParameterError, PromptError, TokenizerError
-from cuplama.sampling_params import PARAMETERS
+from cuplama.sampling_params import PARAMETERS, SamplingParams
 from tests.paths import ROOT
 from tests.tiny import CHARS, copy, load
 
@@ -51,6 +51,18 @@ def test_what_reaches_the_template(model: Model, options: dict[str, Any], prompt
     assert "".join(delta.text for delta in model.stream_chat(CHAT, max_tokens=5, **options)) == wanted.text
 
 
+def test_chat_takes_what_generate_takes(model: Model) -> None:
+    params = SamplingParams(max_tokens=4, temperature=1.5, seed=3)
+    prompt = model.encode_chat(CHAT)
+    assert model.chat(CHAT, params).tokens == model.generate(prompt, params).tokens
+    assert model.chat(CHAT, params, seed=4).tokens == model.generate(prompt, params, seed=4).tokens
+    several = [completion.tokens for completion in model.generate(prompt, params, n=3)]
+    assert [completion.tokens for completion in model.chat(CHAT, params, n=3)] == several
+    with model.stream_chat(CHAT, params, n=3) as stream:
+        assert [delta.index for delta in stream].count(2) == 4
+    assert [completion.tokens for completion in stream.completions] == several
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -64,7 +76,7 @@ def test_what_reaches_the_template(model: Model, options: dict[str, Any], prompt
         ({"template_args": {"quux": 1}}, "quux is neither"),
         ({"template_args": {"special_text": 1, "template_args": {}}}, "template_args"),
         ({"template_args": ["style"]}, r"template_args = \['style'\]: it must be a mapping"),
-        ({"template_args": {1: 2}}, "it must be a mapping of names"),
+        ({"template_args": {1: 2}}, "it must be a mapping of variables' names"),
         ({"max_tokens": -1}, "max_tokens = -1"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import checked, flag, type_of
 from ..errors import ParameterError, TokenizerError
 from .chat_template import ChatTemplate, chat_template
 from .control_tokens import private_characters
@@ -20,7 +21,6 @@ __all__ = [
     "chat_messages",
     "chat_values",
     "check_names",
-    "need_flag",
     "prompt_text",
 ]
 
@@ -54,7 +54,9 @@ class ChatTemplates:
         compile.
         """
         if name is not None and not isinstance(name, str):
-            raise ParameterError(f"chat_template = {name!r:.80}: it must be a template's name, or None")
+            raise ParameterError(
+                f"chat_template = {name!r:.80} is {type_of(name)}; it must be a template's name, or None"
+            )
         if name is None:
             name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
@@ -93,9 +95,9 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
     """
     check_names(given, template)
     values = {name: plain_data(value, name) for name, value in given.items()}
-    continued = need_flag("continue_final_message", values.get("continue_final_message", False))
+    continued = checked("continue_final_message", values.get("continue_final_message", False), flag, "True or False")
     begins = values.get("add_generation_prompt")
-    begins = not continued if begins is None else need_flag("add_generation_prompt", begins)
+    begins = not continued if begins is None else checked("add_generation_prompt", begins, flag, "True or False")
     if begins and continued:
         raise ParameterError(
             "continue_final_message ends the prompt inside the last message; it excludes add_generation_prompt=True"
@@ -107,13 +109,6 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
         if items is not None and name not in template.reading.variables:
             _log.warning("the chat template does not read %s: the model will not see them", name)
     return {**values, "continue_final_message": continued, "add_generation_prompt": begins}
-
-
-def need_flag(name: str, value: Any) -> bool:
-    """The value of a switch. Raises ParameterError for anything but True and False."""
-    if not isinstance(value, bool):
-        raise ParameterError(f"{name} = {value!r:.80}: it must be True or False")
-    return value
 
 
 def chat_messages(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
-from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, need_flag, prompt_text
+from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, prompt_text
 from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_folder
@@ -66,6 +67,10 @@ class Tokenizer:
             return cls(files.backend, files.special_tokens, files.chat_templates)
         except TokenizerError as error:
             raise TokenizerError(f"{folder}: {error}") from error
+
+    def __repr__(self) -> str:
+        chat = "no chat template" if self.chat_template is None else "a chat template"
+        return f"<Tokenizer of {self.vocab_size} tokens: BOS {self.bos}, EOS {self.eos}, {chat}>"
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of `text`; special tokens written in the text become their ids.
@@ -156,7 +161,7 @@ class Tokenizer:
         }
         values = chat_values(template, {**given, **variables})
         spoken = chat_messages(template, messages)
-        literal = not need_flag("special_text", special_text)
+        literal = not checked("special_text", special_text, flag, "True or False")
         disguise = self._control.disguise([spoken, values], template.source) if literal else None
         if disguise is None:
             return self.encode(prompt_text(template, spoken, {**self._special_tokens, **values}), bos=False)
