@@ -13,7 +13,7 @@ from ..text.tokenizer import Tokenizer
 
 __all__ = ["text_facts", "text_view"]
 
-# What every chat passes to the template anyway: these variables tell nothing about it.
+# What every chat passes to the template anyway: that it reads these tells nothing about it.
 _ALWAYS = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token"})
 
 
@@ -36,7 +36,7 @@ def text_facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
             "eos": _token(tokenizer.eos, tokenizer),
         },
         "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
-        "template_variables": _variables(tokenizer),
+        "template_variables": [] if tokenizer is None else sorted(tokenizer.template_variables - _ALWAYS),
         "sampling_defaults": _sampling(generation_config, where),
         "stop_tokens": [_token(id, tokenizer) for id in sorted(stops)],
     }  # fmt: skip
@@ -71,11 +71,6 @@ def _shown(token: Mapping[str, Any] | None) -> str:
     if token is None:
         return "none"
     return str(token["id"]) if token["text"] is None else f"{token['id']} {token['text']!r}"
-
-
-def _variables(tokenizer: Tokenizer | None) -> list[str]:
-    """The variables that the chat template reads beyond the conversation itself."""
-    return sorted(getattr(tokenizer, "template_variables", frozenset()) - _ALWAYS)
 
 
 def _sampling(generation_config: Mapping[str, Any], where: Path | None) -> dict[str, Any]:

@@ -83,13 +83,17 @@ def test_info_shows_what_texts_meet(run: Run, tmp_path: Path) -> None:
     shown = dict(re.split("  +", line, maxsplit=1) for line in run("info", "-m", CHARS)[1].splitlines())
     assert shown["tokenizer"] == "WordLevel of 65 tokens, BOS none, EOS none"
     assert (shown["chat template"], shown["sampling defaults"]) == ("none", "greedy")
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{% if thinking %}...{% endif %}")
     settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": 3}
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     found = json.loads(run("info", "-m", str(tmp_path), "--json")[1])
+    assert found["template_variables"] == ["thinking"]
     assert (found["chat_template"], found["sampling_defaults"]) == (True, {"temperature": 0.6, "top_k": 20})
     shown = dict(re.split("  +", line, maxsplit=1) for line in run("info", "-m", str(tmp_path))[1].splitlines())
-    assert (shown["chat template"], shown["sampling defaults"]) == ("yes", "temperature 0.6, top_k 20")
+    assert (shown["chat template"], shown["sampling defaults"]) == (
+        "yes; it also reads thinking",
+        "temperature 0.6, top_k 20",
+    )
     assert shown["stop tokens"].startswith("3 ")
     assert "tokenizer " not in run("info", "-m", "llama-3.2-1b")[1]  # a shape has none
 
