@@ -29,7 +29,11 @@ from .tokenize import tokenize
 
 __all__ = ["cli", "main"]
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_new_tokens, as Python programs spell options
+}
 
 
 @click.group(context_settings=_SETTINGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from .options import DEBUG, QUIET
-from .streams import notice, print_json, print_table, size_text
+from .streams import notice, print_json, print_table, progress_bar, size_text
 
 __all__ = ["models"]
 
@@ -22,7 +22,12 @@ def models(as_json: bool) -> None:
     from ..hub import cached_models
     from .runnable import why_not
 
-    found = [(model, why_not(model.folder)) for model in sorted(cached_models(), key=lambda m: m.repository.lower())]
+    cached = sorted(cached_models(), key=lambda model: model.repository.lower())
+    found = []
+    with progress_bar("looking at", "models") as progress:
+        for model in cached:
+            found.append((model, why_not(model.folder)))
+            progress(len(found), len(cached))
     if as_json:
         print_json(
             [

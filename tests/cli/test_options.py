@@ -128,6 +128,8 @@ SAMPLING: list[tuple[str, str, Any]] = [
     ("--n-predict 7", "max_tokens", 7),
     ("--predict -1", "max_tokens", None),
     ("--max-new-tokens 7", "max_tokens", 7),
+    ("--max_new_tokens 7", "max_tokens", 7),
+    ("--top_k 9", "top_k", 9),
     ("--temp 0.5", "temperature", 0.5),
     ("--temperature 0.5", "temperature", 0.5),
     ("--top-k 9", "top_k", 9),
