@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import read_json
 from ..ops.signature import dim_value
 from .config_reader import ConfigReader, is_number
 from .family import NEUTRAL, Family, Recipe
@@ -122,21 +123,6 @@ class ModelConfig:
             parts = [tuple(dim_value(x, dims) for x in shape.split(",")) for shape, _ in recipe.parts]
             shapes[name] = (sum(p[0] for p in parts), *parts[0][1:])
         return shapes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except OSError as e:
-        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number too long, too deeply nested
-        raise ConfigError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
