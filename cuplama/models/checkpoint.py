@@ -81,7 +81,8 @@ def _assemble(
         if found is None:
             alternative = f" (nor {recipe.parts[0][1]})" if recipe.otherwise else ""
             untied = name in ("embed_tokens", "lm_head") and not recipe.otherwise
-            reason = ", and config.json says that head and embedding are not tied" if untied else ""
+            why = ", and config.json says that head and embedding are not tied (tie_word_embeddings is not true)"
+            reason = why if untied else ""
             raise CheckpointError(f"{folder}: tensor {tensor_name}{alternative} is missing{reason}")
         stored = shape[::-1] if recipe.transposed else shape
         if found.shape != stored:
