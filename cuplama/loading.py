@@ -51,7 +51,8 @@ def load(
 ) -> Model:
     """Load a model.
 
-    model: a folder in Hugging Face layout, a hub id ("org/name"), or None for the bundled story model.
+    model: a folder in Hugging Face layout, a hub id ("org/name", or "org/name@revision"), or None for the bundled story
+    model.
     device: "cuda", "numpy", or "auto": CUDA where it works, else NumPy with a notice on the ``cuplama`` logger.
     dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's on CUDA, float32 on NumPy.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
