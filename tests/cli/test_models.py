@@ -12,6 +12,7 @@ import pytest
 from cuplama import hub
 from cuplama.cli.runnable import why_not
 from cuplama.hub import CachedModel
+from tests.fake_hub import fake_hub
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
 
@@ -88,6 +89,27 @@ def test_pull(run: Run, strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert err.startswith("cuplama: org/strange does not run here: ")
     assert err.count("\n") == 1
     assert run("pull", "org/strange", "--quiet") == (0, out, "")
+
+
+def test_from_the_hub_to_a_text(run: Run, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was pulled is listed, completed by its name, and runs without the hub."""
+    generate = ("generate", "First", "--device", "numpy", "-n", "5", "-q", "-m")
+    with fake_hub(tmp_path, monkeypatch) as found:
+        found.add("me/chars", CHARS_FOLDER)
+        status, out, err = run("pull", "me/chars")
+        assert (status, err) == (0, "")
+        assert (Path(out.rstrip("\n")) / "config.json").exists()
+        assert run("pull", "me/chars") == (0, out, "")
+        assert [line.split()[0] for line in run("models")[1].splitlines()] == ["model", "me/chars"]
+        assert run("models")[1].rstrip().endswith("yes")
+        text = run(*generate, str(CHARS_FOLDER))
+        assert text[0] == 0
+        assert run(*generate, "me/chars") == text
+        asked = len(found.fetched)
+        assert run(*generate, "me/chars", "--offline") == text
+        assert json.loads(run(*generate, "me/chars", "--offline", "--json")[1])["model"] == "me/chars"
+        assert len(found.fetched) == asked
+        assert "no such repository on the hub" in fails("pull", "me/nothing")
 
 
 def test_what_is_no_hub_id_is_refused(fails: Fails) -> None:
