@@ -70,9 +70,9 @@ _template_options = options(
 )
 
 
-@click.command(short_help="Answer a PROMPT, or hold a conversation; needs a model with a chat template.")
+@click.command(short_help="Answer a QUESTION, or hold a conversation; needs a model with a chat template.")
 @model_option()
-@prompt_options
+@prompt_options("QUESTION")
 @sampling_options
 @_template_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
@@ -81,7 +81,7 @@ _template_options = options(
 def chat(
     prompt: str | None,
     prompt_option: str | None,
-    prompt_file: Path | None,
+    file_option: Path | None,
     model: str | None,
     offline: bool,
     device: str,
@@ -93,20 +93,21 @@ def chat(
     stats: bool,
     **more: Any,
 ) -> None:
-    """Answer a PROMPT, or hold a conversation in a terminal, where /help lists the commands.
+    """Answer a QUESTION, or hold a conversation in a terminal, where /help lists the commands.
 
-    The model must have a chat template. Without a PROMPT, what is piped in is the question: all of it is one. With a
-    PROMPT, standard input is not read.
+    The model must have a chat template. Without a QUESTION, what is piped in is the question: all of it is one. With a
+    QUESTION, standard input is not read.
 
     An answer may be as long as the context allows, unless -n is given. When a conversation no longer fits the context,
     its oldest turns are left out. Other sampling options that are not given come from the model's
     generation_config.json.
     """
-    given = any(x is not None for x in (prompt, prompt_option, prompt_file))
-    interactive = not given and sys.stdin is not None and sys.stdin.isatty()
+    question = None  # what is piped in is read when the model is there: nothing may come for a long time
+    if any(given is not None for given in (prompt, prompt_option, file_option)):
+        question = prompt_text(prompt, prompt_option, file_option, "QUESTION")
+    interactive = question is None and sys.stdin is not None and sys.stdin.isatty()
     if as_json and interactive:
-        raise click.UsageError("--json needs a PROMPT, -f FILE or a pipe")
-    question = prompt_text(prompt, prompt_option, prompt_file) if given else None  # a pipe is read when it is needed
+        raise click.UsageError("--json needs a QUESTION, -f FILE or a pipe")
     template = variables | {k: value for k in ("tools", "documents", "special_text") if (value := more.pop(k))}
     sampling = {"max_tokens": None, **given_params(more)}
     with open_model(model, offline, device, dtype, context) as m:

@@ -71,7 +71,7 @@ def test_what_cannot_be_answered_is_an_error(fails: Fails, args: tuple[str, ...]
     assert "the prompt has 63 tokens; the context has room for 39" in message
     assert "logit_bias: token id 9999 is out of range" in fails(*args, "--logit-bias", "9999=1")  # no question is there
     assert "no chat template" in fails("chat", "-m", CHARS, *NUMPY)
-    assert "the prompt is given twice" in fails("chat", "Hi", "-f", "question", "-m", "not loaded")
+    assert "given 2 times, by QUESTION and -f" in fails("chat", "Hi", "-f", "question", "-m", "not loaded")
 
 
 def test_chat_refuses_input_that_is_not_utf8(args: tuple[str, ...]) -> None:
@@ -104,7 +104,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused(fails: Fails, arg
 
 def test_json_needs_a_question_in_a_terminal(args: tuple[str, ...]) -> None:
     terminal = Terminal([*LAUNCHER, *args, "--json"], environment(TERM="dumb"))
-    terminal.until("cuplama: --json needs a PROMPT, -f FILE or a pipe")
+    terminal.until("cuplama: --json needs a QUESTION, -f FILE or a pipe")
     assert terminal.status() == 2
 
 
