@@ -45,8 +45,8 @@ class ChatSession:
     def ask(self, question: str, show: bool = True) -> Completion:
         """Answer a question, on stdout as it comes if it is to be shown, and keep both.
 
-        If Ctrl-C stops it, what was said so far is kept and finish_reason is None; KeyboardInterrupt means that nothing
-        was said. After a CuplamaError the conversation is what it was.
+        If Ctrl-C stops it, what was said so far is kept and finish_reason is None. Raises KeyboardInterrupt if nothing
+        was said, and CuplamaError for a question that cannot be answered: neither is kept.
         """
         ids, skipped = self.conversation.fit(question, self._encode, self._longest_prompt())
         with progress_bar("reading the prompt", "tokens") as progress:

@@ -38,7 +38,7 @@ def repl(session: ChatSession, name: str) -> None:
             if word in _COMMANDS and (not rest or word == "/system"):
                 _COMMANDS[word](session, rest.strip())
             else:
-                _hint(word)
+                _hint(text)
                 _ask(session, text.strip())
 
 
@@ -54,19 +54,23 @@ def _ask(session: ChatSession, question: str) -> None:
         say(f"cuplama: {e}")
 
 
-def _hint(word: str) -> None:
-    """Say so where text begins almost, or altogether, like a command: it is sent to the model all the same."""
-    if word.startswith("/") and (near := get_close_matches(word, [*_COMMANDS, *_LEAVE], 1, cutoff=0.75)):
+def _hint(text: str) -> None:
+    """Say so where a text is almost a command, or one without its slash: it is sent to the model all the same."""
+    names, word = [*_COMMANDS, *_LEAVE], text.partition(" ")[0]
+    near = get_close_matches(word if word.startswith("/") else f"/{text}", names, 1, cutoff=0.75)
+    if near and (word.startswith("/") or near[0] == f"/{text}"):
         usage = "/system TEXT" if near[0] == "/system" else near[0]
         notice(f"this is sent as a question; the command would be {usage}")
 
 
 def _clear(session: ChatSession, _: str) -> None:
     session.conversation.restart(session.conversation.system)
+    notice("the conversation is forgotten")
 
 
 def _system(session: ChatSession, text: str) -> None:
     session.conversation.restart(text or None)
+    notice(f"the conversation is forgotten, and there is {'a new' if text else 'no'} system message")
 
 
 def _undo(session: ChatSession, _: str) -> None:

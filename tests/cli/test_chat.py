@@ -51,6 +51,10 @@ def test_all_that_is_piped_in_is_one_question(run: Run, talker: str, args: tuple
     assert run(*args, stdin=b"one\n\n two\n")[1] == answer(talker, "u:one\n\n two") + "\n"
 
 
+def test_an_answer_of_no_tokens(run: Run, talker: str) -> None:
+    assert run("chat", "Hi", "-m", talker, *NUMPY, "-n", "0") == (0, "\n", "")
+
+
 @pytest.mark.parametrize(("given", "stdin"), [(("",), b"Hi"), ((" \n",), b"Hi"), ((), b" \n\n"), ((), b"")])
 def test_a_blank_question_is_refused(given: tuple[str, ...], stdin: bytes, fails: Fails, args: tuple[str, ...]) -> None:
     assert "the question is empty" in fails(*args, *given, stdin=stdin)

@@ -60,7 +60,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> S
 
 @pytest.mark.parametrize(
     "text",
-    ["Hi", "/no_think", "/think about it", "/etc/hosts", "/", "// a comment", "one\ntwo"],
+    ["Hi", "help me", "hlep", "/no_think", "/think about it", "/etc/hosts", "/", "// a comment", "one\ntwo"],
 )
 def test_what_is_not_a_command_is_a_question(text: str, say: Say) -> None:
     assert say(text) == ([text, "1"], "")
@@ -76,6 +76,7 @@ def test_a_command_behind_a_space_is_a_question(text: str, say: Say) -> None:
     [
         ("/hlep", "/help"),
         ("/hlep me", "/help"),
+        ("exit", "/exit"),
         ("/help me", "/help"),
         ("/clear the table", "/clear"),
         ("/exit now", "/exit"),
@@ -99,6 +100,9 @@ def test_help_names_every_command(say: Say) -> None:
 
 
 def test_clear_and_system(say: Say) -> None:
+    assert say("/clear")[1] == "cuplama: the conversation is forgotten\n"
+    assert say("/system terse")[1] == "cuplama: the conversation is forgotten, and there is a new system message\n"
+    assert say("/system")[1] == "cuplama: the conversation is forgotten, and there is no system message\n"
     assert say("Hi", "/clear", "there", session=Parrot("nice"))[0] == ["nice", "there", "2"]
     assert say("Hi", "/system be\nterse", "there", session=Parrot("nice"))[0] == ["be\nterse", "there", "2"]
     assert say("Hi", "/system", "there", session=Parrot("nice"))[0] == ["there", "2"]
