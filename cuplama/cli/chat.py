@@ -114,7 +114,7 @@ def chat(
         session = ChatSession(m, sampling, template, Conversation(system), stats)
         session.check()
         if interactive:
-            repl(session, model if model is not None and not Path(model).is_dir() else m.folder.resolve().name)
+            repl(session, Path(model or "").name or m.folder.resolve().name)
         else:
             _answer_once(session, read_text("-") if question is None else question, as_json)
 
