@@ -14,7 +14,7 @@ from .streams import say
 
 __all__ = ["line_history", "typed_texts"]
 
-_PASTE_SECONDS = 0.02  # lines of a paste follow each other within this time; nobody types a second line so fast
+_PASTE_SECONDS = 0.05  # lines of a paste follow each other within this time; nobody types a second line so fast
 
 
 def typed_texts() -> Iterator[str]:
