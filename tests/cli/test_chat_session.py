@@ -17,7 +17,7 @@ from cuplama.cli.conversation import Conversation
 from cuplama.errors import ContextError, ParameterError, TokenizerError
 from tests.tiny import CHARS, copy, load
 
-EIGHT = {"max_tokens": 8, "ignore_eos": True}
+EIGHT: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
