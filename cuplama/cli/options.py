@@ -172,7 +172,7 @@ sampling_options = options(
         "--max-tokens",
         type=int,
         metavar="N",
-        help="Tokens at most; -1: until the context is full.  [default: 512]",
+        help="Tokens at most; -1: until the context is full.  [default: 512; in chat: -1]",
         also=("--n-predict", "--predict", "--max-new-tokens"),
     ),
     _sampling("--temp", "--temperature", "temperature", type=float, metavar="T", help="0 is greedy."),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cuplama.cli.conversation import Conversation
 from cuplama.cli.main import cli
 from cuplama.completion import Clock, Completion, Delta, Stream, Timings
 from cuplama.lab.dummy import Source
@@ -148,6 +149,8 @@ SAMPLING: list[tuple[str, str, Any]] = [
     ("--ignore-eos", "ignore_eos", True),
 ]
 
+CHAT = {"system": None, "stats": False}  # what reaches a chat without any option
+
 
 class Recorder:
     """Stands for ``load`` and for the model that it returns; keeps what both are called with."""
@@ -183,14 +186,17 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
     monkeypatch.setattr("cuplama.cli.running.load", found.load)
 
-    def repl(model: Recorder, params: dict[str, Any], system: str | None, stats: Any) -> None:
-        model.given = {**params, "system": system, "stats": stats is not None}
+    def session(
+        model: Recorder, sampling: dict[str, Any], template: dict[str, Any], conversation: Conversation, stats: bool
+    ) -> SimpleNamespace:
+        model.given = {**sampling, **template, "system": conversation.system, "stats": stats}
+        return SimpleNamespace(check=lambda: None, ask=lambda question, show: SimpleNamespace(finish_reason="stop"))
 
     def score(model: Recorder, text: str, window: int, stride: int, progress: Any) -> Perplexity:
         model.given = {"text": text, "window": window, "stride": stride}
         return Perplexity(tokens=1, nats=1.0, squares=1.0, size=1)
 
-    monkeypatch.setattr("cuplama.cli.repl.repl", repl)
+    monkeypatch.setattr("cuplama.cli.chat.ChatSession", session)
     monkeypatch.setattr("cuplama.lab.perplexity.perplexity", score)
     return found
 
@@ -201,7 +207,7 @@ def test_options_that_reach_load(
     command: str, option: str, name: str, value: Any, run: Run, recorder: Recorder, tmp_path: Path
 ) -> None:
     (tmp_path / "text").write_text("To be")
-    argument = {"generate": ["Hi"], "perplexity": [str(tmp_path / "text")]}.get(command, [])
+    argument = [str(tmp_path / "text") if command == "perplexity" else "Hi"]
     assert run(command, *argument, "-m", CHARS)[0] == 0
     assert (recorder.model, recorder.loaded) == (CHARS, LOAD_DEFAULTS)
     assert run(command, *argument, "-m", CHARS, *option.split())[0] == 0
@@ -210,7 +216,7 @@ def test_options_that_reach_load(
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_no_model_is_the_bundled_one(command: str, run: Run, recorder: Recorder) -> None:
-    assert run(command, *(["Hi"] if command == "generate" else []))[0] == 0
+    assert run(command, "Hi")[0] == 0
     assert recorder.model is None
 
 
@@ -230,13 +236,51 @@ def test_logprobs_reach_generate(run: Run, recorder: Recorder) -> None:
 
 @pytest.mark.parametrize(("option", "name", "value"), SAMPLING)
 def test_options_that_reach_chat(option: str, name: str, value: Any, run: Run, recorder: Recorder) -> None:
-    assert run("chat", *option.split())[0] == 0
-    assert recorder.given == {name: value, "system": None, "stats": False}
+    assert run("chat", "Hi")[0] == 0
+    assert recorder.given == {**CHAT, "max_tokens": None}  # not the 512 of generate: as long as the context allows
+    assert run("chat", "Hi", *option.split())[0] == 0
+    assert recorder.given == {**CHAT, "max_tokens": None, name: value}
 
 
-def test_system_message_and_stats_reach_chat(run: Run, recorder: Recorder) -> None:
-    assert run("chat", "--system", "Be nice", "--stats")[0] == 0
-    assert recorder.given == {"system": "Be nice", "stats": True}
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("--system nice --stats", {"system": "nice", "stats": True}),
+        ("--template-arg enable_thinking=false", {"enable_thinking": False}),
+        ("--template-arg a=1 --template-arg b=high --template-arg c=", {"a": 1, "b": "high", "c": ""}),
+        ("--template-arg a=1=2", {"a": "1=2"}),
+        ('--template-arg a={"b":[null]}', {"a": {"b": [None]}}),
+        ("--special-text", {"special_text": True}),
+        ("--tools FILE --documents FILE", {"tools": [{"a": 1}], "documents": [{"a": 1}]}),
+    ],
+)
+def test_what_reaches_the_template_of_chat(
+    options: str, found: dict[str, Any], run: Run, recorder: Recorder, tmp_path: Path
+) -> None:
+    (tmp_path / "list.json").write_text('[{"a": 1}]')
+    assert run("chat", "Hi", *options.replace("FILE", str(tmp_path / "list.json")).split())[0] == 0
+    assert recorder.given == {**CHAT, "max_tokens": None, **found}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--template-arg thinking", "must look like enable_thinking=false"),
+        ("--template-arg =false", "must look like enable_thinking=false"),
+        ("--template-arg no-think=1", "must look like enable_thinking=false"),
+        ("--template-arg messages=[]", "messages is not a variable that can be set"),
+        ("--template-arg tools=[]", "tools is not a variable that can be set; see the other options"),
+        ("--tools FILE", "list.json is not JSON: Expecting"),
+        ("--documents FILE", "list.json is not JSON: Expecting"),
+        ("--tools OBJECT", "object.json must hold a JSON list of objects"),
+        ("--tools nowhere", "cannot read nowhere: No such file"),
+    ],
+)
+def test_wrong_options_of_chat(option: str, words: str, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[{")
+    (tmp_path / "object.json").write_text("{}")
+    option = option.replace("FILE", str(tmp_path / "list.json")).replace("OBJECT", str(tmp_path / "object.json"))
+    assert words in fails("chat", "Hi", "-m", "not loaded", *option.split())
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
@@ -273,7 +317,7 @@ def test_offline_reaches_the_hub(run: Run, recorder: Recorder, tmp_path: Path, m
 
     monkeypatch.setattr("cuplama.hub.find_model", find)
     (tmp_path / "text").write_text("To be")
-    for command in (["generate", "Hi"], ["chat"], ["info"], ["graph"], ["tokenize", "Hi"]):
+    for command in (["generate", "Hi"], ["chat", "Hi"], ["info"], ["graph"], ["tokenize", "Hi"]):
         for offline in (False, True):
             assert run(*command, "-m", "org/name", *(["--offline"] if offline else []))[0] == 0
             assert asked == [("org/name", offline)]
