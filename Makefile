@@ -8,7 +8,7 @@ PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
 .PHONY: demo test test-all mutate mutate-kernels check kernels format setup clean
 
 demo: $(VENV)/.runtime          ## set up, then print a story
-	$(BIN)/cuplama generate "Once upon a time" --stats
+	$(BIN)/cuplama generate "Once upon a time" --echo --stats
 
 test: $(VENV)/.dev              ## the fast tests: at most 4 minutes on two idle cores with nothing cached
 	$(PYTEST) -m "not slow and not gpu"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import NoReturn
+
+TYPE_CHECKING = False  # see cuplama/__init__.py
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 __all__ = ["main"]
 

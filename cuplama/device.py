@@ -101,13 +101,54 @@ def _open_numpy(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], 
     return backend
 
 
-def _free_memory() -> float:
-    """Bytes of host memory that can be had, or infinity where the system does not say."""
-    with contextlib.suppress(OSError, ValueError):  # Linux: the file cache can be given up, so "free" alone is too low
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
+def _free_memory(root: Path = Path("/")) -> float:
+    """Bytes of host memory that can be had, or infinity where the system does not say.
+
+    A container's limit counts as the machine's. root: where the system's files are.
+    """
+    return min(_machine_memory(root), *_group_memory(root))
+
+
+def _machine_memory(root: Path) -> float:
+    with contextlib.suppress(OSError, ValueError, KeyError):  # Linux: a file cache can be given up, "free" is too low
+        return 1024.0 * _numbers(root / "proc/meminfo")["MemAvailable:"]
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
         return float("inf")
+
+
+# Of version 2 and 1 of Linux's control groups: the controllers as /proc/self/cgroup names them, the folder under
+# /sys/fs/cgroup, the files of the limit and of what is used, and a prefix of names in memory.stat.
+_GROUPS = (
+    ("", ".", "memory.max", "memory.current", ""),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+
+
+def _group_memory(root: Path) -> list[float]:
+    """Bytes that the process's control group, and each above it, leaves free; infinity among them.
+
+    Inside a container the group is often seen as the root of the tree, or under a name that is not there.
+    """
+    found = [float("inf")]
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    for controllers, folder, limit, used, prefix in _GROUPS:
+        top = root / "sys/fs/cgroup" / folder
+        for name in (name for _, named, name in lines if controllers in named.split(",")):
+            group = top / name.strip("/")
+            inside = [group, *group.parents] if ".." not in group.parts else []
+            for place in {top, *(p for p in inside if p.is_relative_to(top))}:
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+                    stat = _numbers(place / "memory.stat")
+                    cache = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+                    taken = int((place / used).read_text()) - cache
+                    found.append(max(0.0, float(int((place / limit).read_text()) - taken)))
+    return found
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Name -> number of a file of the system that holds such lines."""
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines()) if len(words) > 1}

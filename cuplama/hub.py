@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import errno
+import glob
+import logging
 import os
 import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError
+from .files import read_json
 from .folders import data_folder
+from .models.checkpoint import INDEX
 
-__all__ = ["BUNDLED", "HUB_FILES", "find_model"]
+__all__ = [
+    "BUNDLED",
+    "HUB_FILES",
+    "CachedModel",
+    "DownloadProgress",
+    "cached_models",
+    "find_model",
+    "pull",
+    "weight_files",
+]
 
 BUNDLED = "stories-7m"  # the name of the model that comes with the package
 
-# The files of a repository that are fetched, as patterns of fnmatch: configs and tokenizer, chat templates, weights.
-# Other formats of the same weights (*.bin, original/*.pth, a consolidated.safetensors) would double the download.
-HUB_FILES = ("*.json", "*.jinja", "model*.safetensors")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_log = logging.getLogger("cuplama")
+DownloadProgress = Callable[[int, int], None]  # (bytes that are here, bytes in all)
+# The files of a repository that are fetched beside its weights. Other formats of the same weights (*.bin,
+# original/*.pth, a consolidated.safetensors) would double the download.
+HUB_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", INDEX,
+)  # fmt: skip
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
 
-def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> Path:
-    """The folder of a model. model: a folder, a hub id ("org/name"), or None for the bundled story model.
+@dataclass(frozen=True)
+class CachedModel:
+    """A repository in the hub's local cache.
+
+    repository: "org/name"; folder: its newest files; size: bytes of all its revisions; last_used: seconds since 1970.
+    """
+
+    repository: str
+    folder: Path
+    size: int
+    last_used: float
+
+
+def find_model(
+    model: str | os.PathLike[str] | None, offline: bool = False, progress: DownloadProgress | None = None
+) -> Path:
+    """The folder of a model.
+
+    model: a folder, a hub id ("org/name", or "org/name@revision" for a branch, tag or commit), or None for the bundled
+    story model. progress: as of ``pull``.
 
     The bundled model's name stands for it, too, where no folder has that name.
 
@@ -39,23 +82,164 @@ def find_model(model: str | os.PathLike[str] | None, offline: bool = False) -> P
     if model == BUNDLED and not exists:
         return data_folder("weights")
     if exists:
-        raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights")
-    if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
-        raise ConfigError(f"{str(model)!r:.200} does not exist, and is not a hub id of the form org/name")
-    return _download(model, offline)
+        raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights{_parent(path)}")
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link to {os.readlink(path)}, which leads nowhere")
+    parts = _HUB_ID.fullmatch(model) if isinstance(model, str) else None
+    if parts is None:
+        raise ConfigError(f"{str(model)!r:.200} does not exist, and is not a hub id of the form org/name[@revision]")
+    return _copy(parts[1], parts[2], offline, progress)
 
 
-def _download(repository: str, offline: bool) -> Path:
-    """The folder of a repository's files in the local cache. Raises ConfigError."""
+def _parent(path: Path) -> str:
+    """The hint that a file of a model folder is worth."""
+    return f": {path.parent}" if path.suffix in (".json", ".safetensors", ".jinja") else ""
+
+
+def pull(repository: str, *, revision: str | None = None, progress: DownloadProgress | None = None) -> Path:
+    """Download a hub repository, or bring it up to date: the folder of its files.
+
+    repository: "org/name"; revision: a branch, tag or commit; progress: called with (bytes that are here, bytes in
+    all), from the hub's threads; without it the hub's library shows bars of its own.
+    Raises ConfigError naming what does not exist or cannot be reached.
+    """
+    parts = _HUB_ID.fullmatch(repository)
+    if parts is None:
+        raise ConfigError(f"{repository!r:.200} is not a hub id of the form org/name[@revision]")
+    return _copy(parts[1], revision or parts[2], False, progress)
+
+
+def cached_models() -> list[CachedModel]:
+    """The models in the hub's local cache, by name. Repositories of other kinds, and broken ones, are left out."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    found = []
+    for r in repositories:
+        if r.repo_type == "model" and r.revisions:
+            newest = max(r.revisions, key=lambda v: ("main" in v.refs, v.last_modified))
+            found.append(CachedModel(r.repo_id, newest.snapshot_path, r.size_on_disk, r.last_accessed))
+    return sorted(found, key=lambda m: m.repository)
+
+
+def weight_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[str]:
+    """Which of a repository's files are its weights, as ``open_tensors`` will read them.
+
+    names: of all its files; index: the content of model.safetensors.index.json, where there is one.
+    """
+    names = set(names)
+    if "model.safetensors" in names:
+        return ["model.safetensors"]
+    if index is not None:
+        places = index.get("weight_map")
+        return sorted(n for n in names if n in places.values()) if isinstance(places, dict) else []
+    others = sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
+    return others if len(others) == 1 else []
+
+
+def _copy(repository: str, revision: str | None, offline: bool, progress: DownloadProgress | None) -> Path:
+    """The folder of a repository's files in the local cache, all of one commit. Raises ConfigError."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     offline = offline or constants.HF_HUB_OFFLINE
+    options: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "tqdm_class": _bars(lambda _: None)}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES), local_files_only=offline))
-    except LocalEntryNotFoundError:
-        offline_reason = "it is not in the local cache, and the hub is off limits (offline)"
-        reason = offline_reason if offline else "the hub cannot be reached"
-        raise ConfigError(f"{repository}: no such folder, and as a hub id: {reason}") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        raise ConfigError(f"{repository}: no such folder, and the hub says: {str(e).splitlines()[0]}") from None
+        # The hub says here which commit a branch means today; the cache notes it for later use without the hub.
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=offline, **options))
+        if not offline and _COMMIT.fullmatch(folder.name):  # a snapshot's folder has the name of its commit
+            _fetch_weights(repository, folder, progress)
+    except Exception as e:  # each version of the hub's library has its own errors for a connection that is lost
+        raise ConfigError(f"{repository}: {_reason(repository, revision, offline, e)}") from e
+    return folder
+
+
+def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | None) -> None:
+    """Complete a snapshot by the weights of the same commit."""
+    from huggingface_hub import model_info, snapshot_download
+
+    commit = folder.name
+    try:
+        siblings = model_info(repository, revision=commit, files_metadata=True).siblings or ()
+    except Exception:
+        if any(folder.glob("*.safetensors")):  # the hub is out of reach: what the cache has will do
+            return
+        raise
+    sizes = {file.rfilename: file.size or 0 for file in siblings}
+    weights = weight_files(sizes, read_json(folder / INDEX) if INDEX in sizes else None)
+    if not weights:
+        others = [name for name in sizes if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))]
+        _log.warning("%s has no safetensors that say how they belong%s", repository, _listed(others))
+        return
+    wanted = [n for n in sizes if n in weights or any(fnmatchcase(n, pattern) for pattern in HUB_FILES)]
+    total, here = sum(sizes[n] for n in wanted), sum(sizes[n] for n in wanted if (folder / n).exists())
+
+    def report(more: int) -> None:
+        if progress is not None:
+            progress(min(total, here + more), total)
+
+    options: dict[str, Any] = {} if progress is None else {"tqdm_class": _bars(report)}
+    report(0)
+    snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(n) for n in weights], **options)
+    report(total)
+
+
+def _listed(names: list[str]) -> str:
+    return f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} cannot be read" if names else ""
+
+
+def _bars(report: Callable[[int], None]) -> type[Any]:
+    """A class in place of the hub's progress bars that draws nothing and reports how many bytes have come.
+
+    Older versions of the hub's library give it no bytes: then only the start and the end are reported. Newer ones count
+    them twice, as they come and as they are written: the higher number counts.
+    """
+    from huggingface_hub.utils.tqdm import tqdm
+
+    lock = threading.Lock()
+    counts: dict[int, float] = {}
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.counts_bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:
+                self.n += n or 0
+                if self.counts_bytes:
+                    counts[id(self)] = self.n
+                    report(int(max(counts.values())))
+
+    return Bar
+
+
+def _reason(repository: str, revision: str | None, offline: bool, error: Exception) -> str:
+    """Why a repository could not be had, in words."""
+    from huggingface_hub import constants, errors
+
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    login = "log in with `hf auth login`"
+    if isinstance(error, ConfigError):
+        return said
+    if isinstance(error, errors.GatedRepoError):
+        return f"access is restricted: ask for it at {constants.ENDPOINT}/{repository}, then {login}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub has no revision {revision!r} of it"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such folder, and no such repository on the hub; if it is a private one, {login}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if offline:
+            return "no such folder, and as a hub id: it is not in the local cache, and the hub is off limits (offline)"
+        cause = error.__cause__
+        if not isinstance(cause, errors.HfHubHTTPError):
+            return "no such folder, and as a hub id: the hub cannot be reached"
+        said = str(cause).splitlines()[0]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        return f"the local cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}"
+    if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError)):
+        return f"no such folder, and the hub says: {said}"
+    return f"no such folder, and the hub cannot be reached: {said}"

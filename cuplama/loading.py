@@ -51,7 +51,8 @@ def load(
 ) -> Model:
     """Load a model.
 
-    model: a folder in Hugging Face layout, a hub id ("org/name"), or None for the bundled story model.
+    model: a folder in Hugging Face layout, a hub id ("org/name", or "org/name@revision"), or None for the bundled story
+    model.
     device: "cuda", "numpy", or "auto": CUDA where it works, else NumPy with a notice on the ``cuplama`` logger.
     dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's on CUDA, float32 on NumPy.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
@@ -70,8 +71,8 @@ def load(
     if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
         _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
     path = folder / "generation_config.json"
-    generation_config = read_json(path) if path.exists() else {}
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    generation_config = read_json(path) if os.path.lexists(path) else {}
+    tokenizer = Tokenizer.load(folder) if os.path.lexists(folder / "tokenizer.json") else None
     settings = Settings.read(folder, config, tokenizer, generation_config)
     weights = load_weights(folder, config)
     engine = start_engine(config, weights, device, dtype, length, tokens, progress)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Unpack, overload
 import numpy as np
 
 from .arguments import checked, shown, type_of, whole_number
+from .chat import ChatOptions, read_chat
 from .completion import Completion, Delta, Stream
 from .engine.engine import Engine
 from .engine.scheduler import Progress
@@ -225,17 +226,63 @@ class Model:
         generation = self._start(prompt, self.params(params, **options), n)
         return Stream(self._deltas(generation, progress), generation.clock, generation.completions)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Completion:
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[Completion]: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion | list[Completion]:
         """The assistant's answer to ``[{"role": "user", "content": "Hi"}, ...]``, by the model's own chat template.
 
-        Raises TokenizerError if the model has no template or the template refuses the messages.
-        """
-        answer: Completion = self.generate(self.tokenizer.apply_chat(messages), **params)
-        return answer
+        messages: dicts with a role and a content, text or a list of text parts. params, n, progress: as for generate.
+        options: sampling parameters, and what reaches the template (tools, enable_thinking, ...); ChatOptions lists
+        them. With continue_final_message the answer goes on from the last message, and its text is the continuation.
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Stream:
+        Raises ParameterError for an option that neither is a sampling parameter nor is read by the template,
+        TokenizerError if the model has no template or the template refuses the messages, and what generate raises.
+        """
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return self.generate(ids, params, n=n, progress=progress, **sampling)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Stream:
         """Like chat, but yields a Delta per token."""
-        return self.stream(self.tokenizer.apply_chat(messages), **params)
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return self.stream(ids, params, n=n, progress=progress, **sampling)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> list[int]:
+        """The token ids of the prompt that chat makes of the same options. Raises what chat raises for them."""
+        return self.encode(read_chat(self.tokenizer, messages, options)[0])
 
     def logits(self, prompt: Prompt) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits after each token of one prompt, text or ids: [n, vocab_size] float32. An empty one is BOS alone.

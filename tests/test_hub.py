@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from huggingface_hub.utils._paths import filter_repo_objects
 import cuplama
 from cuplama import Model
 from cuplama.errors import ConfigError
-from cuplama.hub import BUNDLED, HUB_FILES, find_model
+from cuplama.hub import BUNDLED, HUB_FILES, cached_models, find_model, pull, weight_files
+from cuplama.models.checkpoint import INDEX
+from tests.fake_hub import FakeHub, commit_of, fake_hub
 from tests.tiny import CHARS
 
 
@@ -71,24 +76,24 @@ def load_hub(name: str) -> Model:
     return cuplama.load(name, device="numpy", offline=False)
 
 
-# What repositories hold -> whether it is fetched.
+# What repositories hold -> whether it is fetched beside the weights.
 FILES = {
     "config.json": True,
     "generation_config.json": True,
     "tokenizer.json": True,
     "tokenizer_config.json": True,
     "special_tokens_map.json": True,
+    "added_tokens.json": True,
     "chat_template.jinja": True,
     "chat_template.json": True,
-    "model.safetensors": True,
-    "model-00001-of-00004.safetensors": True,
+    "additional_chat_templates/tool_use.jinja": True,
     "model.safetensors.index.json": True,
     "consolidated.safetensors": False,  # Mistral's own layout of the same weights
     "pytorch_model.bin": False,
-    "pytorch_model-00001-of-00002.bin": False,
+    "pytorch_model.bin.index.json": False,
     "original/consolidated.00.pth": False,
+    "original/config.json": False,
     "tf_model.h5": False,
-    "flax_model.msgpack": False,
     "onnx/model.onnx": False,
     "model-q4.gguf": False,
     "tokenizer.model": False,
@@ -109,3 +114,178 @@ def test_the_bundled_model_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert find_model(BUNDLED) == find_model(None)
     (tmp_path / BUNDLED).mkdir()
     assert find_model(BUNDLED) == Path(BUNDLED)
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def index(*shards: Any) -> dict[str, Any]:
+    return {"weight_map": {f"tensor {i}": shard for i, shard in enumerate(shards)}}
+
+
+@pytest.mark.parametrize(
+    ("names", "listed", "wanted"),
+    [
+        (["model.safetensors", "consolidated.safetensors"], None, ["model.safetensors"]),
+        (["model.safetensors", *SHARDS], index(*SHARDS), ["model.safetensors"]),  # as transformers reads it
+        ([*SHARDS, "model-00003-of-00003.safetensors"], index(SHARDS[1], *SHARDS), SHARDS),  # left over from others
+        (["weights/a.safetensors", "b.safetensors"], index("weights/a.safetensors"), ["weights/a.safetensors"]),
+        (SHARDS[:1], index(*SHARDS), SHARDS[:1]),  # loading will name the other
+        (["odd.safetensors", "onnx/x.safetensors", "pytorch_model.bin"], None, ["odd.safetensors"]),
+        (SHARDS, None, []),
+        (SHARDS, {"weight_map": None}, []),
+        (SHARDS, index(5, [1]), []),
+        ([], None, []),
+    ],
+)
+def test_the_weights_are_those_that_will_be_read(
+    names: list[str], listed: dict[str, Any] | None, wanted: list[str]
+) -> None:
+    assert weight_files(names, listed) == wanted
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with fake_hub(tmp_path / "cache", monkeypatch) as found:
+        yield found
+
+
+OTHER = {"README.md": b"#", "pytorch_model.bin": b"x", "consolidated.safetensors": b"x", "params.json": b"{}"}
+
+
+def test_a_download_from_a_hub(hub: FakeHub) -> None:
+    hub.add("org/model", CHARS, OTHER)
+    seen: list[tuple[int, int]] = []
+    folder = find_model("org/model", progress=lambda done, total: seen.append((done, total)))
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in folder.iterdir()} == set(hub.fetched) == names
+    total = sum((CHARS / name).stat().st_size for name in names)
+    assert seen == sorted(seen)
+    assert seen[0] == (total - (CHARS / "model.safetensors").stat().st_size, total)
+    assert seen[-1] == (total, total)
+    hub.fetched.clear()
+    with load_hub("org/model") as model:
+        assert model.folder == folder
+        assert model.generate("The", max_tokens=1).tokens
+    assert find_model("org/model", offline=True) == folder
+    assert hub.fetched == []
+
+
+def test_shards_by_the_index_and_one_commit(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch may move on between configs and weights: the rest is asked for by the commit that came first."""
+    content = dict.fromkeys((*SHARDS, "old.safetensors"), b"weights")
+    hub.add("org/sharded", content, {"config.json": b"{}", INDEX: json.dumps(index(*SHARDS)).encode()})
+    asked: list[str | None] = []
+    for name in ("snapshot_download", "model_info"):
+        real = getattr(huggingface_hub, name)
+
+        def noted(*args: Any, real: Any = real, **options: Any) -> Any:
+            asked.append(options["revision"])
+            return real(*args, **options)
+
+        monkeypatch.setattr(huggingface_hub, name, noted)
+    folder = pull("org/sharded")
+    assert {p.name for p in folder.glob("*.safetensors")} == set(SHARDS)
+    assert asked == [None, folder.name, folder.name] == [None, *[commit_of("main")] * 2]
+    assert hub.commits == {folder.name}
+
+
+def test_a_revision(hub: FakeHub) -> None:
+    hub.add("org/model", CHARS)
+    hub.add("org/model", CHARS, {"tokenizer_config.json": b"{}"}, revision="v2")
+    folders = [pull("org/model"), pull("org/model@v2"), find_model("org/model@v2"), pull("org/model", revision="v2")]
+    assert folders[1] == folders[2] == folders[3] != folders[0]
+    assert (folders[1] / "tokenizer_config.json").exists()
+    assert find_model("org/model@v2", offline=True) == folders[1]
+    assert find_model(f"org/model@{commit_of('main')}", offline=True) == folders[0]
+
+
+def test_a_hub_that_is_out_of_reach(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache has will do; without it, one line."""
+    hub.add("org/model", CHARS)
+    hub.add("org/other", CHARS)
+    folder = pull("org/model")
+
+    def lost(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("the line is\ncut")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", lost)
+    assert pull("org/model") == folder
+    with pytest.raises(ConfigError, match=r"org/other: no such folder, and the hub cannot be reached: the line is$"):
+        pull("org/other")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "org/gated",
+            r"org/gated: access is restricted: ask for it at http.*/org/gated, then log in with `hf auth login`",
+        ),
+        (
+            "org/nothing",
+            "no such folder, and no such repository on the hub; if it is a private one, log in with `hf auth",
+        ),
+        ("org/model@v9", "org/model: the hub has no revision 'v9' of it"),
+        ("org/broken", r"index\.json is not valid JSON"),
+    ],
+)
+def test_what_a_hub_refuses(name: str, words: str, hub: FakeHub) -> None:
+    hub.add("org/gated", CHARS)
+    hub.gated.add("org/gated")
+    hub.add("org/model", CHARS)
+    hub.add("org/broken", {"config.json": b"{}", INDEX: b"{"})
+    with pytest.raises(ConfigError, match=words) as caught:
+        find_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_repository_without_weights_that_can_be_read(hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
+    hub.add("org/old", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    assert {p.name for p in pull("org/old").iterdir()} == {"config.json"}
+    assert caplog.messages == ["org/old has no safetensors that say how they belong: pytorch_model.bin cannot be read"]
+
+
+def test_a_cache_that_cannot_be_written(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(
+        ConfigError, match=r"org/model: the local cache .*cache cannot be written: No space left on device"
+    ):
+        pull("org/model")
+
+
+def test_the_models_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
+    assert cached_models() == []
+    for name in ("org/b", "org/a"):
+        hub.add(name, CHARS)
+    hub.add("org/a", CHARS, {"tokenizer_config.json": b"{}"}, revision="v2")
+    before = time.time() - 60
+    folders = [pull("org/a"), pull("org/b")]
+    pull("org/a@v2")
+    (tmp_path / "cache" / "datasets--org--x").mkdir()
+    found = cached_models()
+    assert [(m.repository, m.folder) for m in found] == [("org/a", folders[0]), ("org/b", folders[1])]
+    assert found[1].size == sum(p.stat().st_size for p in folders[1].iterdir())
+    assert found[0].size == found[1].size + 2  # all revisions, and what they share once
+    assert all(before < m.last_used < before + 120 for m in found)
+
+
+def test_names_that_are_no_hub_ids() -> None:
+    for name in ("gpt2", "a/b/c", "org/model@", "", "../x/y"):
+        with pytest.raises(ConfigError, match=r"is not a hub id of the form org/name\[@revision\]"):
+            pull(name)
+
+
+def test_a_file_of_a_model_names_its_folder(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(ConfigError, match=f"{name} is a file; give the folder that holds .*weights: {tmp_path}$"):
+            find_model(tmp_path / name)
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("link", "loop"):
+        with pytest.raises(ConfigError, match=f"{name} is a link to .*, which leads nowhere"):
+            find_model(tmp_path / name)

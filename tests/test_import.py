@@ -74,7 +74,7 @@ def test_a_name_that_is_not_there() -> None:
     assert {"load", "Model", "__version__"} <= set(dir(cuplama))
 
 
-@pytest.mark.parametrize("module", ["cuplama.cli.main", "click", "numpy", "cuplama.sampling_params"])
+@pytest.mark.parametrize("module", ["typing", "cuplama.cli.main", "click", "numpy", "cuplama.sampling_params"])
 @pytest.mark.parametrize("argv", [["-m", "cuplama"], [str(ROOT / "cli.py")]])
 def test_an_interrupt_while_modules_are_imported_ends_quietly(tmp_path: Path, module: str, argv: list[str]) -> None:
     """The process sends itself Ctrl-C when it begins to look for the module."""

@@ -93,7 +93,7 @@ def test_the_installed_wheel_generates_text(installed: Path) -> None:
     code = (
         "import cuplama\n"
         "with cuplama.load(device='numpy') as model:\n"
-        "    print(model.generate('Once upon a time', max_tokens=12, temperature=0).text, end='')\n"
+        "    print(model.generate('Once upon a time', max_tokens=12, temperature=0).text)\n"
     )
     assert call([binaries / "python", "-c", code], elsewhere) == story
     assert "LlamaForCausalLM" in call([binaries / "cuplama", "info"], elsewhere)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .options import DEBUG, DEVICE, Decorator, dtype_option, options, picture_option
-from .streams import say
+from .options import DEBUG, DEVICE, QUIET, Decorator, complete_model, dtype_option, options, picture_option
+from .streams import say_progress
 
 __all__ = ["bench"]
 
@@ -51,6 +51,7 @@ _rows_options = options(
     "-m",
     "--model",
     metavar="MODEL",
+    shell_complete=complete_model,
     help="Folder, hub id, or with --dummy-weights a known shape such as llama-3.2-1b.  [default: the story model]",
 )
 @_rows_options
@@ -62,6 +63,7 @@ _rows_options = options(
 @dtype_option()
 @picture_option("Draw a picture as well.")
 @click.option("--no-cold-start", is_flag=True, help="Do not time a fresh process from its start to a token.")
+@QUIET
 @DEBUG
 def bench(
     model: str | None,
@@ -90,7 +92,7 @@ def bench(
         raise click.UsageError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
     wanted = trials(prompts, generated, depths, batches)
     source = Source(model, dummy_weights, device, dtype)
-    result = {"command": command(), **lab.run(source, wanted, repeats, not no_cold_start, say)}
+    result = {"command": command(), **lab.run(source, wanted, repeats, not no_cold_start, say_progress)}
     click.echo(lab.text(result, form), nl=False)
     if plot is not None:
         lab.plot(result, plot)

@@ -1,38 +1,129 @@
-"""``cuplama chat``: a conversation with a model that has a chat template. The loop itself is in ``repl``."""
+"""``cuplama chat``: a question for a model that has a chat template, or a conversation with it."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import given_params, model_option, run_options, sampling_options
-from .running import open_model, speed
+from ..errors import PromptError
+from ..text.tokenizer import Tokenizer
+from .chat_session import ChatSession
+from .conversation import Conversation
+from .options import given_params, model_option, options, run_options, sampling_options
+from .prompt import prompt_options, prompt_text
+from .repl import repl
+from .running import open_model
+from .streams import print_json, read_file, read_text
 
 __all__ = ["chat"]
 
 
-@click.command()
+def _variables(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE as variables of a template: VALUE is JSON where it can be, and text where it cannot."""
+    found: dict[str, Any] = {}
+    for given in values:
+        name, equals, value = given.partition("=")
+        if not (name.isidentifier() and equals):
+            raise click.BadParameter("must look like enable_thinking=false: a name and a value, which is JSON or text")
+        if name in inspect.signature(Tokenizer.apply_chat).parameters:
+            raise click.BadParameter(f"{name} is not a variable that can be set; see the other options")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _objects(_: click.Context, __: click.Parameter, file: Path | None) -> list[dict[str, Any]] | None:
+    """What a file with a JSON list of objects holds."""
+    if file is None:
+        return None
+    try:
+        found = json.loads(read_file(file))
+    except json.JSONDecodeError as e:
+        raise click.BadParameter(f"{file} is not JSON: {e}") from None
+    if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+        raise click.BadParameter(f"{file} must hold a JSON list of objects")
+    return found
+
+
+_FILE = click.Path(path_type=Path)
+# What a template is rendered with beside the questions.
+_template_options = options(
+    click.option("--system", metavar="TEXT", help="The system message."),
+    click.option(
+        "--template-arg",
+        "variables",
+        multiple=True,
+        callback=_variables,
+        metavar="NAME=VALUE",
+        help="A variable of the chat template, such as enable_thinking=false (repeatable).",
+    ),
+    click.option("--tools", type=_FILE, callback=_objects, metavar="FILE", help="A JSON list of tools the model has."),
+    click.option("--documents", type=_FILE, callback=_objects, metavar="FILE", help="A JSON list of documents."),
+    click.option("--special-text", is_flag=True, help="Special tokens written in a question are control tokens."),
+)
+
+
+@click.command(short_help="Answer a QUESTION, or hold a conversation; needs a model with a chat template.")
 @model_option()
+@prompt_options("QUESTION")
 @sampling_options
-@click.option("--system", metavar="TEXT", help="The system message.")
+@_template_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr after each answer.")
 @run_options
 def chat(
+    prompt: str | None,
+    prompt_option: str | None,
+    file_option: Path | None,
     model: str | None,
     offline: bool,
     device: str,
     dtype: str,
     context: int | None,
     system: str | None,
+    variables: dict[str, Any],
+    as_json: bool,
     stats: bool,
-    **sampling: Any,
+    **more: Any,
 ) -> None:
-    """Talk to a model that has a chat template. /help lists the commands.
+    """Answer a QUESTION, or hold a conversation in a terminal, where /help lists the commands.
 
-    Sampling options that are not given come from the model's generation_config.json.
+    The model must have a chat template. Without a QUESTION, what is piped in is the question: all of it is one. With a
+    QUESTION, standard input is not read.
+
+    An answer may be as long as the context allows, unless -n is given. When a conversation no longer fits the context,
+    its oldest turns are left out. Other sampling options that are not given come from the model's
+    generation_config.json.
     """
-    from .repl import repl
-
+    question = None  # what is piped in is read when the model is there: nothing may come for a long time
+    if any(given is not None for given in (prompt, prompt_option, file_option)):
+        question = prompt_text(prompt, prompt_option, file_option, "QUESTION")
+    interactive = question is None and sys.stdin is not None and sys.stdin.isatty()
+    if as_json and interactive:
+        raise click.UsageError("--json needs a QUESTION, -f FILE or a pipe")
+    template = variables | {k: value for k in ("tools", "documents", "special_text") if (value := more.pop(k))}
+    sampling = {"max_tokens": None, **given_params(more)}
     with open_model(model, offline, device, dtype, context) as m:
-        repl(m, given_params(sampling), system, speed if stats else None)
+        session = ChatSession(m, sampling, template, Conversation(system), stats)
+        session.check()
+        if interactive:
+            repl(session, Path(model or "").name or m.folder.resolve().name)
+        else:
+            _answer_once(session, read_text("-") if question is None else question, as_json)
+
+
+def _answer_once(session: ChatSession, question: str, as_json: bool) -> None:
+    if not question.strip():
+        raise PromptError("the question is empty")
+    answer = session.ask(question, show=not as_json)
+    if answer.finish_reason is None:
+        raise KeyboardInterrupt
+    if as_json:
+        print_json({**answer.to_dict(), "messages": session.conversation.messages()})

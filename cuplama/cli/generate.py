@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ..completion import Completion, Stream
+from ..completion import Stream
+from ..model import Model
 from .options import check_sampling, given_params, model_option, run_options, sampling_options
-from .running import open_model, speed
-from .streams import print_json, progress_bar, read_text
+from .prompt import prompt_options, prompt_text
+from .running import cut_notice, open_model, speed
+from .streams import notice, print_json, progress_bar, say
 
 __all__ = ["generate"]
 
 
 @click.command()
-@click.argument("prompt")
 @model_option()
+@prompt_options()
 @sampling_options
 @click.option(
     "--logprobs",
@@ -26,77 +29,104 @@ __all__ = ["generate"]
     metavar="N",
     help="With --json: log-probabilities, and those of the N best.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
+@click.option("--echo", is_flag=True, help="Print the prompt before the text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the text, and what repeats the run.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr at the end.")
 @run_options
 def generate(
-    prompt: str,
+    prompt: str | None,
+    prompt_option: str | None,
+    file_option: Path | None,
     model: str | None,
     offline: bool,
     device: str,
     dtype: str,
     context: int | None,
+    echo: bool,
     as_json: bool,
     stats: bool,
     **sampling: Any,
 ) -> None:
-    """Continue PROMPT. "-" reads the prompt from standard input.
+    """Continue PROMPT. Without one, or with "-", it is read from standard input.
 
-    The text is streamed to stdout. In a terminal the prompt is shown before it.
+    The text is streamed to stdout and ends with a line break. In a terminal the prompt is shown before it.
 
     Sampling options that are not given come from the model's generation_config.json.
     """
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
-    text = read_text(prompt)
-    interrupted = False
+    if echo and as_json:
+        raise click.UsageError("--echo does not go with --json")
+    params = given_params(sampling)
+    text = prompt_text(prompt, prompt_option, file_option)
     with open_model(model, offline, device, dtype, context) as m:
-        params = given_params(sampling)
-        with progress_bar("reading the prompt", "tokens") as progress:
-            if as_json:
-                completion = m.generate(text, progress=progress, **params)
-                print_json(_as_json(completion))
-                timings = completion.timings
-            else:
-                stream = m.stream(text, progress=progress, **params)  # refuses what it must before the prompt is shown
-                try:
-                    _show(text, stream)
-                except KeyboardInterrupt:
-                    interrupted = True
-                timings = stream.timings
-        if stats:
-            # A text that goes to a file or a pipe ends without a line break; both may end up on one screen.
-            on_a_new_line = as_json or sys.stdout.isatty()
-            click.echo(("" if on_a_new_line else "\n") + speed(timings), err=True)
-    if interrupted:
-        raise KeyboardInterrupt
+        if as_json:
+            stream = _collect(m, text, params)
+            print_json(stream.completion.to_dict())
+            if stats:
+                say(speed(stream.timings))
+        else:
+            _print(m, text, params, echo, stats)
 
 
-def _show(prompt: str, stream: Stream) -> None:
-    """Write the text as it comes; in a terminal after the prompt and with a line break at the end."""
-    if sys.stderr.isatty() and sys.stdout.isatty():
-        click.secho(prompt, err=True, nl=False, dim=True)
+def _collect(model: Model, prompt: str, params: dict[str, Any]) -> Stream:
+    """Generate to the end, with progress."""
+    with progress_bar("reading the prompt", "tokens") as read, progress_bar("generating", "tokens") as generated:
+        stream = model.stream(prompt, progress=read, **params)
+        most = stream.completion.params.max_tokens or model.context
+        for count, _ in enumerate(stream, 1):
+            generated(count, most)
+    return stream
+
+
+def _print(model: Model, prompt: str, params: dict[str, Any], echo: bool, stats: bool) -> None:
+    """Generate as text, and say on stderr what there is to say of it. Ctrl-C ends in KeyboardInterrupt."""
+    with progress_bar("reading the prompt", "tokens") as progress:
+        stream = model.stream(prompt, progress=progress, **params)  # refuses what it must before anything is printed
+        if model.tokenizer.chat_template is not None:
+            notice('this model has a chat template; cuplama chat "..." uses it')
+        try:
+            _show(prompt, stream, echo)
+        finally:
+            if stats:
+                say(speed(stream.timings))
+    done = stream.completion
+    cut = cut_notice(done.finish_reason, len(done.tokens), done.params.max_tokens, model.context)
+    if cut is not None:
+        notice(cut)
+
+
+def _show(prompt: str, stream: Stream, echo: bool) -> None:
+    """Write the text as it comes, and a line break after it if it has none.
+
+    What is written when something fails or is interrupted is ended as a line as well; the message has its own.
+    """
+    shown = _show_prompt(prompt, echo)
     try:
         for delta in stream:
             if delta.text:
-                sys.stdout.write(delta.text)
+                shown = delta.text
+                sys.stdout.write(shown)
                 sys.stdout.flush()
-    finally:
-        if sys.stdout.isatty():
-            sys.stdout.write("\n")
+    except BaseException:
+        if shown:
+            _end_line(shown)
+        raise
+    _end_line(shown)
 
 
-def _as_json(c: Completion) -> dict[str, Any]:
-    t = c.timings
-    found: dict[str, Any] = {
-        "text": c.text,
-        "tokens": c.tokens,
-        "finish_reason": c.finish_reason,
-        "prompt_tokens": t.prompt_tokens,
-        "prompt_seconds": round(t.prompt_seconds, 6),
-        "decode_seconds": round(t.decode_seconds, 6),
-        "tokens_per_second": round(t.decode_rate, 2),
-    }
-    if c.logprobs is not None:
-        found["logprobs"] = [{"id": x.id, "logprob": x.logprob, "top": [list(p) for p in x.top]} for x in c.logprobs]
-    return found
+def _show_prompt(prompt: str, echo: bool) -> str:
+    """Show the prompt: on stdout if it is asked for, and else to those who see both streams. Returns what was shown."""
+    if echo:
+        sys.stdout.write(prompt)
+    elif sys.stderr.isatty() and sys.stdout.isatty():
+        click.secho(prompt, err=True, nl=False, dim=True)
+    else:
+        return ""
+    return prompt
+
+
+def _end_line(shown: str) -> None:
+    if not shown.endswith("\n"):
+        sys.stdout.write("\n")
+    sys.stdout.flush()  # before whatever follows on stderr

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import click
 
-from .options import DEBUG, OFFLINE, OR_A_SHAPE, model_option
+from .options import DEBUG, OFFLINE, OR_A_SHAPE, QUIET, model_option
 
 __all__ = ["graph"]
 
 
-@click.command()
+@click.command(short_help="The list of nodes that a model is, with shapes.")
 @model_option(OR_A_SHAPE)
 @click.option("--fused", is_flag=True, help="The list that a decode step runs, with what each fused node stands for.")
 @OFFLINE
+@QUIET
 @DEBUG
 def graph(model: str | None, offline: bool, fused: bool) -> None:
-    """The list of nodes that a model is, one line each."""
+    """The list of nodes that a model is, one line each.
+
+    A value has its shape and dtype where it is first named: x[n,4096]:f32. Sizes that a pass decides are letters.
+
+    \b
+    n  new tokens of a pass, all sequences together
+    b  sequences
+    r  rows whose logits are asked for
+    M  pages that a sequence may have
+    P  pages of the cache
+    """
     from ..engine.decode import decode_nodes
+    from ..lab.shapes import shapes
     from ..models.graph import decoder
     from .model_info import find_config
 
-    whole = decoder(find_config(model, offline)[1])
+    config = find_config(model, offline)[1]
+    whole, left = decoder(config), shapes(config, every_row=fused)
+
+    def shown(name: str) -> str:
+        return name + left.pop(name, "")
+
     for node in decode_nodes(whole, 1) if fused else (*whole.body, *whole.selected_rows()):
-        click.echo(str(node))
+        click.echo(node.text(shown))
         for part in node.parts:
-            click.echo(f"    {part}")
+            click.echo(f"    {part.text(shown)}")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import click
 
-from .options import DEBUG, OFFLINE, OR_A_SHAPE, model_option
+from .options import DEBUG, OFFLINE, OR_A_SHAPE, QUIET, model_option
 from .streams import print_json
 
 __all__ = ["info"]
 
 
-@click.command(short_help="What a model is: parameters, memory, context, stop tokens.")
+@click.command(short_help="What a model is: parameters, memory, context, tokenizer.")
 @model_option(OR_A_SHAPE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @OFFLINE
+@QUIET
 @DEBUG
 def info(model: str | None, offline: bool, as_json: bool) -> None:
-    """What a model is: family, parameters, memory by part, context, stop tokens. Reads no weights."""
+    """What a model is: parameters, memory, context, tokenizer, template, sampling defaults. Reads no weights."""
     from .model_info import facts, find_config, view
 
     found = facts(*find_config(model, offline))

@@ -16,17 +16,24 @@ from .. import __version__
 from ..errors import CuplamaError
 from .bench import bench
 from .chat import chat
+from .completion import completion
 from .doctor import doctor
 from .generate import generate
 from .graph import graph
 from .info import info
 from .kernels import kernels
+from .models import models
 from .perplexity import perplexity
+from .pull import pull
 from .tokenize import tokenize
 
 __all__ = ["cli", "main"]
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_new_tokens, as Python programs spell options
+}
 
 
 @click.group(context_settings=_SETTINGS)
@@ -35,7 +42,10 @@ def cli() -> None:
     """Run Llama-family language models: no PyTorch, no conversion, a GPU if there is one."""
 
 
-for _command in (bench, chat, doctor, generate, graph, info, kernels, perplexity, tokenize):
+_COMMANDS = (
+    bench, chat, completion, doctor, generate, graph, info, kernels, models, perplexity, pull, tokenize,
+)  # fmt: skip
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 
@@ -48,7 +58,7 @@ def main(prog_name: str = "cuplama") -> NoReturn:
             and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
         ):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # __main__ had another while modules were imported
-        cli.main(prog_name=prog_name, standalone_mode=False)
+        cli.main(prog_name=prog_name, standalone_mode=False, color=None if _colourful() else False)
         sys.stdout.flush()
     except BrokenPipeError:  # `cuplama ... | head -1` ends quietly
         _drop_output()
@@ -66,6 +76,11 @@ def main(prog_name: str = "cuplama") -> NoReturn:
             raise
         _fail_by(e)
     sys.exit(0)
+
+
+def _colourful() -> bool:
+    """Whether a terminal may get colours (https://no-color.org); what is no terminal gets none anyway."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _prepare_streams() -> None:

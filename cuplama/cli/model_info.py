@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DTYPES
-from ..generation_config import stop_tokens
-from ..hub import find_model
+from ..engine.memory import cache_bytes, plan
 from ..loading import DEFAULT_CONTEXT
 from ..models.checkpoint import INDEX, load_weights
-from ..models.config import ModelConfig, load_config, read_json
+from ..models.config import ModelConfig, load_config
 from ..models.presets import find_shape, is_shape
-from ..text.tokenizer import Tokenizer
+from ..ops.attention import HEAD_DIMS
+from ..ops.launch import Device
+from .running import find_folder
+from .streams import size_text
+from .text_info import text_facts, text_view
 
 __all__ = ["facts", "find_config", "view"]
 
@@ -28,7 +31,7 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
     """A model's folder and config; no folder for the name of a known shape."""
     if model is not None and is_shape(model):
         return None, find_shape(model)[1]
-    folder = find_model(model, offline)
+    folder = find_folder(model, offline)
     return folder, load_config(folder)
 
 
@@ -77,7 +80,9 @@ def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
         "bytes_by_part": memory,
         "cache_bytes_per_token": per_token,
         "cache_bytes": per_token * context,
-        "stop_tokens": _stop_tokens(folder, config),
+        "gpu_bytes": _gpu_bytes(config, sum(sizes.values()), context),
+        "numpy_bytes": 4 * sum(sizes.values()) + cache_bytes(config, DTYPES["f32"], context),
+        **text_facts(folder, config),
     }
 
 
@@ -85,8 +90,9 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The same for people: name -> a value or a list of values."""
     more = f" ({facts['default_context']} unless --context asks for more)"
     tied = " (head tied to the embedding)" if facts["head_tied"] else ""
-    size = f"{_size(facts['weight_bytes'])} as {', '.join(facts['weight_dtypes'])}{tied}"
-    per_token, context = _size(facts["cache_bytes_per_token"]), facts["default_context"]
+    size = f"{size_text(facts['weight_bytes'])} as {', '.join(facts['weight_dtypes'])}{tied}"
+    gpu = f"at least {size_text(facts['gpu_bytes'])} on a GPU" if facts["gpu_bytes"] else "no GPU runs such heads"
+    per_token, context = size_text(facts["cache_bytes_per_token"]), facts["default_context"]
     return {
         "folder": facts["folder"] or "none: the published shape of a known model",
         "architecture": facts["architecture"],
@@ -99,12 +105,22 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
         "vocabulary": facts["vocabulary"],
         "weights": size if facts["weights_found"] else f"none here; by the config {size}",
-        "memory by part": [f"{part.replace('_', '-')} {_size(n)}" for part, n in facts["bytes_by_part"].items()],
-        "KV cache": f"{per_token} per token, {_size(facts['cache_bytes'])} for {context} tokens",
-        "stop tokens": [
-            str(t["id"]) if t["text"] is None else f"{t['id']} {t['text']!r}" for t in facts["stop_tokens"]
-        ],
+        "memory by part": [f"{part.replace('_', '-')} {size_text(n)}" for part, n in facts["bytes_by_part"].items()],
+        "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens",
+        "memory needed": f"{gpu}, {size_text(facts['numpy_bytes'])} on NumPy, with that cache",
+        **text_view(facts),
     }
+
+
+def _gpu_bytes(config: ModelConfig, elements: int, context: int) -> int | None:
+    """What the model takes on a GPU, in the config's dtype, with the smallest workspace; None if no GPU runs it."""
+    from ..backends.cuda.backend import CudaBackend
+
+    if config.head_dim not in HEAD_DIMS:
+        return None
+    return plan(
+        config, elements, DTYPES[config.stored], context, context, CudaBackend.prefill_chunks[-1], Device()
+    ).total
 
 
 def _is_attention(name: str) -> bool:
@@ -119,21 +135,3 @@ def _positions(facts: Mapping[str, Any]) -> str:
     size, head = facts["rope_size"], facts["head_size"]
     partial = f" on {size} of {head} dims" if size < head else ""
     return f"RoPE ({facts['rope_type']}, theta {facts['rope_theta']:g}){partial}{sliding}"
-
-
-def _stop_tokens(folder: Path | None, config: ModelConfig) -> list[dict[str, Any]]:
-    """The stop tokens as the engine uses them, with their text where there is a tokenizer."""
-    if folder is None:
-        return [{"id": i, "text": None} for i in sorted(config.eos)]
-    path = folder / "generation_config.json"
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-    ids = sorted(stop_tokens(config, read_json(path) if path.exists() else {}, tokenizer, path))
-    return [{"id": i, "text": None if tokenizer is None else tokenizer.token_text(i)} for i in ids]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

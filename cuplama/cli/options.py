@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..device import DEVICES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..sampling_params import read_parameter
+from .names import DEVICE_WORDS, NamedOption, device_word
+from .streams import QUIET_KEY, no_warnings
 
 __all__ = [
     "DEBUG",
     "DEVICE",
     "OFFLINE",
     "OR_A_SHAPE",
+    "QUIET",
     "Decorator",
     "check_sampling",
+    "complete_model",
     "dtype_option",
     "given_params",
     "model_option",
@@ -33,8 +38,31 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never ask the hub; use what was downloaded before.")
-DEVICE = click.option("--device", type=click.Choice(list(DEVICES)), default="auto", help="Where to run.")
+DEVICE = click.option(
+    "--device",
+    type=click.Choice([*DEVICES, *DEVICE_WORDS]),
+    default="auto",
+    callback=device_word,
+    metavar=f"[{'|'.join(DEVICES)}]",
+    help="Where to run; cpu is numpy, gpu is cuda.",
+)
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
+
+
+def _quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta[QUIET_KEY] = True
+        context.with_resource(no_warnings())
+
+
+QUIET = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_quiet,
+    help="No hints, notices, warnings or progress on stderr; errors alone.",
+)
 
 
 def options(*decorators: Decorator) -> Decorator:
@@ -48,10 +76,19 @@ def options(*decorators: Decorator) -> Decorator:
     return decorate
 
 
+def complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell completes after -m: folders, and the hub ids of the models that were downloaded."""
+    from ..hub import cached_models
+
+    names = sorted(model.repository for model in cached_models())
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return [*found, CompletionItem(incomplete, type="dir")]
+
+
 def model_option(also: str = "") -> Decorator:
     """``-m``. also: what the option takes beside a folder and a hub id."""
     text = f"Folder or hub id (org/name){also}.  [default: the bundled story model]"
-    return click.option("-m", "--model", metavar="MODEL", help=text)
+    return click.option("-m", "--model", metavar="MODEL", shell_complete=complete_model, help=text)
 
 
 def dtype_option(auto: str = "") -> Decorator:
@@ -65,12 +102,16 @@ run_options = options(
     DEVICE,
     dtype_option(": the checkpoint's on CUDA, float32 on NumPy"),
     click.option(
+        "-c",
         "--context",
+        cls=NamedOption,
+        also=("--ctx-size",),
         type=click.IntRange(1),
         metavar="N",
-        help="Tokens a sequence may have.  [default: the model's, at most 8192]",
+        help="Tokens a text may have.  [default: the model's limit, at most 8192]",
     ),
     OFFLINE,
+    QUIET,
     DEBUG,
 )
 
@@ -118,8 +159,10 @@ def check_sampling(_: click.Context, parameter: click.Parameter, value: Any) -> 
     return value
 
 
-def _sampling(*names: str, type: type, metavar: str, help: str) -> Decorator:
-    return click.option(*names, callback=check_sampling, type=type, metavar=metavar, help=help)
+def _sampling(*names: str, type: type, metavar: str, help: str, also: Sequence[str] = ()) -> Decorator:
+    return click.option(
+        *names, cls=NamedOption, also=also, callback=check_sampling, type=type, metavar=metavar, help=help
+    )
 
 
 # The fields of SamplingParams; what is not given comes from the model's generation_config.json.
@@ -129,7 +172,8 @@ sampling_options = options(
         "--max-tokens",
         type=int,
         metavar="N",
-        help="Tokens at most; -1: until the context is full.  [default: 512]",
+        help="Tokens at most; -1: until the context is full.  [default: 512; in chat: -1]",
+        also=("--n-predict", "--predict", "--max-new-tokens"),
     ),
     _sampling("--temp", "--temperature", "temperature", type=float, metavar="T", help="0 is greedy."),
     _sampling("--top-k", type=int, metavar="K", help="Keep the K best tokens; 0 is off."),
@@ -141,6 +185,7 @@ sampling_options = options(
         type=float,
         metavar="X",
         help="Divide the logits of tokens that occurred by X; 1 is off.",
+        also=("--repetition-penalty",),
     ),
     _sampling("--presence-penalty", type=float, metavar="X", help="Subtract X from tokens that occurred."),
     _sampling("--frequency-penalty", type=float, metavar="X", help="Subtract X per earlier occurrence."),
@@ -151,9 +196,15 @@ sampling_options = options(
         metavar="ID=X",
         help="Add X to a token's logit; -inf bans it (repeatable).",
     ),
-    _sampling("--seed", type=int, metavar="N", help="The same seed gives the same text."),
+    _sampling("--seed", type=int, metavar="N", help="The same seed gives the same text.", also=("-s",)),
     click.option(
-        "--stop", multiple=True, callback=_stops, metavar="TEXT", help="End the text before this string (repeatable)."
+        "--stop",
+        cls=NamedOption,
+        also=("-r", "--reverse-prompt"),
+        multiple=True,
+        callback=_stops,
+        metavar="TEXT",
+        help="End the text before this string (repeatable).",
     ),
     _sampling("--min-tokens", type=int, metavar="N", help="No stop token before N tokens."),
     click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at the model's stop tokens."),
@@ -161,8 +212,14 @@ sampling_options = options(
 
 
 def given_params(values: dict[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that were given; the model's own defaults stand for the others."""
+    """The sampling parameters that were given; the model's own defaults stand for the others.
+
+    Raises UsageError for two that contradict each other, so it is called before a model is loaded.
+    """
     given = {k: v for k, v in values.items() if v is not None}
     if given.get("max_tokens") == -1:
         given["max_tokens"] = None
+    most, least = given.get("max_tokens"), given.get("min_tokens", 0)
+    if most is not None and most < least:
+        raise click.UsageError(f"--max-tokens {most} is less than --min-tokens {least}")
     return given

@@ -10,21 +10,23 @@ import click
 from ..errors import ParameterError
 from ..lab.report import counted
 from .options import model_option, run_options
-from .running import open_model
-from .streams import print_json, progress_bar, read_file
+from .prompt import file_options, file_text
+from .running import find_folder, open_model
+from .streams import print_json, progress_bar
 
 __all__ = ["perplexity"]
 
 
-@click.command(short_help="How well a model predicts a text FILE, with the standard error.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.command(short_help="How well a model predicts the text of FILE, with the standard error.")
 @model_option()
+@file_options
 @click.option("--window", type=int, metavar="N", help="Tokens per window.  [default: the context, at most 1024]")
 @click.option("--stride", type=int, metavar="N", help="Tokens between windows.  [default: half a window]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @run_options
 def perplexity(
-    file: Path,
+    file: Path | None,
+    file_option: Path | None,
     model: str | None,
     offline: bool,
     device: str,
@@ -34,20 +36,22 @@ def perplexity(
     stride: int | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of a text FILE ("-": standard input), in nats, bits per byte and with its standard error."""
-    from ..hub import find_model
+    """Perplexity of a text FILE, in nats, bits per byte and with its standard error.
+
+    Without FILE, or with "-", the text is read from standard input.
+    """
     from ..lab import perplexity as lab
     from ..loading import context_length
     from ..models.config import load_config
 
-    text = read_file(file)
-    folder = find_model(model, offline)
+    text = file_text(file, file_option)
+    folder = find_folder(model, offline)
     limit = context_length(load_config(folder), context)
     try:
         window, stride = lab.window_and_stride(limit, window, stride)  # before the weights are loaded
     except ParameterError as e:
         raise click.UsageError(f"--{e}") from None  # its parameters have the options' names
-    with open_model(str(folder), offline, device, dtype, context) as m, progress_bar("scoring", "tokens") as progress:
+    with open_model(str(folder), True, device, dtype, context) as m, progress_bar("scoring", "tokens") as progress:
         result = lab.perplexity(m, text, window, stride, progress)
     if as_json:
         print_json(

@@ -1,18 +1,14 @@
-"""``cuplama chat``: the conversation in a terminal."""
+"""The chat in a terminal: questions and commands are typed, and answered one by one."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 
-import click
-
-from ..completion import Timings
-from ..errors import ContextError, CuplamaError, PromptError
-from ..model import Model
+from ..errors import CuplamaError
+from .chat_session import ChatSession
+from .streams import notice, say
+from .typed import line_history, typed_texts
 
 __all__ = ["repl"]
 
@@ -20,125 +16,81 @@ _HELP = """\
 /help          this list
 /clear         forget the conversation (the system message stays)
 /system TEXT   set the system message and forget the conversation; without TEXT, remove it
+/undo          take the last question and its answer back
+/retry         answer the last question again
 /exit          leave (so does Ctrl-D)
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next; lines pasted together are one question.
+Anything else is a question, also /no_think or /etc/hosts; a line that begins with a space is never a command."""
 
 
-def repl(model: Model, params: dict[str, Any], system: str | None, stats: Callable[[Timings], str] | None) -> None:
-    """Read a line, answer it, until /exit or the end of input.
-
-    Raises TokenizerError if the model has no template and ParameterError for parameters that it cannot have. Where
-    nobody types, a question that cannot be answered is an error as well: there the answers that follow would be wrong.
-    """
-    if sys.stdin is None:  # `cuplama chat <&-`
-        raise PromptError("standard input is closed")
-    model.params(**params)  # before the first question, not after it
-    conversation: list[dict[str, str]] = []
-    start = [{"role": "system", "content": system}] if system else []
-    model.tokenizer.apply_chat(
-        [*start, {"role": "user", "content": "Hi"}]
-    )  # no template: say so before the first question
-    interactive = sys.stdin.isatty()
-    if interactive:
-        click.echo(f"{model.config.architecture} on {model.backend.describe()}. /help lists the commands.", err=True)
-    with _history() if interactive else contextlib.nullcontext():
-        for line in _lines(interactive):
-            command, _, rest = line.partition(" ")
-            if command in ("/exit", "/quit", "/bye"):
+def repl(session: ChatSession, name: str) -> None:
+    """Answer what is typed, until /exit or Ctrl-D. name: what the banner calls the model."""
+    model = session.model
+    notice(
+        f"{name} ({model.config.architecture}) on {model.backend.describe()}, context {model.context}. "
+        "/help lists the commands."
+    )
+    with line_history():
+        for text in typed_texts():
+            word, _, rest = text.partition(" ")
+            if text in _LEAVE:
                 return
-            if command == "/help":
-                click.echo(_HELP, err=True)
-            elif command == "/clear":
-                conversation.clear()
-            elif command == "/system":
-                start = [{"role": "system", "content": rest}] if rest else []
-                conversation.clear()
-            elif command.startswith("/") and "/" not in command[1:]:
-                click.echo(f"{command} is not a command; /help lists them", err=True)
+            if word in _COMMANDS and (not rest or word == "/system"):
+                _COMMANDS[word](session, rest.strip())
             else:
-                conversation.append({"role": "user", "content": line})
-                try:
-                    answer = _answer(model, [*start, *conversation], params, stats)
-                except CuplamaError as e:
-                    if not interactive:
-                        raise
-                    hint = " (/clear starts again)" if isinstance(e, ContextError) else ""
-                    click.echo(f"cuplama: {e}{hint}", err=True)
-                    answer = None
-                if answer is None:
-                    conversation.pop()  # the question could not be asked; the conversation before it stands
-                else:
-                    conversation.append({"role": "assistant", "content": answer})
+                _hint(text)
+                _ask(session, text.strip())
 
 
-def _answer(
-    model: Model, messages: list[dict[str, str]], params: dict[str, Any], stats: Callable[[Timings], str] | None
-) -> str | None:
-    """Stream an answer to stdout. Returns its text, as far as it came; None if it could not begin."""
-    text = ""
+def _ask(session: ChatSession, question: str) -> None:
+    """Answer a question; whatever goes wrong, the conversation before it stands."""
     try:
-        stream = model.stream_chat(messages, **params)
-        try:
-            for delta in stream:
-                text += delta.text
-                sys.stdout.write(delta.text)
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            stream.close()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        if stats is not None:
-            click.echo(stats(stream.timings), err=True)
-    except KeyboardInterrupt:  # before the answer began
-        return None
-    return text
+        if session.ask(question).finish_reason is None:
+            notice("stopped; what was said so far stays in the conversation")
+    except KeyboardInterrupt:
+        say("")  # the line that has the terminal's ^C
+        notice("stopped before the answer began; the question is forgotten")
+    except CuplamaError as e:
+        say(f"cuplama: {e}")
 
 
-def _lines(interactive: bool) -> Iterator[str]:
-    """Lines typed, joined at a trailing backslash; empty ones are skipped. Ctrl-C drops the line, Ctrl-D ends."""
-    held = ""
-    while True:
-        try:
-            prompt = (". " if held else "> ") if interactive else ""
-            if not sys.stdout.isatty():  # input() would write it among the answers
-                click.echo(prompt, nl=False, err=True)
-                prompt = ""
-            line = input(prompt)
-        except EOFError:
-            if interactive:
-                click.echo(err=True)
-            if held.strip():
-                yield held.strip()
-            return
-        except UnicodeDecodeError as e:
-            raise PromptError(f"standard input is not valid UTF-8: byte 0x{e.object[e.start]:02x}") from None
-        except KeyboardInterrupt:
-            held = ""
-            click.echo("\n(/exit or Ctrl-D leaves)", err=True)
-            continue
-        if line.endswith("\\"):
-            held += line[:-1] + "\n"
-            continue
-        line, held = (held + line).strip(), ""
-        if line:
-            yield line
+def _hint(text: str) -> None:
+    """Say so where a text is almost a command, or one without its slash: it is sent to the model all the same."""
+    names, word = [*_COMMANDS, *_LEAVE], text.partition(" ")[0]
+    near = get_close_matches(word if word.startswith("/") else f"/{text}", names, 1, cutoff=0.75)
+    if near and (word.startswith("/") or near[0] == f"/{text}"):
+        usage = "/system TEXT" if near[0] == "/system" else near[0]
+        notice(f"this is sent as a question; the command would be {usage}")
 
 
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Line editing with a history that survives the session, where Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    path = Path(click.get_app_dir("cuplama")) / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(path)
+def _clear(session: ChatSession, _: str) -> None:
+    session.conversation.restart(session.conversation.system)
+    notice("the conversation is forgotten")
+
+
+def _system(session: ChatSession, text: str) -> None:
+    session.conversation.restart(text or None)
+    notice(f"the conversation is forgotten, and there is {'a new' if text else 'no'} system message")
+
+
+def _undo(session: ChatSession, _: str) -> None:
+    question = session.conversation.undo()
+    say("there is no question yet" if question is None else f"took back: {' '.join(question.split()):.60}")
+
+
+def _retry(session: ChatSession, _: str) -> None:
+    question = session.conversation.undo()
+    if question is None:
+        say("there is no question yet")
+    else:
+        _ask(session, question)
+
+
+_LEAVE = ("/exit", "/quit", "/bye")
+_COMMANDS: Mapping[str, Callable[[ChatSession, str], None]] = {
+    "/help": lambda session, _: say(_HELP),
+    "/clear": _clear,
+    "/system": _system,
+    "/undo": _undo,
+    "/retry": _retry,
+}

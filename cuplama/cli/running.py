@@ -1,26 +1,53 @@
-"""What the commands that run a model have in common: they load it, and say how fast it was."""
+"""What the commands that run a model have in common: they load it, and say how fast it was and whether it was cut."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from .. import hub
 from ..completion import Timings
 from ..lab.report import counted
 from ..loading import load
 from ..model import Model
 from .streams import progress_bar
 
-__all__ = ["open_model", "speed"]
+__all__ = ["cut_notice", "find_folder", "open_model", "speed"]
+
+
+def find_folder(model: str | None, offline: bool) -> Path:
+    """The folder of a model as the options name it; a download has a progress bar."""
+    with progress_bar("downloading", "B") as progress:
+        return hub.find_model(model, offline, progress)
 
 
 def open_model(model: str | None, offline: bool, device: str, dtype: str, context: int | None) -> Model:
-    """Load a model as the options say, with a progress bar."""
-    with progress_bar("loading", "B") as progress:
-        return load(model, device=device, dtype=dtype, context=context, offline=offline, progress=progress)
+    """Load a model as the options say, with a progress bar for each of its two parts: download and loading."""
+    find_folder(model, offline)
+    with progress_bar("loading", "B") as progress:  # offline: all that the hub has is here now
+        return load(model, device=device, dtype=dtype, context=context, offline=True, progress=progress)
 
 
 def speed(t: Timings) -> str:
-    """What --stats prints: tokens and seconds of the prompt and of what was generated after its first token."""
-    prompt, decode = counted(t.prompt_tokens, "token"), counted(t.decode_tokens, "token")
+    """What --stats prints of one sequence: tokens and seconds of the prompt, and of what was generated.
+
+    The prompt's time ends with the first token drawn. That token is counted among the generated ones, as -n counts it,
+    but the rate of generation is that of the tokens after it.
+    """
     return (
-        f"prompt: {prompt} in {t.prompt_seconds * 1e3:.1f} ms ({t.prompt_rate:.0f} tokens/s), "
-        f"then {decode} in {t.decode_seconds:.2f} s ({t.decode_rate:.1f} tokens/s)"
+        f"prompt: {counted(t.prompt_tokens, 'token')} in {t.prompt_seconds * 1e3:.1f} ms "
+        f"({t.prompt_rate:.0f} tokens/s), then {counted(t.generated_tokens, 'token')} in {t.decode_seconds:.2f} s "
+        f"({t.decode_rate:.1f} tokens/s after the first)"
     )
+
+
+def cut_notice(finish_reason: str | None, generated: int, limit: int | None, context: int) -> str | None:
+    """A sentence for stderr where an answer was cut, and by which option; None where it ended by itself.
+
+    generated: tokens of the answer; limit: max_tokens, None for none; context: tokens that prompt and answer may have.
+    Nothing was cut where nothing was asked for: max_tokens = 0 reads the prompt alone.
+    """
+    if finish_reason != "length" or limit == 0:
+        return None
+    if limit is not None and generated >= limit:
+        return f"the answer was cut at {counted(generated, 'token')} (-n {limit})"
+    return f"the answer was cut: the context of {counted(context, 'token')} is full (-c)"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,22 @@ import click
 
 from ..errors import PromptError
 
-__all__ = ["print_json", "print_table", "progress_bar", "read_file", "read_text", "say"]
+__all__ = [
+    "QUIET_KEY",
+    "no_warnings",
+    "notice",
+    "print_json",
+    "print_table",
+    "progress_bar",
+    "read_file",
+    "read_text",
+    "say",
+    "say_progress",
+    "size_text",
+    "without_line_end",
+]
+
+QUIET_KEY = "cuplama.quiet"  # of the click context's meta: whether --quiet was given
 
 
 def _standard_input() -> str:
@@ -31,9 +47,14 @@ def _decoded(data: bytes, name: object) -> str:
         raise PromptError(f"{name} is not valid UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}") from None
 
 
+def without_line_end(text: str) -> str:
+    """A text without the line break that editors and echo put at its end."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def read_text(source: str) -> str:
     """An argument as it is; "-" is standard input, without the newline that ends it. Raises PromptError."""
-    return source if source != "-" else _standard_input().removesuffix("\n").removesuffix("\r")
+    return source if source != "-" else without_line_end(_standard_input())
 
 
 def read_file(file: Path) -> str:
@@ -52,9 +73,39 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def print_json(facts: dict[str, Any], indent: int | None = None) -> None:
-    """Print one JSON object; raises ValueError for an infinity, which JSON does not have."""
-    click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False, indent=indent))
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep what is less than an error out of the log for a while, other libraries' warnings included."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and QUIET_KEY in context.meta
+
+
+def say_progress(text: str) -> None:
+    """Say how far long work has come; --quiet leaves it out."""
+    if not _quiet():
+        say(text)
+
+
+def notice(text: str) -> None:
+    """Say what nobody has to heed, in the form of the log's lines; --quiet leaves it out."""
+    say_progress(f"cuplama: {text}")
+
+
+def print_json(facts: Mapping[str, Any] | Sequence[Any], indent: int | None = None) -> None:
+    """Print one JSON value; raises ValueError for an infinity, which JSON does not have.
+
+    It is ASCII, with escapes for the rest: that is right whatever the encoding of the locale is.
+    """
+    click.echo(json.dumps(facts, allow_nan=False, indent=indent))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -73,13 +124,23 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def size_text(count: float) -> str:
+    """A number of bytes for people, in units of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
 @contextmanager
 def progress_bar(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, in a terminal only, once the work has lasted half a second.
+    """A progress bar on stderr, in a terminal and without --quiet only, once the work has lasted half a second.
 
-    Yields a function of (done, total), both counted in ``unit``; "B" is bytes.
+    Yields a function of (done, total), both counted in ``unit``; "B" is bytes. The bar goes when all is done, so that
+    what is printed afterwards has the terminal to itself.
     """
-    if not sys.stderr.isatty():
+    if _quiet() or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich import progress as rich
@@ -93,11 +154,16 @@ def progress_bar(description: str, unit: str) -> Iterator[Callable[[int, int], N
 
     def update(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total)
-        if done < total and time.perf_counter() - begin > 0.5:
+        if done >= total:
+            stop()
+        elif time.perf_counter() - begin > 0.5:
             bar.start()
+
+    def stop() -> None:
+        if bar.live.is_started:  # stopping prints an empty line on a dumb terminal
+            bar.stop()
 
     try:
         yield update
     finally:
-        if bar.live.is_started:  # stopping prints an empty line on a dumb terminal
-            bar.stop()
+        stop()

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from ..errors import ParameterError, PromptError
-from .options import DEBUG, OFFLINE, model_option
-from .streams import read_text
+from .options import DEBUG, OFFLINE, QUIET, model_option
+from .prompt import prompt_options, prompt_text
+from .running import find_folder
 
 __all__ = ["tokenize"]
 
 
-@click.command(short_help='The tokens of TEXT ("-": standard input), one per line.')
-@click.argument("text")
+@click.command(short_help="The tokens of TEXT, one per line.")
 @model_option()
+@prompt_options("TEXT")
 @click.option("--no-bos", is_flag=True, help="Leave out the token that begins a text.")
 @click.option("--ids", is_flag=True, help="Print only the ids, on one line.")
 @click.option("--decode", is_flag=True, help="TEXT holds token ids; print the text they stand for.")
 @OFFLINE
+@QUIET
 @DEBUG
-def tokenize(text: str, model: str | None, offline: bool, no_bos: bool, ids: bool, decode: bool) -> None:
-    """The tokens of TEXT ("-": standard input), one per line: id and text."""
-    from ..hub import find_model
+def tokenize(
+    prompt: str | None,
+    prompt_option: str | None,
+    file_option: Path | None,
+    model: str | None,
+    offline: bool,
+    no_bos: bool,
+    ids: bool,
+    decode: bool,
+) -> None:
+    """The tokens of TEXT, one per line: id and text. Without TEXT, or with "-", it is read from standard input."""
     from ..text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(find_model(model, offline))
-    text = read_text(text)
+    text = prompt_text(prompt, prompt_option, file_option, "TEXT")
+    tokenizer = Tokenizer.load(find_folder(model, offline))
     if decode:
         numbers = [_token_id(word) for word in text.replace(",", " ").split()]
         for n in numbers:

@@ -22,6 +22,7 @@ from .dummy import Source
 from .environment import environment, one_line
 from .peaks import Peaks
 from .report import Column
+from .steps import announced
 from .timing import Spread
 from .trials import UNTIL_REPLAYED, Runs, Trial, cache_tokens, prompt_operations, step_bytes
 
@@ -132,8 +133,7 @@ def run(
         facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else "own"}
         facts |= environment(model.backend)
         rows = []
-        for i, trial in enumerate(trials):
-            say(f"{i + 1}/{len(trials)}: {trial.name}")
+        for trial in announced(trials, lambda trial: trial.name, say):
             rows.append({"model": facts["model"], "dtype": facts["dtype"], **measure(model, trial, repeats, machine)})
     found: dict[str, Any] = {"environment": facts, "peaks": machine.fields(), "cold_start": None}
     if cold:

@@ -8,6 +8,7 @@ options on a machine that has none, so that an error, a warning or a register sp
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -203,11 +204,12 @@ def compile_kernels(
     names: Sequence[str] | None = None,
     *,
     workers: int | None = None,
-    done: Callable[[str, int, float], None] | None = None,
+    done: Callable[[str, float, int, int], None] | None = None,
 ) -> list[Result]:
     """Compile every kernel instance that any op needs, for each arch; one program a file and arch.
 
-    names: op or kernel names, or file stems; None for all. done(file, arch, seconds) is told of each finished program.
+    names: op or kernel names, or file stems; None for all. done(name, seconds, number, total) is told of each finished
+    program: its name and time, that it is the number-th to finish, and how many there are.
     Errors come back as results, so that one broken file does not hide another. Raises DeviceError for an unknown name.
     """
     jobs = []
@@ -222,6 +224,7 @@ def compile_kernels(
     if unknown := [n for n in names or () if n not in known]:
         raise DeviceError(f"no op, kernel or file is named {unknown[0]!r}; known: {', '.join(sorted(known))}")
     nvrtc_library()
+    numbers = itertools.count(1)
 
     def work(job: tuple[str, list[str], int]) -> list[Result]:
         file, chosen, arch = job
@@ -231,7 +234,7 @@ def compile_kernels(
         except CompileError as e:
             results = [Result(file, "", arch, None, str(e))]
         if done is not None:
-            done(file, arch, time.perf_counter() - began)
+            done(f"{file} for sm_{arch}", time.perf_counter() - began, next(numbers), len(jobs))
         return results
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:

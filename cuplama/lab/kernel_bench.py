@@ -17,6 +17,7 @@ from .check import backend_checker
 from .environment import environment
 from .peaks import Peaks
 from .report import Column
+from .steps import announced
 from .timing import Spread, cache_bytes, rotation, time_workload
 from .trials import UNTIL_REPLAYED, Runs, Trial
 from .workloads import Workload
@@ -104,8 +105,7 @@ def bench(
     """Check and time the workloads, in order. Raises WrongResultError at the first wrong one."""
     cache = cache_bytes(backend)
     rows, checker = [], backend_checker(backend)
-    for i, workload in enumerate(workloads):
-        say(f"{i + 1}/{len(workloads)}: {workload.label}")
+    for workload in announced(workloads, lambda workload: workload.label, say):
         arrays = workload.arrays()
         checker.check(workload, arrays)
         ins = rotation(backend, workload, arrays, cache)

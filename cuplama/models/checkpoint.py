@@ -7,6 +7,7 @@ a lost weight would otherwise turn into silently wrong text.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..dtypes import DTYPES
 from ..errors import CheckpointError
+from ..files import not_opened, not_understood, read_json
 from ..ops.signature import dim_value
 from ..quant.weight import Weight
-from .config import ModelConfig, read_json
+from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
 
 __all__ = ["INDEX", "Tensor", "load_weights", "open_tensors"]
@@ -79,7 +81,8 @@ def _assemble(
         if found is None:
             alternative = f" (nor {recipe.parts[0][1]})" if recipe.otherwise else ""
             untied = name in ("embed_tokens", "lm_head") and not recipe.otherwise
-            reason = ", and config.json says that head and embedding are not tied" if untied else ""
+            why = ", and config.json says that head and embedding are not tied (tie_word_embeddings is not true)"
+            reason = why if untied else ""
             raise CheckpointError(f"{folder}: tensor {tensor_name}{alternative} is missing{reason}")
         stored = shape[::-1] if recipe.transposed else shape
         if found.shape != stored:
@@ -100,14 +103,15 @@ def _assemble(
 def open_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder by name: of ``model.safetensors``, or of the shards that the index lists.
 
+    Where both are there the one file counts and the index is left over from another sharding, as in transformers.
     Raises CheckpointError for a missing, truncated or corrupt file and for an index that does not match its shards.
     """
-    if (folder / INDEX).exists():
-        return _open_shards(folder)
-    files = sorted(folder.glob("*.safetensors"))
     single = folder / "model.safetensors"
-    if single in files:
-        files = [single]
+    if single.is_file():
+        return _open_file(single)
+    if os.path.lexists(folder / INDEX):
+        return _open_shards(folder)
+    files = [single] if os.path.lexists(single) else sorted(folder.glob("*.safetensors"))
     if not files:
         others = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in sorted(folder.glob(pattern))]
         hint = f" ({', '.join(others[:3])} cannot be read; convert to safetensors)" if others else ""
@@ -124,7 +128,9 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index} has no weight_map")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(names.values())):
-        if not (folder / shard).is_file():
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise CheckpointError(f"{index} names a shard outside the folder: {shard!r:.200}")
+        if not os.path.lexists(folder / shard):
             count = sum(v == shard for v in names.values())
             raise CheckpointError(f"{folder / shard} is missing; {INDEX} places {count} tensors in it")
         for name, tensor in _open_file(folder / shard).items():
@@ -146,9 +152,9 @@ def _open_file(path: Path) -> dict[str, Tensor]:
             pass
         data = np.memmap(path, np.uint8, "r")
     except SafetensorError as e:
-        raise CheckpointError(f"{path} is truncated or corrupt: {str(e).split(': ', 1)[-1]}") from None
+        raise CheckpointError(not_understood(path, "is truncated or corrupt", str(e).split(": ", 1)[-1])) from None
     except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror or e}") from None
+        raise CheckpointError(f"{path} is a folder, not a file" if path.is_dir() else not_opened(path, e)) from None
     start = 8 + int(data[:8].view(np.uint64)[0])
     tensors = {}
     for name, entry in json.loads(data[8:start].tobytes()).items():

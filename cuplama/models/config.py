@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import read_json
 from ..ops.signature import dim_value
 from .config_reader import ConfigReader, is_number
-from .family import NEUTRAL, Family, Recipe
+from .family import Family, Recipe
 from .rope import Rope
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "read_json", "token_ids"]
 
+_log = logging.getLogger("cuplama")
 _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
@@ -131,21 +133,6 @@ class ModelConfig:
         return shapes
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except OSError as e:
-        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number too long, too deeply nested
-        raise ConfigError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
     """The ids of an eos_token_id-like field: null, a number or a list of numbers."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -162,12 +149,13 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """A ModelConfig from the content of a config.json. ``where`` names it in errors."""
+    """A ModelConfig from the content of a config.json. ``where`` names it in errors.
+
+    Raises ConfigError. What nothing here reads, though it may mean something, is named in one warning.
+    """
     reader = ConfigReader(raw, where)
-    architecture, family = reader.family()
-    for key, allowed in {**NEUTRAL, **family.neutral}.items():
-        if raw.get(key) not in allowed:
-            reader.refuse(key, f"{key} = {json.dumps(allowed[-1])} for {architecture}")
+    name, family = reader.family()
+    reader.neutral(family)
     values = {name: reader.get(*source) for name, source in family.fields.items()}
     sizes = {
         name: reader.size(family.fields[name][0], values[name])
@@ -191,8 +179,10 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     if not is_number(eps) or eps < 0:
         reader.refuse(family.fields["eps"][0], "a number >= 0")
     rope = reader.rope(family, head_dim, context) if family.rotary else None
+    if left_out := reader.left_out(family):
+        _log.warning("%s: nothing reads %s; left out, whatever it asks for", where, ", ".join(left_out))
     return ModelConfig(
-        architecture=architecture,
+        architecture=family.architecture,
         family=family,
         **sizes,
         num_kv_heads=kv_heads,
@@ -202,7 +192,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         context=context,
         activation=family.activations[activation],
         layers=tuple(Layer(window, rope) for window in reader.windows(family, layers)),
-        tied=raw.get("tie_word_embeddings"),
+        tied=reader.tied(name, family),
         flags=frozenset(
             flag
             for flag, source in family.flags.items()

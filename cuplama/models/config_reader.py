@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import ConfigError
+from .config_fields import NEUTRAL, unclassified
 from .families import FAMILIES
 from .family import REQUIRED, Family
-from .rope import ROPE_KEYS, Rope
+from .rope import ROPE_HARMLESS, ROPE_KEYS, ROPE_LEFT_OUT, Rope
 
 __all__ = ["ConfigReader", "is_number"]
 
+_log = logging.getLogger("cuplama")
+# Class names of a supported model_type whose models are others: with another head, in both directions, with experts.
+_OTHER_MODELS = re.compile(
+    r"For(?!CausalLM$)|Reward|Classif|Embed|Encoder|Bidirectional|Bi(?=[A-Z])|Eagle|Medusa|Mo[eE]"
+)
 _MAX_NUMBER = 1e30  # float32 ends at 3.4e38; products and quotients of two such numbers must not be infinite too soon
 
 
@@ -29,6 +37,7 @@ class ConfigReader:
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self.raw, self.where = raw, where
+        self._dropped: list[str] = []  # settings of the rotation that ``rope`` met and left out
 
     def refuse(self, key: str, supported: str, value: Any = None) -> NoReturn:
         """Raise. supported: what the field may be; value: what it is, if not the field's own value."""
@@ -38,21 +47,41 @@ class ConfigReader:
         raise ConfigError(f"{self.where}: {key} = {shown} is not supported; supported: {supported}")
 
     def family(self) -> tuple[str, Family]:
-        """(architecture, family) by ``architectures``, or by ``model_type`` where that is not given."""
-        names = self.raw.get("architectures")
-        if names:
-            if not isinstance(names, list) or not isinstance(names[0], str) or names[0] not in FAMILIES:
-                self.refuse("architectures", ", ".join(FAMILIES))
-            family = FAMILIES[names[0]]
-            if (self.raw.get("model_type") or family.model_type) != family.model_type:
-                self.refuse("model_type", f"{family.model_type} for {names[0]}")
-            return names[0], family
-        for name, family in FAMILIES.items():
-            if family.model_type == self.raw.get("model_type"):
-                return name, family
-        if "model_type" not in self.raw:
+        """(class name, family) by ``architectures``, or by ``model_type`` where that is not given or says no more.
+
+        transformers goes by model_type alone. Here a class that it would load with a new, untrained head, or that
+        computes something else, is refused.
+        """
+        names, model_type = self.raw.get("architectures"), self.raw.get("model_type")
+        named = next((f for f in FAMILIES.values() if f.model_type == model_type), None)
+        if not names:
+            if named is not None:
+                return named.architecture, named
+            if "model_type" in self.raw:
+                self.refuse("model_type", ", ".join(f.model_type for f in FAMILIES.values()))
             raise ConfigError(f"{self.where}: neither architectures nor model_type is given; is this a model's config?")
-        self.refuse("model_type", ", ".join(f.model_type for f in FAMILIES.values()))
+        known = isinstance(names, list) and isinstance(names[0], str)
+        family = FAMILIES.get(names[0], named) if known else None
+        if family is None:
+            self.refuse("architectures", ", ".join(FAMILIES))
+        if (model_type or family.model_type) != family.model_type:
+            self.refuse("model_type", f"{family.model_type} for {names[0]}")
+        if _OTHER_MODELS.search(names[0]):
+            self.refuse("architectures", f"{family.architecture} for {family.model_type}")
+        if not names[0].lower().startswith(family.model_type):
+            _log.warning("%s: architectures = %r is read as %s, by model_type", self.where, names, family.architecture)
+        return names[0], family
+
+    def neutral(self, family: Family) -> None:
+        """Refuse what would change the mathematics. A window that is switched off is none."""
+        for key, allowed in {**NEUTRAL, **family.neutral}.items():
+            off = key == "sliding_window" and self.raw.get("use_sliding_window") is False
+            if self.raw.get(key) not in allowed and not off:
+                self.refuse(key, f"{key} = {json.dumps(allowed[-1])} for {family.architecture}")
+
+    def left_out(self, family: Family) -> list[str]:
+        """The names of what the config says and nothing has read, sorted."""
+        return sorted([*unclassified(self.raw, family), *self._dropped])
 
     def get(self, key: str, default: Any) -> Any:
         """A field's value, or the default of one that is left out; REQUIRED is none."""
@@ -71,13 +100,24 @@ class ConfigReader:
             raise ConfigError(f"{self.where}: {key} = {shown:.80} is not a positive whole number below 2^31")
         return value
 
+    def tied(self, name: str, family: Family) -> bool | None:
+        """Whether head and embedding are one matrix, or None: the weights show it.
+
+        A class without a head ("LlamaModel") brings none, and transformers would make one up: there the family decides.
+        """
+        headless = name.endswith("Model") and not name.endswith("LMHeadModel")
+        given: bool | None = self.raw.get("tie_word_embeddings")
+        return family.tied if given is None and headless else given
+
     def dtype(self) -> str | None:
         """The checkpoint's dtype by either of its names, or None."""
-        for key in ("dtype", "torch_dtype"):
+        found = None
+        for key in ("torch_dtype", "dtype"):
             value = self.raw.get(key)
             if value is not None and not isinstance(value, str):
                 self.refuse(key, 'a name such as "bfloat16"')
-        return self.raw.get("dtype") or self.raw.get("torch_dtype")
+            found = found if value in (None, "", "auto") else value.removeprefix("torch.")
+        return found
 
     def switch(self, key: str) -> bool:
         """A field that is true or false; null is false."""
@@ -98,7 +138,7 @@ class ConfigReader:
         if first is not None and (type(first) is not int or first < 0):
             self.refuse("max_window_layers", "a whole number >= 0")
         self.switch("use_sliding_window")
-        windows = tuple(family.windows(self.raw, layers))
+        windows = tuple(family.windows.rule(self.raw, layers))
         for i, kind in enumerate(types or ()):
             if kind not in ("full_attention", "sliding_attention"):
                 self.refuse(f"layer_types[{i}]", "full_attention, sliding_attention", kind)
@@ -135,6 +175,9 @@ class ConfigReader:
         if dim % 2 or dim < minimum:
             self.refuse("head_dim", f"an even number of rotated elements >= {minimum}", dim)
         original = self._original(family, settings, context)
+        self._dropped += [f"{key}.{name}" for name in ROPE_LEFT_OUT if settings.pop(name, None) is not None]
+        for name in ROPE_HARMLESS:
+            settings.pop(name, None)
         if kind == "longrope" and original < 2:  # its attention factor divides by log(original)
             self.refuse("original_max_position_embeddings", "a whole number >= 2", original)
         self._check_keys(key, kind, settings, dim)

@@ -12,21 +12,20 @@ from typing import Any
 __all__ = [
     "GELU",
     "HARMLESS_TENSORS",
-    "NEUTRAL",
+    "NO_WINDOW",
     "OFF",
     "REQUIRED",
     "SILU",
+    "WINDOW_BY_LAYER",
     "Family",
     "Recipe",
     "Windows",
     "fields",
     "one",
-    "window_by_layer",
     "window_everywhere",
 ]
 
 REQUIRED = object()  # the default of a field that must be there
-Windows = Callable[[Mapping[str, Any], int], list[int]]  # (config.json, number of layers) -> the window of each layer
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,34 @@ GELU = {
 }
 
 
-def _no_window(raw: Mapping[str, Any], layers: int) -> list[int]:
-    """Full attention in every layer."""
-    return [0] * layers
+@dataclass(frozen=True)
+class Windows:
+    """A rule for sliding windows.
+
+    reads: the fields of config.json that it goes by; rule: (config.json, number of layers) -> the window of each layer
+    in tokens, 0 for full attention.
+    """
+
+    reads: tuple[str, ...]
+    rule: Callable[[Mapping[str, Any], int], list[int]]
 
 
 def window_everywhere(absent: int | None) -> Windows:
     """``sliding_window`` in every layer. absent: the window of a config that leaves the field out."""
-    return lambda raw, layers: [raw.get("sliding_window", absent) or 0] * layers
+    return Windows(("sliding_window",), lambda raw, layers: [raw.get("sliding_window", absent) or 0] * layers)
 
 
-def window_by_layer(raw: Mapping[str, Any], layers: int) -> list[int]:
-    """Qwen: the layers that ``layer_types`` names, or those from ``max_window_layers`` on, if the window is on."""
+def _from_a_layer_on(raw: Mapping[str, Any], layers: int) -> list[int]:
     window = raw.get("sliding_window", 4096) or 0 if raw.get("use_sliding_window", False) else 0
     types = raw.get("layer_types")
     first = 28 if raw.get("max_window_layers") is None else raw["max_window_layers"]
     return [window if (types[i] == "sliding_attention" if types else i >= first) else 0 for i in range(layers)]
+
+
+# Full attention in every layer.
+NO_WINDOW = Windows((), lambda raw, layers: [0] * layers)
+# Qwen: the layers that ``layer_types`` names, or those from ``max_window_layers`` on, if the window is on.
+WINDOW_BY_LAYER = Windows(("sliding_window", "use_sliding_window", "max_window_layers"), _from_a_layer_on)
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,9 @@ class Family:
     op names; rotary: whether positions are rotations; prefix: of tensor names, which bare exports leave out; windows:
     the rule for sliding windows; flags: flag of a recipe -> the config field that sets it, or a constant; rope_types:
     those that it may have; rope_aliases: other names of rope types; partial_rotary: whether a part of the head may stay
-    unrotated; original_context: its own default of original_max_position_embeddings; neutral: further fields that must
-    have one of these values, as in ``NEUTRAL``.
+    unrotated; original_context: its own default of original_max_position_embeddings; neutral, ignored: further fields
+    as in ``NEUTRAL`` and ``HARMLESS`` of config_fields.py; tied: whether head and embedding are one matrix where a
+    config of a model without a head does not say.
     """
 
     architecture: str
@@ -110,13 +122,15 @@ class Family:
     norm: str = "rms_norm"
     rotary: bool = True
     prefix: str = "model."
-    windows: Windows = _no_window
+    windows: Windows = NO_WINDOW
     flags: Mapping[str, str | bool] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     partial_rotary: bool = False
     original_context: int | None = None
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    tied: bool = False
 
 
 # Llama's: quantity -> (its field in config.json, the default of an absent one).
@@ -139,35 +153,5 @@ def fields(**defaults: Any) -> dict[str, tuple[str, Any]]:
     return {name: (key, defaults.get(key, default)) for name, (key, default) in _FIELDS.items()}
 
 
+# The values under which a field that would change the mathematics does not.
 OFF = (None, False)
-# Fields that would change the mathematics, with the values under which they do not. Anything else is refused.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "is_encoder_decoder": OFF,
-    "add_cross_attention": OFF,
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "n_routed_experts": (None, 0),
-    "num_experts_per_tok": (None, 0),
-    "attention_sinks": OFF,
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "logit_scale": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "attention_multiplier": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "clip_qkv": (None,),
-    "use_qk_norm": OFF,
-    "qk_layernorm": OFF,
-    "no_rope_layers": (None, []),
-    "attention_chunk_size": (None,),
-    "alibi": OFF,
-    "lm_head_bias": OFF,
-    "rope_interleaved": OFF,
-    "is_causal": (None, True),
-    "use_bidirectional_attention": OFF,
-    "per_layer_config": (None,),
-    "num_nextn_predict_layers": (None, 0),
-}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROPE_KEYS", "Rope", "RopeTables", "Span", "table_rows"]
+__all__ = ["ROPE_HARMLESS", "ROPE_KEYS", "ROPE_LEFT_OUT", "Rope", "RopeTables", "Span", "table_rows"]
 
 _FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 # The keys that each type takes beside rope_type, rope_theta and partial_rotary_factor: (required, optional).
@@ -35,6 +35,14 @@ ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
         ("longrope", "short_factor long_factor", "factor attention_factor original_max_position_embeddings"),
     )
 }
+# Keys that transformers does not read (5.24 logs "Unrecognized keys" for them).
+# "finetuned" (YaRN's own Llamas) says that the weights were trained with the scaling: nothing to compute.
+ROPE_HARMLESS = ("finetuned",)
+# Those of other programs. vLLM multiplies yarn's factor on cos and sin by attn_factor: with that of
+# DeepSeek-R1-0528-Qwen3-8B, 0.878 = 1 / (0.1 ln 4 + 1), the factor becomes 1. transformers computes with
+# 0.1 ln 4 + 1 = 1.139, and so does cuplama. Whoever wants the former sets
+# attention_factor = 1.0.
+ROPE_LEFT_OUT = ("attn_factor", "extrapolation_factor")
 
 
 @dataclass(frozen=True)

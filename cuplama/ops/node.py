@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,12 @@ class Node:
     parts: tuple[Node, ...] = ()
 
     def __str__(self) -> str:
+        return self.text(str)
+
+    def text(self, shown: Callable[[str], str]) -> str:
+        """The node as a line; ``shown`` says how a value's name is written, outs first."""
         attrs = "".join(f" {k}={v:g}" if isinstance(v, float) else f" {k}={v}" for k, v in self.attrs.items())
-        return f"{', '.join(self.outs)} = {self.op}({', '.join(self.ins)}){attrs}"
+        return f"{', '.join(map(shown, self.outs))} = {self.op}({', '.join(map(shown, self.ins))}){attrs}"
 
 
 def executable(nodes: Sequence[Node]) -> list[Node]:

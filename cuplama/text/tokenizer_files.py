@@ -1,25 +1,38 @@
 """The tokenizer's files in a model folder: tokenizer.json, and what the optional files beside it add.
 
-tokenizer_config.json adds the names of BOS and EOS, added tokens that tokenizer.json lacks, and the chat template. Its
-`add_bos_token` is ignored: transformers 5 ignores it too where there is a tokenizer.json.
+tokenizer_config.json adds the names of BOS and EOS, added tokens, and the chat template; added_tokens.json adds tokens
+where tokenizer_config.json lists none. As in transformers 5 (5.24: `tokenization_utils_tokenizers.py` and the classes
+of the families), where there is a tokenizer.json
+
+- `split_special_tokens` is followed: special tokens in a text are then text;
+- `add_prefix_space` is followed for the classes that build their own byte-level pre-tokenizer;
+- `add_bos_token` and `add_eos_token` are not: the post-processor of tokenizer.json decides.
+
+What the files say and the tokenizer does not do is named in a warning on the ``cuplama`` logger.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
+from ..files import not_opened, not_understood, read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["TokenizerFiles", "read_folder"]
 
+_log = logging.getLogger("cuplama")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# Classes of transformers 5 that replace the pre-tokenizer of tokenizer.json by their own, with `add_prefix_space`.
+_BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
 
 
 @dataclass(frozen=True)
@@ -34,37 +47,42 @@ class TokenizerFiles:
 def read_folder(folder: Path) -> TokenizerFiles:
     """Read tokenizer.json and the optional files beside it.
 
-    Raises TokenizerError, naming the file, if tokenizer.json is missing or any of the files is unusable.
+    Raises TokenizerError, naming the file, if tokenizer.json is missing or any of the files is unusable. Logs a warning
+    for what is left out.
     """
-    import tokenizers
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        hint = "; a tokenizer.model alone is not supported" if (folder / "tokenizer.model").exists() else ""
-        raise TokenizerError(f"{path} does not exist{hint}")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise TokenizerError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    backend = _backend(folder / "tokenizer.json")
     config_path = folder / "tokenizer_config.json"
     config = _read_object(config_path)
     map_path = folder / "special_tokens_map.json"
     names = {**_special_tokens(map_path, _read_object(map_path)), **_special_tokens(config_path, config)}
-    _add_missing_tokens(backend, config, config_path)
+    _add_tokens(backend, *_listed_tokens(folder, config, names))
+    for name in ("bos_token", "eos_token"):
+        if name in names and backend.token_to_id(names[name]) is None:
+            _log.warning("%s: %s = %r is not in tokenizer.json and counts as absent", folder, name, names.pop(name))
+    for ignored in _apply_switches(backend, config):
+        _log.warning("%s: %s; transformers 5 ignores it, too", config_path, ignored)
     return TokenizerFiles(backend, names, _chat_templates(folder, config))
+
+
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    """The `tokenizers` object of a tokenizer.json."""
+    import tokenizers
+
+    if not path.is_file():
+        hint = "; a tokenizer.model alone is not supported" if (path.parent / "tokenizer.model").exists() else ""
+        raise TokenizerError(f"{path} is a folder" if path.is_dir() else not_opened(path, FileNotFoundError()) + hint)
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = " ".join(str(error).split())
+        if "did not match any variant" in reason or "Unknown tokenizer version" in reason:
+            reason += f"; a newer tokenizers than {tokenizers.__version__} may read it: pip install -U tokenizers"
+        raise TokenizerError(not_understood(path, "cannot be read", reason)) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
+    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
 
 
 def _special_tokens(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
@@ -80,38 +98,97 @@ def _special_tokens(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], path: Path) -> None:
-    """Add the tokens that only tokenizer_config.json lists, under the ids it gives them."""
+def _listed_tokens(
+    folder: Path, config: Mapping[str, Any], names: Mapping[str, str]
+) -> tuple[str, dict[int, tokenizers.AddedToken]]:
+    """(which list, id -> token): tokenizer_config.json's list of added tokens, or without one added_tokens.json."""
     import tokenizers
 
-    listed = config.get("added_tokens_decoder") or {}
+    path = folder / "tokenizer_config.json"
+    where, tokens = f"{path}: added_tokens_decoder", dict[int, tokenizers.AddedToken]()
     try:
-        entries = sorted((int(id), dict(entry)) for id, entry in listed.items())
-        tokens = [(id, tokenizers.AddedToken(**_without_type(entry))) for id, entry in entries]
+        if "added_tokens_decoder" in config:
+            for id, entry in (config["added_tokens_decoder"] or {}).items():
+                tokens[int(id)] = tokenizers.AddedToken(**{k: v for k, v in dict(entry).items() if k != "__type"})
+        else:
+            where = str(folder / "added_tokens.json")
+            for content, id in _read_object(folder / "added_tokens.json").items():
+                special = content in names.values()
+                tokens[int(id)] = tokenizers.AddedToken(content, special=special, normalized=not special)
     except (AttributeError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{path}: added_tokens_decoder is malformed: {error}") from error
-    for id, token in tokens:
-        if backend.token_to_id(token.content) is not None:
-            continue
-        backend.add_tokens([token])
-        if (given := backend.token_to_id(token.content)) != id:
-            raise TokenizerError(
-                f"{path}: added_tokens_decoder gives {token.content!r} id {id}, but tokenizer.json has room for {given}"
+        raise TokenizerError(f"{where} is malformed: {error}") from error
+    return where, tokens
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, where: str, tokens: Mapping[int, tokenizers.AddedToken]) -> None:
+    """Add what tokenizer.json lacks, under the ids that the list gives; a listed token's flags count, too."""
+    known = backend.get_added_tokens_decoder()
+    for id, token in sorted(tokens.items()):
+        given = backend.token_to_id(token.content)
+        if given is None or (given == id and repr(known.get(id)) != repr(token)):
+            backend.add_tokens([token])
+            given = backend.token_to_id(token.content)
+            if given != id:
+                raise TokenizerError(
+                    f"{where} gives {token.content!r} id {id}, but tokenizer.json has room for {given}"
+                )
+        elif given != id:
+            _log.warning(
+                "%s gives %r id %d; in tokenizer.json it has %d, and keeps it", where, token.content, id, given
             )
 
 
-def _without_type(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key != "__type"}
+def _apply_switches(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Iterator[str]:
+    """Follow the switches of tokenizer_config.json that transformers follows; what is not followed, in words."""
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+    prefix = config.get("add_prefix_space")
+    if isinstance(prefix, bool):
+        if str(config.get("tokenizer_class")).removesuffix("Fast") in _BYTE_LEVEL_CLASSES:
+            _set_prefix_space(backend, prefix)
+        pieces = backend.encode("a", add_special_tokens=False).tokens
+        if pieces and pieces[0].startswith(("Ġ", "▁")) != prefix:
+            does = "puts no space" if prefix else "puts a space"
+            yield f"add_prefix_space = {json.dumps(prefix)} is not followed: tokenizer.json {does} in front of a text"
+    added = backend.encode("a").special_tokens_mask
+    for name, place, adds in (("add_bos_token", "in front of", added[:1]), ("add_eos_token", "after", added[-1:])):
+        wanted = config.get(name)
+        if isinstance(wanted, bool) and adds and wanted != bool(adds[0]):
+            does = "puts no token" if wanted else "puts a token"
+            yield f"{name} = {json.dumps(wanted)} is not followed: tokenizer.json {does} {place} a text"
+
+
+def _set_prefix_space(backend: tokenizers.Tokenizer, prefix: bool) -> None:
+    """Whether a byte-level pre-tokenizer, alone or in a sequence, puts a space in front of a text."""
+    if (stage := backend.pre_tokenizer) is None:
+        return
+    state = json.loads(stage.__getstate__())  # its part of tokenizer.json
+    for part in (state, *state.get("pretokenizers", ())):
+        if part["type"] == "ByteLevel":
+            part["add_prefix_space"] = prefix
+    stage.__setstate__(json.dumps(state).encode())
+    backend.pre_tokenizer = stage
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> source: chat_template.jinja before chat_template.json before tokenizer_config.json."""
+    """Name -> source: chat_template.jinja before chat_template.json before tokenizer_config.json.
+
+    Each file `additional_chat_templates/NAME.jinja` adds one more, or replaces the one of its name.
+    """
     jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        try:
-            return {"default": jinja.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{jinja}: cannot be read: {error}") from error
+    named = {"default": _read_text(jinja)} if jinja.is_file() else _templates_of_configs(folder, config)
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return {**named, **{path.stem: _read_text(path) for path in more}}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+
+
+def _templates_of_configs(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> source, from chat_template.json or else tokenizer_config.json."""
     alone = folder / "chat_template.json"
     for path, holder in ((alone, _read_object(alone)), (folder / "tokenizer_config.json", config)):
         value = holder.get("chat_template")

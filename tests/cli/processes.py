@@ -39,6 +39,9 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def send_bytes(self, data: bytes) -> None:
+        os.write(self.fd, data)
+
     def until(self, words: str, seconds: float = 30) -> str:
         """Read up to and including the words."""
         end = time.monotonic() + seconds

@@ -25,6 +25,13 @@ def test_wrong_options_are_refused_before_the_work(fails: Fails, monkeypatch: py
     assert "--dummy-weights needs -m" in fails("bench", "--dummy-weights")  # and no word of the bundled model
 
 
+def test_progress_is_said_on_stderr_unless_quiet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuplama.lab.bench.run", lambda *args: args[4]("1/2: pp8") or {})
+    monkeypatch.setattr("cuplama.lab.bench.text", lambda *_: "table\n")
+    assert run("bench") == (0, "table\n", "1/2: pp8\n")
+    assert run("bench", "--quiet") == (0, "table\n", "")
+
+
 def test_a_picture_that_cannot_be_written(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib, which says what kinds of pictures there are")
     monkeypatch.setattr("cuplama.lab.bench.run", lambda *_: pytest.fail("it works"))

@@ -1,128 +1,155 @@
-"""``cuplama chat``: through a pipe and in a terminal."""
+"""``cuplama chat``: one question from an argument, a file or a pipe, and a conversation in a terminal."""
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 import cuplama
 from tests.cli.processes import LAUNCHER, Terminal, environment
 from tests.tiny import CHARS as CHARS_FOLDER
-from tests.tiny import LLAMA as LLAMA_FOLDER
 
-CHARS, LLAMA = str(CHARS_FOLDER), str(LLAMA_FOLDER)
+CHARS = str(CHARS_FOLDER)
 NUMPY = ("--device", "numpy")
+CUT = "cuplama: the answer was cut at 8 tokens (-n 8)\n"
 Run = Callable[..., tuple[int, str, str]]
 Fails = Callable[..., str]
 
 
-def test_chat_through_a_pipe(run: Run, talker: str) -> None:
-    with cuplama.load(talker, device="numpy") as model:
-
-        def answer(*messages: str) -> str:
-            roles = {"s": "system", "u": "user", "a": "assistant"}
-            parts = [{"role": roles[m[0]], "content": m[2:]} for m in messages]
-            return model.chat(parts, max_tokens=8, ignore_eos=True).text
-
-        first = answer("u:Hi")
-        wanted = [
-            first,
-            answer("u:Hi", f"a:{first}", "u:there"),
-            first,
-            answer("s:Be nice", "u:Hi"),
-            first,
-            answer("u:one\ntwo"),
-        ]
-    lines = "Hi|there|/clear|Hi|/system Be nice|Hi|/system|Hi||/nope|/help|/clear|one\\|two|/exit|not read"
-    status, out, err = run(
-        "chat", "-m", talker, *NUMPY, "-n", "8", "--ignore-eos", stdin=lines.replace("|", "\n").encode()
-    )
-    assert status == 0
-    assert out == "".join(f"{text}\n" for text in wanted)
-    assert err.startswith("/nope is not a command; /help lists them\n/help ")
-    assert "Ctrl-C stops an answer" in err
+@pytest.fixture
+def args(talker: str) -> tuple[str, ...]:
+    """A chat whose answers have eight tokens."""
+    return ("chat", "-m", talker, *NUMPY, "-n", "8", "--ignore-eos")
 
 
-def test_chat_ends_with_its_input(run: Run, talker: str) -> None:
-    status, out, err = run("chat", "-m", talker, *NUMPY, "-n", "3", "--ignore-eos", stdin=b"Hi\\")
-    assert (status, out.count("\n"), err) == (0, 1, "")
-    assert run("chat", "-m", talker, *NUMPY) == (0, "", "")
+def answer(folder: str, *messages: str) -> str:
+    """What the library says to messages such as "u:Hi"."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    parts = [{"role": roles[m[0]], "content": m[2:]} for m in messages]
+    with cuplama.load(folder, device="numpy") as model:
+        return model.chat(parts, max_tokens=8, ignore_eos=True).text
 
 
-def test_chat_beyond_the_context(run: Run, talker: str) -> None:
-    """In a pipe it is an error; who types can go on."""
-    args = ("chat", "-m", talker, *NUMPY, "-n", "2", "--context", "40", "--ignore-eos")
-    status, out, err = run(*args, stdin=b"Hi\n" + b"x" * 60 + b"\nHi\n")
-    assert status == 2
-    assert out.count("\n") == 1
-    assert re.fullmatch(r"cuplama: the prompt has \d+ tokens; [^/]*\n", err)
-    terminal = Terminal([*LAUNCHER, *args], environment(TERM="dumb"))
-    terminal.until("> ")
-    terminal.send("x" * 60 + "\n")
-    assert "cuplama: the prompt has" in terminal.until(" (/clear starts again)\r\n> ")
-    terminal.send("/exit\n")
-    assert terminal.status() == 0
+def test_a_question_is_answered_once(run: Run, talker: str, args: tuple[str, ...], tmp_path: Path) -> None:
+    """Standard input is not read where there is a question: a job may have one that never ends."""
+    wanted = (0, answer(talker, "u:Hi") + "\n", CUT)
+    (tmp_path / "question").write_text("Hi\n")
+    assert run(*args, "Hi", stdin=b"\xff") == wanted
+    assert run(*args, "-f", str(tmp_path / "question"), stdin=b"\xff") == wanted
+    assert run(*args, "-", stdin=b"Hi\n") == wanted
+    assert run(*args, stdin=b"Hi\n") == wanted
+    assert run(*args, "Hi", "-q") == (0, wanted[1], "")
+    assert run(*args, "Hi", "--system", "Be nice")[1] == answer(talker, "s:Be nice", "u:Hi") + "\n"
 
 
-def test_chat_checks_its_parameters_before_the_first_question(fails: Fails, talker: str) -> None:
-    message = fails("chat", "-m", talker, *NUMPY, "--logit-bias", "9999=1")  # no question is there
-    assert "logit_bias: token id 9999 is out of range" in message
-    assert "/clear" not in message
+def test_all_that_is_piped_in_is_one_question(run: Run, talker: str, args: tuple[str, ...]) -> None:
+    assert run(*args, stdin=b"one\n\n two\n")[1] == answer(talker, "u:one\n\n two") + "\n"
 
 
-def test_only_a_full_context_is_mended_by_clear(talker: str, tmp_path: Path) -> None:
-    shutil.copytree(talker, tmp_path, dirs_exist_ok=True)
-    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}x"
-    (tmp_path / "chat_template.jinja").write_text(refusal)
-    terminal = Terminal([*LAUNCHER, "chat", "-m", str(tmp_path), *NUMPY, "-n", "2"], environment(TERM="dumb"))
-    terminal.until("> ")
-    terminal.send("/system Be nice\n")
-    terminal.until("\r\n> ")
-    terminal.send("Hi\n")
-    terminal.until("no system message")
-    assert "/clear" not in terminal.until("> ")
-    terminal.send("/exit\n")
-    assert terminal.status() == 0
+def test_an_answer_of_no_tokens(run: Run, talker: str) -> None:
+    assert run("chat", "Hi", "-m", talker, *NUMPY, "-n", "0") == (0, "\n", "")
 
 
-def test_chat_refuses_input_that_is_not_utf8(talker: str) -> None:
+@pytest.mark.parametrize(("given", "stdin"), [(("",), b"Hi"), ((" \n",), b"Hi"), ((), b" \n\n"), ((), b"")])
+def test_a_blank_question_is_refused(given: tuple[str, ...], stdin: bytes, fails: Fails, args: tuple[str, ...]) -> None:
+    assert "the question is empty" in fails(*args, *given, stdin=stdin)
+
+
+def test_json(run: Run, talker: str, args: tuple[str, ...]) -> None:
+    text = answer(talker, "s:Be nice", "u:Hi")
+    status, out, err = run(*args, "--json", "--system", "Be nice", stdin=b"Hi\n")
+    assert (status, err, out.count("\n")) == (0, CUT, 1)
+    found = json.loads(out)
+    assert (found["text"], found["finish_reason"], len(found["tokens"])) == (text, "length", 8)
+    roles = {"system": "Be nice", "user": "Hi", "assistant": text}
+    assert found["messages"] == [{"role": role, "content": content} for role, content in roles.items()]
+
+
+def test_what_cannot_be_answered_is_an_error(fails: Fails, args: tuple[str, ...]) -> None:
+    message = fails(*args, "--context", "40", stdin=b"x" * 60)
+    assert "the prompt has 63 tokens; the context has room for 39" in message
+    assert "logit_bias: token id 9999 is out of range" in fails(*args, "--logit-bias", "9999=1")  # no question is there
+    assert "no chat template" in fails("chat", "-m", CHARS, *NUMPY)
+    assert "given 2 times, by QUESTION and -f" in fails("chat", "Hi", "-f", "question", "-m", "not loaded")
+
+
+def test_chat_refuses_input_that_is_not_utf8(args: tuple[str, ...]) -> None:
     done = subprocess.run(
-        [*LAUNCHER, "chat", "-m", talker, *NUMPY, "-n", "3"],
-        input=b"Hi\n\xff\n", capture_output=True, env=environment(PYTHONUTF8="1"), timeout=60,
-    )  # fmt: skip
-    assert done.returncode in (0, 2)
-    assert b"Traceback" not in done.stderr
-    assert b"not valid U" in done.stderr
+        [*LAUNCHER, *args], input=b"Hi\n\xff\n", capture_output=True, env=environment(PYTHONUTF8="1"), timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"cuplama: standard input is not valid UTF-8: byte 0xff at offset 3\n"
 
 
-def test_chat_in_a_terminal(talker: str, tmp_path: Path) -> None:
-    args = [*LAUNCHER, "chat", "-m", talker, *NUMPY, "-n", "-1", "--context", "20000", "--ignore-eos"]
-    env = environment(HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path), TERM="dumb")
-    terminal = Terminal(args, env)
-    assert "/help lists the commands" in terminal.until("> ")
-    terminal.send("Hello\n")
-    terminal.until("Hello\r\n")
-    time.sleep(0.3)
+def test_template_variables_reach_the_template(run: Run, talker: str, tmp_path: Path) -> None:
+    shutil.copytree(talker, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ 'on' if enable_thinking else 'off' }}{{ tools | length }}{{ documents[0].title }}{{ messages[-1].content }}"
+    )
+    (tmp_path / "tools.json").write_text('[{"type": "function"}, {}, {}]')
+    (tmp_path / "documents.json").write_text('[{"title": "Some"}]')
+    files = ("--tools", str(tmp_path / "tools.json"), "--documents", str(tmp_path / "documents.json"))
+    for value, word in (("false", "off"), ("true", "on"), ("high", "on")):
+        given = ("-m", str(tmp_path), *NUMPY, "-n", "4", "--template-arg", f"enable_thinking={value}", *files)
+        out = run("chat", "Hi", *given)[1]
+        with cuplama.load(tmp_path, device="numpy") as model:
+            assert out == model.generate(f"{word}3SomeHi", max_tokens=4).text + "\n"
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(fails: Fails, args: tuple[str, ...]) -> None:
+    """Before the first question: standard input is not asked for one."""
+    assert "enable_thinkin" in fails(*args, "--template-arg", "enable_thinkin=false", stdin=b"\xff")
+
+
+def test_json_needs_a_question_in_a_terminal(args: tuple[str, ...]) -> None:
+    terminal = Terminal([*LAUNCHER, *args, "--json"], environment(TERM="dumb"))
+    terminal.until("cuplama: --json needs a QUESTION, -f FILE or a pipe")
+    assert terminal.status() == 2
+
+
+def test_ctrl_c_ends_a_single_question(talker: str) -> None:
+    args = ["chat", "Hi", "-m", talker, *NUMPY, "--context", "20000", "--ignore-eos"]
+    terminal = Terminal([*LAUNCHER, *args], environment(TERM="dumb"))
+    terminal.until(answer(talker, "u:Hi"))  # its beginning
+    terminal.send("\x03")
+    assert terminal.status() == 130
+
+
+def test_chat_in_a_terminal(talker: str) -> None:
+    args = [*LAUNCHER, "chat", "-m", talker, *NUMPY, "--context", "20000", "--ignore-eos"]
+    terminal = Terminal(args, environment(TERM="dumb"))
+    banner = terminal.until("> ")
+    assert f"{Path(talker).name} (LlamaForCausalLM) on NumPy" in banner
+    assert "context 20000. /help lists the commands.\r\n" in banner
+    terminal.send("Hi\n")
+    terminal.until(answer(talker, "u:Hi"))
     terminal.send("\x03")  # stops the answer ...
-    assert len(terminal.until("\r\n> ")) > 2
-    terminal.send("/help\n")  # ... and not the program
-    assert "/clear" in terminal.until("\r\n> ")
-    terminal.send("half a line")
-    terminal.until("half a line")
-    time.sleep(0.3)  # until Python's readline waits again: it sees a signal only there
-    terminal.send("\x03")  # drops the line
-    assert "(/exit or Ctrl-D leaves)" in terminal.until("\r\n> ")
+    assert terminal.until("\r\n> ").endswith("stopped; what was said so far stays in the conversation")
+    terminal.send("/undo\n")  # ... and not the program
+    assert "took back: Hi" in terminal.until("\r\n> ")
+    terminal.send("\x04")  # Ctrl-D
+    assert terminal.status() == 0
+
+
+def test_a_conversation_in_a_terminal(talker: str, args: tuple[str, ...]) -> None:
+    first = answer(talker, "u:one\ntwo")
+    second = answer(talker, "u:one\ntwo", f"a:{first}", "u:Hi")
+    terminal = Terminal([*LAUNCHER, *args, "--context", "80"], environment(TERM="dumb"))
+    terminal.until("> ")
+    terminal.send("one\ntwo\n")  # pasted
+    assert terminal.until("\r\n> ").endswith(f"\n{first}\r\n{CUT[:-1]}")
+    terminal.send("x" * 90 + "\n")
+    assert terminal.until("\r\n> ").partition("\n")[2].startswith("cuplama: the prompt has 93 tokens; ")
+    terminal.send("Hi\n")  # the conversation stands
+    assert terminal.until("\r\n> ").endswith(f"\n{second}\r\n{CUT[:-1]}")
+    terminal.send("x" * 65 + "\n")
+    assert "\ncuplama: left out the 4 oldest messages: the conversation no longer fits the context of 80 tokens" in (
+        terminal.until("\r\n> ")
+    )
     terminal.send("/exit\n")
     assert terminal.status() == 0
-    history = tmp_path / "cuplama" / "chat_history"
-    assert history.read_text().splitlines()[-3:] == ["Hello", "/help", "/exit"]
-    again = Terminal(args, env)
-    again.until("> ")
-    again.send("\x1b[A\x1b[A\n")  # two lines up: /help
-    assert "/system TEXT" in again.until("\r\n> ")
-    again.send("\x04")  # Ctrl-D
-    assert again.status() == 0

@@ -12,6 +12,7 @@ import pytest
 
 import cuplama
 from cuplama.cli.model_info import facts
+from cuplama.lab.shapes import LETTERS
 from tests.paths import GOLDEN
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
@@ -27,7 +28,8 @@ def test_info_and_graph(run: Run) -> None:
     assert (status, err) == (0, "")
     facts = json.loads(run("info", "-m", LLAMA, "--json")[1])
     assert {"architecture", "bytes_by_part", "stop_tokens"} <= facts.keys()
-    for name in ("parameters", "layers", "heads", "context", "weight_bytes", "cache_bytes", "cache_bytes_per_token"):
+    sizes = ("weight_bytes", "cache_bytes", "cache_bytes_per_token", "gpu_bytes", "numpy_bytes")
+    for name in ("parameters", "layers", "heads", "context", *sizes):
         assert type(facts[name]) is int, name
     assert all(re.fullmatch("[a-z_]+", name) for name in (*facts, *facts["bytes_by_part"]))
     assert sum(facts["bytes_by_part"].values()) == facts["weight_bytes"]
@@ -37,8 +39,20 @@ def test_info_and_graph(run: Run) -> None:
     assert shown["attention"] == f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}"
     status, out, err = run("graph", "-m", LLAMA)
     assert (status, err) == (0, "")
-    assert out.startswith("x = embedding(input_ids, embed_tokens)\n")
+    vocab, d = facts["vocabulary"], facts["hidden_size"]
+    assert out.startswith(f"x[n,{d}]:f32 = embedding(input_ids[n]:i32, embed_tokens[{vocab},{d}]:f32)\n")
+    assert out.splitlines()[-1].startswith(f"logits[r,{vocab}]:f32 = linear(norm.out, lm_head[{vocab},{d}]:f32)")
+    assert out.count("page_table[b,M]:i32") == 1  # a shape stands where the value is first named
+    assert out.count("page_table") == facts["layers"]
+    fused = run("graph", "-m", LLAMA, "--fused")[1]
+    assert re.search(r"^0\.qkv_proj\.out\[n,\d+\]:f32 = rms_norm_linear\(x, .*\n    0\.attn_norm\.out\[n,", fused, re.M)
+    assert fused.splitlines()[-1] == "    logits = linear(norm.out, lm_head) U=f32"
     assert out.count("= attention(") == json.loads((LLAMA_FOLDER / "config.json").read_text())["num_hidden_layers"]
+
+
+def test_the_letters_of_graph_are_explained(run: Run) -> None:
+    help_ = run("graph", "--help")[1]
+    assert re.findall(r"^  ([a-zA-Z])  \w", help_, re.M) == list(LETTERS)
 
 
 def test_info_and_graph_without_weights(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +72,38 @@ def test_info_and_graph_without_weights(run: Run, tmp_path: Path, monkeypatch: p
     assert "the published shape of a known model" in run("info", "-m", "llama-3.2-1b")[1]
     status, out, err = run("graph", "-m", "llama-3.2-1b")
     assert (status, err, out.count("= attention(")) == (0, "", 16)
+
+
+def test_info_shows_what_texts_meet(run: Run, tmp_path: Path) -> None:
+    """Tokenizer, template and sampling defaults; a folder without them says so."""
+    shutil.copytree(CHARS, tmp_path, dirs_exist_ok=True)
+    found = json.loads(run("info", "-m", CHARS, "--json")[1])
+    assert found["tokenizer"] == {"kind": "WordLevel", "size": 65, "bos": None, "eos": None}
+    assert (found["chat_template"], found["template_variables"], found["sampling_defaults"]) == (False, [], {})
+    shown = dict(re.split("  +", line, maxsplit=1) for line in run("info", "-m", CHARS)[1].splitlines())
+    assert shown["tokenizer"] == "WordLevel of 65 tokens, BOS none, EOS none"
+    assert (shown["chat template"], shown["sampling defaults"]) == ("none", "greedy")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{% if thinking %}...{% endif %}")
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    found = json.loads(run("info", "-m", str(tmp_path), "--json")[1])
+    assert found["template_variables"] == ["thinking"]
+    assert (found["chat_template"], found["sampling_defaults"]) == (True, {"temperature": 0.6, "top_k": 20})
+    shown = dict(re.split("  +", line, maxsplit=1) for line in run("info", "-m", str(tmp_path))[1].splitlines())
+    assert (shown["chat template"], shown["sampling defaults"]) == (
+        "yes; it also reads thinking",
+        "temperature 0.6, top_k 20",
+    )
+    assert shown["stop tokens"].startswith("3 ")
+    assert "tokenizer " not in run("info", "-m", "llama-3.2-1b")[1]  # a shape has none
+
+
+def test_info_says_what_memory_a_model_needs(run: Run) -> None:
+    """As the engine plans it: weights and cache, and on a GPU its workspace as well."""
+    known = json.loads(run("info", "-m", "llama-3.2-1b", "--json")[1])
+    assert known["numpy_bytes"] == 2 * (known["weight_bytes"] + known["cache_bytes"])  # float32 of bfloat16
+    extra = known["gpu_bytes"] - known["weight_bytes"] - known["cache_bytes"]
+    assert 160 << 20 < extra < 1 << 30
 
 
 def test_info_shows_the_stop_tokens_that_the_model_uses(tmp_path: Path) -> None:

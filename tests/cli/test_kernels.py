@@ -307,6 +307,8 @@ def test_compile_prints_what_a_kernel_uses() -> None:
     assert [row[:3] for row in rows[1:3]] == [["add", "residual.cu", "sm_80"], ["add", "residual.cu", "sm_90"]]
     assert all(int(row[3]) > 0 for row in rows[1:3])
     assert "2 kernel instances for sm_80, sm_90" in result.stdout
+    assert re.search(r"^1/2: residual.cu for sm_\d0: \d+\.\d s \(about \d+ s left\)$", result.stderr, re.M)
+    assert re.search(r"^2/2: residual.cu for sm_\d0: \d+\.\d s$", result.stderr, re.M)
     result = invoke("compile", "--arch", "sm_80", "add")
     assert "1 kernel instance for sm_80 in" in result.stdout
 

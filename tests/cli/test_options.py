@@ -6,15 +6,18 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cuplama.cli.conversation import Conversation
+from cuplama.cli.main import cli
 from cuplama.completion import Clock, Completion, Delta, Stream, Timings
 from cuplama.lab.dummy import Source
 from cuplama.lab.perplexity import Perplexity
 from cuplama.lab.trials import trials
-from cuplama.sampling_params import PARAMETERS
+from cuplama.sampling_params import PARAMETERS, SamplingParams
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
 
@@ -30,6 +33,21 @@ def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
         names = re.findall(r"^  (-[^ ,]+)", help_, re.M)
         assert (names[0], names[-2:]) == ("-m", ["--debug", "-h"])
     assert "..." not in run("--help")[1].partition("Commands:")[2]
+
+
+def test_help_is_readable_at_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in cli.commands:
+        help_ = run(command, "--help")[1]
+        assert max(map(len, help_.splitlines())) <= 80
+        assert not re.findall(r"\B-[a-z-]*-$", help_, re.M)  # the name of an option, broken
+
+
+def test_help_tells_the_names_that_other_programs_have(run: Run) -> None:
+    help_ = " ".join(run("generate", "--help")[1].split())
+    assert "-c, --context N Tokens a text" in help_
+    for names in ("--ctx-size", "--n-predict, --predict, --max-new-tokens", "--repetition-penalty"):
+        assert f"[also: {names}]" in help_
 
 
 @pytest.mark.parametrize(
@@ -48,6 +66,8 @@ def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
         (["--frequency-penalty", "inf"], "'--frequency-penalty': inf is not a finite number"),
         (["--seed", "-1"], "'--seed': -1 is not a whole number from 0 to 2^64 - 1 (cuplama"),
         (["--seed", str(2**64)], "'--seed': 18446744073709551616 is not"),
+        (["--max-tokens", "5", "--min-tokens", "6"], "--max-tokens 5 is less than --min-tokens 6 (cuplama"),
+        (["--repetition-penalty", "0"], "'--repeat-penalty': 0.0 is not a number > 0"),
         (["--stop", ""], "'--stop': the text is empty"),
         (["--logit-bias", "5"], "must look like 42=-1.5"),
         (["--logit-bias", "5=nan"], "must look like 42=-1.5"),
@@ -57,10 +77,12 @@ def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
         (["--json", "--logprobs", "99"], "'--logprobs': 99 is not a whole number from 0 to 64 (cuplama"),
         (["--device", "tpu"], "'tpu' is not one of"),
         (["--dtype", "int8"], "'int8' is not one of"),
-        (["--context", "0"], "'--context': 0 is not in the range"),
+        (["--context", "0"], "'-c' / '--context': 0 is not in the range"),
         (["--context", "81"], "context 81 is more than the 80 positions"),
         (["--frobnicate"], "No such option"),
         (["extra"], "unexpected extra argument"),
+        (["-p", "extra"], "the same is given 2 times, by PROMPT and -p; give it once (cuplama"),
+        (["--echo", "--json"], "--echo does not go with --json (cuplama"),
     ],
 )
 def test_wrong_options(args: list[str], words: str, fails: Fails) -> None:
@@ -78,6 +100,9 @@ def test_a_wrong_option_costs_no_loading(fails: Fails, tmp_path: Path, monkeypat
     (tmp_path / "text").write_text("To be or not to be")
     for command in (("generate", "x"), ("chat",)):
         assert "'--top-p'" in fails(*command, "-m", CHARS, "--top-p", "2")
+    contradiction = ("--max-tokens", "5", "--min-tokens", "6")
+    assert "less than --min-tokens" in fails("generate", "x", "-m", CHARS, *contradiction)
+    assert "Missing argument 'PROMPT'" in fails("generate", "-m", CHARS)
     assert "--stride = 9" in fails("perplexity", str(tmp_path / "text"), "-m", CHARS, "--window", "9", "--stride", "9")
 
 
@@ -87,31 +112,44 @@ def test_a_wrong_option_costs_no_loading(fails: Fails, tmp_path: Path, monkeypat
 LOAD: list[tuple[str, str, Any]] = [
     ("--device numpy", "device", "numpy"),
     ("--device cuda", "device", "cuda"),
+    ("--device cpu", "device", "numpy"),
+    ("--device gpu", "device", "cuda"),
     ("--dtype float16", "dtype", "float16"),
     ("--dtype bf16", "dtype", "bf16"),
     ("--context 33", "context", 33),
-    ("--offline", "offline", True),
+    ("-c 33", "context", 33),
+    ("--ctx-size 33", "context", 33),
 ]
-LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "offline": False}
+LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "offline": True}
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
     ("-n 7", "max_tokens", 7),
     ("--max-tokens 7", "max_tokens", 7),
     ("-n -1", "max_tokens", None),
+    ("--n-predict 7", "max_tokens", 7),
+    ("--predict -1", "max_tokens", None),
+    ("--max-new-tokens 7", "max_tokens", 7),
+    ("--max_new_tokens 7", "max_tokens", 7),
+    ("--top_k 9", "top_k", 9),
     ("--temp 0.5", "temperature", 0.5),
     ("--temperature 0.5", "temperature", 0.5),
     ("--top-k 9", "top_k", 9),
     ("--top-p 0.25", "top_p", 0.25),
     ("--min-p 0.125", "min_p", 0.125),
     ("--repeat-penalty 1.5", "repetition_penalty", 1.5),
+    ("--repetition-penalty 1.5", "repetition_penalty", 1.5),
     ("--presence-penalty -0.5", "presence_penalty", -0.5),
     ("--frequency-penalty 0.75", "frequency_penalty", 0.75),
     ("--logit-bias 5=1.5 --logit-bias 6=-inf", "logit_bias", {5: 1.5, 6: -math.inf}),
     ("--seed 11", "seed", 11),
+    ("-s 11", "seed", 11),
     ("--stop a --stop b", "stop", ("a", "b")),
+    ("--stop a -r b --reverse-prompt c", "stop", ("a", "b", "c")),
     ("--min-tokens 3", "min_tokens", 3),
     ("--ignore-eos", "ignore_eos", True),
 ]
+
+CHAT = {"system": None, "stats": False}  # what reaches a chat without any option
 
 
 class Recorder:
@@ -121,7 +159,9 @@ class Recorder:
         self.model: Any = ...
         self.loaded: dict[str, Any] = {}
         self.prompt = ""
-        self.params: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}
+        self.context = 80
+        self.tokenizer = SimpleNamespace(chat_template=None)
 
     def load(self, model: Any, **options: Any) -> Recorder:
         assert callable(options.pop("progress"))
@@ -135,13 +175,10 @@ class Recorder:
         pass
 
     def stream(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Stream:
-        self.prompt, self.params = prompt, params
+        self.prompt, self.given = prompt, params
         nothing: tuple[Delta, ...] = ()
-        return Stream((delta for delta in nothing), Clock())
-
-    def generate(self, prompt: str, progress: Callable[[int, int], None], **params: Any) -> Completion:
-        self.prompt, self.params = prompt, params
-        return Completion("", [], "length", None, Timings(1, 1.0, 0, 0.0))
+        completion = Completion("", [], "length", None, Timings(1, 1.0, 0, 0.0), params=SamplingParams(**params))
+        return Stream((delta for delta in nothing), Clock(), lambda: [completion])
 
 
 @pytest.fixture
@@ -149,14 +186,17 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
     monkeypatch.setattr("cuplama.cli.running.load", found.load)
 
-    def repl(model: Recorder, params: dict[str, Any], system: str | None, stats: Any) -> None:
-        model.params = {**params, "system": system, "stats": stats is not None}
+    def session(
+        model: Recorder, sampling: dict[str, Any], template: dict[str, Any], conversation: Conversation, stats: bool
+    ) -> SimpleNamespace:
+        model.given = {**sampling, **template, "system": conversation.system, "stats": stats}
+        return SimpleNamespace(check=lambda: None, ask=lambda question, show: SimpleNamespace(finish_reason="stop"))
 
     def score(model: Recorder, text: str, window: int, stride: int, progress: Any) -> Perplexity:
-        model.params = {"text": text, "window": window, "stride": stride}
+        model.given = {"text": text, "window": window, "stride": stride}
         return Perplexity(tokens=1, nats=1.0, squares=1.0, size=1)
 
-    monkeypatch.setattr("cuplama.cli.repl.repl", repl)
+    monkeypatch.setattr("cuplama.cli.chat.ChatSession", session)
     monkeypatch.setattr("cuplama.lab.perplexity.perplexity", score)
     return found
 
@@ -167,7 +207,7 @@ def test_options_that_reach_load(
     command: str, option: str, name: str, value: Any, run: Run, recorder: Recorder, tmp_path: Path
 ) -> None:
     (tmp_path / "text").write_text("To be")
-    argument = {"generate": ["Hi"], "perplexity": [str(tmp_path / "text")]}.get(command, [])
+    argument = [str(tmp_path / "text") if command == "perplexity" else "Hi"]
     assert run(command, *argument, "-m", CHARS)[0] == 0
     assert (recorder.model, recorder.loaded) == (CHARS, LOAD_DEFAULTS)
     assert run(command, *argument, "-m", CHARS, *option.split())[0] == 0
@@ -176,7 +216,7 @@ def test_options_that_reach_load(
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_no_model_is_the_bundled_one(command: str, run: Run, recorder: Recorder) -> None:
-    assert run(command, *(["Hi"] if command == "generate" else []))[0] == 0
+    assert run(command, "Hi")[0] == 0
     assert recorder.model is None
 
 
@@ -184,25 +224,63 @@ def test_no_model_is_the_bundled_one(command: str, run: Run, recorder: Recorder)
 def test_options_that_reach_generate(option: str, name: str, value: Any, run: Run, recorder: Recorder) -> None:
     for json_ in ([], ["--json"]):
         assert run("generate", "Hi", *json_)[0] == 0
-        assert (recorder.prompt, recorder.params) == ("Hi", {})  # the model's own defaults are not overridden
+        assert (recorder.prompt, recorder.given) == ("Hi", {})  # the model's own defaults are not overridden
         assert run("generate", "Hi", *json_, *option.split())[0] == 0
-        assert (recorder.prompt, recorder.params) == ("Hi", {name: value})
+        assert (recorder.prompt, recorder.given) == ("Hi", {name: value})
 
 
 def test_logprobs_reach_generate(run: Run, recorder: Recorder) -> None:
     assert run("generate", "Hi", "--json", "--logprobs", "0")[0] == 0
-    assert recorder.params == {"logprobs": 0}
+    assert recorder.given == {"logprobs": 0}
 
 
 @pytest.mark.parametrize(("option", "name", "value"), SAMPLING)
 def test_options_that_reach_chat(option: str, name: str, value: Any, run: Run, recorder: Recorder) -> None:
-    assert run("chat", *option.split())[0] == 0
-    assert recorder.params == {name: value, "system": None, "stats": False}
+    assert run("chat", "Hi")[0] == 0
+    assert recorder.given == {**CHAT, "max_tokens": None}  # not the 512 of generate: as long as the context allows
+    assert run("chat", "Hi", *option.split())[0] == 0
+    assert recorder.given == {**CHAT, "max_tokens": None, name: value}
 
 
-def test_system_message_and_stats_reach_chat(run: Run, recorder: Recorder) -> None:
-    assert run("chat", "--system", "Be nice", "--stats")[0] == 0
-    assert recorder.params == {"system": "Be nice", "stats": True}
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("--system nice --stats", {"system": "nice", "stats": True}),
+        ("--template-arg enable_thinking=false", {"enable_thinking": False}),
+        ("--template-arg a=1 --template-arg b=high --template-arg c=", {"a": 1, "b": "high", "c": ""}),
+        ("--template-arg a=1=2", {"a": "1=2"}),
+        ('--template-arg a={"b":[null]}', {"a": {"b": [None]}}),
+        ("--special-text", {"special_text": True}),
+        ("--tools FILE --documents FILE", {"tools": [{"a": 1}], "documents": [{"a": 1}]}),
+    ],
+)
+def test_what_reaches_the_template_of_chat(
+    options: str, found: dict[str, Any], run: Run, recorder: Recorder, tmp_path: Path
+) -> None:
+    (tmp_path / "list.json").write_text('[{"a": 1}]')
+    assert run("chat", "Hi", *options.replace("FILE", str(tmp_path / "list.json")).split())[0] == 0
+    assert recorder.given == {**CHAT, "max_tokens": None, **found}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--template-arg thinking", "must look like enable_thinking=false"),
+        ("--template-arg =false", "must look like enable_thinking=false"),
+        ("--template-arg no-think=1", "must look like enable_thinking=false"),
+        ("--template-arg messages=[]", "messages is not a variable that can be set"),
+        ("--template-arg tools=[]", "tools is not a variable that can be set; see the other options"),
+        ("--tools FILE", "list.json is not JSON: Expecting"),
+        ("--documents FILE", "list.json is not JSON: Expecting"),
+        ("--tools OBJECT", "object.json must hold a JSON list of objects"),
+        ("--tools nowhere", "cannot read nowhere: No such file"),
+    ],
+)
+def test_wrong_options_of_chat(option: str, words: str, fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[{")
+    (tmp_path / "object.json").write_text("{}")
+    option = option.replace("FILE", str(tmp_path / "list.json")).replace("OBJECT", str(tmp_path / "object.json"))
+    assert words in fails("chat", "Hi", "-m", "not loaded", *option.split())
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
@@ -225,24 +303,28 @@ def test_options_that_reach_perplexity(
 ) -> None:
     (tmp_path / "text").write_text("To be")
     assert run("perplexity", str(tmp_path / "text"), "-m", CHARS, *options.split())[0] == 0
-    assert recorder.params == {"text": "To be", "window": window, "stride": stride}
+    assert recorder.given == {"text": "To be", "window": window, "stride": stride}
 
 
 def test_offline_reaches_the_hub(run: Run, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the commands that look for the folder themselves."""
+    """A hub id is looked up once, with progress; a model is then loaded from what is here."""
     asked: list[tuple[str, bool]] = []
 
-    def find(model: str, offline: bool = False) -> Path:
+    def find(model: str, offline: bool, progress: Callable[[int, int], None]) -> Path:
+        progress(1, 2)
         asked.append((model, offline))
         return CHARS_FOLDER
 
     monkeypatch.setattr("cuplama.hub.find_model", find)
-    monkeypatch.setattr("cuplama.cli.model_info.find_model", find)
     (tmp_path / "text").write_text("To be")
-    for command in (["perplexity", str(tmp_path / "text")], ["info"], ["graph"], ["tokenize", "Hi"]):
+    for command in (["generate", "Hi"], ["chat", "Hi"], ["info"], ["graph"], ["tokenize", "Hi"]):
         for offline in (False, True):
             assert run(*command, "-m", "org/name", *(["--offline"] if offline else []))[0] == 0
-            assert asked.pop() == ("org/name", offline)
+            assert asked == [("org/name", offline)]
+            asked.clear()
+    assert recorder.loaded["offline"]
+    assert run("perplexity", str(tmp_path / "text"), "-m", "org/name", "--offline")[0] == 0
+    assert asked == [("org/name", True), (CHARS, True)]
 
 
 # An option of bench -> what of its call is then not the default.

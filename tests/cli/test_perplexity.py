@@ -39,6 +39,8 @@ def test_perplexity_of_a_file_and_of_standard_input_are_one(run: Run, tmp_path: 
     (tmp_path / "text").write_bytes(text)
     file = run("perplexity", str(tmp_path / "text"), "-m", CHARS, *NUMPY, "--json")
     assert run("perplexity", "-", "-m", CHARS, *NUMPY, "--json", stdin=text) == file
+    assert run("perplexity", "-m", CHARS, *NUMPY, "--json", stdin=text) == file
+    assert run("perplexity", "-f", str(tmp_path / "text"), "-m", CHARS, *NUMPY, "--json") == file
     assert json.loads(file[1])["bytes"] == len(text)
 
 
@@ -59,6 +61,7 @@ def test_wrong_files(tmp_path: Path, fails: Fails) -> None:
     assert "nothing: No such file" in fails(*perplexity, str(tmp_path / "nothing"))
     assert "Is a directory" in fails(*perplexity, str(tmp_path))
     (tmp_path / "text").write_text("To be or not to be")
+    assert "given 2 times, by FILE and -f" in fails(*perplexity, str(tmp_path / "text"), "-f", "other")
     for option, value, words in (
         ("--context", "1", "--context = 1 is too short; a window needs at least 2 tokens"),
         ("--window", "1", "--window = 1 is out of range; it must be from 2 to 80"),

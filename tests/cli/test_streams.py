@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
+from rich.progress import Progress
 
-from cuplama.cli.streams import progress_bar
+from cuplama.cli.streams import QUIET_KEY, print_json, progress_bar
 from tests.cli.processes import LAUNCHER, environment
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
@@ -21,7 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 Fails = Callable[..., str]
 
 
-@pytest.mark.parametrize("args", ["generate First -n 4000 --context 5000 --temp 1.5 --ignore-eos", "graph"])
+@pytest.mark.parametrize("args", ["generate First -n 4000 --context 5000 --temp 1.5 --ignore-eos -q", "graph"])
 def test_a_closed_pipe_ends_quietly(args: str, talker: str) -> None:
     command, *rest = args.split()
     device = NUMPY if command == "generate" else ()
@@ -84,3 +87,51 @@ def test_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress_bar("loading", "B") as update:
         update(1, 2)
+
+
+def test_the_progress_bar_is_gone_before_the_text_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It redraws itself ten times a second: what is printed meanwhile on the same terminal would be torn."""
+    monkeypatch.setattr("cuplama.cli.streams.time.perf_counter", iter(range(10**6)).__next__)
+    monkeypatch.setattr(sys, "stderr", Teletype())
+    monkeypatch.setenv("TERM", "xterm")
+    calls: list[str] = []
+
+    def recorded(name: str) -> Callable[[Progress], None]:
+        method = getattr(Progress, name)
+
+        def call(bar: Progress) -> None:
+            calls.append(name)
+            method(bar)
+
+        return call
+
+    for name in ("start", "stop"):
+        monkeypatch.setattr(Progress, name, recorded(name))
+    with progress_bar("reading", "tokens") as update:
+        update(1, 3)
+        update(3, 3)
+        assert calls == ["start", "stop"]
+        update(3, 4)  # a total that grows, as of a download
+        assert calls == ["start", "stop", "start"]
+    assert calls == ["start", "stop", "start", "stop"]
+
+
+def test_no_progress_bar_under_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Teletype()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("cuplama.cli.streams.time.perf_counter", iter(range(100)).__next__)
+    with click.Context(click.Command("x"), obj=None) as context:
+        context.meta[QUIET_KEY] = True
+        with progress_bar("loading", "B") as update:
+            update(1, 2)
+    assert stderr.getvalue() == ""
+
+
+def test_json_has_no_infinity_and_no_letter_that_a_locale_may_lack(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"text": "é \N{LLAMA} \udcff"})
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert json.loads(out) == {"text": "é \N{LLAMA} \udcff"}
+    with pytest.raises(ValueError):
+        print_json({"x": float("inf")})

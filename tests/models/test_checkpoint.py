@@ -277,7 +277,6 @@ def test_corrupt_headers(tmp_path: Path, failure: Callable[..., str]) -> None:
         struct.pack("<Q", 2**63) + b"{}",
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 2) + b"\xff\xff",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
     ):
         path.write_bytes(content)
         assert failure().startswith(f"{path} is truncated or corrupt: ")
@@ -350,6 +349,25 @@ def test_shards_and_index_that_disagree(
     message = failure()
     count = list(shards.values()).count(second)
     assert message == f"{tmp_path / second} is missing; {INDEX} places {count} tensors in it"
+
+
+def test_the_whole_file_counts_beside_an_index(shards: dict[str, str], tensors: Tensors, tmp_path: Path) -> None:
+    """As in transformers. The index is left over from another sharding, and its shards may be gone or others."""
+    save(tmp_path / "model.safetensors", {name: x + 1 for name, x in tensors.items()})
+    assert {t.file.name for t in open_tensors(tmp_path).values()} == {"model.safetensors"}
+    assert np.array_equal(load(tmp_path)["norm"].array(), tensors["model.norm.weight"] + 1)
+    (tmp_path / INDEX).write_text("{")
+    assert load(tmp_path)["norm"].shape == (8,)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "a/../../outside.safetensors"])
+def test_shards_outside_the_folder_are_not_read(name: str, tensors: Tensors, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save(tmp_path / "outside.safetensors", tensors)
+    write_index(folder, dict.fromkeys(tensors, name))
+    with pytest.raises(CheckpointError, match="names a shard outside the folder"):
+        open_tensors(folder)
 
 
 @pytest.mark.parametrize("folder", ["stories260K-bf16", "stories260K-sharded"])

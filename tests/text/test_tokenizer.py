@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -169,7 +170,6 @@ BROKEN = {
     "not json": ("tokenizer_config.json", "{"),
     "not an object": ("tokenizer_config.json", "[]"),
     "not a token": ("tokenizer_config.json", '{"bos_token": 5}'),
-    "not in the vocabulary": ("tokenizer_config.json", '{"eos_token": "<|no|>"}'),
     "bad map": ("special_tokens_map.json", "nope"),
     "bad template": ("chat_template.json", '{"chat_template": 5}'),
     "unnamed template": ("tokenizer_config.json", '{"chat_template": [{"template": "x"}]}'),
@@ -189,7 +189,7 @@ def test_broken_files_are_named_in_one_line(tmp_path: Path, name: str, text: str
     message = str(caught.value)
     assert "\n" not in message
     assert str(tmp_path) in message
-    assert name in message or "<|no|>" in message
+    assert name in message
 
 
 def test_file_that_is_not_utf8(tmp_path: Path) -> None:
@@ -272,6 +272,12 @@ def test_never_a_second_bos() -> None:
 def test_text_that_is_not_unicode() -> None:
     with pytest.raises(PromptError, match=r"not valid Unicode: '\\udcff' at character 2"):
         tiny().encode("ab\udcff")
+
+
+def test_text_that_the_vocabulary_cannot_spell() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+    with pytest.raises(PromptError, match=r"has no ids for the text: WordLevel error: Missing \[UNK\] token"):
+        Tokenizer(backend).encode("b")
 
 
 def test_ids_without_a_token_decode_to_nothing() -> None:
@@ -425,6 +431,21 @@ def test_stop_strings_refuses_what_would_always_or_never_match() -> None:
     for stops in (["a", ""], "ab"):
         with pytest.raises(ValueError, match="stop strings must be"):
             StopStrings(stops)
+
+
+def test_hidden_text_counts_and_is_never_shown() -> None:
+    filter = StopStrings(["b<x>c", "<y>"])
+    pieces = [("ab", False), ("<x>", True), ("d", False), ("b", False), ("<x>", True)]
+    assert [filter.push(text, hidden=hidden) for text, hidden in pieces] == [
+        ("a", False),
+        ("", False),
+        ("bd", False),
+        ("", False),
+        ("", False),
+    ]
+    assert (copy.deepcopy(filter).push("c"), copy.deepcopy(filter).flush()) == (("", True), "b")
+    assert filter.push("<y>", hidden=True) == ("b", True)
+    assert filter.flush() == ""
 
 
 @given(

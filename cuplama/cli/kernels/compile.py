@@ -35,12 +35,13 @@ def compile_kernels(arch: str, jobs: int | None, verbose: bool, names: tuple[str
     Fails on an error, a warning, or a register spill that is not declared with a reason.
     """
     from ...lab import inventory
+    from ...lab.steps import time_left
 
     began = time.perf_counter()
     archs = supported_archs(arch)
 
-    def done(file: str, arch: int, seconds: float) -> None:
-        say(f"{file} for sm_{arch}: {seconds:.1f} s")
+    def done(name: str, seconds: float, number: int, total: int) -> None:
+        say(f"{number}/{total}: {name}: {seconds:.1f} s{time_left(began, number, total)}")
 
     results = inventory.compile_kernels(archs, names or None, workers=jobs, done=done)
     rows = [

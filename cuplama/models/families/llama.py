@@ -15,4 +15,5 @@ FAMILY = Family(
     fields(),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     neutral={"sliding_window": (None,), "use_sliding_window": OFF},
+    ignored=("max_window_layers",),
 )

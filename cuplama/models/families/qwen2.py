@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, fields, window_by_layer
+from ..family import OFF, WINDOW_BY_LAYER, Family, fields
 from .layout import LLAMA
 
 __all__ = ["FAMILY"]
@@ -13,7 +13,8 @@ FAMILY = Family(
     "qwen2",
     LLAMA,
     fields(num_key_value_heads=32, max_position_embeddings=32768),
-    windows=window_by_layer,
+    windows=WINDOW_BY_LAYER,
     flags={"qkv_bias": True},
     neutral={"mlp_bias": OFF},
+    ignored=("attention_bias",),  # q, k and v have biases, the output has none, whatever it says
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, fields, one, window_by_layer
+from ..family import OFF, WINDOW_BY_LAYER, Family, fields, one
 from .layout import LAYER, LLAMA
 
 __all__ = ["FAMILY"]
@@ -18,7 +18,7 @@ FAMILY = Family(
     "qwen3",
     _WEIGHTS,
     fields(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768),
-    windows=window_by_layer,
+    windows=WINDOW_BY_LAYER,
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     neutral={"mlp_bias": OFF},
 )

@@ -1,0 +1,36 @@
+"""The shapes of a model's values, with letters for the sizes that a pass decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..dtypes import DTYPES, Array, dtype_name
+from ..engine.batch import abstract_values, input_shapes
+from ..models.config import ModelConfig
+from ..models.graph import decoder
+from ..ops.abstract import infer
+
+__all__ = ["LETTERS", "shapes"]
+
+# Sizes that a pass decides, by ARCHITECTURE.md's letters, and the number that stands for each while shapes are found:
+# primes beyond any size of a model, so that no other size is taken for one of them.
+LETTERS: Mapping[str, int] = {"n": 1_000_003, "b": 1_000_033, "r": 1_000_037, "M": 1_000_039, "P": 1_000_081}
+
+
+def shapes(config: ModelConfig, every_row: bool = False) -> dict[str, str]:
+    """Name of a value -> its shape and dtype in the form of signatures, ``[n,4096]:f32``.
+
+    every_row: of the graph of a decode step, whose head takes every row. Weights and activations have the config's
+    dtype, as on a GPU.
+    """
+    T, inputs = DTYPES[config.stored], input_shapes(*(LETTERS[letter] for letter in "nbMr"))
+    found: dict[str, Array | None] = {**abstract_values(config, T, inputs, LETTERS["P"], config.context)}
+    graph = decoder(config)
+    for _ in infer([*graph.body, *(graph.every_row() if every_row else graph.selected_rows())], found, T):
+        pass  # infer adds what each node makes
+    letters = {size: letter for letter, size in LETTERS.items()} | {LETTERS["b"] + 1: "b+1"}
+    return {
+        name: f"[{','.join(letters.get(size, str(size)) for size in x.shape)}]:{dtype_name(x.dtype)}"
+        for name, x in found.items()
+        if x is not None
+    }
