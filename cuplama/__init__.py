@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat import ChatOptions
     from .completion import Completion, Delta, Stream, Timings
     from .engine.sequence import Token
     from .errors import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
 __all__ = [
+    "ChatOptions",
     "CheckpointError",
     "ClosedError",
     "CompileError",
@@ -62,6 +64,7 @@ __version__ = "0.1.0"
 
 # The modules of the public names that have one of their own; every other name is an error's.
 _MODULES = {
+    "ChatOptions": "chat",
     "Completion": "completion",
     "Delta": "completion",
     "Stream": "completion",

@@ -108,7 +108,7 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
             raise TokenizerError(f"{name} must be a list of dicts, not {items!r:.80}")
         if items is not None and name not in template.reading.variables:
             _log.warning("the chat template does not read %s: the model will not see them", name)
-    return {**values, "continue_final_message": continued, "add_generation_prompt": begins}
+    return {**values, "continue_final_message": continued or None, "add_generation_prompt": begins}
 
 
 def chat_messages(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

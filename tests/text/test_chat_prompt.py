@@ -34,7 +34,7 @@ def test_variables_reach_the_template() -> None:
     assert text(READS) == "None||||True"
     options: dict[str, Any] = {"enable_thinking": False, "style": "x", "add_generation_prompt": False}
     assert text(READS, tools=[{"a": 1}], documents=[{"b": 2}], **options) == "[{'a': 1}]|[{'b': 2}]|False|x|False"
-    assert text("{{ continue_final_message }}") == "False"
+    assert text("{{ continue_final_message is defined }}") == "False"
 
 
 def test_standard_variables_are_accepted_where_the_template_does_not_read_them() -> None:
