@@ -21,6 +21,7 @@ __all__ = [
     "chat_messages",
     "chat_values",
     "check_names",
+    "harmless_chat",
     "prompt_text",
 ]
 
@@ -114,6 +115,15 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
 def chat_messages(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages, checked, in the form that the template reads. Raises TokenizerError."""
     return messages_for(template.reading, checked_messages(messages))
+
+
+def harmless_chat(template: ChatTemplate, special_tokens: Mapping[str, str]) -> str:
+    """What the template prints for a chat of one letter a message: marks of turns. "" if it refuses such a chat."""
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    try:
+        return template.text(messages_for(template.reading, messages), special_tokens)
+    except TokenizerError:
+        return ""
 
 
 def prompt_text(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
