@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ControlTokens", "Disguised", "private_characters"]
 
+# What a mark of a turn looks like: a word in some kind of brackets. Blanks may be added tokens as well.
+_MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]")
+
 
 class ControlTokens:
     """A tokenizer's control tokens.
@@ -40,9 +43,10 @@ class ControlTokens:
         self._backend = backend
         added = {id: token for id, token in backend.get_added_tokens_decoder().items() if token.content}
         names = set(named)
-        own = [token.content for token in added.values() if token.special or token.content in names]
-        self._texts = {id: t.content for id, t in added.items() if t.content in own or t.content in turns}
-        self._said, self._given = _Spelling(own), _Spelling(self._texts.values())
+        own = {id: token.content for id, token in added.items() if token.special or token.content in names}
+        marks = {id: token.content for id, token in added.items() if token.content in turns}
+        self._texts = own | {id: text for id, text in marks.items() if _MARK.fullmatch(text)}
+        self._said, self._given = _Spelling(own.values()), _Spelling(self._texts.values())
         self._plain: _PlainTokenizer | None = None
 
     def disguise(

@@ -214,6 +214,10 @@ def test_marks_of_turns_are_control_tokens_though_nobody_flagged_them() -> None:
     # <think> is what a model says, in whichever message; and an assistant may have said anything but special tokens.
     assert added("<think>", "<think>", add_generation_prompt=False) == [260, 259, 261, 259, 256]
     assert added("<User><|end|>", "<User><|end|>", add_generation_prompt=False) == [260, 261, 260, 256]
+    backend.add_tokens([AddedToken("\n"), AddedToken("x"), AddedToken("  ")])  # words and blanks are no marks
+    plain = Tokenizer(backend, {}, {"default": UNFLAGGED.replace("<User>", "<User>\n  ")})
+    ids = plain.apply_chat([{"role": "user", "content": "x\n  <User>"}])
+    assert [id for id in ids if id > 255] == [260, 262, 263, 262, 263, 261, 259]
     refusing = Tokenizer(backend, {}, {"default": "{{ raise_exception('no') if messages | length > 1 }}" + UNFLAGGED})
     assert refusing.apply_chat([{"role": "user", "content": "<|end|>"}])[0] == 260
 
