@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,6 @@ __all__ = [
     "harmless_chat",
     "prompt_text",
 ]
-
-_log = logging.getLogger("cuplama")
 
 # Variables that every chat accepts, whether or not its template reads them: clients send them to any model.
 STANDARD_VARIABLES = frozenset(
@@ -91,8 +88,8 @@ def check_names(given: Collection[str], template: ChatTemplate, others: Collecti
 def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a chat as plain data, checked; empty tools and documents count as none.
 
-    given: name -> value, `continue_final_message` and `add_generation_prompt` (None: what fits) among them. Warns in
-    the log of tools and documents that the template does not read. Raises ParameterError and TokenizerError.
+    given: name -> value, `continue_final_message` and `add_generation_prompt` (None: what fits) among them.
+    Raises ParameterError and TokenizerError.
     """
     check_names(given, template)
     values = {name: plain_data(value, name) for name, value in given.items()}
@@ -107,8 +104,6 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
         items = values[name] = values.get(name) or None
         if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
             raise TokenizerError(f"{name} must be a list of dicts, not {items!r:.80}")
-        if items is not None and name not in template.reading.variables:
-            _log.warning("the chat template does not read %s: the model will not see them", name)
     return {**values, "continue_final_message": continued or None, "add_generation_prompt": begins}
 
 

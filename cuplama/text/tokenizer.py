@@ -8,6 +8,7 @@ itself, the file decides.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["Tokenizer"]
+
+_log = logging.getLogger("cuplama")
 
 
 class Tokenizer:
@@ -47,6 +50,7 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens or {})
         self._templates = ChatTemplates(dict(chat_templates or {}))
         self._control: dict[str, ControlTokens] = {}  # by the source of the chat template
+        self._warned: set[str] = set()  # names of what a template was given and does not read
         self.stages = decoder_stages(backend)
         self._pieces: dict[int, str | None] = {}
         added = backend.get_added_tokens_decoder()
@@ -161,6 +165,7 @@ class Tokenizer:
             "continue_final_message": continue_final_message,
         }
         values = chat_values(template, {**given, **variables})
+        self._warn_of_unread(template, values)
         spoken = chat_messages(template, messages)
         control, hidden = self._control_tokens(template), None
         if not checked("special_text", special_text, flag, "True or False"):
@@ -170,6 +175,13 @@ class Tokenizer:
         text = prompt_text(template, hidden.messages, {**self._special_tokens, **hidden.values})
         with _encodable(text):
             return control.encode(text, hidden)
+
+    def _warn_of_unread(self, template: ChatTemplate, values: Mapping[str, Any]) -> None:
+        """Log, once for a tokenizer, that the template does not read what it was given."""
+        for name in ("tools", "documents"):
+            if values[name] is not None and name not in template.reading.variables | self._warned:
+                self._warned.add(name)
+                _log.warning("the chat template does not read %s: the model will not see them", name)
 
     def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
         found = self._control.get(template.source)

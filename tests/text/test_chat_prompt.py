@@ -75,11 +75,13 @@ def test_values_are_plain_data(options: dict[str, Any], reason: str) -> None:
         text(READS, **options)
 
 
-def test_tools_that_the_template_does_not_read_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_tools_that_the_template_does_not_read_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(byte_level(), {}, {"default": "{{ documents }}"})
     with caplog.at_level(logging.WARNING, "cuplama"):
-        text("{{ documents }}", documents=[{"a": 1}], tools=[])
+        tokenizer.apply_chat(HI, documents=[{"a": 1}], tools=[])
         assert caplog.messages == []
-        text("Hi", tools=TOOLS)
+        for _ in range(3):
+            tokenizer.apply_chat(HI, tools=TOOLS)
         assert caplog.messages == ["the chat template does not read tools: the model will not see them"]
 
 
