@@ -18,6 +18,7 @@ __all__ = [
     "items",
     "need_type",
     "real",
+    "shown",
     "type_of",
     "whole",
     "whole_number",
@@ -43,11 +44,11 @@ def checked(name: str, value: Any, read: Callable[[Any], _T], wanted: str) -> _T
     try:
         return read(value)
     except WrongTypeError as e:
-        culprit = "" if e.item is value else f": {e.item!r:.40}"
+        culprit = "" if e.item is value else f": {shown(e.item, 40)}"
         said = f"{culprit} is {type_of(e.item)}"
     except (ValueError, OverflowError):
         said = " is out of range"
-    raise ParameterError(f"{name} = {value!r:.80}{said}; it must be {wanted}")
+    raise ParameterError(f"{name} = {shown(value)}{said}; it must be {wanted}")
 
 
 def type_of(value: Any) -> str:
@@ -57,6 +58,15 @@ def type_of(value: Any) -> str:
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def shown(value: Any, width: int = 80) -> str:
+    """A value's repr on one line of at most ``width`` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not print a number of thousands of digits
+        text = "..."
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def need_type(ok: bool, item: Any) -> None:

@@ -93,8 +93,10 @@ class Completion:
     seed: the one that was used, also where none was given; params: every parameter, with that seed.
     model: the folder or hub id as it was given to ``load``; device: "numpy" or "cuda"; dtype: "float32", ...
     index: the place among all completions of the call: with n choices, prompt * n + choice.
+    context: tokens that the sequence could have, which ends it where max_tokens is None.
 
-    ``model.generate(c.prompt, c.params)`` generates the same again, alone and on the same device, dtype and context.
+    ``cuplama.load(c.model, device=c.device, dtype=c.dtype, context=c.context).generate(c.prompt, c.params)`` generates
+    the same again.
     """
 
     text: str
@@ -110,6 +112,7 @@ class Completion:
     device: str = ""
     dtype: str = ""
     index: int = 0
+    context: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -143,6 +146,7 @@ class Completion:
             "device": self.device,
             "dtype": self.dtype,
             "index": self.index,
+            "context": self.context,
         }
 
 

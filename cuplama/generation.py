@@ -16,7 +16,8 @@ __all__ = ["Generation"]
 class Generation:
     """The prompts of a call and the sequences made of them, the same number for each prompt, prompt by prompt.
 
-    single: whether the caller gets one Completion, and not a list; model, device, dtype: as a Completion has them.
+    single: whether the caller gets one Completion, and not a list; model, device, dtype, context: as a Completion has
+    them.
     """
 
     prompts: Sequence[PlainPrompt]
@@ -25,6 +26,7 @@ class Generation:
     model: str
     device: str
     dtype: str
+    context: int
     clock: Clock = field(default_factory=Clock)
 
     def completions(self) -> list[Completion]:
@@ -48,4 +50,5 @@ class Generation:
             device=self.device,
             dtype=self.dtype,
             index=output.index,
+            context=self.context,
         )

@@ -31,8 +31,13 @@ _SUPPORTED = {
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
 }
-# Those that only matter where tokens are sampled.
-_SHAPE_THE_DRAW = ("temperature", "top_k", "top_p", "min_p")
+# Those that only matter where tokens are sampled, with the values that say nothing: off, or transformers' default.
+_SHAPE_THE_DRAW: Mapping[str, tuple[float, ...]] = {
+    "temperature": (1,),
+    "top_k": (0, -1, 50),
+    "top_p": (1,),
+    "min_p": (0,),
+}
 # Fields that are read elsewhere, or that say nothing about the text of one sequence that is not searched with beams.
 _HARMLESS = frozenset(
     {
@@ -157,4 +162,5 @@ def _unused_settings(generation_config: Mapping[str, Any]) -> list[str]:
     """What the file says of sampling while it does not say whether to sample. ``do_sample: false`` is an answer."""
     if generation_config.get("do_sample") is not None:
         return []
-    return [f"{k} = {generation_config[k]!r:.20}" for k in _SHAPE_THE_DRAW if generation_config.get(k) is not None]
+    given = {k: generation_config[k] for k in _SHAPE_THE_DRAW if generation_config.get(k) is not None}
+    return [f"{k} = {v!r:.20}" for k, v in given.items() if v not in _SHAPE_THE_DRAW[k]]

@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
+from .arguments import checked, whole_number
 from .backends import Backend
 from .device import open_backend
 from .dtypes import Array
@@ -117,9 +116,7 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
 
 def _tokens(name: str, value: Any) -> int:
     """A whole number of tokens. Raises ParameterError."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _MAX_TOKENS:
-        raise ParameterError(f"{name} = {value!r:.80} is out of range; it must be a number from 1 to {_MAX_TOKENS}")
-    return int(value)
+    return int(checked(name, value, whole_number(1, _MAX_TOKENS), f"a number from 1 to {_MAX_TOKENS}"))
 
 
 def _cache_tokens(context: int, asked: int | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Unpack, overload
 
 import numpy as np
 
-from .arguments import checked, type_of, whole_number
+from .arguments import checked, shown, type_of, whole_number
 from .chat import ChatOptions, read_chat
 from .completion import Completion, Delta, Stream
 from .engine.engine import Engine
@@ -110,7 +110,7 @@ class Model:
             params = SamplingParams(**{**self.defaults, **options})
         elif not isinstance(params, SamplingParams):
             raise ParameterError(
-                f"params = {params!r:.80} is {type_of(params)}; it must be a SamplingParams, or None (give single"
+                f"params = {shown(params)} is {type_of(params)}; it must be a SamplingParams, or None (give single"
                 " parameters by name, as in max_tokens=64, and several prompts as one list)"
             )
         elif options:
@@ -311,7 +311,7 @@ class Model:
             sequences += [SequenceState(ids, choice, stops) for choice in params.choices(count)]
         outputs = [OutputText(i, s, self._tokenizer) for i, s in enumerate(sequences)]
         device, dtype = self.backend.name, self.backend.dtype.name
-        return Generation(prompts, outputs, single and n is None, self.name, device, dtype)
+        return Generation(prompts, outputs, single and n is None, self.name, device, dtype, self.context)
 
     def _deltas(self, generation: Generation, progress: Progress | None) -> Generator[Delta]:
         """Run the sequences; one delta per token drawn, in the order in which they are drawn."""

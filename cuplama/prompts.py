@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import type_of
+from .arguments import shown, type_of
 from .errors import PromptError
 
 __all__ = ["PlainPrompt", "Prompt", "plain_prompt", "plain_prompts", "prompt_of_batch", "whole_ids"]
@@ -31,7 +31,7 @@ def plain_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[PlainPrompt],
     """
     if isinstance(prompt, str) or not _holds_items(prompt):
         return [plain_prompt(prompt)], True
-    if len(prompt) and not any(isinstance(item, (Sequence, np.ndarray)) for item in prompt):
+    if len(prompt) and not any(type(i) is not int and isinstance(i, (Sequence, np.ndarray)) for i in prompt):
         return [whole_ids(prompt)], True
     several: list[PlainPrompt] = []
     for item in prompt:
@@ -46,15 +46,18 @@ def plain_prompt(prompt: Any) -> PlainPrompt:
 
 
 def whole_ids(ids: Any) -> list[int]:
-    """Plain ints from whole numbers of any kind, NumPy's too, but not from booleans. Raises PromptError."""
+    """Plain ints from whole numbers of any kind, NumPy's too, but not from booleans. Raises PromptError.
+
+    Of plain ints, which prompts of thousands of tokens are made of, only the type is looked at.
+    """
     if not _holds_items(ids):
         what = "an array without dimensions" if isinstance(ids, np.ndarray) else type_of(ids)
         raise PromptError(f"a prompt is text or a list of token ids, and not {what}")
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
     for id in ids:
-        if not isinstance(id, Integral) or isinstance(id, bool):
-            raise PromptError(f"a token id is a whole number; {id!r:.40} is {type_of(id)}")
+        if type(id) is not int and (not isinstance(id, Integral) or isinstance(id, bool)):
+            raise PromptError(f"a token id is a whole number; {shown(id, 40)} is {type_of(id)}")
     return [operator.index(id) for id in ids]
 
 

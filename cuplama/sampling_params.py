@@ -50,8 +50,9 @@ class SamplingParams:
     (Keskar et al., arXiv:1909.05858). presence_penalty, frequency_penalty: subtracted once, or per occurrence, for
     tokens in the generated text.
     logit_bias: token id -> value added to its logit.
-    seed: None draws one. The draw depends on seed, position and logits alone: the same seed gives the same text, and
-    also in a batch and on other backends, as far as the logits are the same there; they are to rounding.
+    seed: None draws one; of n choices of a prompt choice i has seed + i. The draw depends on seed, position and logits
+    alone: the same seed gives the same text, and also in a batch and on other backends, as far as the logits are the
+    same there; they are to rounding.
     stop: strings that end the text (and are not part of it). stop_token_ids: further stop tokens.
     ignore_eos: do not stop at the model's own stop tokens.
     logprobs: None for none, 0 for the chosen token's, n for the n most probable besides.

@@ -74,6 +74,7 @@ def test_what_a_completion_says(chars: Model) -> None:
     done = chars.generate("First", max_tokens=3, temperature=0.5)
     assert (done.prompt, done.prompt_tokens) == ("First", chars.encode("First"))
     assert (done.model, done.device, done.dtype, done.index) == (str(CHARS), "numpy", "float32", 0)
+    assert done.context == 80
     assert done.params == SamplingParams(max_tokens=3, temperature=0.5, seed=done.seed)
     ids: Any = np.array([3, 4])
     given = chars.generate(ids, max_tokens=1)
@@ -120,7 +121,8 @@ def test_any_run_can_be_repeated(chars: Model, run: dict[str, Any]) -> None:
     mixed: list[Prompt] = [[3, 4], "F"]
     done = [chars.generate("First", **run), *chars.generate(PROMPTS, **run), *chars.generate(mixed, n=2, **run)]
     for found in map(through_json, done):
-        with cuplama.load(found["model"], device=found["device"], dtype=found["dtype"]) as model:
+        place = {name: found[name] for name in ("device", "dtype", "context")}
+        with cuplama.load(found["model"], **place) as model:
             again = model.generate(found["prompt"], SamplingParams.from_dict(found["params"]))
         assert (again.text, again.tokens) == (found["text"], found["tokens"])
         assert again.finish_reason == found["finish_reason"]
@@ -130,6 +132,14 @@ def test_any_run_can_be_repeated(chars: Model, run: dict[str, Any]) -> None:
             "index": None,
             "logprobs": None,  # to rounding
         }
+
+
+def test_a_run_that_the_context_ended_can_be_repeated() -> None:
+    with load(CHARS, context=20) as model:
+        done = model.generate("First", max_tokens=None)
+    assert len(done.tokens) == 15
+    with load(CHARS, context=done.context) as model:
+        assert model.generate(done.prompt, done.params).text == done.text
 
 
 def test_what_the_json_holds(chars: Model) -> None:

@@ -130,6 +130,7 @@ def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert said(temperature=0.6, top_k=5, eos_token_id=3) == [
         "without do_sample = true the default is greedy; left out: temperature = 0.6, top_k = 5"
     ]
+    assert said(temperature=1.0, top_k=50, top_p=1, min_p=0.0) == said(temperature=None, top_k=-1) == []
     assert said(temperature=0.6, do_sample=False) == said(temperature=0.6, do_sample=True) == []
     assert said(stop_strings=["x"]) == []
     assert warnings({"stop_strings": ["x"]}, LLAMA, tmp_path / "b", caplog) == [

@@ -12,7 +12,7 @@ from huggingface_hub.utils._paths import filter_repo_objects
 import cuplama
 from cuplama import Model
 from cuplama.errors import ConfigError
-from cuplama.hub import HUB_FILES, find_model
+from cuplama.hub import BUNDLED, HUB_FILES, find_model
 from tests.tiny import CHARS
 
 
@@ -101,3 +101,11 @@ def test_which_files_of_a_repository_are_fetched(name: str) -> None:
     """By the hub's own filter, so that a pattern means here what it means there."""
     found = list(filter_repo_objects([name], allow_patterns=list(HUB_FILES)))
     assert found == ([name] if FILES[name] else [])
+
+
+def test_the_bundled_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name comes before it, as before a hub id."""
+    monkeypatch.chdir(tmp_path)
+    assert find_model(BUNDLED) == find_model(None)
+    (tmp_path / BUNDLED).mkdir()
+    assert find_model(BUNDLED) == Path(BUNDLED)

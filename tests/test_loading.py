@@ -30,11 +30,17 @@ def test_load_options() -> None:
         load(CHARS, dtype="int8")
     with pytest.raises(ParameterError, match="device = 'tpu' is not supported"):
         cuplama.load(CHARS, device="tpu")
-    for tokens in (0, -1, 2.5, True, 2**40, "x"):
-        with pytest.raises(ParameterError, match="context = "):
-            load(LLAMA, context=tokens)
-        with pytest.raises(ParameterError, match="cache_tokens = "):
-            load(LLAMA, cache_tokens=tokens)
+    for tokens, words in (
+        (0, "0 is out of range"),
+        (-1, "-1 is out of range"),
+        (2**40, "1099511627776 is out of range"),
+        (2.5, "2.5 is a float"),
+        (True, "True is a bool"),
+        ("5", "'5' is a str"),
+    ):
+        for name in ("context", "cache_tokens"):
+            with pytest.raises(ParameterError, match=f"{name} = {words}; it must be a number from 1 to 1073741824"):
+                load(LLAMA, **{name: tokens})
     with pytest.raises(ConfigError, match="context 81 is more than the 80 positions that the model learned"):
         load(CHARS, context=81)
     with pytest.raises(DeviceError, match=r"a cache of 1000000000 tokens takes [\d.]+ GB and [\d.]+ GB are free"):

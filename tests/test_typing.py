@@ -1,4 +1,4 @@
-"""What type checkers say of right and wrong calls: a misspelt or ill-typed keyword is an error before the program runs."""
+"""What type checkers say of right and wrong calls: a misspelt or ill-typed keyword is found before the program runs."""
 
 from __future__ import annotations
 
