@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import checked, flag, type_of
+from ..arguments import checked, flag, shown, type_of
 from ..errors import ParameterError, TokenizerError
 from .chat_template import ChatTemplate, chat_template
 from .control_tokens import private_characters
@@ -53,7 +53,7 @@ class ChatTemplates:
         """
         if name is not None and not isinstance(name, str):
             raise ParameterError(
-                f"chat_template = {name!r:.80} is {type_of(name)}; it must be a template's name, or None"
+                f"chat_template = {shown(name)} is {type_of(name)}; it must be a template's name, or None"
             )
         if name is None:
             name = "tool_use" if tools and "tool_use" in self.sources else "default"
@@ -103,7 +103,7 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
     for name in ("tools", "documents"):
         items = values[name] = values.get(name) or None
         if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
-            raise TokenizerError(f"{name} must be a list of dicts, not {items!r:.80}")
+            raise TokenizerError(f"{name} must be a list of dicts, not {shown(items)}")
     return {**values, "continue_final_message": continued or None, "add_generation_prompt": begins}
 
 

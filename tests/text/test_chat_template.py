@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
@@ -103,14 +104,16 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\['content'\]\[0\]\['text'\] must be a string"),
     ([{**HI[0], "tool_calls": "f()"}], r"messages\[0\]\['tool_calls'\] must be a list of dicts, not 'f\(\)'"),
     ([{**HI[0], "name": b"x"}], r"messages\[0\]\['name'\] must be text, a number, a list or a dict, not bytes"),
+    ([{"role": np.zeros((2, 2)), "content": "Hi"}], r"messages\[0\]\['role'\] must be a string, not array"),
     ([{**HI[0], "x": {1: 2}}], r"messages\[0\]\['x'\] has a key that is not a string: 1"),
 ]
 
 
 @pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES)
 def test_messages_are_checked(messages: Any, reason: str) -> None:
-    with pytest.raises(TokenizerError, match=reason):
+    with pytest.raises(TokenizerError, match=reason) as caught:
         render("", messages)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tool_call_needs_no_content() -> None:
