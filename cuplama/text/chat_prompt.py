@@ -116,7 +116,7 @@ def harmless_chat(template: ChatTemplate, special_tokens: Mapping[str, str]) -> 
     """What the template prints for a chat of one letter a message: marks of turns. "" if it refuses such a chat."""
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     try:
-        return template.text(messages_for(template.reading, messages), {**special_tokens, "tools": None})
+        return template.text(messages_for(template.reading, messages), special_tokens)
     except TokenizerError:
         return ""
 

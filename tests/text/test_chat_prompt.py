@@ -31,7 +31,7 @@ READS = "{{ tools }}|{{ documents }}|{{ enable_thinking }}|{{ style }}|{{ add_ge
 
 
 def test_variables_reach_the_template() -> None:
-    assert text(READS) == "None||||True"
+    assert text(READS) == "None|None|||True"
     options: dict[str, Any] = {"enable_thinking": False, "style": "x", "add_generation_prompt": False}
     assert text(READS, tools=[{"a": 1}], documents=[{"b": 2}], **options) == "[{'a': 1}]|[{'b': 2}]|False|x|False"
     assert text("{{ continue_final_message is defined }}") == "False"
