@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ def test_as_transformers(shared: Path, case: dict[str, Any]) -> None:
     template = (shared / "templates" / f"{case['template']}.jinja").read_text(encoding="utf-8")
     names = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
     assert render(template, **{name: case[name] for name in names if name in case}) == case["text"]
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['tokenizer']}-{case['chat']}")
+def test_the_ids_of_a_chat_are_those_of_its_text(shared: Path, case: dict[str, Any]) -> None:
+    template = (shared / "templates" / f"{case['template']}.jinja").read_text(encoding="utf-8")
+    backend = backend_of(shared / "tokenizers" / case["tokenizer"] / "tokenizer.json")
+    special = {name: case[name] for name in ("bos_token", "eos_token") if case.get(name)}
+    options = {name: case[name] for name in ("tools", "add_generation_prompt") if name in case}
+    ids = Tokenizer(backend, special, {"default": template}).apply_chat(case["messages"], **options)
+    assert ids == backend.encode(case["text"], add_special_tokens=False).ids
+
+
+@cache
+def backend_of(file: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(file))
 
 
 def test_whitespace_rules() -> None:
