@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .chat import ChatOptions
     from .completion import Completion, Delta, Stream, Timings
     from .engine.sequence import Token
     from .errors import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
 __all__ = [
+    "ChatOptions",
     "CheckpointError",
     "ClosedError",
     "CompileError",
@@ -66,6 +68,7 @@ __version__ = "0.1.0"
 
 # The modules of the public names that have one of their own; every other name is an error's.
 _MODULES = {
+    "ChatOptions": "chat",
     "Completion": "completion",
     "Delta": "completion",
     "Stream": "completion",

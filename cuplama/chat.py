@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from .arguments import shown
 from .errors import ParameterError
 from .sampling_params import PARAMETERS, SamplingOptions
 from .text.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def read_chat(
     options = dict(options)
     more = {} if (found := options.pop("template_args", None)) is None else found
     if not isinstance(more, Mapping) or not all(isinstance(name, str) for name in more):
-        raise ParameterError(f"template_args = {more!r:.80}: it must be a mapping of variables' names to values")
+        raise ParameterError(f"template_args = {shown(more)}: it must be a mapping of variables' names to values")
     sampling = {name: value for name, value in options.items() if name in PARAMETERS}
     chat = {**more, **{name: value for name, value in options.items() if name not in PARAMETERS}}
     tokenizer.check_variables(

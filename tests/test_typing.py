@@ -32,6 +32,14 @@ def right(model: Model, params: SamplingParams, n: int) -> None:
     text: str = model.decode(model.encode("a"), skip_special=False) + stream.completion.text
     print(one, many, own, text, model.logits("a"), model.logits([1]))
 
+def right_chat(model: Model, params: SamplingParams) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    one: Completion = model.chat(messages, params, enable_thinking=False, tools=[{"name": "f"}], top_k=3)
+    many: list[Completion] = model.chat(messages, n=2, continue_final_message=True)
+    stream: Stream = model.stream_chat(messages, template_args={"style": "x"}, special_text=True)
+    ids: list[int] = model.encode_chat(messages, documents=None, chat_template="rag")
+    print(one, many, stream, ids)
+
 def wrong(model: Model) -> None:
     model.generate("a", max_token=5)  # wrong
     model.generate("a", max_tokens="5")  # wrong
@@ -45,6 +53,10 @@ def wrong(model: Model) -> None:
     model.stream("a", ignore_eos="yes")  # wrong
     model.params(topk=3)  # wrong
     model.params(top_k=3.5)  # wrong
+    model.chat("a")  # wrong
+    model.chat([{"role": "user"}], temprature=0.5)  # wrong
+    model.stream_chat([{"role": "user"}], enable_thinking="no")  # wrong
+    model.encode_chat([{"role": "user"}], special_text=1)  # wrong
     text: str = model.generate(["a", "b"])  # wrong
     print(text)
 """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import checked, flag, type_of
+from ..arguments import checked, flag, shown, type_of
 from ..errors import ParameterError, TokenizerError
 from .chat_template import ChatTemplate, chat_template
 from .control_tokens import private_characters
@@ -21,10 +20,9 @@ __all__ = [
     "chat_messages",
     "chat_values",
     "check_names",
+    "harmless_chat",
     "prompt_text",
 ]
-
-_log = logging.getLogger("cuplama")
 
 # Variables that every chat accepts, whether or not its template reads them: clients send them to any model.
 STANDARD_VARIABLES = frozenset(
@@ -55,7 +53,7 @@ class ChatTemplates:
         """
         if name is not None and not isinstance(name, str):
             raise ParameterError(
-                f"chat_template = {name!r:.80} is {type_of(name)}; it must be a template's name, or None"
+                f"chat_template = {shown(name)} is {type_of(name)}; it must be a template's name, or None"
             )
         if name is None:
             name = "tool_use" if tools and "tool_use" in self.sources else "default"
@@ -90,8 +88,8 @@ def check_names(given: Collection[str], template: ChatTemplate, others: Collecti
 def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a chat as plain data, checked; empty tools and documents count as none.
 
-    given: name -> value, `continue_final_message` and `add_generation_prompt` (None: what fits) among them. Warns in
-    the log of tools and documents that the template does not read. Raises ParameterError and TokenizerError.
+    given: name -> value, `continue_final_message` and `add_generation_prompt` (None: what fits) among them.
+    Raises ParameterError and TokenizerError.
     """
     check_names(given, template)
     values = {name: plain_data(value, name) for name, value in given.items()}
@@ -105,15 +103,22 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
     for name in ("tools", "documents"):
         items = values[name] = values.get(name) or None
         if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
-            raise TokenizerError(f"{name} must be a list of dicts, not {items!r:.80}")
-        if items is not None and name not in template.reading.variables:
-            _log.warning("the chat template does not read %s: the model will not see them", name)
-    return {**values, "continue_final_message": continued, "add_generation_prompt": begins}
+            raise TokenizerError(f"{name} must be a list of dicts, not {shown(items)}")
+    return {**values, "continue_final_message": continued or None, "add_generation_prompt": begins}
 
 
 def chat_messages(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages, checked, in the form that the template reads. Raises TokenizerError."""
     return messages_for(template.reading, checked_messages(messages))
+
+
+def harmless_chat(template: ChatTemplate, special_tokens: Mapping[str, str]) -> str:
+    """What the template prints for a chat of one letter a message: marks of turns. "" if it refuses such a chat."""
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    try:
+        return template.text(messages_for(template.reading, messages), special_tokens)
+    except TokenizerError:
+        return ""
 
 
 def prompt_text(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:

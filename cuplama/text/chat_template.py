@@ -66,11 +66,12 @@ class ChatTemplate:
     def text(self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
         """What the template prints for messages in the form of its `reading`. Raises TokenizerError, in one line.
 
-        values: its variables. One that is None is left undefined, but for `tools`, which templates compare with none.
+        values: its variables. One that is None is left undefined, but for tools and documents: those are none then, as
+        in transformers.
         """
-        given = {name: value for name, value in values.items() if value is not None or name == "tools"}
+        given = {name: value for name, value in values.items() if value is not None}
         try:
-            return self._template.render(messages=list(messages), **given)
+            return self._template.render({"tools": None, "documents": None, **given, "messages": list(messages)})
         except Exception as error:  # a template is a program: it may run into anything
             raise TokenizerError(f"chat template: {_one_line(error)}") from error
 

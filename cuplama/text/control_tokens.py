@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
@@ -21,42 +22,52 @@ from ..errors import TokenizerError
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["ControlTokens", "Disguise", "private_characters"]
+__all__ = ["ControlTokens", "Disguised", "private_characters"]
+
+# What a mark of a turn looks like: a word in some kind of brackets. Blanks may be added tokens as well.
+_MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]")
 
 
 class ControlTokens:
-    """A tokenizer's control tokens: the added tokens that are flagged special, and those that the folder names.
+    """A tokenizer's control tokens.
 
-    named: texts of the latter (BOS, EOS, ...). Added tokens that are not special (`<think>`, `<tool_call>`) are not
-    among them: they belong to what a model says, and an assistant's earlier messages hold them rightly.
+    Those are the added tokens that are flagged special or named by the folder (BOS, EOS, ...), and, in all that an
+    assistant has not said, those that the template puts around the turns of a chat: some models' marks of a turn are
+    not flagged (DeepSeek's distilled models). Other added tokens (`<think>`, `<tool_call>`) are what a model says, and
+    an assistant's earlier messages hold them rightly.
+
+    named: texts of the tokens that the folder names; turns: the text of a harmless chat.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: Iterable[str] = ()) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, named: Iterable[str] = (), turns: str = "") -> None:
         self._backend = backend
-        self._added = backend.get_added_tokens_decoder()
+        added = {id: token for id, token in backend.get_added_tokens_decoder().items() if token.content}
         names = set(named)
-        texts = {id: token.content for id, token in self._added.items() if token.special or token.content in names}
-        self._texts = {id: text for id, text in texts.items() if text}
-        longest_first = sorted(self._texts.values(), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if self._texts else None
+        own = {id: token.content for id, token in added.items() if token.special or token.content in names}
+        marks = {id: token.content for id, token in added.items() if token.content in turns}
+        self._texts = own | {id: text for id, text in marks.items() if _MARK.fullmatch(text)}
+        self._said, self._given = _Spelling(own.values()), _Spelling(self._texts.values())
         self._plain: _PlainTokenizer | None = None
 
-    def occur_in(self, text: str) -> bool:
-        """Whether `text` spells a control token somewhere."""
-        return self._pattern is not None and self._pattern.search(text) is not None
+    def disguise(
+        self, messages: Sequence[dict[str, Any]], values: Mapping[str, Any], template: str
+    ) -> Disguised | None:
+        """Messages and variables of a template in which no control token is spelled; None if none is.
 
-    def disguise(self, value: Any, template: str) -> Disguise | None:
-        """What hides the control tokens that the strings in `value` spell; None if they spell none.
-
-        value: dicts and lists of them; the texts of neighbouring content parts count as one string. template: its
-        source, whose characters the private ones must differ from.
+        template: its source, whose characters the private ones must differ from.
         """
-        if self._pattern is None or not any(map(self.occur_in, _strings(value))):
+        spellings = [self._said if message["role"] == "assistant" else self._given for message in messages]
+        found = any(spelling.occurs_in(m) for spelling, m in zip(spellings, messages, strict=True))
+        if not found and not self._given.occurs_in(dict(values)):
             return None
-        return Disguise(self._texts.values(), "\0".join([template, *_strings(value)]))
+        firsts = sorted({text[0] for text in self._texts.values()})
+        avoid = "\0".join([template, *_strings([*messages, dict(values)])])
+        private = dict(zip(firsts, private_characters(len(firsts), avoid), strict=True))
+        hidden = [spelling.hide(m, private) for spelling, m in zip(spellings, messages, strict=True)]
+        return Disguised(hidden, self._given.hide(dict(values), private), private)
 
-    def encode(self, text: str, disguise: Disguise) -> list[int]:
-        """The ids of a rendered text whose strings were disguised; only what is not disguised is a control token.
+    def encode(self, text: str, disguised: Disguised) -> list[int]:
+        """The ids of a text rendered from what was disguised; only what is not disguised is a control token.
 
         Raises TokenizerError if the tokenizer makes control tokens of plain characters as well.
         """
@@ -68,9 +79,9 @@ class ControlTokens:
             written = text[start:stop]  # with the blanks that some tokens swallow
             if self._is_written(id, written):
                 stand_in = self._plain.stand_ins[id]
-                parts += [disguise.reveal(text[end:start]), written.replace(self._texts[id], stand_in)]
+                parts += [disguised.reveal(text[end:start]), written.replace(self._texts[id], stand_in)]
                 end = stop
-        ids = self._plain.encode("".join([*parts, disguise.reveal(text[end:])]))
+        ids = self._plain.encode("".join([*parts, disguised.reveal(text[end:])]))
         if self._drawn(ids) != self._drawn(found.ids):  # as where the model has one among its own pieces
             raise TokenizerError(
                 "this tokenizer cannot spell the control tokens in the messages as text; "
@@ -78,57 +89,63 @@ class ControlTokens:
             )
         return ids
 
+    def _is_written(self, id: int, text: str) -> bool:
+        """Whether a token is a control token that its text spells: models also draw <unk> for other text."""
+        return id in self._texts and self._texts[id] in text
+
     def _drawn(self, ids: Iterable[int]) -> list[int]:
         """The control tokens among ids, but for the one that the model draws for what it has no token for."""
         unknown = getattr(self._backend.model, "unk_token", None)
         return [id for id in ids if self._texts.get(id, unknown) != unknown]
 
-    def _is_written(self, id: int, text: str) -> bool:
-        """Whether a token is a control token that its text spells: models also draw <unk> for other text."""
-        return id in self._texts and self._texts[id] in text
 
+@dataclass(frozen=True)
+class Disguised:
+    """Messages and variables that spell no control token. private: first character of a token -> what stands for it."""
 
-class Disguise:
-    """Changes the first character of every control token that a string spells into a private one, and back.
-
-    texts: of the control tokens; avoid: text with characters that the private ones must not be.
-    """
-
-    def __init__(self, texts: Iterable[str], avoid: str) -> None:
-        # The lookahead finds a token at every place, those that overlap included.
-        self._pattern = re.compile("(?=" + "|".join(map(re.escape, texts)) + ")")
-        firsts = sorted({text[0] for text in texts})
-        self._private = dict(zip(firsts, private_characters(len(firsts), avoid), strict=True))
-
-    def hide(self, value: Any) -> Any:
-        """A copy of `value` (dicts, lists, strings, ...) whose strings spell no control token; lengths stay."""
-        if isinstance(value, str):
-            return self._hide_text(value)
-        if isinstance(value, dict):
-            return {self._hide_text(key): self.hide(item) for key, item in value.items()}
-        if not isinstance(value, list):
-            return value
-        items = [self.hide(item) for item in value]
-        if _are_parts(items):  # a token that is cut in two by the border of two parts must not come together again
-            texts = [part["text"] for part in items]
-            ends = [0]
-            for text in texts:
-                ends.append(ends[-1] + len(text))
-            joined = self._hide_text("".join(texts))
-            items = [{**p, "text": joined[a:b]} for p, (a, b) in zip(items, pairwise(ends), strict=True)]
-        return items
-
-    def _hide_text(self, text: str) -> str:
-        characters = list(text)
-        for match in self._pattern.finditer(text):
-            characters[match.start()] = self._private[text[match.start()]]
-        return "".join(characters)
+    messages: list[dict[str, Any]]
+    values: dict[str, Any]
+    private: Mapping[str, str]
 
     def reveal(self, text: str) -> str:
         """The text with the real characters, also where a filter has escaped the private ones (`\\ue000`)."""
-        for real, private in self._private.items():
+        for real, private in self.private.items():
             text = text.replace(private, real).replace(_escaped(private), real)
         return text
+
+
+class _Spelling:
+    """Finds texts in strings, and changes their first characters. texts: of control tokens."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        either = "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)"
+        self._one = re.compile(either)
+        self._every = re.compile(f"(?={either})")  # the lookahead finds a token at every place, overlapping ones too
+
+    def occurs_in(self, value: Any) -> bool:
+        """Whether a string in `value` (dicts, lists, ...) spells one of the texts."""
+        return any(self._one.search(text) for text in _strings(value))
+
+    def hide(self, value: Any, private: Mapping[str, str]) -> Any:
+        """A copy of `value` whose strings spell none of the texts; their lengths stay."""
+        if isinstance(value, str):
+            return self._hide_text(value, private)
+        if isinstance(value, dict):
+            return {self._hide_text(key, private): self.hide(item, private) for key, item in value.items()}
+        if not isinstance(value, list):
+            return value
+        items = [self.hide(item, private) for item in value]
+        if _are_parts(items):  # a token that is cut in two by the border of two parts must not come together again
+            ends = [0, *accumulate(len(part["text"]) for part in items)]
+            joined = self._hide_text("".join(part["text"] for part in items), private)
+            items = [{**part, "text": joined[a:b]} for part, (a, b) in zip(items, pairwise(ends), strict=True)]
+        return items
+
+    def _hide_text(self, text: str, private: Mapping[str, str]) -> str:
+        characters = list(text)
+        for match in self._every.finditer(text):
+            characters[match.start()] = private[text[match.start()]]
+        return "".join(characters)
 
 
 class _PlainTokenizer:

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
+from ..arguments import shown
 from ..errors import TokenizerError
 from .template_reading import Reading
 
 __all__ = ["checked_messages", "messages_for", "plain_data"]
+
+_DEEPEST = 100  # lists and dicts inside one another
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
@@ -28,22 +31,22 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
 
 def _checked(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise TokenizerError(f"{where} must be a dict with role and content, not {message!r:.80}")
+        raise TokenizerError(f"{where} must be a dict with role and content, not {shown(message)}")
     silent = message.get("content") is None and message.get("tool_calls")
     for field in ("role",) if silent else ("role", "content"):
         if field not in message:
             raise TokenizerError(f"{where} has no {field!r}")
     if not isinstance(message["role"], str):
-        raise TokenizerError(f"{where}['role'] must be a string, not {message['role']!r:.80}")
+        raise TokenizerError(f"{where}['role'] must be a string, not {shown(message['role'])}")
     content: Any = message.get("content")
     if _is_list(content):
         for i, part in enumerate(content):
             _check_part(part, f"{where}['content'][{i}]")
     elif not silent and not isinstance(content, str):
-        raise TokenizerError(f"{where}['content'] must be a string or a list of text parts, not {content!r:.80}")
+        raise TokenizerError(f"{where}['content'] must be a string or a list of text parts, not {shown(content)}")
     calls = message.get("tool_calls")
     if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
-        raise TokenizerError(f"{where}['tool_calls'] must be a list of dicts, not {calls!r:.80}")
+        raise TokenizerError(f"{where}['tool_calls'] must be a list of dicts, not {shown(calls)}")
     copy: dict[str, Any] = plain_data(message, where)
     return copy
 
@@ -51,11 +54,11 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
 def _check_part(part: Any, where: str) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str):
-        raise TokenizerError(f'{where} must be {{"type": "text", "text": ...}}, not {part!r:.80}')
+        raise TokenizerError(f'{where} must be {{"type": "text", "text": ...}}, not {shown(part)}')
     if kind != "text":
-        raise TokenizerError(f"{where} is of type {kind!r:.40}; the model reads text, so only 'text' is allowed")
+        raise TokenizerError(f"{where} is of type {shown(kind, 40)}; the model reads text, so only 'text' is allowed")
     if not isinstance(part.get("text"), str):
-        raise TokenizerError(f"{where}['text'] must be a string, not {part.get('text')!r:.80}")
+        raise TokenizerError(f"{where}['text'] must be a string, not {shown(part.get('text'))}")
 
 
 def plain_data(value: Any, where: str) -> Any:
@@ -66,10 +69,12 @@ def plain_data(value: Any, where: str) -> Any:
     """
     if value is None or isinstance(value, (str, Number)):
         return value
+    if where.count("[") > _DEEPEST:  # or a list that holds itself
+        raise TokenizerError(f"{where[:40]}... is nested more than {_DEEPEST} deep")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TokenizerError(f"{where} has a key that is not a string: {key!r:.80}")
+                raise TokenizerError(f"{where} has a key that is not a string: {shown(key)}")
         return {key: plain_data(item, f"{where}[{key!r}]") for key, item in value.items()}
     if _is_list(value):
         return [plain_data(item, f"{where}[{i}]") for i, item in enumerate(value)]

@@ -8,6 +8,7 @@ itself, the file decides.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
-from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, prompt_text
+from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chat, prompt_text
+from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_folder
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["Tokenizer"]
+
+_log = logging.getLogger("cuplama")
 
 
 class Tokenizer:
@@ -46,7 +50,8 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._templates = ChatTemplates(dict(chat_templates or {}))
-        self._control = ControlTokens(backend, self._special_tokens.values())
+        self._control: dict[str, ControlTokens] = {}  # by the source of the chat template
+        self._warned: set[str] = set()  # names of what a template was given and does not read
         self.stages = decoder_stages(backend)
         self._pieces: dict[int, str | None] = {}
         self.kind: str = type(backend.model).__name__
@@ -162,15 +167,31 @@ class Tokenizer:
             "continue_final_message": continue_final_message,
         }
         values = chat_values(template, {**given, **variables})
+        self._warn_of_unread(template, values)
         spoken = chat_messages(template, messages)
-        literal = not checked("special_text", special_text, flag, "True or False")
-        disguise = self._control.disguise([spoken, values], template.source) if literal else None
-        if disguise is None:
+        control, hidden = self._control_tokens(template), None
+        if not checked("special_text", special_text, flag, "True or False"):
+            hidden = control.disguise(spoken, values, template.source)
+        if hidden is None:
             return self.encode(prompt_text(template, spoken, {**self._special_tokens, **values}), bos=False)
-        values = {**self._special_tokens, **disguise.hide(values)}
-        text = prompt_text(template, disguise.hide(spoken), values)
+        text = prompt_text(template, hidden.messages, {**self._special_tokens, **hidden.values})
         with _encodable(text):
-            return self._control.encode(text, disguise)
+            return control.encode(text, hidden)
+
+    def _warn_of_unread(self, template: ChatTemplate, values: Mapping[str, Any]) -> None:
+        """Log, once for a tokenizer, that the template does not read what it was given."""
+        for name in ("tools", "documents"):
+            if values[name] is not None and name not in template.reading.variables | self._warned:
+                self._warned.add(name)
+                _log.warning("the chat template does not read %s: the model will not see them", name)
+
+    def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
+        found = self._control.get(template.source)
+        if found is None:
+            turns = harmless_chat(template, self._special_tokens)
+            found = ControlTokens(self._backend, self._special_tokens.values(), turns)
+            self._control[template.source] = found
+        return found
 
     def spells_special(self, text: str) -> bool:
         """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""

@@ -31,10 +31,10 @@ READS = "{{ tools }}|{{ documents }}|{{ enable_thinking }}|{{ style }}|{{ add_ge
 
 
 def test_variables_reach_the_template() -> None:
-    assert text(READS) == "None||||True"
+    assert text(READS) == "None|None|||True"
     options: dict[str, Any] = {"enable_thinking": False, "style": "x", "add_generation_prompt": False}
     assert text(READS, tools=[{"a": 1}], documents=[{"b": 2}], **options) == "[{'a': 1}]|[{'b': 2}]|False|x|False"
-    assert text("{{ continue_final_message }}") == "False"
+    assert text("{{ continue_final_message is defined }}") == "False"
 
 
 def test_standard_variables_are_accepted_where_the_template_does_not_read_them() -> None:
@@ -75,11 +75,13 @@ def test_values_are_plain_data(options: dict[str, Any], reason: str) -> None:
         text(READS, **options)
 
 
-def test_tools_that_the_template_does_not_read_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_tools_that_the_template_does_not_read_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(byte_level(), {}, {"default": "{{ documents }}"})
     with caplog.at_level(logging.WARNING, "cuplama"):
-        text("{{ documents }}", documents=[{"a": 1}], tools=[])
+        tokenizer.apply_chat(HI, documents=[{"a": 1}], tools=[])
         assert caplog.messages == []
-        text("Hi", tools=TOOLS)
+        for _ in range(3):
+            tokenizer.apply_chat(HI, tools=TOOLS)
         assert caplog.messages == ["the chat template does not read tools: the model will not see them"]
 
 

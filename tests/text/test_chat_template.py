@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
@@ -27,6 +29,21 @@ def test_as_transformers(shared: Path, case: dict[str, Any]) -> None:
     template = (shared / "templates" / f"{case['template']}.jinja").read_text(encoding="utf-8")
     names = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
     assert render(template, **{name: case[name] for name in names if name in case}) == case["text"]
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['tokenizer']}-{case['chat']}")
+def test_the_ids_of_a_chat_are_those_of_its_text(shared: Path, case: dict[str, Any]) -> None:
+    template = (shared / "templates" / f"{case['template']}.jinja").read_text(encoding="utf-8")
+    backend = backend_of(shared / "tokenizers" / case["tokenizer"] / "tokenizer.json")
+    special = {name: case[name] for name in ("bos_token", "eos_token") if case.get(name)}
+    options = {name: case[name] for name in ("tools", "add_generation_prompt") if name in case}
+    ids = Tokenizer(backend, special, {"default": template}).apply_chat(case["messages"], **options)
+    assert ids == backend.encode(case["text"], add_special_tokens=False).ids
+
+
+@cache
+def backend_of(file: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(file))
 
 
 def test_whitespace_rules() -> None:
@@ -103,14 +120,16 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\['content'\]\[0\]\['text'\] must be a string"),
     ([{**HI[0], "tool_calls": "f()"}], r"messages\[0\]\['tool_calls'\] must be a list of dicts, not 'f\(\)'"),
     ([{**HI[0], "name": b"x"}], r"messages\[0\]\['name'\] must be text, a number, a list or a dict, not bytes"),
+    ([{"role": np.zeros((2, 2)), "content": "Hi"}], r"messages\[0\]\['role'\] must be a string, not array"),
     ([{**HI[0], "x": {1: 2}}], r"messages\[0\]\['x'\] has a key that is not a string: 1"),
 ]
 
 
 @pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES)
 def test_messages_are_checked(messages: Any, reason: str) -> None:
-    with pytest.raises(TokenizerError, match=reason):
+    with pytest.raises(TokenizerError, match=reason) as caught:
         render("", messages)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tool_call_needs_no_content() -> None:

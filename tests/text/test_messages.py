@@ -85,3 +85,7 @@ def test_plain_data() -> None:
     assert plain_data(value, "tools") == {"a": [1, 2.5, None, True, ["x"]], "b": {"c": 3}}
     with pytest.raises(TokenizerError, match=r"^tools\['a'\]\[1\] must be text, .*, not function$"):
         plain_data({"a": [1, test_plain_data]}, "tools")
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(TokenizerError, match=r"^tools\[0\]\[0\].*\.\.\. is nested more than 100 deep$"):
+        plain_data(endless, "tools")
