@@ -60,7 +60,7 @@ def read_folder(folder: Path) -> TokenizerFiles:
         if name in names and backend.token_to_id(names[name]) is None:
             _log.warning("%s: %s = %r is not in tokenizer.json and counts as absent", folder, name, names.pop(name))
     for ignored in _apply_switches(backend, config):
-        _log.warning("%s: %s; transformers 5 ignores it, too", config_path, ignored)
+        _log.warning("%s: %s", config_path, ignored)
     return TokenizerFiles(backend, names, _chat_templates(folder, config))
 
 
