@@ -13,29 +13,76 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .completion import Completion, Delta
-    from .errors import CuplamaError
+    from .chat import ChatOptions
+    from .completion import Completion, Delta, Stream, Timings
+    from .engine.sequence import Token
+    from .errors import (
+        CheckpointError,
+        ClosedError,
+        CompileError,
+        ConfigError,
+        ContextError,
+        CopyError,
+        CuplamaError,
+        DeviceError,
+        ParameterError,
+        PromptError,
+        TokenizerError,
+    )
     from .loading import load
     from .model import Model
-    from .sampling_params import SamplingParams
+    from .models.config import ModelConfig
+    from .sampling_params import SamplingOptions, SamplingParams
+    from .text.tokenizer import Tokenizer
 
-__all__ = ["Completion", "CuplamaError", "Delta", "Model", "SamplingParams", "load"]
+__all__ = [
+    "ChatOptions",
+    "CheckpointError",
+    "ClosedError",
+    "CompileError",
+    "Completion",
+    "ConfigError",
+    "ContextError",
+    "CopyError",
+    "CuplamaError",
+    "Delta",
+    "DeviceError",
+    "Model",
+    "ModelConfig",
+    "ParameterError",
+    "PromptError",
+    "SamplingOptions",
+    "SamplingParams",
+    "Stream",
+    "Timings",
+    "Token",
+    "Tokenizer",
+    "TokenizerError",
+    "load",
+]
 __version__ = "0.1.0"
 
+# The modules of the public names that have one of their own; every other name is an error's.
 _MODULES = {
+    "ChatOptions": "chat",
     "Completion": "completion",
-    "CuplamaError": "errors",
     "Delta": "completion",
-    "Model": "model",
-    "SamplingParams": "sampling_params",
+    "Stream": "completion",
+    "Timings": "completion",
+    "Token": "engine.sequence",
     "load": "loading",
+    "Model": "model",
+    "ModelConfig": "models.config",
+    "SamplingOptions": "sampling_params",
+    "SamplingParams": "sampling_params",
+    "Tokenizer": "text.tokenizer",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module 'cuplama' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
     return value
 
 

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
 
 from .engine.sequence import Token
+from .errors import CopyError, ParameterError
+from .prompts import PlainPrompt
+from .sampling_params import SamplingParams
 
 __all__ = ["Clock", "Completion", "Delta", "Stream", "Timings"]
+
+_SHOWN = 60  # characters of a text that a repr shows
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and tokens. The prompt's time ends with the first token drawn; decode is of the tokens after it.
+    """Seconds and tokens of a run, all its sequences together.
 
-    In a batch that the cache cannot hold at once, the prompts read later count as prompts too.
+    The prompt's time ends with the first token drawn, and decode is of the tokens after it: a rate that is not blurred
+    by the prompt's length. In a batch that the cache cannot hold at once, the prompts read later count as prompts too.
+    generated_tokens: all that were drawn, those included that came with the prompts.
     """
 
     prompt_tokens: int
     prompt_seconds: float
     decode_tokens: int
     decode_seconds: float
+    generated_tokens: int = 0
 
     @property
     def prompt_rate(self) -> float:
@@ -45,6 +54,7 @@ class Clock:
     prompt_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    generated_tokens: int = 0
     last: float = 0.0
 
     def begin(self, prompt_tokens: int) -> None:
@@ -54,6 +64,7 @@ class Clock:
     def step(self, tokens: int, first: bool) -> None:
         """A step has ended that drew that many tokens. first: whether it read prompts, and so drew first tokens."""
         now = time.perf_counter()
+        self.generated_tokens += tokens
         if first:
             self.prompt_seconds += now - self.last
         else:
@@ -63,29 +74,84 @@ class Clock:
 
     def timings(self) -> Timings:
         """What has been measured so far."""
-        return Timings(self.prompt_tokens, self.prompt_seconds, self.decode_tokens, self.decode_seconds)
+        return Timings(
+            self.prompt_tokens, self.prompt_seconds, self.decode_tokens, self.decode_seconds, self.generated_tokens
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Completion:
-    """What was generated. tokens: ids, a stop token that ended the text included; text: without it and the prompt.
+    """What was generated for one prompt, and all that it takes to generate it again. ``print`` shows its text.
 
-    finish_reason: "stop" (stop token or stop string) or "length" (max_tokens, or the context is full).
-    logprobs: one engine Token per generated token if they were asked for. In a batch, the timings are the batch's.
+    text: without the prompt, and without the stop token or stop string that ended it; tokens: ids, a stop token that
+    ended the text included.
+    finish_reason: "stop" (stop token or stop string), "length" (max_tokens, or the context is full), or None if the
+    generation has not come to its end.
+    logprobs: one Token per generated token if they were asked for.
+    timings: of the whole call, which may have had several prompts.
+    prompt: as it was given, text or token ids; prompt_tokens: its ids as the model read them.
+    seed: the one that was used, also where none was given; params: every parameter, with that seed.
+    model: the folder or hub id as it was given to ``load``; device: "numpy" or "cuda"; dtype: "float32", ...
+    index: the place among all completions of the call: with n choices, prompt * n + choice.
+
+    ``model.generate(c.prompt, c.params)`` generates the same again, alone and on the same device, dtype and context.
     """
 
     text: str
     tokens: list[int]
-    finish_reason: str
+    finish_reason: str | None
     logprobs: list[Token] | None
     timings: Timings
+    prompt: PlainPrompt = ""
+    prompt_tokens: list[int] = field(default_factory=list)
+    seed: int = 0
+    params: SamplingParams = field(default_factory=SamplingParams)
+    model: str = ""
+    device: str = ""
+    dtype: str = ""
+    index: int = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        why = self.finish_reason or "not finished"
+        return f"<Completion {_shortened(self.text)!r}: {_counted(len(self.tokens), 'token')}, {why}, seed {self.seed}>"
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """What IPython and notebooks show instead of the repr: the text with its line breaks."""
+        return {"text/plain": self.text}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON: lists, dicts, strings and finite numbers, none of them rounded.
+
+        params is as ``SamplingParams.to_dict`` writes it, and ``SamplingParams.from_dict`` reads it.
+        """
+        tokens = self.logprobs or []
+        logprobs = [{"id": t.id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]} for t in tokens]
+        return {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "finish_reason": self.finish_reason,
+            "logprobs": None if self.logprobs is None else logprobs,
+            "timings": asdict(self.timings),
+            "prompt": self.prompt if isinstance(self.prompt, str) else list(self.prompt),
+            "prompt_tokens": list(self.prompt_tokens),
+            "seed": self.seed,
+            "params": self.params.to_dict(),
+            "model": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            "index": self.index,
+        }
 
 
 @dataclass(frozen=True)
 class Delta:
     """What one token adds to a stream. text may be empty while a character or a stop string is incomplete.
 
-    finish_reason is set on a sequence's last delta. index is the prompt's place in a batch.
+    finish_reason is set on a sequence's last delta. index is that of its Completion: with n choices of each prompt,
+    prompt * n + choice.
     """
 
     text: str
@@ -95,19 +161,25 @@ class Delta:
 
 
 class Stream:
-    """An iterator over the deltas of a generation. close(), or leaving a ``with`` block, stops it."""
+    """An iterator over the deltas of a generation. close(), or leaving a ``with`` block, stops it.
 
-    def __init__(self, deltas: Generator[Delta], clock: Clock) -> None:
-        self._deltas, self._clock = deltas, clock
+    The generation begins with the first delta that is read; a stream that has ended or was closed yields nothing more.
+    completions: makes a Completion of what each sequence has so far.
+    """
 
-    def __iter__(self) -> Iterator[Delta]:
-        return self._deltas
+    def __init__(
+        self, deltas: Generator[Delta], clock: Clock, completions: Callable[[], list[Completion]] = list
+    ) -> None:
+        self._deltas, self._clock, self._completions = deltas, clock, completions
+
+    def __iter__(self) -> Stream:
+        return self
 
     def __next__(self) -> Delta:
         return next(self._deltas)
 
     def close(self) -> None:
-        """Stop generating and give the cache pages back."""
+        """Stop generating and give the cache pages back. Closing twice is fine."""
         self._deltas.close()
 
     def __enter__(self) -> Stream:
@@ -116,7 +188,41 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        done = self.completions
+        ended = "ended" if all(c.finish_reason is not None for c in done) else "so far"
+        tokens = _counted(sum(len(c.tokens) for c in done), "token")
+        return f"<Stream of {_counted(len(done), 'sequence')}: {tokens} {ended}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise CopyError("a stream can be neither pickled nor copied; its completions can, once it was read")
+
+    @property
+    def completions(self) -> list[Completion]:
+        """One Completion per sequence, in the order of ``Delta.index``: complete after the end.
+
+        Before the end, and of a stream that was closed before it, they have what came so far and finish_reason None.
+        Text that is held back, because a character or a stop string may still be completed, is not in them.
+        """
+        return self._completions()
+
+    @property
+    def completion(self) -> Completion:
+        """The Completion of a stream of one sequence; see ``completions``. Raises ParameterError for several."""
+        found = self.completions
+        if len(found) != 1:
+            raise ParameterError(f"the stream has {_counted(len(found), 'sequence')}: use its completions")
+        return found[0]
+
     @property
     def timings(self) -> Timings:
         """Where the time went until now; right at any moment."""
         return self._clock.timings()
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -2,9 +2,11 @@
 
 __all__ = [
     "CheckpointError",
+    "ClosedError",
     "CompileError",
     "ConfigError",
     "ContextError",
+    "CopyError",
     "CuplamaError",
     "DeviceError",
     "ParameterError",
@@ -30,7 +32,7 @@ class TokenizerError(CuplamaError):
 
 
 class PromptError(CuplamaError, ValueError):
-    """The prompt cannot be used: empty without a BOS token, or a token id out of range."""
+    """The prompt cannot be used: neither text nor token ids, an id out of range, or empty without a BOS token."""
 
 
 class ContextError(PromptError):
@@ -42,7 +44,15 @@ class DeviceError(CuplamaError):
 
 
 class ParameterError(CuplamaError, ValueError):
-    """A parameter is unknown or out of range."""
+    """A parameter is unknown, of a wrong type or out of range."""
+
+
+class ClosedError(CuplamaError, RuntimeError):
+    """The model is closed and cannot generate any more."""
+
+
+class CopyError(CuplamaError, TypeError):
+    """A model or a stream can be neither pickled nor copied."""
 
 
 class CompileError(DeviceError):

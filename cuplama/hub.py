@@ -19,7 +19,18 @@ from .files import read_json
 from .folders import data_folder
 from .models.checkpoint import INDEX
 
-__all__ = ["HUB_FILES", "CachedModel", "DownloadProgress", "cached_models", "find_model", "pull", "weight_files"]
+__all__ = [
+    "BUNDLED",
+    "HUB_FILES",
+    "CachedModel",
+    "DownloadProgress",
+    "cached_models",
+    "find_model",
+    "pull",
+    "weight_files",
+]
+
+BUNDLED = "stories-7m"  # the name of the model that comes with the package
 
 _log = logging.getLogger("cuplama")
 DownloadProgress = Callable[[int, int], None]  # (bytes that are here, bytes in all)
@@ -54,6 +65,8 @@ def find_model(
     model: a folder, a hub id ("org/name", or "org/name@revision" for a branch, tag or commit), or None for the bundled
     story model. progress: as of ``pull``.
 
+    The bundled model's name stands for it, too, where no folder has that name.
+
     A hub repository is downloaded, or brought up to date, unless ``offline`` (or HF_HUB_OFFLINE) forbids it.
     Raises ConfigError naming what does not exist or cannot be reached.
     """
@@ -66,6 +79,8 @@ def find_model(
         exists = path.exists()
     except (OSError, RuntimeError) as e:  # no permission, a name too long, no such home folder
         raise ConfigError(f"cannot open {model!s:.80}: {getattr(e, 'strerror', None) or e}") from None
+    if model == BUNDLED and not exists:
+        return data_folder("weights")
     if exists:
         raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights{_parent(path)}")
     if path.is_symlink():

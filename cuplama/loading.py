@@ -14,8 +14,9 @@ from .device import open_backend
 from .dtypes import Array
 from .engine.engine import Engine
 from .errors import ConfigError, ParameterError
-from .hub import find_model
-from .model import Model, Settings
+from .generation_config import Settings
+from .hub import BUNDLED, find_model
+from .model import Model
 from .models.checkpoint import load_weights
 from .models.config import ModelConfig, load_config, read_json
 from .quant.weight import Weight
@@ -76,7 +77,8 @@ def load(
     settings = Settings.read(folder, config, tokenizer, generation_config)
     weights = load_weights(folder, config)
     engine = start_engine(config, weights, device, dtype, length, tokens, progress)
-    return Model(folder, config, tokenizer, engine, settings)
+    name = BUNDLED if model is None else os.fspath(model)
+    return Model(folder, config, tokenizer, engine, settings, name)
 
 
 def start_engine(

@@ -3,72 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, NoReturn, Unpack, overload
 
 import numpy as np
 
-from .completion import Clock, Completion, Delta, Stream, Timings
+from .arguments import checked, type_of, whole_number
+from .chat import ChatOptions, read_chat
+from .completion import Completion, Delta, Stream
 from .engine.engine import Engine
 from .engine.scheduler import Progress
 from .engine.sequence import SequenceState
-from .errors import ConfigError, ContextError, ParameterError, PromptError
-from .models.config import ModelConfig, token_ids
+from .errors import ClosedError, ContextError, CopyError, ParameterError, PromptError
+from .generation import Generation
+from .generation_config import Settings
+from .models.config import ModelConfig
 from .output_text import OutputText
-from .prompts import Prompt, prompt_list, whole_ids
-from .sampling_params import PARAMETERS, SamplingParams, sampling_defaults, unsupported_settings
+from .prompts import Prompt, plain_prompt, plain_prompts, prompt_of_batch, whole_ids
+from .sampling_params import SamplingOptions, SamplingParams, check_names
 from .text.tokenizer import Tokenizer
 
-__all__ = ["Model", "Settings", "stop_tokens"]
+__all__ = ["Model"]
 
-_log = logging.getLogger("cuplama")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a model brings for generating: sampling defaults, the ids that end a text, and BOS if it has one."""
-
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    stop_ids: frozenset[int] = frozenset()
-    bos: int | None = None
-
-    @classmethod
-    def read(
-        cls, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
-    ) -> Settings:
-        """From what the folder's files say. Raises ConfigError; logs a warning for what is not supported."""
-        where = folder / "generation_config.json"
-        try:
-            defaults = sampling_defaults(generation_config)
-            for setting in unsupported_settings(generation_config):
-                _log.warning("%s: %s is not supported and is left out", where, setting)
-        except ParameterError as e:
-            raise ConfigError(f"{where}: {e}") from None
-        bos = tokenizer.bos if tokenizer is not None and tokenizer.bos is not None else config.bos
-        return cls(
-            defaults,
-            stop_tokens(config, generation_config, tokenizer, where),
-            bos if bos is not None and bos < config.vocab_size else None,
-        )
-
-
-def stop_tokens(
-    config: ModelConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, where: Path
-) -> frozenset[int]:
-    """The ids that end a text: the union of what config, generation_config and tokenizer name.
-
-    where: the generation_config's path, for errors. Raises ConfigError.
-    """
-    eos = token_ids(generation_config.get("eos_token_id"), f"{where}: eos_token_id")
-    own = tokenizer.eos if tokenizer else None
-    stops = {*config.eos, *eos, *([] if own is None else [own])}
-    # Ids beyond the vocabulary, left over from a larger one, can be neither drawn nor fed.
-    return frozenset(t for t in stops if t < config.vocab_size)
+_DEVICES = {"numpy": "NumPy", "cuda": "CUDA"}  # a backend's name -> how people write it
 
 
 class Model:
@@ -76,9 +37,12 @@ class Model:
 
     Several threads may generate at once: their runs take turns, step by step.
 
-    folder: where its files are; config: ModelConfig; backend: where it runs; context: tokens a sequence may have;
-    defaults: the sampling parameters that its generation_config.json sets; stop_ids: token ids that end a text;
-    bos: the id that an empty prompt becomes, or None.
+    After close() everything that computes raises ClosedError; encode, decode and params go on.
+
+    name: the folder or hub id as it was given to ``load``; folder: where its files are; config: ModelConfig; backend:
+    where it runs; context: tokens a sequence may have; num_parameters: numbers in its weights, a head that is tied to
+    the embedding not counted; defaults: the sampling parameters that its generation_config.json sets; stop_ids: token
+    ids that end a text; bos: the id that an empty prompt becomes, or None.
     """
 
     def __init__(
@@ -88,12 +52,32 @@ class Model:
         tokenizer: Tokenizer | None,
         engine: Engine,
         settings: Settings,
+        name: str | None = None,
     ) -> None:
+        self.name = str(folder) if name is None else name
         self.folder, self.config, self.backend = folder, config, engine.backend
         self._tokenizer = tokenizer
         self._engine: Engine | None = engine
         self.context = engine.context
         self.defaults, self.stop_ids, self.bos = settings.defaults, settings.stop_ids, settings.bos
+        shapes = {id(engine.runner.values[weight]): shape for weight, shape in config.weight_shapes().items()}
+        self.num_parameters = sum(map(math.prod, shapes.values()))
+
+    def __repr__(self) -> str:
+        name = Path(self.name).name or self.folder.resolve().name
+        if self.closed:
+            return f"<Model {name}: closed>"
+        device = _DEVICES.get(self.backend.name, self.backend.name)
+        return (
+            f"<Model {name}: {self.config.architecture}, {_shortened(self.num_parameters)} parameters, "
+            f"{self.backend.dtype.name} on {device}, context {self.context}>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise CopyError(
+            f"a model can be neither pickled nor copied: call cuplama.load({self.name!r}) in each process, "
+            "or share the model among threads"
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -104,16 +88,33 @@ class Model:
 
     @property
     def engine(self) -> Engine:
-        """The engine. Raises RuntimeError after close()."""
+        """The engine. Raises ClosedError after close()."""
         if self._engine is None:
-            raise RuntimeError("the model is closed")
+            raise ClosedError("the model is closed; cuplama.load opens it again")
         return self._engine
 
-    def params(self, **overrides: Any) -> SamplingParams:
-        """The model's own sampling defaults with some replaced. Raises ParameterError naming one."""
-        for name in overrides.keys() - set(PARAMETERS):
-            raise ParameterError(f"{name} is not a sampling parameter; there are: {', '.join(PARAMETERS)}")
-        params = SamplingParams(**{**self.defaults, **overrides})
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._engine is None
+
+    def params(self, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> SamplingParams:
+        """The parameters that generate uses for the same arguments. Raises ParameterError naming one.
+
+        Without ``params``: the defaults of SamplingParams, those that the model's generation_config.json sets in place
+        of them, and then ``options``. A SamplingParams is complete: the model's own defaults do not count beside it,
+        only ``options`` take the place of its fields.
+        """
+        check_names(options)
+        if params is None:
+            params = SamplingParams(**{**self.defaults, **options})
+        elif not isinstance(params, SamplingParams):
+            raise ParameterError(
+                f"params = {params!r:.80} is {type_of(params)}; it must be a SamplingParams, or None (give single"
+                " parameters by name, as in max_tokens=64, and several prompts as one list)"
+            )
+        elif options:
+            params = replace(params, **options)
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token in ids:
                 if token >= self.config.vocab_size:
@@ -123,8 +124,9 @@ class Model:
         return params
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, checked. An empty prompt becomes BOS. Raises PromptError."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else whole_ids(prompt)
+        """Token ids of one prompt, text or ids, checked. An empty prompt becomes BOS. Raises PromptError."""
+        plain = plain_prompt(prompt)
+        ids = self.tokenizer.encode(plain) if isinstance(plain, str) else plain
         if not ids:
             if self.bos is None:
                 raise PromptError("the prompt is empty and the model has no BOS token to start from")
@@ -133,6 +135,13 @@ class Model:
             if not 0 <= t < self.config.vocab_size:
                 raise PromptError(f"token id {t} is out of range; the vocabulary has {self.config.vocab_size} tokens")
         return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids, by default without special tokens. Ids without a token become nothing.
+
+        Raises PromptError for what are no token ids, and TokenizerError if the folder has no tokenizer.
+        """
+        return self.tokenizer.decode(whole_ids(ids), skip_special=skip_special)
 
     def _fit(self, ids: list[int], room: int) -> list[int]:
         """The ids, if the context has them and ``room`` tokens more. Raises ContextError."""
@@ -143,53 +152,151 @@ class Model:
             )
         return ids
 
+    # A str is also a sequence of strings; as a prompt it is one, which the first form says before the others can.
     @overload
-    def generate(self, prompt: Prompt, *, progress: Progress | None = None, **params: Any) -> Completion: ...
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion: ...
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], *, progress: Progress | None = None, **params: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **params: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
         """Generate from a prompt (text or token ids), or from several as one batch.
 
-        params: the fields of SamplingParams; what is left out comes from the model's generation_config. In a batch
-        every prompt has the same parameters and gives what it gives alone.
-        Raises ParameterError for a parameter, PromptError for a prompt that cannot be used, and ContextError for one
-        that is too long.
+        params, options: how, as SamplingParams or as its fields by name; ``Model.params`` says how they combine. In a
+        batch every prompt has the same parameters and gives what it gives alone.
+        n: choices for each prompt; the result is a list then, first those of the first prompt, and choice i of a prompt
+        has the seed + i. Without n a single prompt gives its Completion, and a list of prompts a list.
+        progress: called with (prompt tokens done, prompt tokens in all).
+
+        Raises ParameterError for a parameter, PromptError for a prompt that cannot be used, ContextError for one that
+        is too long, and ClosedError after close(). Errors of a prompt in a list begin with its number, counted from 0.
         """
-        prompts, single = prompt_list(prompt)
-        clock = Clock()
-        texts = self._start(prompts, params)
-        for _ in self._deltas(texts, progress, clock):
+        generation = self._start(prompt, self.params(params, **options), n)
+        for _ in self._deltas(generation, progress):
             pass
-        done = [_completion(t, clock.timings()) for t in texts]
-        return done[0] if single else done
+        done = generation.completions()
+        return done[0] if generation.single else done
 
-    def stream(self, prompt: Prompt | Sequence[Prompt], *, progress: Progress | None = None, **params: Any) -> Stream:
-        """Like generate, but yields a Delta per token as it is drawn. Closing the stream stops the generation."""
-        clock = Clock()
-        return Stream(self._deltas(self._start(prompt_list(prompt)[0], params), progress, clock), clock)
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Like generate, but yields a Delta per token as it is drawn. Closing the stream stops the generation.
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Completion:
+        With n choices of each prompt a delta's index is prompt * n + choice. ``Stream.completion`` is what generate
+        would have returned.
+        """
+        generation = self._start(prompt, self.params(params, **options), n)
+        return Stream(self._deltas(generation, progress), generation.clock, generation.completions)
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[Completion]: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion | list[Completion]:
         """The assistant's answer to ``[{"role": "user", "content": "Hi"}, ...]``, by the model's own chat template.
 
-        Raises TokenizerError if the model has no template or the template refuses the messages.
+        messages: dicts with a role and a content, text or a list of text parts. params, n, progress: as for generate.
+        options: sampling parameters, and what reaches the template (tools, enable_thinking, ...); ChatOptions lists
+        them. With continue_final_message the answer goes on from the last message, and its text is the continuation.
+
+        Raises ParameterError for an option that neither is a sampling parameter nor is read by the template,
+        TokenizerError if the model has no template or the template refuses the messages, and what generate raises.
         """
-        return self.generate(self.tokenizer.apply_chat(messages), **params)
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return self.generate(ids, params, n=n, progress=progress, **sampling)
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **params: Any) -> Stream:
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Stream:
         """Like chat, but yields a Delta per token."""
-        return self.stream(self.tokenizer.apply_chat(messages), **params)
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return self.stream(ids, params, n=n, progress=progress, **sampling)
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The logits after each token: [n, vocab] float32; no token is BOS alone. Raises PromptError."""
-        return np.concatenate(list(self.engine.logits(self._fit(self.encode(whole_ids(token_ids)), 0))))
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> list[int]:
+        """The token ids of the prompt that chat makes of the same options. Raises what chat raises for them."""
+        return self.encode(read_chat(self.tokenizer, messages, options)[0])
 
-    def _start(self, prompts: Sequence[Prompt], overrides: Mapping[str, Any]) -> list[OutputText]:
-        """A sequence per prompt, all with the same parameters; raises before anything is computed."""
-        params = self.params(**overrides)
+    def logits(self, prompt: Prompt) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The logits after each token of one prompt, text or ids: [n, vocab_size] float32. An empty one is BOS alone.
+
+        Raises PromptError for a prompt that cannot be used, ContextError for one that is too long.
+        """
+        engine = self.engine
+        return np.concatenate(list(engine.logits(self._fit(self.encode(prompt), 0))))
+
+    def _start(self, prompt: Prompt | Sequence[Prompt], params: SamplingParams, n: int | None) -> Generation:
+        """n sequences per prompt; raises before anything is computed."""
+        _ = self.engine  # closed: raises
+        prompts, single = plain_prompts(prompt)
+        count = 1 if n is None else checked("n", n, whole_number(1), "a whole number >= 1, or None")
         if params.stop:
             _ = self.tokenizer  # stop strings need one
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
@@ -197,18 +304,24 @@ class Model:
         if len(banned | stops if params.min_tokens else banned) == self.config.vocab_size:
             raise ParameterError("logit_bias (with min_tokens: and stop tokens) bans every token of the vocabulary")
         room = 0 if params.max_tokens == 0 else 1
-        sequences = [SequenceState(self._fit(self.encode(p), room), params, stops) for p in prompts]
-        return [OutputText(i, s, self._tokenizer) for i, s in enumerate(sequences)]
+        sequences: list[SequenceState] = []
+        for number, plain in enumerate(prompts):
+            with prompt_of_batch(None if single else number):
+                ids = self._fit(self.encode(plain), room)
+            sequences += [SequenceState(ids, choice, stops) for choice in params.choices(count)]
+        outputs = [OutputText(i, s, self._tokenizer) for i, s in enumerate(sequences)]
+        device, dtype = self.backend.name, self.backend.dtype.name
+        return Generation(prompts, outputs, single and n is None, self.name, device, dtype)
 
-    def _deltas(self, texts: list[OutputText], progress: Progress | None, clock: Clock) -> Generator[Delta]:
+    def _deltas(self, generation: Generation, progress: Progress | None) -> Generator[Delta]:
         """Run the sequences; one delta per token drawn, in the order in which they are drawn."""
-        sequences = [t.sequence for t in texts]
-        text_of = {id(s): t for s, t in zip(sequences, texts, strict=True)}
+        output_of = {id(output.sequence): output for output in generation.outputs}
+        sequences, clock = [output.sequence for output in generation.outputs], generation.clock
         clock.begin(sum(len(s.prompt) for s in sequences))
         with contextlib.closing(self.engine.generate(sequences, progress)) as steps:
             for drawn in steps:
                 clock.step(len(drawn), any(sequence.generated == 1 for sequence, _ in drawn))
-                deltas = [text_of[id(sequence)].push(token) for sequence, token in drawn]
+                deltas = [output_of[id(sequence)].push(token) for sequence, token in drawn]
                 if all(s.finish_reason is not None for s in sequences):
                     steps.close()  # the cache is free again before the last delta is delivered
                 for delta in deltas:
@@ -231,12 +344,9 @@ class Model:
         self.close()
 
 
-def _completion(output: OutputText, timings: Timings) -> Completion:
-    """All of a sequence that has ended. timings: those of the run."""
-    return Completion(
-        output.text,
-        [t.id for t in output.tokens],
-        output.sequence.finish_reason or "length",
-        output.tokens if output.sequence.params.logprobs is not None else None,
-        timings,
-    )
+def _shortened(count: int) -> str:
+    """A number with two digits at least and its unit: "7.6 M", "1.24 B"."""
+    for size, unit, digits in ((10**9, "B", 2), (10**6, "M", 1), (10**3, "K", 0)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return str(count)

@@ -19,8 +19,13 @@ class OutputText:
 
     def __init__(self, index: int, sequence: SequenceState, tokenizer: Tokenizer | None) -> None:
         self.index, self.sequence = index, sequence
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, context=sequence.prompt) if tokenizer else None
         self._stops = StopStrings(sequence.params.stop)
+        # Special tokens are not shown, so stop strings are compared with them only if one of them asks for it.
+        self._watched = frozenset[int]()
+        if tokenizer is not None and any(map(tokenizer.spells_special, sequence.params.stop)):
+            self._watched = tokenizer.special_ids
         self.text = ""
         self.tokens: list[Token] = []
 
@@ -29,7 +34,9 @@ class OutputText:
         self.tokens.append(token)
         sequence, text, stopped = self.sequence, "", False
         if self._detokenizer is not None:
-            if token.id not in sequence.stop_ids:
+            if token.id in self._watched:
+                text, stopped = self._push_watched(token.id)
+            elif token.id not in sequence.stop_ids:
                 text, stopped = self._stops.push(self._detokenizer.push(token.id))
             if sequence.finish_reason is not None and not stopped:
                 tail, stopped = self._stops.push(self._detokenizer.flush())
@@ -38,3 +45,16 @@ class OutputText:
             sequence.finish_reason = "stop"
         self.text += text
         return Delta(text, token, sequence.finish_reason, self.index)
+
+    def _push_watched(self, id: int) -> tuple[str, bool]:
+        """A special token that may be part of a stop string: what is shown now, and whether one was hit.
+
+        It ends a run of byte tokens, so what the detokenizer holds back comes before it.
+        """
+        assert self._tokenizer is not None
+        assert self._detokenizer is not None
+        text, stopped = self._stops.push(self._detokenizer.flush())
+        if not stopped:
+            more, stopped = self._stops.push(self._tokenizer.piece(id) or "", hidden=True)
+            text += more
+        return text, stopped

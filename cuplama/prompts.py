@@ -1,37 +1,76 @@
-"""What callers may give as a prompt, as lists of prompts and of token ids."""
+"""What callers may give as a prompt, as text or plain token ids, alone or in a list.
+
+A prompt is text, or a sequence or one-dimensional array of whole numbers. Several prompts are a sequence of those, or a
+two-dimensional array. Anything else (bytes, sets, mappings, iterators, booleans as ids, arrays without dimensions) is
+refused.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 
+from .arguments import type_of
 from .errors import PromptError
 
-__all__ = ["Prompt", "prompt_list", "whole_ids"]
+__all__ = ["PlainPrompt", "Prompt", "plain_prompt", "plain_prompts", "prompt_of_batch", "whole_ids"]
 
 Prompt = str | Sequence[int]  # text, or token ids
+PlainPrompt = str | list[int]  # the same as Python's own types
 
 
-def prompt_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """A list of prompts, and whether it was a single one. A list of numbers is one prompt. Raises PromptError."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    several = isinstance(prompt, Iterable) and not isinstance(prompt, bytes)
-    items = list(prompt) if several else [prompt]
-    if several and items and all(isinstance(i, (int, np.integer)) for i in items):
-        return [cast("list[int]", items)], True
-    for i in items:
-        if isinstance(i, bytes) or not isinstance(i, (Sequence, np.ndarray)):
-            raise PromptError(f"a prompt is text or a list of token ids, not {type(i).__name__}")
-    return cast("list[Prompt]", items), False
+def plain_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[PlainPrompt], bool]:
+    """A list of prompts, and whether it was a single one. A list of numbers is one prompt, an empty list is none.
+
+    Raises PromptError, which names the prompt of several by its number.
+    """
+    if isinstance(prompt, str) or not _holds_items(prompt):
+        return [plain_prompt(prompt)], True
+    if len(prompt) and not any(isinstance(item, (Sequence, np.ndarray)) for item in prompt):
+        return [whole_ids(prompt)], True
+    several: list[PlainPrompt] = []
+    for item in prompt:
+        with prompt_of_batch(len(several)):
+            several.append(plain_prompt(item))
+    return several, False
 
 
-def whole_ids(prompt: Sequence[Any]) -> list[int]:
-    """Plain ints from whole numbers of any kind, NumPy's too. Raises PromptError."""
+def plain_prompt(prompt: Any) -> PlainPrompt:
+    """One prompt in Python's own types. Raises PromptError for what is neither text nor a list of token ids."""
+    return prompt if isinstance(prompt, str) else whole_ids(prompt)
+
+
+def whole_ids(ids: Any) -> list[int]:
+    """Plain ints from whole numbers of any kind, NumPy's too, but not from booleans. Raises PromptError."""
+    if not _holds_items(ids):
+        what = "an array without dimensions" if isinstance(ids, np.ndarray) else type_of(ids)
+        raise PromptError(f"a prompt is text or a list of token ids, and not {what}")
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()
+    for id in ids:
+        if not isinstance(id, Integral) or isinstance(id, bool):
+            raise PromptError(f"a token id is a whole number; {id!r:.40} is {type_of(id)}")
+    return [operator.index(id) for id in ids]
+
+
+@contextlib.contextmanager
+def prompt_of_batch(number: int | None) -> Iterator[None]:
+    """Errors of a prompt name it by its number among several, counted from 0; None: there is only one."""
     try:
-        return [operator.index(t) for t in prompt]
-    except TypeError:
-        raise PromptError(f"a token id is a whole number; the prompt is {prompt!r:.60}") from None
+        yield
+    except PromptError as e:
+        if number is None:
+            raise
+        raise type(e)(f"prompt {number}: {e}") from None
+
+
+def _holds_items(value: Any) -> bool:
+    """Whether it is a list or something like it: its elements have an order, and it is neither text nor bytes."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))

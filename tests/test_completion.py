@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,8 @@ from threadpoolctl import threadpool_info
 
 from cuplama import Model
 from cuplama.completion import Timings
-from cuplama.errors import ContextError, DeviceError
-from tests.tiny import CHARS, load
+from cuplama.errors import ClosedError, ContextError, DeviceError, ParameterError, TokenizerError
+from tests.tiny import CHARS, copy, load
 
 pytestmark = pytest.mark.usefixtures("all_pages_come_back")
 
@@ -127,7 +130,7 @@ def test_times_of_a_batch_that_takes_turns(monkeypatch: pytest.MonkeyPatch) -> N
 
         monkeypatch.setattr(model.backend, "run", slow)
         one, two = model.generate(["First", "Second"], max_tokens=70)
-    assert one.timings == two.timings == Timings(11, 2 * 11.0, 2 * 69, 2 * 2 * 69.0)
+    assert one.timings == two.timings == Timings(11, 2 * 11.0, 2 * 69, 2 * 2 * 69.0, 2 * 70)
 
 
 class Interrupter:
@@ -159,14 +162,93 @@ def test_closing(greedy: str) -> None:
     assert next(stream).text == greedy[0]
     model.close()
     model.close()
-    for call in (
+    hello = [{"role": "user", "content": "Hi"}]
+    calls: list[Callable[[], object]] = [
         lambda: model.generate("First"),
+        lambda: model.generate([]),
+        lambda: model.generate("First", n=2),
+        lambda: model.stream("First"),
+        lambda: model.stream([]),
         lambda: model.logits([1]),
-        lambda: list(model.stream("First")),
+        lambda: model.engine,
         lambda: next(stream),
-    ):
-        with pytest.raises(RuntimeError, match="the model is closed"):
+    ]
+    for call in calls:
+        with pytest.raises(ClosedError, match=r"^the model is closed; cuplama\.load opens it again$") as caught:
             call()
+        assert isinstance(caught.value, RuntimeError)
+    # What needs no device goes on.
+    assert model.decode(model.encode("First")) == "First"
+    assert model.params(top_k=3).top_k == 3
+    with pytest.raises(TokenizerError, match="no chat template"):
+        model.chat(hello)
+
+
+def test_chat_of_a_closed_model(tmp_path: Path) -> None:
+    folder = copy(CHARS, tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}:{% endfor %}")
+    model = load(folder)
+    model.close()
+    for call in (model.chat, model.stream_chat):
+        with pytest.raises(ClosedError, match="the model is closed"):
+            call([{"role": "user", "content": "Hi"}])
+
+
+def test_a_stream_ends_with_its_completion(chars: Model, greedy: str) -> None:
+    done = chars.generate("First", max_tokens=9, logprobs=1, seed=3)
+    stream = chars.stream("First", max_tokens=9, logprobs=1, seed=3)
+    seen = ""
+    before = stream.completion
+    assert (before.text, before.tokens, before.finish_reason, before.logprobs) == ("", [], None, [])
+    for delta in stream:
+        seen += delta.text
+        now = stream.completion
+        assert (now.text, now.finish_reason) == (seen, delta.finish_reason)
+    assert replace(stream.completion, timings=done.timings) == done
+    assert stream.completions == [stream.completion]
+    assert stream.completion.timings == stream.timings
+    assert before.tokens == []  # a completion does not grow
+
+
+def test_a_stream_that_is_closed_has_what_came_so_far(chars: Model, greedy: str) -> None:
+    with chars.stream("First", max_tokens=None) as stream:
+        for _ in range(3):
+            next(stream)
+    for _ in range(2):
+        assert (stream.completion.text, stream.completion.finish_reason) == (greedy[:3], None)
+        assert list(stream) == []
+        with pytest.raises(StopIteration):
+            next(stream)
+        stream.close()
+    unread = chars.stream(["First", "F"], n=2)
+    unread.close()
+    assert [(c.text, c.finish_reason) for c in unread.completions] == [("", None)] * 4
+    with chars.stream("First", max_tokens=2) as unread:
+        pass
+    assert list(unread) == []
+
+
+def test_completion_is_that_of_one_sequence(chars: Model) -> None:
+    for stream, count in ((chars.stream(["F", "F"]), 2), (chars.stream("F", n=3), 3), (chars.stream([]), 0)):
+        with pytest.raises(ParameterError, match=f"^the stream has {count} sequences: use its completions$"):
+            _ = stream.completion
+    assert chars.stream(["F"]).completion.prompt == chars.stream("F", n=1).completion.prompt == "F"
+
+
+def test_repr_of_a_stream(chars: Model) -> None:
+    stream = chars.stream("First", max_tokens=2)
+    assert repr(stream) == "<Stream of 1 sequence: 0 tokens so far>"
+    next(stream)
+    assert repr(stream) == "<Stream of 1 sequence: 1 token so far>"
+    assert len(list(stream)) == 1
+    assert repr(stream) == "<Stream of 1 sequence: 2 tokens ended>"
+    assert repr(chars.stream(["F", "F"], n=2)) == "<Stream of 4 sequences: 0 tokens so far>"
+
+
+def test_a_stream_is_its_own_iterator(chars: Model) -> None:
+    stream = chars.stream("First", max_tokens=3)
+    assert iter(stream) is stream
+    assert sum(1 for _ in stream) == 3
 
 
 def test_two_models_at_once(chars: Model, llama: Model, greedy: str) -> None:

@@ -12,7 +12,8 @@ import cuplama
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.dtypes import DTYPES
 from cuplama.engine.engine import Engine
-from cuplama.model import Model, Settings
+from cuplama.generation_config import Settings
+from cuplama.model import Model
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.ops import OPS

@@ -15,7 +15,8 @@ import pytest
 import cuplama
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.engine.engine import Engine
-from cuplama.model import Model, Settings
+from cuplama.generation_config import Settings
+from cuplama.model import Model
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from tests.fakes import FakeGpu

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cuplama
+from cuplama import errors
 from tests.paths import ROOT
 
 LIMIT = 0.2  # seconds
@@ -55,7 +56,10 @@ def test_import_is_quick() -> None:
 
 
 def test_public_names() -> None:
-    assert cuplama.__all__ == ["Completion", "CuplamaError", "Delta", "Model", "SamplingParams", "load"]
+    assert cuplama.__all__ == sorted(cuplama.__all__)
+    assert set(errors.__all__) < set(cuplama.__all__)
+    others = {"Completion", "Delta", "Model", "ModelConfig", "SamplingOptions", "SamplingParams", "Stream", "Timings"}
+    assert set(cuplama.__all__) - set(errors.__all__) == others | {"Token", "Tokenizer", "load"}
     for name in cuplama.__all__:
         assert getattr(cuplama, name).__module__.startswith("cuplama.")
         assert getattr(cuplama, name).__doc__
@@ -86,3 +90,17 @@ sys.meta_path.insert(0, Interrupt())
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, *argv, "generate", "Hi"], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_every_error_is_a_cuplama_error() -> None:
+    for name in errors.__all__:
+        kind = getattr(cuplama, name)
+        assert kind is getattr(errors, name)
+        assert issubclass(kind, cuplama.CuplamaError)
+    found = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert found == set(errors.__all__)
+    # Callers who know Python's own errors catch these, too.
+    assert issubclass(cuplama.ParameterError, ValueError)
+    assert issubclass(cuplama.PromptError, ValueError)
+    assert issubclass(cuplama.ClosedError, RuntimeError)
+    assert issubclass(cuplama.CopyError, TypeError)

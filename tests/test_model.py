@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy as copy_module
 import json
 import math
+import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,8 @@ import numpy as np
 import pytest
 
 import cuplama
-from cuplama import Model
-from cuplama.errors import (
-    ConfigError,
-    ContextError,
-    CuplamaError,
-    DeviceError,
-    ParameterError,
-    PromptError,
-    TokenizerError,
-)
+from cuplama import Model, SamplingParams
+from cuplama.errors import ContextError, CopyError, ParameterError, PromptError, TokenizerError
 from tests.tiny import CHARS, LLAMA, copy, load
 
 SAMPLED: dict[str, Any] = {"max_tokens": 12, "temperature": 1.2, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 11}
@@ -51,31 +46,6 @@ def test_every_form_of_a_prompt(chars: Model) -> None:
     assert list(chars.stream([])) == []
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        (b"First", "bytes"),
-        ([b"First"], "bytes"),
-        (5, "int"),
-        (None, "NoneType"),
-        ([1, [2]], "int"),
-        ([1.0, 2.0], "float"),
-        ([[1.5]], "whole number"),
-        ([["a"]], "whole number"),
-        ([1, 65], "65 is out of range; the vocabulary has 65 tokens"),
-        ([1, -1], "-1 is out of range"),
-        ([2**70], "out of range"),
-        ("", "empty and the model has no BOS"),
-        ([[]], "empty and the model has no BOS"),
-        ("\ud800", "not valid Unicode"),
-    ],
-)
-def test_prompts_that_cannot_be_used(chars: Model, prompt: Any, words: str) -> None:
-    for call in (chars.generate, chars.stream):
-        with pytest.raises(PromptError, match=words):
-            call(prompt)
-
-
 def test_empty_prompt_is_bos(llama: Model, tmp_path: Path) -> None:
     assert llama.bos == 1
     assert llama.generate([[]], max_tokens=4)[0].tokens == llama.generate([1], max_tokens=4).tokens
@@ -86,15 +56,40 @@ def test_empty_prompt_is_bos(llama: Model, tmp_path: Path) -> None:
         model.generate([[]])
 
 
-def test_logits_are_checked_like_prompts(chars: Model) -> None:
-    assert chars.logits(np.array([3, 4, 5])).shape == (3, 65)  # type: ignore[arg-type]
-    assert chars.logits([*range(40), *range(40)]).dtype == np.float32
-    with pytest.raises(ContextError, match="the prompt has 81 tokens; the context has room for 80"):
-        chars.logits([1] * 81)
-    with pytest.raises(PromptError, match="out of range"):
-        chars.logits([65])
-    with pytest.raises(PromptError, match="whole number"):
-        chars.logits("First")  # type: ignore[arg-type]
+def test_logits(chars: Model) -> None:
+    ids = chars.encode("First")
+    wanted = chars.logits(ids)
+    assert wanted.shape == (5, 65)
+    assert wanted.dtype == np.float32
+    form: Any
+    for form in ("First", np.array(ids), tuple(ids), [np.int8(i) for i in ids]):
+        assert np.array_equal(chars.logits(form), wanted)
+    assert chars.logits([*range(40), *range(40)]).shape == (80, 65)
+    for prompt in ([1] * 81, "x" * 81):
+        with pytest.raises(ContextError, match="the prompt has 81 tokens; the context has room for 80"):
+            chars.logits(prompt)
+
+
+def test_decode(chars: Model, llama: Model) -> None:
+    ids = chars.encode("First")
+    form: Any
+    for form in (ids, tuple(ids), np.array(ids)):
+        assert chars.decode(form) == "First"
+    assert chars.decode([]) == ""
+    assert chars.decode([*ids, 64, 10**6]) == chars.tokenizer.decode([*ids, 64])
+    for form in ("First", 5, None, [1.5], ["a"], [True], [[1]]):
+        with pytest.raises(PromptError):
+            chars.decode(form)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist"):
+        llama.decode([5])
+
+
+def test_decode_and_special_tokens() -> None:
+    with cuplama.load(device="numpy") as model:
+        assert model.bos is not None
+        ids = [model.bos, *model.tokenizer.encode("Hi", bos=False)]
+        assert model.decode(ids) == "Hi"
+        assert model.decode(ids, skip_special=False) == model.decode(ids, False) == "<|endoftext|>Hi"
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -158,6 +153,7 @@ def greedy(chars: Model) -> str:
 
 
 def test_max_tokens(chars: Model, greedy: str) -> None:
+    n: Any
     for n in (1, 7, 74, 75, 76, 10**20, np.int64(7)):
         done = chars.generate("First", max_tokens=n)
         assert (done.text, done.finish_reason) == (greedy[: min(int(n), 75)], "length")
@@ -220,6 +216,7 @@ def test_stop_tokens(chars: Model, greedy: str) -> None:
     done = chars.generate("First", max_tokens=None, stop_token_ids=[stop])
     assert (done.tokens, done.text, done.finish_reason) == (ids[: at + 1], greedy[:at], "stop")
     assert chars.generate("First", max_tokens=at + 1, stop_token_ids=[stop]).finish_reason == "stop"
+    kind: Any
     for kind in ({stop}, np.array([stop]), (np.int64(stop),)):
         assert chars.generate("First", max_tokens=None, stop_token_ids=kind).tokens == done.tokens
     late = chars.generate("First", max_tokens=40, stop_token_ids=[stop], min_tokens=at + 3)
@@ -228,7 +225,8 @@ def test_stop_tokens(chars: Model, greedy: str) -> None:
     every = list(range(64))  # all but one of the vocabulary
     held = chars.generate("First", max_tokens=9, stop_token_ids=every, min_tokens=4)
     assert held.tokens[:4] == [64] * 4
-    assert chars.generate("First", max_tokens=3, stop_token_ids=every, min_tokens=2**40).tokens == [64] * 3
+    late = chars.generate([3] * 77, max_tokens=None, stop_token_ids=every, min_tokens=2**40)
+    assert late.tokens == [64] * 3
 
 
 def test_the_models_own_stop_tokens(tmp_path: Path) -> None:
@@ -278,7 +276,8 @@ def test_logprobs(llama: Model) -> None:
 
 def test_penalties_and_bias(chars: Model, greedy: str) -> None:
     ids = chars.encode(greedy)
-    banned = chars.generate("First", max_tokens=None, logit_bias={ids[0]: -math.inf, np.int64(ids[1]): -1e9})
+    bias: Any = {ids[0]: -math.inf, np.int64(ids[1]): -1e9}
+    banned = chars.generate("First", max_tokens=None, logit_bias=bias)
     assert not {ids[0], ids[1]} & set(banned.tokens)
     assert chars.generate("First", max_tokens=9, logit_bias={17: 1e9}).tokens == [17] * 9
     spread = chars.generate("First", max_tokens=60, presence_penalty=1e9)
@@ -310,12 +309,62 @@ def test_top_k_beyond_the_vocabulary_is_off(chars: Model) -> None:
         ({"stop_token_ids": [3, 65]}, "stop_token_ids: token id 65 is out of range"),
         ({"logit_bias": dict.fromkeys(range(65), -math.inf)}, "bans every token"),
         ({"stop_token_ids": range(65), "min_tokens": 1}, "bans every token"),
+        ({"max_tokens": "5"}, "max_tokens = '5' is a str; it must be a whole number >= 0, or None"),
+        ({"max_tokens": 3, "min_tokens": 4}, "max_tokens = 3 is less than min_tokens = 4"),
+        ({"n": 0}, "n = 0 is out of range; it must be a whole number >= 1, or None"),
+        ({"n": -1}, "n = -1 is out of range"),
+        ({"n": True}, "n = True is a bool; it must be a whole number >= 1, or None"),
+        ({"n": "2"}, "n = '2' is a str"),
+        ({"n": 2.0}, "n = 2.0 is a float"),
     ],
 )
 def test_parameters_that_cannot_be_used(chars: Model, params: dict[str, Any], words: str) -> None:
     for call in (chars.generate, chars.stream):
         with pytest.raises(ValueError, match=words):
             call("First", **params)
+
+
+def test_parameters_as_an_object(chars: Model, tmp_path: Path) -> None:
+    """A SamplingParams is complete: what the model's generation_config sets does not count beside it."""
+    params = SamplingParams(max_tokens=12, temperature=1.2, seed=11)
+    wanted = chars.generate("First", max_tokens=12, temperature=1.2, seed=11)
+    assert chars.generate("First", params).tokens == wanted.tokens
+    assert [d.token.id for d in chars.stream("First", params)] == wanted.tokens
+    assert chars.generate("First", params=params, max_tokens=5).tokens == wanted.tokens[:5]
+    assert [c.tokens for c in chars.generate(["First", "First"], params, seed=11)] == [wanted.tokens] * 2
+    assert chars.params(params) is params
+    assert chars.params(params, top_k=3) == SamplingParams(max_tokens=12, temperature=1.2, seed=11, top_k=3)
+    settings = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 7}
+    with load(copy(CHARS, tmp_path, generation_config=settings)) as model:
+        assert model.params() == SamplingParams(temperature=0.5, max_tokens=7)
+        assert model.params(top_k=3, temperature=0) == SamplingParams(temperature=0, max_tokens=7, top_k=3)
+        assert model.params(SamplingParams()) == SamplingParams()
+        assert model.params(SamplingParams(), top_k=3) == SamplingParams(top_k=3)
+        assert (
+            model.generate("First", SamplingParams(), max_tokens=9).text == chars.generate("First", max_tokens=9).text
+        )
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (
+            {"max_tokens": 5},
+            r"params = {'max_tokens': 5} is a dict; it must be a SamplingParams, or None \(give single",
+        ),
+        ("Second", "params = 'Second' is a str; .* and several prompts as one list"),
+        (5, "params = 5 is an int"),
+        (SamplingParams, "is a type"),
+        (False, "params = False is a bool"),
+    ],
+)
+def test_parameters_of_a_wrong_kind(chars: Model, params: Any, words: str) -> None:
+    for call in (lambda: chars.generate("First", params), lambda: chars.stream("First", params)):
+        with pytest.raises(ParameterError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ParameterError, match=words):
+        chars.params(params)
 
 
 # --- Without a tokenizer --------------------------------------------------------------------------
@@ -346,10 +395,57 @@ def test_chat(chars: Model, tmp_path: Path) -> None:
         assert "".join(d.text for d in deltas) == done.text
 
 
-def test_every_error_is_a_cuplama_error() -> None:
-    for kind in (ConfigError, ContextError, DeviceError, ParameterError, PromptError, TokenizerError):
-        assert issubclass(kind, CuplamaError)
-    assert issubclass(ParameterError, ValueError)
+# --- The object itself ----------------------------------------------------------------------------
+
+
+def test_repr_of_a_model(chars: Model, llama: Model) -> None:
+    assert repr(llama) == "<Model llama3-gqa: LlamaForCausalLM, 20 K parameters, float32 on NumPy, context 128>"
+    assert chars.num_parameters == sum(w.size for w in unique_arrays(chars))
+    with cuplama.load(device="numpy") as model:
+        assert repr(model) == "<Model stories-7m: LlamaForCausalLM, 7.6 M parameters, float32 on NumPy, context 1024>"
+        assert repr(model.tokenizer) == "<Tokenizer of 4096 tokens: BOS 0, EOS 0, no chat template>"
+        assert repr(model.config) == (
+            "<ModelConfig LlamaForCausalLM: 4 layers of 384, 6 heads and 2 KV heads of 64, feed-forward 960, "
+            "vocabulary 4096, context 1024>"
+        )
+        assert repr(model.engine).startswith("<Engine LlamaForCausalLM on numpy, cache of ")
+        assert not model.closed
+    assert model.closed
+    assert repr(model) == "<Model stories-7m: closed>"
+
+
+def unique_arrays(model: Model) -> list[np.ndarray[Any, Any]]:
+    values = model.engine.runner.values
+    return list({id(values[name]): values[name] for name in model.config.weight_shapes()}.values())
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model has the name that it was loaded by, and is found by it again."""
+    folder = copy(CHARS, tmp_path / "some name")
+    monkeypatch.chdir(folder)
+    for given in (str(folder), ".", "../some name"):
+        with load(Path(given)) as model:
+            assert model.name == str(Path(given))
+            assert repr(model).startswith("<Model some name: GPT2LMHeadModel, ")
+            assert model.generate("First", max_tokens=1).model == model.name
+    with cuplama.load(device="numpy") as bundled, cuplama.load(bundled.name, device="numpy") as again:
+        assert bundled.name == "stories-7m"
+        assert again.folder == bundled.folder
+
+
+def test_a_model_is_not_pickled(chars: Model) -> None:
+    said = rf"^a model can be neither pickled nor copied: call cuplama\.load\('{chars.name}'\) in each process"
+    for call in (pickle.dumps, copy_module.copy, copy_module.deepcopy):
+        with pytest.raises(CopyError, match=said):
+            call(chars)
+        with pytest.raises(CopyError, match=r"^a stream can be neither pickled nor copied"):
+            call(chars.stream("First"))
+    for inside in ([chars], chars.generate):
+        with pytest.raises(CopyError, match=said):
+            pickle.dumps(inside)
+    process = multiprocessing.get_context("spawn").Process(target=print, args=(chars,))
+    with pytest.raises(TypeError, match=r"cuplama\.load"):
+        process.start()
 
 
 # --- A trained model ------------------------------------------------------------------------------

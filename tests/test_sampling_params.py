@@ -1,8 +1,11 @@
-"""Sampling parameters: what they may be, how they are kept, and what a generation_config.json sets."""
+"""Sampling parameters: what they may be, how they are kept, and how they travel as JSON."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import typing
 from fractions import Fraction
 from typing import Any
 
@@ -10,33 +13,74 @@ import numpy as np
 import pytest
 
 from cuplama.errors import ParameterError
-from cuplama.sampling_params import PARAMETERS, SamplingParams, sampling_defaults, unsupported_settings
+from cuplama.sampling_params import PARAMETERS, SamplingOptions, SamplingParams, read_parameter
 
 Array = np.ndarray[Any, Any]
 
 INF, NAN = math.inf, math.nan
-BAD: dict[str, list[Any]] = {
-    "max_tokens": [-1, 1.0, True, "5", NAN, [5]],
-    "min_tokens": [-1, None, 0.5],
-    "temperature": [-0.1, NAN, INF, None, "hot", True, 1j, 10**400],
-    "top_k": [-1, 2.5, None, "1"],
-    "top_p": [-0.01, 1.01, NAN, None, 10**400],
-    "min_p": [-0.01, 1.01, NAN, True],
+BAD: dict[str, list[Any]] = {  # of the right type, out of range
+    "max_tokens": [-1],
+    "min_tokens": [-1],
+    "temperature": [-0.1, NAN, INF, 10**400],
+    "top_k": [-2],
+    "top_p": [-0.01, 1.01, NAN, 10**400],
+    "min_p": [-0.01, 1.01, NAN],
     "repetition_penalty": [0, -1, NAN, INF, 1e7, 1e-7],
-    "presence_penalty": [INF, -INF, NAN, "x", 1e31],
-    "frequency_penalty": [INF, NAN, None],
-    "logit_bias": [[1], {"1": 2.0}, {1: NAN}, {1: INF}, {-1: 0.0}, {1.5: 0.0}, {1: "x"}, {True: 1.0}],
-    "seed": [-1, 2**64, 1.5, True, "1"],
-    "stop": [5, [""], "", [b"x"], ["a", None]],
-    "stop_token_ids": [5, [-1], ["1"], [1.0], [True]],
-    "ignore_eos": [1, None, "yes"],
-    "logprobs": [-1, 65, True, 2.0],
+    "presence_penalty": [INF, -INF, NAN, 1e31],
+    "frequency_penalty": [INF, NAN],
+    "logit_bias": [{1: NAN}, {1: INF}, {-1: 0.0}],
+    "seed": [-1, 2**64],
+    "stop": [[""], ""],
+    "stop_token_ids": [[-1]],
+    "ignore_eos": [],
+    "logprobs": [-1, 65],
+}
+WRONG: dict[str, list[tuple[Any, str]]] = {  # of a wrong type -> what is said of it
+    "max_tokens": [("5", "'5' is a str"), (1.0, "1.0 is a float"), (True, "True is a bool"), ([5], "[5] is a list")],
+    "min_tokens": [(None, "None is None"), (0.5, "0.5 is a float"), (np.True_, " is a numpy.bool")],
+    "temperature": [("hot", "'hot' is a str"), (True, "is a bool"), (1j, "1j is a complex"), (None, "None is None")],
+    "top_k": [(2.5, "2.5 is a float"), ("1", "'1' is a str"), (None, "is None")],
+    "top_p": [(None, "is None"), (np.array(0.5), "array(0.5) is a numpy.ndarray")],
+    "min_p": [(True, "True is a bool"), (b"1", "b'1' is a bytes")],
+    "repetition_penalty": [("1", "'1' is a str")],
+    "presence_penalty": [("x", "'x' is a str")],
+    "frequency_penalty": [(None, "is None"), ({}, "{} is a dict")],
+    "logit_bias": [
+        ([1], "[1] is a list"),
+        ({"a": 1}, "{'a': 1}: 'a' is a str"),
+        ({"1": 2.0}, "{'1': 2.0}: '1' is a str"),
+        ({1.5: 0.0}, ": 1.5 is a float"),
+        ({1: "x"}, ": 'x' is a str"),
+        ({1: "-inf"}, ": '-inf' is a str"),
+        ({1: np.array([1, 2])}, ": array([1, 2]) is a numpy.ndarray"),
+        ({True: 1.0}, ": True is a bool"),
+    ],
+    "seed": [(1.5, "1.5 is a float"), (True, "True is a bool"), ("1", "'1' is a str")],
+    "stop": [
+        (5, "5 is an int"),
+        ([1], "[1]: 1 is an int"),
+        ([b"x"], "[b'x']: b'x' is a bytes"),
+        (b"x", "b'x' is a bytes"),
+        (["a", None], "['a', None]: None is None"),
+        ({"a": 1}, "{'a': 1} is a dict"),
+        (np.array("a"), " is a numpy.ndarray"),
+    ],
+    "stop_token_ids": [
+        (5, "5 is an int"),
+        ("5", "'5' is a str"),
+        (["a"], "['a']: 'a' is a str"),
+        ([1.0], "[1.0]: 1.0 is a float"),
+        ([True], "[True]: True is a bool"),
+        (np.array(5), "array(5) is a numpy.ndarray"),
+    ],
+    "ignore_eos": [(1, "1 is an int"), (None, "None is None"), ("yes", "'yes' is a str")],
+    "logprobs": [(True, "True is a bool"), (2.0, "2.0 is a float")],
 }
 GOOD: dict[str, list[tuple[Any, Any]]] = {  # given -> as it is kept
     "max_tokens": [(None, None), (0, 0), (10**30, 10**30), (np.int64(5), 5)],
-    "min_tokens": [(np.uint8(3), 3)],
+    "min_tokens": [(np.uint8(3), 3), (10**30, 10**30)],
     "temperature": [(0, 0.0), (np.float32(0.5), 0.5), (Fraction(1, 2), 0.5), (1e30, 1e30), (1e-7, 0.0)],
-    "top_k": [(0, 0), (10**30, 10**30)],
+    "top_k": [(0, 0), (10**30, 10**30), (-1, 0), (np.int64(-1), 0)],
     "top_p": [(0, 0.0), (1, 1.0)],
     "min_p": [(1, 1.0)],
     "repetition_penalty": [(1e-6, 1e-6), (1e6, 1e6)],
@@ -52,18 +96,38 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {  # given -> as it is kept
 
 
 def test_every_parameter_is_covered() -> None:
-    assert set(BAD) == set(GOOD) == set(PARAMETERS)
+    assert set(BAD) == set(WRONG) == set(GOOD) == set(PARAMETERS)
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values], ids=str)
-def test_values_out_of_range_are_named(name: str, value: Any) -> None:
+def refusal(name: str, value: Any) -> str:
     with pytest.raises(ParameterError) as caught:
         SamplingParams(**{name: value})
     message = str(caught.value)
     assert message.startswith(f"{name} = ")
     assert "it must be " in message
     assert len(message) < 250
+    assert "\n" not in message
     assert isinstance(caught.value, ValueError)
+    return message
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values], ids=str)
+def test_values_out_of_range_are_named(name: str, value: Any) -> None:
+    assert " is out of range; it must be " in refusal(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"), [(n, *pair) for n, pairs in WRONG.items() for pair in pairs], ids=str
+)
+def test_wrong_types_are_called_so(name: str, value: Any, words: str) -> None:
+    message = refusal(name, value)
+    assert f"{words}; it must be " in message
+    assert "out of range" not in message
+
+
+def test_messages_name_what_is_allowed() -> None:
+    assert refusal("max_tokens", "5") == "max_tokens = '5' is a str; it must be a whole number >= 0, or None"
+    assert refusal("top_p", 2) == "top_p = 2 is out of range; it must be a number from 0 to 1 (1 is off)"
 
 
 @pytest.mark.parametrize(
@@ -72,37 +136,80 @@ def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     ids=lambda x: str(x).partition(" object at ")[0],  # an address differs between the processes of a run
 )
 def test_values_are_kept_as_plain_python(name: str, value: Any, kept: Any) -> None:
-    found = getattr(SamplingParams(**{name: value}), name)
+    found = read_parameter(name, value)
     assert found == kept
     assert type(found) is type(kept)
+    if name not in ("min_tokens", "stop"):  # which is more than max_tokens alone; an iterator that was read
+        assert getattr(SamplingParams(**{name: value}), name) == kept
+
+
+def test_max_tokens_is_not_below_min_tokens() -> None:
+    for most, least in ((3, 5), (0, 1), (512, 513)):
+        with pytest.raises(ParameterError, match=f"^max_tokens = {most} is less than min_tokens = {least}$"):
+            SamplingParams(max_tokens=most, min_tokens=least)
+    with pytest.raises(ParameterError, match="max_tokens = 512 is less than min_tokens = 600"):
+        SamplingParams(min_tokens=600)
+    assert SamplingParams(max_tokens=5, min_tokens=5).min_tokens == 5
+    assert SamplingParams(max_tokens=None, min_tokens=10**9).max_tokens is None
+
+
+def test_options_are_the_fields_of_the_parameters() -> None:
+    assert list(SamplingOptions.__annotations__) == [f.name for f in dataclasses.fields(SamplingParams)]
+    assert typing.get_type_hints(SamplingOptions) == typing.get_type_hints(SamplingParams)
+    assert SamplingOptions.__required_keys__ == frozenset()
+
+
+FULL: dict[str, Any] = {
+    "max_tokens": None,
+    "min_tokens": 2,
+    "temperature": 0.1,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.01,
+    "repetition_penalty": 1.3,
+    "presence_penalty": -0.4,
+    "frequency_penalty": 0.2,
+    "logit_bias": {5: 1.5, 6: -INF},
+    "seed": 2**64 - 1,
+    "stop": ["a", "\n"],
+    "stop_token_ids": [3, 4],
+    "ignore_eos": True,
+    "logprobs": 3,
+}
+
+
+def test_json_and_back() -> None:
+    assert set(FULL) == set(PARAMETERS)
+    for params in (SamplingParams(**FULL), SamplingParams()):
+        text = json.dumps(params.to_dict(), allow_nan=False)
+        assert SamplingParams.from_dict(json.loads(text)) == params
+        assert json.loads(text) == params.to_dict()  # plain already: no tuples, and keys are strings
+    assert SamplingParams(**FULL).to_dict()["logit_bias"] == {"5": 1.5, "6": "-inf"}
+    assert SamplingParams.from_dict({"top_k": 3}) == SamplingParams(top_k=3)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"logit_bias": {"a": 1}}, "'a' is a str"),
+        ({"logit_bias": {"1": "inf"}}, "'inf' is a str"),
+        ({"logit_bias": [1]}, "is a list"),
+        ({"topk": 1}, "topk is not a sampling parameter; there are: max_tokens"),
+    ]
+    for values, words in wrong:
+        with pytest.raises(ParameterError, match=words):
+            SamplingParams.from_dict(values)
+
+
+def test_choices_have_seeds_that_follow_one_another() -> None:
+    params = SamplingParams(**FULL)
+    assert [c.seed for c in params.choices(3)] == [2**64 - 1, 0, 1]
+    assert all(dataclasses.replace(c, seed=params.seed) == params for c in params.choices(3))
+    first, second = SamplingParams().choices(2)
+    assert first.seed is not None
+    assert second.seed == first.seed + 1
+    assert SamplingParams().choices(1)[0].seed != first.seed
 
 
 def test_seeds_are_drawn_where_none_is_given() -> None:
     assert SamplingParams(seed=0).with_seed() == 0
     drawn = {SamplingParams().with_seed() for _ in range(4)}
     assert len(drawn) == 4
-    assert all(0 <= seed < 2**64 for seed in drawn)
-
-
-def test_defaults_from_generation_config() -> None:
-    assert sampling_defaults({}) == {}
-    assert sampling_defaults({"bos_token_id": 1, "eos_token_id": [2], "top_k": 50}) == {}  # nothing says to sample
-    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0}
-    assert sampling_defaults({"do_sample": True, "temperature": 0.6, "top_p": 0.9}) == {
-        "temperature": 0.6,
-        "top_p": 0.9,
-    }
-    assert sampling_defaults({"temperature": 0.6}) == {"temperature": 0.6}
-    # Without sampling, what shapes the draw is dropped; penalties and lengths stay.
-    greedy = {"do_sample": False, "temperature": 0.6, "top_k": 9, "top_p": 0.9, "min_p": 0.1}
-    stay = {"repetition_penalty": 1.1, "max_new_tokens": 7, "min_new_tokens": 2}
-    assert sampling_defaults({**greedy, **stay}) == {"repetition_penalty": 1.1, "max_tokens": 7, "min_tokens": 2}
-    assert sampling_defaults({"do_sample": True, "top_k": None, "max_new_tokens": None}) == {"temperature": 1.0}
-    for wrong in ({"repetition_penalty": 0}, {"do_sample": 1.5}, {"temperature": "x"}, {"max_new_tokens": -3}):
-        with pytest.raises(ParameterError):
-            sampling_defaults(wrong)
-
-
-def test_unsupported_generation_settings_are_named() -> None:
-    asked = {"num_beams": 4, "no_repeat_ngram_size": 0, "suppress_tokens": [1, 2], "temperature": 0.7}
-    assert unsupported_settings(asked) == ["num_beams = 4", "suppress_tokens = [1, 2]"]
+    assert all(0 <= seed < 2**53 for seed in drawn)  # which a double holds, and so every reader of JSON
+    assert max(SamplingParams().with_seed() for _ in range(64)) > 2**40

@@ -88,7 +88,7 @@ def _show(prompt: str, stream: Stream) -> None:
 
 def _as_json(c: Completion) -> dict[str, Any]:
     t = c.timings
-    found = {
+    found: dict[str, Any] = {
         "text": c.text,
         "tokens": c.tokens,
         "finish_reason": c.finish_reason,

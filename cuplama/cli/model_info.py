@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DTYPES
+from ..generation_config import stop_tokens
 from ..hub import find_model
 from ..loading import DEFAULT_CONTEXT
-from ..model import stop_tokens
 from ..models.checkpoint import INDEX, load_weights
 from ..models.config import ModelConfig, load_config, read_json
 from ..models.presets import find_shape, is_shape

@@ -11,7 +11,7 @@ import click
 from ..device import DEVICES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
-from ..sampling_params import SamplingParams
+from ..sampling_params import read_parameter
 
 __all__ = [
     "DEBUG",
@@ -92,7 +92,7 @@ def picture_option(text: str) -> Decorator:
 def _bias(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[int, float] | None:
     try:
         given = {int(i): float(v) for i, v in (value.split("=") for value in values)}
-        SamplingParams(logit_bias=given)
+        read_parameter("logit_bias", given)
     except ValueError:  # a ParameterError is one
         raise click.BadParameter("must look like 42=-1.5: a token id and a number (-inf bans the token)") from None
     return given or None
@@ -105,12 +105,12 @@ def _stops(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
 
 
 def check_sampling(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """A click callback: SamplingParams knows what the parameter of that name may be; -n -1 is its None."""
+    """A click callback: ``read_parameter`` knows what the parameter of that name may be; -n -1 is its None."""
     name = str(parameter.name)
     if value is None or (name == "max_tokens" and value == -1):
         return value
     try:
-        SamplingParams(**{name: value})
+        read_parameter(name, value)
     except ParameterError as e:
         wanted = str(e).partition("it must be ")[2].removesuffix(", or None")
         more = ", or -1: until the context is full" if name == "max_tokens" else ""

@@ -42,6 +42,9 @@ class Engine:
         self._lock = threading.RLock()
         backend.when_short_of_memory(self.runner.drop_graphs)
 
+    def __repr__(self) -> str:
+        return f"<Engine {self.config.architecture} on {self.backend.name}, cache of {self.cache.pages} pages>"
+
     def close(self) -> None:
         """Give back graphs, weights and cache."""
         with self._lock:

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..dtypes import DTYPES
 from ..errors import ConfigError, ParameterError
+from ..generation_config import Settings
 from ..loading import context_length, load, start_engine
-from ..model import Model, Settings
+from ..model import Model
 from ..models.config import ModelConfig
 from ..models.presets import find_shape, is_shape
 from ..quant.weight import Weight

@@ -71,6 +71,13 @@ class ModelConfig:
     eos: tuple[int, ...]
     raw: Mapping[str, Any] = field(repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"<ModelConfig {self.architecture}: {self.num_layers} layers of {self.hidden_size}, "
+            f"{self.num_heads} heads and {self.num_kv_heads} KV heads of {self.head_dim}, "
+            f"feed-forward {self.intermediate_size}, vocabulary {self.vocab_size}, context {self.context}>"
+        )
+
     @property
     def num_layers(self) -> int:
         """How many layers there are."""

@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import TokenizerError
+from .messages import checked_messages, messages_for
+from .template_reading import Reading, read_template
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
-__all__ = ["render"]
+__all__ = ["ChatTemplate", "chat_template", "render"]
 
 
 def render(
@@ -39,48 +40,53 @@ def render(
     template (`enable_thinking`, `documents`, ...). Raises TokenizerError, in one line, for messages that are not of
     that form, for a template that does not compile, and for whatever the template itself refuses or runs into.
     """
-    import jinja2
-
-    variables = {"bos_token": bos_token, "eos_token": eos_token, **extra}
-    try:
-        return _compile(template).render(
-            messages=_checked(messages),
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            **{name: value for name, value in variables.items() if value is not None},
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise TokenizerError(f"chat template, line {error.lineno}: {_one_line(error)}") from error
-    except TokenizerError:
-        raise
-    except Exception as error:  # a template is a program: it may run into anything
-        raise TokenizerError(f"chat template: {_one_line(error)}") from error
+    compiled = chat_template(template)
+    values = {"bos_token": bos_token, "eos_token": eos_token, **extra}
+    return compiled.text(
+        messages_for(compiled.reading, checked_messages(messages)),
+        {"tools": tools, "add_generation_prompt": add_generation_prompt, **values},
+    )
 
 
-def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise TokenizerError(f"messages must be a list of dicts, not {type(messages).__name__}")
-    if not messages:
-        raise TokenizerError("messages is empty: a chat needs at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise TokenizerError(f"messages[{i}] must be a dict with role and content, not {message!r:.80}")
-        # An assistant that only calls tools says nothing.
-        silent = message.get("content") is None and message.get("tool_calls")
-        for field in ("role",) if silent else ("role", "content"):
-            if field not in message:
-                raise TokenizerError(f"messages[{i}] has no {field!r}")
-            if not isinstance(message[field], str):
-                raise TokenizerError(f"messages[{i}][{field!r}] must be a string, not {message[field]!r:.80}")
-    return [dict(message) for message in messages]
+class ChatTemplate:
+    """A compiled template; `chat_template` makes one. source: its text; reading: what it reads."""
+
+    def __init__(self, source: str) -> None:
+        import jinja2
+
+        self.source = source
+        try:
+            self.reading: Reading = read_template(_environment(), source)
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(f"chat template, line {error.lineno}: {_one_line(error)}") from error
+        except Exception as error:  # jinja2's compiler meets programs that nobody foresaw
+            raise TokenizerError(f"chat template: {_one_line(error)}") from error
+
+    def text(self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
+        """What the template prints for messages in the form of its `reading`. Raises TokenizerError, in one line.
+
+        values: its variables. One that is None is left undefined, but for `tools`, which templates compare with none.
+        """
+        given = {name: value for name, value in values.items() if value is not None or name == "tools"}
+        try:
+            return self._template.render(messages=list(messages), **given)
+        except Exception as error:  # a template is a program: it may run into anything
+            raise TokenizerError(f"chat template: {_one_line(error)}") from error
+
+
+@lru_cache(maxsize=16)
+def chat_template(source: str) -> ChatTemplate:
+    """The compiled template. Raises TokenizerError if it does not compile."""
+    return ChatTemplate(source)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@lru_cache(maxsize=16)
-def _compile(template: str) -> Template:
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
     # Imported here because it takes longer than everything else that `import cuplama` does.
     import jinja2
     from jinja2 import nodes
@@ -107,7 +113,7 @@ def _compile(template: str) -> Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment.from_string(template)
+    return environment
 
 
 def _tojson(

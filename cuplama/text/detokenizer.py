@@ -41,7 +41,7 @@ class Detokenizer:
         return "" if piece is None else self._unseen(self._pipeline.push(piece))
 
     def flush(self) -> str:
-        """The rest, at the end: incomplete bytes become U+FFFD. Nothing may be pushed after it."""
+        """What is held back: incomplete bytes become U+FFFD. What is pushed after it does not complete them."""
         return self._unseen(self._pipeline.flush())
 
     def _unseen(self, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 __all__ = ["StopStrings"]
 
@@ -19,25 +20,35 @@ class StopStrings:
             raise ValueError(f"stop strings must be a list of non-empty strings, not {stops!r}")
         self._stops = tuple(stops)
         self._held = ""
+        self._visible: list[bool] = []  # for each character held back, whether it is shown in the end
         self._hit = False
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that can be shown now, whether a stop string was hit); after a hit there is no more text."""
+    def push(self, text: str, *, hidden: bool = False) -> tuple[str, bool]:
+        """(text that can be shown now, whether a stop string was hit); after a hit there is no more text.
+
+        hidden: `text` counts for stop strings and is never shown: that of a special token.
+        """
         if self._hit:
             return "", True
+        self._visible += [not hidden] * len(text)
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self._hit, self._held = True, ""
-            return text[: min(found)[1]], True
+            shown = self._shown(text, min(found)[1])
+            self._hit, self._held, self._visible = True, "", []
+            return shown, True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        shown, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return shown, False
+        return self._shown(text, len(text) - keep), False
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
+        return self._shown(self._held, len(self._held))
+
+    def _shown(self, text: str, end: int) -> str:
+        """The visible characters of `text` up to `end`; the rest is held back."""
+        shown = "".join(compress(text[:end], self._visible))
+        self._held, self._visible = text[end:], self._visible[end:]
+        return shown
 
 
 def _overlap(text: str, stop: str) -> int:

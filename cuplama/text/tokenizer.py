@@ -8,12 +8,17 @@ itself, the file decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptError, TokenizerError
-from .chat_template import render
+from ..arguments import checked, flag
+from ..errors import CuplamaError, PromptError, TokenizerError
+from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chat, prompt_text
+from .chat_template import ChatTemplate
+from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_folder
 
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["Tokenizer"]
+
+_log = logging.getLogger("cuplama")
 
 
 class Tokenizer:
@@ -41,7 +48,9 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
-        self._chat_templates = dict(chat_templates or {})
+        self._templates = ChatTemplates(dict(chat_templates or {}))
+        self._control: dict[str, ControlTokens] = {}  # by the source of the chat template
+        self._warned: set[str] = set()  # names of what a template was given and does not read
         self.stages = decoder_stages(backend)
         self._pieces: dict[int, str | None] = {}
         added = backend.get_added_tokens_decoder()
@@ -49,7 +58,7 @@ class Tokenizer:
         self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
         self.bos: int | None = self._named_id("bos_token")
         self.eos: int | None = self._named_id("eos_token")
-        self.chat_template: str | None = self._chat_templates.get("default")
+        self.chat_template: str | None = self._templates.default
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -64,19 +73,19 @@ class Tokenizer:
         except TokenizerError as error:
             raise TokenizerError(f"{folder}: {error}") from error
 
+    def __repr__(self) -> str:
+        chat = "no chat template" if self.chat_template is None else "a chat template"
+        return f"<Tokenizer of {self.vocab_size} tokens: BOS {self.bos}, EOS {self.eos}, {chat}>"
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of `text`; special tokens written in the text become their ids.
 
         With `bos`, the model's post-processor puts its tokens (BOS, for the models that have one) around the text,
         but never a second BOS before a text that already starts with it. Without, the ids are those of the text
-        alone. Raises PromptError for text that is not valid Unicode.
+        alone. Raises PromptError for text that is not valid Unicode, or that the vocabulary cannot spell.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            char = text[error.start]
-            raise PromptError(f"the text is not valid Unicode: {char!r} at character {error.start}") from None
-        encoding = self._backend.encode(text, add_special_tokens=bos)
+        with _encodable(text):
+            encoding = self._backend.encode(text, add_special_tokens=bos)
         ids: list[int] = encoding.ids
         # The mask is 1 only for what the post-processor added, so text that itself doubles a token is left alone.
         doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
@@ -128,25 +137,82 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **options: Any,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        special_text: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> list[int]:
-        """The ids of `messages` in the model's chat template; `options` go to `chat_template.render`.
+        """The ids of `messages` in the model's chat template.
 
-        The template alone decides about BOS, as in transformers, so there are never two. With `tools`, a folder's
-        separate `tool_use` template is used where there is one. Raises TokenizerError as `render` does, and when the
-        model has no template.
+        messages: dicts with a role and a content, a string or a list of `{"type": "text", "text": ...}`; further
+        fields are the template's business. tools, documents, and `variables` (enable_thinking, ...) reach the
+        template. add_generation_prompt: begin the assistant's answer; None: unless `continue_final_message`, which
+        ends the prompt inside the last message. special_text: a special token that is spelled in a message becomes
+        that token; otherwise it is text, and special tokens come from the template alone. chat_template: the name of
+        one of the folder's templates; None: `tool_use` where there are tools and it exists, or the default.
+
+        The template alone decides about BOS, as in transformers, so there are never two. Raises ParameterError for a
+        variable that the template does not read, and TokenizerError for messages that are not of that form, for what
+        the template refuses or runs into, and if the model has no such template.
         """
-        source = self.chat_template
-        if tools:
-            source = self._chat_templates.get("tool_use", source)
-        if source is None:
-            named = f" named 'default' (only {', '.join(self._chat_templates)})" if self._chat_templates else ""
-            raise TokenizerError(
-                f"the model has no chat template{named}: use generate with a plain prompt, "
-                "or put a chat_template.jinja into the model folder"
-            )
-        variables = {"tools": tools, **self._special_tokens, **options}
-        return self.encode(render(source, messages, **variables), bos=False)
+        template = self._templates.choose(chat_template, tools=bool(tools))
+        given = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        values = chat_values(template, {**given, **variables})
+        self._warn_of_unread(template, values)
+        spoken = chat_messages(template, messages)
+        control, hidden = self._control_tokens(template), None
+        if not checked("special_text", special_text, flag, "True or False"):
+            hidden = control.disguise(spoken, values, template.source)
+        if hidden is None:
+            return self.encode(prompt_text(template, spoken, {**self._special_tokens, **values}), bos=False)
+        text = prompt_text(template, hidden.messages, {**self._special_tokens, **hidden.values})
+        with _encodable(text):
+            return control.encode(text, hidden)
+
+    def _warn_of_unread(self, template: ChatTemplate, values: Mapping[str, Any]) -> None:
+        """Log, once for a tokenizer, that the template does not read what it was given."""
+        for name in ("tools", "documents"):
+            if values[name] is not None and name not in template.reading.variables | self._warned:
+                self._warned.add(name)
+                _log.warning("the chat template does not read %s: the model will not see them", name)
+
+    def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
+        found = self._control.get(template.source)
+        if found is None:
+            turns = harmless_chat(template, self._special_tokens)
+            found = ControlTokens(self._backend, self._special_tokens.values(), turns)
+            self._control[template.source] = found
+        return found
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""
+        return any(piece in text for id in self.special_ids if (piece := self.piece(id)))
+
+    def check_variables(
+        self,
+        names: Collection[str],
+        *,
+        tools: bool = False,
+        chat_template: str | None = None,
+        others: Collection[str] = (),
+    ) -> None:
+        """Raises ParameterError for a name that is neither a variable of the chat template nor one of `others`.
+
+        tools, chat_template: which template, as for `apply_chat`. Raises TokenizerError if there is none.
+        """
+        check_names(names, self._templates.choose(chat_template, tools=tools), others)
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names of the variables that the default chat template reads; empty if there is no template."""
+        return frozenset() if self.chat_template is None else self._templates.choose().reading.variables
 
     def _named_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -156,3 +222,19 @@ class Tokenizer:
         if id is None:
             raise TokenizerError(f"{name} {token!r} is not in the vocabulary of tokenizer.json")
         return id
+
+
+@contextmanager
+def _encodable(text: str) -> Iterator[None]:
+    """Raises PromptError for text that is not valid Unicode, and for what goes wrong in a block that encodes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        char = text[error.start]
+        raise PromptError(f"the text is not valid Unicode: {char!r} at character {error.start}") from None
+    try:
+        yield
+    except CuplamaError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower: a character that has no token, and no <unk>
+        raise PromptError(f"the tokenizer has no ids for the text: {' '.join(str(error).split())}") from error

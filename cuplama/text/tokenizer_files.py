@@ -170,13 +170,25 @@ def _set_prefix_space(backend: tokenizers.Tokenizer, prefix: bool) -> None:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> source: chat_template.jinja before chat_template.json before tokenizer_config.json."""
+    """Name -> source: chat_template.jinja before chat_template.json before tokenizer_config.json.
+
+    Each file `additional_chat_templates/NAME.jinja` adds one more, or replaces the one of its name.
+    """
     jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        try:
-            return {"default": jinja.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{jinja}: cannot be read: {error}") from error
+    named = {"default": _read_text(jinja)} if jinja.is_file() else _templates_of_configs(folder, config)
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return {**named, **{path.stem: _read_text(path) for path in more}}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+
+
+def _templates_of_configs(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> source, from chat_template.json or else tokenizer_config.json."""
     alone = folder / "chat_template.json"
     for path, holder in ((alone, _read_object(alone)), (folder / "tokenizer_config.json", config)):
         value = holder.get("chat_template")

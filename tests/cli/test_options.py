@@ -40,7 +40,7 @@ def test_options_are_listed_from_the_first_needed_to_the_last(run: Run) -> None:
         (["--temp", "-1"], "'--temp' / '--temperature': -1.0 is not a number >= 0"),
         (["-n", "-5"], "'-n' / '--max-tokens': -5 is not a whole number >= 0, or -1: until the context is full"),
         (["-n", "1.5"], "'1.5' is not a valid integer"),
-        (["--top-k", "-1"], "'--top-k': -1 is not a whole number >= 0"),
+        (["--top-k", "-2"], "'--top-k': -2 is not a whole number >= 0"),
         (["--top-p", "2"], "'--top-p': 2.0 is not a number from 0 to 1"),
         (["--min-p", "-0.1"], "'--min-p': -0.1 is not a number from 0 to 1"),
         (["--min-tokens", "-1"], "'--min-tokens': -1 is not a whole number >= 0"),

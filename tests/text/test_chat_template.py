@@ -97,8 +97,13 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ([*HI, {"content": "Hi"}], r"messages\[1\] has no 'role'"),
     ([{"role": "user"}], r"messages\[0\] has no 'content'"),
     ([{"role": 1, "content": "Hi"}], r"messages\[0\]\['role'\] must be a string, not 1"),
-    ([{"role": "user", "content": None}], r"messages\[0\]\['content'\] must be a string, not None"),
-    ([{"role": "user", "content": [{"type": "image"}]}], r"messages\[0\]\['content'\] must be a string"),
+    ([{"role": "user", "content": None}], r"messages\[0\]\['content'\] must be a string or a list .*, not None"),
+    ([{"role": "user", "content": b"Hi"}], r"messages\[0\]\['content'\] must be a string or .*, not b'Hi'"),
+    ([{"role": "user", "content": ["Hi"]}], r"messages\[0\]\['content'\]\[0\] must be {\"type\": \"text\""),
+    ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\['content'\]\[0\]\['text'\] must be a string"),
+    ([{**HI[0], "tool_calls": "f()"}], r"messages\[0\]\['tool_calls'\] must be a list of dicts, not 'f\(\)'"),
+    ([{**HI[0], "name": b"x"}], r"messages\[0\]\['name'\] must be text, a number, a list or a dict, not bytes"),
+    ([{**HI[0], "x": {1: 2}}], r"messages\[0\]\['x'\] has a key that is not a string: 1"),
 ]
 
 

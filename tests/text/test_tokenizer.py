@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -273,6 +274,12 @@ def test_text_that_is_not_unicode() -> None:
         tiny().encode("ab\udcff")
 
 
+def test_text_that_the_vocabulary_cannot_spell() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+    with pytest.raises(PromptError, match=r"has no ids for the text: WordLevel error: Missing \[UNK\] token"):
+        Tokenizer(backend).encode("b")
+
+
 def test_ids_without_a_token_decode_to_nothing() -> None:
     assert tiny().decode([262, 5000, -1, 260]) == "aa"
     assert stream(tiny(), [262, 5000, -1, 260]) == "aa"
@@ -424,6 +431,21 @@ def test_stop_strings_refuses_what_would_always_or_never_match() -> None:
     for stops in (["a", ""], "ab"):
         with pytest.raises(ValueError, match="stop strings must be"):
             StopStrings(stops)
+
+
+def test_hidden_text_counts_and_is_never_shown() -> None:
+    filter = StopStrings(["b<x>c", "<y>"])
+    pieces = [("ab", False), ("<x>", True), ("d", False), ("b", False), ("<x>", True)]
+    assert [filter.push(text, hidden=hidden) for text, hidden in pieces] == [
+        ("a", False),
+        ("", False),
+        ("bd", False),
+        ("", False),
+        ("", False),
+    ]
+    assert (copy.deepcopy(filter).push("c"), copy.deepcopy(filter).flush()) == (("", True), "b")
+    assert filter.push("<y>", hidden=True) == ("b", True)
+    assert filter.flush() == ""
 
 
 @given(

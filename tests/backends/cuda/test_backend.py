@@ -67,7 +67,8 @@ def test_a_model_on_the_emulator_gives_the_golden_logits(case: str, cublas: Any)
 def test_a_large_batch_decodes_through_cublas(case: str) -> None:
     """Recorded steps of more rows than are streamed: cuBLAS adds the residual, attention appends."""
     from cuplama.engine.engine import Engine
-    from cuplama.model import Model, Settings
+    from cuplama.generation_config import Settings
+    from cuplama.model import Model
 
     folder, count = GOLDEN / case, MAX_STREAMED_ROWS + 1
     config = load_config(folder)

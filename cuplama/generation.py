@@ -1,0 +1,51 @@
+"""One call of generate or stream: its prompts, the sequences that go through the engine, and what they gave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .completion import Clock, Completion
+from .output_text import OutputText
+from .prompts import PlainPrompt
+
+__all__ = ["Generation"]
+
+
+@dataclass
+class Generation:
+    """The prompts of a call and the sequences made of them, the same number for each prompt, prompt by prompt.
+
+    single: whether the caller gets one Completion, and not a list; model, device, dtype: as a Completion has them.
+    """
+
+    prompts: Sequence[PlainPrompt]
+    outputs: Sequence[OutputText]
+    single: bool
+    model: str
+    device: str
+    dtype: str
+    clock: Clock = field(default_factory=Clock)
+
+    def completions(self) -> list[Completion]:
+        """What each sequence has so far; without a finish_reason if it has not ended."""
+        choices = len(self.outputs) // max(1, len(self.prompts))
+        return [self._completion(self.prompts[i // choices], output) for i, output in enumerate(self.outputs)]
+
+    def _completion(self, prompt: PlainPrompt, output: OutputText) -> Completion:
+        sequence = output.sequence
+        return Completion(
+            text=output.text,
+            tokens=[token.id for token in output.tokens],
+            finish_reason=sequence.finish_reason,
+            logprobs=list(output.tokens) if sequence.params.logprobs is not None else None,
+            timings=self.clock.timings(),
+            prompt=prompt,
+            prompt_tokens=list(sequence.prompt),
+            seed=sequence.seed,
+            params=sequence.params,
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            index=output.index,
+        )
