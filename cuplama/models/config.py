@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import read_json
+from ..files import is_missing, read_json
 from ..ops.signature import dim_value
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
@@ -155,11 +154,11 @@ def load_config(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
     path = folder / "config.json"
-    if not os.path.lexists(path):
+    if is_missing(path):
         found = (
             f"{p.relative_to(folder)} is here: {hint}"
             for pattern, hint in _INSTEAD.items()
-            for p in sorted(folder.glob(pattern))
+            for p in folder.glob(pattern)
         )
         raise ConfigError("; ".join([f"{path} does not exist", *itertools.islice(found, 1)]))
     return parse_config(read_json(path), str(path))

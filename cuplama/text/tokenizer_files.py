@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
-from ..files import not_opened, not_understood, read_json
+from ..files import is_missing, not_opened, not_understood, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -82,7 +81,7 @@ def _backend(path: Path) -> tokenizers.Tokenizer:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, {} if there is no such file."""
-    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
+    return {} if is_missing(path) else read_json(path, TokenizerError)
 
 
 def _special_tokens(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
