@@ -58,7 +58,7 @@ def read_folder(folder: Path) -> TokenizerFiles:
     for name in ("bos_token", "eos_token"):
         if name in names and backend.token_to_id(names[name]) is None:
             _log.warning("%s: %s = %r is not in tokenizer.json and counts as absent", folder, name, names.pop(name))
-    for ignored in _apply_switches(backend, config):
+    for ignored in (*_apply_switches(backend, config), *_lacking(backend, config)):
         _log.warning("%s: %s", config_path, ignored)
     return TokenizerFiles(backend, names, _chat_templates(folder, config))
 
@@ -154,6 +154,16 @@ def _apply_switches(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
         if isinstance(wanted, bool) and adds and wanted != bool(adds[0]):
             does = "puts no token" if wanted else "puts a token"
             yield f"{name} = {json.dumps(wanted)} is not followed: tokenizer.json {does} {place} a text"
+
+
+def _lacking(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Iterator[str]:
+    """Further special tokens that tokenizer.json lacks. transformers would give them ids beyond the vocabulary."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key) or ()
+        values = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else ()
+        texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+        if missing := [text for text in texts if isinstance(text, str) and backend.token_to_id(text) is None]:
+            yield f"{key} {', '.join(map(repr, missing))} not in tokenizer.json, and left out"
 
 
 def _set_prefix_space(backend: tokenizers.Tokenizer, prefix: bool) -> None:
