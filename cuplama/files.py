@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import ConfigError, CuplamaError
 
-__all__ = ["not_opened", "not_understood", "read_json"]
+__all__ = ["is_missing", "not_opened", "not_understood", "read_json"]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _BOM = b"\xef\xbb\xbf"  # some editors write it in front of UTF-8
@@ -27,6 +27,15 @@ def read_json(path: Path, error: type[CuplamaError] = ConfigError) -> dict[str, 
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is no such name. A link that leads nowhere is there, and so is what must not be looked at."""
+    try:
+        path.lstat()
+    except OSError as e:
+        return isinstance(e, (FileNotFoundError, NotADirectoryError))
+    return False
 
 
 def not_opened(path: Path, problem: OSError) -> str:

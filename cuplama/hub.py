@@ -159,16 +159,17 @@ def _copy(repository: str, revision: str | None, offline: bool, progress: Downlo
 
 def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | None) -> None:
     """Complete a snapshot by the weights of the same commit."""
-    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub import list_repo_tree, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
 
     commit = folder.name
     try:
-        siblings = model_info(repository, revision=commit, files_metadata=True).siblings or ()
+        tree = [f for f in list_repo_tree(repository, recursive=True, revision=commit) if isinstance(f, RepoFile)]
     except Exception:
         if any(folder.glob("*.safetensors")):  # the hub is out of reach: what the cache has will do
             return
         raise
-    sizes = {file.rfilename: file.size or 0 for file in siblings}
+    sizes = {file.path: file.size for file in tree}
     weights = weight_files(sizes, read_json(folder / INDEX) if INDEX in sizes else None)
     if not weights:
         others = [name for name in sizes if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))]

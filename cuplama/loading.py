@@ -13,6 +13,7 @@ from .device import open_backend
 from .dtypes import Array
 from .engine.engine import Engine
 from .errors import ConfigError, ParameterError
+from .files import is_missing
 from .generation_config import Settings
 from .hub import BUNDLED, find_model
 from .model import Model
@@ -71,8 +72,8 @@ def load(
     if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
         _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
     path = folder / "generation_config.json"
-    generation_config = read_json(path) if os.path.lexists(path) else {}
-    tokenizer = Tokenizer.load(folder) if os.path.lexists(folder / "tokenizer.json") else None
+    generation_config = {} if is_missing(path) else read_json(path)
+    tokenizer = None if is_missing(folder / "tokenizer.json") else Tokenizer.load(folder)
     settings = Settings.read(folder, config, tokenizer, generation_config)
     weights = load_weights(folder, config)
     engine = start_engine(config, weights, device, dtype, length, tokens, progress)

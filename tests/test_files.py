@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cuplama.errors import CheckpointError, ConfigError, CuplamaError, TokenizerError
-from cuplama.files import read_json
+from cuplama.files import is_missing, read_json
 from cuplama.models.checkpoint import open_tensors
+from cuplama.models.config import load_config
 from cuplama.text.tokenizer import Tokenizer
 from tests.tiny import CHARS, copy
 
@@ -78,3 +80,38 @@ def test_links_that_lead_nowhere_and_folders(name: str, tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert re.search("is a folder|Is a directory", _refusal(path, error))
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "error"),
+    [("read_text", "config.json", ConfigError), ("open", "model.safetensors", CheckpointError)],
+)
+def test_files_that_must_not_be_read(
+    method: str, name: str, error: type[CuplamaError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy(CHARS, tmp_path) / name
+
+    def denied(*args: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, method, denied)
+    assert _refusal(path, error) == f"cannot read {path}: Permission denied"
+
+
+def test_a_folder_that_must_not_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not said to lack its files."""
+
+    def denied(*args: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    for method in ("lstat", "read_text"):
+        monkeypatch.setattr(Path, method, denied)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        load_config(tmp_path)
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    found = {name: is_missing(tmp_path / name) for name in ("file", "link", "nothing", "file/inside", "nothing/inside")}
+    assert found == {"file": False, "link": False, "nothing": True, "file/inside": True, "nothing/inside": True}

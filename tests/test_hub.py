@@ -154,12 +154,13 @@ OTHER = {"README.md": b"#", "pytorch_model.bin": b"x", "consolidated.safetensors
 
 
 def test_a_download_from_a_hub(hub: FakeHub) -> None:
-    hub.add("org/model", CHARS, OTHER)
+    template = "additional_chat_templates/tool_use.jinja"
+    hub.add("org/model", CHARS, OTHER, {template: b"{{ messages }}"})
     seen: list[tuple[int, int]] = []
     folder = find_model("org/model", progress=lambda done, total: seen.append((done, total)))
-    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert {p.name for p in folder.iterdir()} == set(hub.fetched) == names
-    total = sum((CHARS / name).stat().st_size for name in names)
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", template}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == set(hub.fetched) == names
+    total = sum((folder / name).stat().st_size for name in names)
     assert seen == sorted(seen)
     assert seen[0] == (total - (CHARS / "model.safetensors").stat().st_size, total)
     assert seen[-1] == (total, total)
@@ -176,7 +177,7 @@ def test_shards_by_the_index_and_one_commit(hub: FakeHub, monkeypatch: pytest.Mo
     content = dict.fromkeys((*SHARDS, "old.safetensors"), b"weights")
     hub.add("org/sharded", content, {"config.json": b"{}", INDEX: json.dumps(index(*SHARDS)).encode()})
     asked: list[str | None] = []
-    for name in ("snapshot_download", "model_info"):
+    for name in ("snapshot_download", "list_repo_tree"):
         real = getattr(huggingface_hub, name)
 
         def noted(*args: Any, real: Any = real, **options: Any) -> Any:
@@ -209,7 +210,7 @@ def test_a_hub_that_is_out_of_reach(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     def lost(*args: Any, **options: Any) -> Any:
         raise ConnectionError("the line is\ncut")
 
-    monkeypatch.setattr(huggingface_hub, "model_info", lost)
+    monkeypatch.setattr(huggingface_hub, "list_repo_tree", lost)
     assert pull("org/model") == folder
     with pytest.raises(ConfigError, match=r"org/other: no such folder, and the hub cannot be reached: the line is$"):
         pull("org/other")

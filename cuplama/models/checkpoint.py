@@ -7,7 +7,6 @@ a lost weight would otherwise turn into silently wrong text.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..dtypes import DTYPES
 from ..errors import CheckpointError
-from ..files import not_opened, not_understood, read_json
+from ..files import is_missing, not_opened, not_understood, read_json
 from ..ops.signature import dim_value
 from ..quant.weight import Weight
 from .config import ModelConfig
@@ -109,9 +108,9 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     single = folder / "model.safetensors"
     if single.is_file():
         return _open_file(single)
-    if os.path.lexists(folder / INDEX):
+    if not is_missing(folder / INDEX):
         return _open_shards(folder)
-    files = [single] if os.path.lexists(single) else sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors")) if is_missing(single) else [single]
     if not files:
         others = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in sorted(folder.glob(pattern))]
         hint = f" ({', '.join(others[:3])} cannot be read; convert to safetensors)" if others else ""
@@ -130,7 +129,7 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     for shard in sorted(set(names.values())):
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise CheckpointError(f"{index} names a shard outside the folder: {shard!r:.200}")
-        if not os.path.lexists(folder / shard):
+        if is_missing(folder / shard):
             count = sum(v == shard for v in names.values())
             raise CheckpointError(f"{folder / shard} is missing; {INDEX} places {count} tensors in it")
         for name, tensor in _open_file(folder / shard).items():
@@ -148,13 +147,13 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
 def _open_file(path: Path) -> dict[str, Tensor]:
     """Map one file. The safetensors library checks the header against the file; the views are then plain offsets."""
     try:
-        with safe_open(str(path), framework="np"):
+        with path.open("rb"), safe_open(str(path), framework="np"):  # the library says of every failure "no such file"
             pass
         data = np.memmap(path, np.uint8, "r")
     except SafetensorError as e:
         raise CheckpointError(not_understood(path, "is truncated or corrupt", str(e).split(": ", 1)[-1])) from None
     except OSError as e:
-        raise CheckpointError(f"{path} is a folder, not a file" if path.is_dir() else not_opened(path, e)) from None
+        raise CheckpointError(not_opened(path, e)) from None
     start = 8 + int(data[:8].view(np.uint64)[0])
     tensors = {}
     for name, entry in json.loads(data[8:start].tobytes()).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import read_json
+from ..files import is_missing, read_json
 from ..ops.signature import dim_value
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
@@ -19,6 +20,13 @@ from .rope import Rope
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "read_json", "token_ids"]
 
 _log = logging.getLogger("cuplama")
+# What a folder without a config.json may hold, and what to do about it.
+_INSTEAD = {
+    "adapter_config.json": "an adapter, which has to be merged into its base model first",
+    "params.json": "a checkpoint in the layout of its makers; look for the one in Hugging Face layout",
+    "*.gguf": "GGUF files cannot be read; look for the model in Hugging Face layout",
+    "snapshots/*/config.json": "give that folder",
+}
 _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
@@ -145,7 +153,15 @@ def load_config(folder: Path) -> ModelConfig:
     """Read ``config.json`` of a model folder. Raises ConfigError naming the field, its value and what is supported."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
-    return parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    path = folder / "config.json"
+    if is_missing(path):
+        found = (
+            f"{p.relative_to(folder)} is here: {hint}"
+            for pattern, hint in _INSTEAD.items()
+            for p in folder.glob(pattern)
+        )
+        raise ConfigError("; ".join([f"{path} does not exist", *itertools.islice(found, 1)]))
+    return parse_config(read_json(path), str(path))
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -180,7 +196,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         reader.refuse(family.fields["eps"][0], "a number >= 0")
     rope = reader.rope(family, head_dim, context) if family.rotary else None
     if left_out := reader.left_out(family):
-        _log.warning("%s: nothing reads %s; left out, whatever it asks for", where, ", ".join(left_out))
+        _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
     return ModelConfig(
         architecture=family.architecture,
         family=family,

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
-from ..files import not_opened, not_understood, read_json
+from ..files import is_missing, not_opened, not_understood, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -59,8 +58,8 @@ def read_folder(folder: Path) -> TokenizerFiles:
     for name in ("bos_token", "eos_token"):
         if name in names and backend.token_to_id(names[name]) is None:
             _log.warning("%s: %s = %r is not in tokenizer.json and counts as absent", folder, name, names.pop(name))
-    for ignored in _apply_switches(backend, config):
-        _log.warning("%s: %s; transformers 5 ignores it, too", config_path, ignored)
+    for ignored in (*_apply_switches(backend, config), *_lacking(backend, config)):
+        _log.warning("%s: %s", config_path, ignored)
     return TokenizerFiles(backend, names, _chat_templates(folder, config))
 
 
@@ -82,7 +81,7 @@ def _backend(path: Path) -> tokenizers.Tokenizer:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, {} if there is no such file."""
-    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
+    return {} if is_missing(path) else read_json(path, TokenizerError)
 
 
 def _special_tokens(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
@@ -155,6 +154,16 @@ def _apply_switches(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
         if isinstance(wanted, bool) and adds and wanted != bool(adds[0]):
             does = "puts no token" if wanted else "puts a token"
             yield f"{name} = {json.dumps(wanted)} is not followed: tokenizer.json {does} {place} a text"
+
+
+def _lacking(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Iterator[str]:
+    """Further special tokens that tokenizer.json lacks. transformers would give them ids beyond the vocabulary."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key) or ()
+        values = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else ()
+        texts = [value.get("content") if isinstance(value, dict) else value for value in values]
+        if missing := [text for text in texts if isinstance(text, str) and backend.token_to_id(text) is None]:
+            yield f"{key} {', '.join(map(repr, missing))} not in tokenizer.json, and left out"
 
 
 def _set_prefix_space(backend: tokenizers.Tokenizer, prefix: bool) -> None:

@@ -173,6 +173,23 @@ def test_a_lost_head_or_embedding_of_an_untied_model_is_missed(name: str, tensor
         load(tmp_path, {**LLAMA, "tie_word_embeddings": False})
 
 
+@pytest.mark.parametrize(("raw", "name"), [(LLAMA, "LlamaModel"), (GPT2, "GPT2Model")], ids=["llama", "gpt2"])
+def test_an_export_without_a_head(raw: Mapping[str, Any], name: str, tmp_path: Path) -> None:
+    """The embedding is the head if config.json says so, or where it says nothing if the family has it so."""
+    config = parse_config(raw)
+    bare = {"architectures": [name], "model_type": config.family.model_type}
+    save(tmp_path / "model.safetensors", {n.removeprefix(config.family.prefix): x for n, x in tensors_of(raw).items()})
+    assert load(tmp_path, {**raw, **bare, "tie_word_embeddings": True})["lm_head"].shape == (12, 8)
+    if name == "GPT2Model":
+        weights = load(tmp_path, {**raw, **bare})
+        assert weights["lm_head"].source == weights["embed_tokens"].source
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"lm_head\.weight is missing, .* not tied \(tie_word_embeddings is not"
+        ):
+            load(tmp_path, {**raw, **bare})
+
+
 @pytest.mark.parametrize("flag", [True, False])
 def test_both_matrices_stored_are_both_used(flag: bool, tensors: Tensors, tmp_path: Path) -> None:
     head = tensors["model.embed_tokens.weight"] + 1

@@ -314,6 +314,22 @@ def test_folders_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_json(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapter_config.json", "adapter_config.json is here: an adapter, which has to be merged into its base model"),
+        ("params.json", "params.json is here: a checkpoint in the layout of its makers"),
+        ("model-q4.gguf", "model-q4.gguf is here: GGUF files cannot be read"),
+        ("snapshots/0123/config.json", "snapshots/0123/config.json is here: give that folder"),
+    ],
+)
+def test_what_a_folder_without_a_config_holds_instead(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=rf"config\.json does not exist; {words}"):
+        load_config(tmp_path)
+
+
 def test_each_layer_has_its_own_rope_and_window() -> None:
     """As in models that mix local and global layers: one name per distinct rotation, in the order of the layers."""
     config = parse(num_hidden_layers=4)

@@ -35,6 +35,23 @@ def test_a_model_without_the_named_tokens_has_no_warning(tmp_path: Path, caplog:
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize(
+    ("listed", "missing"),
+    [
+        ({"additional_special_tokens": ["</s>", "<x>", {"content": "<y>"}]}, "'<x>', '<y>'"),
+        ({"extra_special_tokens": {"image_token": "<x>", "end_token": "</s>"}}, "'<x>'"),
+        ({"additional_special_tokens": ["</s>"], "extra_special_tokens": {}}, None),
+        ({"additional_special_tokens": 5, "extra_special_tokens": None}, None),
+    ],
+)
+def test_further_special_tokens_that_tokenizer_json_lacks(
+    listed: dict[str, Any], missing: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Tokenizer.load(write(tmp_path, listed)).vocab_size == 265
+    path, key = tmp_path / "tokenizer_config.json", next(iter(listed))
+    assert caplog.messages == ([f"{path}: {key} {missing} not in tokenizer.json, and left out"] if missing else [])
+
+
 def test_added_tokens_json(tmp_path: Path) -> None:
     """They are special only if the config names them; the text around is encoded as around any added token."""
     files = {"added_tokens.json": json.dumps({"<y>": 266, "<x>": 265})}
