@@ -1,0 +1,28 @@
+// Decode, rung 1: one new token, a block for each query head.
+//
+//   q, k, v, y    as in ladder.cuh, with n = 1
+//
+// A decode step does 4 operations for each element of k and v that it reads (2 bytes), and a GPU does some 200 in the
+// time that a byte takes: so nothing counts but how fast k and v arrive. The least that must be read is
+// 2 * H * s * D elements.
+//
+// Mapping: grid (num_heads), 8 warps; see decode.cuh.
+// Bytes asked for: 2 * num_heads * s * D elements, since each head of a group reads the keys for itself (those of a group
+// run together, so most of it comes from the L2 cache).
+// What is slow: 32 heads are 32 blocks, on 32 of 132 multiprocessors. A warp has 4 keys on their way, a block 32: with
+// D = 128 and 16 bits 16 KB. At some 0.8 us until memory answers that is 20 GB/s for each multiprocessor and us of
+// latency: 32 of them reach 0.6 of 4.8 TB/s.
+//
+// Op, reference, test: cuplama/lab/ladder/ops.py. To run it: cuplama kernels ladder decode.
+#include "ladder/decode.cuh"
+
+template <typename T, int D>
+__global__ void __launch_bounds__(WARPS* WARP)
+    decode_block(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* __restrict__ y, int s,
+                 int num_heads, int H, f32 scale) {
+    const int head = blockIdx.x;
+    const T *keys = head_rows<D>(k, head, num_heads, H, s), *values = head_rows<D>(v, head, num_heads, H, s);
+    float largest, sum;
+    const float element = attend<D>(q + head * D, keys, values, 0, s, scale, largest, sum);
+    if (threadIdx.x < D) y[head * D + threadIdx.x] = from_float<T>(element / sum);
+}
