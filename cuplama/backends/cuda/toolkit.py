@@ -23,7 +23,7 @@ ARCHS = (75, 80, 86, 89, 90, 100, 120)  # what CI compiles every kernel for, as 
 
 @cache
 def source_hash(folder: Path | None = None) -> str:
-    """A hash over every source of ``cuda_src/`` and its folders: CuPy's cache key does not see the headers that a source includes."""
+    """A hash over every source below ``cuda_src/``: CuPy's cache key does not see what a source includes."""
     digest = hashlib.sha256()
     folder = folder or source_folder()
     for path in sorted(folder.rglob("*.cu*")):

@@ -63,7 +63,7 @@ def _attention(q: Array, k: Array, v: Array, *, num_heads: int, scale: float) ->
 def _pairs(c: Call) -> float:
     """Pairs of a query and a key that the mask lets through."""
     n, s = c["n"], c["s"]
-    return n * (s - n) + n * (n + 1) / 2
+    return float(n * (s - n) + n * (n + 1) / 2)
 
 
 def _bytes(c: Call) -> float:

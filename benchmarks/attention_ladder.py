@@ -1,0 +1,223 @@
+"""The ladder of attention kernels on a GPU: ``python -m benchmarks.attention_ladder [--out FILE]``.
+
+For 512, 1,024, 4,096 and 16,384 tokens every rung of both ladders (cuplama/lab/ladder/rungs.py), 32 query and 8 key
+heads of 128, bf16: checked first, then timed, beside torch's attention where torch is installed. Then a model of
+random weights in the shape of Llama-3.2-1B on the lowest and on the highest rung: first token, and time between tokens.
+
+    python -m benchmarks.attention_ladder --tables FILE --fill docs/attention.md
+
+prints the results of FILE as Markdown tables, and writes them between the marks of the document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import record
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.errors import CuplamaError
+from cuplama.lab import peaks, report
+from cuplama.lab.check import relative_error
+from cuplama.lab.dummy import dummy_model
+from cuplama.lab.ladder.climb import climb, sizes_of
+from cuplama.lab.ladder.rungs import LADDERS
+from cuplama.lab.ladder.whole import LadderPass, time_pass
+from cuplama.lab.report import Column, significant
+from cuplama.lab.timing import Spread
+from cuplama.lab.trials import UNTIL_REPLAYED, Runs, Trial
+from cuplama.model import Model
+
+LENGTHS = (512, 1024, 4096, 16384)
+MODEL = "llama-3.2-1b"
+_GENERATED = 64  # tokens of the engine's own decode steps
+
+Row = dict[str, Any]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def kernels(lengths: Sequence[int], add: Callable[[Row], object]) -> None:
+    """Both ladders at every length."""
+    backend = CudaBackend("bf16")
+    try:
+        machine = peaks.measure(backend)
+        for ladder in LADDERS:
+            for s in lengths:
+                for row in climb(backend, ladder, sizes_of(ladder, {"s": s}), "bf16", machine):
+                    add({"ladder": ladder, **row, **machine.fields()})
+    finally:
+        backend.close()
+
+
+def whole_model(lengths: Sequence[int], add: Callable[[Row], object]) -> None:
+    """First token and time between tokens of the model: lowest rung, highest rung, and as the engine runs it."""
+    context = max(lengths) + _GENERATED + 64
+    with dummy_model(MODEL, "cuda", "bf16", context, context) as model:
+        for ladder, what in (("attention", "first token"), ("decode", "between tokens")):
+            for s in lengths:
+                highest, lowest = LADDERS[ladder][-1], LADDERS[ladder][0]
+                wanted = None
+                for rung in (highest, lowest):
+                    try:
+                        one = LadderPass(model, rung, s, s if ladder == "attention" else 1)
+                        logits, taken = time_pass(model.backend, one)
+                    except CuplamaError as e:
+                        add({"model": MODEL, "what": what, "attention": rung.name, "tokens": s, "problem": str(e)})
+                        continue
+                    wanted = logits if wanted is None else wanted
+                    error = float(f"{relative_error(logits, wanted):.1e}")
+                    add({**_whole_row(what, rung.name, s, taken), "logits_differ_by": error})
+                    del one
+                add(_whole_row(what, "the engine", s, _engine(model, ladder, s)))
+
+
+def _whole_row(what: str, attention: str, tokens: int, taken: Spread) -> Row:
+    return {
+        "model": MODEL,
+        "what": what,
+        "attention": attention,
+        "tokens": tokens,
+        "milliseconds": 1e3 * taken.median,
+        "milliseconds_spread": 1e3 * taken.half_range,
+        "problem": None,
+    }
+
+
+def _engine(model: Model, ladder: str, s: int) -> Spread:
+    """Seconds of the same pass as ``generate`` runs it: fused, captured, by the clock of the host."""
+    runs, trial = Runs(model), Trial(s, 0) if ladder == "attention" else Trial(0, _GENERATED, s - _GENERATED // 2)
+
+    def once() -> float:
+        return runs.prompt(trial) if trial.prompt else runs.generation(trial)[1] / trial.generated
+
+    for _ in range(UNTIL_REPLAYED):
+        once()
+    return Spread(tuple(once() for _ in range(5)))
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Markdown by the name of its mark in the document: "prefill", "decode" and "model"."""
+    found = {}
+    for name, ladder in (("prefill", "attention"), ("decode", "decode")):
+        found[name] = _ladder_table([row for row in rows if row.get("ladder") == ladder], ladder)
+    found["model"] = _model_table([row for row in rows if "model" in row])
+    return found
+
+
+def _ladder_table(rows: Sequence[Mapping[str, Any]], ladder: str) -> str:
+    """A row for each rung: time, rate, and how many times as fast as the rung below, at each length."""
+    lengths = sorted({row["s"] for row in rows})
+    rate, unit = ("teraflops", "TFLOP/s") if ladder == "attention" else ("terabytes_per_second", "TB/s")
+    lines = []
+    for name in dict.fromkeys(row["rung"] for row in rows):
+        line: Row = {"rung": name}
+        for row in (row for row in rows if row["rung"] == name):
+            line[f"s{row['s']}"] = _time(row)
+            line["rate"] = _number(row[rate])
+            line["below"] = _number(row["times_below"])
+            line["lowest"] = _number(row["times_lowest"])
+        lines.append(line)
+    last = f"at {lengths[-1]:,}" if lengths else ""
+    columns = [
+        Column("rung", "rung"),
+        *(Column(f"s{s}", f"{s:,} tokens") for s in lengths),
+        Column("rate", f"{unit} {last}"),
+        Column("below", f"x the rung below {last}"),
+        Column("lowest", f"x the lowest {last}"),
+    ]
+    return report.render(columns, lines, "md")
+
+
+def _model_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lengths = sorted({row["tokens"] for row in rows})
+    lines = []
+    for key in dict.fromkeys((row["what"], row["attention"]) for row in rows):
+        line: Row = {"what": key[0], "attention": key[1]}
+        for row in (row for row in rows if (row["what"], row["attention"]) == key):
+            line[f"s{row['tokens']}"] = _time(row)
+        lines.append(line)
+    columns = [Column("what", "time"), Column("attention", "attention by")]
+    return report.render([*columns, *(Column(f"s{s}", f"{s:,} tokens") for s in lengths)], lines, "md")
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    """ "0.71 ms (0.72)": measured, and in brackets foretold."""
+    if row.get("milliseconds") is None:
+        return "-"
+    told = row.get("foretold_milliseconds")
+    return _milliseconds(row["milliseconds"]) + (f" ({_milliseconds(told, unit=False)})" if told is not None else "")
+
+
+def _milliseconds(value: float, unit: bool = True) -> str:
+    return significant(value, 2 if value < 1 else 3) + (" ms" if unit else "")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else significant(value, 3)
+
+
+def fill(document: str, found: Mapping[str, str]) -> str:
+    """The document with each table between its marks, ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    for name, table in found.items():
+        marks = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.S)
+        document, count = marks.subn(lambda m, table=table: f"{m[1]}\n{table}\n{m[2]}", document)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"the document has {count} places for the table {name!r}")
+    return document
+
+
+def _print_row(row: Mapping[str, Any]) -> None:
+    name = f"{row['ladder']} {row['rung']}" if "ladder" in row else f"{row['what']} {row['attention']}"
+    told = f" (foretold {row['foretold_milliseconds']:.3g})" if row.get("foretold_milliseconds") else ""
+    shown = row.get("problem") or f"{row['milliseconds']:.4g} ms{told}"
+    extra = {k: round(v, 2) for k in ("teraflops", "terabytes_per_second", "times_below") if (v := row.get(k))}
+    errors = {k: row[k] for k in ("relative_error", "logits_differ_by") if row.get(k) is not None}
+    print(f"{row.get('s', row.get('tokens')):>6} {name:24} {shown} {extra or ''} {errors or ''}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results to this file as well, after every part")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens, divided by commas")
+    parser.add_argument("--part", choices=("kernels", "model", "all"), default="all")
+    parser.add_argument("--tables", type=Path, metavar="FILE", help="print the tables of a file of results; no GPU")
+    parser.add_argument("--fill", type=Path, metavar="DOCUMENT", help="with --tables: write them into the document")
+    args = parser.parse_args()
+    if args.tables is not None:
+        found = tables(json.loads(args.tables.read_text(encoding="utf-8"))["results"])
+        print("\n".join(f"{name}:\n\n{table}" for name, table in found.items()))
+        if args.fill is not None:
+            args.fill.write_text(fill(args.fill.read_text(encoding="utf-8"), found), encoding="utf-8")
+        return 0
+    lengths, rows, failed = [int(s) for s in args.lengths.split(",")], [], False
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        _print_row(row)
+
+    parts = {"kernels": kernels, "model": whole_model}
+    for name, part in parts.items():
+        if args.part in (name, "all"):
+            try:
+                part(lengths, add)
+            except Exception:  # what was measured before is kept
+                traceback.print_exc()
+                failed = True
+            record(rows, args.out)
+    print("\n".join(f"\n{name}:\n\n{table}" for name, table in tables(rows).items()))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
