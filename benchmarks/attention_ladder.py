@@ -17,6 +17,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,64 +108,51 @@ def _engine(model: Model, ladder: str, s: int) -> Spread:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Markdown by the name of its mark in the document: "prefill", "decode" and "model"."""
+    """Markdown by the name of its mark in the document."""
     found = {}
     for name, ladder in (("prefill", "attention"), ("decode", "decode")):
-        found[name] = _ladder_table([row for row in rows if row.get("ladder") == ladder], ladder)
-    found["model"] = _model_table([row for row in rows if "model" in row])
+        chosen = [row for row in rows if row.get("ladder") == ladder]
+        rate, unit = ("teraflops", "TFLOP/s") if ladder == "attention" else ("terabytes_per_second", "TB/s")
+        found[name] = _table(chosen, "s", {"rung": "rung"}, _time)
+        speedup = partial(_number, field="times_lowest")
+        found[f"{name} speed-ups"] = _table(chosen, "s", {"rung": "times as fast as the lowest rung"}, speedup)
+        found[f"{name} rates"] = _table(chosen, "s", {"rung": unit}, partial(_number, field=rate))
+    models = [row for row in rows if "model" in row]
+    found["model"] = _table(models, "tokens", {"what": "time", "attention": "attention by"}, _time)
     return found
 
 
-def _ladder_table(rows: Sequence[Mapping[str, Any]], ladder: str) -> str:
-    """A row for each rung: time, rate, and how many times as fast as the rung below, at each length."""
-    lengths = sorted({row["s"] for row in rows})
-    rate, unit = ("teraflops", "TFLOP/s") if ladder == "attention" else ("terabytes_per_second", "TB/s")
-    lines = []
-    for name in dict.fromkeys(row["rung"] for row in rows):
-        line: Row = {"rung": name}
-        for row in (row for row in rows if row["rung"] == name):
-            line[f"s{row['s']}"] = _time(row)
-            line["rate"] = _number(row[rate])
-            line["below"] = _number(row["times_below"])
-            line["lowest"] = _number(row["times_lowest"])
-        lines.append(line)
-    last = f"at {lengths[-1]:,}" if lengths else ""
-    columns = [
-        Column("rung", "rung"),
-        *(Column(f"s{s}", f"{s:,} tokens") for s in lengths),
-        Column("rate", f"{unit} {last}"),
-        Column("below", f"x the rung below {last}"),
-        Column("lowest", f"x the lowest {last}"),
-    ]
-    return report.render(columns, lines, "md")
-
-
-def _model_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lengths = sorted({row["tokens"] for row in rows})
-    lines = []
-    for key in dict.fromkeys((row["what"], row["attention"]) for row in rows):
-        line: Row = {"what": key[0], "attention": key[1]}
-        for row in (row for row in rows if (row["what"], row["attention"]) == key):
-            line[f"s{row['tokens']}"] = _time(row)
-        lines.append(line)
-    columns = [Column("what", "time"), Column("attention", "attention by")]
-    return report.render([*columns, *(Column(f"s{s}", f"{s:,} tokens") for s in lengths)], lines, "md")
+def _table(
+    rows: Sequence[Mapping[str, Any]], length: str, names: Mapping[str, str], cell: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """A line for each combination of the fields of ``names``, a column for each length."""
+    lengths = sorted({row[length] for row in rows})
+    lines: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        line = lines.setdefault(tuple(row[name] for name in names), {name: row[name] for name in names})
+        line[str(row[length])] = cell(row)
+    found = [{**dict.fromkeys(map(str, lengths), "-"), **line} for line in lines.values()]
+    columns = [*(Column(*item) for item in names.items()), *(Column(str(s), f"{s:,} tokens") for s in lengths)]
+    return report.render(columns, found, "md")
 
 
 def _time(row: Mapping[str, Any]) -> str:
-    """ "0.71 ms (0.72)": measured, and in brackets foretold."""
+    """ "0.71 ms (0.72 ms)": measured, and in brackets foretold."""
     if row.get("milliseconds") is None:
         return "-"
     told = row.get("foretold_milliseconds")
-    return _milliseconds(row["milliseconds"]) + (f" ({_milliseconds(told, unit=False)})" if told is not None else "")
+    return _seconds(row["milliseconds"]) + (f" ({_seconds(told)})" if told is not None else "")
 
 
-def _milliseconds(value: float, unit: bool = True) -> str:
-    return significant(value, 2 if value < 1 else 3) + (" ms" if unit else "")
+def _seconds(milliseconds: float) -> str:
+    for factor, unit in ((1e3, "µs"), (1.0, "ms")):
+        if milliseconds * factor < 1e3:
+            return f"{significant(milliseconds * factor, 3)} {unit}"
+    return f"{significant(milliseconds / 1e3, 3)} s"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else significant(value, 3)
+def _number(row: Mapping[str, Any], field: str) -> str:
+    return "-" if row[field] is None else significant(row[field], 3)
 
 
 def fill(document: str, found: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from cuplama.ops import OPS
 from cuplama.ops.signature import dim_names
 from tests.paths import ROOT
 
-FOLDERS = (".ci", ".github", "benchmarks", "cuda_src", "cuplama", "examples", "tests", "tools", "weights")
+FOLDERS = (".ci", ".github", "benchmarks", "cuda_src", "cuplama", "docs", "examples", "tests", "tools", "weights")
 PAPERS = sorted(
     [*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md") if "cases" not in p.parts)]
 )

@@ -10,8 +10,8 @@
 //
 // Mapping: thread (ty, tx) of 16 x 16 has the rows ty + 16*i and the columns tx + 16*j.
 //
-// Operations: as before. Loads from global memory: 1/64 of before. Reads of shared memory: 8 for 16 multiply-adds, 12
-// for 32 in the second product (D = 128). A multiprocessor serves one read of a warp a clock, and does four
+// Operations: as before. Bytes loaded for the products: 1/64 of before. Reads of shared memory: 8 for 16 multiply-adds,
+// 12 for 32 in the second product (D = 128). A multiprocessor serves one read of a warp a clock, and does four
 // multiply-adds of a warp: so at most a half and two thirds of its speed. The score matrix still goes through memory.
 //
 // Op, reference, test: cuplama/lab/ladder/ops.py. To run it: cuplama kernels ladder attention.
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(256, 3)
 
 template <typename T, int D>
 __global__ void __launch_bounds__(256, 3) values_tiled(const f32* __restrict__ scores, const T* __restrict__ v,
-                                                    T* __restrict__ y, int n, int s, int num_heads, int H) {
+                                                       T* __restrict__ y, int n, int s, int num_heads, int H) {
     __shared__ float p[TILE * STRIDE], values[STEP * D];  // of 64 queries the weights of STEP keys, and their values
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, first = blockIdx.x * TILE, head = blockIdx.y;
     const T* rows = head_rows<D>(v, head, num_heads, H, s);

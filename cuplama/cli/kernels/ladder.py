@@ -37,7 +37,8 @@ def climb_ladder(ladder: str, shapes: tuple[str, ...], dtype: str, form: str, pl
 
     A shape has n (new tokens), s (all tokens), num_heads, H (key heads) and D (64 or 128); --shape may be repeated, for
     several lengths. PyTorch's attention stands beside the rungs where PyTorch is installed. Without a GPU the rungs are
-    run by the emulator on small cases, and compiled; nothing is timed. docs/attention.md explains the rungs.
+    run by the emulator on small cases, and compiled; nothing is timed. A wrong rung has no time, and the exit status is
+    1. docs/attention.md explains the rungs.
     """
     from ...backends.cuda.driver import cuda_available
     from ...lab.ladder.climb import sizes_of
@@ -58,8 +59,9 @@ def _time(ladder: str, sizes: Sequence[Mapping[str, int]], dtype: str, form: str
     from ...backends.cuda.backend import CudaBackend
     from ...lab import bench, peaks, report
     from ...lab.environment import environment
-    from ...lab.ladder.climb import COLUMNS, climb
+    from ...lab.ladder.climb import climb, columns
     from ...lab.ladder.picture import plot_ladder
+    from ...lab.ladder.rungs import LADDERS
 
     backend = CudaBackend(dtype)
     try:
@@ -73,12 +75,15 @@ def _time(ladder: str, sizes: Sequence[Mapping[str, int]], dtype: str, form: str
             rows += (climbed := climb(backend, ladder, one, dtype_name(backend.dtype), machine, say))
             if form == "md":
                 click.echo(f"\n{', '.join(f'{name}={size}' for name, size in one.items())}\n")
-                shown = [c for c in COLUMNS if any(row[c.field] is not None for row in climbed)]
-                click.echo(report.render(shown, climbed, form), nl=False)
+                click.echo(report.render(columns(ladder, climbed), climbed, form), nl=False)
     finally:
         backend.close()
     if form != "md":
-        click.echo(report.render(COLUMNS, rows, form, found), nl=False)
+        click.echo(report.render((), rows, form, found), nl=False)
+    else:
+        click.echo("\n" + "\n".join(f"{rung.name}: {rung.title}" for rung in LADDERS[ladder]))
+    if any(row["wrong"] for row in rows):
+        sys.exit(1)
     if plot is not None:
         plot_ladder(rows, f"{ladder}, {dtype}: {facts['environment']['device']}", plot)
 

@@ -18,7 +18,7 @@ from ...backends.cuda.nvrtc import compile_program
 from ...errors import CuplamaError, DeviceError, ParameterError
 from ...ops.launch import Device
 from ...ops.op import Call
-from ..check import BackendExecutor, Run, check, expected, relative_error, run_guarded, uploaded
+from ..check import BackendExecutor, Run, WrongResultError, check, expected, relative_error, run_guarded, uploaded
 from ..emulation import Emulator
 from ..inventory import expressions, judge
 from ..peaks import Peaks
@@ -29,7 +29,7 @@ from . import ops
 from .peer import torch_attention, torch_missing
 from .rungs import LADDERS, Inputs, Rung
 
-__all__ = ["COLUMNS", "case_workloads", "check_compiled", "check_emulated", "check_rung", "climb", "judged", "sizes_of"]
+__all__ = ["case_workloads", "check_compiled", "check_emulated", "check_rung", "climb", "columns", "judged", "sizes_of"]
 
 _ROWS = 32  # rows that are judged at the beginning, in the middle and at the end
 _LONG = 5e-3  # seconds from which on a call is timed as it is, not as part of a replayed graph
@@ -112,20 +112,25 @@ def check_compiled(ladder: str, dtype: str, device: Device) -> Iterator[tuple[st
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-COLUMNS = (
-    Column("rung", "rung"),
-    Column("title", "what it is"),
-    Column("milliseconds", "ms", 3, "milliseconds_spread"),
-    Column("foretold_milliseconds", "foretold", 3),
-    Column("times_lowest", "x lowest", 3),
-    Column("times_below", "x below", 3),
-    Column("teraflops", "TFLOP/s", 3),
-    Column("percent_of_matrix_rate", "% of GEMM", 3),
-    Column("terabytes_per_second", "TB/s", 3),
-    Column("percent_of_read_bandwidth", "% of read", 3),
-    Column("relative_error", "error"),
-    Column("problem", "not timed because"),
-)
+_RATES = {
+    "attention": (Column("teraflops", "TFLOP/s", 3), Column("percent_of_matrix_rate", "% of GEMM", 3)),
+    "decode": (Column("terabytes_per_second", "TB/s", 3), Column("percent_of_read_bandwidth", "% of read", 3)),
+}
+
+
+def columns(ladder: str, rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns of a ladder's table that have anything to show."""
+    found = (
+        Column("rung", "rung"),
+        Column("milliseconds", "ms", 3, "milliseconds_spread"),
+        Column("foretold_milliseconds", "foretold", 3),
+        Column("times_lowest", "x lowest", 3),
+        Column("times_below", "x below", 3),
+        *_RATES[ladder],
+        Column("relative_error", "error"),
+        Column("problem", "not timed because"),
+    )
+    return [column for column in found if any(row[column.field] is not None for row in rows)]
 
 
 def climb(
@@ -136,10 +141,10 @@ def climb(
     peaks: Peaks,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """A row for each rung, and one for PyTorch where it is installed: see ``COLUMNS``.
+    """A row for each rung, and one for PyTorch where it is installed: see ``columns``.
 
     TFLOP/s count the pairs of query and key that the mask lets through, TB/s every array once: what a perfect kernel
-    would do. problem: why a rung has no time.
+    would do. problem: why a rung has no time; wrong: whether that is because the judge refused its result.
     """
     inputs = Inputs.random(sizes, dtype)
     ways: list[tuple[dict[str, Any], Callable[[], Measured]]] = []
@@ -175,7 +180,8 @@ def _row(name: str, title: str, sizes: Mapping[str, int], dtype: str, foretold: 
          "percent_of_matrix_rate", "terabytes_per_second", "percent_of_read_bandwidth", "relative_error", "problem")
     )  # fmt: skip
     told = None if foretold is None else foretold / 1e3
-    return {"rung": name, "title": title, **sizes, "dtype": dtype, **fields, "foretold_milliseconds": told}
+    told_fields = {"foretold_milliseconds": told, "wrong": False}
+    return {"rung": name, "title": title, **sizes, "dtype": dtype, **fields, **told_fields}
 
 
 def _run(backend: Backend, rung: Rung, ladder: str, inputs: Inputs, dtype: str) -> Measured:
@@ -211,7 +217,7 @@ def _measure(row: dict[str, Any], run: Callable[[], Measured], inputs: Inputs, d
         row["relative_error"] = float(f"{judged(inputs, dtype, y):.1e}")
         taken = time()
     except (CuplamaError, RuntimeError) as e:  # torch's and CUDA's own are of the second kind
-        row["problem"] = str(e).splitlines()[0]
+        row["problem"], row["wrong"] = str(e).splitlines()[0], isinstance(e, WrongResultError)
         return
     row["milliseconds"], row["milliseconds_spread"] = 1e3 * taken.median, 1e3 * taken.half_range
 

@@ -146,7 +146,7 @@ def _tensor(call: Call, device: Device) -> Plan:
 
 def _ladder_op(name: str, doc: str, kernels: Callable[[Call, Device], Plan], decode: bool) -> Op:
     """An op of the ladder. decode: whether it takes one query alone."""
-    prompts = [_case(1, 1, 2, 1, 64), _case(5, 5, 4, 2, 64), _case(1, 70, 2, 2, 128), _case(67, 131, 2, 1, 128)]
+    prompts = [_case(1, 1, 2, 1, 64), _case(5, 5, 4, 2, 128), _case(1, 70, 2, 2, 128), _case(67, 131, 2, 1, 64)]
     steps = [_case(1, 1, 2, 1, 64), _case(1, 37, 4, 2, 64), _case(1, 300, 3, 1, 128), _case(1, 2100, 2, 2, 64)]
     return Op(
         name,
