@@ -4,9 +4,9 @@ For 512, 1,024, 4,096 and 16,384 tokens every rung of both ladders (cuplama/lab/
 heads of 128, bf16: checked first, then timed, beside torch's attention where torch is installed. Then a model of
 random weights in the shape of Llama-3.2-1B on the lowest and on the highest rung: first token, and time between tokens.
 
-    python -m benchmarks.attention_ladder --tables FILE --fill docs/attention.md
+    python -m benchmarks.attention_ladder --tables FILE --fill docs/attention.md --plot docs/attention.png
 
-prints the results of FILE as Markdown tables, and writes them between the marks of the document.
+prints the results of FILE as Markdown tables, writes them between the marks of the document, and draws the prompt's.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from cuplama.lab import peaks, report
 from cuplama.lab.check import relative_error
 from cuplama.lab.dummy import dummy_model
 from cuplama.lab.ladder.climb import climb, sizes_of
+from cuplama.lab.ladder.picture import plot_ladder
 from cuplama.lab.ladder.rungs import LADDERS
 from cuplama.lab.ladder.whole import LadderPass, time_pass
 from cuplama.lab.report import Column, significant
@@ -165,6 +166,18 @@ def fill(document: str, found: Mapping[str, str]) -> str:
     return document
 
 
+def show(results: Mapping[str, Any], document: Path | None, picture: Path | None) -> None:
+    """Print the tables of a file of results, fill them into the document, and draw the picture."""
+    rows = results["results"]
+    found = tables(rows)
+    print("\n".join(f"{name}:\n\n{table}" for name, table in found.items()))
+    if document is not None:
+        document.write_text(fill(document.read_text(encoding="utf-8"), found), encoding="utf-8")
+    if picture is not None:
+        chosen = [row for row in rows if row.get("ladder") == "attention"]
+        plot_ladder(chosen, f"attention of a prompt, bf16: {results['environment']['gpu']}", picture)
+
+
 def _print_row(row: Mapping[str, Any]) -> None:
     name = f"{row['ladder']} {row['rung']}" if "ladder" in row else f"{row['what']} {row['attention']}"
     told = f" (foretold {row['foretold_milliseconds']:.3g})" if row.get("foretold_milliseconds") else ""
@@ -181,12 +194,10 @@ def main() -> int:
     parser.add_argument("--part", choices=("kernels", "model", "all"), default="all")
     parser.add_argument("--tables", type=Path, metavar="FILE", help="print the tables of a file of results; no GPU")
     parser.add_argument("--fill", type=Path, metavar="DOCUMENT", help="with --tables: write them into the document")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="with --tables: draw the times of the prompt")
     args = parser.parse_args()
     if args.tables is not None:
-        found = tables(json.loads(args.tables.read_text(encoding="utf-8"))["results"])
-        print("\n".join(f"{name}:\n\n{table}" for name, table in found.items()))
-        if args.fill is not None:
-            args.fill.write_text(fill(args.fill.read_text(encoding="utf-8"), found), encoding="utf-8")
+        show(json.loads(args.tables.read_text(encoding="utf-8")), args.fill, args.plot)
         return 0
     lengths, rows, failed = [int(s) for s in args.lengths.split(",")], [], False
 

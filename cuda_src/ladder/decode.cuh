@@ -11,8 +11,8 @@ constexpr int AHEAD = 4;  // keys that a warp takes at a time: it asks for all o
 // the block, with the largest score and the sum of the exponentials. q [D]; k, v [s, D].
 //
 // A warp takes 4 keys at a time: its lanes have D/32 elements of each, so a key is read as one piece, and a score is a
-// sum over the lanes. Every warp has an online softmax of its own (see prefill_3_online.cu); at the end the block brings
-// the eight to a common largest score and adds them up.
+// sum over the lanes. Every warp has an online softmax of its own (see prefill_3_online.cu); at the end the block
+// brings the eight to a common largest score and adds them up.
 template <int D, typename T>
 __device__ __forceinline__ float attend(const T* q, const T* k, const T* v, int begin, int end, float scale,
                                         float& largest, float& sum) {

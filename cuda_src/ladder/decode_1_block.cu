@@ -7,8 +7,8 @@
 // 2 * H * s * D elements.
 //
 // Mapping: grid (num_heads), 8 warps; see decode.cuh.
-// Bytes asked for: 2 * num_heads * s * D elements, since each head of a group reads the keys for itself (those of a group
-// run together, so most of it comes from the L2 cache).
+// Bytes asked for: 2 * num_heads * s * D elements, since each head of a group reads the keys for itself (those of a
+// group run together, so most of it comes from the L2 cache).
 // What is slow: 32 heads are 32 blocks, on 32 of 132 multiprocessors. A warp has 4 keys on their way, a block 32: with
 // D = 128 and 16 bits 16 KB. At some 0.8 us until memory answers that is 20 GB/s for each multiprocessor and us of
 // latency: 32 of them reach 0.6 of 4.8 TB/s.

@@ -1,13 +1,13 @@
-// Decode, rung 2: the keys of a head are divided over blocks, and a second kernel adds the parts up (Flash-Decoding: Dao,
-// Haziza, Massa & Sizov, 2023).
+// Decode, rung 2: the keys of a head are divided over blocks, and a second kernel adds the parts up (Flash-Decoding:
+// Dao, Haziza, Massa & Sizov, 2023).
 //
 //   q, k, v, y    as in ladder.cuh, with n = 1
 //   partial       [num_heads, splits, D] f32    of a split, the sum of exp2(score - largest) * value
 //   stats         [num_heads, splits, 2] f32    of a split, the largest score, and the sum of the exponentials
 //
-// What changed: grid (splits, num_heads). An online softmax may be cut anywhere: two parts with largest scores m1 and m2
-// are added as two tiles are, after a factor exp2(m - max(m1, m2)) for each. So every multiprocessor has keys to ask for,
-// and several blocks at once.
+// What changed: grid (splits, num_heads). An online softmax may be cut anywhere: two parts with largest scores m1 and
+// m2 are added as two tiles are, after a factor exp2(m - max(m1, m2)) for each. So every multiprocessor has keys to ask
+// for, and several blocks at once.
 //
 // Bytes: as rung 1, and num_heads * splits * (D + 2) floats written and read again: 0.5 MB for 32 heads and 32 splits,
 // beside 2 * H * s * D elements, 67 MB for 16k tokens (8 heads of 128, 16 bits). And one launch more, some 2 us.

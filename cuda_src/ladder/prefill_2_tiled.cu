@@ -5,8 +5,8 @@
 //
 // What changed: a block of 256 threads computes 64 x 64 scores (64 x D elements of y) together. It copies the rows that
 // they need into shared memory once, with neighbouring threads reading neighbouring addresses, and every number copied
-// is used 64 times. A thread computes 4 x 4 scores (4 x D/16 elements of y), so that of what it reads from shared memory
-// each number is used 4 times.
+// is used 64 times. A thread computes 4 x 4 scores (4 x D/16 elements of y), so that of what it reads from shared
+// memory each number is used 4 times.
 //
 // Mapping: thread (ty, tx) of 16 x 16 has the rows ty + 16*i and the columns tx + 16*j.
 //
@@ -20,6 +20,7 @@
 constexpr int TILE = 64, STEP = 32;
 constexpr int STRIDE = STEP + 1;  // one more than the 32 banks: numbers below each other are in different banks
 
+// The second number of __launch_bounds__, blocks on a multiprocessor, tells the compiler how many registers it may use.
 template <typename T, int D>
 __global__ void __launch_bounds__(256, 3)
     scores_tiled(const T* __restrict__ q, const T* __restrict__ k, f32* __restrict__ scores, int n, int s,

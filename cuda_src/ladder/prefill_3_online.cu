@@ -4,10 +4,12 @@
 //   q, k, v, y    as in ladder.cuh
 //
 // What changed: a block keeps 64 queries, walks over the keys in tiles of 32, and uses up the scores of a tile at once.
-// A softmax seems to need the whole row first. It does not: with the largest score m so far, the sum l of exp(score - m)
-// and the sum acc of exp(score - m) * value, a tile whose largest score is m' > m asks for nothing but a factor:
+// A softmax seems to need the whole row first. It does not: with the largest score m so far, the sum l of
+// exp(score - m) and the sum acc of exp(score - m) * value, a tile whose largest score is m' > m asks for nothing but a
+// factor:
 //
-//     l, acc *= exp(m - m');   then add the tile's exp(score - m') and exp(score - m') * value;   at the end y = acc / l
+//     l, acc *= exp(m - m');    then add the tile's exp(score - m') and exp(score - m') * value
+//     y = acc / l               at the end
 //
 // And a block ends with the last key that one of its queries sees: half of the square is never computed.
 //
@@ -16,13 +18,15 @@
 // 16 * num_heads * n * s bytes fewer than rung 2. The scratch memory of 4 * num_heads * n * s bytes is gone as well.
 //
 // Mapping: grid (tiles of queries, num_heads); thread (ty, tx) of 16 x 16 has the queries ty + 16*i, of a tile the keys
-// tx + 16*j, and of y the columns 64*j + 4*tx .. +3. Scores are in powers of two: the queries are scaled by log2(e) too.
+// tx + 16*j, and of y the columns 64*j + 4*tx .. +3. The queries are scaled by log2(e) too, so that
+// exponentials are powers of two.
 //
 // Op, reference, test: cuplama/lab/ladder/ops.py. To run it: cuplama kernels ladder attention.
 #include "ladder/ladder.cuh"
 
 constexpr int ROWS = 64, KEYS = 32, WEIGHTS = KEYS + 4;
 
+// The second number of __launch_bounds__, blocks on a multiprocessor, tells the compiler how many registers it may use.
 template <typename T, int D>
 __global__ void __launch_bounds__(256, 2)
     attention_online(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* __restrict__ y,

@@ -2,16 +2,16 @@
 //
 //   q, k, v, y    as in ladder.cuh; T is f16 or bf16; sm_80 and later
 //
-// What changed: a warp multiplies a 16x16 and a 16x8 matrix with one instruction (mma.sync m16n8k16: 2,048 multiply-adds
-// where 32 threads did one each, 32). Keys and values lie in shared memory as they are, in 16 bits. A warp has 16
-// queries of the block's 64 and all 64 keys of a tile: so its scores and its sums stay in its registers, the softmax
-// needs no other warp, and the weights p go from the first product to the second without touching memory.
+// What changed: a warp multiplies a 16x16 and a 16x8 matrix with one instruction (mma.sync m16n8k16: 2,048
+// multiply-adds, where an instruction of rung 3 does 32). Keys and values lie in shared memory as they are, in 16 bits. A
+// warp has 16 queries of the block's 64 and all 64 keys of a tile: so its scores and its sums stay in its registers,
+// the softmax needs no other warp, and the weights p go from the first product to the second without touching memory.
 //
 // A thread has of every 16x8 result the rows lane/4 and lane/4 + 8 and the columns 2*(lane%4) and the next. Of the left
 // matrix it has the same places of both 8-column halves: that is why p need not move, it is only rounded to T.
 //
-// Operations: as rung 3, at up to 989 instead of 67 TFLOP/s (H200, dense bf16, and f32 by multiply-adds). Bytes: as rung
-// 3; of shared memory half as many for a number, and each is used for 16 queries at once.
+// Operations: as rung 3, at up to 989 instead of 67 TFLOP/s (H200, dense bf16, and f32 by multiply-adds). Bytes: as
+// rung 3; of shared memory half as many for a number, and each is used for 16 queries at once.
 // What is left to gain: this kernel loads a tile, waits, computes, and loads the next. The product's kernel on Hopper
 // loads while it computes, and its wgmma reads both matrices from shared memory, for four warps at a time.
 //
@@ -30,6 +30,7 @@ __device__ __forceinline__ void fetch(T* shared, const T* x, int first, int end)
     }
 }
 
+// The second number of __launch_bounds__, blocks on a multiprocessor, tells the compiler how many registers it may use.
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 2)
     attention_tensor(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* __restrict__ y,
