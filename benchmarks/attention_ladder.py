@@ -38,6 +38,7 @@ from cuplama.model import Model
 
 LENGTHS = (512, 1024, 4096, 16384)
 MODEL = "llama-3.2-1b"
+FIRST, ENGINE = "first token", "the engine"  # what is timed, and by what, beside rungs
 _GENERATED = 64  # tokens of the engine's own decode steps
 
 Row = dict[str, Any]
@@ -63,7 +64,7 @@ def whole_model(lengths: Sequence[int], add: Callable[[Row], object]) -> None:
     """First token and time between tokens of the model: lowest rung, highest rung, and as the engine runs it."""
     context = max(lengths) + _GENERATED + 64
     with dummy_model(MODEL, "cuda", "bf16", context, context) as model:
-        for ladder, what in (("attention", "first token"), ("decode", "between tokens")):
+        for ladder, what in (("attention", FIRST), ("decode", "between tokens")):
             for s in lengths:
                 highest, lowest = LADDERS[ladder][-1], LADDERS[ladder][0]
                 wanted = None
@@ -78,7 +79,7 @@ def whole_model(lengths: Sequence[int], add: Callable[[Row], object]) -> None:
                     error = float(f"{relative_error(logits, wanted):.1e}")
                     add({**_whole_row(what, rung.name, s, taken), "logits_differ_by": error})
                     del one
-                add(_whole_row(what, "the engine", s, _engine(model, ladder, s)))
+                add(_whole_row(what, ENGINE, s, _engine(model, ladder, s)))
 
 
 def _whole_row(what: str, attention: str, tokens: int, taken: Spread) -> Row:
@@ -118,7 +119,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         speedup = partial(_number, field="times_lowest")
         found[f"{name} speed-ups"] = _table(chosen, "s", {"rung": "times as fast as the lowest rung"}, speedup)
         found[f"{name} rates"] = _table(chosen, "s", {"rung": unit}, partial(_number, field=rate))
+    place = {rung.name: i for rungs in LADDERS.values() for i, rung in enumerate(rungs)} | {ENGINE: len(rows)}
     models = [row for row in rows if "model" in row]
+    models.sort(key=lambda row: (row["what"] != FIRST, place[row["attention"]]))
     found["model"] = _table(models, "tokens", {"what": "time", "attention": "attention by"}, _time)
     return found
 
