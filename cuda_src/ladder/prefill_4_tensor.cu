@@ -3,8 +3,8 @@
 //   q, k, v, y    as in ladder.cuh; T is f16 or bf16; sm_80 and later
 //
 // What changed: a warp multiplies a 16x16 and a 16x8 matrix with one instruction (mma.sync m16n8k16: 2,048
-// multiply-adds, where an instruction of rung 3 does 32). Keys and values lie in shared memory as they are, in 16 bits. A
-// warp has 16 queries of the block's 64 and all 64 keys of a tile: so its scores and its sums stay in its registers,
+// multiply-adds, where an instruction of rung 3 does 32). Keys and values lie in shared memory as they are, in 16 bits.
+// A warp has 16 queries of the block's 64 and all 64 keys of a tile: so its scores and its sums stay in its registers,
 // the softmax needs no other warp, and the weights p go from the first product to the second without touching memory.
 //
 // A thread has of every 16x8 result the rows lane/4 and lane/4 + 8 and the columns 2*(lane%4) and the next. Of the left
