@@ -13,9 +13,9 @@
 // Operations: as rung 3, at up to 989 instead of 67 TFLOP/s (H200, dense bf16, and f32 by multiply-adds). Bytes: as
 // rung 3; of shared memory half as many for a number, and each is used for 16 queries at once.
 // What is left to gain: this kernel loads a tile, waits, computes, and loads the next. The product's kernel on Hopper
-// loads while it computes, and its wgmma reads both matrices from shared memory, for four warps at a time.
+// loads while it computes, and its wgmma reads keys and values from shared memory itself, for four warps at a time.
 //
-// Op, reference, test: cuplama/lab/ladder/ops.py. To run it: cuplama kernels ladder attention.
+// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. To run it: cuplama kernels ladder attention.
 #include "ladder/ladder.cuh"
 #include "mma.cuh"
 

@@ -81,7 +81,7 @@ def _time(ladder: str, sizes: Sequence[Mapping[str, int]], dtype: str, form: str
     if form != "md":
         click.echo(report.render((), rows, form, found), nl=False)
     else:
-        click.echo("\n" + "\n".join(f"{rung.name}: {rung.title}" for rung in LADDERS[ladder]))
+        click.echo("\n" + "\n".join(f"{r.name}: {r.title}\n    should gain: {r.gain}" for r in LADDERS[ladder]))
     if any(row["wrong"] for row in rows):
         sys.exit(1)
     if plot is not None:

@@ -103,7 +103,7 @@ LADDERS: Mapping[str, Sequence[Rung]] = {
         Rung(
             "naive",
             "three kernels, a thread for each element",
-            "nothing is below it: one multiply-add a clock and multiprocessor, where 128 are possible",
+            "nothing, it is the lowest: one multiply-add a clock and multiprocessor, where 128 are possible",
             ops.prefill_naive,
             foretold={512: 5e3, 1024: 21e3, 4096: 330e3, 16384: 5.3e6},
         ),
@@ -141,7 +141,7 @@ LADDERS: Mapping[str, Sequence[Rung]] = {
         Rung(
             "block",
             "a block for each query head",
-            "nothing is below it: 32 blocks on 132 multiprocessors, some 0.6 TB/s of what it asks for",
+            "nothing, it is the lowest: 32 blocks on 132 multiprocessors, some 0.6 TB/s of what it asks for",
             ops.decode_block,
             foretold={512: 15, 1024: 28, 4096: 110, 16384: 440},
         ),
