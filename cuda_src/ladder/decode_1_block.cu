@@ -13,7 +13,7 @@
 // block 32: with D = 128 and 16 bits that is 16 KB. Memory answers after some 0.8 us, so a block gets 16 KB / 0.8 us =
 // 20 GB/s, and 32 of them 0.6 of 4.8 TB/s.
 //
-// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. To run it: cuplama kernels ladder decode.
+// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Run: cuplama kernels ladder decode.
 #include "ladder/decode.cuh"
 
 template <typename T, int D>

@@ -12,7 +12,7 @@
 // Bytes: as rung 1, and num_heads * splits * (D + 2) floats written and read again: 0.5 MB for 32 heads and 32 splits,
 // beside 2 * H * s * D elements, 67 MB for 16k tokens (8 heads of 128, 16 bits). And one launch more, some 2 us.
 //
-// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. To run it: cuplama kernels ladder decode.
+// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Run: cuplama kernels ladder decode.
 #include "ladder/decode.cuh"
 
 template <typename T, int D>

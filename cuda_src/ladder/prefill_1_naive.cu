@@ -13,7 +13,7 @@
 // whose rows are 2 * D bytes apart, so one load of a warp touches 32 lines of the cache: one multiply-add a clock for a
 // multiprocessor that could do 128.
 //
-// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. To run it: cuplama kernels ladder attention.
+// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Run: cuplama kernels ladder attention.
 #include "ladder/ladder.cuh"
 
 template <typename T, int D>

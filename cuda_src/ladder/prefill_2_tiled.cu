@@ -14,7 +14,7 @@
 // 12 for 32 in the second product (D = 128). A multiprocessor serves one read of a warp a clock, and does four
 // multiply-adds of a warp: so at most a half and two thirds of its speed. The score matrix still goes through memory.
 //
-// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. To run it: cuplama kernels ladder attention.
+// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Run: cuplama kernels ladder attention.
 #include "ladder/ladder.cuh"
 
 constexpr int TILE = 64, STEP = 32;

@@ -21,7 +21,7 @@
 // tx + 16*j, and of y the columns 64*j + 4*tx .. +3. The queries are scaled by log2(e) too, so that
 // exponentials are powers of two.
 //
-// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. To run it: cuplama kernels ladder attention.
+// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Run: cuplama kernels ladder attention.
 #include "ladder/ladder.cuh"
 
 constexpr int ROWS = 64, KEYS = 32, WEIGHTS = KEYS + 4;

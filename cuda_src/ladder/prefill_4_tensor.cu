@@ -15,7 +15,7 @@
 // What is left to gain: this kernel loads a tile, waits, computes, and loads the next. The product's kernel on Hopper
 // loads while it computes, and its wgmma reads keys and values from shared memory itself, for four warps at a time.
 //
-// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. To run it: cuplama kernels ladder attention.
+// Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Run: cuplama kernels ladder attention.
 #include "ladder/ladder.cuh"
 #include "mma.cuh"
 
