@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 # A worker per core; one that has finished takes tests of another.
+CUDA   := cuda_src/*.cu cuda_src/*.cuh cuda_src/ladder/*.cu cuda_src/ladder/*.cuh
 PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
 
 .PHONY: demo test test-all mutate mutate-kernels check kernels format setup clean
@@ -27,7 +28,7 @@ check: $(VENV)/.dev             ## lint, format, types, and which module may imp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror cuda_src/*.cu cuda_src/*.cuh
+	$(BIN)/clang-format --dry-run -Werror $(CUDA)
 
 kernels: $(VENV)/.runtime       ## compile every kernel for sm_75 to sm_120; needs no GPU
 	$(BIN)/cuplama kernels compile --arch all > build-kernels.txt || { tail -n 30 build-kernels.txt; exit 1; }
@@ -36,7 +37,7 @@ kernels: $(VENV)/.runtime       ## compile every kernel for sm_75 to sm_120; nee
 format: $(VENV)/.dev            ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i cuda_src/*.cu cuda_src/*.cuh
+	$(BIN)/clang-format -i $(CUDA)
 
 setup: $(VENV)/.dev             ## only the set-up: an editable install with the dev extra
 

@@ -54,7 +54,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         names = set(archive.namelist())
     for folder, patterns, inside in (
         ("cuplama", ("**/*.py", "py.typed", "simt/*.cpp", "simt/include/*.h"), "cuplama"),
-        ("cuda_src", ("*.cu", "*.cuh"), "cuplama/cuda_src"),
+        ("cuda_src", ("**/*.cu", "**/*.cuh"), "cuplama/cuda_src"),
         ("weights", ("*.json", "*.safetensors"), "cuplama/weights"),
     ):
         files = [p for pattern in patterns for p in (ROOT / folder).glob(pattern)]

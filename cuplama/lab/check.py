@@ -37,6 +37,7 @@ __all__ = [
     "BackendExecutor",
     "Checker",
     "Executor",
+    "Run",
     "WrongResultError",
     "backend_checker",
     "check",

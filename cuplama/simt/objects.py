@@ -45,6 +45,7 @@ class Build:
     """What decides an object: source file, architecture (90 for sm_90), -D macros, and whether it is for a debugger.
 
     named: whether reports call the file by its folder's name, ``cuda_src/norm.cu``, rather than by its whole path.
+    top: the folder whose headers it may include; its own if None.
     """
 
     path: Path
@@ -52,12 +53,19 @@ class Build:
     defines: tuple[str, ...] = ()
     debug: bool = False
     named: bool = True
+    top: Path | None = None
 
     @classmethod
     def of(cls, file: str, folder: Path | None, arch: int, defines: Sequence[str], debug: bool = False) -> Build:
         """folder: where the file is, ``cuda_src/`` if None. A file that is given by its whole path keeps it."""
-        path = ((folder or CUDA_SRC) / file).resolve()
-        return cls(path, arch, tuple(defines), debug, named=not debug and not Path(file).is_absolute())
+        top, given = (folder or CUDA_SRC).resolve(), Path(file).is_absolute()
+        path = (top / file).resolve()
+        return cls(path, arch, tuple(defines), debug, named=not debug and not given, top=None if given else top)
+
+    @property
+    def folder(self) -> Path:
+        """The folder whose headers the file may include: the one above ``ladder/`` for a file of that."""
+        return self.top or self.path.parent
 
     def flags(self) -> list[str]:
         """g++'s flags, without the paths."""
@@ -70,14 +78,15 @@ class Build:
         A debugger needs the files themselves.
         """
         headers = {} if self.debug else {_INCLUDE: "simt/include"}
-        return {self.path.parent: self.path.parent.name, **headers} if self.named else headers
+        return {self.folder: self.folder.name, **headers} if self.named else headers
 
     def key(self) -> str:
         """Hash of everything that an object of this file depends on. Where the files lie is no part of it."""
         ours = [HERE / "runtime.cpp", Path(__file__), *sorted(_INCLUDE.iterdir())]
-        sources = [*ours, *sorted(self.path.parent.glob("*.cuh")), self.path]
+        folders = dict.fromkeys((self.folder, self.path.parent))
+        sources = [*ours, *(p for folder in folders for p in sorted(folder.glob("*.cuh"))), self.path]
         parts = [f"{p.name} {_digest(p, s.st_mtime_ns, s.st_size)}" for p in sources for s in (p.stat(),)]
-        place = f"{self.path.parent.name}/{self.path.name}" if self.named else str(self.path)
+        place = f"{self.folder.name}/{self.path.relative_to(self.folder)}" if self.named else str(self.path)
         return _hash(*parts, place, *self.flags())
 
 
@@ -150,7 +159,7 @@ def _assemble(build: Build, expressions: Sequence[str], folder: Path, what: str)
     source, assembly = folder / "kernel.cpp", folder / "kernel.s"
     kernels = "".join(f"SIMT_KERNEL({i}, {e})\n" for i, e in enumerate(expressions))
     source.write_text(f'#include "{build.path}"\n{kernels}')
-    include = ["-I", str(_INCLUDE), "-I", str(build.path.parent), "-include", str(_INCLUDE / "simt.h")]
+    include = ["-I", str(_INCLUDE), "-I", str(build.folder), "-include", str(_INCLUDE / "simt.h")]
     mapped = _mapped({folder: ".", **build.places()})
     _command(["g++", *build.flags(), *mapped, *include, "-S", str(source), "-o", str(assembly)], what, folder)
     text, sizes = _separate_shared(assembly.read_text())

@@ -141,9 +141,10 @@ def test_parse_prototypes() -> None:
 
 def test_every_global_function_is_found() -> None:
     """The parser misses no kernel of cuda_src/: as many prototypes as the word __global__ in the code."""
-    for path in source_folder().glob("*.cu"):
+    for path in source_folder().rglob("*.cu"):
         code = "\n".join(line.split("//")[0] for line in path.read_text(encoding="utf-8").splitlines())
-        assert len(prototypes(path.name)) == code.count("__global__"), path.name
+        name = path.relative_to(source_folder()).as_posix()
+        assert len(prototypes(name)) == code.count("__global__"), name
 
 
 # ---- binding a launch ------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def test_kernels_that_wait_are_told_from_those_that_do_not() -> None:
 
 def test_inline_ptx_is_in_one_header() -> None:
     """The emulator supplies that header's functions, and nothing else."""
-    found = {p.name for p in source_folder().glob("*.cu*") if re.search(r"\b(__)?asm\b", p.read_text())}
+    found = {p.name for p in source_folder().rglob("*.cu*") if re.search(r"\b(__)?asm\b", p.read_text())}
     assert found == {"ptx.cuh"}
 
 

@@ -207,6 +207,26 @@ def test_an_object_depends_on_every_text_it_includes(tmp_path: Path) -> None:
     assert len(keys) == 5
 
 
+def test_a_file_in_a_folder_includes_what_lies_above_it(tmp_path: Path) -> None:
+    """And depends on it; reports name the folder too."""
+    top = tmp_path / "cuda_src"
+    (top / "ladder").mkdir(parents=True)
+    (top / "above.cuh").write_text("constexpr int AT = 1 << 20;\n")
+    (top / "ladder" / "beside.cuh").write_text('#include "above.cuh"\n')
+    file = "ladder/far.cu"
+    (top / file).write_text(
+        '#include "ladder/beside.cuh"\n__global__ void far(int* x) {\n    x[threadIdx.x + AT] = 1;\n}\n'
+    )
+    keys = [objects.Build.of(file, top, 90, ()).key()]
+    for header in ("above.cuh", "ladder/beside.cuh"):
+        (top / header).write_text((top / header).read_text() + "// changed\n")
+        keys.append(objects.Build.of(file, top, 90, ()).key())
+    assert len(set(keys)) == 3
+    launch = BoundLaunch(file, "far", (1, 1, 1), (32, 1, 1), 0, (np.zeros(4, np.int32),), prototypes(file, top)["far"])
+    with pytest.raises(KernelFault, match=r": cuda_src/ladder/far\.cu:3\n"):
+        run(launch, folder=top)
+
+
 def test_the_cache_is_bounded(tmp_path: Path) -> None:
     """What was not used for long goes, and beyond a size what was used least recently."""
     now = time.time()

@@ -96,7 +96,9 @@ def _shown(path: Path) -> str:
 
     The compiler names headers of ours with their folder.
     """
-    return str(path) if path.is_absolute() and path.parent != source_folder() else f"cuda_src/{path.name}"
+    if path.is_relative_to(source_folder()):
+        path = path.relative_to(source_folder())
+    return str(path) if path.is_absolute() else f"cuda_src/{path}"
 
 
 def compile_options(major: int, arch: int) -> tuple[str, ...]:

@@ -23,10 +23,11 @@ ARCHS = (75, 80, 86, 89, 90, 100, 120)  # what CI compiles every kernel for, as 
 
 @cache
 def source_hash(folder: Path | None = None) -> str:
-    """A hash over every source of ``cuda_src/``: CuPy's cache key does not see the headers that a source includes."""
+    """A hash over every source below ``cuda_src/``: CuPy's cache key does not see what a source includes."""
     digest = hashlib.sha256()
-    for path in sorted((folder or source_folder()).glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = folder or source_folder()
+    for path in sorted(folder.rglob("*.cu*")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -207,6 +207,9 @@ def test_an_error_in_a_file_from_elsewhere_names_that_file(tmp_path: Path) -> No
     assert str(compile_error(f"{tmp_path}/mine.cu", log)).startswith("cuda_src/common.cuh:7: ")
     assert str(compile_error(f"{tmp_path}/mine.cu", "odd")) == f"{tmp_path}/mine.cu: odd"
     assert str(compile_error("norm.cu", "odd")) == "cuda_src/norm.cu: odd"
+    assert str(compile_error("ladder/x.cu", "odd")) == "cuda_src/ladder/x.cu: odd"
+    log = f"{source_folder()}/ladder/ladder.cuh(7): error: no such name\n"
+    assert str(compile_error("ladder/x.cu", log)).startswith("cuda_src/ladder/ladder.cuh:7: ")
 
 
 def test_resources_of_a_report() -> None:

@@ -130,7 +130,7 @@ def test_the_compiler_reports_lines_of_our_file() -> None:
     assert rest == (source_folder() / "residual.cu").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("changed", ["a.cu", "b.cuh"])
+@pytest.mark.parametrize("changed", ["a.cu", "b.cuh", "ladder/c.cuh"])
 def test_the_hash_covers_sources_headers_and_their_names(tmp_path: Path, changed: str) -> None:
     def fresh() -> str:
         source_hash.cache_clear()
@@ -138,12 +138,14 @@ def test_the_hash_covers_sources_headers_and_their_names(tmp_path: Path, changed
 
     (tmp_path / "a.cu").write_text("a")
     (tmp_path / "b.cuh").write_text("b")
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ladder" / "c.cuh").write_text("d")
     hashes = [fresh()]
     (tmp_path / "notes.txt").write_text("n")
     assert fresh() == hashes[0]
     (tmp_path / changed).write_text("c")
     hashes.append(fresh())
-    (tmp_path / changed).rename(tmp_path / f"other_{changed}")
+    (tmp_path / changed).rename((tmp_path / changed).with_stem("other"))
     hashes.append(fresh())
     assert len(set(hashes)) == 3
     source_hash.cache_clear()
