@@ -176,7 +176,7 @@ def test_stop_tokens_are_padded_with_no_token() -> None:
 
 
 def test_numbers_that_int32_does_not_hold_are_cut() -> None:
-    sampler = Sampler(8, [_sequence([1], [], min_tokens=2**40, top_k=2**40)])
+    sampler = Sampler(8, [_sequence([1], [], max_tokens=None, min_tokens=2**40, top_k=2**40)])
     assert sampler.inputs["min_positions"].tolist() == sampler.inputs["top_k"].tolist() == [2**31 - 1]
 
 
