@@ -141,6 +141,8 @@ class FakeGpu(Gpu):
     emulate: whether kernels run, on the emulator; otherwise they do nothing.
     """
 
+    workspace = 0
+
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
         self.limits, self.name = Device(arch=arch), "a fake GPU"
         self.failures, self.array_type = (RuntimeError,), HostArray

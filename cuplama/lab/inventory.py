@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.cuda.backend import library_plans
+from ..backends.cuda.planning import library_plans
 from ..backends.cuda.nvrtc import Program, Resources, compile_program, nvrtc_library
 from ..backends.cuda.toolkit import shared_limit
 from ..dtypes import DTYPES, Array
