@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.cuda.planning import library_plans
 from ..backends.cuda.nvrtc import Program, Resources, compile_program, nvrtc_library
+from ..backends.cuda.planning import library_plans
 from ..backends.cuda.toolkit import shared_limit
 from ..dtypes import DTYPES, Array
 from ..engine.batch import abstract_values, input_shapes
@@ -103,7 +103,7 @@ def _distinct(plan: Plan) -> Plan:
     """The plan with one launch of each instance: many rows are many launches of few."""
     found = {}
     for launch in plan.launches:
-        file, name = launch.kernel.split(":")
+        file, _, name = launch.kernel.rpartition(":")
         template = [(p.name, launch.constants.get(p.name)) for p in prototypes(file)[name].template]
         found[launch.kernel, *template] = launch
     return replace(plan, launches=tuple(found.values()))

@@ -26,6 +26,7 @@ from ...quant.format import plain_format
 from ...quant.weight import Weight
 from .gpu import STAGE, Gpu
 from .planning import Planned, make_plan
+from .ranges import nvtx_ranges
 
 __all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
 
@@ -100,7 +101,8 @@ class CudaBackend:
 
     bf16 needs sm_80; on older GPUs the model runs in fp16, with a warning on the ``cuplama`` logger. Environment:
     CUPLAMA_CHECK=1 fills outputs and scratch with NaN before every node and waits after it, so that an error names its
-    node. Raises DeviceError if there is no usable GPU, CompileError if a kernel does not compile.
+    node; CUPLAMA_NVTX=1 marks each node and each replay with a range for Nsight Systems. Raises DeviceError if there is
+    no usable GPU, CompileError if a kernel does not compile.
 
     checking: whether it does so, at first by the environment; replay_hook: makes a context manager that is entered
     around the queueing of every replay of a captured graph, for those who time replays.
@@ -124,7 +126,10 @@ class CudaBackend:
         self._plans: dict[tuple[Any, ...], Planned] = {}
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
+        self._ranges = ranges = nvtx_ranges()
         self.replay_hook: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if ranges is not None:
+            self.replay_hook = lambda: ranges("replay of a captured graph")
 
     # -- arrays
 
@@ -214,21 +219,31 @@ class CudaBackend:
     def call(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         """Run one op. Raises OpError for arrays that do not fit its signature, DeviceError for a failed launch."""
         with self._on_gpu():
-            return self._execute(op, self._key(op, attrs), ins, attrs)
+            execute = self._execute if self._ranges is None else self._marked
+            return execute(op, self._key(op, attrs), ins, attrs)
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         """Run a node list. The list must not change after its first run: liveness and ids are worked out once."""
         live = {"": None, **values}
+        execute = self._execute if self._ranges is None else self._marked
         with self._on_gpu():
             for ready in self._prepare(nodes, tuple(keep)):
                 node = ready.node
-                outs = self._execute(ready.op, ready.key, [live[n] for n in node.ins], node.attrs, node)
+                outs = execute(ready.op, ready.key, [live[n] for n in node.ins], node.attrs, node)
                 for name, array in zip(node.outs, outs, strict=True):
                     live[name] = array
                 del outs
                 for name in ready.dead:
                     del live[name]
         return {name: live[name] for name in keep}
+
+    def _marked(
+        self, op: Op, op_key: int, ins: Sequence[Array | None], attrs: Mapping[str, Any], node: Node | None = None
+    ) -> tuple[Array, ...]:
+        """``_execute`` in a range with the name of the node, or of the op where it is called alone."""
+        assert self._ranges is not None
+        with self._ranges(op.name if node is None else str(node)):
+            return self._execute(op, op_key, ins, attrs, node)
 
     def _execute(
         self, op: Op, op_key: int, ins: Sequence[Array | None], attrs: Mapping[str, Any], node: Node | None = None

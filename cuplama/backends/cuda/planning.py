@@ -19,7 +19,7 @@ from ...ops.launch import Device, Launch, Plan
 from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.op import Call
 from ...ops.signature import OpError
-from .cublas import Cublas, Product
+from .cublas import Product
 
 __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
 
@@ -40,9 +40,10 @@ class Compiler(Protocol):
     """
 
     limits: Device
-    cublas: Any
     workspace: int
 
+    @property
+    def cublas(self) -> Any: ...
     def function(self, file: str, expression: str, shared: int, waits: bool = False) -> Callable[..., None]: ...
     def address(self, array: Array) -> int: ...
     def stream_pointer(self) -> int: ...
@@ -61,12 +62,13 @@ class Buffer:
 class Planned:
     """An op for given shapes. Arrays are numbered: inputs (``width`` of them), then new outputs, then scratch.
 
-    outs: which numbers are the outputs; new: the new outputs and the scratch.
+    outs: which numbers are the outputs; new: the new outputs, ``made`` of them, and then the scratch.
     """
 
     width: int
     outs: tuple[int, ...]
     new: tuple[Buffer, ...]
+    made: int
     actions: tuple[Action, ...]
 
 
@@ -126,7 +128,7 @@ def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, ali
         new.append(Buffer(tuple(map(int, shape)), np.dtype(dtype), zeroed))
         return abstract(shape, dtype)
 
-    way = _by_library(compiler.cublas if aligned else None, call)
+    way = _by_library(compiler, call) if aligned else None
     if way is not None:
         plan = way.before
     elif op.kernels is not None:
@@ -145,7 +147,7 @@ def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, ali
             pointers["workspace"] = position["workspace"]
         actions.append(_Matmul(way.product, compiler, pointers))
     outs = tuple(position[spec.name] for spec in signature.outs)
-    return Planned(width, outs, tuple(new), tuple(actions))
+    return Planned(width, outs, tuple(new), sum(i >= width for i in outs), tuple(actions))
 
 
 # ---- products by a library -------------------------------------------------------------------------------------------
@@ -158,9 +160,9 @@ class _Way:
     product: Product
 
 
-def _by_library(cublas: Cublas | None, call: Call) -> _Way | None:
+def _by_library(compiler: Compiler, call: Call) -> _Way | None:
     """How cuBLAS computes the op; None if our kernels do."""
-    if cublas is None or not call.op.matmul or call["n"] <= MAX_STREAMED_ROWS:
+    if not call.op.matmul or call["n"] <= MAX_STREAMED_ROWS or (cublas := compiler.cublas) is None:
         return None
     n, m, k = call["n"], call["m"], call["k"]
     T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))

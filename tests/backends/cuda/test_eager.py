@@ -1,0 +1,400 @@
+"""Ops on a user's CuPy arrays, on a stand-in for CuPy whose kernels run on the emulator."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama import ops
+from cuplama.backends.cuda import eager, functions, toolkit
+from cuplama.dtypes import DTYPES, dtype_name
+from cuplama.errors import CuplamaError, DeviceError
+from cuplama.lab.check import check
+from cuplama.lab.workloads import case_workload
+from cuplama.ops.binding import BoundLaunch
+from cuplama.ops.op import Op
+from cuplama.ops.prototypes import prototypes
+from cuplama.ops.signature import OpError
+from tests.backends.cuda.fake_cupy import Card, CUDARuntimeError, Device, MemoryPool, Stream, ndarray
+from tests.fakes import HostCublas
+
+F32, F16 = DTYPES["f32"], DTYPES["f16"]
+
+
+def emulate(file: str, expression: str, grid: Any, block: Any, args: tuple[Any, ...], shared: int) -> None:
+    """What a launch does: the kernel runs on the emulator."""
+    from cuplama.simt import emulator
+
+    host = tuple(a.host() if isinstance(a, ndarray) else a for a in args)
+    prototype = prototypes(file)[expression.split("<")[0]]
+    emulator.run(BoundLaunch(file, expression, grid, block, shared, host, prototype), check=False)
+
+
+class _Library(HostCublas):
+    """Products on the host, at once. calls: the workspace and the stream of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, int]] = []
+
+    def product(self, *sizes: Any, **kinds: Any) -> Any:
+        multiply = super().product(*sizes, **kinds)
+
+        def run(workspace: int, stream: int, **addresses: int) -> None:
+            self.calls.append((workspace, stream))
+            multiply(**addresses)
+
+        run.text = multiply.text  # type: ignore[attr-defined]
+        return run
+
+
+@pytest.fixture
+def card() -> Card:
+    return Card()
+
+
+@pytest.fixture
+def library() -> _Library:
+    return _Library()
+
+
+@pytest.fixture
+def cupy(card: Card, library: _Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """CuPy, as a program that imports it has it."""
+    modules = card.modules_by_name()
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, content)
+    monkeypatch.setattr(functions, "cuda_available", lambda number: (True, ""))
+    monkeypatch.setattr(toolkit, "toolkit_folders", lambda major: (Path("/cuda"),))
+    monkeypatch.setattr(eager, "load_cublas", lambda: object())
+    monkeypatch.setattr(eager, "Cublas", lambda *_: library)
+    eager._executor.cache_clear()
+    if shutil.which("g++") is not None:
+        card.launch = emulate
+    yield modules["cupy"]
+    eager._executor.cache_clear()
+
+
+@pytest.fixture
+def put(cupy: Any, card: Card) -> Callable[..., Any]:
+    """Makes an array on the GPU that is current."""
+
+    def made(host: np.ndarray[Any, Any] | None) -> Any:
+        if host is None:
+            return None
+        array = cupy.ndarray(host.shape, host.dtype)
+        np.copyto(array.host(), host)
+        return array
+
+    return made
+
+
+def _rows(put: Callable[..., Any], n: int = 2, d: int = 8, T: Any = F16) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    return put(rng.standard_normal((n, d)).astype(np.float32)), put(rng.standard_normal(d).astype(T))
+
+
+def _launches() -> list[tuple[Any, ...]]:
+    return [launch for raw in eager._executor()._cards[0].functions._kernels.values() for launch in raw.launches]
+
+
+needs_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+@needs_emulator
+@pytest.mark.parametrize("name", list(ops.OPS))
+def test_every_op_called_on_cupy_arrays_is_right(
+    name: str, put: Callable[..., Any], card: Card, library: _Library
+) -> None:
+    op = ops.OPS[name]
+    for case in (op.cases[0], op.cases[-1]):
+        workload = case_workload(op, case, "f16")
+        arrays = workload.arrays()
+        ins = [put(a) for a in arrays]
+        found = op(*ins, **workload.attrs)
+        card.default_stream.queue.wait()
+        outs = found if isinstance(found, tuple) else (found,)
+        check(workload, arrays, [o.host().copy() for o in outs])
+        for spec, out in zip(op.signature.outs, outs, strict=True):
+            given = [a for s, a in zip(op.signature.ins, ins, strict=True) if s.name == spec.name]
+            assert (given == [out]) == (spec.name in op.signature.in_place)
+
+
+@needs_emulator
+def test_arguments_may_be_named_and_the_dtype_of_the_result_chosen(put: Callable[..., Any], card: Card) -> None:
+    x, w = put(np.ones((2, 8), F16)), put(np.ones((3, 8), F16))
+    default, wide = ops.linear(x, w=w), ops.linear(w=w, x=x, U=np.float32)
+    assert [dtype_name(a.dtype) for a in (default, wide)] == ["f16", "f32"]
+    card.default_stream.queue.wait()
+    assert (default.host() == 8).all()
+    assert (wide.host() == 8).all()
+
+
+@needs_emulator
+def test_a_view_that_begins_anywhere_is_multiplied_by_the_kernels(
+    cupy: Any, put: Callable[..., Any], card: Card, library: _Library
+) -> None:
+    whole, w = put(np.ones(9 * 8 + 1, np.float32)), put(np.ones((3, 8), np.float32))
+    view = cupy.ndarray((9, 8), F32, whole.data + 4)
+    y = ops.linear(view, w)
+    assert library.calls == []
+    ops.linear(put(np.ones((9, 8), np.float32)), w)
+    assert len(library.calls) == 1
+    card.default_stream.queue.wait()
+    assert (y.host() == 8).all()
+
+
+# ---- whose stream, device and memory ---------------------------------------------------------------------------------
+def test_work_goes_to_the_current_stream(put: Callable[..., Any], card: Card) -> None:
+    x, w = _rows(put)
+    mine = Stream(card, non_blocking=True, ptr=0x77)
+    card.launch = lambda *_: None
+    with mine:
+        ops.rms_norm(x, w, eps=1e-5)
+    assert (len(mine.queue), len(card.default_stream.queue)) == (1, 0)
+    ops.rms_norm(x, w, eps=1e-5)  # the same plan
+    assert (len(mine.queue), len(card.default_stream.queue)) == (1, 1)
+
+
+def test_nothing_waits(put: Callable[..., Any], card: Card) -> None:
+    x, w = _rows(put)
+    for _ in range(2):
+        ops.rms_norm(x, w, eps=1e-5)
+    ops.linear(put(np.ones((9, 8), F16)), put(np.ones((3, 8), F16)))
+    assert card.waits == 0
+
+
+def test_memory_comes_from_the_current_allocator(put: Callable[..., Any], card: Card) -> None:
+    x, w = _rows(put)
+    asked: list[int] = []
+    pool = MemoryPool(card)
+    card.allocator = lambda size: (asked.append(size), pool.malloc(size))[1]
+    y = ops.rms_norm(x, w, eps=1e-5)
+    assert asked == [y.nbytes]
+    ops.rms_norm(x, w, eps=1e-5)
+    assert asked == [y.nbytes] * 2
+
+
+def test_each_gpu_has_kernels_of_its_own_and_arrays_must_lie_on_the_current_one(
+    put: Callable[..., Any], card: Card
+) -> None:
+    x, w = _rows(put)
+    ops.rms_norm(x, w, eps=1e-5)
+    second = Device(card, 1)
+    with second:
+        with pytest.raises(OpError, match=r"^rms_norm: x lies on GPU 0, and GPU 1 is current; .*Device\(0\)"):
+            ops.rms_norm(x, w, eps=1e-5)
+        y = ops.rms_norm(*_rows(put), eps=1e-5)
+    assert y.data.device_id == 1
+    assert len(card.modules) == 2
+
+
+def test_products_use_scratch_of_the_call_and_the_current_stream(
+    put: Callable[..., Any], card: Card, library: _Library
+) -> None:
+    x, w = put(np.ones((9, 8), F16)), put(np.ones((3, 8), F16))
+    used, mine = [], Stream(card, non_blocking=True, ptr=0x77)
+    plain = card.allocator
+    card.allocator = lambda size: (used.append(size), plain(size))[1]
+    for stream in (nullcontext(), mine):
+        with stream:
+            ops.linear(x, w)
+    assert used == [9 * 3 * 2, 32 << 20] * 2
+    assert [stream for _, stream in library.calls] == [0, 0x77]
+    assert all(workspace for workspace, _ in library.calls)
+
+
+def test_a_product_waits_for_cublas_until_one_has_many_rows(
+    put: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "load_cublas", lambda: pytest.fail("loaded for nothing"))
+    ops.rms_norm(*_rows(put, n=100), eps=1e-5)
+
+
+# ---- in the user's own graph -----------------------------------------------------------------------------------------
+@needs_emulator
+def test_a_call_becomes_part_of_a_graph_that_the_user_captures(put: Callable[..., Any], card: Card) -> None:
+    x, w = _rows(put)
+    mine = Stream(card, non_blocking=True)
+    with mine:
+        mine.begin_capture()
+        y = ops.rms_norm(x, w, eps=1e-5)
+        graph = mine.end_capture()
+    assert not mine.queue
+    x.host()[...] *= 3
+    graph.launch(mine)
+    mine.queue.wait()
+    expected = ops.rms_norm(x.host().copy(), w.host().copy(), eps=1e-5)
+    np.testing.assert_allclose(y.host().astype(np.float32), expected.astype(np.float32), rtol=2e-3)
+
+
+def _zeroing_op() -> tuple[Op, dict[str, Any]]:
+    """An op whose plan has scratch that holds zeros at first, and what a case of it takes."""
+    op = ops.OPS["attention"]
+    for case in op.cases:
+        workload = case_workload(op, case, "f32")
+        assert op.kernels is not None
+        if op.kernels(workload.call, functions.Device()).zeroed:
+            return op, dict(case)
+    raise AssertionError("no case of attention has zeroed scratch")
+
+
+@needs_emulator
+def test_scratch_of_a_captured_call_stays_and_other_scratch_goes(put: Callable[..., Any], card: Card) -> None:
+    op, case = _zeroing_op()
+    workload = case_workload(op, case, "f32")
+    arrays = workload.arrays()
+    ins = [put(a) for a in arrays]
+    executor = eager._executor()
+    op(*ins, **workload.attrs)
+    assert executor._captured == {}
+    card.default_stream.queue.wait()
+    mine = Stream(card, non_blocking=True)
+    graphs = []
+    with mine:
+        for _ in range(2):
+            mine.begin_capture()
+            y = op(*ins, **workload.attrs)
+            graphs.append((mine.end_capture(), y))
+    kept = list(executor._captured.values())
+    assert kept
+    for scratch in kept:
+        scratch.host().view(np.uint8)[...] = (
+            0xFF  # as if the first graph had been cut short: a replay begins with zeros
+        )
+    for graph, y in graphs:
+        graph.launch(mine)
+        mine.queue.wait()
+        check(workload, arrays, [y.host().copy()])
+    assert list(executor._captured.values()) == kept  # both graphs were captured on one stream
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+class _Torch:
+    """What is no CuPy array and could become one."""
+
+    __module__ = "torch"
+
+    def __dlpack__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cp, x, w: (x.host(), w), r"w is a cupy.ndarray, not a CuPy or NumPy array; arrays of both kinds"),
+        (lambda cp, x, w: (x, w.host()), r"w is a numpy.ndarray, not a CuPy array; arrays of both kinds do not mix$"),
+        (lambda cp, x, w: (_Torch(), w), r"x is a torch._Torch, .*; cupy.from_dlpack makes one of it without a copy$"),
+        (lambda cp, x, w: (x, _Torch()), r"w is a torch._Torch, not a CuPy .*cupy.from_dlpack"),
+        (lambda cp, x, w: (x, [1.0]), r"w is a list, not a CuPy or NumPy array$"),
+        (lambda cp, x, w: (x, None), r"input w is missing"),
+        (lambda cp, x, w: (None, None), r"input x is missing$"),
+        (lambda cp, x, w: (cp.ndarray((2, 8), F16), w), r"x\[n,d\] is float16, not float32; the op is y\[n,d\]:T = "),
+        (lambda cp, x, w: (x, cp.ndarray((8,), np.dtype(int))), r"T is int64; it may be f32, f16, bf16"),
+        (lambda cp, x, w: (x, cp.ndarray((7,), F16)), r"w has 7 where d is 8"),
+        (lambda cp, x, w: (cp.ndarray((8,), F32), w), r"x\[n,d\] has shape \(8,\)"),
+        (lambda cp, x, w: (cp.ndarray((2, 8), F32, contiguous=False), w), r"x\[n,d\] is not contiguous"),
+        (lambda cp, x, w: (cp.ndarray((0, 8), F32), w), r"x has no elements: its shape is \(0, 8\)"),
+        (lambda cp, x, w: (x, w, w), r"^rms_norm takes 2 arrays, not 3: rms_norm\(x, w, \*, eps\)$"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    change: Callable[..., Any], message: str, cupy: Any, put: Callable[..., Any]
+) -> None:
+    x, w = _rows(put)
+    for _ in range(2):  # a refusal is not a plan
+        with pytest.raises(OpError, match=message) as caught:
+            ops.rms_norm(*change(cupy, x, w), eps=1e-5)
+        assert "\n" not in str(caught.value)
+        assert isinstance(caught.value, CuplamaError)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({}, r"^rms_norm: attribute eps is missing: rms_norm\(x, w, \*, eps\)$"),
+        ({"eps": "small"}, r"^rms_norm: eps is 'small', not a number; "),
+        ({"eps": [1]}, r"^rms_norm: eps is \[1\], not a number; "),
+        ({"eps": 1, "epsilon": 1}, r"^rms_norm has no argument 'epsilon': rms_norm\(x, w, \*, eps\)$"),
+        ({"eps": 1, "x": 1}, r"^rms_norm: x is given twice"),
+    ],
+)
+def test_attributes_that_do_not_fit_are_refused(
+    attributes: dict[str, Any], message: str, put: Callable[..., Any]
+) -> None:
+    with pytest.raises(OpError, match=message):
+        ops.rms_norm(*_rows(put), **attributes)
+
+
+def test_sizes_that_a_kernel_cannot_take_are_refused(cupy: Any, put: Callable[..., Any]) -> None:
+    x, tables = put(np.ones((1, 24), F16)), [put(np.ones((1, 5), np.float32)) for _ in range(2)]
+    rows = put(np.zeros(1, np.int32))
+    with pytest.raises(OpError, match=r"^rope needs 2 \* h <= D, not D=8, h=5"):
+        ops.rope(x, rows, *tables, num_heads=1, num_kv_heads=1, D=8)
+    with pytest.raises(OpError, match=r"^rope: D is 8.5, not a whole number"):
+        ops.rope(x, rows, *tables, num_heads=1, num_kv_heads=1, D=8.5)
+
+
+def test_a_view_is_refused_where_the_kernels_need_aligned_rows(cupy: Any, put: Callable[..., Any]) -> None:
+    logits = cupy.ndarray((1, 16), F32, put(np.ones(20, np.float32)).data + 4)
+    with pytest.raises(
+        OpError, match=r"^logprobs: logits does not begin at a multiple of 16 bytes; logits\.copy\(\) does"
+    ):
+        ops.logprobs(logits, put(np.zeros(1, np.int32)), N=2)
+
+
+def test_bf16_is_refused_where_the_gpu_has_none(card: Card, put: Callable[..., Any]) -> None:
+    card.arch = 75
+    x, w = _rows(put, T=DTYPES["bf16"])
+    with pytest.raises(OpError, match=r"^rms_norm: GPU number 0 \(sm_75\) has no bf16"):
+        ops.rms_norm(x, w, eps=1e-5)
+
+
+def test_a_launch_that_fails_names_the_kernel(put: Callable[..., Any]) -> None:
+    x, w = _rows(put)
+    ops.rms_norm(x, w, eps=1e-5)
+
+    def fail(*_: Any) -> None:
+        raise CUDARuntimeError("cudaErrorInvalidValue")
+
+    (planned,) = eager._executor()._plans.values()
+    planned.actions[0].function = fail  # type: ignore[attr-defined]
+    with pytest.raises(DeviceError, match=r"^norm\.cu: rms_norm<f16, 1> grid=\(2, 1, 1\).*cudaErrorInvalidValue$"):
+        ops.rms_norm(x, w, eps=1e-5)
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+def test_a_plan_is_made_once_for_shapes_dtypes_and_attributes(
+    put: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    plan = eager.make_plan
+    monkeypatch.setattr(eager, "make_plan", lambda call, *a, **k: (made.append(call.op.name), plan(call, *a, **k))[1])
+    for _ in range(3):
+        ops.rms_norm(*_rows(put), eps=1e-5)
+    assert len(made) == 1
+    ops.rms_norm(*_rows(put, n=3), eps=1e-5)
+    ops.rms_norm(*_rows(put, T=F32), eps=1e-5)
+    ops.rms_norm(*_rows(put), eps=1e-6)
+    assert len(made) == 4
+
+
+def test_plans_do_not_grow_without_end(put: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_MAX_PLANS", 3)
+    for n in range(1, 9):
+        ops.rms_norm(*_rows(put, n=n), eps=1e-5)
+        assert len(eager._executor()._plans) <= 3
+
+
+def test_kernels_are_launched_one_behind_the_other(put: Callable[..., Any]) -> None:
+    """Never early (PDL): what is ahead on a user's stream need not be ours."""
+    ops.rms_norm(*_rows(put), eps=1e-5)
+    ((grid, block, _, shared),) = _launches()
+    assert (grid, block, shared) == ((2, 1, 1), (32, 1, 1), 0)
