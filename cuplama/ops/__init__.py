@@ -11,9 +11,17 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from .op import Op
 from .signature import OpError
+
+if TYPE_CHECKING:  # Type checkers take a name that a module has as well for the module, unless they are told.
+    from .advance import advance as advance
+    from .attention import attention as attention
+    from .embedding import embedding as embedding
+    from .linear import linear as linear
+    from .rope import rope as rope
 
 __all__ = ["OPS", "Op", "OpError", "load", "load_all"]
 

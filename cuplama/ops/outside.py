@@ -31,21 +31,20 @@ def load(file: str | Path) -> Op:
     anew at every call, so a change of it or of its kernels is seen. Raises ParameterError for a file that cannot be
     read or run, or that has not the one op asked for.
     """
-    path, name = _split(str(file))
-    found = load_all(path)
-    if name:
-        if name not in found:
-            raise ParameterError(f"{path} has no op {name!r}; it has {', '.join(found)}")
-        return found[name]
-    if len(found) > 1:
-        first = next(iter(found))
-        raise ParameterError(f"{path} has several ops, {', '.join(found)}: name one, as in {path}:{first}")
-    return next(iter(found.values()))
+    found = load_all(file)
+    first, *others = found
+    if others:
+        raise ParameterError(f"{file} has several ops, {', '.join(found)}: name one, as in {file}:{first}")
+    return found[first]
 
 
 def load_all(file: str | Path) -> Mapping[str, Op]:
-    """All ops that a Python file declares, by name, in its order. Raises ParameterError as ``load`` does."""
-    path = Path(file).expanduser().resolve()
+    """All ops that a Python file declares, by name, in its order; of ``my_op.py:NAME`` that one alone.
+
+    Raises ParameterError as ``load`` does.
+    """
+    shown, name = _split(str(file))
+    path = Path(shown).expanduser().resolve()
     if not path.is_file():
         raise ParameterError(f"there is no file {path}")
     module_name = f"cuplama_op_{path.stem}"
@@ -69,7 +68,10 @@ def load_all(file: str | Path) -> Mapping[str, Op]:
     found = [op for op in vars(module).values() if isinstance(op, Op) and op not in ours]
     if not found:
         raise ParameterError(f"{path} declares no op: it has no object of the class cuplama.ops.Op")
-    return {op.name: _located(op, path.parent) for op in found}
+    own = {op.name: _located(op, path.parent) for op in found}
+    if name and name not in own:
+        raise ParameterError(f"{path} has no op {name!r}; it has {', '.join(own)}")
+    return {name: own[name]} if name else own
 
 
 def _split(name: str) -> tuple[str, str]:

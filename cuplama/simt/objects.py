@@ -59,6 +59,11 @@ class Build:
         path = ((folder or CUDA_SRC) / file).resolve()
         return cls(path, arch, tuple(defines), debug, named=not debug and not Path(file).is_absolute())
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where headers are looked for: beside the file, then in ``cuda_src/``."""
+        return tuple(dict.fromkeys((self.path.parent, CUDA_SRC)))
+
     def flags(self) -> list[str]:
         """g++'s flags, without the paths."""
         macros = [f"-D{d}" for d in (f"__CUDA_ARCH__={self.arch * 10}", *self.defines)]
@@ -69,13 +74,15 @@ class Build:
 
         A debugger needs the files themselves.
         """
-        headers = {} if self.debug else {_INCLUDE: "simt/include"}
-        return {self.path.parent: self.path.parent.name, **headers} if self.named else headers
+        if self.debug:
+            return {}
+        named = self.folders if self.named else [f for f in self.folders if f != self.path.parent]
+        return {_INCLUDE: "simt/include", **{folder: folder.name for folder in named}}
 
     def key(self) -> str:
         """Hash of everything that an object of this file depends on. Where the files lie is no part of it."""
         ours = [HERE / "runtime.cpp", Path(__file__), *sorted(_INCLUDE.iterdir())]
-        sources = [*ours, *sorted(self.path.parent.glob("*.cuh")), self.path]
+        sources = [*ours, *(header for folder in self.folders for header in sorted(folder.glob("*.cuh"))), self.path]
         parts = [f"{p.name} {_digest(p, s.st_mtime_ns, s.st_size)}" for p in sources for s in (p.stat(),)]
         place = f"{self.path.parent.name}/{self.path.name}" if self.named else str(self.path)
         return _hash(*parts, place, *self.flags())
@@ -150,7 +157,8 @@ def _assemble(build: Build, expressions: Sequence[str], folder: Path, what: str)
     source, assembly = folder / "kernel.cpp", folder / "kernel.s"
     kernels = "".join(f"SIMT_KERNEL({i}, {e})\n" for i, e in enumerate(expressions))
     source.write_text(f'#include "{build.path}"\n{kernels}')
-    include = ["-I", str(_INCLUDE), "-I", str(build.path.parent), "-include", str(_INCLUDE / "simt.h")]
+    folders = [word for folder in (_INCLUDE, *build.folders) for word in ("-I", str(folder))]
+    include = [*folders, "-include", str(_INCLUDE / "simt.h")]
     mapped = _mapped({folder: ".", **build.places()})
     _command(["g++", *build.flags(), *mapped, *include, "-S", str(source), "-o", str(assembly)], what, folder)
     text, sizes = _separate_shared(assembly.read_text())

@@ -19,7 +19,7 @@ from ...ops.op import Op
 from ..options import DEBUG, picture_option
 from ..streams import print_table, say
 from .judged import checked_row, print_checked, refusing
-from .names import find_ops
+from .names import find_ops, split_outside
 from .options import DTYPE, FORM, SHAPE, arch_option, shape_workloads, supported_archs
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _time_ops(request: _Request) -> tuple[dict[str, Any], Sequence[PassTime]]:
     dtype = dtype_name(backend.dtype)  # an old GPU runs bf16 models in f16
     try:
         chosen = shape_workloads(request.ops[0], request.shapes, dtype, backend.gpu.limits)
-        chosen = chosen or [w for op in request.ops for w in workloads.default_workloads(op.name, dtype)]
+        chosen = chosen or [w for op in request.ops for w in workloads.default_workloads(op, dtype)]
         machine = peaks.measure(backend)
         return kernel_bench.result(backend, kernel_bench.bench(backend, chosen, machine, say), machine, []), []
     finally:
@@ -158,7 +158,8 @@ def _bench_without_gpu(request: _Request, arch: str, reason: str) -> None:
         click.echo()
     else:
         print_checked(rows, request.form)
-    results = compile_kernels(archs, [op.name for op in ops])
+    names, outside = split_outside(ops)
+    results = compile_kernels(archs, names, outside=outside)
     for problem in (r for r in results if r.problem is not None):
         raise WrongResultError(f"{problem.file} for sm_{problem.arch}: {problem.expression} {problem.problem}")
     good = sum(r.resources is not None for r in results)

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from cuplama import ops
-from cuplama.backends.cuda import eager, functions, toolkit
+from cuplama.backends.cuda import eager, functions, planning, toolkit
 from cuplama.dtypes import DTYPES, dtype_name
 from cuplama.errors import CuplamaError, DeviceError
 from cuplama.lab.check import check
 from cuplama.lab.workloads import case_workload
 from cuplama.ops.binding import BoundLaunch
-from cuplama.ops.op import Op
+from cuplama.ops.launch import Device as LaunchDevice
+from cuplama.ops.op import Call, Op
 from cuplama.ops.prototypes import prototypes
 from cuplama.ops.signature import OpError
 from tests.backends.cuda.fake_cupy import Card, CUDARuntimeError, Device, MemoryPool, Stream, ndarray
@@ -105,6 +106,18 @@ def _launches() -> list[tuple[Any, ...]]:
     return [launch for raw in eager._executor()._cards[0].functions._kernels.values() for launch in raw.launches]
 
 
+def _watched(card: Card, allocator: Callable[[int], Any]) -> list[int]:
+    """Make an allocator the current one; the list gets the bytes of everything that is asked for."""
+    asked: list[int] = []
+
+    def watched(size: int) -> Any:
+        asked.append(size)
+        return allocator(size)
+
+    card.allocator = watched
+    return asked
+
+
 needs_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 
@@ -174,9 +187,7 @@ def test_nothing_waits(put: Callable[..., Any], card: Card) -> None:
 
 def test_memory_comes_from_the_current_allocator(put: Callable[..., Any], card: Card) -> None:
     x, w = _rows(put)
-    asked: list[int] = []
-    pool = MemoryPool(card)
-    card.allocator = lambda size: (asked.append(size), pool.malloc(size))[1]
+    asked = _watched(card, MemoryPool(card).malloc)
     y = ops.rms_norm(x, w, eps=1e-5)
     assert asked == [y.nbytes]
     ops.rms_norm(x, w, eps=1e-5)
@@ -201,9 +212,7 @@ def test_products_use_scratch_of_the_call_and_the_current_stream(
     put: Callable[..., Any], card: Card, library: _Library
 ) -> None:
     x, w = put(np.ones((9, 8), F16)), put(np.ones((3, 8), F16))
-    used, mine = [], Stream(card, non_blocking=True, ptr=0x77)
-    plain = card.allocator
-    card.allocator = lambda size: (used.append(size), plain(size))[1]
+    used, mine = _watched(card, card.allocator), Stream(card, non_blocking=True, ptr=0x77)
     for stream in (nullcontext(), mine):
         with stream:
             ops.linear(x, w)
@@ -242,7 +251,7 @@ def _zeroing_op() -> tuple[Op, dict[str, Any]]:
     for case in op.cases:
         workload = case_workload(op, case, "f32")
         assert op.kernels is not None
-        if op.kernels(workload.call, functions.Device()).zeroed:
+        if op.kernels(workload.call, LaunchDevice()).zeroed:
             return op, dict(case)
     raise AssertionError("no case of attention has zeroed scratch")
 
@@ -375,8 +384,12 @@ def test_a_plan_is_made_once_for_shapes_dtypes_and_attributes(
     put: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    plan = eager.make_plan
-    monkeypatch.setattr(eager, "make_plan", lambda call, *a, **k: (made.append(call.op.name), plan(call, *a, **k))[1])
+
+    def counted(call: Call, *given: Any, **named: Any) -> Any:
+        made.append(call.op.name)
+        return planning.make_plan(call, *given, **named)
+
+    monkeypatch.setattr(eager, "make_plan", counted)
     for _ in range(3):
         ops.rms_norm(*_rows(put), eps=1e-5)
     assert len(made) == 1
