@@ -11,19 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Backend
+from ..backends.cuda.backend import CudaBackend
 from ..model import Model
 from .alternatives import alternative
 from .check import backend_checker
 from .environment import environment
 from .peaks import Peaks
 from .report import Column
-from .timing import Spread, cache_bytes, rotation, time_workload
+from .timing import Spread, cache_bytes, rotation, time_calls, time_workload
 from .trials import UNTIL_REPLAYED, Runs, Trial
 from .workloads import Workload
 
-__all__ = ["COLUMNS", "PassTime", "bench", "pass_times", "result", "row"]
+__all__ = ["COLUMNS", "TIMERS", "PassTime", "bench", "columns", "pass_times", "result", "row"]
 
 _MAX_HALF = 32  # decode steps on each side of the depth, at most
+
+TIMERS = ("graph", "cupyx")
+"""How ops are timed: by replays of a captured graph, as a model runs them; beside that by cupyx.profiler, call by call.
+"""
 
 COLUMNS = (
     Column("graph", "graph"),
@@ -40,6 +45,20 @@ COLUMNS = (
     Column("alternative_microseconds", "µs", 3),
     Column("total_microseconds", "count x µs", 3),
 )
+
+
+_CALL_COLUMNS = (
+    Column("cupyx_cpu_microseconds", "cupyx CPU µs", 3),
+    Column("cupyx_gpu_microseconds", "cupyx GPU µs", 3),
+)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
+    """What a table of the rows shows: with the times of single calls behind the others where they were taken."""
+    if not any("cupyx_cpu_microseconds" in r for r in rows):
+        return COLUMNS
+    at = next(i for i, column in enumerate(COLUMNS) if column.field == "microseconds") + 1
+    return (*COLUMNS[:at], *_CALL_COLUMNS, *COLUMNS[at:])
 
 
 def row(workload: Workload, taken: Spread, other: tuple[str, Spread] | None, peaks: Peaks) -> dict[str, Any]:
@@ -100,8 +119,9 @@ def bench(
     workloads: Sequence[Workload],
     peaks: Peaks,
     say: Callable[[str], object] = lambda text: None,
+    timer: str = "graph",
 ) -> list[dict[str, Any]]:
-    """Check and time the workloads, in order. Raises WrongResultError at the first wrong one."""
+    """Check and time the workloads, in order. Raises WrongResultError at the first wrong one. timer: of ``TIMERS``."""
     cache = cache_bytes(backend)
     rows, checker = [], backend_checker(backend)
     for i, workload in enumerate(workloads):
@@ -109,7 +129,12 @@ def bench(
         arrays = workload.arrays()
         checker.check(workload, arrays)
         ins = rotation(backend, workload, arrays, cache)
-        rows.append(row(workload, time_workload(backend, workload, ins), alternative(backend, workload, ins), peaks))
+        found = row(workload, time_workload(backend, workload, ins), alternative(backend, workload, ins), peaks)
+        if timer == "cupyx" and isinstance(backend, CudaBackend):
+            calls = time_calls(backend, workload, ins[0])
+            found["cupyx_cpu_microseconds"] = 1e6 * calls.cpu.median
+            found["cupyx_gpu_microseconds"] = 1e6 * calls.gpu.median
+        rows.append(found)
     return rows
 
 

@@ -2,7 +2,7 @@
 //
 // Mapping: one long row of n * d elements, one element per thread.
 //
-// Op and reference: examples/op_from_outside.py.
+// Op and reference: softcap.py beside this file.
 __global__ void __launch_bounds__(256) softcap(const float* __restrict__ x, float* __restrict__ y, int n, int d,
                                                float cap) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
