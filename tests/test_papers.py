@@ -18,7 +18,7 @@ from cuplama.ops import OPS
 from cuplama.ops.signature import dim_names
 from tests.paths import ROOT
 
-FOLDERS = (".ci", ".github", "benchmarks", "cuda_src", "cuplama", "examples", "tests", "tools", "weights")
+FOLDERS = (".ci", ".github", "benchmarks", "cuda_src", "cuplama", "docs", "examples", "tests", "tools", "weights")
 PAPERS = sorted(
     [*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md") if "cases" not in p.parts)]
 )
@@ -102,7 +102,7 @@ def missing_commands(text: str) -> list[str]:
     context = click.Context(cli)
     found = []
     for piece in code(text):
-        for name, sub in re.findall(r"(?:cuplama|cli\.py) ([a-z]+)(?: ([a-z]+)\b)?", piece):
+        for name, sub in re.findall(r"(?<!from )(?:cuplama|cli\.py) ([a-z]+)(?: ([a-z]+)\b)?", piece):
             command = cli.get_command(context, name)
             if command is None:
                 found.append(name)

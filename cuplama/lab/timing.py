@@ -5,8 +5,8 @@ that exceed the L2 cache together, but are at most 64: so weights come from memo
 from L2, as in a model.
 
 ``time_calls`` times the op as a user of CuPy calls it, one call at a time, with cupyx.profiler: what the host takes to
-queue a call, and what passes on the GPU between the two events around it. The second contains the time in which the GPU
-waits for the host, and starting the kernel, so it is longer than the replayed time and not shorter than about 5 us.
+queue a call, and what passes on the GPU between the two events around it. The second contains starting the kernel, and
+the time in which the GPU waits for the host, so for a small kernel it is several times the replayed time.
 """
 
 from __future__ import annotations
