@@ -23,7 +23,7 @@ from benchmarks.record import record
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.lab import kernel_bench, peaks, report
 from cuplama.lab.check import check, uploaded
-from cuplama.lab.timing import Spread, cache_bytes, rotation, time_calls, time_workload
+from cuplama.lab.timing import CallTimes, Spread, cache_bytes, rotation, time_calls, time_workload
 from cuplama.lab.workloads import Workload, decode_workloads, prompt_workloads
 from cuplama.models.presets import find_shape
 
@@ -56,10 +56,8 @@ def measure(backend: CudaBackend, workloads: Sequence[Workload]) -> list[dict[st
     for workload in workloads:
         judge_call(backend, workload)
         ins = rotation(backend, workload, workload.arrays(), cache)
-        calls = time_calls(backend, workload, ins[0])
         row = kernel_bench.row(workload, time_workload(backend, workload, ins), None, machine)
-        row["cupyx_cpu_microseconds"] = 1e6 * calls.cpu.median
-        row["cupyx_gpu_microseconds"] = 1e6 * calls.gpu.median
+        row |= time_calls(backend, workload, ins[0]).fields()
         rows.append(row)
         print(f"{workload.label}: right; {row['cupyx_cpu_microseconds']:.1f} µs to call", flush=True)
     return rows
@@ -73,9 +71,9 @@ def empty_kernel(backend: CudaBackend) -> dict[str, Any]:
     kernel = cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing")
     with backend.gpu:
         found = benchmark(kernel, ((1,), (32,), ()), n_repeat=1000, name="nothing")
-    cpu, gpu = (1e6 * Spread(tuple(times)).median for times in (found.cpu_times, found.gpu_times[0]))
-    known = {"op": "an empty cupy.RawKernel", "cupyx_cpu_microseconds": cpu, "cupyx_gpu_microseconds": gpu}
-    return {**dict.fromkeys([c.field for c in COLUMNS]), "graph": "", "weights": "", "shape": "", **known}
+    times = CallTimes(Spread(tuple(found.cpu_times)), Spread(tuple(found.gpu_times[0])))
+    known = {"graph": "", "op": "an empty cupy.RawKernel", "weights": "", "shape": ""}
+    return {**dict.fromkeys(c.field for c in COLUMNS), **known, **times.fields()}
 
 
 def main() -> None:

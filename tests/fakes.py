@@ -160,6 +160,10 @@ class FakeGpu(Gpu):
         self.pools: list[str] = []
         self.peak = self.synchronised = 0
 
+    @property
+    def compile_seconds(self) -> float:
+        return 0.0
+
     def __enter__(self) -> FakeGpu:
         return self
 

@@ -22,13 +22,9 @@ from .timing import Spread, cache_bytes, rotation, time_calls, time_workload
 from .trials import UNTIL_REPLAYED, Runs, Trial
 from .workloads import Workload
 
-__all__ = ["COLUMNS", "TIMERS", "PassTime", "bench", "columns", "pass_times", "result", "row"]
+__all__ = ["COLUMNS", "PassTime", "bench", "columns", "pass_times", "result", "row"]
 
 _MAX_HALF = 32  # decode steps on each side of the depth, at most
-
-TIMERS = ("graph", "cupyx")
-"""How ops are timed: by replays of a captured graph, as a model runs them; beside that by cupyx.profiler, call by call.
-"""
 
 COLUMNS = (
     Column("graph", "graph"),
@@ -119,9 +115,12 @@ def bench(
     workloads: Sequence[Workload],
     peaks: Peaks,
     say: Callable[[str], object] = lambda text: None,
-    timer: str = "graph",
+    calls: bool = False,
 ) -> list[dict[str, Any]]:
-    """Check and time the workloads, in order. Raises WrongResultError at the first wrong one. timer: of ``TIMERS``."""
+    """Check and time the workloads, in order: by replays of a captured graph, and with ``calls`` also call by call.
+
+    Raises WrongResultError at the first wrong one.
+    """
     cache = cache_bytes(backend)
     rows, checker = [], backend_checker(backend)
     for i, workload in enumerate(workloads):
@@ -130,10 +129,8 @@ def bench(
         checker.check(workload, arrays)
         ins = rotation(backend, workload, arrays, cache)
         found = row(workload, time_workload(backend, workload, ins), alternative(backend, workload, ins), peaks)
-        if timer == "cupyx" and isinstance(backend, CudaBackend):
-            calls = time_calls(backend, workload, ins[0])
-            found["cupyx_cpu_microseconds"] = 1e6 * calls.cpu.median
-            found["cupyx_gpu_microseconds"] = 1e6 * calls.gpu.median
+        if calls and isinstance(backend, CudaBackend):
+            found |= time_calls(backend, workload, ins[0]).fields()
         rows.append(found)
     return rows
 

@@ -115,6 +115,10 @@ class CallTimes:
     cpu: Spread
     gpu: Spread
 
+    def fields(self) -> dict[str, float]:
+        """The medians by stable names, in microseconds."""
+        return {"cupyx_cpu_microseconds": 1e6 * self.cpu.median, "cupyx_gpu_microseconds": 1e6 * self.gpu.median}
+
 
 def time_calls(backend: CudaBackend, workload: Workload, ins: Sequence[Array | None]) -> CallTimes:
     """Time calls of the op on CuPy arrays, always the same ones, so that small ones come from the L2 cache."""

@@ -171,9 +171,10 @@ def executor(op: str, signature: Signature, ins: Sequence[Array | None]) -> Call
             continue
         if isinstance(array, np.ndarray):
             return None
-        package = type(array).__module__.partition(".")[0]
-        if package in EXECUTORS:
-            return _loaded(EXECUTORS[package])
+        for kind in type(array).__mro__:  # a class of the user's own may be derived from CuPy's
+            package = kind.__module__.partition(".")[0]
+            if package in EXECUTORS:
+                return _loaded(EXECUTORS[package])
         break
     for spec, array in zip(signature.ins, ins, strict=True):
         if array is not None:

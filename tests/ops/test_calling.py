@@ -134,6 +134,12 @@ def test_what_does_not_fit_is_refused_as_on_a_gpu(arrays: Any, named: dict[str, 
     assert "\n" not in str(caught.value)
 
 
+def test_ops_are_an_attribute_of_the_package() -> None:
+    lines = "import cuplama\nprint(cuplama.ops.rms_norm)"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert done.stdout == "<op rms_norm(x, w, *, eps)>\n"
+
+
 def test_importing_ops_imports_neither_cupy_nor_a_backend() -> None:
     lines = "import sys\nfrom cuplama import ops\nprint([m for m in sys.modules if m[:4] == 'cupy' or 'backends' in m])"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)

@@ -121,7 +121,7 @@ def _time_ops(request: _Request) -> tuple[dict[str, Any], Sequence[PassTime]]:
         chosen = shape_workloads(request.ops[0], request.shapes, dtype, backend.gpu.limits)
         chosen = chosen or [w for op in request.ops for w in workloads.default_workloads(op, dtype)]
         machine = peaks.measure(backend)
-        rows = kernel_bench.bench(backend, chosen, machine, say, request.timer)
+        rows = kernel_bench.bench(backend, chosen, machine, say, request.timer == "cupyx")
         return kernel_bench.result(backend, rows, machine, []), []
     finally:
         backend.close()
@@ -143,7 +143,7 @@ def _time_model(request: _Request, model: str) -> tuple[dict[str, Any], Sequence
         _check_used(request.names, chosen, model)
         wanted = [w for w in chosen if not request.names or w.op in request.ops]
         machine = peaks.measure(loaded.backend)
-        rows = kernel_bench.bench(loaded.backend, wanted, machine, say, request.timer)
+        rows = kernel_bench.bench(loaded.backend, wanted, machine, say, request.timer == "cupyx")
         if not request.names:
             passes = kernel_bench.pass_times(loaded, rows, batch, depth, prompt)
         found = kernel_bench.result(loaded.backend, rows, machine, passes)
