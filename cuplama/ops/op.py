@@ -96,6 +96,7 @@ class Op:
     shape:       dims and attributes to time where no well-known model has the op; what is left out is as in the first
                  case.
     rules:       what sizes must fulfil besides the signature, as expressions over them.
+    together:    optional inputs of which all are given or none.
     complete:    ``f(sizes) -> case`` where people give other sizes than a case has; then ``shape`` holds all of theirs.
     tolerance:   by the dtype of a float output, how far a right result may be from the reference, as a norm relative to
                  the reference's; the unit is the most that one rounding to that dtype can cost (``ROUNDING``: half a
@@ -120,6 +121,7 @@ class Op:
     inputs: Callable[[np.random.Generator, Mapping[str, Any], np.dtype[Any]], dict[str, Any]] | None = None
     shape: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[str] = ()
+    together: Sequence[Sequence[str]] = ()
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     tolerance: Mapping[str, float] = field(default_factory=dict)
     bytes: Callable[[Call], float] | None = None
@@ -201,6 +203,9 @@ class Op:
             for letter in self.parameters.free:
                 if call.dtypes[letter] not in (T, DTYPES["f32"]):
                     raise OpError(f"{self.name}: {letter} is {call.dtypes[letter]}; it may be T, which is {T}, or f32")
+            for group in self.together:
+                if len({call.arrays[name] is None for name in group}) > 1:
+                    raise OpError(f"{self.name}: {', '.join(group)} go together: all of them, or none")
             for rule in self.rules:
                 if call.env.keys() >= set(dim_names(rule)) and not dim_value(rule, call.env):
                     shown = ", ".join(f"{name}={call.env[name]}" for name in dim_names(rule))

@@ -134,6 +134,21 @@ def test_what_does_not_fit_is_refused_as_on_a_gpu(arrays: Any, named: dict[str, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "group"),
+    [("sin", "rope_rows, cos, sin"), ("rope_rows", "rope_rows, cos, sin"), ("k_norm", "q_norm, k_norm")],
+)
+def test_inputs_that_go_together_are_all_given_or_none(left_out: str, group: str) -> None:
+    """A kernel would read the absent one."""
+    op = ops.append_attention
+    case = next(c for c in op.cases if c["cos"] and c["q_norm"])
+    workload = case_workload(op, case, "f32")
+    given = {s.name: a for s, a in zip(op.signature.ins, workload.arrays(), strict=True)}
+    op(**given, **workload.attrs)
+    with pytest.raises(OpError, match=f"^append_attention: {group} go together: all of them, or none; the op is "):
+        op(**given | {left_out: None}, **workload.attrs)
+
+
 def test_ops_are_an_attribute_of_the_package() -> None:
     lines = "import cuplama\nprint(cuplama.ops.rms_norm)"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)

@@ -359,6 +359,15 @@ def test_sizes_that_a_kernel_cannot_take_are_refused(cupy: Any, put: Callable[..
         ops.rope(x, rows, *tables, num_heads=1, num_kv_heads=1, D=8.5)
 
 
+def test_a_rotation_that_a_head_has_no_room_for_is_refused(cupy: Any, put: Callable[..., Any]) -> None:
+    op = ops.append_attention
+    workload = case_workload(op, next(c for c in op.cases if c["cos"]), "f16")
+    arrays = {s.name: put(a) for s, a in zip(op.signature.ins, workload.arrays(), strict=True)}
+    wide = put(np.ones((11, workload.call["D"]), np.float32))
+    with pytest.raises(OpError, match=r"^append_attention: \d+ pairs are rotated, and a head of \d+ has \d+$"):
+        op(**arrays | {"cos": wide, "sin": wide}, **workload.attrs)
+
+
 def test_a_view_is_refused_where_the_kernels_need_aligned_rows(cupy: Any, put: Callable[..., Any]) -> None:
     logits = cupy.ndarray((1, 16), F32, put(np.ones(20, np.float32)).data + 4)
     with pytest.raises(
