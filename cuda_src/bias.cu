@@ -5,7 +5,7 @@
 // dtype is converted first; where it cannot add one at all, y starts from the bias and the product is added to it.
 //
 // Mapping: 256 threads along j. fill_rows: blockIdx.y strides over the rows; a thread reads its b once, for its column.
-// Launched by cuplama/backends/cuda/backend.py. Tests: tests/ops/test_bias.py, and on a GPU those of the ops `linear`
+// Launched by cuplama/backends/cuda/planning.py. Tests: tests/ops/test_bias.py, and on a GPU those of the ops `linear`
 // and `linear_add` with more than 8 rows.
 #include "common.cuh"
 

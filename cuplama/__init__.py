@@ -84,6 +84,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":  # the kernels as functions: cuplama.ops.rms_norm(x, w, eps=1e-5)
+        return importlib.import_module(f"{__name__}.ops")
     if name not in __all__:
         raise AttributeError(f"module 'cuplama' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)

@@ -141,6 +141,8 @@ class FakeGpu(Gpu):
     emulate: whether kernels run, on the emulator; otherwise they do nothing.
     """
 
+    workspace = 0
+
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
         self.limits, self.name = Device(arch=arch), "a fake GPU"
         self.failures, self.array_type = (RuntimeError,), HostArray
@@ -157,6 +159,10 @@ class FakeGpu(Gpu):
         self.stream, self.pool = None, _Pool("main pool")
         self.pools: list[str] = []
         self.peak = self.synchronised = 0
+
+    @property
+    def compile_seconds(self) -> float:
+        return 0.0
 
     def __enter__(self) -> FakeGpu:
         return self

@@ -102,7 +102,7 @@ def missing_commands(text: str) -> list[str]:
     context = click.Context(cli)
     found = []
     for piece in code(text):
-        for name, sub in re.findall(r"(?:cuplama|cli\.py) ([a-z]+)(?: ([a-z]+)\b)?", piece):
+        for name, sub in re.findall(r"(?<!from )(?:cuplama|cli\.py) ([a-z]+)(?: ([a-z]+)\b)?", piece):
             command = cli.get_command(context, name)
             if command is None:
                 found.append(name)

@@ -178,18 +178,20 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     )
     shown = [(k, rows) for k in kinds if (rows := [r for r in result["rows"] if r[k[0]]])]
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    labels: list[Any] = []  # of the bars, for each of the axes
     for ax, ((_, title, percent, of, colour), rows) in zip(axes, shown, strict=True):
         speeds = [r["tokens_per_second"] for r in rows]
         bars = ax.barh(range(len(rows)), speeds, xerr=[r["tokens_per_second_std"] for r in rows], color=colour)
-        ax.bar_label(
-            bars, [f" {s:,.0f}  ({r[percent]:.0f}% {of})" for s, r in zip(speeds, rows, strict=True)], fontsize=8
-        )
+        names = [f" {s:,.0f}  ({r[percent]:.0f}% {of})" for s, r in zip(speeds, rows, strict=True)]
+        labels.append(ax.bar_label(bars, names, fontsize=8))
         ax.set_yticks(range(len(rows)), [r["test"] for r in rows])
         ax.invert_yaxis()
-        ax.set_xlim(0, 1.6 * max(speeds))
+        ax.locator_params(axis="x", nbins=4)  # more numbers would run into each other
         ax.set_xlabel("tokens per second")
         ax.set_title(title)
         ax.spines[["top", "right"]].set_visible(False)
     facts = result["environment"]
     figure.suptitle(f"{facts['model']} on {facts['device']}, {facts['dtype']}, {facts['date'][:10]}", fontsize=10)
+    for ax, texts in zip(axes, labels, strict=True):
+        report.make_room(ax, texts)
     report.save_figure(figure, path)

@@ -64,7 +64,7 @@ def candidate_op(path: Path, op: Op, dtype: str, device: Device) -> Op:
         raise ParameterError(f"{op.name} has no kernel of its own; it runs as its parts")
 
     def swapped(launch: Launch) -> Launch:
-        name = launch.kernel.split(":")[1]
+        name = launch.kernel.rpartition(":")[2]
         return replace(launch, kernel=f"{path}:{name}") if name in theirs else launch
 
     def kernels(call: Call, device: Device) -> Plan:

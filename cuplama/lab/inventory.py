@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.cuda.backend import library_plans
 from ..backends.cuda.nvrtc import Program, Resources, compile_program, nvrtc_library
+from ..backends.cuda.planning import library_plans
 from ..backends.cuda.toolkit import shared_limit
 from ..dtypes import DTYPES, Array
 from ..engine.batch import abstract_values, input_shapes
@@ -38,8 +38,9 @@ from ..ops.abstract import abstract, attributes, infer
 from ..ops.binding import bind_plan
 from ..ops.launch import Device, Plan
 from ..ops.node import Node, executable
-from ..ops.op import Call
+from ..ops.op import Call, Op
 from ..ops.prototypes import prototypes
+from .check import model_dtypes
 from .peaks import READ_KERNEL
 
 __all__ = ["Need", "Result", "compile_kernels", "expressions", "judge", "needed"]
@@ -65,21 +66,22 @@ class Need:
     dtypes: frozenset[str] = frozenset()
 
 
-def needed(device: Device, ops: Iterable[str] | None = None) -> dict[str, dict[str, Need]]:
+def needed(device: Device, ops: Iterable[str] | None = None, outside: Sequence[Op] = ()) -> dict[str, dict[str, Need]]:
     """file -> C++ name -> Need: every kernel instance that the ops' cases and the known models use on that device.
 
     The cases come in every dtype, a model in its own and in the 16-bit one of the device. bf16 is left out below sm_80,
     where the backend runs fp16 instead. ops: names, all by default; what belongs to no op is there only by default.
+    outside: ops from a user's own folder, which then are all that is looked at.
     """
-    wanted = frozenset(OPS if ops is None else ops)
+    wanted = {op.name for op in outside} or set(OPS if ops is None else ops)
     found: dict[str, dict[str, Need]] = {}
-    for dtype, calls in _calls(device):
+    for dtype, calls in _outside_calls(device, outside) if outside else _calls(device):
         for call in calls:
             if call.op.name in wanted and call.op.kernels is not None:
                 for file, expression in expressions(call, device):
                     old = found.setdefault(file, {}).get(expression, Need())
                     found[file][expression] = Need(old.ops | {call.op.name}, old.dtypes | {dtype})
-    if ops is None:
+    if ops is None and not outside:
         file, expression = READ_KERNEL
         found.setdefault(file, {})[expression] = Need()
     return {file: dict(sorted(found[file].items())) for file in sorted(found)}
@@ -104,7 +106,7 @@ def _distinct(plan: Plan) -> Plan:
     """The plan with one launch of each instance: many rows are many launches of few."""
     found = {}
     for launch in plan.launches:
-        file, name = launch.kernel.split(":")
+        file, _, name = launch.kernel.rpartition(":")
         template = [(p.name, launch.constants.get(p.name)) for p in prototypes(file)[name].template]
         found[launch.kernel, *template] = launch
     return replace(plan, launches=tuple(found.values()))
@@ -112,7 +114,7 @@ def _distinct(plan: Plan) -> Plan:
 
 def _calls(device: Device) -> Iterator[tuple[str, Sequence[Call]]]:
     """(dtype, calls) of the ops' own cases and of the known models."""
-    dtypes = ("f32", "f16", "bf16") if device.arch >= 80 else ("f32", "f16")
+    dtypes = _dtypes(device)
     for dtype in dtypes:
         yield dtype, _case_calls(dtype)
     for model in (*SHAPES, str(data_folder("weights"))):
@@ -121,11 +123,25 @@ def _calls(device: Device) -> Iterator[tuple[str, Sequence[Call]]]:
             yield dtype, _model_calls(model, dtype)
 
 
+def _dtypes(device: Device) -> tuple[str, ...]:
+    return ("f32", "f16", "bf16") if device.arch >= 80 else ("f32", "f16")
+
+
+def _outside_calls(device: Device, ops: Sequence[Op]) -> Iterator[tuple[str, Sequence[Call]]]:
+    """(dtype, calls) of the cases of ops from outside, in the dtypes that each can have."""
+    for dtype in _dtypes(device):
+        yield dtype, _calls_of([op for op in ops if dtype in model_dtypes(op)], dtype)
+
+
 @cache
 def _case_calls(dtype: str) -> Sequence[Call]:
     """The calls of all ops' own cases."""
+    return _calls_of(list(OPS.values()), dtype)
+
+
+def _calls_of(ops: Sequence[Op], dtype: str) -> Sequence[Call]:
     T, rng, found = DTYPES[dtype], np.random.default_rng(0), []
-    for op in OPS.values():
+    for op in ops:
         for case in op.cases:
             arrays = op.random_inputs(rng, case, T)
             ins = [None if (x := arrays[s.name]) is None else abstract(x.shape, x.dtype) for s in op.signature.ins]
@@ -203,19 +219,24 @@ def compile_kernels(
     archs: Sequence[int],
     names: Sequence[str] | None = None,
     *,
+    outside: Sequence[Op] = (),
     workers: int | None = None,
     done: Callable[[str, float, int, int], None] | None = None,
 ) -> list[Result]:
     """Compile every kernel instance that any op needs, for each arch; one program a file and arch.
 
-    names: op or kernel names, or file stems; None for all. done(name, seconds, number, total) is told of each finished
-    program: its name and time, that it is the number-th to finish, and how many there are.
+    names: op or kernel names, or file stems; None for all. outside: ops from a user's own folder, beside those of the
+    names, or alone where names is None. done(name, seconds, number, total) is told of each finished program: its name
+    and time, that it is the number-th to finish, and how many there are.
     Errors come back as results, so that one broken file does not hide another. Raises DeviceError for an unknown name.
     """
     jobs = []
     known: set[str] = set()
     for arch in archs:
-        for file, instances in needed(Device(arch=arch, shared=shared_limit(arch))).items():
+        device = Device(arch=arch, shared=shared_limit(arch))
+        if outside:
+            jobs += [(file, list(found), arch) for file, found in needed(device, outside=outside).items()]
+        for file, instances in needed(device).items() if names or not outside else ():
             known |= {Path(file).stem, *(e.split("<")[0] for e in instances)}
             known |= {op for need in instances.values() for op in need.ops}
             chosen = [e for e, need in instances.items() if names is None or _matches(file, e, need, names)]
@@ -225,12 +246,13 @@ def compile_kernels(
         raise DeviceError(f"no op, kernel or file is named {unknown[0]!r}; known: {', '.join(sorted(known))}")
     nvrtc_library()
     numbers = itertools.count(1)
+    admitted = {**_ADMITTED, **{k: v for op in outside for k, v in op.admitted_spills.items()}}
 
     def work(job: tuple[str, list[str], int]) -> list[Result]:
         file, chosen, arch = job
         began = time.perf_counter()
         try:
-            results = judge(compile_program(file, chosen, arch))
+            results = judge(compile_program(file, chosen, arch), admitted)
         except CompileError as e:
             results = [Result(file, "", arch, None, str(e))]
         if done is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import Backend
+from ..backends.cuda.backend import CudaBackend
 from ..model import Model
 from .alternatives import alternative
 from .check import backend_checker
@@ -18,11 +19,11 @@ from .environment import environment
 from .peaks import Peaks
 from .report import Column
 from .steps import announced
-from .timing import Spread, cache_bytes, rotation, time_workload
+from .timing import Spread, cache_bytes, rotation, time_calls, time_workload
 from .trials import UNTIL_REPLAYED, Runs, Trial
 from .workloads import Workload
 
-__all__ = ["COLUMNS", "PassTime", "bench", "pass_times", "result", "row"]
+__all__ = ["COLUMNS", "PassTime", "bench", "columns", "pass_times", "result", "row"]
 
 _MAX_HALF = 32  # decode steps on each side of the depth, at most
 
@@ -41,6 +42,20 @@ COLUMNS = (
     Column("alternative_microseconds", "µs", 3),
     Column("total_microseconds", "count x µs", 3),
 )
+
+
+_CALL_COLUMNS = (
+    Column("cupyx_cpu_microseconds", "cupyx CPU µs", 3),
+    Column("cupyx_gpu_microseconds", "cupyx GPU µs", 3),
+)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
+    """What a table of the rows shows: with the times of single calls behind the others where they were taken."""
+    if not any("cupyx_cpu_microseconds" in r for r in rows):
+        return COLUMNS
+    at = next(i for i, column in enumerate(COLUMNS) if column.field == "microseconds") + 1
+    return (*COLUMNS[:at], *_CALL_COLUMNS, *COLUMNS[at:])
 
 
 def row(workload: Workload, taken: Spread, other: tuple[str, Spread] | None, peaks: Peaks) -> dict[str, Any]:
@@ -101,15 +116,22 @@ def bench(
     workloads: Sequence[Workload],
     peaks: Peaks,
     say: Callable[[str], object] = lambda text: None,
+    calls: bool = False,
 ) -> list[dict[str, Any]]:
-    """Check and time the workloads, in order. Raises WrongResultError at the first wrong one."""
+    """Check and time the workloads, in order: by replays of a captured graph, and with ``calls`` also call by call.
+
+    Raises WrongResultError at the first wrong one.
+    """
     cache = cache_bytes(backend)
     rows, checker = [], backend_checker(backend)
     for workload in announced(workloads, lambda workload: workload.label, say):
         arrays = workload.arrays()
         checker.check(workload, arrays)
         ins = rotation(backend, workload, arrays, cache)
-        rows.append(row(workload, time_workload(backend, workload, ins), alternative(backend, workload, ins), peaks))
+        found = row(workload, time_workload(backend, workload, ins), alternative(backend, workload, ins), peaks)
+        if calls and isinstance(backend, CudaBackend):
+            found |= time_calls(backend, workload, ins[0]).fields()
+        rows.append(found)
     return rows
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "check_picture",
     "command",
     "counted",
+    "make_room",
     "new_figure",
     "render",
     "save_figure",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 FORMATS = ("md", "json", "csv")
+_ROUNDS, _MARGIN = 4, 0.01  # attempts to make room for labels; the share of the axes that stays free behind them
 Row = Mapping[str, Any]
 
 
@@ -108,6 +110,24 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError:
         raise ParameterError("--plot needs matplotlib; pip install 'cuplama[plot]'") from None
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def make_room(ax: Any, labels: Sequence[Any]) -> None:
+    """Widen a linear x axis that begins at 0 until labels behind bars end inside the axes.
+
+    A label has a width in pixels and begins where its bar ends, so a longer axis moves it to the left.
+    """
+    for _ in range(_ROUNDS):  # other parts of a picture move with the numbers at an axis
+        ax.figure.canvas.draw()
+        page = ax.get_window_extent()
+        needed = 1.0
+        for label in labels:
+            box = label.get_window_extent()
+            room = page.width - box.width - _MARGIN * page.width
+            needed = max(needed, (box.x0 - page.x0) / max(room, _MARGIN * page.width))
+        ax.set_xlim(0, ax.get_xlim()[1] * needed)
+        if needed == 1:
+            return
 
 
 def check_picture(path: Path) -> None:

@@ -17,6 +17,16 @@ from . import report
 __all__ = ["plot_roofline"]
 
 
+# Colour, marker and name of the points of a graph: they can be told apart without colours as well.
+_GRAPHS = {
+    "decode": ("#1f6f8b", "o", "decode step"),
+    "prefill": ("#c8553d", "s", "prompt"),
+    "": ("#5b8c3a", "^", "ops"),
+}
+
+_NAME = {"fontsize": 8}  # of a name beside its point
+
+
 def plot_roofline(found: Mapping[str, Any], path: Path) -> None:
     """Operations per second against operations per byte, both logarithmic, under the two measured peaks.
 
@@ -35,13 +45,11 @@ def plot_roofline(found: Mapping[str, Any], path: Path) -> None:
     ridge = peak / read
     ax.plot([low, ridge, high], [low * read, peak, peak], color="#222222", linewidth=2, zorder=2)
     ax.fill_between([low, ridge, high], [low * read, peak, peak], y2=peak * 30, color="#f3f1ec", zorder=0)
-    colours = {"decode": "#1f6f8b", "prefill": "#c8553d", "": "#5b8c3a"}
-    for graph, colour in colours.items():
+    for graph, (colour, marker, name) in _GRAPHS.items():
         chosen = [i for i, p in enumerate(points) if p["graph"] == graph]
         if chosen:
-            name = {"decode": "decode step", "prefill": "prompt"}.get(graph, "ops")
             at = [x[i] for i in chosen], [y[i] for i in chosen]
-            ax.scatter(*at, s=46, color=colour, edgecolor="white", linewidth=0.8, zorder=4, label=name)
+            ax.scatter(*at, s=46, c=colour, marker=marker, edgecolor="white", linewidth=0.8, zorder=4, label=name)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(low, high)
@@ -57,7 +65,7 @@ def plot_roofline(found: Mapping[str, Any], path: Path) -> None:
     ax.set_title(f"{model}{facts['dtype']}, every kernel timed alone: {facts['device']}", fontsize=12, loc="left")
     figure.canvas.draw()
     # The axes must be final: names are placed in pixels.
-    named_points = [(a, b, _point_name(p), colours[p["graph"]]) for a, b, p in zip(x, y, points, strict=True)]
+    named_points = [(a, b, _point_name(p), _GRAPHS[p["graph"]][0]) for a, b, p in zip(x, y, points, strict=True)]
     _label(ax, named_points, lambda intensity: min(peak, intensity * read))
     angle = _slope(ax, low, read)
     start = low * 1.25
@@ -94,23 +102,33 @@ def _label(ax: Any, points: Sequence[tuple[float, float, str, str]], roof: Calla
     """A name right of each point, a thin line between the two. Names of a cluster stand in a column, from its top down,
     so that none covers another, and all stay under the roof."""
     pixels = ax.figure.dpi / 72
-    height, width, gap = 12 * pixels, 4.7 * pixels, 14 * pixels  # of a line, of a character, between point and name
+    height, gap = 12 * pixels, 14 * pixels  # of a line, and between point and name
+    widths = [_width(ax, p[2]) for p in points]
     at = [tuple(ax.transData.transform(p[:2])) for p in points]
     boxes = [(x - gap / 3, x + gap / 3, y) for x, y in at]  # left, right and middle of what must not be covered
+    page = ax.get_window_extent()
     for cluster in _clusters(at, 70 * pixels):
-        left = max(at[i][0] for i in cluster) + gap
+        left = min(max(at[i][0] for i in cluster) + gap, page.x1 - max(widths[i] for i in cluster) - gap / 2)
         edge = ax.transData.inverted().transform((left, 0))[0]
         top = ax.transData.transform((edge, roof(edge)))[1] - 0.8 * height
         middle = float("inf")
         for i in sorted(cluster, key=lambda i: -at[i][1]):
-            right = left + len(points[i][2]) * width
+            right = left + widths[i]
             middle = min(middle - height, at[i][1], top)
             while any(left < r and right > l and abs(middle - m) < height for l, r, m in boxes):
                 middle -= height / 4
             boxes.append((left, right, middle))
             x, y = ax.transData.inverted().transform((left, middle))
             ax.plot([points[i][0], x], [points[i][1], y], color=points[i][3], linewidth=0.5, alpha=0.6, zorder=3)
-            ax.text(x, y, f" {points[i][2]}", fontsize=8, color=points[i][3], va="center_baseline", zorder=5)
+            ax.text(x, y, f" {points[i][2]}", color=points[i][3], va="center_baseline", zorder=5, **_NAME)
+
+
+def _width(ax: Any, name: str) -> float:
+    """Pixels that a name takes, the space ahead of it included."""
+    text = ax.text(0, 0, f" {name}", transform=ax.transAxes, **_NAME)
+    width = float(text.get_window_extent().width)
+    text.remove()
+    return width
 
 
 def _clusters(at: Sequence[tuple[float, ...]], reach: float) -> list[list[int]]:

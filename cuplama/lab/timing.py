@@ -2,8 +2,11 @@
 
 An op is timed as it runs while decoding: a CUDA graph of many launches is replayed. Its inputs rotate through copies
 that exceed the L2 cache together, but are at most 64: so weights come from memory, and a few kilobytes of activations
-from L2, as in a model. cupyx.profiler would time each launch with the host's part of it, which a replayed step does not
-have.
+from L2, as in a model.
+
+``time_calls`` times the op as a user of CuPy calls it, one call at a time, with cupyx.profiler: what the host takes to
+queue a call, and what passes on the GPU between the two events around it. The second contains starting the kernel, and
+the time in which the GPU waits for the host, so for a small kernel it is several times the replayed time.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .workloads import Workload
 __all__ = [
     "REPLAYS",
     "Body",
+    "CallTimes",
     "Replay",
     "Spread",
     "bodies",
@@ -32,10 +36,12 @@ __all__ = [
     "copies",
     "rotation",
     "seconds",
+    "time_calls",
     "time_workload",
 ]
 
 REPLAYS = 30  # timed replays of a graph, whose times make the spread
+_CALLS, _MAX_SECONDS = 1000, 1.0  # timed calls for ``time_calls``, and seconds after which it stops
 _MAX_COPIES = 64
 _MAX_COPIED_BYTES = 2 << 30  # of all copies together
 _MIN_LAUNCHES = 40  # launches in one replay, so that the cost of the replay itself is little beside them
@@ -97,6 +103,30 @@ def seconds(backend: Backend, body: Body, repeats: int) -> Spread:
             events.append(pair)
         gpu.synchronize()
         return Spread(tuple(get_elapsed_time(*pair) / 1e3 for pair in events))
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Seconds of single calls, by cupyx.profiler.benchmark.
+
+    cpu: until the call returns, which is before the GPU is done; gpu: between the events before and behind it.
+    """
+
+    cpu: Spread
+    gpu: Spread
+
+    def fields(self) -> dict[str, float]:
+        """The medians by stable names, in microseconds."""
+        return {"cupyx_cpu_microseconds": 1e6 * self.cpu.median, "cupyx_gpu_microseconds": 1e6 * self.gpu.median}
+
+
+def time_calls(backend: CudaBackend, workload: Workload, ins: Sequence[Array | None]) -> CallTimes:
+    """Time calls of the op on CuPy arrays, always the same ones, so that small ones come from the L2 cache."""
+    from cupyx.profiler import benchmark
+
+    with backend.gpu:
+        found = benchmark(workload.op, tuple(ins), dict(workload.attrs), n_repeat=_CALLS, max_duration=_MAX_SECONDS)
+    return CallTimes(Spread(tuple(found.cpu_times)), Spread(tuple(found.gpu_times[0])))
 
 
 # ---- one op ----------------------------------------------------------------------------------------------------------

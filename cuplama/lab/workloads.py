@@ -133,6 +133,8 @@ def shape_workload(op: Op, shape: Mapping[str, Any], dtype: str) -> Workload:
 
 
 def _complete(op: Op, shape: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
+    if not op.cases:
+        raise ParameterError(f"{op.name} has no cases, so it is not known what it is tested and timed with")
     sizes = dict(op.cases[0]) if op.complete is None else dict(op.shape)
     if unknown := sorted(shape.keys() - sizes.keys()):
         raise ParameterError(f"{op.name} has no {unknown[0]!r}; it has {', '.join(sorted(sizes))}")
@@ -188,14 +190,14 @@ def case_workloads(op: Op, dtype: str) -> list[Workload]:
     return [case_workload(op, case, dtype, seed) for seed, case in enumerate(op.cases)]
 
 
-def default_workloads(name: str, dtype: str) -> list[Workload]:
+def default_workloads(op: Op, dtype: str) -> list[Workload]:
     """The op in a decode step and in a prompt of the first well-known model that has it; else at its own shape."""
-    for model in _DEFAULT_MODELS:
+    for model in _DEFAULT_MODELS if op is OPS.get(op.name) else ():
         config = find_shape(model)[1]
         both = [*decode_workloads(config, dtype), *prompt_workloads(config, dtype)]
-        if found := [w for w in both if w.op.name == name]:
+        if found := [w for w in both if w.op is op]:
             return found
-    return [shape_workload(OPS[name], OPS[name].shape, dtype)]
+    return [shape_workload(op, op.shape, dtype)]
 
 
 def decode_workloads(

@@ -76,7 +76,7 @@ _ELEMENTS = {
 
 def bind(launch: Launch, call: Call, scratch: Mapping[str, Array]) -> BoundLaunch:
     """Resolve every parameter of the kernel by name. Raises OpError for a name without a value or a wrong dtype."""
-    file, name = launch.kernel.split(":")
+    file, _, name = launch.kernel.rpartition(":")
     proto = prototypes(file)[name]
     types = {letter: dtype_name(dtype) for letter, dtype in call.dtypes.items()}
     values: dict[str, Any] = {**call.env, **call.arrays, **scratch, **launch.constants}

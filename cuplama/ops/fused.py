@@ -161,7 +161,10 @@ def _append_attention(
 def _append_kernels(call: Call, device: Device) -> Plan:
     if call["n"] != call["b"]:
         raise OpError(f"append_attention: {call['n']} new tokens of {call['b']} sequences, which have one each")
-    return decode_plan("append_attention", call, device, h=call.env.get("h", 0))
+    h = call.env.get("h", 0)
+    if 2 * h > call["D"]:
+        raise OpError(f"append_attention: {h} pairs are rotated, and a head of {call['D']} has {call['D'] // 2}")
+    return decode_plan("append_attention", call, device, h=h)
 
 
 def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
@@ -221,6 +224,7 @@ append_attention = Op(
     inputs=_append_inputs,
     shape=DEFAULT_SIZES,
     rules=("num_heads % H == 0", "new == 1", "new <= length"),
+    together=(("rope_rows", "cos", "sin"), ("q_norm", "k_norm")),
     complete=_append_complete,
     # Each part rounds to T: q and k twice before their product.
     tolerance={**attention.tolerance, "f16": 1.75, "bf16": 1.5},

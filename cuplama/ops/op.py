@@ -10,7 +10,7 @@ Dtypes are ``f32 i32 u64 ...`` or a letter that the call decides: ``T`` is the m
 fixes is an attribute of the node (``U`` of ``linear``). ``W`` is the format of a weight; a plain format holds ``T``.
 
 From the signature follow the checks before every launch, the casts of scalars, the random test cases, the bytes moved,
-and the test that the kernel's parameter list agrees.
+the test that the kernel's parameter list agrees, and what the op takes and says of itself as a function.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import DTYPES, Array
+from .calling import MODEL_DTYPES, Parameters, checked_attributes, executor, kind_of
 from .launch import Device, Plan
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 
@@ -83,7 +84,7 @@ _TOLERANCE: Mapping[str, float] = {"f32": 4.0, "f16": 1.0, "bf16": 1.0}
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One op, and all that is known of it: no table elsewhere names ops.
+    """One op, and all that is known of it: no table elsewhere names ops. It is a function, too: see ``__call__``.
 
     reference:   ``f(*inputs, **attributes)`` on NumPy arrays; computes in float32, or in float64 when given float64.
     kernels:     ``f(call, device) -> Plan``: the launches, or None while the op has no kernel of its own.
@@ -95,6 +96,7 @@ class Op:
     shape:       dims and attributes to time where no well-known model has the op; what is left out is as in the first
                  case.
     rules:       what sizes must fulfil besides the signature, as expressions over them.
+    together:    optional inputs of which all are given or none.
     complete:    ``f(sizes) -> case`` where people give other sizes than a case has; then ``shape`` holds all of theirs.
     tolerance:   by the dtype of a float output, how far a right result may be from the reference, as a norm relative to
                  the reference's; the unit is the most that one rounding to that dtype can cost (``ROUNDING``: half a
@@ -119,6 +121,7 @@ class Op:
     inputs: Callable[[np.random.Generator, Mapping[str, Any], np.dtype[Any]], dict[str, Any]] | None = None
     shape: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[str] = ()
+    together: Sequence[Sequence[str]] = ()
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     tolerance: Mapping[str, float] = field(default_factory=dict)
     bytes: Callable[[Call], float] | None = None
@@ -128,10 +131,88 @@ class Op:
     unaligned: bool = True
     admitted_spills: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """What help(), inspect, cupyx.profiler and others ask of a function. Raises ValueError for the text."""
+        own = {
+            "__name__": self.name,
+            "__qualname__": self.name,
+            "__signature__": self.parameters.inspected,
+            "__doc__": self.parameters.documentation(self.doc),
+        }
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"<op {self.parameters.text}>"
+
     @cached_property
     def signature(self) -> Signature:
         """The signature's text, read."""
         return Signature.parse(self.text)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """What a call takes."""
+        return Parameters(self.name, self.signature)
+
+    def __call__(self, *arrays: Array | None, **named: Any) -> Any:
+        """Compute the op: on CuPy arrays by its kernels, on NumPy arrays by its reference.
+
+        arrays: the inputs in the signature's order; inputs may also be named. named: attributes, and the dtype letters
+        that no input decides, which are "T" by default. Returns the output, or a tuple of them; an output that is
+        updated in place is the array that was given. Kernels are launched on CuPy's current stream and device, and
+        memory comes from CuPy's current allocator. Raises OpError for arguments that do not fit, DeviceError for a
+        launch that fails, CompileError.
+        """
+        ins, attrs = self.parameters.take(arrays, named)
+        run = executor(self.name, self.signature, ins)
+        return self._on_numpy(ins, attrs) if run is None else run(self, ins, attrs)
+
+    def _on_numpy(self, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> Any:
+        for spec, array in zip(self.signature.ins, ins, strict=True):
+            if array is not None and not isinstance(array, np.ndarray):
+                raise OpError(f"{self.name}: {spec.name} is {kind_of(array)}; arrays of both kinds do not mix")
+        call = self.called(ins, attrs)
+        attrs = {k: v for k, v in call.env.items() if k in attrs} | {k: attrs[k] for k in self.parameters.free}
+        given = self.reference(*ins, **attrs)
+        outs = []
+        for spec, out in zip(self.signature.outs, given if isinstance(given, tuple) else (given,), strict=True):
+            if spec.name in self.signature.in_place:
+                target = call.arrays[spec.name]
+                assert target is not None
+                if out is not target:
+                    target[...] = out
+                outs.append(target)
+            else:
+                outs.append(out.astype(call.dtype(spec), copy=False))
+        return tuple(outs) if len(outs) > 1 else outs[0]
+
+    def called(self, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> Call:
+        """``bind`` for what a user gives: attributes and dtypes are looked at as well, and what sizes must fulfil.
+
+        Raises OpError, which says what the op takes.
+        """
+        try:
+            call = self.bind(ins, checked_attributes(self.name, self.signature, attrs))
+            for spec, array in zip(self.signature.ins, ins, strict=True):
+                if array is not None and not array.size:
+                    raise OpError(f"{self.name}: {spec.name} has no elements: its shape is {tuple(array.shape)}")
+            T = call.dtypes.get("T")
+            if T is not None and T not in map(DTYPES.get, MODEL_DTYPES):
+                raise OpError(f"{self.name}: T is {T}; it may be {', '.join(MODEL_DTYPES)}")
+            for letter in self.parameters.free:
+                if call.dtypes[letter] not in (T, DTYPES["f32"]):
+                    raise OpError(f"{self.name}: {letter} is {call.dtypes[letter]}; it may be T, which is {T}, or f32")
+            for group in self.together:
+                if len({call.arrays[name] is None for name in group}) > 1:
+                    raise OpError(f"{self.name}: {', '.join(group)} go together: all of them, or none")
+            for rule in self.rules:
+                if call.env.keys() >= set(dim_names(rule)) and not dim_value(rule, call.env):
+                    shown = ", ".join(f"{name}={call.env[name]}" for name in dim_names(rule))
+                    raise OpError(f"{self.name} needs {rule}, not {shown}")
+        except OpError as e:
+            raise OpError(f"{e}; the op is {self.text}") from None
+        return call
 
     def allowed(self, dtype: str, T: str) -> float:
         """The largest relative error of a right output of that dtype in a model of dtype T, as a norm."""

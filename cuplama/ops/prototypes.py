@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from ..folders import source_folder
@@ -73,7 +73,16 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
     return tuple(parsed)
 
 
-@cache
 def prototypes(file: str, folder: Path | None = None) -> dict[str, Prototype]:
-    """Every kernel of ``cuda_src/<file>`` by name."""
-    return parse_prototypes(((folder or source_folder()) / file).read_text(encoding="utf-8"))
+    """Every kernel of ``cuda_src/<file>`` by name, read again when the file has changed. Raises OSError.
+
+    file: a name, or the whole path of a source from elsewhere.
+    """
+    path = (folder or source_folder()) / file  # a whole path wins over the folder
+    status = path.stat()
+    return _read(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, mtime_ns: int, size: int) -> dict[str, Prototype]:
+    return parse_prototypes(path.read_text(encoding="utf-8"))

@@ -229,7 +229,8 @@ penalize = Op(
     "penalize",
     "y[b,V]:f32 = (logits[b,V]:f32, seen[b,V]:i32, bias[b,V]:f32?, stop_ids[b,m]:i32, positions[b]:i32,"
     " min_positions[b]:i32, repetition[b]:f32, presence[b]:f32, frequency[b]:f32)",
-    doc="Penalties and bias. seen = 2 * (times generated) + (1 if in the prompt). Where seen > 0 a positive logit is"
+    doc="Logits with the penalties for tokens that occurred, and with a bias."
+    " seen = 2 * (times generated) + (1 if in the prompt). Where seen > 0 a positive logit is"
     " divided and a negative one multiplied by `repetition`; where generated, `presence` and count * `frequency` are"
     " subtracted; then the bias is added; stop_ids (-1: none) cannot be drawn while positions < min_positions.",
     reference=_penalize,

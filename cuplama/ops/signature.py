@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..errors import CuplamaError
+
 __all__ = ["OpError", "Signature", "Spec", "dim_names", "dim_value"]
 
 
-class OpError(TypeError):
-    """Arrays that do not fit an op's signature. Always a bug of the caller, never of the user."""
+class OpError(CuplamaError, TypeError):
+    """Arrays or attributes that do not fit an op's signature. The caller's mistake: whoever calls ``cuplama.ops``."""
 
 
 @dataclass(frozen=True)

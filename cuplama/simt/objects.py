@@ -45,7 +45,7 @@ class Build:
     """What decides an object: source file, architecture (90 for sm_90), -D macros, and whether it is for a debugger.
 
     named: whether reports call the file by its folder's name, ``cuda_src/norm.cu``, rather than by its whole path.
-    top: the folder whose headers it may include; its own if None.
+    top: the folder of the sources that it belongs to; its own if None.
     """
 
     path: Path
@@ -64,8 +64,13 @@ class Build:
 
     @property
     def folder(self) -> Path:
-        """The folder whose headers the file may include: the one above ``ladder/`` for a file of that."""
+        """The folder of the sources: the one above ``ladder/`` for a file of that."""
         return self.top or self.path.parent
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where headers are looked for: beside the file, in the folder above ``ladder/``, and then in ``cuda_src/``."""
+        return tuple(dict.fromkeys((self.path.parent, self.folder, CUDA_SRC)))
 
     def flags(self) -> list[str]:
         """g++'s flags, without the paths."""
@@ -77,14 +82,15 @@ class Build:
 
         A debugger needs the files themselves.
         """
-        headers = {} if self.debug else {_INCLUDE: "simt/include"}
-        return {self.folder: self.folder.name, **headers} if self.named else headers
+        if self.debug:
+            return {}
+        headers = [folder for folder in (self.folder, CUDA_SRC) if self.named or folder != self.path.parent]
+        return {_INCLUDE: "simt/include", **{folder: folder.name for folder in headers}}
 
     def key(self) -> str:
         """Hash of everything that an object of this file depends on. Where the files lie is no part of it."""
         ours = [HERE / "runtime.cpp", Path(__file__), *sorted(_INCLUDE.iterdir())]
-        folders = dict.fromkeys((self.folder, self.path.parent))
-        sources = [*ours, *(p for folder in folders for p in sorted(folder.glob("*.cuh"))), self.path]
+        sources = [*ours, *(header for folder in self.folders for header in sorted(folder.glob("*.cuh"))), self.path]
         parts = [f"{p.name} {_digest(p, s.st_mtime_ns, s.st_size)}" for p in sources for s in (p.stat(),)]
         place = f"{self.folder.name}/{self.path.relative_to(self.folder)}" if self.named else str(self.path)
         return _hash(*parts, place, *self.flags())
@@ -159,7 +165,8 @@ def _assemble(build: Build, expressions: Sequence[str], folder: Path, what: str)
     source, assembly = folder / "kernel.cpp", folder / "kernel.s"
     kernels = "".join(f"SIMT_KERNEL({i}, {e})\n" for i, e in enumerate(expressions))
     source.write_text(f'#include "{build.path}"\n{kernels}')
-    include = ["-I", str(_INCLUDE), "-I", str(build.folder), "-include", str(_INCLUDE / "simt.h")]
+    folders = [word for folder in (_INCLUDE, *build.folders) for word in ("-I", str(folder))]
+    include = [*folders, "-include", str(_INCLUDE / "simt.h")]
     mapped = _mapped({folder: ".", **build.places()})
     _command(["g++", *build.flags(), *mapped, *include, "-S", str(source), "-o", str(assembly)], what, folder)
     text, sizes = _separate_shared(assembly.read_text())

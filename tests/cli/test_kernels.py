@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,8 @@ import pytest
 
 from cuplama.backends.cuda.nvrtc import Program, Resources
 from cuplama.backends.cuda.toolkit import toolkit_folders
-from cuplama.cli.kernels.names import find_ops
+from cuplama.cli.kernels import list as list_module
+from cuplama.cli.kernels.names import Users, find_ops, kernel_users
 from cuplama.cli.kernels.options import parse_shape
 from cuplama.cli.kernels.watch import stamps, watch
 from cuplama.errors import CuplamaError, DeviceError, ParameterError
@@ -22,7 +25,9 @@ from cuplama.lab import inventory
 from cuplama.lab.emulation import Emulator, emulator_missing
 from cuplama.lab.workloads import Workload
 from cuplama.ops import OPS
+from cuplama.ops.op import Op
 from tests.lab.common import candidate, invoke, needs_matplotlib
+from tests.paths import ROOT
 
 
 def has_cupy() -> bool:
@@ -67,12 +72,14 @@ def test_memory_that_is_short_is_no_internal_error(monkeypatch: pytest.MonkeyPat
 def test_show() -> None:
     done = invoke("show", "rms_norm", "--shape", "n=2,d=4096", "--arch", "sm_80,sm_90", "--ptx")
     assert done.exit_code == 0, done.output
-    assert "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)" in done.stdout
-    assert "rms_norm<bf16, 1>: grid (2, 1, 1), block (512, 1, 1)" in done.stdout
+    assert "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)" in done.stderr
+    assert "rms_norm<bf16, 1>: grid (2, 1, 1), block (512, 1, 1)" in done.stderr
     head = (source_folder() / "norm.cu").read_text(encoding="utf-8").splitlines()[0]
-    assert head.removeprefix("// ") in done.stdout
-    assert re.search(r"^rms_norm<bf16, 1>  sm_80 +\d+ +\d+ +0 +0$", done.stdout, re.M)
-    assert ".target sm_80" in done.stdout
+    assert head.removeprefix("// ") in done.stderr
+    assert re.search(r"^rms_norm<bf16, 1>  sm_80 +\d+ +\d+ +0 +0$", done.stderr, re.M)
+    lines = done.stdout.strip().splitlines()  # PTX and nothing else: an assembler can read it
+    assert (lines[0], lines[-1]) == ("//", "}")
+    assert ".target sm_80" in lines
     shown = invoke("show", "residual")
     assert "select_rows: y = x[rows]" in shown.stdout
     assert "bf16 n=512" in shown.stdout
@@ -279,6 +286,21 @@ def test_without_a_compiler_nothing_is_called_right(monkeypatch: pytest.MonkeyPa
         assert "right" not in done.output
 
 
+_walked = functools.cache(kernel_users)
+
+
+@pytest.fixture
+def walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk over all models takes a second for each architecture: what it finds is kept."""
+
+    def users(arch: int = 90, outside: Sequence[Op] = ()) -> Mapping[tuple[str, str], Users]:
+        return kernel_users(arch, outside) if outside else _walked(arch)
+
+    monkeypatch.setattr("cuplama.cli.kernels.list.kernel_users", users)
+    monkeypatch.setattr("cuplama.cli.kernels.names.kernel_users", users)
+
+
+@pytest.mark.usefixtures("walked_once")
 def test_list_shows_every_kernel() -> None:
     result = invoke("list")
     assert result.exit_code == 0, result.output
@@ -297,6 +319,93 @@ def test_list_shows_every_kernel() -> None:
     assert re.search(r"  f16 bf16 +sm_80\+  ", lines["attention_prefill_mma"])
     assert re.search(r"  f16 bf16 +sm_90  ", lines["attention_prefill_wgmma"])
     assert re.search(r"  - +sm_75\+  ", lines["advance"])  # integers only
+
+
+@pytest.mark.usefixtures("walked_once")
+def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(list_module, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke("list").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    at = lines.index("  attention_prefill_fma")
+    assert lines[at - 1] == "attention_prefill_fma.cu"
+    assert lines[at + 1 : at + 4] == [
+        "    attention of many new tokens, by multiply-adds: float32, and GPUs older than",
+        "      sm_80",
+        "    op attention; f32 f16; sm_75+",
+    ]
+    at = lines.index("  fill_rows")
+    assert lines[at + 2] == "    ops linear linear_add; f32 f16 bf16; sm_75+"
+
+
+OUTSIDE = str(ROOT / "examples" / "own_op" / "softcap.py")
+
+
+@pytest.mark.usefixtures("walked_once")
+def test_list_of_names() -> None:
+    lines = invoke("list", "residual").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["kernel", "add", "select_rows"]
+    (_, line) = invoke("list", OUTSIDE).stdout.splitlines()
+    assert re.fullmatch(rf"softcap +{OUTSIDE[:-3]}\.cu +softcap +f32 +sm_75\+ +y = cap \* tanh\(x / cap\)", line)
+    lines = invoke("list", OUTSIDE, "add").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["kernel", "add", "softcap"]
+
+
+@needs_nvrtc
+def test_commands_take_an_op_of_a_users_own_file() -> None:
+    done = invoke("bench", OUTSIDE, "--dtype", "f32")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^softcap +f32 +2 +right$", done.stdout, re.M)
+    assert "1 kernel instance compiles for sm_90" in done.stdout
+    shaped = invoke("bench", f"{OUTSIDE}:softcap", "--shape", "n=2,d=9", "--dtype", "f32", "-o", "json")
+    assert json.loads(shaped.stdout)["rows"] == [{"op": "softcap", "dtype": "f32", "cases": 1, "emulator": "right"}]
+    shown = invoke("show", OUTSIDE)
+    assert f"{OUTSIDE[:-3]}.cu:\n  softcap    y[n,d] = cap" in shown.stdout
+    compiled = invoke("compile", OUTSIDE, "add", "--arch", "sm_80").stdout
+    assert "2 kernel instances for sm_80" in compiled
+    compared = invoke("compare", f"{OUTSIDE[:-3]}.cu", "--op", OUTSIDE)
+    assert "softcap.cu: compiles, and is right on 2 cases; not timed" in compared.stdout
+
+
+@pytest.mark.parametrize("command", ["bench", "show", "watch", "compile", "list"])
+@pytest.mark.usefixtures("archs")
+def test_a_file_without_ops_is_refused(command: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("")
+    done = invoke(command, str(tmp_path / "empty.py"))
+    assert isinstance(done.exception, ParameterError)
+    assert "empty.py declares no op" in str(done.exception)
+
+
+def test_watch_looks_into_the_folder_of_a_users_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    if emulator_missing():
+        pytest.skip("the emulator needs g++")
+    seen: list[str] = []
+    ran: list[list[str]] = []
+
+    def once(look: Callable[[], dict[str, int]], again: Callable[[], object]) -> None:
+        seen.extend(look())
+        again()
+
+    monkeypatch.setattr("cuplama.cli.kernels.watch.watch", once)
+    monkeypatch.setattr("cuplama.cli.kernels.watch.subprocess.run", lambda command, **_: ran.append(command))
+    assert invoke("watch", OUTSIDE).exit_code == 0
+    assert {OUTSIDE, f"{OUTSIDE[:-3]}.cu", str(source_folder() / "norm.cu")} <= set(seen)
+    assert ran[0][-5:] == ["kernels", "bench", OUTSIDE, "--dtype", "bf16"]
+
+
+def test_bench_without_a_compiler_for_gpus_still_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    if emulator_missing():
+        pytest.skip("the emulator needs g++")
+
+    def missing() -> None:
+        raise DeviceError("NVRTC is not available (no such module); pip install ...")
+
+    monkeypatch.setattr("cuplama.backends.cuda.nvrtc.nvrtc_library", missing)
+    done = invoke("bench", "add", "--shape", "n=2,d=8", "--dtype", "f32")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^add +f32 +1 +right$", done.stdout, re.M)
+    assert "nothing is compiled: NVRTC is not available" in done.stdout
+    assert "nothing is timed: no GPU in this test" in done.stdout
 
 
 @needs_nvrtc

@@ -42,3 +42,13 @@ def candidate(folder: Path, old: str = "", new: str = "") -> Path:
     path = folder / "mine.cu"
     path.write_text(text.replace(old, new) if old else text)
     return path
+
+
+def inside(ax: Any, texts: Any) -> None:
+    """Every text of a drawn picture lies inside the axes."""
+    page = ax.get_window_extent()
+    for text in texts:
+        box = text.get_window_extent()
+        shown = f"{text.get_text()!r} leaves the axes"
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1, shown
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1, shown

@@ -28,7 +28,7 @@ from cuplama.models.config import parse_config
 from cuplama.models.presets import SHAPES, find_shape
 from cuplama.ops.launch import Device
 from tests.fakes import FakeGpu, HostCublas
-from tests.lab.common import TINY, needs_matplotlib
+from tests.lab.common import TINY, inside, needs_matplotlib
 
 PEAKS = Peaks(read=1e9, arithmetic=1e12, dtype="f32")
 
@@ -256,6 +256,31 @@ def test_a_picture_is_drawn(folder: Path) -> None:
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ParameterError, match="cannot write"):
         report.save_figure(report.new_figure(1, 1), folder / "absent" / "x.png")
+
+
+@needs_matplotlib
+@pytest.mark.parametrize(("prompts", "steps"), [(2, 2), (0, 3), (1, 0)])
+def test_labels_of_bars_lie_inside_the_axes(
+    prompts: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long names of tests, speeds that scatter, and numbers of many digits."""
+
+    def row(test: str, prompt: int, generated: int, speed: float) -> dict[str, Any]:
+        shares = {"percent_of_read_bandwidth": 83.0, "percent_of_matrix_rate": 41.0}
+        counts = {"prompt_tokens": prompt, "generated_tokens": generated}
+        return {"test": test, **counts, "tokens_per_second": speed, "tokens_per_second_std": speed / 5, **shares}
+
+    rows = [row(f"pp{512 << i}", 512, 0, 1e6 / (i + 1)) for i in range(prompts)]
+    rows += [row("tg128 @ d32768 x64", 0, 128, 10.0 ** (2 + i)) for i in range(steps)]
+    facts = {"model": "m", "device": "a GPU", "dtype": "bf16", "date": "2026-11-20"}
+    figures: list[Any] = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    bench.plot({"environment": facts, "rows": rows}, tmp_path / "x.png")
+    figures[0].canvas.draw()
+    assert len(figures[0].axes) == (prompts > 0) + (steps > 0)
+    for ax in figures[0].axes:
+        assert len(ax.texts) in (prompts, steps)
+        inside(ax, ax.texts)
 
 
 def test_a_picture_needs_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

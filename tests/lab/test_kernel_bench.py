@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from cuplama.backends.cuda.backend import CudaBackend
@@ -92,6 +96,29 @@ def test_bench_on_a_gpu(command_gpu: CudaBackend, tmp_path: Path, monkeypatch: p
     assert re.search(r" does not use add; it uses: advance, append_attention, ", str(unused.exception))
     large = invoke("bench", "rms_norm", "--shape", "d=100000", "--dtype", "f32")
     assert str(large.exception) == "rms_norm: d is 100000; the kernel takes at most 16384"
+
+
+def test_cupyx_times_stand_beside_the_replayed_one(command_gpu: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cupyx.profiler is given: the op itself, on the arrays of the GPU, as CuPy's documentation has it."""
+    asked: list[Any] = []
+
+    def benchmark(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any) -> Any:
+        asked.append((func, [a.shape for a in args], kwargs))
+        return SimpleNamespace(cpu_times=np.array([9e-6, 3e-6, 4e-6]), gpu_times=np.array([[7e-6, 6e-6, 8e-6]]))
+
+    monkeypatch.setitem(sys.modules, "cupyx.profiler", SimpleNamespace(benchmark=benchmark))
+    args = ["bench", "rms_norm", "--shape", "n=2,d=64", "--dtype", "f32"]
+    done = invoke(*args, "--timer", "cupyx", "-o", "json")
+    assert done.exit_code == 0, f"{done.output} {done.exception}"
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["cupyx_cpu_microseconds"] == pytest.approx(4)
+    assert row["cupyx_gpu_microseconds"] == pytest.approx(7)
+    assert row["microseconds"] == pytest.approx(10)
+    assert asked == [(OPS["rms_norm"], [(2, 64), (64,)], {"eps": 1e-5})]
+    table = invoke(*args, "--timer", "cupyx").stdout
+    assert re.search(r"\| +µs \| cupyx CPU µs \| cupyx GPU µs \| +GB/s \|", table)
+    assert "cupyx" not in invoke(*args).stdout
+    assert len(asked) == 2
 
 
 @needs_matplotlib

@@ -99,7 +99,7 @@ def test_windows_that_differ_are_different_workloads() -> None:
 
 @pytest.mark.parametrize("name", list(OPS))
 def test_every_op_has_default_workloads(name: str) -> None:
-    found = default_workloads(name, "bf16")
+    found = default_workloads(OPS[name], "bf16")
     assert found
     assert {c.op.name for c in found} == {name} or OPS[name].kernels is None
     for case in found:

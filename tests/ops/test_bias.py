@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cuplama.backends.cuda import backend as cuda
+from cuplama.backends.cuda import planning
 from cuplama.dtypes import DTYPES
 from cuplama.lab.check import Executor
 from cuplama.lab.emulation import EmulatedDevice
@@ -42,7 +42,7 @@ def check_biases(executor: Executor, name: str, T: str, U: str, n: int, m: int) 
     b = arrays["b"].astype(np.float32)
     residual = arrays.get("a")
     launched = set()
-    for plan in cuda.library_plans(workload.bind()):
+    for plan in planning.library_plans(workload.bind()):
         for launch in plan.launches:
             if len(launch.grid) > 1:  # fewer blocks than rows, as where there are more than 65535
                 launch = replace(launch, grid=(launch.grid[0], 4))

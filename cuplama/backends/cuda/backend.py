@@ -1,8 +1,7 @@
 """The CUDA backend: every op as kernels of ``cuda_src/``, compiled at run time for the GPU at hand.
 
-It plans: which launches compute an op, on which arrays, and when an array is dead. The plan of an op depends only on
-shapes, dtypes and attributes, so it is made once and repeated; a decode step then costs a few microseconds of Python
-per node.
+It decides when an array is dead, and keeps the plans of ``planning.py``: a decode step then costs a few microseconds of
+Python per node.
 """
 
 from __future__ import annotations
@@ -16,72 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from ...dtypes import DTYPES, Array, dtype_name
+from ...dtypes import DTYPES, Array
 from ...errors import CheckpointError, DeviceError
 from ...ops import OPS
 from ...ops.abstract import attributes
-from ...ops.binding import BoundLaunch, bind_plan
-from ...ops.launch import Launch, Plan
-from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.node import Node, dying, executable
-from ...ops.op import Call, Op
+from ...ops.op import Op
 from ...ops.signature import OpError
 from ...quant.format import plain_format
 from ...quant.weight import Weight
-from .cublas import Cublas, Product
 from .gpu import STAGE, Gpu
+from .planning import Planned, make_plan
+from .ranges import nvtx_ranges
 
-__all__ = ["CapturedGraph", "CudaBackend", "Event", "convert", "library_plans"]
+__all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
 
 _log = logging.getLogger("cuplama")
-
-
-class _Launch:
-    """A kernel launch without its arrays. pointers: (number of an argument, number of the array that it takes)."""
-
-    __slots__ = ("args", "block", "function", "grid", "pointers", "shared", "text")
-
-    def __init__(
-        self, function: Callable[..., None], bound: BoundLaunch, position: Mapping[str, int], fixed: set[str]
-    ) -> None:
-        """position: parameter name -> number of its array; fixed: names whose value belongs to the launch itself."""
-        self.function, self.grid, self.block, self.shared = function, bound.grid, bound.block, bound.shared
-        self.text = bound.describe()
-        names = [p.name if p.pointer and p.name not in fixed else "" for p in bound.prototype.parameters]
-        given = [name in position and not isinstance(a, np.generic) for name, a in zip(names, bound.args, strict=True)]
-        self.pointers = [(i, position[name]) for i, name in enumerate(names) if given[i]]
-        self.args = [None if given[i] else a for i, a in enumerate(bound.args)]
-
-    def __call__(self, arrays: Sequence[Array | None]) -> None:
-        args = self.args.copy()
-        for i, j in self.pointers:
-            args[i] = arrays[j]
-        self.function(self.grid, self.block, tuple(args), self.shared)
-
-
-class _Matmul:
-    """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes."""
-
-    __slots__ = ("address", "pointers", "product", "text")
-
-    def __init__(self, product: Product, address: Callable[[Array], int], pointers: Mapping[str, int]) -> None:
-        self.product, self.address, self.pointers, self.text = product, address, pointers, product.text
-
-    def __call__(self, arrays: Sequence[Array | None]) -> None:
-        self.product(**{name: self.address(arrays[i]) for name, i in self.pointers.items()})
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """An op for given shapes. Arrays are numbered: inputs (``width`` of them), then new outputs, then scratch.
-
-    outs: which numbers are the outputs; new: shape and dtype of every new output and scratch buffer.
-    """
-
-    width: int
-    outs: tuple[int, ...]
-    new: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]
-    actions: tuple[Callable[[Sequence[Array | None]], None], ...]
 
 
 @dataclass(frozen=True)
@@ -152,7 +101,8 @@ class CudaBackend:
 
     bf16 needs sm_80; on older GPUs the model runs in fp16, with a warning on the ``cuplama`` logger. Environment:
     CUPLAMA_CHECK=1 fills outputs and scratch with NaN before every node and waits after it, so that an error names its
-    node. Raises DeviceError if there is no usable GPU, CompileError if a kernel does not compile.
+    node; CUPLAMA_NVTX=1 marks each node and each replay with a range for Nsight Systems. Raises DeviceError if there is
+    no usable GPU, CompileError if a kernel does not compile.
 
     checking: whether it does so, at first by the environment; replay_hook: makes a context manager that is entered
     around the queueing of every replay of a captured graph, for those who time replays.
@@ -173,10 +123,13 @@ class CudaBackend:
         self.dtype = DTYPES[dtype]
         self.checking = os.environ.get("CUPLAMA_CHECK", "") not in ("", "0")
         self._keys: dict[tuple[Any, ...], int] = {}
-        self._plans: dict[tuple[Any, ...], _Planned] = {}
+        self._plans: dict[tuple[Any, ...], Planned] = {}
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
+        self._ranges = ranges = nvtx_ranges()
         self.replay_hook: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if ranges is not None:
+            self.replay_hook = lambda: ranges("replay of a captured graph")
 
     # -- arrays
 
@@ -266,21 +219,31 @@ class CudaBackend:
     def call(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         """Run one op. Raises OpError for arrays that do not fit its signature, DeviceError for a failed launch."""
         with self._on_gpu():
-            return self._execute(op, self._key(op, attrs), ins, attrs)
+            execute = self._execute if self._ranges is None else self._marked
+            return execute(op, self._key(op, attrs), ins, attrs)
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         """Run a node list. The list must not change after its first run: liveness and ids are worked out once."""
         live = {"": None, **values}
+        execute = self._execute if self._ranges is None else self._marked
         with self._on_gpu():
             for ready in self._prepare(nodes, tuple(keep)):
                 node = ready.node
-                outs = self._execute(ready.op, ready.key, [live[n] for n in node.ins], node.attrs, node)
+                outs = execute(ready.op, ready.key, [live[n] for n in node.ins], node.attrs, node)
                 for name, array in zip(node.outs, outs, strict=True):
                     live[name] = array
                 del outs
                 for name in ready.dead:
                     del live[name]
         return {name: live[name] for name in keep}
+
+    def _marked(
+        self, op: Op, op_key: int, ins: Sequence[Array | None], attrs: Mapping[str, Any], node: Node | None = None
+    ) -> tuple[Array, ...]:
+        """``_execute`` in a range with the name of the node, or of the op where it is called alone."""
+        assert self._ranges is not None
+        with self._ranges(op.name if node is None else str(node)):
+            return self._execute(op, op_key, ins, attrs, node)
 
     def _execute(
         self, op: Op, op_key: int, ins: Sequence[Array | None], attrs: Mapping[str, Any], node: Node | None = None
@@ -296,7 +259,7 @@ class CudaBackend:
             if len(self._plans) >= self._MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = planned
-        arrays = [*ins, *[None] * (planned.width - len(ins)), *[gpu.empty(*new) for new in planned.new]]
+        arrays = [*ins, *[None] * (planned.width - len(ins)), *[gpu.empty(b.shape, b.dtype) for b in planned.new]]
         if self.checking:
             for array in arrays[planned.width :]:
                 gpu.fill(array, 0xFF)  # NaN in every float dtype
@@ -304,48 +267,20 @@ class CudaBackend:
             try:
                 action(arrays)
             except gpu.failures as e:
-                raise _failure(action.text, e, node) from e  # type: ignore[attr-defined]
+                raise _failure(action.text, e, node) from e
         if self.checking:
             try:
                 gpu.synchronize()
             except gpu.failures as e:
-                raise _failure("; ".join(a.text for a in planned.actions), e, node) from e  # type: ignore[attr-defined]
+                raise _failure("; ".join(a.text for a in planned.actions), e, node) from e
         return tuple(arrays[i] for i in planned.outs)
 
-    def _plan(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> _Planned:
+    def _plan(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> Planned:
         """Check the arrays against the op's signature and decide the launches."""
-        gpu, signature = self.gpu, op.signature
-        for spec, array in zip(signature.ins, ins, strict=False):
+        for spec, array in zip(op.signature.ins, ins, strict=False):
             if array is not None:
-                gpu.check(f"{op.name}: {spec.name}", array)
-        call = op.bind(ins, attributes(op, attrs, self.dtype))
-        width = len(signature.ins)
-        arrays: list[Array | None] = [*ins, *[None] * (width - len(ins))]
-        position = {spec.name: i for i, spec in enumerate(signature.ins)}
-        new: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
-
-        def empty(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-            position[name] = len(arrays)
-            new.append((shape, dtype))
-            arrays.append(gpu.empty(shape, dtype))
-            return arrays[-1]
-
-        actions: list[Callable[[Sequence[Array | None]], None]] = []
-        way = _by_library(gpu.cublas, call)
-        if way is not None:
-            plan = way.before
-        elif op.kernels is not None:
-            plan = op.kernels(call, gpu.limits)
-        else:
-            raise OpError(f"{op.name} has no CUDA kernel")
-        for launch, bound in zip(plan.launches, bind_plan(plan, call, empty, self._zeros), strict=True):
-            function = gpu.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
-            actions.append(_Launch(function, bound, position, set(launch.constants)))
-        if way is not None:
-            pointers = {argument: position[array] for argument, array in way.arrays.items()}
-            actions.append(_Matmul(way.product, gpu.address, pointers))
-        outs = tuple(position[spec.name] for spec in signature.outs)
-        return _Planned(width, outs, tuple(new), tuple(actions))
+                self.gpu.check(f"{op.name}: {spec.name}", array)
+        return make_plan(op.bind(ins, attributes(op, attrs, self.dtype)), self.gpu, self._zeros)
 
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Scratch that kernels find and leave zero, so all share it. Never freed: captured graphs use it."""
@@ -379,52 +314,6 @@ class CudaBackend:
         self._prepared.clear()
         self._zeroed.clear()
         self.gpu.close()
-
-
-@dataclass(frozen=True)
-class _Way:
-    """A product of cuBLAS, the launches before it, and the name of its array for each argument of the product."""
-
-    before: Plan
-    arrays: Mapping[str, str]
-    product: Product
-
-
-def _by_library(cublas: Cublas | None, call: Call) -> _Way | None:
-    """How cuBLAS computes the op; None if our kernels do."""
-    if cublas is None or not call.op.matmul or call["n"] <= MAX_STREAMED_ROWS:
-        return None
-    n, m, k = call["n"], call["m"], call["k"]
-    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-    for before, arrays in _ways(call):
-        product = cublas.product(n, m, k, T, U, bias="b" in arrays, add="c" in arrays)
-        if product is not None:
-            return _Way(before, arrays, product)
-    return None
-
-
-def library_plans(call: Call) -> list[Plan]:
-    """What may be launched before a library's product for the call; nothing for an op that no library computes."""
-    return [before for before, _ in _ways(call)] if call.op.matmul else []
-
-
-def _ways(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:
-    """The ways to compute a product, best first: launches before it, and argument -> name of the array that it is."""
-    n, m = call["n"], call["m"]
-    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-    given, columns = {"x": "x", "w": "w", "y": "y"}, -(-m // 256)
-    residual = {"c": "a"} if "a" in call.arrays else {}
-    if call.arrays["b"] is None:
-        yield Plan(()), given | residual
-        return
-    if T == U:
-        yield Plan(()), given | residual | {"b": "b"}
-    else:
-        cast = Launch("bias.cu:cast_bias", (columns,), (256,), constants={"U": U})
-        yield Plan((cast,), {"bias": ((m,), U)}), given | residual | {"b": "bias"}
-    constants = {"U": U} if residual else {"U": U, "a": None}
-    fill = Launch("bias.cu:fill_rows", (columns, min(n, 65535)), (256,), constants=constants)
-    yield Plan((fill,)), given | {"c": "y"}
 
 
 def convert(chunk: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:

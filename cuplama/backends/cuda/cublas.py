@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -143,6 +144,7 @@ class Product:
         self.text = f"cuBLAS: y[{n},{m}]:{U} = x[{n},{k}]:{T} w[{m},{k}]^T{' + b' * bias}{' + c' * add}"
         self._cublas, self._bias = cublas, bias
         self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(add)
+        self._lock = threading.Lock()
         owned = ExitStack()
         weakref.finalize(self, owned.close).atexit = False
         try:
@@ -160,18 +162,22 @@ class Product:
         except DeviceError as e:
             raise DeviceError(f"{self.text}: {e}") from None
 
-    def __call__(self, x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
-        """Queue the product. b and c are given if and only if it was planned with them. Raises DeviceError."""
+    def __call__(self, x: int, w: int, y: int, b: int = 0, c: int = 0, workspace: int = 0, stream: int = 0) -> None:
+        """Queue the product. b and c are given if and only if it was planned with them. Raises DeviceError.
+
+        workspace, stream: those of this call; 0 for the library's own.
+        """
         cublas, layout = self._cublas, self._y
         if (x | w | y | b | c) % _ALIGNMENT:
             raise DeviceError(f"{self.text}: an array does not begin at a multiple of {_ALIGNMENT} bytes")
         try:
-            if self._bias:
-                cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(b))
-            cublas.call(
-                "cublasLtMatmul", cublas.handle, self._desc, ctypes.byref(self._alpha), w, self._w, x, self._x,
-                ctypes.byref(self._beta), c or y, layout, y, layout, self.algorithm,
-                cublas.workspace, cublas.size, cublas.stream,
-            )  # fmt: skip
+            with self._lock:  # The bias is a part of the description, which the threads that call have in common.
+                if self._bias:
+                    cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(b))
+                cublas.call(
+                    "cublasLtMatmul", cublas.handle, self._desc, ctypes.byref(self._alpha), w, self._w, x, self._x,
+                    ctypes.byref(self._beta), c or y, layout, y, layout, self.algorithm,
+                    workspace or cublas.workspace, cublas.size, stream or cublas.stream,
+                )  # fmt: skip
         except DeviceError as e:
             raise DeviceError(f"{self.text}: {e}") from None

@@ -10,7 +10,6 @@ import gc
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,12 +19,10 @@ import numpy as np
 
 from ...dtypes import Array
 from ...errors import DeviceError
-from ...ops.launch import Device
 from ...ops.signature import OpError
 from .cublas import Cublas, load_cublas
-from .driver import PdlLaunch, cuda_available, driver_version, load_driver
-from .nvrtc import compile_error
-from .toolkit import options, source
+from .driver import PdlLaunch, driver_version, load_driver
+from .functions import Functions
 
 __all__ = ["STAGE", "Gpu", "parallel_copy"]
 
@@ -39,34 +36,15 @@ class Gpu:
     Its arrays are CuPy arrays in its own pool. The user's CuPy state (current stream, default pool) is not touched.
     """
 
-    compile_seconds = 0.0  # spent on compiling kernels, or on finding them in the cache and loading them
+    workspace = 0  # Products of cuBLAS use the library's own.
 
     def __init__(self, device: int = 0) -> None:
-        ok, reason = cuda_available(device)
-        if not ok:
-            raise DeviceError(f"CUDA cannot be used: {reason}")
-        try:
-            import cupy
-            from cupy_backends.cuda.libs import nvrtc
-
-            self._cuda_version = nvrtc.getVersion()
-        except Exception as e:  # CuPy raises several kinds, by what is missing
-            raise DeviceError(f"cupy does not start: {e}; run `cuplama doctor`") from None
-        self._cupy = cupy
+        self.functions = functions = Functions(device)
+        cupy = self._cupy = functions.cupy
         self.array_type: type = cupy.ndarray
-        self._device = cupy.cuda.Device(device)
-        attributes = self._device.attributes
-        self.limits = Device(
-            arch=int(self._device.compute_capability),
-            sms=attributes["MultiProcessorCount"],
-            shared=attributes["MaxSharedMemoryPerBlockOptin"],
-        )
-        self.name: str = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
-        self.failures: tuple[type[Exception], ...] = (
-            cupy.cuda.driver.CUDADriverError,
-            cupy.cuda.runtime.CUDARuntimeError,
-        )
-        self._functions: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._device, self.limits, self.name = functions.device, functions.limits, functions.name
+        self.failures = functions.failures
+        self._early_launches: dict[int, PdlLaunch] = {}
         self._stage: _Stage | None = None
         driver = load_driver()
         self._early: ctypes.CDLL | None = None
@@ -94,10 +72,15 @@ class Gpu:
         self.stream.__exit__(*exc)
         self._device.__exit__(*exc)
 
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent on compiling kernels, or on finding them in the cache and loading them."""
+        return self.functions.compile_seconds
+
     def describe(self) -> str:
         """Name, architecture, memory in GB (10^9 bytes) and CUDA version, in one line."""
         total = self._device.mem_info[1]
-        version = ".".join(map(str, self._cuda_version))
+        version = ".".join(map(str, self.functions.cuda_version))
         return f"{self.name} (sm_{self.limits.arch}, {total / 1e9:.0f} GB), CUDA {version}"
 
     def free_memory(self) -> int:
@@ -213,6 +196,10 @@ class Gpu:
                 gc.enable()
         return graph
 
+    def stream_pointer(self) -> int:
+        """The address of the stream that launches go to."""
+        return int(self.stream.ptr)
+
     def address(self, array: Array) -> int:
         """Where the array begins in GPU memory."""
         return int(array.data.ptr)
@@ -221,32 +208,12 @@ class Gpu:
         """``f(grid, block, args, shared)`` for a kernel instance, compiled or taken from CuPy's disk cache.
 
         waits: the kernel waits for what it needs of the kernel ahead, so it is launched early where that is possible.
-        One module per instance: whichever instances a run needs, each is found in the cache on its own.
         """
-        found = self._functions.get((file, expression))
-        if found is None:
-            began = time.perf_counter()
-            module = self._cupy.RawModule(
-                code=source(file),
-                options=options(self._cuda_version[0], self.limits.arch),
-                name_expressions=(expression,),
-            )
-            try:
-                raw = module.get_function(expression)
-            except self._cupy.cuda.compiler.CompileException as e:
-                raise compile_error(file, str(e), self.limits.arch) from None
-            launch = raw.kernel
-            self.compile_seconds += time.perf_counter() - began
-            # Every kernel asks for the same division of L1 cache and shared memory: a multiprocessor changes it only
-            # while it is empty, so a kernel that asked for another could not start before the one ahead has ended.
-            raw.preferred_shared_memory_carveout = 100
-            if waits and self._early is not None:
-                launch = PdlLaunch(self._early, launch, self.stream.ptr)
-            found = self._functions[file, expression] = (raw, launch)
-        raw, function = found
-        if shared + raw.shared_size_bytes > 48 * 1024 and shared > raw.max_dynamic_shared_size_bytes:
-            raw.max_dynamic_shared_size_bytes = shared
-        return function  # type: ignore[no-any-return]
+        raw = self.functions.kernel(file, expression, shared)
+        launch: Callable[..., None] = raw.kernel
+        if not waits or self._early is None:
+            return launch
+        return self._early_launches.setdefault(id(raw), PdlLaunch(self._early, launch, self.stream.ptr))
 
     def close(self) -> None:
         """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die."""
@@ -257,7 +224,8 @@ class Gpu:
                 self.cublas.close()
             self.cublas, self._workspace = None, None
             self.give_back = lambda: None
-            self._functions.clear()
+            self._early_launches.clear()
+            self.functions.clear()
             self._main_pool.free_all_blocks()
 
 

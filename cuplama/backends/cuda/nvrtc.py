@@ -101,19 +101,19 @@ def _shown(path: Path) -> str:
     return str(path) if path.is_absolute() else f"cuda_src/{path}"
 
 
-def compile_options(major: int, arch: int) -> tuple[str, ...]:
+def compile_options(major: int, arch: int, file: str = "") -> tuple[str, ...]:
     """The options for machine code of that architecture, as CuPy gives them on a GPU, and for a report of ptxas.
 
-    major: of the NVRTC version. Raises CompileError if the toolkit's headers are not installed.
+    major: of the NVRTC version; file: what is compiled. Raises CompileError if the toolkit's headers are not installed.
     """
-    return (*options(major), *_CUPY_OPTIONS, f"-arch=sm_{target(arch)}", "--ptxas-options=-v")
+    return (*options(major, file=file), *_CUPY_OPTIONS, f"-arch=sm_{target(arch)}", "--ptxas-options=-v")
 
 
 def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
     """Compile instances of a file's kernels with NVRTC. Needs no GPU. Raises CompileError."""
     nvrtc = nvrtc_library()
     began = time.perf_counter()
-    with _compiled(file, names, arch, compile_options(nvrtc.getVersion()[0], arch)) as program:
+    with _compiled(file, names, arch, compile_options(nvrtc.getVersion()[0], arch, file)) as program:
         log = nvrtc.getProgramLog(program)
         mangled = {name: nvrtc.getLoweredName(program, name) for name in names}
         cubin = nvrtc.getCUBIN(program)
@@ -132,7 +132,7 @@ def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
 def compile_ptx(file: str, names: Sequence[str], arch: int) -> str:
     """The PTX of instances of a file's kernels. Needs no GPU. Raises CompileError."""
     nvrtc = nvrtc_library()
-    flags = (*options(nvrtc.getVersion()[0]), "-ftz=true", f"-arch=compute_{target(arch)}")
+    flags = (*options(nvrtc.getVersion()[0], file=file), "-ftz=true", f"-arch=compute_{target(arch)}")
     with _compiled(file, names, arch, flags) as program:
         text: str = nvrtc.getPTX(program).decode().rstrip("\0")
     return text

@@ -16,19 +16,39 @@ from pathlib import Path
 from ...errors import CompileError, DeviceError
 from ...folders import source_folder
 
-__all__ = ["ARCHS", "options", "parse_archs", "shared_limit", "source", "source_hash", "target", "toolkit_folders"]
+__all__ = [
+    "ARCHS",
+    "options",
+    "parse_archs",
+    "shared_limit",
+    "source",
+    "source_hash",
+    "target",
+    "toolkit_folders",
+    "version",
+]
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)  # what CI compiles every kernel for, as 90 for sm_90: Turing to Blackwell
 
 
 @cache
-def source_hash(folder: Path | None = None) -> str:
+def source_hash() -> str:
     """A hash over every source below ``cuda_src/``: CuPy's cache key does not see what a source includes."""
+    return _hash(source_folder(), "**/*.cu*")
+
+
+def _hash(folder: Path, pattern: str) -> str:
     digest = hashlib.sha256()
-    folder = folder or source_folder()
-    for path in sorted(folder.rglob("*.cu*")):
+    for path in sorted(folder.glob(pattern)):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def version(file: str) -> str:
+    """Tells versions of a source and of the headers beside it apart; empty for ours, which are taken as they are when
+    the process first compiles one. file: a name in ``cuda_src/``, or the whole path of a source from elsewhere."""
+    folder = Path(file).parent
+    return _hash(folder, "*.cu*") if Path(file).is_absolute() and folder != source_folder() else ""
 
 
 @cache
@@ -66,11 +86,12 @@ def target(arch: int) -> str:
     return "90a" if arch == 90 else str(arch)
 
 
-def options(major: int, arch: int = 0) -> tuple[str, ...]:
+def options(major: int, arch: int = 0, file: str = "") -> tuple[str, ...]:
     """The compiler options that the CUDA backend and compiling without a GPU share.
 
     major: of the NVRTC version. arch: 90 for sm_90, where CuPy's RawModule compiles: it appends an -arch of its own,
-    without the "a" of sm_90a, and of two NVRTC takes the first. 0 where the caller gives -arch itself.
+    without the "a" of sm_90a, and of two NVRTC takes the first. 0 where the caller gives -arch itself. file: what is
+    compiled; a source from outside may include what lies beside it.
 
     Raises CompileError if the toolkit's headers are not installed.
     """
@@ -80,11 +101,13 @@ def options(major: int, arch: int = 0) -> tuple[str, ...]:
             f"the CUDA {major} headers (cuda_fp16.h) are not installed; "
             f"pip install 'cuda-toolkit[cudart,cccl]=={major}.*'"
         )
+    outside = version(file)
     return (
         "-std=c++17",
+        *((f"-I{Path(file).parent}",) if outside else ()),
         f"-I{source_folder()}",
         *(f"-I{f}" for f in folders),
-        f"-DCUPLAMA_SOURCE_HASH={source_hash()}",
+        f"-DCUPLAMA_SOURCE_HASH={source_hash()}{outside}",
         *((f"-arch=sm_{target(arch)}",) if target(arch) != str(arch) else ()),
     )
 

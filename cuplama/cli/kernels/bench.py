@@ -19,8 +19,8 @@ from ...ops.op import Op
 from ..options import DEBUG, picture_option
 from ..streams import print_table, say
 from .judged import checked_row, print_checked, refusing
-from .names import find_ops
-from .options import DTYPE, FORM, SHAPE, arch_option, shape_workloads, supported_archs
+from .names import find_ops, split_outside
+from .options import DTYPE, FORM, SHAPE, arch_option, nvrtc_missing, shape_workloads, supported_archs
 
 if TYPE_CHECKING:
     from ...lab.kernel_bench import PassTime
@@ -42,6 +42,7 @@ class _Request:
     depth: int
     prompt: int
     form: str
+    timer: str
 
 
 @click.command("bench", short_help="Check ops against their references, and time them on a GPU.")
@@ -54,6 +55,13 @@ class _Request:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="With --model: sequences decoded.")
 @click.option("--depth", type=click.IntRange(2), default=512, show_default=True, help="With --model: tokens cached.")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="With --model: tokens read.")
+@click.option(
+    "--timer",
+    type=click.Choice(["graph", "cupyx"]),
+    default="graph",
+    show_default=True,
+    help="cupyx: beside the replayed graph also single calls, by cupyx.profiler.",
+)
 @FORM
 @picture_option("Draw the roofline.")
 @arch_option("sm_90", "Without a GPU: compile for these.")
@@ -66,6 +74,8 @@ def bench_kernels(
     A wrong kernel is refused: its case is printed, and the exit status is 1. With --model the ops of a decode step and
     of a prompt are counted, added up, and held against what the whole pass takes. Without a GPU the kernels are run by
     the emulator, on the ops' own small cases or on --shape, and compiled; nothing is timed.
+
+    NAME is an op, a kernel or a file; or a file of your own that declares ops, my_op.py or my_op.py:NAME.
     """
     from ...backends.cuda.driver import cuda_available
 
@@ -92,7 +102,7 @@ def _bench_on_gpu(request: _Request, plot: Path | None) -> None:
     extra = {k: v for k, v in found.items() if k != "rows"}
     if request.form == "md":
         click.echo("\n".join(bench.header(found)) + "\n")
-    click.echo(report.render(kernel_bench.COLUMNS, found["rows"], request.form, extra), nl=False)
+    click.echo(report.render(kernel_bench.columns(found["rows"]), found["rows"], request.form, extra), nl=False)
     if request.form == "md":
         for one in passes:
             click.echo(f"\n{one}")
@@ -109,9 +119,10 @@ def _time_ops(request: _Request) -> tuple[dict[str, Any], Sequence[PassTime]]:
     dtype = dtype_name(backend.dtype)  # an old GPU runs bf16 models in f16
     try:
         chosen = shape_workloads(request.ops[0], request.shapes, dtype, backend.gpu.limits)
-        chosen = chosen or [w for op in request.ops for w in workloads.default_workloads(op.name, dtype)]
+        chosen = chosen or [w for op in request.ops for w in workloads.default_workloads(op, dtype)]
         machine = peaks.measure(backend)
-        return kernel_bench.result(backend, kernel_bench.bench(backend, chosen, machine, say), machine, []), []
+        rows = kernel_bench.bench(backend, chosen, machine, say, request.timer == "cupyx")
+        return kernel_bench.result(backend, rows, machine, []), []
     finally:
         backend.close()
 
@@ -132,7 +143,7 @@ def _time_model(request: _Request, model: str) -> tuple[dict[str, Any], Sequence
         _check_used(request.names, chosen, model)
         wanted = [w for w in chosen if not request.names or w.op in request.ops]
         machine = peaks.measure(loaded.backend)
-        rows = kernel_bench.bench(loaded.backend, wanted, machine, say)
+        rows = kernel_bench.bench(loaded.backend, wanted, machine, say, request.timer == "cupyx")
         if not request.names:
             passes = kernel_bench.pass_times(loaded, rows, batch, depth, prompt)
         found = kernel_bench.result(loaded.backend, rows, machine, passes)
@@ -142,12 +153,11 @@ def _time_model(request: _Request, model: str) -> tuple[dict[str, Any], Sequence
 
 def _bench_without_gpu(request: _Request, arch: str, reason: str) -> None:
     """Check on the emulator and compile; say what is missing. Where nothing can be checked, the exit status is 1."""
-    from ...backends.cuda.toolkit import shared_limit
-    from ...lab.check import WrongResultError
+    from ...backends.cuda.toolkit import parse_archs, shared_limit
     from ...lab.emulation import emulator_missing
-    from ...lab.inventory import compile_kernels
 
-    archs = supported_archs(arch)
+    no_compiler = nvrtc_missing()
+    archs = list(parse_archs(arch)) if no_compiler else supported_archs(arch)
     ops = [op for op in _ops_of_model(request) if op.kernels is not None]
     missing = emulator_missing()
     device = Device(arch=archs[0], shared=shared_limit(archs[0]))
@@ -158,16 +168,26 @@ def _bench_without_gpu(request: _Request, arch: str, reason: str) -> None:
         click.echo()
     else:
         print_checked(rows, request.form)
-    results = compile_kernels(archs, [op.name for op in ops])
+    told = request.form != "md"  # the sentences would spoil what a program reads
+    compiled = f"nothing is compiled: {no_compiler}" if no_compiler else _compiled(ops, archs)
+    click.echo(compiled, err=told)
+    click.echo(f"nothing is timed: {reason}" + (f"; {missing}" if missing else ""), err=told)
+    if missing:
+        sys.exit(1)
+
+
+def _compiled(ops: Sequence[Op], archs: Sequence[int]) -> str:
+    """Compile what the ops launch; says of how much that is. Raises WrongResultError for what does not compile."""
+    from ...lab.check import WrongResultError
+    from ...lab.inventory import compile_kernels
+
+    names, outside = split_outside(ops)
+    results = compile_kernels(archs, names, outside=outside)
     for problem in (r for r in results if r.problem is not None):
         raise WrongResultError(f"{problem.file} for sm_{problem.arch}: {problem.expression} {problem.problem}")
     good = sum(r.resources is not None for r in results)
     shown = ", ".join(f"sm_{a}" for a in archs)
-    told = request.form != "md"  # the sentences would spoil what a program reads
-    click.echo(f"{counted(good, 'kernel instance')} compile{'s' if good == 1 else ''} for {shown}", err=told)
-    click.echo(f"nothing is timed: {reason}" + (f"; {missing}" if missing else ""), err=told)
-    if missing:
-        sys.exit(1)
+    return f"{counted(good, 'kernel instance')} compile{'s' if good == 1 else ''} for {shown}"
 
 
 def _emulated(op: Op, request: _Request, device: Device, missing: str) -> dict[str, Any]:

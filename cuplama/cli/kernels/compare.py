@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +12,12 @@ import click
 
 from ...dtypes import dtype_name
 from ...errors import ParameterError
-from ...folders import source_folder
 from ...lab.report import counted
 from ...ops import OPS
 from ...ops.abstract import abstract
 from ...ops.launch import Device
 from ...ops.op import Op
+from ...ops.outside import is_outside, load
 from ..options import DEBUG
 from .judged import checked_row, print_checked, refusing
 from .options import DTYPE, FORM, SHAPE, arch_option, shape_workloads, supported_archs
@@ -32,7 +30,7 @@ __all__ = ["compare_kernels"]
 
 @click.command("compare", short_help="Judge another version of a file's kernels against the baseline.")
 @click.argument("other", type=click.Path(path_type=Path))
-@click.option("--op", "name", required=True, metavar="NAME", help="The op whose kernels OTHER has.")
+@click.option("--op", "name", required=True, metavar="NAME", help="The op whose kernels OTHER has; or my_op.py:NAME.")
 @SHAPE
 @DTYPE
 @FORM
@@ -46,14 +44,22 @@ def compare_kernels(other: Path, name: str, shapes: tuple[str, ...], dtype: str,
     """
     from ...backends.cuda.driver import cuda_available
 
-    if name not in OPS:
-        raise ParameterError(f"no op is named {name!r}; ops: {', '.join(OPS)}")
+    op = _baseline(name)
     works, reason = cuda_available()
     with refusing():
         if works:
-            _compare_on_gpu(other, OPS[name], shapes, dtype, form)
+            _compare_on_gpu(other, op, shapes, dtype, form)
         else:
-            _compare_without_gpu(other, OPS[name], shapes, dtype, form, supported_archs(arch), reason)
+            _compare_without_gpu(other, op, shapes, dtype, form, supported_archs(arch), reason)
+
+
+def _baseline(name: str) -> Op:
+    """The op of --op: one of the package, or one of a user's file. Raises ParameterError."""
+    if is_outside(name):
+        return load(name)
+    if name not in OPS:
+        raise ParameterError(f"no op is named {name!r}; ops: {', '.join(OPS)}")
+    return OPS[name]
 
 
 def _compare_on_gpu(other: Path, op: Op, shapes: Sequence[str], dtype: str, form: str) -> None:
@@ -65,7 +71,7 @@ def _compare_on_gpu(other: Path, op: Op, shapes: Sequence[str], dtype: str, form
     dtype = dtype_name(backend.dtype)  # an old GPU has no bf16
     try:
         candidate = compare.candidate_op(other, op, dtype, backend.gpu.limits)
-        chosen = shape_workloads(op, shapes, dtype, backend.gpu.limits) or workloads.default_workloads(op.name, dtype)
+        chosen = shape_workloads(op, shapes, dtype, backend.gpu.limits) or workloads.default_workloads(op, dtype)
         found = compare.compare(backend, candidate, chosen, workloads.case_workloads(op, dtype))
         facts = environment(backend)
     finally:
@@ -119,22 +125,11 @@ def _compile(
 
 
 def _emulate(other: Path, op: Op, dtype: str, workloads: Sequence[Workload], device: Device) -> None:
-    """Check the candidate on the emulator, which wants it beside the headers. Raises WrongResultError."""
-    from ...lab.check import WrongResultError
+    """Check the candidate on the emulator. Raises WrongResultError."""
     from ...lab.compare import candidate_op
     from ...lab.emulation import Emulator
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        for path in (*source_folder().glob("*.cuh"), other):
-            shutil.copy(path, folder / path.name)
-        emulator = Emulator(device.arch)
-        copy = candidate_op(folder / other.name, op, dtype, device)
-        try:
-            for workload in workloads:
-                emulator.check(replace(workload, op=copy))
-        except WrongResultError as e:  # a fault is at a line of what was given, not of its copy
-            text = str(e)
-            for name in (str(folder), folder.name):  # compilers name the whole path, the emulator its last folder
-                text = text.replace(f"{name}/{other.name}", str(other)).replace(f"{name}/", "cuda_src/")
-            raise WrongResultError(text) from None
+    emulator = Emulator(device.arch)
+    candidate = candidate_op(other, op, dtype, device)
+    for workload in workloads:
+        emulator.check(replace(workload, op=candidate))

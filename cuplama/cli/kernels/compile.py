@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ...lab.report import counted
+from ...ops.outside import is_outside
 from ..options import DEBUG
 from ..streams import print_table, say
+from .names import find_ops
 from .options import arch_option, supported_archs
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = ["compile_kernels", "resource_cells"]
 def compile_kernels(arch: str, jobs: int | None, verbose: bool, names: tuple[str, ...]) -> None:
     """Compile the kernels of the given ops, kernels or files (all by default) and print what they use.
 
+    A NAME may be that of a file of your own, my_op.py or my_op.py:NAME.
     Fails on an error, a warning, or a register spill that is not declared with a reason.
     """
     from ...lab import inventory
@@ -43,7 +46,9 @@ def compile_kernels(arch: str, jobs: int | None, verbose: bool, names: tuple[str
     def done(name: str, seconds: float, number: int, total: int) -> None:
         say(f"{number}/{total}: {name}: {seconds:.1f} s{time_left(began, number, total)}")
 
-    results = inventory.compile_kernels(archs, names or None, workers=jobs, done=done)
+    outside = [op for name in names if is_outside(name) for op in find_ops(name)]
+    ours = [name for name in names if not is_outside(name)]
+    results = inventory.compile_kernels(archs, ours or None, outside=outside, workers=jobs, done=done)
     rows = [
         (r.expression, r.file, f"sm_{r.arch}", *resource_cells(r.resources), r.admitted or "")
         for r in (results if verbose else _largest(results))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...dtypes import DTYPES
-from ...errors import ParameterError
+from ...errors import DeviceError, ParameterError
 from ..options import Decorator
 
 if TYPE_CHECKING:
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from ...ops.launch import Device
     from ...ops.op import Op
 
-__all__ = ["DTYPE", "FORM", "SHAPE", "arch_option", "parse_shape", "shape_workloads", "supported_archs"]
+__all__ = [
+    "DTYPE",
+    "FORM",
+    "SHAPE",
+    "arch_option",
+    "nvrtc_missing",
+    "parse_shape",
+    "shape_workloads",
+    "supported_archs",
+]
 
 SHAPE = click.option(
     "--shape", "shapes", multiple=True, metavar="n=1,d=4096", help="Dims and attributes; the option may be repeated."
@@ -36,6 +45,17 @@ def supported_archs(text: str) -> list[int]:
     from ...backends.cuda.toolkit import parse_archs
 
     return list(parse_archs(text, tuple(nvrtc_library().getSupportedArchs())))
+
+
+def nvrtc_missing() -> str:
+    """Why nothing can be compiled here, in one line; empty if it can. CUDA has no compiler for a Mac."""
+    from ...backends.cuda.nvrtc import nvrtc_library
+
+    try:
+        nvrtc_library()
+    except DeviceError as e:
+        return str(e)
+    return ""
 
 
 def shape_workloads(op: Op, shapes: Sequence[str], dtype: str, device: Device) -> list[Workload]:

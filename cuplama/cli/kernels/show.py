@@ -6,8 +6,11 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -37,11 +40,14 @@ _MAX_WORKLOADS = 4  # of an op's own; more repeat what the first have shown
 @SHAPE
 @DTYPE
 @arch_option("sm_90", "Architectures to compile for.")
-@click.option("--ptx", is_flag=True, help="Print the PTX of the first architecture.")
-@click.option("--sass", is_flag=True, help="Print the machine code of the first architecture.")
+@click.option("--ptx", is_flag=True, help="Print the PTX of the first architecture, the rest on stderr.")
+@click.option("--sass", is_flag=True, help="Print the machine code of the first architecture, the rest on stderr.")
 @DEBUG
 def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: bool, sass: bool) -> None:
-    """Documentation, signature, launches and resources of an op, a kernel or a file. Needs no GPU."""
+    """Documentation, signature, launches and resources of an op, a kernel or a file. Needs no GPU.
+
+    NAME may be that of a file of your own, my_op.py or my_op.py:NAME.
+    """
     from ...backends.cuda.nvrtc import compile_program, compile_ptx
     from ...backends.cuda.toolkit import shared_limit
 
@@ -49,13 +55,16 @@ def show_kernel(name: str, shapes: tuple[str, ...], dtype: str, arch: str, ptx: 
     instances = unlaunched_kernels(name)
     ops = [] if instances else find_ops(name)
     device = Device(arch=archs[0], shared=shared_limit(archs[0]))
-    for op in ops:
-        for launch in _show_op(op, shapes, dtype, device):
-            of_file = instances.setdefault(launch.file, [])
-            if launch.expression not in of_file:
-                of_file.append(launch.expression)
+    # Code that is asked for is all of standard output, so that a program can read it; the rest is for people.
+    with redirect_stdout(sys.stderr) if ptx or sass else nullcontext():
+        for op in ops:
+            for launch in _show_op(op, shapes, dtype, device):
+                of_file = instances.setdefault(launch.file, [])
+                if launch.expression not in of_file:
+                    of_file.append(launch.expression)
+        for file, expressions in instances.items():
+            _show_file(file, expressions, archs)
     for file, expressions in instances.items():
-        _show_file(file, expressions, archs)
         if ptx:
             click.echo(compile_ptx(file, expressions, archs[0]))
         if sass:
@@ -67,7 +76,7 @@ def _show_op(op: Op, shapes: Sequence[str], dtype: str, device: Device) -> Itera
     from ...lab.check import planned
     from ...lab.workloads import default_workloads
 
-    workloads = shape_workloads(op, shapes, dtype, device) or default_workloads(op.name, dtype)[:_MAX_WORKLOADS]
+    workloads = shape_workloads(op, shapes, dtype, device) or default_workloads(op, dtype)[:_MAX_WORKLOADS]
     click.echo(f"{op.name}: {op.doc}\n  {op.text}\n")
     for workload in workloads:
         click.echo(f"  {_workload_line(workload)}")
@@ -94,7 +103,7 @@ def _show_file(file: str, expressions: Sequence[str], archs: Sequence[int]) -> N
     """Print a source's opening comment, and what its instances use on each architecture."""
     from ...backends.cuda.nvrtc import compile_program
 
-    click.echo(f"cuda_src/{file}:\n{opening_comment(file)}\n")
+    click.echo(f"{file if Path(file).is_absolute() else f'cuda_src/{file}'}:\n{opening_comment(file)}\n")
     rows = []
     for arch in archs:
         program = compile_program(file, expressions, arch)

@@ -13,6 +13,7 @@ import click
 
 from ...errors import ParameterError
 from ...folders import source_folder
+from ...ops.outside import is_outside
 from ..options import DEBUG
 from ..streams import say
 from .names import find_ops
@@ -42,10 +43,12 @@ def watch_kernel(name: str, shapes: tuple[str, ...], dtype: str) -> None:
     if not cuda_available()[0] and (missing := emulator_missing()):
         say(f"nothing can be checked: {missing}")
         sys.exit(1)
-    arguments = ["kernels", "bench", *[op.name for op in ops], "--dtype", dtype]
+    names = [name] if is_outside(name) else [op.name for op in ops]
+    arguments = ["kernels", "bench", *names, "--dtype", dtype]
     for shape in shapes:
         arguments += ["--shape", shape]
-    folders = (source_folder(), _PACKAGE / "ops")
+    own = [Path(name).resolve().parent] if is_outside(name) else []
+    folders = (*own, source_folder(), _PACKAGE / "ops")
 
     def again() -> None:
         # A process of its own: it sees every change, and a crashed GPU context ends with it.

@@ -1,4 +1,4 @@
-"""A stand-in for CuPy in host memory: what ``Gpu`` uses of it, with CuPy's names.
+"""A stand-in for CuPy in host memory: what ``Gpu`` and ``Eager`` use of it, with CuPy's names.
 
 What is queued on a stream is done when something waits for it. New memory, pinned memory included, holds garbage.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -38,7 +39,9 @@ class Card:
     """The machine: GPUs of so many bytes, and what has been asked of them.
 
     entered: devices and streams that are current, innermost last; waits: how often a stream was waited for; modules:
-    what was compiled; complaint: what the compiler says of a source, if anything; broken: whether CUDA refuses all.
+    what was compiled; complaint: what the compiler says of a source, if anything; broken: whether CUDA refuses all;
+    current_device, current_stream, allocator: the user's state, which ``with`` blocks of devices and streams change;
+    launch: what a plain launch of (file, expression, grid, block, args, shared) does; by default it is only remembered.
     """
 
     def __init__(self, arch: int = 90, memory: int = 1 << 30) -> None:
@@ -48,6 +51,19 @@ class Card:
         self.modules: list[dict[str, Any]] = []
         self.complaint = ""
         self.broken = False
+        self.default_stream = Stream(self, non_blocking=True, ptr=0)
+        self.allocator: Callable[[int], MemoryPointer] = MemoryPool(self).malloc
+        self.launch: Callable[..., None] | None = None
+
+    @property
+    def current_device(self) -> int:
+        """The number of the GPU that is current."""
+        return next((e.id for e in reversed(self.entered) if isinstance(e, Device)), 0)
+
+    @property
+    def current_stream(self) -> Stream:
+        """The stream that is current."""
+        return next((e for e in reversed(self.entered) if isinstance(e, Stream)), self.default_stream)
 
     def modules_by_name(self) -> dict[str, Any]:
         """What ``sys.modules`` is to hold for the imports of ``Gpu``."""
@@ -73,11 +89,15 @@ class Card:
             compiler=SimpleNamespace(CompileException=CompileException),
             driver=SimpleNamespace(CUDADriverError=CUDADriverError),
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            get_current_stream=lambda: card.current_stream,
             runtime=SimpleNamespace(
-                CUDARuntimeError=CUDARuntimeError, getDeviceProperties=lambda i: {"name": b"GPU number %d" % i}
+                CUDARuntimeError=CUDARuntimeError,
+                getDevice=lambda: card.current_device,
+                getDeviceProperties=lambda i: {"name": b"GPU number %d" % i},
             ),
         )
-        return SimpleNamespace(cuda=cuda, ndarray=ndarray, RawModule=of_this(RawModule))
+        array = type("ndarray", (ndarray,), {"__module__": "cupy", "card": card})
+        return SimpleNamespace(cuda=cuda, ndarray=array, RawModule=of_this(RawModule))
 
 
 class _Entered:
@@ -109,10 +129,9 @@ class Device(_Entered):
 class Stream(_Entered):
     """captured: what a graph under capture consists of; None outside a capture."""
 
-    ptr = 0x1234
-
-    def __init__(self, card: Card, non_blocking: bool) -> None:
+    def __init__(self, card: Card, non_blocking: bool, ptr: int = 0x1234) -> None:
         super().__init__(card)
+        self.ptr = ptr
         assert non_blocking  # it would wait for the default stream, which others use
         self.queue = Queue()
         self.captured: list[Callable[[], None]] | None = None
@@ -127,7 +146,12 @@ class Stream(_Entered):
         self.queue.wait()
 
     def begin_capture(self) -> None:
+        assert self.ptr != 0  # the default stream cannot be captured
         self.captured = []
+
+    def is_capturing(self) -> bool:
+        assert self.ptr != 0
+        return self.captured is not None
 
     def end_capture(self) -> Any:
         captured, self.captured = self.captured, None
@@ -248,25 +272,36 @@ class PinnedMemoryPointer(np.ndarray[Any, Any]):
 
 
 class ndarray:  # noqa: N801
-    """An array on a GPU; its content is the host's to see only through copies."""
+    """An array on a GPU; its content is the host's to see only through copies. Without data it is new memory of the
+    current allocator."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], data: MemoryPointer, contiguous: bool = True):
-        self.shape, self.dtype, self.data = shape, dtype, data
+    card: Card
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], data: MemoryPointer | None = None, contiguous: bool = True
+    ) -> None:
+        self.shape, self.dtype, self.size = shape, dtype, int(np.prod(shape))
         self.flags = SimpleNamespace(c_contiguous=contiguous)
-        self.nbytes = int(np.prod(shape)) * dtype.itemsize
-        assert self.nbytes <= data.mem.size
+        self.nbytes = self.size * dtype.itemsize
+        self.data = self.card.allocator(self.nbytes) if data is None else data
+        assert self.nbytes <= self.data.mem.size
+
+    def host(self) -> np.ndarray[Any, Any]:
+        """The memory itself, seen from the host."""
+        content = (ctypes.c_byte * self.nbytes).from_address(self.data.ptr)
+        return np.frombuffer(memoryview(content).cast("B"), self.dtype).reshape(self.shape)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 class RawModule:
     def __init__(self, card: Card, **given: Any) -> None:
-        self._card = card
+        self._card, self._file = card, given["code"].split('"')[1]
         card.modules.append(given)
 
     def get_function(self, name: str) -> RawKernel:
         if self._card.complaint:
             raise CompileException(self._card.complaint)
-        return RawKernel(name)
+        return RawKernel(name, self._card, self._file)
 
 
 class RawKernel:
@@ -275,10 +310,18 @@ class RawKernel:
     shared_size_bytes = 1024
     preferred_shared_memory_carveout = -1
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, card: Card, file: str) -> None:
         self.name, self.launches = name, list[tuple[Any, ...]]()
         self.raised = list[int]()  # what the limit of dynamic shared memory was set to
-        self.kernel = lambda *launch: self.launches.append(launch)
+        self._card, self._file = card, file
+        self.kernel = partial(self._launch)  # which can be given attributes, as CuPy's function has them
+
+    def _launch(self, *launch: Any) -> None:
+        """Queue it on the stream that is current."""
+        self.launches.append(launch)
+        run = self._card.launch
+        if run is not None:
+            self._card.current_stream.do(lambda: run(self._file, self.name, *launch))
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:

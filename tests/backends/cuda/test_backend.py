@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cuplama.backends.cuda import backend as cuda
+from cuplama.backends.cuda import planning
 from cuplama.backends.cuda.backend import CudaBackend, convert
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.dtypes import DTYPES
@@ -271,7 +272,7 @@ def test_few_rows_go_to_our_kernels() -> None:
 def test_the_launches_before_a_product_reach_every_row_and_column(n: int, m: int) -> None:
     """A grid has at most 65535 blocks along y; the kernel goes over the other rows in a loop."""
     x, w, b = (np.zeros(shape, DTYPES["bf16"]) for shape in ((n, 8), (m, 8), (m,)))
-    plans = cuda.library_plans(OPS["linear"].bind((x, w, b), {"T": "bf16", "U": "f32"}))
+    plans = planning.library_plans(OPS["linear"].bind((x, w, b), {"T": "bf16", "U": "f32"}))
     (cast,), (fill,) = (plan.launches for plan in plans)
     for launch in (cast, fill):
         assert launch.grid[0] == -(-m // launch.block[0])
@@ -281,7 +282,7 @@ def test_the_launches_before_a_product_reach_every_row_and_column(n: int, m: int
 
 def test_an_op_that_no_library_computes_has_no_launches_before_it(backend: CudaBackend) -> None:
     a = _ones(backend, 2, 8)
-    assert cuda.library_plans(OPS["add"].bind((a, a), {})) == []
+    assert planning.library_plans(OPS["add"].bind((a, a), {})) == []
 
 
 # ---- checks before and errors after a launch -------------------------------------------------------------------------

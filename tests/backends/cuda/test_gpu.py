@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuplama.backends.cuda import functions, toolkit
 from cuplama.backends.cuda import gpu as module
-from cuplama.backends.cuda import toolkit
 from cuplama.backends.cuda.driver import PdlLaunch
 from cuplama.backends.cuda.gpu import Gpu, parallel_copy
 from cuplama.backends.cuda.toolkit import source
@@ -48,7 +48,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Gpu]:
     def made(card: Card, driver: Any = None, library: Any = None, device: int = 0) -> Gpu:
         for name, content in card.modules_by_name().items():
             monkeypatch.setitem(sys.modules, name, content)
-        monkeypatch.setattr(module, "cuda_available", lambda number: (True, ""))
+        monkeypatch.setattr(functions, "cuda_available", lambda number: (True, ""))
         monkeypatch.setattr(module, "load_driver", lambda: driver)
         monkeypatch.setattr(module, "load_cublas", lambda: library)
         monkeypatch.setattr(module, "Cublas", _Cublas)
@@ -86,7 +86,7 @@ def test_a_gpu_knows_its_card(make: Callable[..., Gpu]) -> None:
 
 
 def test_a_gpu_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cuda_available", lambda number: (False, f"there is no GPU {number}"))
+    monkeypatch.setattr(functions, "cuda_available", lambda number: (False, f"there is no GPU {number}"))
     with pytest.raises(DeviceError, match="CUDA cannot be used: there is no GPU 5"):
         Gpu(5)
 
@@ -348,7 +348,7 @@ def test_no_object_is_collected_during_a_capture(gpu: Gpu) -> None:
 
 
 def _raw(gpu: Gpu, name: str = "add") -> Any:
-    return gpu._functions["residual.cu", name][0]
+    return gpu.functions._kernels["residual.cu", name, ""]
 
 
 def test_a_function_is_compiled_once_for_the_card(gpu: Gpu, card: Card) -> None:

@@ -17,6 +17,7 @@ from cuplama.backends.cuda.toolkit import (
     source,
     source_hash,
     toolkit_folders,
+    version,
 )
 from cuplama.errors import CompileError, DeviceError
 from cuplama.folders import source_folder
@@ -133,8 +134,7 @@ def test_the_compiler_reports_lines_of_our_file() -> None:
 @pytest.mark.parametrize("changed", ["a.cu", "b.cuh", "ladder/c.cuh"])
 def test_the_hash_covers_sources_headers_and_their_names(tmp_path: Path, changed: str) -> None:
     def fresh() -> str:
-        source_hash.cache_clear()
-        return source_hash(tmp_path)
+        return version(str(tmp_path / "a.cu"))
 
     (tmp_path / "a.cu").write_text("a")
     (tmp_path / "b.cuh").write_text("b")
@@ -148,7 +148,18 @@ def test_the_hash_covers_sources_headers_and_their_names(tmp_path: Path, changed
     (tmp_path / changed).rename((tmp_path / changed).with_stem("other"))
     hashes.append(fresh())
     assert len(set(hashes)) == 3
-    source_hash.cache_clear()
+
+
+def test_a_source_from_outside_may_include_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolkit, "toolkit_folders", lambda major: (Path(f"/cuda{major}"),))
+    (tmp_path / "mine.cu").write_text("a")
+    (tmp_path / "mine.cuh").write_text("b")
+    before = options(12, 80, str(tmp_path / "mine.cu"))
+    assert before[1:3] == (f"-I{tmp_path}", f"-I{source_folder()}")
+    (tmp_path / "mine.cuh").write_text("c")
+    assert options(12, 80, str(tmp_path / "mine.cu")) != before
+    assert options(12, 80, "norm.cu") == options(12, 80)
+    assert version("norm.cu") == version(str(source_folder() / "norm.cu")) == ""
 
 
 # ---- architectures ---------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 //
 // Mapping: one long row of n * d elements, one element per thread.
 //
-// Op and reference: examples/op_from_outside.py.
-__global__ void __launch_bounds__(256) softcap(const float* __restrict__ x, float* __restrict__ y, int n, int d,
-                                               float cap) {
+// Op and reference: softcap.py beside this file.
+__global__ void __launch_bounds__(256)
+    softcap(const float* __restrict__ x, float* __restrict__ y, int n, int d, float cap) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < (long long)n * d) y[i] = cap * tanhf(x[i] / cap);
 }

@@ -1,0 +1,197 @@
+"""How an op is computed on a GPU at given sizes: which launches, or which product of cuBLAS, and on which arrays.
+
+A plan depends only on shapes, dtypes and attributes, so it is made once and repeated. The CUDA backend, which runs
+models, and ``eager.py``, which runs single ops on a user's CuPy arrays, both plan here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...dtypes import Array, dtype_name
+from ...ops.abstract import abstract
+from ...ops.binding import Allocate, BoundLaunch, bind_plan
+from ...ops.launch import Device, Launch, Plan
+from ...ops.linear import MAX_STREAMED_ROWS
+from ...ops.op import Call
+from ...ops.signature import OpError
+from .cublas import Product
+
+__all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
+
+
+class Action(Protocol):
+    """One launch without its arrays. text: what it is, for messages."""
+
+    @property
+    def text(self) -> str: ...
+    def __call__(self, arrays: Sequence[Array | None]) -> None: ...
+
+
+class Compiler(Protocol):
+    """What a plan is made for: a GPU whose kernels can be compiled.
+
+    cublas: the library, None where products are left to the kernels; workspace: bytes that a product of it takes as
+    scratch, 0 where the library has a workspace of its own.
+    """
+
+    limits: Device
+    workspace: int
+
+    @property
+    def cublas(self) -> Any: ...
+    def function(self, file: str, expression: str, shared: int, waits: bool = False) -> Callable[..., None]: ...
+    def address(self, array: Array) -> int: ...
+    def stream_pointer(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An array that a call of a plan makes. zeroed: it holds zeros before the first launch, otherwise anything."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    zeroed: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An op for given shapes. Arrays are numbered: inputs (``width`` of them), then new outputs, then scratch.
+
+    outs: which numbers are the outputs; new: the new outputs, ``made`` of them, and then the scratch.
+    """
+
+    width: int
+    outs: tuple[int, ...]
+    new: tuple[Buffer, ...]
+    made: int
+    actions: tuple[Action, ...]
+
+
+class _Launch:
+    """A kernel launch without its arrays. pointers: (number of an argument, number of the array that it takes)."""
+
+    __slots__ = ("args", "block", "function", "grid", "pointers", "shared", "text")
+
+    def __init__(
+        self, function: Callable[..., None], bound: BoundLaunch, position: Mapping[str, int], fixed: set[str]
+    ) -> None:
+        """position: parameter name -> number of its array; fixed: names whose value belongs to the launch itself."""
+        self.function, self.grid, self.block, self.shared = function, bound.grid, bound.block, bound.shared
+        self.text = bound.describe()
+        names = [p.name if p.pointer and p.name not in fixed else "" for p in bound.prototype.parameters]
+        given = [name in position and not isinstance(a, np.generic) for name, a in zip(names, bound.args, strict=True)]
+        self.pointers = [(i, position[name]) for i, name in enumerate(names) if given[i]]
+        self.args = [None if given[i] else a for i, a in enumerate(bound.args)]
+
+    def __call__(self, arrays: Sequence[Array | None]) -> None:
+        args = self.args.copy()
+        for i, j in self.pointers:
+            args[i] = arrays[j]
+        self.function(self.grid, self.block, tuple(args), self.shared)
+
+
+class _Matmul:
+    """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes."""
+
+    __slots__ = ("compiler", "pointers", "product", "text")
+
+    def __init__(self, product: Product, compiler: Compiler, pointers: Mapping[str, int]) -> None:
+        self.product, self.compiler, self.pointers, self.text = product, compiler, pointers, product.text
+
+    def __call__(self, arrays: Sequence[Array | None]) -> None:
+        compiler = self.compiler
+        named = {name: compiler.address(arrays[i]) for name, i in self.pointers.items()}
+        if compiler.workspace:
+            named["stream"] = compiler.stream_pointer()
+        self.product(**named)
+
+
+def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, aligned: bool = True) -> Planned:
+    """Decide the launches of an op that is bound to its inputs. Nothing is allocated, and nothing launched.
+
+    zeros: gives the scratch that launches find and leave zero, where the caller keeps such; else each call makes it.
+    aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
+    kernels or sizes that they do not take, CompileError, and DeviceError.
+    """
+    op, signature = call.op, call.op.signature
+    width = len(signature.ins)
+    position = {spec.name: i for i, spec in enumerate(signature.ins)}
+    new: list[Buffer] = []
+
+    def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], zeroed: bool = False) -> Array:
+        position[name] = width + len(new)
+        new.append(Buffer(tuple(map(int, shape)), np.dtype(dtype), zeroed))
+        return abstract(shape, dtype)
+
+    way = _by_library(compiler, call) if aligned else None
+    if way is not None:
+        plan = way.before
+    elif op.kernels is not None:
+        plan = op.kernels(call, compiler.limits)
+    else:
+        raise OpError(f"{op.name} has no CUDA kernel")
+    actions: list[Action] = []
+    zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
+    for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros), strict=True):
+        function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
+        actions.append(_Launch(function, bound, position, set(launch.constants)))
+    if way is not None:
+        pointers = {argument: position[array] for argument, array in way.arrays.items()}
+        if compiler.workspace:
+            buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
+            pointers["workspace"] = position["workspace"]
+        actions.append(_Matmul(way.product, compiler, pointers))
+    outs = tuple(position[spec.name] for spec in signature.outs)
+    return Planned(width, outs, tuple(new), sum(i >= width for i in outs), tuple(actions))
+
+
+# ---- products by a library -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Way:
+    """A product of cuBLAS, the launches before it, and the name of its array for each argument of the product."""
+
+    before: Plan
+    arrays: Mapping[str, str]
+    product: Product
+
+
+def _by_library(compiler: Compiler, call: Call) -> _Way | None:
+    """How cuBLAS computes the op; None if our kernels do."""
+    if not call.op.matmul or call["n"] <= MAX_STREAMED_ROWS or (cublas := compiler.cublas) is None:
+        return None
+    n, m, k = call["n"], call["m"], call["k"]
+    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
+    for before, arrays in _ways(call):
+        product = cublas.product(n, m, k, T, U, bias="b" in arrays, add="c" in arrays)
+        if product is not None:
+            return _Way(before, arrays, product)
+    return None
+
+
+def library_plans(call: Call) -> list[Plan]:
+    """What may be launched before a library's product for the call; nothing for an op that no library computes."""
+    return [before for before, _ in _ways(call)] if call.op.matmul else []
+
+
+def _ways(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:
+    """The ways to compute a product, best first: launches before it, and argument -> name of the array that it is."""
+    n, m = call["n"], call["m"]
+    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
+    given, columns = {"x": "x", "w": "w", "y": "y"}, -(-m // 256)
+    residual = {"c": "a"} if "a" in call.arrays else {}
+    if call.arrays["b"] is None:
+        yield Plan(()), given | residual
+        return
+    if T == U:
+        yield Plan(()), given | residual | {"b": "b"}
+    else:
+        cast = Launch("bias.cu:cast_bias", (columns,), (256,), constants={"U": U})
+        yield Plan((cast,), {"bias": ((m,), U)}), given | residual | {"b": "bias"}
+    constants = {"U": U} if residual else {"U": U, "a": None}
+    fill = Launch("bias.cu:fill_rows", (columns, min(n, 65535)), (256,), constants=constants)
+    yield Plan((fill,)), given | {"c": "y"}
