@@ -56,6 +56,7 @@ class NumPyBackend:
     """
 
     name = "numpy"
+    forks = True
     prefill_chunk = 512
     compile_seconds = 0.0
     captures = False  # It would gain nothing. ``capture`` works all the same: tests use it to run what a GPU captures.

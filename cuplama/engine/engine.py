@@ -5,8 +5,10 @@ It knows neither text nor files. One sequence is a batch of one; every pass is r
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +16,6 @@ import numpy as np
 
 from ..backends import Backend
 from ..dtypes import Array
-from ..errors import DeviceError
 from ..models.config import ModelConfig
 from ..sampling_params import SamplingParams
 from .kv_cache import PagedCache, pages_for
@@ -26,6 +27,16 @@ from .sharing import Run
 __all__ = ["Engine"]
 
 _Step = TypeVar("_Step")
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _start_again() -> None:
+    for engine in list(_engines):
+        engine.start_again()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_again)
 
 
 class Engine:
@@ -44,12 +55,24 @@ class Engine:
         self.scheduler = Scheduler(self.runner, context)
         self.sharing = self.scheduler.sharing
         backend.when_short_of_memory(self.runner.drop_graphs)
+        _engines.add(self)
 
     def close(self) -> None:
         """Give back graphs, weights and cache. A run that has not ended gets DeviceError at its next step."""
+        if self.sharing.closed:
+            return
         with self.sharing.turn:
             self.sharing.close()
             self.runner.close()
+
+    def start_again(self) -> None:
+        """In a child that was forked, where the parent's other threads and its GPU are not: see ``Sharing``."""
+        self.sharing.start_again()
+        if not self.backend.forks:
+            self.sharing.closed = (
+                f"a model on {self.backend.name} cannot be used in a child that was forked after it was loaded;"
+                ' load it in the child, or start processes by "spawn"'
+            )
 
     def logits(self, tokens: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
         """The logits after each token, float32 [rows, vocab_size], an array for each pass, in order."""
@@ -81,8 +104,7 @@ class Engine:
             while True:
                 run.asked, run.thread = True, threading.get_ident()
                 with sharing.turn:
-                    if sharing.closed:
-                        raise DeviceError("the model is closed")
+                    sharing.check_open()
                     step = next(steps, None)
                     run.asked, run.moved = False, time.monotonic()
                 if step is None:

@@ -5,6 +5,8 @@ Kwon et al., "Efficient Memory Management for Large Language Model Serving with 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from ..backends import Backend
@@ -31,12 +33,17 @@ class PagedCache:
         self.arrays: dict[str, Array] = {
             f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.num_layers) for part in "kv"
         }
-        self._free = list(range(pages - 1, -1, -1))  # low pages first: memory that is never used is never touched
+        self.free_all_but([])
 
     @property
     def free(self) -> int:
         """Pages that no sequence owns."""
         return len(self._free)
+
+    def free_all_but(self, owned: list[list[int]]) -> None:
+        """All pages are free but these. Low ones go first: memory that is never used is never touched."""
+        used = set(itertools.chain.from_iterable(owned))
+        self._free = [page for page in range(self.pages - 1, -1, -1) if page not in used]
 
     def extend(self, owned: list[int], tokens: int) -> None:
         """Give a sequence the pages it needs for ``tokens`` tokens in all. So many are free: see ``Sharing.take``."""

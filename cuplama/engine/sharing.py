@@ -70,13 +70,13 @@ class Run:
 class Sharing:
     """Divides the pages of ``cache`` among runs. turn: held by the thread whose run makes a step, or that ends one.
 
-    closed: no run gets pages any more.
+    closed: why no run gets pages any more, if so.
     """
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
         self.turn = threading.Condition(threading.RLock())
-        self.closed = False
+        self.closed = ""
         self._runs: list[Run] = []
         self._places = itertools.count()
 
@@ -128,10 +128,31 @@ class Sharing:
 
     def close(self) -> None:
         """Take the pages of all runs; those that wait for some learn that they get none."""
-        self.closed = True
+        self.closed = "the model is closed"
         for run in self._runs:
             self._suspend(run)
         self.release(())
+
+    def check_open(self) -> None:
+        """Raise DeviceError if no run gets pages any more."""
+        if self.closed:
+            raise DeviceError(self.closed)
+
+    def start_again(self) -> None:
+        """In a child that was forked: of the parent's runs only those of the forking thread go on, if it asks for them.
+
+        Others may have been in the middle of anything, so what they held is free.
+        """
+        self.turn = threading.Condition(threading.RLock())
+        own = threading.get_ident()
+        for run in self._runs:
+            if run.thread != own:
+                run.end_loop = None
+                for s in run.sequences:
+                    s.pages.clear()
+                    s.cached = 0
+                run.suspensions += 1
+        self.cache.free_all_but([s.pages for run in self._runs for s in run.sequences])
 
     def _missing(self, tokens: Sequence[tuple[SequenceState, int]]) -> int:
         return sum(max(0, pages_for(count) - len(s.pages)) for s, count in tokens)
@@ -189,5 +210,4 @@ class Sharing:
         idle_in = [r.moved + IDLE - now for r in self._others(run) if not r.asked]
         with self.turn:
             self.turn.wait(max(0.01, min([IDLE, *idle_in])))
-        if self.closed:
-            raise DeviceError("the model is closed")
+        self.check_open()

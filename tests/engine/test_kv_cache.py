@@ -51,6 +51,16 @@ def test_a_sequence_gives_back_the_pages_that_so_many_tokens_do_not_need() -> No
     assert (owned, cache.free) == ([], 4)
 
 
+def test_all_pages_but_some_become_free() -> None:
+    cache, owned = _cache(5), [3]
+    cache.free_all_but([owned, []])
+    assert cache.free == 4
+    cache.extend(owned, 3 * PAGE)
+    assert owned == [3, 0, 1]
+    cache.free_all_but([])
+    assert cache.free == 5
+
+
 def test_a_page_table_is_as_wide_as_the_longest_sequence() -> None:
     table = page_table([[3], [1, 2], []], 9)
     assert table.tolist() == [[3, 9], [1, 2], [9, 9]]

@@ -312,6 +312,16 @@ def test_to_its_own_thread_a_run_is_idle_at_once(empty: Model, monkeypatch: pyte
     assert outer.suspensions == 1
 
 
+def test_after_a_fork_only_the_forking_thread_keeps_its_pages(empty: Model) -> None:
+    sharing = empty.engine.sharing
+    own, other = (_run(empty, 3, 3 * PAGE, thread=t) for t in (threading.get_ident(), 1))
+    turn, other.end_loop = sharing.turn, lambda: pytest.fail("its loop may be in use")
+    sharing.start_again()
+    assert (own.held, own.suspensions, own.sequences[0].cached) == (3, 0, 3 * PAGE)
+    assert (other.held, other.suspensions, other.sequences[0].cached) == (0, 1, 0)
+    assert (empty.engine.cache.free, sharing.turn is turn) == (5, False)
+
+
 def test_pages_ahead_are_all_for_a_run_alone_and_a_few_for_others(empty: Model) -> None:
     take_ahead, cache = empty.engine.sharing.take_ahead, empty.engine.cache
     one = Run([_sequence(PAGE)])

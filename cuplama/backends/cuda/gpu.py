@@ -52,7 +52,7 @@ class Gpu:
             self._cuda_version = nvrtc.getVersion()
         except Exception as e:  # CuPy raises several kinds, by what is missing
             raise DeviceError(f"cupy does not start: {e}; run `cuplama doctor`") from None
-        self._cupy = cupy
+        self._cupy, self._process = cupy, os.getpid()
         self.array_type: type = cupy.ndarray
         self._device = cupy.cuda.Device(device)
         attributes = self._device.attributes
@@ -249,7 +249,12 @@ class Gpu:
         return function  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die."""
+        """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die.
+
+        Nothing in a child that was forked: they are the parent's.
+        """
+        if os.getpid() != self._process:
+            return
         with self, suppress(*self.failures):  # a GPU in an error state refuses everything; the process's end frees it
             self.stream.synchronize()
             self.end_staging()
