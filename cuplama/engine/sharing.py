@@ -120,11 +120,11 @@ class Sharing:
     def take_ahead(self, run: Run, tokens: Sequence[tuple[SequenceState, int]]) -> None:
         """Give sequences pages for up to that many tokens, of those that are free: all to a run that is alone."""
         alone = not self._others(run)
-        each = self.cache.free // len(tokens)  # pages; no sequence gets more than its share
-        for s, count in tokens:
-            have = len(s.pages)
-            wanted = pages_for(count if alone else min(count, len(s.tokens) + _MARGIN)) - have
-            self.cache.extend(s.pages, (have + min(each, wanted)) * PAGE)
+        ends = [count if alone else min(count, len(s.tokens) + _MARGIN) for s, count in tokens]
+        wanted = [max(0, pages_for(end) - len(s.pages)) for (s, _), end in zip(tokens, ends, strict=True)]
+        most = self.cache.free if sum(wanted) <= self.cache.free else self.cache.free // len(tokens)  # for each
+        for (s, _), pages in zip(tokens, wanted, strict=True):
+            self.cache.extend(s.pages, (len(s.pages) + min(pages, most)) * PAGE)
 
     def close(self) -> None:
         """Take the pages of all runs; those that wait for some learn that they get none."""

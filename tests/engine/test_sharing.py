@@ -336,6 +336,10 @@ def test_pages_ahead_are_all_for_a_run_alone_and_a_few_for_others(empty: Model) 
         alone = Run([_sequence(PAGE)])
         take_ahead(alone, [(alone.sequences[0], 100 * PAGE)])
         assert alone.held == pages_for(PAGE + module._MARGIN)
+    empty.engine.cache.free_all_but([])
+    short, long = _sequence(5), _sequence(5)
+    take_ahead(Run([short, long]), [(short, PAGE), (long, 7 * PAGE)])
+    assert [len(s.pages) for s in (short, long)] == [1, 7]
 
 
 @pytest.fixture(scope="module")
