@@ -207,7 +207,7 @@ class Sharing:
     def _wait(self, run: Run) -> None:
         """Until something may have changed: pages came back, or a run has become idle."""
         now = time.monotonic()
-        idle_in = [r.moved + IDLE - now for r in self._others(run) if not r.asked]
+        idle_in = [seconds for r in self._others(run) if not r.asked and (seconds := r.moved + IDLE - now) > 0]
         with self.turn:
             self.turn.wait(max(0.01, min([IDLE, *idle_in])))
         self.check_open()
