@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 
 from ..dtypes import Array
@@ -67,10 +67,10 @@ class _Job:
 
 
 class _Team:
-    """Helpers of the process, made when they are first needed. idle: the queues of those that have nothing to do."""
+    """Helpers of the process, made when they are first needed. idle: those that have nothing to do."""
 
     def __init__(self) -> None:
-        self._idle: deque[SimpleQueue[_Job]] = deque()
+        self._idle: deque[_Helper] = deque()
         self._made = 0
         self._lock = threading.Lock()
 
@@ -78,26 +78,45 @@ class _Team:
         """Give the job to as many helpers; those that are busy, or are not running just now, are not counted on."""
         with self._lock:
             for _ in range(helpers - self._made):
-                queue: SimpleQueue[_Job] = SimpleQueue()
-                threading.Thread(target=self._help, args=(queue,), name="cuplama helper", daemon=True).start()
-                self._idle.append(queue)
+                self._idle.append(_Helper(self._idle))
                 self._made += 1
         for _ in range(helpers):
             try:
-                self._idle.pop().put(job)
+                self._idle.pop().jobs.put(job)
             except IndexError:
                 return
 
-    def _help(self, queue: SimpleQueue[_Job]) -> None:
-        while True:
-            job = queue.get()
+    def dismiss(self) -> None:
+        """End the helpers that have nothing to do: a fork should find few threads. They are made again when needed."""
+        with self._lock:
+            leaving = []
+            with suppress(IndexError):
+                while True:
+                    leaving.append(self._idle.pop())
+            self._made -= len(leaving)
+        for helper in leaving:
+            helper.jobs.put(None)
+            helper.thread.join(_LONGEST_WAIT)
+
+
+class _Helper:
+    """A thread that works on the jobs it is given, and then is one of ``idle``."""
+
+    def __init__(self, idle: deque[_Helper]) -> None:
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._idle = idle
+        self.thread = threading.Thread(target=self._work, name="cuplama helper", daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
             try:
                 with multiplying:
                     job.work()
             except BaseException as e:  # the one who asked meets it too, since nobody claimed the piece
                 job.failure = e
             del job  # and with it the arrays
-            self._idle.append(queue)
+            self._idle.append(self)
 
 
 class _Gate:
@@ -144,6 +163,12 @@ multiplying = _Gate()
 _team = _Team()
 
 
+def _prepare() -> None:
+    """Before a fork."""
+    multiplying.close()
+    _team.dismiss()
+
+
 def _start_again() -> None:
     """In a child that was forked: the threads of the parent are not here."""
     global _team
@@ -153,7 +178,7 @@ def _start_again() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=multiplying.close, after_in_parent=multiplying.open, after_in_child=_start_again)
+    os.register_at_fork(before=_prepare, after_in_parent=multiplying.open, after_in_child=_start_again)
 
 
 @contextmanager

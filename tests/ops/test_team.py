@@ -146,3 +146,22 @@ def test_a_closed_gate_waits_for_those_inside_and_lets_nobody_in(monkeypatch: py
     multiplying.close()  # gives up
     multiplying.open()
     multiplying.inside.discard(-1)
+
+
+def test_idle_helpers_are_dismissed_before_a_fork_and_made_again() -> None:
+    def helpers() -> int:
+        return sum(thread.name == "cuplama helper" for thread in threading.enumerate())
+
+    before = helpers()  # of other tests' teams
+    out, outs, pieces = _numbers(40)
+    for _ in range(2):
+        out[...] = np.nan
+        with team_of(3):
+            fill(outs, pieces, _BIG)
+        assert out[:, 0].tolist() == list(range(40))
+        assert helpers() == before + 2
+        while len(team._team._idle) < 2:
+            time.sleep(0.001)
+        team._prepare()
+        multiplying.open()
+        assert helpers() == before
