@@ -36,13 +36,15 @@ class Backend(Protocol):
     """Where arrays live and how ops run on them.
 
     name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most;
-    captures: whether prompts and decode steps go through ``capture``.
+    captures: whether prompts and decode steps go through ``capture``; forks: whether a child process that is forked can
+    use it.
     """
 
     name: str
     dtype: np.dtype[Any]
     prefill_chunk: int
     captures: bool
+    forks: bool
 
     @property
     def compile_seconds(self) -> float:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from ..dtypes import DTYPES, Array
 from ..ops import OPS
 from ..ops.node import Node, dying
 from ..ops.op import Op
+from ..ops.team import team_of
 from ..quant.weight import Weight
+from .blas import one_blas_thread
 
 __all__ = ["NumPyBackend"]
-
-# A pass whose largest product has fewer multiplications than this runs on one BLAS thread: more threads would gain
-# little on an idle machine, and on a busy one threads that wait for each other cost several times the work.
-_ONE_THREAD = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -35,34 +29,6 @@ class _Prepared:
     outs: tuple[tuple[str, np.dtype[Any]], ...]
     attrs: Mapping[str, Any]
     dead: tuple[str, ...]
-
-
-class _OneThread:
-    """One BLAS thread as long as any thread of the process is inside, and then as many as there were before."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._controller: ThreadpoolController | None = None
-        self._limit: Any = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._controller = self._controller or ThreadpoolController()
-                self._limit = self._controller.limit(limits=1, user_api="blas")
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    self._limit.restore_original_limits()
-
-
-_one_thread = _OneThread()  # the libraries' number of threads belongs to the process, not to a backend
 
 
 class _CapturedGraph:
@@ -90,6 +56,7 @@ class NumPyBackend:
     """
 
     name = "numpy"
+    forks = True
     prefill_chunk = 512
     compile_seconds = 0.0
     captures = False  # It would gain nothing. ``capture`` works all the same: tests use it to run what a GPU captures.
@@ -97,7 +64,6 @@ class NumPyBackend:
     def __init__(self, dtype: str = "f32", convert: bool = True) -> None:
         self.dtype = DTYPES[dtype]
         self._convert = convert
-        self._largest = 0  # elements of the largest weight
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
 
     def describe(self) -> str:
@@ -113,7 +79,6 @@ class NumPyBackend:
         return np.zeros(shape, dtype)
 
     def load_weight(self, weight: Weight) -> Array:
-        self._largest = max(self._largest, math.prod(weight.shape))
         if not self._convert:
             return weight.array()
         array = np.empty(weight.shape, self.dtype)
@@ -132,13 +97,8 @@ class NumPyBackend:
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         # What overflows in float16 shows in the logits; the sampler refuses those.
-        with self._threads(len(values[nodes[0].ins[0]])), np.errstate(over="ignore", invalid="ignore"):
+        with one_blas_thread() as threads, team_of(threads), np.errstate(over="ignore", invalid="ignore"):
             return self._run(nodes, values, keep)
-
-    def _threads(self, tokens: int) -> AbstractContextManager[Any]:
-        if tokens * self._largest >= _ONE_THREAD:
-            return nullcontext()
-        return _one_thread()
 
     def _run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         values = {"": None, **values}

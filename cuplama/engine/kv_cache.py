@@ -5,14 +5,12 @@ Kwon et al., "Efficient Memory Management for Large Language Model Serving with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
 
 import numpy as np
 
 from ..backends import Backend
 from ..dtypes import Array
-from ..errors import ContextError
 from ..models.config import ModelConfig
 
 __all__ = ["PAGE", "PagedCache", "page_table", "pages_for"]
@@ -35,46 +33,32 @@ class PagedCache:
         self.arrays: dict[str, Array] = {
             f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.num_layers) for part in "kv"
         }
-        self._free = list(range(pages - 1, -1, -1))  # low pages first: memory that is never used is never touched
-        self._reserved = 0
+        self.free_all_but([])
 
     @property
     def free(self) -> int:
         """Pages that no sequence owns."""
         return len(self._free)
 
-    @property
-    def unreserved(self) -> int:
-        """Pages that no run has reserved."""
-        return self.pages - self._reserved
-
-    @contextmanager
-    def reserve(self, pages: int) -> Iterator[None]:
-        """Set this many pages aside for one run, which takes them one by one as its sequences grow.
-
-        Two runs may interleave (two open streams), and neither may find the pool empty halfway. Raises ContextError if
-        other runs have reserved too many.
-        """
-        if pages > self.unreserved:
-            raise ContextError(
-                f"the KV cache has room for {self.unreserved * PAGE} more tokens, {pages * PAGE} are needed:"
-                " end the streams that are still open, or load the model with more cache_tokens"
-            )
-        self._reserved += pages
-        try:
-            yield
-        finally:
-            self._reserved -= pages
+    def free_all_but(self, owned: list[list[int]]) -> None:
+        """All pages are free but these. Low ones go first: memory that is never used is never touched."""
+        used = set(itertools.chain.from_iterable(owned))
+        self._free = [page for page in range(self.pages - 1, -1, -1) if page not in used]
 
     def extend(self, owned: list[int], tokens: int) -> None:
-        """Give a sequence the pages it needs for ``tokens`` tokens in all. Its run has reserved them."""
+        """Give a sequence the pages it needs for ``tokens`` tokens in all. So many are free: see ``Sharing.take``."""
         while len(owned) < pages_for(tokens):
             owned.append(self._free.pop())
 
+    def shrink(self, owned: list[int], tokens: int) -> None:
+        """Take back the pages of a sequence that ``tokens`` tokens do not need."""
+        keep = pages_for(tokens)
+        self._free += reversed(owned[keep:])
+        del owned[keep:]
+
     def release(self, owned: list[int]) -> None:
         """Take back all pages of a sequence."""
-        self._free += reversed(owned)
-        owned.clear()
+        self.shrink(owned, 0)
 
 
 def page_table(sequences: list[list[int]], padding_page: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:

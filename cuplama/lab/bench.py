@@ -17,6 +17,7 @@ import numpy as np
 from ..model import Model
 from ..models.config import ModelConfig
 from . import peaks, report
+from .busy import Others, remark
 from .cold_start import cold_start
 from .dummy import Source
 from .environment import environment, one_line
@@ -122,7 +123,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure the trials, each ``repeats`` times. cold: time a cold start as well; say: told what comes next.
 
-    Returns environment, peaks, cold_start (or None) and rows, with stable field names.
+    Returns environment, peaks, cold_start (or None), other_cores (what other processes used meanwhile, on average; or
+    None) and rows, with stable field names.
     """
     context = max(t.tokens for t in trials)
     room = max(cache_tokens(t.batch, t.tokens) for t in trials)
@@ -132,10 +134,12 @@ def run(
         machine = peaks.measure(model.backend)
         facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else "own"}
         facts |= environment(model.backend)
-        rows = []
+        rows, others = [], Others()
         for trial in announced(trials, lambda trial: trial.name, say):
             rows.append({"model": facts["model"], "dtype": facts["dtype"], **measure(model, trial, repeats, machine)})
+        other_cores = others.cores()
     found: dict[str, Any] = {"environment": facts, "peaks": machine.fields(), "cold_start": None}
+    found["other_cores"] = other_cores
     if cold:
         say("measuring the cold start")
         found["cold_start"] = cold_start(source)
@@ -162,6 +166,10 @@ def header(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _footer(result: Mapping[str, Any]) -> Iterator[str]:
+    busy = remark(result["other_cores"])
+    if busy is not None:
+        yield ""
+        yield busy
     cold = result["cold_start"]
     if cold is not None:
         parts = ", ".join(f"{k.removesuffix('_seconds').replace('_', ' ')} {v:.2f}" for k, v in list(cold.items())[1:])

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..engine.kv_cache import PAGE, pages_for
 from ..engine.sequence import SequenceState
+from ..engine.sharing import Run
 from ..errors import ParameterError
 from ..model import Model
 from ..models.config import ModelConfig
@@ -115,18 +116,15 @@ class Runs:
         """Seconds from the call to the first token, on the host, when the prompt is fed on top of ``depth`` tokens."""
         engine, backend = self._engine, self._engine.backend
         sequences = self._sequences(trial.batch, trial.depth, 1)
-        with engine.cache.reserve(trial.batch * pages_for(trial.tokens)):
-            try:
-                if trial.depth:
-                    backend.download(engine.scheduler.last_logits(sequences))
-                for s in sequences:
-                    s.tokens += self._tokens(trial.prompt)
-                began = time.perf_counter()
-                engine.runner.draw(sequences, engine.scheduler.last_logits(sequences))
-                return time.perf_counter() - began
-            finally:
-                for s in sequences:
-                    engine.cache.release(s.pages)
+        run = Run(sequences, trial.batch * pages_for(trial.tokens))
+        with engine.sharing.entered(run):
+            if trial.depth:
+                backend.download(engine.scheduler.last_logits(sequences, run=run))
+            for s in sequences:
+                s.tokens += self._tokens(trial.prompt)
+            began = time.perf_counter()
+            engine.runner.draw(sequences, engine.scheduler.last_logits(sequences, run=run))
+            return time.perf_counter() - began
 
     def generation(self, trial: Trial) -> tuple[float, float]:
         """(seconds to the first token, seconds for the ``generated`` tokens of each sequence after it)."""

@@ -9,6 +9,7 @@ tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..dtypes import Array, upcast
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
+from .team import fill
 
 __all__ = [
     "DEFAULT_SIZES",
@@ -28,7 +30,7 @@ __all__ = [
     "random_sequences",
 ]
 
-_QUERIES = 256  # that the reference takes at a time, to bound the memory of the scores
+_QUERIES = 128  # that the reference takes at a time, to bound the memory of the scores
 
 
 def _attention(
@@ -46,31 +48,39 @@ def _attention(
     _, num_kv_heads, size, d = k.shape
     x = upcast(x)
     y = np.zeros((len(x), num_heads * d), x.dtype)
-    group = num_heads // num_kv_heads
+    x = x[:, : num_heads * d].reshape(len(x), num_kv_heads, -1, d)
     for i, length in enumerate(seq_lens.tolist()):
         first, last = int(cu_seqlens[i]), int(cu_seqlens[i + 1])
         pages = page_table[i, : -(-length // size)]
         keys, values = (
             upcast(c[pages]).transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, d)[:, :length] for c in (k, v)
         )  # [H, length, D]
-        for at in range(first, last, _QUERIES):
-            end = min(at + _QUERIES, last)
-            q = x[at:end, : num_heads * d].reshape(end - at, num_kv_heads, group, d).transpose(1, 2, 0, 3)
-            position = length - last + np.arange(at, end)  # of each query in its sequence
-            low = max(0, int(position[0]) - window + 1) if window else 0
-            high = int(position[-1]) + 1
-            scores = q.reshape(num_kv_heads, -1, d) @ keys[:, low:high].transpose(0, 2, 1)
-            scores = scores.reshape(num_kv_heads, group, end - at, high - low) * x.dtype.type(scale)
-            if end - at > 1:  # a single query sees every key in [low, high)
-                distance = position[:, None] - np.arange(low, high)
-                hidden = (distance < 0) | (distance >= window) if window else distance < 0
-                scores += np.where(hidden, -np.inf, 0).astype(x.dtype)
-            scores -= scores.max(-1, keepdims=True)
-            np.exp(scores, out=scores)
-            out = scores.reshape(num_kv_heads, -1, high - low) @ values[:, low:high]
-            out = out.reshape(num_kv_heads, group, end - at, d) / scores.sum(-1)[..., None]
-            y[at:end] = out.transpose(2, 0, 1, 3).reshape(end - at, -1)
+        cuts = [slice(at, min(at + _QUERIES, last)) for at in range(first, last, _QUERIES)]
+        fill(
+            [y[rows] for rows in cuts],
+            [partial(_attend, x[rows], keys, values, length - last + rows.start, window, scale) for rows in cuts],
+            (last - first) * length * num_heads * d,
+        )
     return y
+
+
+def _attend(q: Array, keys: Array, values: Array, start: int, window: int, scale: float) -> Array:
+    """The attention of consecutive queries [n, H, heads, D] of one sequence, the first at position ``start``."""
+    n, num_kv_heads, group, d = q.shape
+    position = start + np.arange(n)  # of each query in its sequence
+    low = max(0, start - window + 1) if window else 0
+    high = start + n
+    scores = q.transpose(1, 2, 0, 3).reshape(num_kv_heads, -1, d) @ keys[:, low:high].transpose(0, 2, 1)
+    scores = scores.reshape(num_kv_heads, group, n, high - low) * q.dtype.type(scale)
+    if n > 1:  # a single query sees every key in [low, high)
+        distance = position[:, None] - np.arange(low, high)
+        hidden = (distance < 0) | (distance >= window) if window else distance < 0
+        scores += np.where(hidden, -np.inf, 0).astype(q.dtype)
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    out = scores.reshape(num_kv_heads, -1, high - low) @ values[:, low:high]
+    out = out.reshape(num_kv_heads, group, n, d) / scores.sum(-1)[..., None]
+    return out.transpose(2, 0, 1, 3).reshape(n, -1)
 
 
 def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:

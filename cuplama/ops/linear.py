@@ -4,6 +4,7 @@ cores); cuBLAS (many rows)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,24 +13,42 @@ from ..dtypes import DTYPES, Array, upcast
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
+from .team import LEAST_WORK, fill, multiplying
 from .weights import weight_rows
 
 __all__ = ["MAX_STREAMED_ROWS", "PRODUCT_TOLERANCE", "linear", "product_sizes", "stream_rows"]
 
-_CONVERTED_ROWS = 4096  # of a weight kept in 16 bits: as many become float32 at a time, to bound the memory it takes
+_SMALL = 400_000  # multiplications of a product that OpenBLAS computes without copying its inputs first (AVX-512)
+_PIECE = 1 << 22  # work of a piece that a thread computes at a time, about 0.1 ms, and 4 MB of a weight; see ``fill``
+_MIN_PIECE_ROWS = 128  # of a weight: fewer would make a large product slower
 
 
 def _linear(x: Array, w: Array, b: Array | None = None, *, U: str = "") -> Array:
     x = upcast(x)
-    if w.dtype in (np.float32, np.float64):
-        y = x @ w.T
+    row = x.shape[1] * (len(x) + 3)  # work for a row of w: multiply-adds, and 3 for each element that is read
+    if len(w) * row < LEAST_WORK:
+        with multiplying:
+            y = _piece(x, w, slice(len(w)))
     else:
         y = np.empty((len(x), len(w)), x.dtype)
-        for i in range(0, len(w), _CONVERTED_ROWS):
-            rows = slice(i, i + _CONVERTED_ROWS)
-            np.matmul(x, weight_rows(w, rows).T, out=y[:, rows])
+        count = max(_MIN_PIECE_ROWS, _PIECE // row)
+        cuts = [slice(i, i + count) for i in range(0, len(w), count)]
+        fill([y[:, rows] for rows in cuts], [partial(_piece, x, w, rows) for rows in cuts], len(w) * row)
     if b is not None:
         y += upcast(b)
+    return y
+
+
+def _piece(x: Array, w: Array, rows: slice) -> Array:
+    """x w^T for some rows of w; for few rows of x in products so small that they are computed without copies, which
+    takes a third of the time."""
+    w = weight_rows(w, rows)
+    count = _SMALL // max(1, x.size) // 16 * 16
+    if len(x) == 1 or not 0 < count < len(w):
+        return x @ w.T
+    y = np.empty((len(x), len(w)), x.dtype)
+    for i in range(0, len(w), count):
+        np.matmul(x, w[i : i + count].T, out=y[:, i : i + count])
     return y
 
 

@@ -1,16 +1,16 @@
-"""The reference backend: dtypes, weights, what lives how long, and how many threads BLAS has."""
+"""The reference backend: dtypes, weights, what lives how long, and what a pass runs in."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from threadpoolctl import ThreadpoolController, threadpool_info
 
 from cuplama.backends import numpy as module
 from cuplama.backends.numpy import NumPyBackend
@@ -164,45 +164,19 @@ def test_an_overflow_in_float16_makes_no_noise() -> None:
 # ---- threads of BLAS -------------------------------------------------------------------------------------------------
 
 
-def _threads() -> set[int]:
-    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+def test_a_pass_has_one_blas_thread_and_a_team_of_as_many_as_blas_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
 
+    @contextmanager
+    def seen(name: str, gives: Any) -> Iterator[Any]:
+        inside.append(name)
+        yield gives
+        inside.remove(name)
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """BLAS has two threads, whatever the machine."""
-    with ThreadpoolController().limit(limits=2, user_api="blas"):
-        if _threads() != {2}:
-            pytest.skip(f"this BLAS does not say how many threads it has: {_threads()}")
-        yield
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(
-    ("tokens", "columns", "threads"), [(1, 2047, 1), (1, 2048, 2), (2, 1024, 2), (2, 1023, 1), (0, 2048, 1)]
-)
-def test_small_passes_run_on_one_thread_and_large_ones_on_all(
-    tokens: int, columns: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Large: 2^23 multiplications in the largest product."""
-    seen: list[set[int]] = []
-    _watch(monkeypatch, lambda *_: seen.append(_threads()))
-    backend = NumPyBackend(convert=False)
-    for shape in ((4096, columns), (8, 8)):  # the largest weight counts, not the last; neither takes memory
-        backend.load_weight(Weight("w", ("w",), (np.broadcast_to(np.float32(0), shape),)))
-    nodes = [Node("add", ("x1",), ("x0", "row")), Node("add", ("x2",), ("row", "x1"))]
-    backend.run(nodes, {"x0": _ones(tokens, 4), "row": _ones(1, 4)}, ("x2",))
-    assert seen == [{threads}] * 2
-    assert _threads() == {2}
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_the_threads_come_back_when_the_last_one_leaves() -> None:
-    with module._one_thread():
-        with pytest.raises(KeyError), module._one_thread():
-            raise KeyError
-        assert _threads() == {1}
-    assert _threads() == {2}
-    with module._one_thread():
-        assert _threads() == {1}
-    assert _threads() == {2}
+    monkeypatch.setattr(module, "one_blas_thread", lambda: seen("blas", 3))
+    monkeypatch.setattr(module, "team_of", lambda threads: seen(f"team of {threads}", None))
+    found: list[list[str]] = []
+    _watch(monkeypatch, lambda *_: found.append(inside.copy()))
+    NumPyBackend().run(_CHAIN, {"x0": _ones(2, 4)}, ("x3",))
+    assert found == [["blas", "team of 3"]] * 3
+    assert inside == []

@@ -1,12 +1,9 @@
-"""The paged cache: what pages are given, reserved and taken back."""
+"""The paged cache: what pages are given and taken back."""
 
 from __future__ import annotations
 
-import pytest
-
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.engine.kv_cache import PAGE, PagedCache, page_table, pages_for
-from cuplama.errors import ContextError
 from cuplama.models.config import load_config
 from tests.paths import GOLDEN
 
@@ -41,24 +38,27 @@ def test_a_sequence_owns_the_pages_of_its_tokens() -> None:
     assert two == [1]
 
 
-def test_a_run_reserves_what_it_may_need() -> None:
-    cache = _cache(4)
-    with cache.reserve(3):
-        assert (cache.unreserved, cache.free) == (1, 4)
-        with cache.reserve(1):
-            assert cache.unreserved == 0
-        message = f"the KV cache has room for {PAGE} more tokens, {2 * PAGE} are needed: end the streams"
-        with pytest.raises(ContextError, match=message), cache.reserve(2):
-            pass
-        assert cache.unreserved == 1
-    assert cache.unreserved == 4
+def test_a_sequence_gives_back_the_pages_that_so_many_tokens_do_not_need() -> None:
+    cache, owned = _cache(4), list[int]()
+    cache.extend(owned, 4 * PAGE)
+    cache.shrink(owned, PAGE + 1)
+    assert (owned, cache.free) == ([0, 1], 2)
+    cache.shrink(owned, 3 * PAGE)
+    assert owned == [0, 1]
+    cache.extend(owned, 3 * PAGE)
+    assert owned == [0, 1, 2]
+    cache.shrink(owned, 0)
+    assert (owned, cache.free) == ([], 4)
 
 
-def test_a_reservation_ends_with_an_error_too() -> None:
-    cache = _cache(4)
-    with pytest.raises(ZeroDivisionError), cache.reserve(3):
-        raise ZeroDivisionError
-    assert cache.unreserved == 4
+def test_all_pages_but_some_become_free() -> None:
+    cache, owned = _cache(5), [3]
+    cache.free_all_but([owned, []])
+    assert cache.free == 4
+    cache.extend(owned, 3 * PAGE)
+    assert owned == [3, 0, 1]
+    cache.free_all_but([])
+    assert cache.free == 5
 
 
 def test_a_page_table_is_as_wide_as_the_longest_sequence() -> None:

@@ -13,7 +13,8 @@ from cuplama.backends.numpy import NumPyBackend
 from cuplama.engine.kv_cache import PAGE, PagedCache
 from cuplama.engine.scheduler import Scheduler
 from cuplama.engine.sequence import SequenceState
-from cuplama.errors import ContextError, DeviceError
+from cuplama.engine.sharing import Run
+from cuplama.errors import DeviceError
 from cuplama.models.config import Layer, load_config
 from cuplama.models.rope import Rope
 from cuplama.sampling_params import SamplingParams
@@ -145,32 +146,32 @@ def test_logits_that_are_not_finite_are_refused_with_the_place_and_the_dtype() -
     scheduler, runner = _scheduler(token=-1)
     with pytest.raises(DeviceError, match=r"^the logits after 7 tokens are not finite in f32; --dtype float32 "):
         _run(scheduler, _sequence(5, 7))
-    assert runner.cache.free == runner.cache.unreserved == runner.cache.pages
+    assert runner.cache.free == runner.cache.pages
 
 
 def test_sequences_are_admitted_in_order_while_the_cache_holds_all_at_full_length() -> None:
-    scheduler, runner = _scheduler(pages=4)
+    scheduler, _ = _scheduler(pages=4)
 
     def admitted(*tokens: int) -> tuple[list[int], int]:
-        found, pages = scheduler._admit(deque(_sequence(n, n, 1) for n in tokens))
+        found, pages = scheduler._admit(deque(_sequence(n, n, 1) for n in tokens), Run())
         return [s.prompt[0] for s in found], pages
 
     assert admitted(PAGE, PAGE - 1, PAGE) == ([PAGE, PAGE - 1], 3)
     assert admitted(PAGE, 2, PAGE - 1, 3) == ([PAGE, 2, PAGE - 1], 4)  # full
     assert admitted(100, 2, 100, 3) == ([100, 2], 3)  # the last one would fit, but it is not its turn
-    with runner.cache.reserve(2):
-        assert admitted(2, 3, 4) == ([2, 3], 2)
-        assert admitted(PAGE, 3) == ([PAGE], 2)
-    with runner.cache.reserve(3):
-        assert admitted(PAGE, 3) == ([PAGE], 2)  # one at least, and its reservation says what is missing
-        with pytest.raises(ContextError):
-            _run(scheduler, _sequence(PAGE, PAGE, 1))
+    other = Run([_sequence(9, PAGE)])
+    with scheduler.sharing.entered(other):
+        scheduler.sharing.take(other, [(other.sequences[0], 3 * PAGE)])
+        assert admitted(PAGE, 2, 3) == ([PAGE, 2], 3)  # pages for tokens to come are not counted as the other's
+        other.sequences[0].tokens *= 3
+        assert admitted(2, 3, 4) == ([2], 1)
+        assert admitted(PAGE, 3) == ([PAGE], 2)  # one at least
 
 
 def test_those_that_wait_run_when_others_have_ended() -> None:
     scheduler, runner = _scheduler(pages=2)
     assert _run(scheduler, *(_sequence(i, 3, i) for i in (1, 2, 3))) == [[1, 2], [2], [3], [3], [3]]
-    assert runner.cache.free == runner.cache.unreserved == 2
+    assert runner.cache.free == 2
 
 
 def test_a_prompt_that_leaves_no_room_gets_no_token() -> None:
@@ -229,17 +230,25 @@ def test_a_loop_that_is_left_in_mid_flight_is_given_back() -> None:
     assert [next(steps) and len(runner.loops) for _ in range(3)] == [0, 1, 1]
     steps.close()
     assert runner.ended == runner.loops
-    assert runner.cache.free == runner.cache.unreserved == runner.cache.pages
+    assert runner.cache.free == runner.cache.pages
 
 
 def test_captured_steps_end_where_a_sequence_does_or_its_rotation_changes() -> None:
     scheduler, runner = _scheduler(captures=True, rope=LONGROPE)
-    assert scheduler._steps_alike([_sequence(5, 3, 9), _sequence(6, 3, 4)]) == 4
-    assert scheduler._steps_alike([_sequence(5, 3), _sequence(6, 20)]) == 32 - 20 + 1
-    assert scheduler._steps_alike([_sequence(5, 40)]) == 128 - 40
+
+    def drawn(*sequences: SequenceState) -> list[SequenceState]:
+        """As they are when their last token has been drawn, but not fed."""
+        for s in sequences:
+            s.cached = len(s.tokens) - 1
+        return list(sequences)
+
+    assert scheduler._steps_alike(drawn(_sequence(5, 3, 9), _sequence(6, 3, 4))) == 4
+    assert scheduler._steps_alike(drawn(_sequence(5, 3), _sequence(6, 20))) == 32 - 20 + 1
+    assert scheduler._steps_alike(drawn(_sequence(5, 40))) == 128 - 40
+    assert scheduler._steps_alike([*drawn(_sequence(5, 3)), _sequence(5, 3)]) == 0  # the last has lost its keys
     assert scheduler._steps_alike([]) == 0
     runner.backend.captures = False
-    assert scheduler._steps_alike([_sequence(5, 3, 9)]) == 0
+    assert scheduler._steps_alike(drawn(_sequence(5, 3, 9))) == 0
 
 
 def test_a_rotation_that_changes_in_mid_run_is_a_pass_over_the_whole_sequence() -> None:

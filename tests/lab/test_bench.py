@@ -216,8 +216,16 @@ def test_command(folder: Path) -> None:
     assert found["environment"].keys() >= {"model", "device", "dtype", "cuplama", "numpy", "python", "date"}
     assert found["environment"]["weights"] == "random"
     assert found["peaks"].keys() == {"read_gigabytes_per_second", "matrix_teraflops", "matrix_dtype"}
+    assert found["other_cores"] is None or found["other_cores"] >= 0
     assert "loading" in done.stderr
     assert "pp8 @ d70" in done.stderr
+
+
+def test_a_busy_machine_is_named_below_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["-m", str(folder), "--dummy-weights", "-p", "0", "-n", "2", "-r", "1"]
+    for cores, said in ((0.0, False), (1.5, True), (None, False)):
+        monkeypatch.setattr("cuplama.lab.busy.Others.cores", lambda _, cores=cores: cores)
+        assert ("\nthe machine was busy: other processes used 1.5 of " in _invoke(*args).stdout) == said
 
 
 def test_markdown_and_csv(folder: Path) -> None:

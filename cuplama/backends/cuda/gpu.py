@@ -41,6 +41,7 @@ class Gpu:
     def __init__(self, device: int = 0) -> None:
         self.functions = functions = Functions(device)
         cupy = self._cupy = functions.cupy
+        self._process = os.getpid()
         self.array_type: type = cupy.ndarray
         self._device, self.limits, self.name = functions.device, functions.limits, functions.name
         self.failures = functions.failures
@@ -216,7 +217,12 @@ class Gpu:
         return self._early_launches.setdefault(id(raw), PdlLaunch(self._early, launch, self.stream.ptr))
 
     def close(self) -> None:
-        """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die."""
+        """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die.
+
+        Nothing in a child that was forked: they are the parent's.
+        """
+        if os.getpid() != self._process:
+            return
         with self, suppress(*self.failures):  # a GPU in an error state refuses everything; the process's end frees it
             self.stream.synchronize()
             self.end_staging()
