@@ -39,6 +39,7 @@ DownloadProgress = Callable[[int, int], None]  # (bytes that are here, bytes in 
 HUB_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", INDEX,
+    "adapter_config.json",  # of what is no model by itself: the error for its folder names it
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
@@ -123,7 +124,7 @@ def cached_models() -> list[CachedModel]:
         if r.repo_type == "model" and r.revisions:
             newest = max(r.revisions, key=lambda v: ("main" in v.refs, v.last_modified))
             found.append(CachedModel(r.repo_id, newest.snapshot_path, r.size_on_disk, r.last_accessed))
-    return sorted(found, key=lambda m: m.repository)
+    return sorted(found, key=lambda m: m.repository.lower())
 
 
 def weight_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[str]:

@@ -88,6 +88,8 @@ FILES = {
     "chat_template.json": True,
     "additional_chat_templates/tool_use.jinja": True,
     "model.safetensors.index.json": True,
+    "adapter_config.json": True,
+    "params.json": False,
     "consolidated.safetensors": False,  # Mistral's own layout of the same weights
     "pytorch_model.bin": False,
     "pytorch_model.bin.index.json": False,
@@ -260,15 +262,15 @@ def test_a_cache_that_cannot_be_written(hub: FakeHub, monkeypatch: pytest.Monkey
 
 def test_the_models_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
     assert cached_models() == []
-    for name in ("org/b", "org/a"):
+    for name in ("Org/b", "org/a"):
         hub.add(name, CHARS)
     hub.add("org/a", CHARS, {"tokenizer_config.json": b"{}"}, revision="v2")
     before = time.time() - 60
-    folders = [pull("org/a"), pull("org/b")]
+    folders = [pull("org/a"), pull("Org/b")]
     pull("org/a@v2")
     (tmp_path / "cache" / "datasets--org--x").mkdir()
     found = cached_models()
-    assert [(m.repository, m.folder) for m in found] == [("org/a", folders[0]), ("org/b", folders[1])]
+    assert [(m.repository, m.folder) for m in found] == [("org/a", folders[0]), ("Org/b", folders[1])]
     assert found[1].size == sum(p.stat().st_size for p in folders[1].iterdir())
     assert found[0].size == found[1].size + 2  # all revisions, and what they share once
     assert all(before < m.last_used < before + 120 for m in found)
