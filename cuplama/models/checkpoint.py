@@ -96,11 +96,10 @@ def _assemble(
 
 
 def _missing(name: str, recipe: Recipe, tensor_name: str, tensors: Mapping[str, Tensor]) -> str:
-    """The words for a tensor that is not there. A model that was wrapped when it was saved has a prefix in all names."""
-    wanted = (tensor_name, recipe.parts[0][1]) if recipe.otherwise else (tensor_name,)
-    text = f"tensor {tensor_name} (nor {wanted[1]}) is missing" if recipe.otherwise else f"tensor {tensor_name} is missing"
-    longer = [t.name for t in tensors.values() if t.name.endswith(tuple(f".{name}" for name in wanted))]
-    if longer:
+    """The words for a tensor that is not there. A model that was wrapped when it was saved has a prefix in its names."""
+    wanted = [tensor_name, *([recipe.parts[0][1]] if recipe.otherwise else [])]
+    text = f"tensor {' (nor '.join(wanted)}{')' if recipe.otherwise else ''} is missing"
+    if longer := [t.name for t in tensors.values() if t.name.endswith(tuple(f".{name}" for name in wanted))]:
         return f"{text}; there is {longer[0]}, whose name begins otherwise"
     if name in ("embed_tokens", "lm_head") and not recipe.otherwise:
         text += ", and config.json says that head and embedding are not tied (tie_word_embeddings is not true)"
