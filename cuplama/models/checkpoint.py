@@ -96,7 +96,7 @@ def _assemble(
 
 
 def _missing(name: str, recipe: Recipe, tensor_name: str, tensors: Mapping[str, Tensor]) -> str:
-    """The words for a tensor that is not there. A model that was wrapped when it was saved has a prefix in its names."""
+    """The words for a tensor that is not there. A model that was wrapped when it was saved has longer names."""
     wanted = [tensor_name, *([recipe.parts[0][1]] if recipe.otherwise else [])]
     text = f"tensor {' (nor '.join(wanted)}{')' if recipe.otherwise else ''} is missing"
     if longer := [t.name for t in tensors.values() if t.name.endswith(tuple(f".{name}" for name in wanted))]:
