@@ -144,18 +144,33 @@ def weight_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[
 
 def _copy(repository: str, revision: str | None, offline: bool, progress: DownloadProgress | None) -> Path:
     """The folder of a repository's files in the local cache, all of one commit. Raises ConfigError."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
-    options: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "tqdm_class": _bars(lambda _: None)}
     try:
         # The hub says here which commit a branch means today; the cache notes it for later use without the hub.
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=offline, **options))
+        folder = _snapshot(repository, revision, offline)
         if not offline and _COMMIT.fullmatch(folder.name):  # a snapshot's folder has the name of its commit
             _fetch_weights(repository, folder, progress)
     except Exception as e:  # each version of the hub's library has its own errors for a connection that is lost
         raise ConfigError(f"{repository}: {_reason(repository, revision, offline, e)}") from e
     return folder
+
+
+def _snapshot(repository: str, revision: str | None, offline: bool) -> Path:
+    """The folder of a repository's files beside its weights; without the hub what the cache has of them."""
+    from huggingface_hub import errors, snapshot_download
+
+    options: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "tqdm_class": _bars(lambda _: None)}
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=offline, **options))
+    except errors.LocalEntryNotFoundError as e:
+        # Since version 1.22 the library refuses a copy that another program made of fewer files.
+        folder = getattr(e, "snapshot_path", None)
+        if folder is None:
+            raise
+        _log.warning("%s: the local copy lacks files that the hub has, and is used as it is", repository)
+        return Path(folder)
 
 
 def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils._paths import filter_repo_objects
 
 import cuplama
@@ -241,6 +242,22 @@ def test_what_a_hub_refuses(name: str, words: str, hub: FakeHub) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         find_model(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_copy_that_another_program_made_of_some_files(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the hub it is what there is; newer versions of the hub's library say that files are missing."""
+    hub.add("org/model", CHARS)
+    some = ["config.json", "tokenizer.json", "model.safetensors"]
+    folder = Path(snapshot_download("org/model", allow_patterns=some))
+    assert find_model("org/model", offline=True) == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with cuplama.load("org/model", device="numpy") as model:
+        assert model.generate("First", max_tokens=1).tokens
+    assert all("the local copy lacks files that the hub has" in m for m in caplog.messages)
+    with pytest.raises(ConfigError, match="it is not in the local cache"):
+        find_model("org/other", offline=True)
 
 
 def test_a_repository_without_weights_that_can_be_read(hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
