@@ -56,9 +56,13 @@ def text_view(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer": shown,
         "chat template": template,
-        "sampling defaults": greedy + [f"{name} {value}" for name, value in sampling.items()],
+        "sampling defaults": greedy + [f"{name} {_setting(value)}" for name, value in sampling.items()],
         **stops,
     }
+
+
+def _setting(value: Any) -> str:
+    return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
 def _token(id: int | None, tokenizer: Tokenizer | None) -> dict[str, Any] | None:

@@ -96,8 +96,9 @@ def test_info_shows_what_texts_meet(run: Run, fails: Fails, tmp_path: Path, capl
     )
     assert shown["stop tokens"].startswith("3 ")
     assert "tokenizer " not in run("info", "-m", "llama-3.2-1b")[1]  # a shape has none
-    (tmp_path / "generation_config.json").write_text('{"num_beams": 4}')
-    assert json.loads(run("info", "-m", str(tmp_path), "--json")[1])["sampling_defaults"] == {}
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 4, "stop_strings": ["A:", "B:"]}')
+    assert "greedy, stop 'A:', 'B:'\n" in run("info", "-m", str(tmp_path))[1]
+    assert json.loads(run("info", "-m", str(tmp_path), "--json")[1])["sampling_defaults"] == {"stop": ["A:", "B:"]}
     assert "num_beams = 4 is not supported and is left out" in caplog.text  # as loading says it
     (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
     assert "top_p = 2 is out of range" in fails("info", "-m", str(tmp_path))
