@@ -29,9 +29,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 2": ("Llama", {"_name_or_path": "x", "pretraining_tp": 2, "rope_scaling": None, "pad_token_id": 0}),
     "unsloth": ("Llama", {"unsloth_fixed": True, "unsloth_version": "2024.9", "pad_token_id": 5, "use_cache": False}),
     "YaRN Llama 2": ("Llama", {
-        "auto_map": {"AutoModelForCausalLM": "modeling_llama_yarn.LlamaForCausalLM"}, "gradient_checkpointing": False,
+        "auto_map": {"AutoModelForCausalLM": "modeling_llama_together_yarn.LlamaForCausalLM"},
+        "gradient_checkpointing": False,
         "rope_scaling": {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True},
     }),
+    "Falcon 3": ("Llama", {"head_dim": 8, "bos_token_id": 11, "eos_token_id": 11, "pretraining_tp": 1,
+                           "attention_bias": False, "mlp_bias": False, "rope_scaling": None}),
     "a window that is off": ("Llama", {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 21}),
     "Qwen2.5": ("Qwen2", {"use_mrope": False, "use_sliding_window": False, "sliding_window": 4096,
                           "max_window_layers": 1, "attention_bias": False}),
