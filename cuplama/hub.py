@@ -188,8 +188,10 @@ def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | N
     sizes = {file.path: file.size for file in tree}
     weights = weight_files(sizes, read_json(folder / INDEX) if INDEX in sizes else None)
     if not weights:
-        others = [name for name in sizes if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))]
-        _log.warning("%s has no safetensors that say how they belong%s", repository, _listed(others))
+        others = _listed([name for name in sizes if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))])
+        if not folder.is_dir():  # nothing was fetched
+            raise ConfigError(f"it has no config.json, so it is no model in Hugging Face layout{others}")
+        _log.warning("%s has no safetensors that say how they belong%s", repository, others)
         return
     wanted = [n for n in sizes if n in weights or any(fnmatchcase(n, pattern) for pattern in HUB_FILES)]
     total, here = sum(sizes[n] for n in wanted), sum(sizes[n] for n in wanted if (folder / n).exists())

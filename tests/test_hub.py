@@ -266,6 +266,16 @@ def test_a_repository_without_weights_that_can_be_read(hub: FakeHub, caplog: pyt
     assert caplog.messages == ["org/old has no safetensors that say how they belong: pytorch_model.bin cannot be read"]
 
 
+@pytest.mark.parametrize(
+    ("files", "words"), [({"a-Q4.gguf": b"x", "b-Q8.gguf": b"x"}, ": a-Q4.gguf, b-Q8.gguf cannot be read"), ({}, "")]
+)
+def test_a_repository_in_another_layout(hub: FakeHub, files: dict[str, bytes], words: str) -> None:
+    hub.add("org/other", {"README.md": b"#", **files})
+    with pytest.raises(ConfigError) as caught:
+        cuplama.load("org/other", device="numpy")
+    assert str(caught.value) == f"org/other: it has no config.json, so it is no model in Hugging Face layout{words}"
+
+
 def test_a_cache_that_cannot_be_written(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> Any:
         raise OSError(28, "No space left on device")
