@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# A worker per core; one that has finished takes tests of another.
 CUDA   := cuda_src/*.cu cuda_src/*.cuh cuda_src/ladder/*.cu cuda_src/ladder/*.cuh
+# A worker per core; one that has finished takes tests of another.
 PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
 
 .PHONY: demo test test-all mutate mutate-kernels check kernels format setup clean

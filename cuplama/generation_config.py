@@ -13,11 +13,12 @@ from typing import Any
 
 from .arguments import checked, flag
 from .errors import ConfigError, ParameterError
+from .files import is_missing, read_json
 from .models.config import ModelConfig, token_ids
-from .sampling_params import read_parameter
+from .sampling_params import SamplingParams, read_parameter
 from .text.tokenizer import Tokenizer
 
-__all__ = ["Settings", "sampling_defaults", "stop_tokens", "unsupported_settings"]
+__all__ = ["Settings", "params_over", "sampling_defaults", "stop_tokens", "unsupported_settings"]
 
 _log = logging.getLogger("cuplama")
 # Names of the sampling parameters that the file may set, and what they are called here.
@@ -85,11 +86,10 @@ class Settings:
     bos: int | None = None
 
     @classmethod
-    def read(
-        cls, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
-    ) -> Settings:
+    def read(cls, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Settings:
         """From what the folder's files say. Raises ConfigError; logs a warning for what is not supported."""
         where = folder / "generation_config.json"
+        generation_config = {} if is_missing(where) else read_json(where)
         try:
             defaults = sampling_defaults(generation_config)
         except ParameterError as e:
@@ -119,6 +119,18 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     if _samples(generation_config):
         return {"temperature": 1.0, **found}
     return {name: value for name, value in found.items() if name not in _SHAPE_THE_DRAW}
+
+
+def params_over(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> SamplingParams:
+    """The parameters of a call: options take the place of the model's defaults. Raises ParameterError.
+
+    A model's own least length ends where the call's largest begins, as in transformers: it never makes a call fail.
+    """
+    params = {**defaults, **options}
+    most = params.get("max_tokens", SamplingParams.max_tokens)
+    if "min_tokens" in defaults and "min_tokens" not in options and isinstance(most, int):
+        params["min_tokens"] = min(defaults["min_tokens"], max(most, 0))
+    return SamplingParams(**params)
 
 
 def unsupported_settings(generation_config: Mapping[str, Any], context: int) -> list[str]:

@@ -39,6 +39,7 @@ DownloadProgress = Callable[[int, int], None]  # (bytes that are here, bytes in 
 HUB_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", INDEX,
+    "adapter_config.json",  # of what is no model by itself: the error for its folder names it
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
@@ -123,7 +124,7 @@ def cached_models() -> list[CachedModel]:
         if r.repo_type == "model" and r.revisions:
             newest = max(r.revisions, key=lambda v: ("main" in v.refs, v.last_modified))
             found.append(CachedModel(r.repo_id, newest.snapshot_path, r.size_on_disk, r.last_accessed))
-    return sorted(found, key=lambda m: m.repository)
+    return sorted(found, key=lambda m: m.repository.lower())
 
 
 def weight_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[str]:
@@ -143,18 +144,33 @@ def weight_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[
 
 def _copy(repository: str, revision: str | None, offline: bool, progress: DownloadProgress | None) -> Path:
     """The folder of a repository's files in the local cache, all of one commit. Raises ConfigError."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
-    options: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "tqdm_class": _bars(lambda _: None)}
     try:
         # The hub says here which commit a branch means today; the cache notes it for later use without the hub.
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=offline, **options))
+        folder = _snapshot(repository, revision, offline)
         if not offline and _COMMIT.fullmatch(folder.name):  # a snapshot's folder has the name of its commit
             _fetch_weights(repository, folder, progress)
     except Exception as e:  # each version of the hub's library has its own errors for a connection that is lost
         raise ConfigError(f"{repository}: {_reason(repository, revision, offline, e)}") from e
     return folder
+
+
+def _snapshot(repository: str, revision: str | None, offline: bool) -> Path:
+    """The folder of a repository's files beside its weights; without the hub what the cache has of them."""
+    from huggingface_hub import errors, snapshot_download
+
+    options: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "tqdm_class": _bars(lambda _: None)}
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=offline, **options))
+    except errors.LocalEntryNotFoundError as e:
+        # Since version 1.22 the library refuses a copy that another program made of fewer files.
+        folder = getattr(e, "snapshot_path", None)
+        if folder is None:
+            raise
+        _log.warning("%s: the local copy lacks files that the hub has, and is used as it is", repository)
+        return Path(folder)
 
 
 def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | None) -> None:
@@ -172,8 +188,10 @@ def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | N
     sizes = {file.path: file.size for file in tree}
     weights = weight_files(sizes, read_json(folder / INDEX) if INDEX in sizes else None)
     if not weights:
-        others = [name for name in sizes if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))]
-        _log.warning("%s has no safetensors that say how they belong%s", repository, _listed(others))
+        others = _listed([name for name in sizes if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))])
+        if not folder.is_dir():  # nothing was fetched
+            raise ConfigError(f"it has no config.json, so it is no model in Hugging Face layout{others}")
+        _log.warning("%s has no safetensors that say how they belong%s", repository, others)
         return
     wanted = [n for n in sizes if n in weights or any(fnmatchcase(n, pattern) for pattern in HUB_FILES)]
     total, here = sum(sizes[n] for n in wanted), sum(sizes[n] for n in wanted if (folder / n).exists())

@@ -18,7 +18,7 @@ from .generation_config import Settings
 from .hub import BUNDLED, find_model
 from .model import Model
 from .models.checkpoint import load_weights
-from .models.config import ModelConfig, load_config, read_json
+from .models.config import ModelConfig, load_config
 from .quant.weight import Weight
 from .text.tokenizer import Tokenizer
 
@@ -71,10 +71,8 @@ def load(
     tokens = _cache_tokens(length, cache_tokens)
     if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
         _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
-    path = folder / "generation_config.json"
-    generation_config = {} if is_missing(path) else read_json(path)
     tokenizer = None if is_missing(folder / "tokenizer.json") else Tokenizer.load(folder)
-    settings = Settings.read(folder, config, tokenizer, generation_config)
+    settings = Settings.read(folder, config, tokenizer)
     weights = load_weights(folder, config)
     engine = start_engine(config, weights, device, dtype, length, tokens, progress)
     name = BUNDLED if model is None else os.fspath(model)

@@ -20,7 +20,7 @@ from .engine.scheduler import Progress
 from .engine.sequence import SequenceState
 from .errors import ClosedError, ContextError, CopyError, ParameterError, PromptError
 from .generation import Generation
-from .generation_config import Settings
+from .generation_config import Settings, params_over
 from .models.config import ModelConfig
 from .output_text import OutputText
 from .prompts import Prompt, plain_prompt, plain_prompts, prompt_of_batch, whole_ids
@@ -107,7 +107,7 @@ class Model:
         """
         check_names(options)
         if params is None:
-            params = SamplingParams(**{**self.defaults, **options})
+            params = params_over(self.defaults, options)
         elif not isinstance(params, SamplingParams):
             raise ParameterError(
                 f"params = {shown(params)} is {type_of(params)}; it must be a SamplingParams, or None (give single"

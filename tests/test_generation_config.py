@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cuplama.errors import ConfigError, ParameterError
-from cuplama.generation_config import sampling_defaults, unsupported_settings
+from cuplama.generation_config import params_over, sampling_defaults, unsupported_settings
 from tests.tiny import CHARS, LLAMA, copy, load
 
 
@@ -34,6 +34,29 @@ def test_without_do_sample_a_model_is_greedy(greedy: dict[str, Any]) -> None:
     stay = {"repetition_penalty": 1.1, "max_new_tokens": 7, "min_new_tokens": 2, "stop_strings": ["User:"]}
     wanted = {"repetition_penalty": 1.1, "max_tokens": 7, "min_tokens": 2, "stop": ("User:",)}
     assert sampling_defaults({**greedy, **draw, **stay}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("defaults", "options", "most", "least"),
+    [
+        ({"min_tokens": 10}, {"max_tokens": 2}, 2, 2),
+        ({"min_tokens": 600}, {}, 512, 512),
+        ({"min_tokens": 600}, {"max_tokens": None}, None, 600),
+        ({"min_tokens": 10, "max_tokens": 5}, {}, 5, 5),
+        ({"min_tokens": 10}, {"min_tokens": 3, "max_tokens": 4}, 4, 3),
+    ],
+)
+def test_a_models_least_length_never_makes_a_call_fail(
+    defaults: dict[str, Any], options: dict[str, Any], most: int | None, least: int
+) -> None:
+    params = params_over(defaults, options)
+    assert (params.max_tokens, params.min_tokens) == (most, least)
+
+
+def test_two_lengths_of_a_call_that_contradict_each_other() -> None:
+    for options in ({"max_tokens": 2, "min_tokens": 3}, {"max_tokens": -5}, {"max_tokens": "2"}):
+        with pytest.raises(ParameterError, match="max_tokens"):
+            params_over({"min_tokens": 10}, options)
 
 
 UNSUPPORTED: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils._paths import filter_repo_objects
 
 import cuplama
@@ -88,6 +89,8 @@ FILES = {
     "chat_template.json": True,
     "additional_chat_templates/tool_use.jinja": True,
     "model.safetensors.index.json": True,
+    "adapter_config.json": True,
+    "params.json": False,
     "consolidated.safetensors": False,  # Mistral's own layout of the same weights
     "pytorch_model.bin": False,
     "pytorch_model.bin.index.json": False,
@@ -241,10 +244,36 @@ def test_what_a_hub_refuses(name: str, words: str, hub: FakeHub) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_copy_that_another_program_made_of_some_files(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the hub it is what there is; newer versions of the hub's library say that files are missing."""
+    hub.add("org/model", CHARS)
+    some = ["config.json", "tokenizer.json", "model.safetensors"]
+    folder = Path(snapshot_download("org/model", allow_patterns=some))
+    assert find_model("org/model", offline=True) == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with cuplama.load("org/model", device="numpy") as model:
+        assert model.generate("First", max_tokens=1).tokens
+    assert all("the local copy lacks files that the hub has" in m for m in caplog.messages)
+    with pytest.raises(ConfigError, match="it is not in the local cache"):
+        find_model("org/other", offline=True)
+
+
 def test_a_repository_without_weights_that_can_be_read(hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
     hub.add("org/old", {"config.json": b"{}", "pytorch_model.bin": b"x"})
     assert {p.name for p in pull("org/old").iterdir()} == {"config.json"}
     assert caplog.messages == ["org/old has no safetensors that say how they belong: pytorch_model.bin cannot be read"]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"), [({"a-Q4.gguf": b"x", "b-Q8.gguf": b"x"}, ": a-Q4.gguf, b-Q8.gguf cannot be read"), ({}, "")]
+)
+def test_a_repository_in_another_layout(hub: FakeHub, files: dict[str, bytes], words: str) -> None:
+    hub.add("org/other", {"README.md": b"#", **files})
+    with pytest.raises(ConfigError) as caught:
+        cuplama.load("org/other", device="numpy")
+    assert str(caught.value) == f"org/other: it has no config.json, so it is no model in Hugging Face layout{words}"
 
 
 def test_a_cache_that_cannot_be_written(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,15 +289,15 @@ def test_a_cache_that_cannot_be_written(hub: FakeHub, monkeypatch: pytest.Monkey
 
 def test_the_models_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
     assert cached_models() == []
-    for name in ("org/b", "org/a"):
+    for name in ("Org/b", "org/a"):
         hub.add(name, CHARS)
     hub.add("org/a", CHARS, {"tokenizer_config.json": b"{}"}, revision="v2")
     before = time.time() - 60
-    folders = [pull("org/a"), pull("org/b")]
+    folders = [pull("org/a"), pull("Org/b")]
     pull("org/a@v2")
     (tmp_path / "cache" / "datasets--org--x").mkdir()
     found = cached_models()
-    assert [(m.repository, m.folder) for m in found] == [("org/a", folders[0]), ("org/b", folders[1])]
+    assert [(m.repository, m.folder) for m in found] == [("org/a", folders[0]), ("Org/b", folders[1])]
     assert found[1].size == sum(p.stat().st_size for p in folders[1].iterdir())
     assert found[0].size == found[1].size + 2  # all revisions, and what they share once
     assert all(before < m.last_used < before + 120 for m in found)

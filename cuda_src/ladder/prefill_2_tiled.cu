@@ -5,14 +5,15 @@
 //
 // What changed: a block of 256 threads computes 64 x 64 scores (64 x D elements of y) together. It copies the rows that
 // they need into shared memory once, with neighbouring threads reading neighbouring addresses, and every number copied
-// is used 64 times. A thread computes 4 x 4 scores (4 x D/16 elements of y), so that of what it reads from shared
-// memory each number is used 4 times.
+// is used at least 64 times. A thread computes 4 x 4 scores (4 x D/16 elements of y), so that of what it reads from
+// shared memory each number is used at least 4 times.
 //
 // Mapping: thread (ty, tx) of 16 x 16 has the rows ty + 16*i and the columns tx + 16*j.
 //
-// Operations: as before. Bytes loaded for the products: 1/64 of before. Reads of shared memory: 8 for 16 multiply-adds,
-// 12 for 32 in the second product (D = 128). A multiprocessor serves one read of a warp a clock, and does four
-// multiply-adds of a warp: so at most a half and two thirds of its speed. The score matrix still goes through memory.
+// Operations: as before. Bytes loaded for the products: at most 1/64 of before. Reads of shared memory: 8 for 16
+// multiply-adds, 12 for 32 in the second product (D = 128). A multiprocessor serves one read of a warp a clock, and does
+// four multiply-adds of a warp: so at most a half and two thirds of its speed. The score matrix still goes through
+// memory.
 //
 // Op and reference: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Run: cuplama kernels ladder attention.
 #include "ladder/ladder.cuh"

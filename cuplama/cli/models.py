@@ -22,8 +22,7 @@ def models(as_json: bool) -> None:
     from ..hub import cached_models
     from .runnable import why_not
 
-    cached = sorted(cached_models(), key=lambda model: model.repository.lower())
-    found = []
+    cached, found = cached_models(), []
     with progress_bar("looking at", "models") as progress:
         for model in cached:
             found.append((model, why_not(model.folder)))

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ParameterError
-from ..generation_config import sampling_defaults, stop_tokens
-from ..models.config import ModelConfig, read_json
+from ..files import is_missing
+from ..generation_config import Settings
+from ..models.config import ModelConfig
 from ..text.tokenizer import Tokenizer
 
 __all__ = ["text_facts", "text_view"]
@@ -22,12 +22,10 @@ def text_facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
 
     The stop tokens are those that the engine uses, with their text where there is a tokenizer.
     """
-    where = None if folder is None else folder / "generation_config.json"
-    generation_config = read_json(where) if where is not None and where.exists() else {}
-    tokenizer = None
-    if folder is not None and (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(folder)
-    stops = config.eos if where is None else stop_tokens(config, generation_config, tokenizer, where)
+    tokenizer, settings = None, Settings(stop_ids=frozenset(config.eos))
+    if folder is not None:
+        tokenizer = None if is_missing(folder / "tokenizer.json") else Tokenizer.load(folder)
+        settings = Settings.read(folder, config, tokenizer)
     return {
         "tokenizer": tokenizer and {
             "kind": tokenizer.kind,
@@ -37,8 +35,8 @@ def text_facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
         },
         "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
         "template_variables": [] if tokenizer is None else sorted(tokenizer.template_variables - _ALWAYS),
-        "sampling_defaults": _sampling(generation_config, where),
-        "stop_tokens": [_token(id, tokenizer) for id in sorted(stops)],
+        "sampling_defaults": dict(settings.defaults),
+        "stop_tokens": [_token(id, tokenizer) for id in sorted(settings.stop_ids)],
     }  # fmt: skip
 
 
@@ -58,9 +56,13 @@ def text_view(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer": shown,
         "chat template": template,
-        "sampling defaults": greedy + [f"{name} {value}" for name, value in sampling.items()],
+        "sampling defaults": greedy + [f"{name} {_setting(value)}" for name, value in sampling.items()],
         **stops,
     }
+
+
+def _setting(value: Any) -> str:
+    return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
 def _token(id: int | None, tokenizer: Tokenizer | None) -> dict[str, Any] | None:
@@ -71,10 +73,3 @@ def _shown(token: Mapping[str, Any] | None) -> str:
     if token is None:
         return "none"
     return str(token["id"]) if token["text"] is None else f"{token['id']} {token['text']!r}"
-
-
-def _sampling(generation_config: Mapping[str, Any], where: Path | None) -> dict[str, Any]:
-    try:
-        return sampling_defaults(generation_config)
-    except ParameterError as e:
-        raise ConfigError(f"{where}: {e}") from None

@@ -71,4 +71,4 @@ def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens:
     weights = dummy_weights(config, DTYPES[config.stored])
     length = context_length(config, context)
     engine = start_engine(config, weights, device, dtype, length, max(length, cache_tokens))
-    return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None, {}))
+    return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None))

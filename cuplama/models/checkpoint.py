@@ -78,11 +78,7 @@ def _assemble(
         if found is None and recipe.otherwise is not None:
             found, tensor_name = tensors.get(recipe.otherwise), recipe.otherwise
         if found is None:
-            alternative = f" (nor {recipe.parts[0][1]})" if recipe.otherwise else ""
-            untied = name in ("embed_tokens", "lm_head") and not recipe.otherwise
-            why = ", and config.json says that head and embedding are not tied (tie_word_embeddings is not true)"
-            reason = why if untied else ""
-            raise CheckpointError(f"{folder}: tensor {tensor_name}{alternative} is missing{reason}")
+            raise CheckpointError(f"{folder}: {_missing(name, recipe, tensor_name, tensors)}")
         stored = shape[::-1] if recipe.transposed else shape
         if found.shape != stored:
             raise CheckpointError(
@@ -97,6 +93,17 @@ def _assemble(
     if len({p.dtype for p in parts}) > 1:
         raise CheckpointError(f"{folder}: tensors {', '.join(sources)} have different dtypes")
     return Weight(name, tuple(sources), tuple(parts))
+
+
+def _missing(name: str, recipe: Recipe, tensor_name: str, tensors: Mapping[str, Tensor]) -> str:
+    """The words for a tensor that is not there. A model that was wrapped when it was saved has longer names."""
+    wanted = [tensor_name, *([recipe.parts[0][1]] if recipe.otherwise else [])]
+    text = f"tensor {' (nor '.join(wanted)}{')' if recipe.otherwise else ''} is missing"
+    if longer := [t.name for t in tensors.values() if t.name.endswith(tuple(f".{name}" for name in wanted))]:
+        return f"{text}; there is {longer[0]}, whose name begins otherwise"
+    if name in ("embed_tokens", "lm_head") and not recipe.otherwise:
+        text += ", and config.json says that head and embedding are not tied (tie_word_embeddings is not true)"
+    return text
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:

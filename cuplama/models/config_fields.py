@@ -103,7 +103,6 @@ NAMED: Mapping[str, tuple[Any, ...]] = {
     "min_length": (0,),
     "early_stopping": (False,),
     "remove_invalid_values": (False,),
-    "activation": ("swiglu", "silu"),
 }
 
 

@@ -39,9 +39,9 @@ class ConfigReader:
         self.raw, self.where = raw, where
         self._dropped: list[str] = []  # settings of the rotation that ``rope`` met and left out
 
-    def refuse(self, key: str, supported: str, value: Any = None) -> NoReturn:
+    def refuse(self, key: str, supported: str, value: Any = ...) -> NoReturn:
         """Raise. supported: what the field may be; value: what it is, if not the field's own value."""
-        shown = json.dumps(self.raw.get(key) if value is None else value, default=str)
+        shown = json.dumps(self.raw.get(key) if value is ... else value, default=str)
         if len(shown) > 80:
             shown = shown[:77] + "..."
         raise ConfigError(f"{self.where}: {key} = {shown} is not supported; supported: {supported}")
@@ -106,8 +106,10 @@ class ConfigReader:
         A class without a head ("LlamaModel") brings none, and transformers would make one up: there the family decides.
         """
         headless = name.endswith("Model") and not name.endswith("LMHeadModel")
-        given: bool | None = self.raw.get("tie_word_embeddings")
-        return family.tied if given is None and headless else given
+        given = self.switch("tie_word_embeddings")
+        if self.raw.get("tie_word_embeddings") is None:
+            return family.tied if headless else None
+        return given
 
     def dtype(self) -> str | None:
         """The checkpoint's dtype by either of its names, or None."""
@@ -152,10 +154,12 @@ class ConfigReader:
 
     def rope(self, family: Family, head_dim: int, context: int) -> Rope:
         """The rotation, spelled as transformers 4 does (rope_theta and rope_scaling) or 5 (rope_parameters)."""
-        key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
-        settings = self.raw.get(key) or {}
+        older, newer = (self.raw.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+        key, settings = ("rope_scaling", older) if older else ("rope_parameters", newer)
         if not isinstance(settings, dict) or any(isinstance(v, dict) for v in settings.values()):
             self.refuse(key, "one object of settings (not one per layer type)")
+        if older and newer and older != newer:  # transformers reads the older name where both are given
+            self._dropped.append("rope_parameters")
         settings = dict(settings)
         theta = settings.pop("rope_theta", self.raw.get("rope_theta", 10000.0))
         if not is_number(theta) or theta <= 1:
@@ -188,7 +192,8 @@ class ConfigReader:
         name = "original_max_position_embeddings"
         inner = settings.pop(name, None)
         choices = (self.raw.get(name), family.original_context, inner, context)
-        return self.size(name, next(c for c in choices if c is not None))
+        found = next(c for c in choices if c is not None)
+        return self.size(name, int(found) if isinstance(found, float) and found.is_integer() else found)
 
     def _check_keys(self, where: str, kind: str, settings: Mapping[str, Any], dim: int) -> None:
         required, optional = ROPE_KEYS[kind]

@@ -38,10 +38,10 @@ ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 # Keys that transformers does not read (5.24 logs "Unrecognized keys" for them).
 # "finetuned" (YaRN's own Llamas) says that the weights were trained with the scaling: nothing to compute.
 ROPE_HARMLESS = ("finetuned",)
-# Those of other programs. vLLM multiplies yarn's factor on cos and sin by attn_factor: with that of
-# DeepSeek-R1-0528-Qwen3-8B, 0.878 = 1 / (0.1 ln 4 + 1), the factor becomes 1. transformers computes with
-# 0.1 ln 4 + 1 = 1.139, and so does cuplama. Whoever wants the former sets
-# attention_factor = 1.0.
+# Those of other programs, which transformers names and leaves out as well. DeepSeek-R1-0528-Qwen3-8B has attn_factor
+# 0.878 = 1 / (0.1 ln 4 + 1). YaRN's first code, and vLLM until it read attention_factor, multiply yarn's factor on cos
+# and sin by it, which makes it 1. transformers computes with 0.1 ln 4 + 1 = 1.139, and so do vLLM since then and
+# cuplama. Whoever wants a factor of 1 sets attention_factor = 1.0.
 ROPE_LEFT_OUT = ("attn_factor", "extrapolation_factor")
 
 

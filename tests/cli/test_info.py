@@ -74,7 +74,7 @@ def test_info_and_graph_without_weights(run: Run, tmp_path: Path, monkeypatch: p
     assert (status, err, out.count("= attention(")) == (0, "", 16)
 
 
-def test_info_shows_what_texts_meet(run: Run, tmp_path: Path) -> None:
+def test_info_shows_what_texts_meet(run: Run, fails: Fails, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Tokenizer, template and sampling defaults; a folder without them says so."""
     shutil.copytree(CHARS, tmp_path, dirs_exist_ok=True)
     found = json.loads(run("info", "-m", CHARS, "--json")[1])
@@ -96,6 +96,12 @@ def test_info_shows_what_texts_meet(run: Run, tmp_path: Path) -> None:
     )
     assert shown["stop tokens"].startswith("3 ")
     assert "tokenizer " not in run("info", "-m", "llama-3.2-1b")[1]  # a shape has none
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 4, "stop_strings": ["A:", "B:"]}')
+    assert "greedy, stop 'A:', 'B:'\n" in run("info", "-m", str(tmp_path))[1]
+    assert json.loads(run("info", "-m", str(tmp_path), "--json")[1])["sampling_defaults"] == {"stop": ["A:", "B:"]}
+    assert "num_beams = 4 is not supported and is left out" in caplog.text  # as loading says it
+    (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
+    assert "top_p = 2 is out of range" in fails("info", "-m", str(tmp_path))
 
 
 def test_info_says_what_memory_a_model_needs(run: Run) -> None:

@@ -36,7 +36,7 @@ def strange(tmp_path: Path) -> Path:
 
 
 def test_models(run: Run, strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = [CachedModel("org/strange", strange, 1_234_567, 0.0), CachedModel("Me/chars", CHARS_FOLDER, 999, 0.0)]
+    cached = [CachedModel("Me/chars", CHARS_FOLDER, 999, 0.0), CachedModel("org/strange", strange, 1_234_567, 0.0)]
     monkeypatch.setattr(hub, "cached_models", lambda: cached)
     status, out, err = run("models")
     assert (status, err) == (0, "")
@@ -67,6 +67,8 @@ def test_reasons_are_a_few_words(tmp_path: Path) -> None:
     assert why_not(CHARS_FOLDER) is None
     assert why_not(tmp_path) == "config.json does not exist"
     assert why_not(LLAMA_FOLDER) == "tokenizer.json does not exist"
+    (wrong := _with_config(tmp_path / "wrong")).joinpath("generation_config.json").write_text('{"top_p": 2}')
+    assert str(why_not(wrong)).startswith("generation_config.json: top_p = 2 is out of range")
     (folder := _with_config(tmp_path / "model")).joinpath("model.safetensors").unlink()
     assert str(why_not(folder)).startswith("has no model.safetensors")
 

@@ -18,7 +18,7 @@ from cuplama.engine import sharing as module
 from cuplama.engine.kv_cache import PAGE, pages_for
 from cuplama.engine.sequence import SequenceState
 from cuplama.engine.sharing import Run
-from cuplama.errors import ClosedError, DeviceError
+from cuplama.errors import ClosedError
 from cuplama.sampling_params import SamplingParams
 from tests.fakes import LateNumPyBackend
 from tests.tiny import CHARS, LLAMA, load

@@ -225,6 +225,14 @@ def test_missing_tensor(tensors: Tensors, tmp_path: Path, failure: Callable[...,
         assert "is missing" in message
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "language_model."])
+def test_names_with_a_prefix_of_their_own(
+    prefix: str, tensors: Tensors, failure: Callable[..., str], tmp_path: Path
+) -> None:
+    save(tmp_path / "model.safetensors", {prefix + name: x for name, x in tensors.items()})
+    assert f"is missing; there is {prefix}model.embed_tokens.weight, whose name begins otherwise" in failure()
+
+
 def test_tensor_that_nobody_used(tensors: Tensors, tmp_path: Path, failure: Callable[..., str]) -> None:
     save(tmp_path / "model.safetensors", {**tensors, "model.layers.0.self_attn.q_proj.bias": np.ones(8, np.float32)})
     message = failure()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from cuplama.errors import ConfigError
+from cuplama.files import read_json
 from cuplama.models import families as family_modules
-from cuplama.models.config import Layer, ModelConfig, load_config, parse_config, read_json, token_ids
+from cuplama.models.config import Layer, ModelConfig, load_config, parse_config, token_ids
 from cuplama.models.families import FAMILIES
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -111,7 +112,10 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("Llama", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5", "1 for llama")),
     ("Phi3", {"partial_rotary_factor": 0}, ("partial_rotary_factor", "0", "(0, 1]")),
     ("Phi3", {"partial_rotary_factor": 0.1}, ("head_dim", "0", ">= 2")),
+    ("Llama", {"rope_parameters": {"rope_theta": None}, "rope_theta": 1e4}, ("rope_theta = null",)),
     ("Llama", {"original_max_position_embeddings": 0}, ("original_max_position_embeddings", "0")),
+    ("Llama", {"original_max_position_embeddings": 64.5}, ("original_max_position_embeddings = 64.5", "whole number")),
+    ("Llama", {"tie_word_embeddings": "false"}, ("tie_word_embeddings", '"false"', "true, false")),
 ]  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -207,7 +211,7 @@ BOTH_SPELLINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     (
         {"rope_scaling": {**YARN, "original_max_position_embeddings": 64}},
-        {"rope_parameters": YARN, "original_max_position_embeddings": 64},
+        {"rope_parameters": YARN, "original_max_position_embeddings": 64.0},
     ),
     ({"rope_theta": 5e5, "rope_scaling": LONG}, {"rope_theta": 5e5, "rope_parameters": LONG}),
 ]

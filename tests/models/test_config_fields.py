@@ -15,7 +15,8 @@ from cuplama.models.presets import SHAPES
 from tests.models.test_config import raw, refusal
 from tests.paths import GOLDEN, ROOT
 
-# The fields of published checkpoints beside their sizes.
+# The fields beside the sizes that public files show, as a model's config.json or as a copy of one; the values of some
+# are shortened.
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2": ("Llama", {
         "_name_or_path": "x", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1,
@@ -25,15 +26,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "Llama 1": ("Llama", {"max_sequence_length": 2048, "pad_token_id": -1, "architectures": ["LLaMAForCausalLM"],
                           "model_type": "llama"}),
-    "Vicuna": ("Llama", {"max_sequence_length": 2048, "pretraining_tp": 2, "rope_scaling": None}),
-    "unsloth": ("Llama", {"unsloth_fixed": True, "unsloth_version": "2024.9", "pad_token_id": 5, "use_cache": False,
-                          "_attn_implementation_autoset": True, "_flash_attn_2_enabled": True}),
+    "Llama 2": ("Llama", {"_name_or_path": "x", "pretraining_tp": 2, "rope_scaling": None, "pad_token_id": 0}),
+    "unsloth": ("Llama", {"unsloth_fixed": True, "unsloth_version": "2024.9", "pad_token_id": 5, "use_cache": False}),
     "YaRN Llama 2": ("Llama", {
-        "auto_map": {"AutoModelForCausalLM": "modeling_llama_yarn.LlamaForCausalLM"}, "gradient_checkpointing": False,
+        "auto_map": {"AutoModelForCausalLM": "modeling_llama_together_yarn.LlamaForCausalLM"},
+        "gradient_checkpointing": False,
         "rope_scaling": {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True},
     }),
-    "Llamafied Qwen": ("Llama", {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 21}),
-    "Falcon 3": ("Llama", {"activation": "swiglu", "head_dim": 8}),
+    "Falcon 3": ("Llama", {"head_dim": 8, "bos_token_id": 11, "eos_token_id": 11, "pretraining_tp": 1,
+                           "attention_bias": False, "mlp_bias": False, "rope_scaling": None}),
+    "a window that is off": ("Llama", {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 21}),
     "Qwen2.5": ("Qwen2", {"use_mrope": False, "use_sliding_window": False, "sliding_window": 4096,
                           "max_window_layers": 1, "attention_bias": False}),
     "Qwen3": ("Qwen3", {"attention_bias": False, "layer_types": ["full_attention"] * 2, "dtype": "bfloat16"}),
@@ -42,12 +44,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "lm_head_bias": False, "partial_rotary_factor": 0.75, "attention_bias": False, "mlp_bias": False,
         "original_max_position_embeddings": 4096, "sliding_window": 262144, "attention_dropout": 0.0,
     }),
-    "Zephyr": ("Mistral", {"sliding_window": 4096, "pad_token_id": 2, "use_cache": True, "id2label": {"0": "LABEL_0"}}),
+    "Mistral": ("Mistral", {"sliding_window": 4096, "pad_token_id": 2, "use_cache": True}),
     "DistilGPT-2": ("GPT2", {
         "_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "n_ctx": 1024, "embd_pdrop": 0.1,
         "summary_activation": None, "summary_first_dropout": 0.1, "summary_type": "cls_index", "resid_pdrop": 0.1,
         "attn_pdrop": 0.1, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     }),
+    "GPT-2 as it was converted": ("GPT2", {"n_ctx": 1024, "n_special": 0, "predict_special_tokens": True}),
     "an old dump of everything": ("GPT2", {
         "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "max_length": 20, "num_beams": 1,
         "bad_words_ids": None, "chunk_size_feed_forward": 0, "is_decoder": False, "output_past": True, "prefix": None,
@@ -76,6 +79,15 @@ def test_known_shapes_and_public_configs_are_known(shared: Path, caplog: pytest.
         parse_config(shape, name)
         load_config(shared / "configs" / name)
     assert caplog.messages == []
+
+
+def test_of_two_rotations_the_one_that_is_not_read_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    linear = {"rope_type": "linear", "factor": 2.0}
+    parse_config(raw("Llama", rope_scaling=linear, rope_parameters=linear))
+    parse_config(raw("Llama", rope_scaling=None, rope_parameters=linear))
+    assert caplog.messages == []
+    parse_config(raw("Llama", rope_scaling=linear, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+    assert caplog.messages == ["config.json: fields that nothing reads are left out: rope_parameters"]
 
 
 def test_what_nobody_reads_is_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:

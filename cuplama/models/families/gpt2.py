@@ -47,6 +47,6 @@ FAMILY = Family(
     rotary=False,
     prefix="transformer.",
     neutral={"scale_attn_weights": (None, True), "scale_attn_by_inverse_layer_idx": OFF},
-    ignored=("n_ctx", "reorder_and_upcast_attn", "summary_*"),
+    ignored=("n_ctx", "n_special", "predict_special_tokens", "reorder_and_upcast_attn", "summary_*"),
     tied=True,
 )
