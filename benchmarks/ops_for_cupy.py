@@ -8,8 +8,9 @@ float64, as ``cuplama kernels bench`` judges kernels; a wrong one ends the run. 
 - cupyx GPU: what passes on the GPU between an event ahead of the call and one behind it;
 - graph: of a launch in a replayed graph of many, on inputs that exceed the L2 cache together, as a model runs it.
 
-"% of read" is the bytes that the op moves over the graph's time, relative to the measured read bandwidth. The line at
-the end is the same for an empty kernel of CuPy's own, ``cupy.RawKernel``: what no caller can do without.
+"% of read" is the bytes that the op moves over the graph's time, relative to the measured read bandwidth. The lines at
+the end are the same for an empty kernel of CuPy's own, ``cupy.RawKernel``: what no caller can do without; and for
+CuPy's own sum of two arrays of 2,048 numbers, which allocates its result as an op does.
 """
 
 from __future__ import annotations
@@ -63,17 +64,24 @@ def measure(backend: CudaBackend, workloads: Sequence[Workload]) -> list[dict[st
     return rows
 
 
-def empty_kernel(backend: CudaBackend) -> dict[str, Any]:
-    """The two cupyx times of a kernel that does nothing, in the fields of a row."""
+def of_cupy(backend: CudaBackend) -> list[dict[str, Any]]:
+    """The two cupyx times of calls that are CuPy's own, in the fields of rows."""
     import cupy
     from cupyx.profiler import benchmark
 
     kernel = cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing")
+    rows = []
     with backend.gpu:
-        found = benchmark(kernel, ((1,), (32,), ()), n_repeat=1000, name="nothing")
-    times = CallTimes(Spread(tuple(found.cpu_times)), Spread(tuple(found.gpu_times[0])))
-    known = {"graph": "", "op": "an empty cupy.RawKernel", "weights": "", "shape": ""}
-    return {**dict.fromkeys(c.field for c in COLUMNS), **known, **times.fields()}
+        x = cupy.ones(2048, cupy.float32)
+        for op, call, arguments in (
+            ("an empty cupy.RawKernel", kernel, ((1,), (32,), ())),
+            ("cupy.add", cupy.add, (x, x)),
+        ):
+            found = benchmark(call, arguments, n_repeat=1000, name=op)
+            times = CallTimes(Spread(tuple(found.cpu_times)), Spread(tuple(found.gpu_times[0])))
+            known = {"graph": "", "op": op, "weights": "", "shape": ""}
+            rows.append({**dict.fromkeys(c.field for c in COLUMNS), **known, **times.fields()})
+    return rows
 
 
 def main() -> None:
@@ -85,7 +93,7 @@ def main() -> None:
     backend = CudaBackend("bf16")
     try:
         rows = measure(backend, [*decode_workloads(config, "bf16"), *prompt_workloads(config, "bf16")])
-        rows.append(empty_kernel(backend))
+        rows += of_cupy(backend)
     finally:
         backend.close()
     print(report.render(COLUMNS, rows, "md"))

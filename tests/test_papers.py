@@ -113,7 +113,7 @@ def missing_commands(text: str) -> list[str]:
 
 def options(command: click.Command) -> set[str]:
     """Every option of a command and of those below it."""
-    own = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
+    own = {o for p in command.params for o in (*p.opts, *p.secondary_opts, *getattr(p, "also", ()))} | {"--help", "-h"}
     if isinstance(command, click.Group):
         context = click.Context(command)
         for name in command.list_commands(context):
