@@ -7,18 +7,18 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .arguments import checked, whole_number
+from .arguments import checked, flag, one_of, whole_number
 from .backends import Backend
-from .device import open_backend
+from .device import DEVICES, open_backend
 from .dtypes import Array
 from .engine.engine import Engine
-from .errors import ConfigError, ParameterError
-from .files import is_missing
+from .errors import ConfigError
+from .files import is_missing, read_optional_json
 from .generation_config import Settings
 from .hub import BUNDLED, find_model
 from .model import Model
 from .models.checkpoint import load_weights
-from .models.config import ModelConfig, load_config, read_json
+from .models.config import ModelConfig, load_config
 from .quant.weight import Weight
 from .text.tokenizer import Tokenizer
 
@@ -61,18 +61,17 @@ def load(
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
-    Raises ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
+    Raises ParameterError, ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
-    if dtype not in DTYPE_NAMES:
-        raise ParameterError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPE_NAMES)}")
-    folder = find_model(model, offline)
+    one_of("dtype", dtype, DTYPE_NAMES)
+    one_of("device", device, DEVICES)
+    folder = find_model(model, checked("offline", offline, flag, "True or False"))
     config = load_config(folder)
     length = context_length(config, context)
     tokens = _cache_tokens(length, cache_tokens)
     if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
         _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
-    path = folder / "generation_config.json"
-    generation_config = {} if is_missing(path) else read_json(path)
+    generation_config = read_optional_json(folder / "generation_config.json")
     tokenizer = None if is_missing(folder / "tokenizer.json") else Tokenizer.load(folder)
     settings = Settings.read(folder, config, tokenizer, generation_config)
     weights = load_weights(folder, config)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ParameterError
+from ..files import is_missing, read_optional_json
 from ..generation_config import sampling_defaults, stop_tokens
-from ..models.config import ModelConfig, read_json
+from ..models.config import ModelConfig
 from ..text.tokenizer import Tokenizer
 
 __all__ = ["text_facts", "text_view"]
@@ -23,9 +24,9 @@ def text_facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
     The stop tokens are those that the engine uses, with their text where there is a tokenizer.
     """
     where = None if folder is None else folder / "generation_config.json"
-    generation_config = read_json(where) if where is not None and where.exists() else {}
+    generation_config = {} if where is None else read_optional_json(where)
     tokenizer = None
-    if folder is not None and (folder / "tokenizer.json").exists():
+    if folder is not None and not is_missing(folder / "tokenizer.json"):
         tokenizer = Tokenizer.load(folder)
     stops = config.eos if where is None else stop_tokens(config, generation_config, tokenizer, where)
     return {

@@ -17,7 +17,7 @@ from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
 from .rope import Rope
 
-__all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "read_json", "token_ids"]
+__all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
 
 _log = logging.getLogger("cuplama")
 # What a folder without a config.json may hold, and what to do about it.
