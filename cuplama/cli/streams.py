@@ -27,10 +27,18 @@ __all__ = [
     "say",
     "say_progress",
     "size_text",
+    "visible",
     "without_line_end",
+    "write_text",
 ]
 
 QUIET_KEY = "cuplama.quiet"  # of the click context's meta: whether --quiet was given
+# Control characters -> what stands for them on a terminal: Unicode's pictures of them, or U+FFFD where it has none.
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
 
 def _standard_input() -> str:
@@ -68,9 +76,24 @@ def read_file(file: Path) -> str:
     return _decoded(data, file)
 
 
+def visible(text: str) -> str:
+    """A text that controls no terminal: of control characters tab and line break stay, others become pictures."""
+    return text.translate(_PICTURES)
+
+
+def write_text(text: str) -> None:
+    """Write a piece of text to stdout, at once.
+
+    A terminal gets it as ``visible`` has it: what a model says must not move the cursor, rename the window or write to
+    the clipboard. A file or a pipe gets it as it is.
+    """
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def say(text: str) -> None:
     """Print a line for people on stderr, where it does not spoil what a program reads."""
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from cuplama.errors import ConfigError
+from cuplama.files import read_json
 from cuplama.models import families as family_modules
-from cuplama.models.config import Layer, ModelConfig, load_config, parse_config, read_json, token_ids
+from cuplama.models.config import Layer, ModelConfig, load_config, parse_config, token_ids
 from cuplama.models.families import FAMILIES
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
