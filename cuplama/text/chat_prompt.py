@@ -79,7 +79,7 @@ def check_names(given: Collection[str], template: ChatTemplate, others: Collecti
     known = {*reads, *STANDARD_VARIABLES, *others}
     for name in sorted(set(given) - known):
         kind = "neither a sampling parameter nor" if others else "not"
-        near = difflib.get_close_matches(name, sorted(known), n=1)
+        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.65)  # bos_token is not min_tokens
         hint = f"; did you mean {near[0]}?" if near else ""
         listed = ", ".join(sorted(reads)) or "none"
         raise ParameterError(f"{name} is {kind} a variable of the chat template{hint} (the template reads: {listed})")
@@ -101,9 +101,10 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
             "continue_final_message ends the prompt inside the last message; it excludes add_generation_prompt=True"
         )
     for name in ("tools", "documents"):
-        items = values[name] = values.get(name) or None
+        items = values.get(name)
         if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
             raise TokenizerError(f"{name} must be a list of dicts, not {shown(items)}")
+        values[name] = items or None
     return {**values, "continue_final_message": continued or None, "add_generation_prompt": begins}
 
 

@@ -48,7 +48,8 @@ def test_standard_variables_are_accepted_where_the_template_does_not_read_them()
         ("add_generation_promt", "did you mean add_generation_prompt"),
         ("stile", "did you mean style"),
         ("quux", "a variable of the chat template (the template reads"),
-        ("bos_token", ""),
+        ("thinking", "did you mean enable_thinking"),
+        ("bos_token", "a variable of the chat template (the template reads"),
         ("raise_exception", ""),
     ],
 )
@@ -66,6 +67,8 @@ def test_other_names_are_refused(name: str, hint: str) -> None:
     [
         ({"tools": "f"}, "tools must be a list of dicts, not 'f'"),
         ({"tools": [len]}, r"tools\[0\] must be text, .*, not builtin_function"),
+        ({"tools": ""}, "tools must be a list of dicts, not ''"),
+        ({"documents": {}}, "documents must be a list of dicts, not {}"),
         ({"documents": ["x"]}, r"documents must be a list of dicts, not \['x'\]"),
         ({"enable_thinking": b"no"}, "enable_thinking must be text, a number, a list or a dict, not bytes"),
     ],
