@@ -171,9 +171,7 @@ class Stream:
     completions: makes a Completion of what each sequence has so far.
     """
 
-    def __init__(
-        self, deltas: Generator[Delta], clock: Clock, completions: Callable[[], list[Completion]] = list
-    ) -> None:
+    def __init__(self, deltas: Generator[Delta], clock: Clock, completions: Callable[[], list[Completion]]) -> None:
         self._deltas, self._clock, self._completions = deltas, clock, completions
 
     def __iter__(self) -> Stream:

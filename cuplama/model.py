@@ -141,7 +141,7 @@ class Model:
 
         Raises PromptError for what are no token ids, and TokenizerError if the folder has no tokenizer.
         """
-        return self.tokenizer.decode(whole_ids(ids), skip_special=skip_special)
+        return self.tokenizer.decode(whole_ids(ids, "decode takes a list of token ids"), skip_special=skip_special)
 
     def _fit(self, ids: list[int], room: int) -> list[int]:
         """The ids, if the context has them and ``room`` tokens more. Raises ContextError."""

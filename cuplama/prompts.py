@@ -45,14 +45,15 @@ def plain_prompt(prompt: Any) -> PlainPrompt:
     return prompt if isinstance(prompt, str) else whole_ids(prompt)
 
 
-def whole_ids(ids: Any) -> list[int]:
+def whole_ids(ids: Any, wanted: str = "a prompt is text or a list of token ids") -> list[int]:
     """Plain ints from whole numbers of any kind, NumPy's too, but not from booleans. Raises PromptError.
 
-    Of plain ints, which prompts of thousands of tokens are made of, only the type is looked at.
+    Of plain ints, which prompts of thousands of tokens are made of, only the type is looked at. wanted: a sentence for
+    the error that is raised for what is no list.
     """
     if not _holds_items(ids):
         what = "an array without dimensions" if isinstance(ids, np.ndarray) else type_of(ids)
-        raise PromptError(f"a prompt is text or a list of token ids, and not {what}")
+        raise PromptError(f"{wanted}, and not {what}")
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
     for id in ids:

@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
@@ -183,8 +183,8 @@ class _PlainTokenizer:
 
 def private_characters(count: int, avoid: str) -> list[str]:
     """Characters of Unicode's private use area that do not occur in `avoid`, nor their escapes (`\\ue000`)."""
-    free = (chr(code) for code in range(0xE000, 0xF900))
-    return [c for c, _ in zip((c for c in free if c not in avoid and _escaped(c) not in avoid), range(count))]  # noqa: B905
+    free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in avoid and _escaped(c) not in avoid)
+    return list(islice(free, count))
 
 
 def _escaped(character: str) -> str:

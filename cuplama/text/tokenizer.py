@@ -95,14 +95,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids without a token become nothing."""
-        return self._backend.decode([id for id in ids if id >= 0], skip_special_tokens=skip_special)
+        known = [id for id in ids if 0 <= id < self.vocab_size]
+        return self._backend.decode(known, skip_special_tokens=skip_special)
 
     def piece(self, id: int) -> str | None:
         """The vocabulary's own spelling of `id` (`Ġthe`, `▁the`, `<0x0A>`), or None if it has no token."""
         try:
             return self._pieces[id]
         except KeyError:
-            piece = self._backend.id_to_token(id) if id >= 0 else None
+            piece = self._backend.id_to_token(id) if 0 <= id < self.vocab_size else None
             self._pieces[id] = piece
             return piece
 
