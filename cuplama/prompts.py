@@ -18,13 +18,24 @@ import numpy as np
 from .arguments import shown, type_of
 from .errors import PromptError
 
-__all__ = ["PlainPrompt", "Prompt", "plain_prompt", "plain_prompts", "prompt_of_batch", "whole_ids"]
+__all__ = [
+    "PlainPrompt",
+    "Prompt",
+    "Prompts",
+    "TokenIds",
+    "plain_prompt",
+    "plain_prompts",
+    "prompt_of_batch",
+    "whole_ids",
+]
 
-Prompt = str | Sequence[int]  # text, or token ids
-PlainPrompt = str | list[int]  # the same as Python's own types
+TokenIds = Sequence[int] | np.ndarray[tuple[int], np.dtype[np.integer[Any]]]
+Prompt = str | TokenIds
+Prompts = Sequence[Prompt] | np.ndarray[tuple[int, int], np.dtype[np.integer[Any]]]
+PlainPrompt = str | list[int]  # a prompt in Python's own types
 
 
-def plain_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[PlainPrompt], bool]:
+def plain_prompts(prompt: Prompt | Prompts) -> tuple[list[PlainPrompt], bool]:
     """A list of prompts, and whether it was a single one. A list of numbers is one prompt, an empty list is none.
 
     Raises PromptError, which names the prompt of several by its number.
