@@ -131,7 +131,7 @@ def prompt_text(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], v
     """
     if not values["continue_final_message"]:
         return template.text(messages, values)
-    [marker] = private_characters(1, template.source + repr(messages))
+    [marker] = private_characters(1, template.source + repr([messages, values]))
     content = _last_text(messages)
     text = template.text([*messages[:-1], _with_last_text(messages[-1], content + marker + _BLANK)], values)
     end = text.rfind(marker)

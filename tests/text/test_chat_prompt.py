@@ -189,6 +189,14 @@ def test_a_message_that_the_template_rewrites_cannot_be_continued(template: str,
         text(template, answer(content), continue_final_message=True)
 
 
+@pytest.mark.parametrize("name", ["<|end|>", "\ue000"])
+def test_what_the_template_prints_behind_the_message_does_not_move_its_end(name: str) -> None:
+    """Tools may hold private characters, or get them where they spell a control token."""
+    tools = "{% for tool in tools %}{{ tool.name }}{% endfor %}"
+    found = text(CHATML + tools, answer("It is"), tools=[{"name": name}], continue_final_message=True)
+    assert found.endswith("assistant\nIt is")
+
+
 def test_what_can_be_continued() -> None:
     silent = [*HI, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
     with pytest.raises(TokenizerError, match="the last message has no text to go on from"):
