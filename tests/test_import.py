@@ -58,8 +58,17 @@ def test_import_is_quick() -> None:
 def test_public_names() -> None:
     assert cuplama.__all__ == sorted(cuplama.__all__)
     assert set(errors.__all__) < set(cuplama.__all__)
-    others = {"Completion", "Delta", "Model", "ModelConfig", "SamplingOptions", "SamplingParams", "Stream", "Timings"}
-    assert set(cuplama.__all__) - set(errors.__all__) == others | {"Token", "Tokenizer", "load"}
+    others = {
+        "ChatOptions",
+        "Completion",
+        "Delta",
+        "Model",
+        "ModelConfig",
+        "SamplingOptions",
+        "SamplingParams",
+        "Stream",
+    }
+    assert set(cuplama.__all__) - set(errors.__all__) == others | {"Timings", "Token", "Tokenizer", "load"}
     for name in cuplama.__all__:
         assert getattr(cuplama, name).__module__.startswith("cuplama.")
         assert getattr(cuplama, name).__doc__
