@@ -15,10 +15,10 @@ from ..text.tokenizer import Tokenizer
 from .chat_session import ChatSession
 from .conversation import Conversation
 from .options import given_params, model_option, options, run_options, sampling_options
-from .prompt import prompt_options, prompt_text
+from .prompt import prompt_options, prompt_text, read_file, read_text
 from .repl import repl
 from .running import open_model
-from .streams import print_json, read_file, read_text
+from .streams import print_json
 
 __all__ = ["chat"]
 

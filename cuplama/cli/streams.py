@@ -1,4 +1,4 @@
-"""What commands read from standard input and files, and how they print: text, JSON, tables, progress."""
+"""How commands print: text, JSON, tables, lines for people, progress."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
-
-from ..errors import PromptError
 
 __all__ = [
     "QUIET_KEY",
@@ -22,13 +19,10 @@ __all__ = [
     "print_json",
     "print_table",
     "progress_bar",
-    "read_file",
-    "read_text",
     "say",
     "say_progress",
     "size_text",
     "visible",
-    "without_line_end",
     "write_text",
 ]
 
@@ -39,41 +33,6 @@ _PICTURES = {
     0x7F: 0x2421,
     **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
 }
-
-
-def _standard_input() -> str:
-    """All of standard input, to the last byte. Raises PromptError."""
-    if sys.stdin is None:  # `cuplama ... <&-`
-        raise PromptError("standard input is closed")
-    return _decoded(sys.stdin.buffer.read(), "standard input")
-
-
-def _decoded(data: bytes, name: object) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise PromptError(f"{name} is not valid UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}") from None
-
-
-def without_line_end(text: str) -> str:
-    """A text without the line break that editors and echo put at its end."""
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def read_text(source: str) -> str:
-    """An argument as it is; "-" is standard input, without the newline that ends it. Raises PromptError."""
-    return source if source != "-" else without_line_end(_standard_input())
-
-
-def read_file(file: Path) -> str:
-    """A file's text, to the last byte; "-" is standard input. Raises PromptError naming file, byte and offset."""
-    if str(file) == "-":
-        return _standard_input()
-    try:
-        data = file.read_bytes()
-    except OSError as e:
-        raise PromptError(f"cannot read {file}: {e.strerror}") from None
-    return _decoded(data, file)
 
 
 def visible(text: str) -> str:
