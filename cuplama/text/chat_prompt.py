@@ -20,7 +20,7 @@ __all__ = [
     "chat_messages",
     "chat_values",
     "check_names",
-    "harmless_chat",
+    "harmless_chats",
     "prompt_text",
 ]
 
@@ -32,6 +32,14 @@ STANDARD_VARIABLES = frozenset(
 MODELS_WITH_TEMPLATE = ("Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 # Follows the marker of `continue_final_message`: blank to whatever strips a message, and printed by no template.
 _BLANK = "\x1f"
+_CHAT: list[dict[str, Any]] = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+# A chat in which a tool is called and answers. Mistral's templates want ids of nine letters.
+_CALL = {"id": "x" * 9, "type": "function", "function": {"name": "x", "arguments": "{}"}}
+_TOOL_CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "x", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "x", "tool_call_id": "x" * 9},
+]
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,15 @@ def chat_messages(template: ChatTemplate, messages: Sequence[Mapping[str, Any]])
     return messages_for(template.reading, checked_messages(messages))
 
 
-def harmless_chat(template: ChatTemplate, special_tokens: Mapping[str, str]) -> str:
-    """What the template prints for a chat of one letter a message: marks of turns. "" if it refuses such a chat."""
-    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+def harmless_chats(template: ChatTemplate, special_tokens: Mapping[str, str]) -> list[str]:
+    """What the template prints for each of two chats of one letter a message: marks of turns, and those of tools.
+
+    "" for a chat that it refuses.
+    """
+    return [_harmless(template, messages, special_tokens) for messages in (_CHAT, _TOOL_CHAT)]
+
+
+def _harmless(template: ChatTemplate, messages: Sequence[dict[str, Any]], special_tokens: Mapping[str, str]) -> str:
     try:
         return template.text(messages_for(template.reading, messages), special_tokens)
     except TokenizerError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
-from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chat, prompt_text
+from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
@@ -189,8 +189,8 @@ class Tokenizer:
     def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
         found = self._control.get(template.source)
         if found is None:
-            turns = harmless_chat(template, self._special_tokens)
-            found = ControlTokens(self._backend, self._special_tokens.values(), turns)
+            turns = harmless_chats(template, self._special_tokens)
+            found = ControlTokens(self._backend, self._special_tokens.values(), *turns)
             self._control[template.source] = found
         return found
 
