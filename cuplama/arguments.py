@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ __all__ = [
     "in_range",
     "items",
     "need_type",
+    "one_of",
     "real",
     "shown",
     "type_of",
@@ -49,6 +50,14 @@ def checked(name: str, value: Any, read: Callable[[Any], _T], wanted: str) -> _T
     except (ValueError, OverflowError):
         said = " is out of range"
     raise ParameterError(f"{name} = {shown(value)}{said}; it must be {wanted}")
+
+
+def one_of(name: str, value: Any, words: Collection[str]) -> None:
+    """Raises ParameterError unless the argument is one of the words."""
+    if not isinstance(value, str):
+        raise ParameterError(f"{name} = {shown(value)} is {type_of(value)}; it must be one of {', '.join(words)}")
+    if value not in words:
+        raise ParameterError(f"{name} = {shown(value)} is not supported; supported: {', '.join(words)}")
 
 
 def type_of(value: Any) -> str:

@@ -18,7 +18,8 @@ class ChatOptions(SamplingOptions, total=False):
 
     tools, documents, add_generation_prompt, continue_final_message, special_text, chat_template: as for
     ``Tokenizer.apply_chat``. The next ones are variables that many templates read. template_args: those that only
-    some templates read, or that have the name of a sampling parameter; type checkers do not know their names.
+    some templates read, or that have the name of a sampling parameter; type checkers do not know their names. It holds
+    variables alone: who only fills in a template cannot choose it, or turn special_text on.
     """
 
     tools: Sequence[Mapping[str, Any]] | None
@@ -52,6 +53,8 @@ def read_chat(
         raise ParameterError(f"template_args = {shown(more)}: it must be a mapping of variables' names to values")
     sampling = {name: value for name, value in options.items() if name in PARAMETERS}
     chat = {**more, **{name: value for name, value in options.items() if name not in PARAMETERS}}
+    if own := sorted(_OWN & more.keys()):
+        raise ParameterError(f"template_args: {own[0]} is not a variable of a template; give it as a keyword")
     tokenizer.check_variables(
         chat, tools=bool(chat.get("tools")), chat_template=chat.get("chat_template"), others={*PARAMETERS, *_OWN}
     )

@@ -171,9 +171,7 @@ class Stream:
     completions: makes a Completion of what each sequence has so far.
     """
 
-    def __init__(
-        self, deltas: Generator[Delta], clock: Clock, completions: Callable[[], list[Completion]] = list
-    ) -> None:
+    def __init__(self, deltas: Generator[Delta], clock: Clock, completions: Callable[[], list[Completion]]) -> None:
         self._deltas, self._clock, self._completions = deltas, clock, completions
 
     def __iter__(self) -> Stream:
@@ -194,9 +192,9 @@ class Stream:
 
     def __repr__(self) -> str:
         done = self.completions
-        ended = "ended" if all(c.finish_reason is not None for c in done) else "so far"
+        ended = ", ended" if all(c.finish_reason is not None for c in done) else " so far"
         tokens = _counted(sum(len(c.tokens) for c in done), "token")
-        return f"<Stream of {_counted(len(done), 'sequence')}: {tokens} {ended}>"
+        return f"<Stream of {_counted(len(done), 'sequence')}: {tokens}{ended}>"
 
     def __reduce__(self) -> NoReturn:
         raise CopyError("a stream can be neither pickled nor copied; its completions can, once it was read")

@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from .arguments import one_of
 from .backends import Backend
 from .backends.cuda.driver import cuda_available
 from .dtypes import DTYPES, dtype_name
 from .engine import memory
-from .errors import DeviceError, ParameterError
+from .errors import DeviceError
 from .models.config import ModelConfig
 from .ops.attention import HEAD_DIMS
 from .quant.weight import Weight
@@ -33,8 +34,7 @@ def open_backend(
     CUDA and float32 on NumPy. Raises ParameterError for an unknown device, and DeviceError, with the numbers, where
     weights, cache and workspace do not fit or a head_dim is not in the kernels.
     """
-    if device not in DEVICES:
-        raise ParameterError(f"device = {device!r} is not supported; supported: {', '.join(DEVICES)}")
+    one_of("device", device, DEVICES)
     if device != "numpy":
         works, reason = cuda_available()
         if works:

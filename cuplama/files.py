@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import ConfigError, CuplamaError
 
-__all__ = ["is_missing", "not_opened", "not_understood", "read_json"]
+__all__ = ["is_missing", "not_opened", "not_understood", "read_json", "read_optional_json"]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _BOM = b"\xef\xbb\xbf"  # some editors write it in front of UTF-8
@@ -27,6 +27,11 @@ def read_json(path: Path, error: type[CuplamaError] = ConfigError) -> dict[str, 
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def read_optional_json(path: Path, error: type[CuplamaError] = ConfigError) -> dict[str, Any]:
+    """A JSON object from a file that a folder need not have: empty if it is missing. Raises ``error`` naming it."""
+    return {} if is_missing(path) else read_json(path, error)
 
 
 def is_missing(path: Path) -> bool:

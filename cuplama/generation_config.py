@@ -1,6 +1,7 @@
 """generation_config.json: what a model brings for generating. What is not supported there is named in a warning.
 
-The fields and the values under which they do nothing are those of ``transformers.GenerationConfig``.
+The fields, the values under which they do nothing, and what stands for absent ones are those of transformers 5.24
+(``GenerationConfig`` and its ``_get_default_generation_params``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from .arguments import checked, flag
 from .errors import ConfigError, ParameterError
-from .files import is_missing, read_json
+from .files import read_optional_json
 from .models.config import ModelConfig, token_ids
 from .sampling_params import SamplingParams, read_parameter
 from .text.tokenizer import Tokenizer
@@ -32,6 +33,8 @@ _SUPPORTED = {
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
 }
+# What a model that samples has where its file says nothing, unlike SamplingParams.
+_SAMPLED = {"temperature": 1.0, "top_k": 50}
 # Those that only matter where tokens are sampled, with the values that say nothing: off, or transformers' default.
 _SHAPE_THE_DRAW: Mapping[str, tuple[float, ...]] = {
     "temperature": (1,),
@@ -89,7 +92,7 @@ class Settings:
     def read(cls, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Settings:
         """From what the folder's files say. Raises ConfigError; logs a warning for what is not supported."""
         where = folder / "generation_config.json"
-        generation_config = {} if is_missing(where) else read_json(where)
+        generation_config = read_optional_json(where)
         try:
             defaults = sampling_defaults(generation_config)
         except ParameterError as e:
@@ -111,13 +114,14 @@ class Settings:
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling parameters that a generation_config.json sets, by their names here.
 
-    Without ``do_sample: true`` the model is greedy whatever else the file says, as in transformers. Raises
-    ParameterError for a value that no parameter can have.
+    As in transformers: without ``do_sample: true`` the model is greedy whatever else the file says; with it, what is
+    absent is temperature 1 and top_k 50, and ``top_k: 0`` turns that off. Raises ParameterError for a value that no
+    parameter can have.
     """
     given = {ours: generation_config[k] for k, ours in _SUPPORTED.items() if generation_config.get(k) is not None}
     found = {name: read_parameter(name, value) for name, value in given.items()}
     if _samples(generation_config):
-        return {"temperature": 1.0, **found}
+        return {**_SAMPLED, **found}
     return {name: value for name, value in found.items() if name not in _SHAPE_THE_DRAW}
 
 

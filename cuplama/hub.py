@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .arguments import shown, type_of
+from .errors import ConfigError, ParameterError
 from .files import read_json
 from .folders import data_folder
 from .models.checkpoint import INDEX
@@ -69,10 +70,12 @@ def find_model(
     The bundled model's name stands for it, too, where no folder has that name.
 
     A hub repository is downloaded, or brought up to date, unless ``offline`` (or HF_HUB_OFFLINE) forbids it.
-    Raises ConfigError naming what does not exist or cannot be reached.
+    Raises ConfigError naming what does not exist or cannot be reached, and ParameterError for a wrong type.
     """
     if model is None:
         return data_folder("weights")
+    if not isinstance(model, (str, os.PathLike)):
+        raise ParameterError(f"model = {shown(model)} is {type_of(model)}; it must be a folder, a hub id, or None")
     try:
         path = Path(model or "?").expanduser()  # an empty name must not mean the current folder
         if path.is_dir():

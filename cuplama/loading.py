@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .arguments import checked, whole_number
+from .arguments import checked, flag, one_of, whole_number
 from .backends import Backend
-from .device import open_backend
+from .device import DEVICES, open_backend
 from .dtypes import Array
 from .engine.engine import Engine
-from .errors import ConfigError, ParameterError
+from .errors import ConfigError
 from .files import is_missing
 from .generation_config import Settings
 from .hub import BUNDLED, find_model
@@ -61,11 +61,11 @@ def load(
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
-    Raises ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
+    Raises ParameterError, ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
-    if dtype not in DTYPE_NAMES:
-        raise ParameterError(f"dtype = {dtype!r} is not supported; supported: {', '.join(DTYPE_NAMES)}")
-    folder = find_model(model, offline)
+    one_of("dtype", dtype, DTYPE_NAMES)
+    one_of("device", device, DEVICES)
+    folder = find_model(model, checked("offline", offline, flag, "True or False"))
     config = load_config(folder)
     length = context_length(config, context)
     tokens = _cache_tokens(length, cache_tokens)

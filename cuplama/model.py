@@ -23,7 +23,7 @@ from .generation import Generation
 from .generation_config import Settings, params_over
 from .models.config import ModelConfig
 from .output_text import OutputText
-from .prompts import Prompt, plain_prompt, plain_prompts, prompt_of_batch, whole_ids
+from .prompts import Prompt, Prompts, TokenIds, plain_prompt, plain_prompts, prompt_of_batch, whole_ids
 from .sampling_params import SamplingOptions, SamplingParams, check_names
 from .text.tokenizer import Tokenizer
 
@@ -136,12 +136,12 @@ class Model:
                 raise PromptError(f"token id {t} is out of range; the vocabulary has {self.config.vocab_size} tokens")
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: TokenIds, skip_special: bool = True) -> str:
         """The text of token ids, by default without special tokens. Ids without a token become nothing.
 
         Raises PromptError for what are no token ids, and TokenizerError if the folder has no tokenizer.
         """
-        return self.tokenizer.decode(whole_ids(ids), skip_special=skip_special)
+        return self.tokenizer.decode(whole_ids(ids, "decode takes a list of token ids"), skip_special=skip_special)
 
     def _fit(self, ids: list[int], room: int) -> list[int]:
         """The ids, if the context has them and ``room`` tokens more. Raises ContextError."""
@@ -166,7 +166,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Prompts,
         params: SamplingParams | None = None,
         *,
         n: int,
@@ -176,7 +176,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompt: Sequence[Prompt],
+        prompt: Prompts,
         params: SamplingParams | None = None,
         *,
         n: None = None,
@@ -185,7 +185,7 @@ class Model:
     ) -> list[Completion]: ...
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Prompts,
         params: SamplingParams | None = None,
         *,
         n: int | None = None,
@@ -211,7 +211,7 @@ class Model:
 
     def stream(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Prompts,
         params: SamplingParams | None = None,
         *,
         n: int | None = None,
@@ -292,7 +292,7 @@ class Model:
         engine = self.engine
         return np.concatenate(list(engine.logits(self._fit(self.encode(prompt), 0))))
 
-    def _start(self, prompt: Prompt | Sequence[Prompt], params: SamplingParams, n: int | None) -> Generation:
+    def _start(self, prompt: Prompt | Prompts, params: SamplingParams, n: int | None) -> Generation:
         """n sequences per prompt; raises before anything is computed."""
         _ = self.engine  # closed: raises
         prompts, single = plain_prompts(prompt)

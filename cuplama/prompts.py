@@ -18,13 +18,24 @@ import numpy as np
 from .arguments import shown, type_of
 from .errors import PromptError
 
-__all__ = ["PlainPrompt", "Prompt", "plain_prompt", "plain_prompts", "prompt_of_batch", "whole_ids"]
+__all__ = [
+    "PlainPrompt",
+    "Prompt",
+    "Prompts",
+    "TokenIds",
+    "plain_prompt",
+    "plain_prompts",
+    "prompt_of_batch",
+    "whole_ids",
+]
 
-Prompt = str | Sequence[int]  # text, or token ids
-PlainPrompt = str | list[int]  # the same as Python's own types
+TokenIds = Sequence[int] | np.ndarray[tuple[int], np.dtype[np.integer[Any]]]
+Prompt = str | TokenIds
+Prompts = Sequence[Prompt] | np.ndarray[tuple[int, int], np.dtype[np.integer[Any]]]
+PlainPrompt = str | list[int]  # a prompt in Python's own types
 
 
-def plain_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[PlainPrompt], bool]:
+def plain_prompts(prompt: Prompt | Prompts) -> tuple[list[PlainPrompt], bool]:
     """A list of prompts, and whether it was a single one. A list of numbers is one prompt, an empty list is none.
 
     Raises PromptError, which names the prompt of several by its number.
@@ -45,14 +56,15 @@ def plain_prompt(prompt: Any) -> PlainPrompt:
     return prompt if isinstance(prompt, str) else whole_ids(prompt)
 
 
-def whole_ids(ids: Any) -> list[int]:
+def whole_ids(ids: Any, wanted: str = "a prompt is text or a list of token ids") -> list[int]:
     """Plain ints from whole numbers of any kind, NumPy's too, but not from booleans. Raises PromptError.
 
-    Of plain ints, which prompts of thousands of tokens are made of, only the type is looked at.
+    Of plain ints, which prompts of thousands of tokens are made of, only the type is looked at. wanted: a sentence for
+    the error that is raised for what is no list.
     """
     if not _holds_items(ids):
         what = "an array without dimensions" if isinstance(ids, np.ndarray) else type_of(ids)
-        raise PromptError(f"a prompt is text or a list of token ids, and not {what}")
+        raise PromptError(f"{wanted}, and not {what}")
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
     for id in ids:

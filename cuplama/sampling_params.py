@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
-from .arguments import checked, flag, in_range, items, need_type, real, whole, whole_number
+from .arguments import checked, flag, in_range, items, need_type, real, type_of, whole, whole_number
 from .errors import ParameterError
 
-__all__ = ["PARAMETERS", "SamplingOptions", "SamplingParams", "check_names", "read_parameter"]
+__all__ = ["PARAMETERS", "SamplingOptions", "SamplingParams", "allowed_values", "check_names", "read_parameter"]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -107,6 +107,8 @@ class SamplingParams:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
         """The parameters that ``to_dict`` wrote; one that is left out has its default. Raises ParameterError."""
+        if not isinstance(values, Mapping):
+            raise ParameterError(f"sampling parameters are a mapping of names to values, and not {type_of(values)}")
         check_names(values)
         bias = values.get("logit_bias", {})
         if isinstance(bias, Mapping):
@@ -124,6 +126,11 @@ def check_names(values: Mapping[str, Any]) -> None:
 def read_parameter(name: str, value: Any) -> Any:
     """A parameter's value in plain Python types. Raises ParameterError naming a wrong type or what is out of range."""
     return checked(name, value, *_RULES[name])
+
+
+def allowed_values(name: str) -> str:
+    """What values a parameter takes, in words."""
+    return _RULES[name][1]
 
 
 def _id(key: Any) -> Any:

@@ -86,6 +86,13 @@ def test_options_that_nobody_knows(model: Model, options: Any, words: str) -> No
             call(CHAT, **options)
 
 
+@pytest.mark.parametrize("name", ["special_text", "chat_template", "template_args"])
+def test_variables_of_a_template_cannot_be_options(name: str, model: Model) -> None:
+    """A server may fill template_args with what a client sends, who must not choose what special tokens mean."""
+    with pytest.raises(ParameterError, match=f"^template_args: {name} is not a variable of a template"):
+        model.encode_chat(CHAT, template_args={name: True})
+
+
 def test_errors_of_the_messages_and_the_prompt(model: Model, chars: Model) -> None:
     with pytest.raises(TokenizerError, match=r"messages\[0\] has no 'role'"):
         model.encode_chat([{"content": "Hi"}])

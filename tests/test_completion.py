@@ -240,7 +240,7 @@ def test_repr_of_a_stream(chars: Model) -> None:
     next(stream)
     assert repr(stream) == "<Stream of 1 sequence: 1 token so far>"
     assert len(list(stream)) == 1
-    assert repr(stream) == "<Stream of 1 sequence: 2 tokens ended>"
+    assert repr(stream) == "<Stream of 1 sequence: 2 tokens, ended>"
     assert repr(chars.stream(["F", "F"], n=2)) == "<Stream of 4 sequences: 0 tokens so far>"
 
 

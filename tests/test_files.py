@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cuplama.errors import CheckpointError, ConfigError, CuplamaError, TokenizerError
-from cuplama.files import is_missing, read_json
+from cuplama.files import is_missing, read_json, read_optional_json
 from cuplama.models.checkpoint import open_tensors
 from cuplama.models.config import load_config
 from cuplama.text.tokenizer import Tokenizer
@@ -108,6 +108,18 @@ def test_a_folder_that_must_not_be_looked_into(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(Path, method, denied)
     with pytest.raises(ConfigError, match="Permission denied"):
         load_config(tmp_path)
+
+
+def test_a_file_that_a_folder_need_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    assert read_optional_json(path) == {}
+    path.write_text("{}{")
+    with pytest.raises(TokenizerError, match="not valid JSON"):
+        read_optional_json(path, TokenizerError)
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="leads nowhere"):
+        read_optional_json(path)
 
 
 def test_what_is_missing(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from tests.tiny import CHARS, LLAMA, copy, load
 def test_defaults() -> None:
     assert sampling_defaults({}) == {}
     assert sampling_defaults({"bos_token_id": 1, "eos_token_id": [2]}) == {}
-    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0}
+    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0, "top_k": 50}
     sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.1}
     assert sampling_defaults(sampled) == {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.1}
     assert sampling_defaults({"do_sample": True, "top_k": -1}) == {"temperature": 1.0, "top_k": 0}
-    assert sampling_defaults({"do_sample": True, "top_k": None, "max_new_tokens": None}) == {"temperature": 1.0}
+    absent = {"do_sample": True, "top_k": None, "max_new_tokens": None, "temperature": 0.7}
+    assert sampling_defaults(absent) == {"temperature": 0.7, "top_k": 50}
+    assert sampling_defaults({"do_sample": True, "top_k": 0}) == {"temperature": 1.0, "top_k": 0}
     assert sampling_defaults({"min_new_tokens": 600}) == {"min_tokens": 600}
     for wrong in ({"repetition_penalty": 0}, {"do_sample": 1.5}, {"temperature": "x"}, {"max_new_tokens": -3}):
         with pytest.raises(ParameterError):

@@ -30,6 +30,16 @@ def test_load_options() -> None:
         load(CHARS, dtype="int8")
     with pytest.raises(ParameterError, match="device = 'tpu' is not supported"):
         cuplama.load(CHARS, device="tpu")
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"dtype": ["float32"]}, r"dtype = \['float32'\] is a list; it must be one of auto, float32"),
+        ({"device": None}, "device = None is None; it must be one of auto, cuda, numpy"),
+        ({"offline": "no"}, "offline = 'no' is a str; it must be True or False"),
+        ({"model": 3}, "model = 3 is an int; it must be a folder, a hub id, or None"),
+        ({"model": b"x"}, "model = b'x' is a bytes"),
+    )
+    for options, words in wrong:
+        with pytest.raises(ParameterError, match=f"^{words}"):
+            cuplama.load(**{"model": CHARS, **options})
     for tokens, words in (
         (0, "0 is out of range"),
         (-1, "-1 is out of range"),

@@ -195,6 +195,9 @@ def test_json_and_back() -> None:
     for values, words in wrong:
         with pytest.raises(ParameterError, match=words):
             SamplingParams.from_dict(values)
+    nothing: Any = None
+    with pytest.raises(ParameterError, match="a mapping of names to values, and not None"):
+        SamplingParams.from_dict(nothing)
 
 
 def test_choices_have_seeds_that_follow_one_another() -> None:

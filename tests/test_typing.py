@@ -17,6 +17,8 @@ from tests.paths import ROOT
 
 # Each line that is wrong says so; every other line is right.
 CALLS = """
+import numpy as np
+
 from cuplama import Completion, Model, SamplingParams, Stream
 
 def right(model: Model, params: SamplingParams, n: int) -> None:
@@ -31,6 +33,13 @@ def right(model: Model, params: SamplingParams, n: int) -> None:
     own = model.params()
     text: str = model.decode(model.encode("a"), skip_special=False) + stream.completion.text
     print(one, many, own, text, model.logits("a"), model.logits([1]))
+
+def right_arrays(model: Model, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    one: Completion = model.generate(ids, max_tokens=5)
+    many: list[Completion] = model.generate(ids.reshape(1, -1))
+    many = model.generate([ids, "a"])
+    one = model.generate(np.array([1, 2]))
+    print(one, many, model.decode(ids), model.decode(np.array([1, 2])))
 
 def right_chat(model: Model, params: SamplingParams) -> None:
     messages = [{"role": "user", "content": "a"}]

@@ -15,16 +15,20 @@ from ..text.tokenizer import Tokenizer
 from .chat_session import ChatSession
 from .conversation import Conversation
 from .options import given_params, model_option, options, run_options, sampling_options
-from .prompt import prompt_options, prompt_text
+from .prompt import prompt_options, prompt_text, read_file, read_text
 from .repl import repl
 from .running import open_model
-from .streams import print_json, read_file, read_text
+from .streams import print_json
 
 __all__ = ["chat"]
 
 
+# How Python spells what JSON has, too: as text, False would count as true in a template.
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
 def _variables(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE as variables of a template: VALUE is JSON where it can be, and text where it cannot."""
+    """NAME=VALUE as variables of a template: VALUE is JSON, or Python's True, False or None, or else text."""
     found: dict[str, Any] = {}
     for given in values:
         name, equals, value = given.partition("=")
@@ -33,7 +37,7 @@ def _variables(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -
         if name in inspect.signature(Tokenizer.apply_chat).parameters:
             raise click.BadParameter(f"{name} is not a variable that can be set; see the other options")
         try:
-            found[name] = json.loads(value)
+            found[name] = json.loads(_PYTHON.get(value, value))
         except json.JSONDecodeError:
             found[name] = value
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -11,8 +10,8 @@ from typing import Any
 from ..completion import Completion, Delta
 from ..model import Model
 from .conversation import Conversation, Message
-from .running import cut_notice, speed
-from .streams import notice, progress_bar, say
+from .running import say_if_cut, speed
+from .streams import notice, progress_bar, say, write_text
 
 __all__ = ["ChatSession"]
 
@@ -36,8 +35,8 @@ class ChatSession:
     def check(self) -> None:
         """Refuse before the first question what no question could make right.
 
-        Raises TokenizerError for a model without a template and for variables that its template does not have, and
-        ParameterError for sampling parameters.
+        Raises TokenizerError for a model without a template, and ParameterError for variables that its template does
+        not have and for sampling parameters.
         """
         self.model.params(**self.sampling)
         self._encode(self.conversation.messages("Hi"))
@@ -62,9 +61,11 @@ class ChatSession:
         if answer.finish_reason is None and not answer.text:
             raise KeyboardInterrupt
         if show and not answer.text.endswith("\n"):
-            _write_text("\n")
+            write_text("\n")
         self.conversation.add(question, answer.text)
-        self._remark(answer)
+        say_if_cut(answer)
+        if self.stats:
+            say(speed(answer.timings))
         return answer
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
@@ -82,22 +83,8 @@ class ChatSession:
             f"the conversation no longer fits the context of {self.model.context} tokens"
         )
 
-    def _remark(self, answer: Completion) -> None:
-        """Say on stderr whether the answer was cut and, if asked for, how fast it was."""
-        limit = self.model.params(**self.sampling).max_tokens
-        cut = cut_notice(answer.finish_reason, len(answer.tokens), limit, self.model.context)
-        if cut is not None:
-            notice(cut)
-        if self.stats:
-            say(speed(answer.timings))
-
 
 def _write(deltas: Iterable[Delta], show: bool) -> None:
     for delta in deltas:
         if show:
-            _write_text(delta.text)
-
-
-def _write_text(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            write_text(delta.text)

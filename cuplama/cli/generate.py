@@ -12,8 +12,8 @@ from ..completion import Stream
 from ..model import Model
 from .options import check_sampling, given_params, model_option, run_options, sampling_options
 from .prompt import prompt_options, prompt_text
-from .running import cut_notice, open_model, speed
-from .streams import notice, print_json, progress_bar, say
+from .running import open_model, say_if_cut, speed
+from .streams import notice, print_json, progress_bar, say, visible, write_text
 
 __all__ = ["generate"]
 
@@ -90,10 +90,7 @@ def _print(model: Model, prompt: str, params: dict[str, Any], echo: bool, stats:
         finally:
             if stats:
                 say(speed(stream.timings))
-    done = stream.completion
-    cut = cut_notice(done.finish_reason, len(done.tokens), done.params.max_tokens, model.context)
-    if cut is not None:
-        notice(cut)
+    say_if_cut(stream.completion)
 
 
 def _show(prompt: str, stream: Stream, echo: bool) -> None:
@@ -106,8 +103,7 @@ def _show(prompt: str, stream: Stream, echo: bool) -> None:
         for delta in stream:
             if delta.text:
                 shown = delta.text
-                sys.stdout.write(shown)
-                sys.stdout.flush()
+                write_text(shown)
     except BaseException:
         if shown:
             _end_line(shown)
@@ -118,9 +114,9 @@ def _show(prompt: str, stream: Stream, echo: bool) -> None:
 def _show_prompt(prompt: str, echo: bool) -> str:
     """Show the prompt: on stdout if it is asked for, and else to those who see both streams. Returns what was shown."""
     if echo:
-        sys.stdout.write(prompt)
+        write_text(prompt)
     elif sys.stderr.isatty() and sys.stdout.isatty():
-        click.secho(prompt, err=True, nl=False, dim=True)
+        click.secho(visible(prompt), err=True, nl=False, dim=True)
     else:
         return ""
     return prompt
@@ -128,5 +124,4 @@ def _show_prompt(prompt: str, echo: bool) -> str:
 
 def _end_line(shown: str) -> None:
     if not shown.endswith("\n"):
-        sys.stdout.write("\n")
-    sys.stdout.flush()  # before whatever follows on stderr
+        write_text("\n")  # before whatever follows on stderr

@@ -25,6 +25,7 @@ from .kernels import kernels
 from .models import models
 from .perplexity import perplexity
 from .pull import pull
+from .streams import say
 from .tokenize import tokenize
 
 __all__ = ["cli", "main"]
@@ -113,5 +114,5 @@ def _drop_output() -> None:
 
 def _fail(message: str, status: int) -> NoReturn:
     """Print one line on stderr, whatever the message holds, and exit."""
-    click.echo(f"cuplama: {' '.join(message.splitlines())}", err=True)
+    say(f"cuplama: {' '.join(message.splitlines())}")
     sys.exit(status)

@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from ..device import DEVICES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
-from ..sampling_params import read_parameter
+from ..sampling_params import allowed_values, read_parameter
 from .names import DEVICE_WORDS, NamedOption, device_word
 from .streams import QUIET_KEY, no_warnings
 
@@ -152,8 +152,8 @@ def check_sampling(_: click.Context, parameter: click.Parameter, value: Any) -> 
         return value
     try:
         read_parameter(name, value)
-    except ParameterError as e:
-        wanted = str(e).partition("it must be ")[2].removesuffix(", or None")
+    except ParameterError:
+        wanted = allowed_values(name).removesuffix(", or None")
         more = ", or -1: until the context is full" if name == "max_tokens" else ""
         raise click.BadParameter(f"{value} is not {wanted}{more}") from None
     return value

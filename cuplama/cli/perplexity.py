@@ -12,7 +12,7 @@ from ..lab.report import counted
 from .options import model_option, run_options
 from .prompt import file_options, file_text
 from .running import find_folder, open_model
-from .streams import print_json, progress_bar
+from .streams import no_warnings, print_json, progress_bar
 
 __all__ = ["perplexity"]
 
@@ -46,7 +46,8 @@ def perplexity(
 
     text = file_text(file, file_option)
     folder = find_folder(model, offline)
-    limit = context_length(load_config(folder), context)
+    with no_warnings():  # they come when the model is loaded
+        limit = context_length(load_config(folder), context)
     try:
         window, stride = lab.window_and_stride(limit, window, stride)  # before the weights are loaded
     except ParameterError as e:

@@ -1,4 +1,4 @@
-"""Where a command's text comes from: an argument, -p, -f, or standard input where somebody pipes into it."""
+"""Where a command's text comes from: an argument, -p, -f, a file, or standard input where somebody pipes into it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from ..errors import PromptError
 from .options import Decorator, options
-from .streams import read_file, read_text, without_line_end
 
-__all__ = ["file_options", "file_text", "prompt_options", "prompt_text"]
+__all__ = ["file_options", "file_text", "prompt_options", "prompt_text", "read_file", "read_text"]
 
 
 def _file_option(text: str) -> Decorator:
@@ -38,7 +38,7 @@ def prompt_text(prompt: str | None, prompt_option: str | None, file_option: Path
     if prompt_option is not None:
         return prompt_option
     if file_option is not None:
-        return without_line_end(read_file(file_option))
+        return _without_line_end(read_file(file_option))
     if prompt is not None:
         return read_text(prompt)
     text = read_text("-") if _piped() else ""
@@ -63,6 +63,41 @@ def file_text(file: Path | None, file_option: Path | None) -> str:
     if source is None and not _piped():
         raise click.UsageError("Missing argument 'FILE': give it or -f FILE, or pipe a text in")
     return read_file(source or Path("-"))
+
+
+def read_text(source: str) -> str:
+    """An argument as it is; "-" is standard input, without the newline that ends it. Raises PromptError."""
+    return source if source != "-" else _without_line_end(_standard_input())
+
+
+def read_file(file: Path) -> str:
+    """A file's text, to the last byte; "-" is standard input. Raises PromptError naming file, byte and offset."""
+    if str(file) == "-":
+        return _standard_input()
+    try:
+        data = file.read_bytes()
+    except OSError as e:
+        raise PromptError(f"cannot read {file}: {e.strerror}") from None
+    return _decoded(data, file)
+
+
+def _standard_input() -> str:
+    """All of standard input, to the last byte. Raises PromptError."""
+    if sys.stdin is None:  # `cuplama ... <&-`
+        raise PromptError("standard input is closed")
+    return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def _decoded(data: bytes, name: object) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise PromptError(f"{name} is not valid UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}") from None
+
+
+def _without_line_end(text: str) -> str:
+    """A text without the line break that editors and echo put at its end."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _piped() -> bool:

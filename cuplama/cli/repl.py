@@ -39,7 +39,13 @@ def repl(session: ChatSession, name: str) -> None:
                 _COMMANDS[word](session, rest.strip())
             else:
                 _hint(text)
-                _ask(session, text.strip())
+                _ask(session, _question(text))
+
+
+def _question(text: str) -> str:
+    """What is asked: the text, indented code too, without the space that keeps it from being a command."""
+    bare = text.lstrip()
+    return bare if bare.startswith("/") else text
 
 
 def _ask(session: ChatSession, question: str) -> None:

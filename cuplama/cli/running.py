@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import hub
-from ..completion import Timings
+from ..completion import Completion, Timings
 from ..lab.report import counted
 from ..loading import load
 from ..model import Model
-from .streams import progress_bar
+from .streams import notice, progress_bar
 
-__all__ = ["cut_notice", "find_folder", "open_model", "speed"]
+__all__ = ["find_folder", "open_model", "say_if_cut", "speed"]
 
 
 def find_folder(model: str | None, offline: bool) -> Path:
@@ -40,14 +40,15 @@ def speed(t: Timings) -> str:
     )
 
 
-def cut_notice(finish_reason: str | None, generated: int, limit: int | None, context: int) -> str | None:
-    """A sentence for stderr where an answer was cut, and by which option; None where it ended by itself.
+def say_if_cut(answer: Completion) -> None:
+    """Say on stderr that an answer was cut, and by which option; nothing where it ended by itself.
 
-    generated: tokens of the answer; limit: max_tokens, None for none; context: tokens that prompt and answer may have.
     Nothing was cut where nothing was asked for: max_tokens = 0 reads the prompt alone.
     """
-    if finish_reason != "length" or limit == 0:
-        return None
-    if limit is not None and generated >= limit:
-        return f"the answer was cut at {counted(generated, 'token')} (-n {limit})"
-    return f"the answer was cut: the context of {counted(context, 'token')} is full (-c)"
+    limit, count = answer.params.max_tokens, len(answer.tokens)
+    if answer.finish_reason != "length" or limit == 0:
+        return
+    if limit is not None and count >= limit:
+        notice(f"the answer was cut at {counted(count, 'token')} (-n {limit})")
+    else:
+        notice(f"the answer was cut: the context of {counted(answer.context, 'token')} is full (-c)")

@@ -1,4 +1,4 @@
-"""What commands read from standard input and files, and how they print: text, JSON, tables, progress."""
+"""How commands print: text, JSON, tables, lines for people, progress."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
-
-from ..errors import PromptError
 
 __all__ = [
     "QUIET_KEY",
@@ -22,55 +19,40 @@ __all__ = [
     "print_json",
     "print_table",
     "progress_bar",
-    "read_file",
-    "read_text",
     "say",
     "say_progress",
     "size_text",
-    "without_line_end",
+    "visible",
+    "write_text",
 ]
 
 QUIET_KEY = "cuplama.quiet"  # of the click context's meta: whether --quiet was given
+# Control characters -> what stands for them on a terminal: Unicode's pictures of them, or U+FFFD where it has none.
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
 
-def _standard_input() -> str:
-    """All of standard input, to the last byte. Raises PromptError."""
-    if sys.stdin is None:  # `cuplama ... <&-`
-        raise PromptError("standard input is closed")
-    return _decoded(sys.stdin.buffer.read(), "standard input")
+def visible(text: str) -> str:
+    """A text that controls no terminal: of control characters tab and line break stay, others become pictures."""
+    return text.translate(_PICTURES)
 
 
-def _decoded(data: bytes, name: object) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise PromptError(f"{name} is not valid UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}") from None
+def write_text(text: str) -> None:
+    """Write a piece of text to stdout, at once.
 
-
-def without_line_end(text: str) -> str:
-    """A text without the line break that editors and echo put at its end."""
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def read_text(source: str) -> str:
-    """An argument as it is; "-" is standard input, without the newline that ends it. Raises PromptError."""
-    return source if source != "-" else without_line_end(_standard_input())
-
-
-def read_file(file: Path) -> str:
-    """A file's text, to the last byte; "-" is standard input. Raises PromptError naming file, byte and offset."""
-    if str(file) == "-":
-        return _standard_input()
-    try:
-        data = file.read_bytes()
-    except OSError as e:
-        raise PromptError(f"cannot read {file}: {e.strerror}") from None
-    return _decoded(data, file)
+    A terminal gets it as ``visible`` has it: what a model says must not move the cursor, rename the window or write to
+    the clipboard. A file or a pipe gets it as it is.
+    """
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:
     """Print a line for people on stderr, where it does not spoil what a program reads."""
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
 
 
 @contextmanager

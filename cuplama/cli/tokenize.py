@@ -10,6 +10,7 @@ from ..errors import ParameterError, PromptError
 from .options import DEBUG, OFFLINE, QUIET, model_option
 from .prompt import prompt_options, prompt_text
 from .running import find_folder
+from .streams import write_text
 
 __all__ = ["tokenize"]
 
@@ -43,7 +44,7 @@ def tokenize(
         for n in numbers:
             if not 0 <= n < tokenizer.vocab_size:
                 raise PromptError(f"token id {n} is out of range; the tokenizer has {tokenizer.vocab_size}")
-        click.echo(tokenizer.decode(numbers, skip_special=False))
+        write_text(tokenizer.decode(numbers, skip_special=False) + "\n")
         return
     tokens = tokenizer.encode(text, bos=not no_bos)
     if ids:

@@ -20,7 +20,7 @@ __all__ = [
     "chat_messages",
     "chat_values",
     "check_names",
-    "harmless_chat",
+    "harmless_chats",
     "prompt_text",
 ]
 
@@ -32,6 +32,14 @@ STANDARD_VARIABLES = frozenset(
 MODELS_WITH_TEMPLATE = ("Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 # Follows the marker of `continue_final_message`: blank to whatever strips a message, and printed by no template.
 _BLANK = "\x1f"
+_CHAT: list[dict[str, Any]] = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+# A chat in which a tool is called and answers. Mistral's templates want ids of nine letters.
+_CALL = {"id": "x" * 9, "type": "function", "function": {"name": "x", "arguments": "{}"}}
+_TOOL_CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "x", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "x", "tool_call_id": "x" * 9},
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def check_names(given: Collection[str], template: ChatTemplate, others: Collecti
     known = {*reads, *STANDARD_VARIABLES, *others}
     for name in sorted(set(given) - known):
         kind = "neither a sampling parameter nor" if others else "not"
-        near = difflib.get_close_matches(name, sorted(known), n=1)
+        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.65)  # bos_token is not min_tokens
         hint = f"; did you mean {near[0]}?" if near else ""
         listed = ", ".join(sorted(reads)) or "none"
         raise ParameterError(f"{name} is {kind} a variable of the chat template{hint} (the template reads: {listed})")
@@ -101,9 +109,10 @@ def chat_values(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, A
             "continue_final_message ends the prompt inside the last message; it excludes add_generation_prompt=True"
         )
     for name in ("tools", "documents"):
-        items = values[name] = values.get(name) or None
+        items = values.get(name)
         if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
             raise TokenizerError(f"{name} must be a list of dicts, not {shown(items)}")
+        values[name] = items or None
     return {**values, "continue_final_message": continued or None, "add_generation_prompt": begins}
 
 
@@ -112,9 +121,15 @@ def chat_messages(template: ChatTemplate, messages: Sequence[Mapping[str, Any]])
     return messages_for(template.reading, checked_messages(messages))
 
 
-def harmless_chat(template: ChatTemplate, special_tokens: Mapping[str, str]) -> str:
-    """What the template prints for a chat of one letter a message: marks of turns. "" if it refuses such a chat."""
-    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+def harmless_chats(template: ChatTemplate, special_tokens: Mapping[str, str]) -> list[str]:
+    """What the template prints for each of two chats of one letter a message: marks of turns, and those of tools.
+
+    "" for a chat that it refuses.
+    """
+    return [_harmless(template, messages, special_tokens) for messages in (_CHAT, _TOOL_CHAT)]
+
+
+def _harmless(template: ChatTemplate, messages: Sequence[dict[str, Any]], special_tokens: Mapping[str, str]) -> str:
     try:
         return template.text(messages_for(template.reading, messages), special_tokens)
     except TokenizerError:
@@ -130,7 +145,7 @@ def prompt_text(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], v
     """
     if not values["continue_final_message"]:
         return template.text(messages, values)
-    [marker] = private_characters(1, template.source + repr(messages))
+    [marker] = private_characters(1, template.source + repr([messages, values]))
     content = _last_text(messages)
     text = template.text([*messages[:-1], _with_last_text(messages[-1], content + marker + _BLANK)], values)
     end = text.rfind(marker)

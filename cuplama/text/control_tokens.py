@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
@@ -34,19 +34,25 @@ class ControlTokens:
     Those are the added tokens that are flagged special or named by the folder (BOS, EOS, ...), and, in all that an
     assistant has not said, those that the template puts around the turns of a chat: some models' marks of a turn are
     not flagged (DeepSeek's distilled models). Other added tokens (`<think>`, `<tool_call>`) are what a model says, and
-    an assistant's earlier messages hold them rightly.
+    an assistant's earlier messages hold them rightly. In what a tool returns, those that the template prints where a
+    tool is called count as well: a web page must not close its own `<tool_response>`.
 
-    named: texts of the tokens that the folder names; turns: the text of a harmless chat.
+    named: texts of the tokens that the folder names; turns: the text of a harmless chat; tool_turns: that of one in
+    which a tool is called.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, named: Iterable[str] = (), turns: str = "") -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, named: Iterable[str] = (), turns: str = "", tool_turns: str = ""
+    ) -> None:
         self._backend = backend
         added = {id: token for id, token in backend.get_added_tokens_decoder().items() if token.content}
         names = set(named)
         own = {id: token.content for id, token in added.items() if token.special or token.content in names}
-        marks = {id: token.content for id, token in added.items() if token.content in turns}
-        self._texts = own | {id: text for id, text in marks.items() if _MARK.fullmatch(text)}
-        self._said, self._given = _Spelling(own.values()), _Spelling(self._texts.values())
+        marks = {id: token.content for id, token in added.items() if _MARK.fullmatch(token.content)}
+        given = own | {id: text for id, text in marks.items() if text in turns}
+        self._texts = given | {id: text for id, text in marks.items() if text in tool_turns}
+        self._given = _Spelling(given.values())
+        self._of_role = {"assistant": _Spelling(own.values()), "tool": _Spelling(self._texts.values())}
         self._plain: _PlainTokenizer | None = None
 
     def disguise(
@@ -56,7 +62,7 @@ class ControlTokens:
 
         template: its source, whose characters the private ones must differ from.
         """
-        spellings = [self._said if message["role"] == "assistant" else self._given for message in messages]
+        spellings = [self._of_role.get(message["role"], self._given) for message in messages]
         found = any(spelling.occurs_in(m) for spelling, m in zip(spellings, messages, strict=True))
         if not found and not self._given.occurs_in(dict(values)):
             return None
@@ -183,8 +189,8 @@ class _PlainTokenizer:
 
 def private_characters(count: int, avoid: str) -> list[str]:
     """Characters of Unicode's private use area that do not occur in `avoid`, nor their escapes (`\\ue000`)."""
-    free = (chr(code) for code in range(0xE000, 0xF900))
-    return [c for c, _ in zip((c for c in free if c not in avoid and _escaped(c) not in avoid), range(count))]  # noqa: B905
+    free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in avoid and _escaped(c) not in avoid)
+    return list(islice(free, count))
 
 
 def _escaped(character: str) -> str:

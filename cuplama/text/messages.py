@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from numbers import Number
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from ..arguments import shown
@@ -14,13 +14,16 @@ from .template_reading import Reading
 __all__ = ["checked_messages", "messages_for", "plain_data"]
 
 _DEEPEST = 100  # lists and dicts inside one another
+# What scalars become by their kind.
+_PLAIN: tuple[tuple[type, Callable[[Any], Any]], ...] = ((str, str.__str__), (Integral, int), (Real, float))
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
     """A copy of `messages`: dicts with a role and a content, which is a string or a list of text parts.
 
-    Other fields (`tool_calls`, `tool_call_id`, `reasoning_content`, ...) are kept as they are. An assistant's message
-    that only calls tools needs no content. Raises TokenizerError naming the message and the field.
+    Other fields (`tool_calls`, `tool_call_id`, `reasoning_content`, ...) are kept as they are, but one that is None
+    counts as absent: OpenAI's clients send such, and templates would print the word. An assistant's message that only
+    calls tools needs no content. Raises TokenizerError naming the message and the field.
     """
     if not _is_list(messages):
         raise TokenizerError(f"messages must be a list of dicts, not {type(messages).__name__}")
@@ -47,8 +50,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
         raise TokenizerError(f"{where}['tool_calls'] must be a list of dicts, not {shown(calls)}")
-    copy: dict[str, Any] = plain_data(message, where)
-    return copy
+    return {field: value for field, value in plain_data(message, where).items() if value is not None}
 
 
 def _check_part(part: Any, where: str) -> None:
@@ -62,13 +64,18 @@ def _check_part(part: Any, where: str) -> None:
 
 
 def plain_data(value: Any, where: str) -> Any:
-    """A deep copy of JSON-like data: dicts, lists, strings, numbers, booleans, None. Raises TokenizerError.
+    """A deep copy of JSON-like data in Python's own types: dicts, lists, strings, numbers, booleans, None.
 
     where: what the value is called in an error. Nothing else is let into a template: what an object of another kind
-    prints could be neither checked nor told from the template's own text.
+    prints could be neither checked nor told from the template's own text. A string of a subclass becomes a string, so
+    that a member of an enum prints its value, and a NumPy number cannot be asked to write a file. Raises
+    TokenizerError.
     """
-    if value is None or isinstance(value, (str, Number)):
+    if value is None or isinstance(value, bool):
         return value
+    for kind, plain in _PLAIN:
+        if isinstance(value, kind):
+            return plain(value)
     if where.count("[") > _DEEPEST:  # or a list that holds itself
         raise TokenizerError(f"{where[:40]}... is nested more than {_DEEPEST} deep")
     if isinstance(value, Mapping):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
-from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chat, prompt_text
+from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
@@ -95,14 +95,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids without a token become nothing."""
-        return self._backend.decode([id for id in ids if id >= 0], skip_special_tokens=skip_special)
+        known = [id for id in ids if 0 <= id < self.vocab_size]
+        return self._backend.decode(known, skip_special_tokens=skip_special)
 
     def piece(self, id: int) -> str | None:
         """The vocabulary's own spelling of `id` (`Ġthe`, `▁the`, `<0x0A>`), or None if it has no token."""
         try:
             return self._pieces[id]
         except KeyError:
-            piece = self._backend.id_to_token(id) if id >= 0 else None
+            piece = self._backend.id_to_token(id) if 0 <= id < self.vocab_size else None
             self._pieces[id] = piece
             return piece
 
@@ -188,8 +189,8 @@ class Tokenizer:
     def _control_tokens(self, template: ChatTemplate) -> ControlTokens:
         found = self._control.get(template.source)
         if found is None:
-            turns = harmless_chat(template, self._special_tokens)
-            found = ControlTokens(self._backend, self._special_tokens.values(), turns)
+            turns = harmless_chats(template, self._special_tokens)
+            found = ControlTokens(self._backend, self._special_tokens.values(), *turns)
             self._control[template.source] = found
         return found
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
-from ..files import is_missing, not_opened, not_understood, read_json
+from ..files import not_opened, not_understood, read_optional_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -51,9 +51,10 @@ def read_folder(folder: Path) -> TokenizerFiles:
     """
     backend = _backend(folder / "tokenizer.json")
     config_path = folder / "tokenizer_config.json"
-    config = _read_object(config_path)
+    config = read_optional_json(config_path, TokenizerError)
     map_path = folder / "special_tokens_map.json"
-    names = {**_special_tokens(map_path, _read_object(map_path)), **_special_tokens(config_path, config)}
+    special = read_optional_json(map_path, TokenizerError)
+    names = {**_special_tokens(map_path, special), **_special_tokens(config_path, config)}
     _add_tokens(backend, *_listed_tokens(folder, config, names))
     for name in ("bos_token", "eos_token"):
         if name in names and backend.token_to_id(names[name]) is None:
@@ -77,11 +78,6 @@ def _backend(path: Path) -> tokenizers.Tokenizer:
         if "did not match any variant" in reason or "Unknown tokenizer version" in reason:
             reason += f"; a newer tokenizers than {tokenizers.__version__} may read it: pip install -U tokenizers"
         raise TokenizerError(not_understood(path, "cannot be read", reason)) from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, {} if there is no such file."""
-    return {} if is_missing(path) else read_json(path, TokenizerError)
 
 
 def _special_tokens(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
@@ -110,8 +106,9 @@ def _listed_tokens(
             for id, entry in (config["added_tokens_decoder"] or {}).items():
                 tokens[int(id)] = tokenizers.AddedToken(**{k: v for k, v in dict(entry).items() if k != "__type"})
         else:
-            where = str(folder / "added_tokens.json")
-            for content, id in _read_object(folder / "added_tokens.json").items():
+            path = folder / "added_tokens.json"
+            where = str(path)
+            for content, id in read_optional_json(path, TokenizerError).items():
                 special = content in names.values()
                 tokens[int(id)] = tokenizers.AddedToken(content, special=special, normalized=not special)
     except (AttributeError, TypeError, ValueError) as error:
@@ -199,7 +196,8 @@ def _read_text(path: Path) -> str:
 def _templates_of_configs(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Name -> source, from chat_template.json or else tokenizer_config.json."""
     alone = folder / "chat_template.json"
-    for path, holder in ((alone, _read_object(alone)), (folder / "tokenizer_config.json", config)):
+    holders = {alone: read_optional_json(alone, TokenizerError), folder / "tokenizer_config.json": config}
+    for path, holder in holders.items():
         value = holder.get("chat_template")
         if value is None:
             continue

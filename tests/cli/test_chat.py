@@ -94,7 +94,7 @@ def test_template_variables_reach_the_template(run: Run, talker: str, tmp_path: 
     (tmp_path / "tools.json").write_text('[{"type": "function"}, {}, {}]')
     (tmp_path / "documents.json").write_text('[{"title": "Some"}]')
     files = ("--tools", str(tmp_path / "tools.json"), "--documents", str(tmp_path / "documents.json"))
-    for value, word in (("false", "off"), ("true", "on"), ("high", "on")):
+    for value, word in (("false", "off"), ("False", "off"), ("None", "off"), ("true", "on"), ("high", "on")):
         given = ("-m", str(tmp_path), *NUMPY, "-n", "4", "--template-arg", f"enable_thinking={value}", *files)
         out = run("chat", "Hi", *given)[1]
         with cuplama.load(tmp_path, device="numpy") as model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from cuplama.lab.perplexity import Perplexity
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
+from tests.tiny import copy
 
 CHARS, LLAMA = str(CHARS_FOLDER), str(LLAMA_FOLDER)
 NUMPY = ("--device", "numpy")
@@ -42,6 +44,15 @@ def test_perplexity_of_a_file_and_of_standard_input_are_one(run: Run, tmp_path: 
     assert run("perplexity", "-m", CHARS, *NUMPY, "--json", stdin=text) == file
     assert run("perplexity", "-f", str(tmp_path / "text"), "-m", CHARS, *NUMPY, "--json") == file
     assert json.loads(file[1])["bytes"] == len(text)
+
+
+def test_a_warning_of_the_config_comes_once(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text").write_text("To be")
+    config = json.loads((CHARS_FOLDER / "config.json").read_text())
+    folder = str(copy(CHARS_FOLDER, tmp_path / "model", config={**config, "wat": 3}))
+    with caplog.at_level(logging.WARNING, "cuplama"):
+        assert run("perplexity", str(tmp_path / "text"), "-m", folder, *NUMPY)[0] == 0
+    assert ["wat" in message for message in caplog.messages] == [True]
 
 
 def test_json_has_no_infinity(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

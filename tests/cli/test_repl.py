@@ -71,6 +71,11 @@ def test_a_command_behind_a_space_is_a_question(text: str, say: Say) -> None:
     assert say(f" {text}") == ([text, "1"], "")
 
 
+def test_indented_code_stays_indented(say: Say) -> None:
+    code = "    if x:\n        y()"
+    assert say(code) == ([code, "1"], "")
+
+
 @pytest.mark.parametrize(
     ("text", "usage"),
     [

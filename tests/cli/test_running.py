@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from cuplama.cli.running import cut_notice
+import pytest
+
+from cuplama import Completion, SamplingParams, Timings
+from cuplama.cli.running import say_if_cut
 
 
-def test_a_cut_names_the_option_that_cut() -> None:
-    assert cut_notice("length", 7, 7, 80) == "the answer was cut at 7 tokens (-n 7)"
-    assert cut_notice("length", 1, 1, 80) == "the answer was cut at 1 token (-n 1)"
-    assert cut_notice("length", 7, 8, 80) == "the answer was cut: the context of 80 tokens is full (-c)"
-    assert cut_notice("length", 7, None, 80) == "the answer was cut: the context of 80 tokens is full (-c)"
+def said(reason: str | None, count: int, limit: int | None, capfd: pytest.CaptureFixture[str]) -> str:
+    """What is said of an answer of that many tokens in a context of 80."""
+    params, timings = SamplingParams(max_tokens=limit), Timings(1, 1.0, count, 1.0)
+    say_if_cut(Completion("", [0] * count, reason, None, timings, params=params, context=80))
+    out, err = capfd.readouterr()
+    assert out == ""
+    return err
 
 
-def test_what_ended_by_itself_was_not_cut() -> None:
-    assert cut_notice("stop", 7, 7, 80) is None
-    assert cut_notice(None, 7, 7, 80) is None  # interrupted
-    assert cut_notice("length", 0, 0, 80) is None  # nothing was asked for
+def test_a_cut_names_the_option_that_cut(capfd: pytest.CaptureFixture[str]) -> None:
+    assert said("length", 7, 7, capfd) == "cuplama: the answer was cut at 7 tokens (-n 7)\n"
+    assert said("length", 1, 1, capfd) == "cuplama: the answer was cut at 1 token (-n 1)\n"
+    for limit in (8, None):
+        assert said("length", 7, limit, capfd) == "cuplama: the answer was cut: the context of 80 tokens is full (-c)\n"
+
+
+def test_what_ended_by_itself_was_not_cut(capfd: pytest.CaptureFixture[str]) -> None:
+    assert said("stop", 7, 7, capfd) == ""
+    assert said(None, 7, 7, capfd) == ""  # interrupted
+    assert said("length", 0, 0, capfd) == ""  # nothing was asked for

@@ -13,7 +13,7 @@ import click
 import pytest
 from rich.progress import Progress
 
-from cuplama.cli.streams import QUIET_KEY, print_json, progress_bar
+from cuplama.cli.streams import QUIET_KEY, print_json, progress_bar, say, write_text
 from tests.cli.processes import LAUNCHER, environment
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
@@ -72,6 +72,19 @@ def test_closed_streams(args: list[str], closed: str, status: int, said: str, ta
 class Teletype(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_what_a_terminal_gets_controls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may print what clears the screen or writes to the clipboard; a file gets it as it is."""
+    text = "a\tb\r\n\x1b[2J\x1b]52;c;aGk=\x07\x7f\x9b31m é\U0001f600"
+    for stream, wanted in ((Teletype(), "a\tb␍\n␛[2J␛]52;c;aGk=␇␡\ufffd31m é\U0001f600"), (io.StringIO(), text)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        write_text(text)
+        assert stream.getvalue() == wanted
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    say("what a template says: \x1b[2J")
+    assert stderr.getvalue() == "what a template says: ␛[2J\n"
 
 
 def test_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,8 @@ def test_standard_variables_are_accepted_where_the_template_does_not_read_them()
         ("add_generation_promt", "did you mean add_generation_prompt"),
         ("stile", "did you mean style"),
         ("quux", "a variable of the chat template (the template reads"),
-        ("bos_token", ""),
+        ("thinking", "did you mean enable_thinking"),
+        ("bos_token", "a variable of the chat template (the template reads"),
         ("raise_exception", ""),
     ],
 )
@@ -66,6 +67,8 @@ def test_other_names_are_refused(name: str, hint: str) -> None:
     [
         ({"tools": "f"}, "tools must be a list of dicts, not 'f'"),
         ({"tools": [len]}, r"tools\[0\] must be text, .*, not builtin_function"),
+        ({"tools": ""}, "tools must be a list of dicts, not ''"),
+        ({"documents": {}}, "documents must be a list of dicts, not {}"),
         ({"documents": ["x"]}, r"documents must be a list of dicts, not \['x'\]"),
         ({"enable_thinking": b"no"}, "enable_thinking must be text, a number, a list or a dict, not bytes"),
     ],
@@ -184,6 +187,14 @@ def test_continue_final_message(template: str, content: Any, end: str) -> None:
 def test_a_message_that_the_template_rewrites_cannot_be_continued(template: str, content: str) -> None:
     with pytest.raises(TokenizerError, match="continue_final_message: the chat template rewrites the last message"):
         text(template, answer(content), continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", ["<|end|>", "\ue000"])
+def test_what_the_template_prints_behind_the_message_does_not_move_its_end(name: str) -> None:
+    """Tools may hold private characters, or get them where they spell a control token."""
+    tools = "{% for tool in tools %}{{ tool.name }}{% endfor %}"
+    found = text(CHATML + tools, answer("It is"), tools=[{"name": name}], continue_final_message=True)
+    assert found.endswith("assistant\nIt is")
 
 
 def test_what_can_be_continued() -> None:

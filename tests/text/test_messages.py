@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,36 @@ def test_the_callers_messages_are_not_changed() -> None:
     assert messages == call('{"a": 1}')
 
 
+class Role(str, enum.Enum):  # noqa: UP042 - of which str() is not the value, unlike StrEnum's
+    USER = "user"
+
+
+class Level(enum.IntEnum):
+    ONE = 1
+
+
+def test_a_role_may_be_a_member_of_an_enum() -> None:
+    assert (
+        render("{{ messages[0].role }}: {{ messages[0].content }}", [{"role": Role.USER, "content": "x"}]) == "user: x"
+    )
+
+
+def test_a_field_that_is_none_is_absent() -> None:
+    """As OpenAI's clients send it, where a template may ask whether a field is defined."""
+    message = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "refusal": None}
+    assert render("{{ messages[0].content }}{{ 'refusal' in messages[0] }}", [message]) == "False"
+    asked = {"role": "user", "content": "x", "tool_calls": None}
+    assert render("{{ messages[0].tool_calls is defined }}", [asked]) == "False"
+
+
 def test_plain_data() -> None:
     value = {"a": (1, 2.5, None, True, ["x"]), "b": {"c": np.int64(3)}}
     assert plain_data(value, "tools") == {"a": [1, 2.5, None, True, ["x"]], "b": {"c": 3}}
     with pytest.raises(TokenizerError, match=r"^tools\['a'\]\[1\] must be text, .*, not function$"):
         plain_data({"a": [1, test_plain_data]}, "tools")
+    assert plain_data([Role.USER, np.str_("x"), Level.ONE, np.float32(0.5)], "tools") == ["user", "x", 1, 0.5]
+    scalars = plain_data([Role.USER, np.str_("x"), Level.ONE, np.int8(1), np.float64(1)], "tools")
+    assert [type(value) for value in scalars] == [str, str, int, int, float]
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(TokenizerError, match=r"^tools\[0\]\[0\].*\.\.\. is nested more than 100 deep$"):

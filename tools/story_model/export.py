@@ -59,6 +59,7 @@ def export(args: argparse.Namespace) -> None:
         "pad_token_id": END_OF_STORY_ID,
         "do_sample": True,
         "temperature": 0.8,
+        "top_k": 0,
         "top_p": 0.95,
     }
     (to / "config.json").write_text(json.dumps(llama_config(run), indent=2) + "\n")

@@ -511,9 +511,7 @@ def test_cublas_products(real: CudaBackend, dtype: str, bias: bool, op: str, U: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="other workers use the memory that it counts"
-)
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other workers use the memory that it counts")
 def test_close_gives_the_memory_back(real: CudaBackend) -> None:
     import cupy
 
