@@ -253,10 +253,10 @@ attention = Op(
     reference=_attention,
     kernels=_kernels,
     kernel_docs={
-        "attention_decode": "attention of one new token per sequence, its keys divided over blocks",
-        "attention_prefill_wgmma": "attention of many new tokens, on Hopper's tensor cores",
-        "attention_prefill_mma": "attention of many new tokens, on tensor cores",
-        "attention_prefill_fma": "attention of many new tokens, by multiply-adds: float32, and GPUs older than sm_80",
+        "attention_decode": "Attention of one new token per sequence; blocks share out the sequence's keys.",
+        "attention_prefill_wgmma": "Attention of many new tokens, on Hopper's tensor cores (wgmma).",
+        "attention_prefill_mma": "Attention of many new tokens, on tensor cores (mma.sync).",
+        "attention_prefill_fma": "Attention of many new tokens, by multiply-adds: for float32, and GPUs before sm_80.",
     },
     cases=[
         attention_case(4, 2, 64, [1], [1]),

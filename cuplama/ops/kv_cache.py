@@ -47,8 +47,8 @@ def _kernels(call: Call, device: Device) -> Plan:
 kv_append = Op(
     "kv_append",
     "k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,w]:T, slot_mapping[n]:i32, k[P,H,S,D]:T, v[P,H,S,D]:T)",
-    doc="write the key and value heads of x (its last 2*H*D columns) to page slot_mapping[n] // S, place"
-    " slot_mapping[n] % S",
+    doc="Writes the key and value heads of x (its last 2*H*D columns) to page slot_mapping[n] // S, place"
+    " slot_mapping[n] % S.",
     reference=_kv_append,
     kernels=_kernels,
     cases=[

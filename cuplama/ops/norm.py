@@ -99,7 +99,7 @@ qk_norm = Op(
     "qk_norm",
     "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, q_norm[D]:T, k_norm[D]:T,"
     " num_heads:i32, num_kv_heads:i32, eps:f32)",
-    doc="rms_norm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied",
+    doc="RMSNorm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied.",
     reference=_qk_norm,
     kernels=_qk_kernels,
     cases=[

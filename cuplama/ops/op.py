@@ -221,7 +221,8 @@ class Op:
 
     def kernel_doc(self, kernel: str) -> str:
         """What one of the op's kernels computes: its own sentence, or the first of the op's."""
-        return self.kernel_docs.get(kernel) or self.doc.split(". ")[0]
+        first, more, _ = self.doc.partition(". ")
+        return self.kernel_docs.get(kernel) or first + "." * bool(more)
 
     def random_cases(self, count: int) -> list[Mapping[str, Any]]:
         """Cases of random sizes, the same in every run. Raises OpError if the op does not say how to draw them."""

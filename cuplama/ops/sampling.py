@@ -245,7 +245,7 @@ sample = Op(
     "sample",
     "token[b]:i32 = (logits[b,V]:f32, temperature[b]:f32, top_k[b]:i32, top_p[b]:f32, min_p[b]:f32, seed[b]:u64,"
     " positions[b]:i32)",
-    doc="Draw a token. temperature 0: the largest logit, the lowest id of equals. Otherwise z = (logit - max) /"
+    doc="Draws a token. temperature 0: the largest logit, the lowest id of equals. Otherwise z = (logit - max) /"
     " temperature; top_k > 0 keeps z >= the k-th largest; top_p < 1 keeps a token if the probability of the tokens"
     " with larger z is < top_p (the largest always); min_p > 0 keeps probability >= min_p * the largest; the token"
     " with the largest z + g among the kept is drawn, g the Gumbel noise of (seed, position, token id). -1 if a logit"
@@ -253,10 +253,10 @@ sample = Op(
     reference=_sample,
     kernels=_sample_kernels,
     kernel_docs={
-        "sample_max": "of each chunk of the logits the maximum; -1 for a row that holds no number",
-        "sample_histogram": "how many tokens of a row, and how much probability, lie in each range of logits",
-        "sample_threshold": "the lowest logit that top_k, top_p and min_p keep",
-        "sample_draw": "of the kept tokens the one with the largest logit / temperature + Gumbel noise",
+        "sample_max": "The maximum of each chunk of the logits; -1 for a row that holds no number.",
+        "sample_histogram": "How many tokens of a row, and how much probability, lie in each range of logits.",
+        "sample_threshold": "The lowest logit that top_k, top_p and min_p keep.",
+        "sample_draw": "Draws the kept token with the largest logit / temperature + Gumbel noise.",
     },
     cases=[
         *({**s, "trial": t} for s in _SHAPES for t in range(4)),
@@ -289,7 +289,7 @@ logprobs = Op(
     "logprobs",
     "logprob[b]:f32, top_ids[b,N]:i32, top_logprobs[b,N]:f32 = (logits[b,V]:f32, token[b]:i32, N:i32)",
     doc="Log-softmax of the raw logits: of the token drawn (of 0 for -1, which is none), and the N largest (the lowest"
-    " id first among equals)",
+    " id first among equals).",
     reference=_logprobs,
     kernels=_logprobs_kernels,
     cases=[{**s, "N": n} for s, n in zip(_SHAPES, (0, 5, 20), strict=True)],
@@ -298,8 +298,8 @@ logprobs = Op(
     shape={"b": 1, "V": 128256, "N": 5},
     rules=("N <= V",),
     kernel_docs={
-        "logprobs_chunk": "of each chunk of the logits the maximum, the sum of exponentials and the N largest",
-        "logprobs_merge": "of a row the log-softmax of its token and of the N largest, from what its chunks gave",
+        "logprobs_chunk": "The maximum, the sum of exponentials and the N largest of each chunk of the logits.",
+        "logprobs_merge": "The log-softmax of a row's token and of its N largest logits, from what its chunks gave.",
     },
     unaligned=False,
 )

@@ -314,11 +314,14 @@ def test_list_shows_every_kernel() -> None:
     assert "  y = act(layer_norm(x) w^T + b) for two to eight rows of x" in lines["layer_norm_linear_mma"]
     # a kernel of no op's own: what the head of its file says
     assert lines["fill_rows"].endswith("  y[i,j] = a[i,j] + b[j]")
-    assert re.search(r"  f32 +sm_75\+  of each chunk of the logits the maximum", lines["sample_max"])
+    assert re.search(r"  f32 +sm_75\+  The maximum of each chunk of the logits", lines["sample_max"])
     assert re.search(r"  f32 f16 +sm_75\+  ", lines["attention_prefill_fma"])  # where there are no tensor cores for it
     assert re.search(r"  f16 bf16 +sm_80\+  ", lines["attention_prefill_mma"])
     assert re.search(r"  f16 bf16 +sm_90  ", lines["attention_prefill_wgmma"])
     assert re.search(r"  - +sm_75\+  ", lines["advance"])  # integers only
+    for line in lines.values():  # a formula, or a sentence
+        text = re.split(r"  +", line)[-1]
+        assert re.match(r"[a-z_]+(\[.*?\])? \+?= ", text) or re.fullmatch(r"[A-Z].*[^.]\.", text), text
 
 
 @pytest.mark.usefixtures("walked_once")
@@ -330,8 +333,8 @@ def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     at = lines.index("  attention_prefill_fma")
     assert lines[at - 1] == "attention_prefill_fma.cu"
     assert lines[at + 1 : at + 4] == [
-        "    attention of many new tokens, by multiply-adds: float32, and GPUs older than",
-        "      sm_80",
+        "    Attention of many new tokens, by multiply-adds: for float32, and GPUs before",
+        "      sm_80.",
         "    op attention; f32 f16; sm_75+",
     ]
     at = lines.index("  fill_rows")
