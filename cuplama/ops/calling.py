@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -156,9 +156,12 @@ def checked_attributes(name: str, signature: Signature, attrs: Mapping[str, Any]
     return found
 
 
-@cache
-def _loaded(module: str) -> Callable[..., Any]:
-    return importlib.import_module(module).run  # type: ignore[no-any-return]
+@lru_cache(maxsize=64)
+def _runner(kind: type) -> Callable[..., Any] | None:
+    """What runs ops on arrays of a class, which may be derived from CuPy's; None where nothing of ``EXECUTORS`` does."""
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    module = next((EXECUTORS[package] for package in packages if package in EXECUTORS), None)
+    return None if module is None else importlib.import_module(module).run  # type: ignore[no-any-return]
 
 
 def executor(op: str, signature: Signature, ins: Sequence[Array | None]) -> Callable[..., Any] | None:
@@ -166,19 +169,13 @@ def executor(op: str, signature: Signature, ins: Sequence[Array | None]) -> Call
 
     Raises OpError for what is neither a NumPy nor a CuPy array.
     """
-    for array in ins:
+    for spec, array in zip(signature.ins, ins, strict=True):
         if array is None:
             continue
-        if isinstance(array, np.ndarray):
-            return None
-        for kind in type(array).__mro__:  # a class of the user's own may be derived from CuPy's
-            package = kind.__module__.partition(".")[0]
-            if package in EXECUTORS:
-                return _loaded(EXECUTORS[package])
-        break
-    for spec, array in zip(signature.ins, ins, strict=True):
-        if array is not None:
+        run = _runner(type(array))
+        if run is None and not isinstance(array, np.ndarray):
             raise OpError(f"{op}: {spec.name} is {kind_of(array)}")
+        return run
     raise OpError(f"{op}: input {signature.ins[0].name} is missing")
 
 
