@@ -138,9 +138,9 @@ class _Gate:
     def __enter__(self) -> None:
         """Inside, this thread may call BLAS, and no fork happens."""
         depth = _local.__dict__.get("depth", 0)
-        _local.depth = depth + 1
         if not depth:
             self.enter(threading.get_ident())
+        _local.depth = depth + 1
 
     def __exit__(self, *exc: object) -> None:
         _local.depth -= 1

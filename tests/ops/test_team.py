@@ -165,3 +165,18 @@ def test_idle_helpers_are_dismissed_before_a_fork_and_made_again() -> None:
         team._prepare()
         multiplying.open()
         assert helpers() == before
+
+
+def test_a_thread_that_is_interrupted_at_the_gate_is_not_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    multiplying.closed = True
+    with monkeypatch.context() as patch:
+        patch.setattr("cuplama.ops.team.time.sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt), multiplying:
+            pass
+    multiplying.open()
+    assert multiplying.inside == set()
+    with multiplying:
+        assert multiplying.inside == {threading.get_ident()}
