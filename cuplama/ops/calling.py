@@ -73,7 +73,7 @@ class Parameters:
                     raise OpError(f"{self.name}: {key} is given twice, by position and by name")
                 ins[at] = value
             elif key in attrs:
-                attrs[key] = value if value in DTYPES else _short(self.name, key, value)
+                attrs[key] = _short(self.name, key, value)
             else:
                 raise OpError(f"{self.name} has no argument {key!r}: {self.text}")
         if len(attrs) < len(self._required) + len(self._defaults):
@@ -134,7 +134,7 @@ def _shape(spec: Spec) -> str:
 
 def _short(op: str, letter: str, value: Any) -> str:
     """The short name of a dtype that was given by another: "T" stays, ``np.float32`` becomes "f32"."""
-    if isinstance(value, str) and value == "T":
+    if isinstance(value, str) and (value == "T" or value in DTYPES):
         return value
     try:
         return dtype_name(np.dtype(value))
@@ -158,10 +158,10 @@ def checked_attributes(name: str, signature: Signature, attrs: Mapping[str, Any]
 
 @lru_cache(maxsize=64)
 def _runner(kind: type) -> Callable[..., Any] | None:
-    """What runs ops on arrays of a class, which may be derived from CuPy's; None where nothing of ``EXECUTORS`` does."""
+    """What runs ops on arrays of a class, which may be derived from CuPy's; None if nothing in ``EXECUTORS`` does."""
     packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
     module = next((EXECUTORS[package] for package in packages if package in EXECUTORS), None)
-    return None if module is None else importlib.import_module(module).run  # type: ignore[no-any-return]
+    return None if module is None else importlib.import_module(module).run
 
 
 def executor(op: str, signature: Signature, ins: Sequence[Array | None]) -> Callable[..., Any] | None:
@@ -172,7 +172,7 @@ def executor(op: str, signature: Signature, ins: Sequence[Array | None]) -> Call
     for spec, array in zip(signature.ins, ins, strict=True):
         if array is None:
             continue
-        run = _runner(type(array))
+        run = _runner(type(array))  # type: ignore[arg-type]  # mypy thinks that a class cannot be hashed
         if run is None and not isinstance(array, np.ndarray):
             raise OpError(f"{op}: {spec.name} is {kind_of(array)}")
         return run

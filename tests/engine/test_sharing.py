@@ -247,7 +247,7 @@ def test_a_stream_is_closed_without_waiting_for_another_threads_step(model: Mode
     next(stream)
     held, leave = threading.Event(), threading.Event()
 
-    def hold() -> str:
+    def hold() -> Any:
         with model.engine.sharing.turn:
             held.set()
             assert leave.wait(_SECONDS)

@@ -185,5 +185,5 @@ class Eager:
 def _key(array: Array) -> tuple[Any, ...]:
     """What a plan depends on, of an array."""
     data = array.data
-    # Strides tell whether it is contiguous; CuPy makes an object for every look at ``flags``, which takes twice as long.
+    # Strides tell whether it is contiguous: CuPy makes an object for every look at ``flags``, so they take longer.
     return array.shape, array.strides, array.dtype, data.device_id, data.ptr % _ALIGNMENT == 0
