@@ -69,6 +69,7 @@ class Engine:
         with self.sharing.turn:
             self.sharing.close()
             self.runner.close()
+        self.sharing.free_left()
 
     def start_again(self) -> None:
         """In a child that was forked, where the parent's other threads and its GPU are not: see ``Sharing``."""
@@ -113,9 +114,9 @@ class Engine:
                     sharing.check_open()
                     step = next(steps, None)
                     run.asked, run.moved = False, time.monotonic()
+                sharing.free_left()
                 if step is None:
                     return
                 yield step
         finally:
-            with sharing.turn:
-                steps.close()
+            steps.close()

@@ -176,25 +176,21 @@ class Scheduler:
         steps = min([steps, *(len(s.pages) * PAGE - len(s.tokens) for s in active)])
         key, loop = self.runner.begin_decode(active)
         run.end_loop = end_loop = partial(self.runner.end_decode, key, loop)
-        try:
-            launched = 0
-            while True:
-                going = all(s.finish_reason is None for s in active)
-                while going and launched < steps and loop.in_flight < loop.ahead:
-                    loop.launch()
-                    launched += 1
-                if not loop.in_flight:
-                    return
-                outs = loop.read()
-                for s in active:
-                    if s.finish_reason is None:
-                        s.cached = len(s.tokens)
-                if drawn := self._accept(active, outs):
-                    yield drawn
-                if run.end_loop is not end_loop:
-                    return
-        finally:
-            run.leave_loop()
+        launched = 0
+        while run.end_loop is end_loop:
+            going = all(s.finish_reason is None for s in active)
+            while going and launched < steps and loop.in_flight < loop.ahead:
+                loop.launch()
+                launched += 1
+            if not loop.in_flight:
+                break
+            outs = loop.read()
+            for s in active:
+                if s.finish_reason is None:
+                    s.cached = len(s.tokens)
+            if drawn := self._accept(active, outs):
+                yield drawn
+        run.leave_loop()
 
 
 def _next_parts(active: Sequence[SequenceState], max_rows: int) -> list[tuple[SequenceState, int]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,19 +80,36 @@ class Sharing:
         self.turn = threading.Condition(threading.RLock())
         self.closed: Callable[[], CuplamaError] | None = None
         self._runs: list[Run] = []
+        self._left: deque[Run] = deque()  # runs that have ended and still stand in the queue
         self._places = itertools.count()
 
     @contextmanager
     def entered(self, run: Run) -> Iterator[None]:
-        """While inside, the run stands in the queue; at the end its pages are free again."""
+        """While inside, the run stands in the queue; at the end its pages are free again.
+
+        The end never waits for the turn: if another thread has it, that one frees the pages. For it may be the garbage
+        collector that ends a run whose stream was forgotten, in any thread and between any two lines; the thread that
+        has the turn might be waiting for what is locked there.
+        """
         run.place = next(self._places)
         self._runs.append(run)
         try:
             yield
         finally:
-            self._runs.remove(run)
-            run.leave_loop()
-            self.release(run.sequences)
+            self._left.append(run)
+            self.free_left()
+
+    def free_left(self) -> None:
+        """Free the pages of runs that have ended, unless another thread has the turn. Called behind every turn, too."""
+        while self._left and self.turn.acquire(blocking=False):
+            try:
+                while self._left:
+                    run = self._left.popleft()
+                    self._runs.remove(run)
+                    run.leave_loop()
+                    self.release(run.sequences)
+            finally:
+                self.turn.release()
 
     def release(self, sequences: Sequence[SequenceState]) -> None:
         """Take back the pages of sequences that have ended, and wake those who wait for pages."""
@@ -108,8 +126,10 @@ class Sharing:
         """Give each sequence the pages for that many tokens in all; where they are short, others lose theirs.
 
         If those are not to be had, the run gives up its own and waits until ``run.most`` pages are: then its sequences
-        are to be computed again. Raises ClosedError if the model is closed meanwhile.
+        are to be computed again. Raises ClosedError if the model is closed, by now or meanwhile.
         """
+        self.check_open()
+        self.free_left()
         need = self._missing(tokens)
         while not self._make_room(run, need):
             self._suspend(run)
@@ -200,8 +220,9 @@ class Sharing:
     def _suspend(self, run: Run) -> None:
         """Take all pages of a run, which is between two passes."""
         run.leave_loop()
+        if run.held:
+            self.release(run.sequences)
         for s in run.sequences:
-            self.cache.release(s.pages)
             s.cached = 0
         run.suspensions += 1
 

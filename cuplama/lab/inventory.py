@@ -39,7 +39,7 @@ from ..ops.binding import bind_plan
 from ..ops.launch import Device, Plan
 from ..ops.node import Node, executable
 from ..ops.op import Call, Op
-from ..ops.prototypes import prototypes
+from ..ops.prototypes import prototype_of
 from .check import model_dtypes
 from .peaks import READ_KERNEL
 
@@ -106,8 +106,7 @@ def _distinct(plan: Plan) -> Plan:
     """The plan with one launch of each instance: many rows are many launches of few."""
     found = {}
     for launch in plan.launches:
-        file, _, name = launch.kernel.rpartition(":")
-        template = [(p.name, launch.constants.get(p.name)) for p in prototypes(file)[name].template]
+        template = [(p.name, launch.constants.get(p.name)) for p in prototype_of(launch.kernel).template]
         found[launch.kernel, *template] = launch
     return replace(plan, launches=tuple(found.values()))
 

@@ -46,4 +46,4 @@ def __getattr__(name: str) -> Op:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *OPS})
+    return sorted({*__all__, *OPS})

@@ -16,7 +16,7 @@ import numpy as np
 from ..dtypes import DTYPES, Array, dtype_name
 from .launch import Launch, Plan
 from .op import Call
-from .prototypes import Parameter, Prototype, prototypes
+from .prototypes import Parameter, Prototype, prototype_of
 from .signature import OpError
 
 __all__ = ["Allocate", "BoundLaunch", "bind", "bind_plan"]
@@ -77,7 +77,7 @@ _ELEMENTS = {
 def bind(launch: Launch, call: Call, scratch: Mapping[str, Array]) -> BoundLaunch:
     """Resolve every parameter of the kernel by name. Raises OpError for a name without a value or a wrong dtype."""
     file, _, name = launch.kernel.rpartition(":")
-    proto = prototypes(file)[name]
+    proto = prototype_of(launch.kernel)
     types = {letter: dtype_name(dtype) for letter, dtype in call.dtypes.items()}
     values: dict[str, Any] = {**call.env, **call.arrays, **scratch, **launch.constants}
 
@@ -94,6 +94,8 @@ def bind(launch: Launch, call: Call, scratch: Mapping[str, Array]) -> BoundLaunc
     for p in proto.parameters:
         if p.name not in values:
             raise OpError(f"{file}: {name}: no value for parameter {p.name}")
+        if not p.pointer and p.type not in _SCALARS:
+            raise OpError(f"{file}: {name}: {p.name} is of type {p.type}; a number may be {', '.join(_SCALARS)}")
         args.append(_pointer(file, name, p, values[p.name], types) if p.pointer else _SCALARS[p.type](values[p.name]))
     return BoundLaunch(
         file,

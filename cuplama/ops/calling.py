@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class Parameters:
                     raise OpError(f"{self.name}: {key} is given twice, by position and by name")
                 ins[at] = value
             elif key in attrs:
-                attrs[key] = value if value in DTYPES else _short(self.name, key, value)
+                attrs[key] = _short(self.name, key, value)
             else:
                 raise OpError(f"{self.name} has no argument {key!r}: {self.text}")
         if len(attrs) < len(self._required) + len(self._defaults):
@@ -134,7 +134,7 @@ def _shape(spec: Spec) -> str:
 
 def _short(op: str, letter: str, value: Any) -> str:
     """The short name of a dtype that was given by another: "T" stays, ``np.float32`` becomes "f32"."""
-    if isinstance(value, str) and value == "T":
+    if isinstance(value, str) and (value == "T" or value in DTYPES):
         return value
     try:
         return dtype_name(np.dtype(value))
@@ -156,9 +156,12 @@ def checked_attributes(name: str, signature: Signature, attrs: Mapping[str, Any]
     return found
 
 
-@cache
-def _loaded(module: str) -> Callable[..., Any]:
-    return importlib.import_module(module).run  # type: ignore[no-any-return]
+@lru_cache(maxsize=64)
+def _runner(kind: type) -> Callable[..., Any] | None:
+    """What runs ops on arrays of a class, which may be derived from CuPy's; None if nothing in ``EXECUTORS`` does."""
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    module = next((EXECUTORS[package] for package in packages if package in EXECUTORS), None)
+    return None if module is None else importlib.import_module(module).run
 
 
 def executor(op: str, signature: Signature, ins: Sequence[Array | None]) -> Callable[..., Any] | None:
@@ -166,19 +169,13 @@ def executor(op: str, signature: Signature, ins: Sequence[Array | None]) -> Call
 
     Raises OpError for what is neither a NumPy nor a CuPy array.
     """
-    for array in ins:
+    for spec, array in zip(signature.ins, ins, strict=True):
         if array is None:
             continue
-        if isinstance(array, np.ndarray):
-            return None
-        for kind in type(array).__mro__:  # a class of the user's own may be derived from CuPy's
-            package = kind.__module__.partition(".")[0]
-            if package in EXECUTORS:
-                return _loaded(EXECUTORS[package])
-        break
-    for spec, array in zip(signature.ins, ins, strict=True):
-        if array is not None:
+        run = _runner(type(array))  # type: ignore[arg-type]  # mypy thinks that a class cannot be hashed
+        if run is None and not isinstance(array, np.ndarray):
             raise OpError(f"{op}: {spec.name} is {kind_of(array)}")
+        return run
     raise OpError(f"{op}: input {signature.ins[0].name} is missing")
 
 

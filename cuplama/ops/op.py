@@ -48,6 +48,8 @@ class Call:
     arrays: dict[str, Array | None]
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.env:
+            raise OpError(f"{self.op.name} has no size or attribute {name!r}; it has {', '.join(self.env)}")
         return self.env[name]
 
     def dtype(self, spec: Spec) -> np.dtype[Any]:

@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..folders import source_folder
+from .signature import OpError
 
-__all__ = ["Parameter", "Prototype", "parse_prototypes", "prototypes"]
+__all__ = ["Parameter", "Prototype", "parse_prototypes", "prototype_of", "prototypes"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,20 @@ def prototypes(file: str, folder: Path | None = None) -> dict[str, Prototype]:
     path = (folder or source_folder()) / file  # a whole path wins over the folder
     status = path.stat()
     return _read(path, status.st_mtime_ns, status.st_size)
+
+
+def prototype_of(kernel: str) -> Prototype:
+    """The kernel that a launch names, as "norm.cu:rms_norm". Raises OpError if there is none."""
+    file, colon, name = kernel.rpartition(":")
+    if not colon:
+        raise OpError(f"a launch names {kernel!r}; a kernel is named as in file.cu:kernel")
+    try:
+        found = prototypes(file)
+    except OSError:
+        raise OpError(f"a launch names {kernel}, and there is no file {source_folder() / file}") from None
+    if name not in found:
+        raise OpError(f"{file} has no kernel {name!r}; it has {', '.join(found) or 'none'}")
+    return found[name]
 
 
 @lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..dtypes import DTYPES
 from ..errors import CuplamaError
 
 __all__ = ["OpError", "Signature", "Spec", "dim_names", "dim_value"]
@@ -47,15 +48,19 @@ class Signature:
 
     @staticmethod
     def parse(text: str) -> Signature:
-        """Read ``y[n]:T = (x[n]:T, eps:f32)``. Raises ValueError with the text that cannot be read."""
-        left, right = text.split("=", 1)
-        specs = _specs(right.strip()[1:-1])
-        return Signature(
-            text,
-            outs=_specs(left),
-            ins=tuple(s for s in specs if s.dims is not None),
-            attrs=tuple(s for s in specs if s.dims is None),
-        )
+        """Read ``y[n]:T = (x[n]:T, eps:f32)``. Raises ValueError with the text that cannot be read, or names a dtype
+        that does not exist or a size of an output that no input gives."""
+        left, _, right = (part.strip() for part in text.partition("="))
+        if not (right.startswith("(") and right.endswith(")")):
+            raise ValueError(f"a signature is as in y[n]:T = (x[n]:T, eps:f32), not {text!r}")
+        specs = _specs(right[1:-1])
+        ins, attrs = (tuple(s for s in specs if (s.dims is None) == scalar) for scalar in (False, True))
+        signature = Signature(text, _specs(left), ins, attrs)
+        known = {name for s in ins for d in s.dims or () for name in dim_names(d)} | {s.name for s in attrs}
+        for s in signature.outs:
+            if unknown := sorted({name for d in s.dims or () for name in dim_names(d)} - known):
+                raise ValueError(f"{s.name} has a size {unknown[0]} that no input gives: {text}")
+        return signature
 
     @cached_property
     def in_place(self) -> frozenset[str]:
@@ -73,6 +78,8 @@ def _specs(text: str) -> tuple[Spec, ...]:
         if m is None:
             raise ValueError(f"cannot read the signature at {text[at:]!r}")
         name, dims, dtype, optional = m.groups()
+        if dtype not in DTYPES and not re.fullmatch("[A-Z]", dtype):
+            raise ValueError(f"{name} has the dtype {dtype}; it may be {', '.join(DTYPES)}, or a capital letter")
         split = None if dims is None else tuple(d.strip() for d in dims.split(","))
         specs.append(Spec(name, split, dtype, bool(optional)))
         at = m.end()

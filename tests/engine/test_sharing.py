@@ -168,6 +168,13 @@ def test_a_call_inside_the_report_of_progress(model: Model, wanted: Any, monkeyp
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
+def test_a_model_that_is_closed_in_the_report_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(CHARS)
+    monkeypatch.setattr(model.backend, "prefill_chunk", 2)
+    with pytest.raises(ClosedError, match=r"^the model is closed$"):
+        model.generate("First", progress=lambda done, total: model.close())
+
+
 # ---- several threads -------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +238,45 @@ def test_closing_the_model_ends_those_that_wait(monkeypatch: pytest.MonkeyPatch)
         model.close()
         with pytest.raises(ClosedError, match=r"^the model is closed$"):
             other.result(_SECONDS)
+
+
+def test_a_stream_is_closed_without_waiting_for_another_threads_step(model: Model, wanted: Any) -> None:
+    """Who makes the step gives its pages back: the garbage collector may be the one who closes, in any thread."""
+    params, texts = wanted
+    stream = model.stream(PROMPTS[0], **params)
+    next(stream)
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> Any:
+        with model.engine.sharing.turn:
+            held.set()
+            assert leave.wait(_SECONDS)
+        return model.generate(PROMPTS[1], **params).text
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(hold)
+        assert held.wait(_SECONDS)
+        stream.close()
+        assert model.engine.cache.free < model.engine.cache.pages
+        leave.set()
+        assert other.result(_SECONDS) == texts[1]
+
+
+def test_who_waits_is_woken_when_another_run_is_suspended(empty: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE", 2 * _SECONDS)
+    sharing, other, waits = empty.engine.sharing, _run(empty, 2, 5), threading.Event()
+
+    def wait() -> None:
+        with sharing.turn:
+            waits.set()
+            sharing._wait(Run())
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(wait)
+        assert waits.wait(_SECONDS)
+        with sharing.turn:
+            sharing._suspend(other)
+        done.result(_SECONDS)
 
 
 # ---- who gives way ---------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_a_name_that_is_no_op_is_told_with_one_that_is_near() -> None:
         _ = ops.rmsnorm
     with pytest.raises(AttributeError, match="has no 'xyzzy'; ops: silu_mul, "):
         _ = ops.xyzzy
-    assert {"rms_norm", "linear", "load", "OpError"} <= set(dir(ops))
+    assert set(dir(ops)) == {*OPS, *ops.__all__}
 
 
 def test_the_signature_is_that_of_a_function() -> None:
@@ -99,6 +99,8 @@ def test_the_dtype_of_a_result_has_many_names() -> None:
     assert ops.linear(x, x, U=x.dtype).dtype == x.dtype
     with pytest.raises(OpError, match=r"^linear: U is float16; it may be T, which is bfloat16, or f32; the op is y\["):
         ops.linear(x, x, U="f16")
+    with pytest.raises(OpError, match=r"^linear: U is \['f32'\], not a dtype: T or f32$"):
+        ops.linear(x, x, U=["f32"])
     with pytest.raises(OpError, match=r"^linear: U is 'half a float', not a dtype: T or f32$"):
         ops.linear(x, x, U="half a float")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cuplama import ops
-from cuplama.errors import ParameterError
+from cuplama.errors import CuplamaError, ParameterError
 from cuplama.lab.cases import check_op
 from cuplama.lab.check import WrongResultError
 from cuplama.ops.op import Op
@@ -105,6 +105,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(file: Path) -> None:
         ("from cuplama.ops.norm import rms_norm", "declares no op"),
         ("raise KeyError('k')", "cannot be loaded: KeyError: 'k'"),
         ("def f(:", "cannot be loaded: SyntaxError: "),
+        (_OP.replace("y[n]:f32 =", "y[n]:f31 ="), "cannot be loaded: ValueError: y has the dtype f31; it may be f64, "),
     ):
         file.write_text(text)
         with pytest.raises(ParameterError, match=message) as caught:
@@ -112,6 +113,27 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(file: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ParameterError, match=r"there is no file /absent/op\.py$"):
         ops.load("/absent/op.py")
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("twice.cu:twice", "absent.cu:twice", r"^a launch names absent\.cu:twice, and there is no file /.*absent\.cu$"),
+        ("twice.cu:twice", "twice.cu:thrice", r"^/.*/twice\.cu has no kernel 'thrice'; it has twice$"),
+        ("twice.cu:twice", "twice", r"^a launch names 'twice'; a kernel is named as in file\.cu:kernel$"),
+        ('call["n"]', 'call["m"]', "^twice has no size or attribute 'm'; it has n$"),
+        ("int n)", "short n)", r"^/.*twice\.cu: twice: n is of type short; a number may be int, unsigned, float, "),
+        ("int n)", "int count)", r"^/.*twice\.cu: twice: no value for parameter count$"),
+        ("float* y", "int* y", r"^/.*twice\.cu: twice: y is float32, the kernel takes i32\*$"),
+        ("[dict(n=5), dict(n=300)]", "[]", r"^twice declares no cases to check it on: cases=\[dict\(n=5\), \.\.\.\]$"),
+    ],
+)
+def test_what_does_not_fit_together_is_said_in_one_line(file: Path, before: str, after: str, message: str) -> None:
+    file.write_text(_OP.replace(before, after))
+    (file.parent / "twice.cu").write_text(_SOURCE.replace(before, after))
+    with pytest.raises(CuplamaError, match=message):
+        check_op(ops.load(file))
 
 
 def test_which_names_are_files() -> None:

@@ -37,6 +37,20 @@ def test_parse_refuses(text: str) -> None:
         Signature.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("y[n]:f32 - (x[n]:f32)", r"^a signature is as in y\[n\]:T = .*, not 'y\[n\]:f32 - \(x\[n\]:f32\)'$"),
+        ("y[n]:f32 = x[n]:f32", "^a signature is as in"),
+        ("y[n]:f33 = (x[n]:f32)", "^y has the dtype f33; it may be f64, f32, .*, or a capital letter$"),
+        ("y[n,2*e]:f32 = (x[n]:f32, d:i32)", "^y has a size e that no input gives: "),
+    ],
+)
+def test_parse_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Signature.parse(text)
+
+
 def test_dim_expressions() -> None:
     assert dim_names("(num_heads+2*num_kv_heads)*D") == ("D", "num_heads", "num_kv_heads")
     assert dim_value("(num_heads+2*num_kv_heads)*D", dict(num_heads=4, num_kv_heads=2, D=8)) == 64

@@ -24,7 +24,7 @@ from ...ops.op import Op
 from ...ops.signature import OpError
 from .cublas import Cublas, load_cublas
 from .functions import Functions
-from .planning import Planned, make_plan
+from .planning import Buffer, Planned, make_plan
 from .ranges import nvtx_ranges
 
 __all__ = ["Eager", "run"]
@@ -117,13 +117,10 @@ class Eager:
             return self._execute(planned, ins, device)
 
     def _execute(self, planned: Planned, ins: Sequence[Array | None], device: int) -> Any:
-        array = self._array
-        outs = planned.outs
-        if len(planned.new) == planned.made:
-            arrays = [*ins, *[array(b.shape, b.dtype) for b in planned.new]]
-        else:
-            arrays = [*ins, *[array(b.shape, b.dtype) for b in planned.new[: planned.made]]]
-            arrays += self._scratch(planned, device)
+        array, outs, made = self._array, planned.outs, planned.made
+        arrays = [*ins, *[array(b.shape, b.dtype) for b in planned.new[:made]]]
+        if len(planned.new) > made:
+            arrays += self._scratch(planned.new[made:], device)
         for action in planned.actions:
             try:
                 action(arrays)
@@ -131,22 +128,27 @@ class Eager:
                 raise DeviceError(f"{action.text}: {e}") from e
         return arrays[outs[0]] if len(outs) == 1 else tuple([arrays[i] for i in outs])
 
-    def _scratch(self, planned: Planned, device: int) -> list[Array]:
-        """The scratch of a call. Under capture it is kept, for the graph uses it at every replay: one for all graphs
-        that are captured on a stream. Otherwise it goes back to the user's pool, in order with the stream."""
-        stream = self._current_stream()
-        capturing = stream.ptr != _LEGACY_STREAM and stream.is_capturing()
-        found = []
-        for number, buffer in enumerate(planned.new[planned.made :]):
-            key = (device, stream.ptr, number, buffer.shape, buffer.dtype)
-            made = self._captured.get(key) if capturing else None
-            if made is None:
-                made = self._array(buffer.shape, buffer.dtype)
-                if capturing:
-                    self._captured[key] = made
+    def _scratch(self, buffers: Sequence[Buffer], device: int) -> list[Array]:
+        """The scratch of a call. It goes back to the user's pool when the call ends, in order with the stream."""
+        array, stream = self._array, self._current_stream()
+        if stream.ptr != _LEGACY_STREAM and stream.is_capturing():
+            found = self._captured_scratch(buffers, device, stream.ptr)
+        else:
+            found = [array(b.shape, b.dtype) for b in buffers]
+        for buffer, made in zip(buffers, found, strict=True):
             if buffer.zeroed:
                 made.data.memset_async(0, made.nbytes, stream)
-            found.append(made)
+        return found
+
+    def _captured_scratch(self, buffers: Sequence[Buffer], device: int, stream: int) -> list[Array]:
+        """Under capture it is kept, for the graph uses it at every replay: one for all graphs that are captured on a
+        stream."""
+        found = []
+        for number, b in enumerate(buffers):
+            key = (device, stream, number, b.shape, b.dtype)
+            if key not in self._captured:
+                self._captured[key] = self._array(b.shape, b.dtype)
+            found.append(self._captured[key])
         return found
 
     def _plan(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any], device: int) -> Planned:
@@ -183,4 +185,5 @@ class Eager:
 def _key(array: Array) -> tuple[Any, ...]:
     """What a plan depends on, of an array."""
     data = array.data
-    return array.shape, array.dtype, array.flags.c_contiguous, data.device_id, data.ptr % _ALIGNMENT == 0
+    # Strides tell whether it is contiguous: CuPy makes an object for every look at ``flags``, so they take longer.
+    return array.shape, array.strides, array.dtype, data.device_id, data.ptr % _ALIGNMENT == 0

@@ -282,6 +282,7 @@ class ndarray:  # noqa: N801
     ) -> None:
         self.shape, self.dtype, self.size = shape, dtype, int(np.prod(shape))
         self.flags = SimpleNamespace(c_contiguous=contiguous)
+        self.strides = np.empty(self.shape, dtype).strides if contiguous else None
         self.nbytes = self.size * dtype.itemsize
         self.data = self.card.allocator(self.nbytes) if data is None else data
         assert self.nbytes <= self.data.mem.size
