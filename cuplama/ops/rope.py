@@ -56,7 +56,7 @@ rope = Op(
     "rope",
     "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32,"
     " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
-    doc="Rotates dims i and i + h (i < h) of every query and key head by the angle in table row rope_rows[n]; h <= D/2.",
+    doc="Rotates dims i and i + h (i < h) of every query and key head by the angle in row rope_rows[n]; h <= D/2.",
     reference=_rope,
     kernels=_kernels,
     cases=[
