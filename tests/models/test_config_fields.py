@@ -98,6 +98,33 @@ def test_what_nobody_reads_is_named_in_one_line(caplog: pytest.LogCaptureFixture
     assert caplog.messages == [f"here/config.json: fields that nothing reads are left out: {names}"]
 
 
+# Settings of generation as transformers 4 wrote them into every config.json.
+OLD_DEFAULTS: dict[str, Any] = {
+    **dict(do_sample=False, early_stopping=False, remove_invalid_values=False, max_length=20, min_length=0),
+    **dict(temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, repetition_penalty=1.0, length_penalty=1.0),
+    **dict(num_beams=1, num_beam_groups=1, num_return_sequences=1, diversity_penalty=0.0),
+    **dict(no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0),
+}
+
+
+def test_old_settings_of_generation_are_named_where_they_are_not_the_defaults(caplog: pytest.LogCaptureFixture) -> None:
+    parse_config(raw("Llama", **OLD_DEFAULTS))
+    assert caplog.messages == []
+    others = {name: not value if isinstance(value, bool) else value + 1 for name, value in OLD_DEFAULTS.items()}
+    parse_config(raw("Llama", **others))
+    assert caplog.messages == [f"config.json: fields that nothing reads are left out: {', '.join(sorted(others))}"]
+
+
+@pytest.mark.parametrize(
+    "field", ["logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb"]
+)
+def test_a_multiplier_of_one_changes_nothing(field: str) -> None:
+    for value in (None, 1, 1.0):
+        parse_config(raw("Llama", **{field: value}))
+    for value in (2, 2.0, 0):
+        assert f"{field} = {value}" in refusal(raw("Llama", **{field: value}))
+
+
 @pytest.mark.parametrize(
     ("family", "field"),
     [

@@ -18,6 +18,7 @@ from cuplama.backends.cuda import backend as cuda
 from cuplama.backends.cuda import planning
 from cuplama.backends.cuda.backend import CudaBackend, convert
 from cuplama.backends.cuda.driver import cuda_available
+from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
 from cuplama.errors import CheckpointError, DeviceError
 from cuplama.models.checkpoint import load_weights
@@ -124,6 +125,18 @@ def test_a_plan_made_for_one_array_twice_serves_two_arrays(backend: CudaBackend)
     backend.call(OPS["add"], (a, a), {})
     backend.call(OPS["add"], (a, b), {})
     assert _fake(backend).seen[:2] == [id(a), id(b)]
+
+
+def test_ops_of_the_same_shapes_have_plans_of_their_own(backend: CudaBackend) -> None:
+    x, w = _ones(backend, 2, 8), _ones(backend, 8)
+    for eps in (1e-5, 1e-6, 1e-5):
+        backend.call(OPS["rms_norm"], (x, w), {"eps": eps})
+    assert len(_fake(backend).launches) == 3
+    assert len(backend._plans) == 2
+
+
+def test_only_numpy_goes_on_in_a_forked_child() -> None:
+    assert (CudaBackend.forks, NumPyBackend.forks) == (False, True)
 
 
 def test_plans_do_not_grow_without_end(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
