@@ -2,6 +2,8 @@
 //
 //   q, k, v, y    as in ladder.cuh, with n = 1
 //
+// Op: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Benchmark: cuplama kernels ladder decode.
+//
 // Each element of k and v, 2 bytes, takes part in one multiply-add for each head of its group: with 4 heads that is 4
 // operations a byte. An H200 does 14 by plain multiply-adds, and 200 on tensor cores, in the time that a byte takes
 // from memory: so what counts is how fast k and v arrive. The least that must be read is 2 * H * s * D elements.

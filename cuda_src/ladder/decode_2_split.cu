@@ -5,6 +5,8 @@
 //   partial       [num_heads, splits, D] f32    of a split, the sum of exp2(score - largest) * value
 //   stats         [num_heads, splits, 2] f32    of a split, the largest score, and the sum of the exponentials
 //
+// Op: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Benchmark: cuplama kernels ladder decode.
+//
 // What changed: grid (splits, num_heads). An online softmax may be cut anywhere: two parts with largest scores m1 and
 // m2 are added as two tiles are, after a factor exp2(m - max(m1, m2)) for each. So every multiprocessor has keys to ask
 // for, and several blocks at once.

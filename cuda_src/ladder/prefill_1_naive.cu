@@ -5,6 +5,8 @@
 //   q, k, v, y    as in ladder.cuh
 //   scores        [num_heads, n, s] f32    written; read and overwritten with p; read again
 //
+// Op: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Benchmark: cuplama kernels ladder attention.
+//
 // Mapping: scores_naive has a thread per score, softmax_naive a block per row, values_naive a thread per element of y.
 //
 // Operations: 4 * num_heads * n * s * D, half of them for keys that the mask hides.

@@ -3,6 +3,8 @@
 //   q, k, v, y    as in ladder.cuh
 //   scores        [num_heads, n, s] f32    as in rung 1
 //
+// Op: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Benchmark: cuplama kernels ladder attention.
+//
 // What changed: a block of 256 threads computes 64 x 64 scores (64 x D elements of y) together. It copies the rows that
 // they need into shared memory once, with neighbouring threads reading neighbouring addresses, and every number copied
 // is used at least 64 times. A thread computes 4 x 4 scores (4 x D/16 elements of y), so that of what it reads from

@@ -3,6 +3,8 @@
 //
 //   q, k, v, y    as in ladder.cuh
 //
+// Op: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Benchmark: cuplama kernels ladder attention.
+//
 // What changed: a block keeps 64 queries, walks over the keys in tiles of 32, and uses up the scores of a tile at once.
 // A softmax seems to need the whole row first. It does not: with the largest score m so far, the sum l of
 // exp(score - m) and the sum acc of exp(score - m) * value, a tile whose largest score is m' > m asks for nothing but a

@@ -2,6 +2,8 @@
 //
 //   q, k, v, y    as in ladder.cuh; T is f16 or bf16; sm_80 and later
 //
+// Op: cuplama/lab/ladder/ops.py. Test: tests/lab/test_ladder.py. Benchmark: cuplama kernels ladder attention.
+//
 // What changed: a warp multiplies a 16x16 and a 16x8 matrix with one instruction (mma.sync m16n8k16: 2,048
 // multiply-adds, where an instruction of rung 3 does 32). Keys and values lie in shared memory as they are, in 16 bits.
 // A warp has 16 queries of the block's 64 and all 64 keys of a tile: so its scores and its sums stay in its registers,
