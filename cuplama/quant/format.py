@@ -1,33 +1,59 @@
 """A weight's format: how its bits become numbers.
 
-A format is a value of the weight, not of the graph: a node list is the same whatever the weights are stored in. The
-plain formats, one number an element, are here. Every other format is a file of its own in this folder.
+A format is a value of the weight, not of the graph: a node list is the same whatever the weights are stored in. Plain
+formats have one number an element. A packed format has a code for each element, and what the codes of a group of
+neighbours along a row have in common::
+
+    w = scale * (number(code) - zero) + offset
+
+``number`` is the code's own (a whole number less a constant, an 8-bit float, a place in a table); zero, offset and the
+parts of a scale are there or not. cuda_src/formats.cuh has the same once more for kernels, ``Format.type`` names it
+there, and ``quant/packed.py`` writes the blocks that it reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..dtypes import DTYPES, Array, upcast
 
-__all__ = ["PLAIN", "Format", "plain_format"]
+__all__ = [
+    "BLOCK_COLUMNS",
+    "BLOCK_ROWS",
+    "E4M3",
+    "NF4",
+    "PLAIN",
+    "Code",
+    "Format",
+    "Packing",
+    "grouped",
+    "nested",
+    "plain_format",
+    "whole",
+]
+
+BLOCK_ROWS, BLOCK_COLUMNS = 16, 128
+"""The elements of a block of a packed weight, [out, in]."""
 
 
 @dataclass(frozen=True)
 class Format:
     """How a weight is stored.
 
-    name: as signatures and kernels spell it; dtype: of the stored elements; decode: stored rows [m, ...] to their
-    numbers [m, k], in float32.
+    name: as people read it; dtype: of the stored elements, None for a packed format; decode: stored rows [m, ...] to
+    their numbers [m, k], in float32; packing: of a packed format, what its blocks hold.
     """
 
     name: str
-    dtype: np.dtype[Any]
-    decode: Callable[[Array], Array]
+    dtype: np.dtype[Any] | None
+    decode: Callable[[Any], Array]
+    packing: Packing | None = None
 
 
 def _decode_bf16(bits: Array) -> Array:
@@ -51,3 +77,174 @@ def plain_format(dtype: np.dtype[Any]) -> Format:
         if form.dtype == dtype:
             return form
     raise ValueError(f"no plain weight format stores {np.dtype(dtype)}")
+
+
+# ---- packed formats --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Code:
+    """The code of an element. bits: of it; numbers: float32 [2^bits], what each code stands for, None for codes that
+    are floats of a plain format themselves; type: in formats.cuh."""
+
+    name: str
+    bits: int
+    type: str
+
+    @cached_property
+    def numbers(self) -> np.ndarray[Any, Any]:
+        return _NUMBERS[self.name.partition("-")[0]](self)
+
+
+def whole(bits: int, bias: int = 0) -> Code:
+    """Whole numbers 0 .. 2^bits - 1, less ``bias``. bits: 4, 5, 6 or 8."""
+    return Code(f"int{bits}-{bias}", bits, f"Whole<{bits}, {bias}>")
+
+
+E4M3 = Code("e4m3", 8, "E4m3")
+"""8-bit floats: a sign, 4 bits of exponent, 3 of mantissa; no infinity."""
+NF4 = Code("nf4", 4, "Nf4")
+"""Quantiles of a normal distribution between -1 and 1: Dettmers et al., "QLoRA", arXiv:2305.14314, appendix E."""
+PLAIN_CODES = {name: Code(name, bits, f"Plain<{name}>") for name, bits in (("f16", 16), ("bf16", 16), ("f32", 32))}
+
+NF4_NUMBERS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+_NUMBERS: Mapping[str, Callable[[Code], np.ndarray[Any, Any]]] = {
+    **{
+        f"int{bits}": lambda c: np.arange(1 << c.bits, dtype=np.float32) - np.float32(c.name.partition("-")[2])
+        for bits in (4, 5, 6, 8)
+    },
+    "e4m3": lambda c: np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
+    "nf4": lambda c: np.array(NF4_NUMBERS, np.float32),
+}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a block of a packed format holds, 16 rows by 128 columns: the codes, then the parts in this order.
+
+    code: of the elements; group: columns that share a scale: 16, 32, 64 or 128; 0: all of the row, whose scales, float32,
+    follow behind the last block. parts: name -> dtype of what the scale is made of, one number for each row and group:
+
+    - scale (f16, bf16, f32), and with it zero (u8) or offset (of the scale's dtype), or neither;
+    - or super_scale (f16) and, of the block's own, sub_scale (u8 or i8), whose product is the scale; with them
+      super_least (f16) and sub_least (u8), whose product, negative, is the offset, or neither. The super ones are one for
+      each row of a block.
+    """
+
+    code: Code
+    group: int
+    parts: tuple[tuple[str, str], ...]
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row of a block."""
+        return BLOCK_COLUMNS // self.group if self.group else 0
+
+    def count(self, part: str) -> int:
+        """Numbers of a part in a row of a block."""
+        return 0 if not self.group else 1 if part.startswith("super_") else self.groups
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of a block."""
+        return BLOCK_ROWS * BLOCK_COLUMNS * self.code.bits // 8
+
+    def offset(self, part: str) -> int:
+        """Where the numbers of a part begin in a block, in bytes."""
+        at = self.code_bytes
+        for name, dtype in self.parts:
+            if name == part:
+                return at
+            at += BLOCK_ROWS * self.count(name) * PART_DTYPES[dtype].itemsize
+        raise KeyError(part)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        parts = sum(BLOCK_ROWS * self.count(name) * PART_DTYPES[dtype].itemsize for name, dtype in self.parts)
+        return self.code_bytes + parts
+
+    def nbytes(self, m: int, k: int) -> int:
+        """Bytes of a packed weight [m, k]: whole blocks, and the scales of whole rows."""
+        rows, columns = -(-m // BLOCK_ROWS), -(-k // BLOCK_COLUMNS)
+        return rows * (columns * self.block_bytes + (0 if self.group else 4 * BLOCK_ROWS))
+
+    @property
+    def type(self) -> str:
+        """The C++ type of a block, of formats.cuh."""
+        dtypes = dict(self.parts)
+        if "super_scale" in dtypes:
+            least = str("super_least" in dtypes).lower()
+            return f"Packed<{self.code.type}, Nested<{self.group}, {dtypes['sub_scale']}, {least}>>"
+        zero, offset = (str(name in dtypes).lower() for name in ("zero", "offset"))
+        return f"Packed<{self.code.type}, Direct<{self.group}, {dtypes.get('scale', 'f32')}, {zero}, {offset}>>"
+
+
+PART_DTYPES: Mapping[str, np.dtype[Any]] = {
+    **{name: DTYPES[name] for name in ("f16", "bf16", "f32")},
+    "u8": np.dtype(np.uint8),
+    "i8": np.dtype(np.int8),
+}
+
+
+def grouped(name: str, code: Code, group: int, scale: str = "f32", *, zero: bool = False, offset: bool = False) -> Format:
+    """A format with a scale for each group. zero: and a whole number that is taken off the codes; offset: and a number,
+    of the scale's dtype, that is added at the end. group: 0 for whole rows, which have float32 scales and no more."""
+    parts = [("scale", scale), *([("zero", "u8")] if zero else []), *([("offset", scale)] if offset else [])]
+    return Format(name, None, decode, Packing(code, group, tuple(parts)))
+
+
+def nested(name: str, code: Code, group: int, sub_scale: str, *, least: bool) -> Format:
+    """A format of GGUF's K kind: a float16 for each row of a block, and a whole number for each group."""
+    parts = [("super_scale", "f16"), ("sub_scale", sub_scale)]
+    parts += [("super_least", "f16"), ("sub_least", "u8")] if least else []
+    return Format(name, None, decode, Packing(code, group, tuple(parts)))
+
+
+def decode(stored: Any) -> np.ndarray[Any, Any]:
+    """The numbers of a ``Stored`` matrix, float32 [m, k]."""
+    packing: Packing = stored.format.packing
+    m, k = stored.shape
+    codes = stored.fields["code"].read()
+    numbers: np.ndarray[Any, Any] = (
+        packing.code.numbers[codes] if packing.code.name not in PLAIN else _floats(codes, packing.code.name)
+    )
+    parts = {name: _part(stored, name, dtype) for name, dtype in packing.parts}
+    if not packing.parts:
+        return _in_order(numbers, stored.order)
+
+    def spread(values: np.ndarray[Any, Any], width: int = packing.group or k) -> np.ndarray[Any, Any]:
+        """One value for each group of ``width`` columns -> one for each column."""
+        return np.repeat(values, width, 1)[:, :k]
+
+    if "super_scale" in parts:
+        numbers = numbers * (spread(parts["super_scale"], BLOCK_COLUMNS) * spread(parts["sub_scale"]))
+        if "super_least" in parts:
+            numbers = numbers - spread(parts["super_least"], BLOCK_COLUMNS) * spread(parts["sub_least"])
+        return _in_order(numbers, stored.order)
+    if "zero" in parts:
+        numbers = numbers - spread(parts["zero"])
+    numbers = numbers * spread(parts["scale"])
+    return _in_order(numbers + spread(parts["offset"]) if "offset" in parts else numbers, stored.order)
+
+
+def _part(stored: Any, name: str, dtype: str) -> np.ndarray[Any, Any]:
+    bits = stored.fields[name].read()
+    return _floats(bits, dtype) if dtype in PLAIN else bits.astype(PART_DTYPES[dtype]).astype(np.float32)
+
+
+def _floats(bits: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    unsigned = np.dtype(f"u{DTYPES[dtype].itemsize}")
+    return PLAIN[dtype].decode(bits.astype(unsigned, copy=False).view(DTYPES[dtype]))
+
+
+def _in_order(numbers: np.ndarray[Any, Any], order: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+    """The columns where they belong: column j of the stored ones is column order[j] of the weight."""
+    if order is None:
+        return numbers
+    found = np.empty_like(numbers)
+    found[:, order] = numbers
+    return found
