@@ -96,10 +96,10 @@ class Modules:
         if names:
             _log.warning("%d scales of a quantised KV cache are left out, %s first", len(names), names[0])
 
-    def finish(self, main: str, *ends: str) -> dict[str, Tensor]:
-        """What is left. Tensors with one of these ends belong to a module that has no tensor with the end ``main``."""
+    def finish(self, companions: Mapping[str, str]) -> dict[str, Tensor]:
+        """What is left. companions: ends of names that no other tensor has, and that of the one they lie beside."""
         for name, tensor in self.left.items():
-            for end in ends:
+            for end, main in companions.items():
                 if name.endswith(end):
                     owner = name.removesuffix(end) + main
                     raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is left over; there is no {owner}")

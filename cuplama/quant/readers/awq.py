@@ -32,7 +32,7 @@ class _Awq:
         modules = Modules(tensors)
         for module in modules.named(".qweight"):
             self._read(module)
-        return modules.finish(".qweight", ".qzeros", ".scales")
+        return modules.finish({".qzeros": ".qweight", ".scales": ".qweight"})
 
     def _read(self, module: Module) -> None:
         words = module.take(".qweight", ("I32",))

@@ -27,6 +27,10 @@ __all__ = ["READER"]
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _STORAGE = ("U8", "BF16", "F16", "F32")  # the bytes of codes may be called any of these
+_COMPANIONS = {
+    **{f".weight.{x}": _STATE + "nf4" for x in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
+    ".weight_format": ".SCB",
+}
 
 
 class _Bits:
@@ -38,9 +42,7 @@ class _Bits:
             module.refuse(_STATE + "fp4", "says that the weight is in fp4; expected: nf4")
         for module in modules.named(".SCB"):
             _read_int8(module)
-        return modules.finish(
-            _STATE + "nf4", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight_format"
-        )
+        return modules.finish(_COMPANIONS)
 
 
 @dataclass(frozen=True)

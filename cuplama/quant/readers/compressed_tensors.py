@@ -30,6 +30,10 @@ __all__ = ["READER"]
 _log = logging.getLogger("cuplama")
 _PACKED, _SCALE, _ZERO = ".weight_packed", ".weight_scale", ".weight_zero_point"
 _ACTIVATIONS = tuple(f".{x}_{part}" for x in ("input", "output") for part in ("scale", "zero_point"))
+_COMPANIONS = {
+    ".weight_shape": _PACKED,
+    **dict.fromkeys((_SCALE, _ZERO, ".weight_g_idx", *_ACTIVATIONS), ".weight_packed, nor a .weight in 8 bits"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class _CompressedTensors:
             _log.info(
                 "activations of %d modules stay 16-bit, which is more exact than the checkpoint asks for", sixteen
             )
-        return modules.finish(_PACKED, _SCALE, _ZERO, ".weight_g_idx", ".weight_shape", *_ACTIVATIONS)
+        return modules.finish(_COMPANIONS)
 
 
 def _read(module: Module, scheme: Scheme) -> None:

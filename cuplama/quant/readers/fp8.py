@@ -35,7 +35,7 @@ class _Fp8:
         modules.drop_cache_scales()
         for module in modules.named(".weight", "F8_E4M3"):
             self._read(module)
-        return modules.finish(".weight of dtype F8_E4M3", *_SCALES, *_ACTIVATIONS)
+        return modules.finish(dict.fromkeys((*_SCALES, *_ACTIVATIONS), ".weight of dtype F8_E4M3"))
 
     def _read(self, module: Module) -> None:
         weight = module.take(".weight", ("F8_E4M3",))

@@ -50,7 +50,7 @@ class _Gptq:
         modules = Modules(tensors)
         for module in modules.named(".qweight"):
             self._read(module, next((how for name, how in self.others if name.match(module.name)), self.plain))
-        return modules.finish(".qweight", ".qzeros", ".scales", ".g_idx")
+        return modules.finish(dict.fromkeys((".qzeros", ".scales", ".g_idx"), ".qweight"))
 
     def _read(self, module: Module, how: _Linear) -> None:
         bits, each = how.bits, 32 // how.bits

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cuplama.quant.readers import check
-from tests.quant.readers.made import BF16, E4M3, Arrays, codes_along, left, numbers, refusal, stored
+from tests.quant.readers.made import BF16, E4M3, codes_along, left, numbers, refusal, stored
 
 M, K = 24, 64
 
@@ -311,7 +311,7 @@ def test_a_mixture_needs_a_format_for_each_group() -> None:
         ("weight_scale", np.zeros((M, 1), BF16), "x.weight_scale has shape [24, 1]; expected: [24, 2]"),
         ("weight_scale", np.zeros((M, 2)), "x.weight_scale has dtype F64; expected: F32, F16, BF16"),
         ("weight_scale", None, "x.weight_scale is missing beside x.weight_packed"),
-        ("weight_packed", None, "x.weight_scale is left over; there is no x.weight_packed"),
+        ("weight_packed", None, "x.weight_scale is left over; there is no x.weight_packed, nor a .weight in 8 bits"),
         ("weight_g_idx", np.zeros(K, np.int32), "x.weight_g_idx is left over; there is no"),
         ("weight", np.zeros((M, K), BF16), "x.weight is there beside x.weight_"),
     ],
