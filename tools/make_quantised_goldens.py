@@ -1,4 +1,4 @@
-"""Write the quantised golden models: tiny checkpoints in each layout, and what transformers computes with their numbers.
+"""Write the quantised golden models: tiny checkpoints of each layout, and what transformers computes with the numbers.
 
     python -m tools.make_quantised_goldens [case ...]
 
@@ -50,7 +50,9 @@ def write_model(case: Case, folder: Path, truth: Path) -> int:
     if case.settings["quant_method"] != "compressed-tensors":  # others have no quantised embedding
         matrices = [n for n in matrices if not n.endswith("embed_tokens")]
     tensors: dict[str, torch.Tensor] = {}
-    state = {name: t for name, t in model.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)}
+    state = {
+        name: t for name, t in model.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)
+    }
     for name, value in state.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in matrices:
@@ -81,6 +83,19 @@ def plain_logits(case: Case, folder: Path, ids: np.ndarray) -> np.ndarray:
     return logits_of(model, ids)
 
 
+def loaded_kl(folder: Path, prompts: list[np.ndarray], truth: list[np.ndarray]) -> float | None:
+    """Mean KL of what transformers computes with the quantised folder itself; None where it does not load it here.
+
+    Layouts of weights alone give the model's own rounding; those that also quantise activations give more.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager").eval()
+        found = [logits_of(model, ids) for ids in prompts]
+    except (ImportError, ValueError, RuntimeError, AttributeError):
+        return None
+    return float(np.concatenate([kl(a, b) for a, b in zip(truth, found, strict=True)]).mean())
+
+
 def make(name: str, case: Case) -> str:
     """Write the folder of a case. Returns a line about it."""
     folder = CASES_DIR / name
@@ -109,11 +124,15 @@ def make(name: str, case: Case) -> str:
         },
         "matrices": count,
         "kl": {"bfloat16": divergence},
+        "loaded": loaded_kl(folder, prompts, rows),
         "change": round(change, 3),
     }
     write_json(folder / "meta.json", meta)
+    loaded = "not loaded" if meta["loaded"] is None else f"{meta['loaded']:.1e}"
     size = sum(f.stat().st_size for f in folder.iterdir())
-    return f"{name:28} {count:2} matrices, kl {divergence:.1e}, change {change:.2f}, {size / 1000:.0f} kB"
+    return (
+        f"{name:28} {count:2} matrices, kl {divergence:.1e}, loaded {loaded}, change {change:.2f}, {size / 1000:.0f} kB"
+    )
 
 
 def main(names: list[str]) -> None:

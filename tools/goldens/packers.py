@@ -107,7 +107,9 @@ def pack_bitsandbytes(module: str, weight: torch.Tensor, settings: Settings) -> 
 
 
 # ---- AWQ and GPTQ ----------------------------------------------------------------------------------------------------
-def quantised(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantised(
+    weight: torch.Tensor, bits: int, group: int, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes [in, out], zero points [in / group, out] and scales float16 [in / group, out], rounded to nearest."""
     w = weight.numpy().T.astype(np.float32)
     parts = w.reshape(-1, group, w.shape[1])

@@ -64,7 +64,7 @@ def compressed(form: str, *groups: Settings, ignore: Sequence[str] = ("lm_head",
 
 def group(bits: int, strategy: str, kind: str = "int", targets: Sequence[str] = ("Linear",), **more: Any) -> Settings:
     """A config_group whose activations are not quantised. more: of the weights, but for activations and format."""
-    outer = {key: more.pop(key) for key in ("input_activations", "format") if key in more}
+    outer: dict[str, Any] = {key: more.pop(key) for key in ("input_activations", "format") if key in more}
     weights = {"num_bits": bits, "type": kind, "strategy": strategy, **more}
     return {"targets": list(targets), "weights": weights, **outer}
 
