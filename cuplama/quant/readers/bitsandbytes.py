@@ -126,4 +126,4 @@ def _open(settings: Settings) -> _Bits:
     return _Bits()
 
 
-READER = Reader(("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"), _open)
+READER = Reader(("bitsandbytes",), _open, signs=("load_in_4bit", "load_in_8bit"))
