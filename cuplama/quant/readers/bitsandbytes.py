@@ -97,7 +97,11 @@ def _nested(module: Module, state: _State, blocks: int) -> np.ndarray[Any, Any]:
     codes = module.take(".weight.absmax", ("U8",), (blocks,))
     table = module.take(".weight.nested_quant_map", ("F32",), (256,))
     outer = module.take(".weight.nested_absmax", ("F32",), (-(-blocks // state.nested),))
-    found: np.ndarray[Any, Any] = table[codes] * np.repeat(outer, state.nested)[:blocks] + np.float32(state.offset)
+    found: np.ndarray[Any, Any] = table[codes]
+    whole = blocks // state.nested
+    found[: whole * state.nested].reshape(whole, state.nested)[...] *= outer[:whole, None]
+    found[whole * state.nested :] *= outer[-1]
+    found += np.float32(state.offset)
     return found
 
 
