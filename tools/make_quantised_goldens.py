@@ -23,6 +23,7 @@ import transformers
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from tools.goldens.model import load, logits_of, randomize
 from tools.goldens.quantised import CASES, Case
@@ -44,8 +45,10 @@ def write_model(case: Case, folder: Path, truth: Path) -> int:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, SEED, config.tie_word_embeddings)
     model.save_pretrained(truth)
-    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
-    ends = () if case.head else ("lm_head", "embed_tokens")
+    kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+    names = [name for name, m in model.named_modules() if isinstance(m, kinds)]
+    transposed = [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    ends = () if case.head else ("lm_head", "embed_tokens", "wte", "wpe")
     matrices = [n for n in names if not n.endswith(ends) and n not in case.plain]
     if case.settings["quant_method"] != "compressed-tensors":  # others have no quantised embedding
         matrices = [n for n in matrices if not n.endswith("embed_tokens")]
@@ -56,9 +59,10 @@ def write_model(case: Case, folder: Path, truth: Path) -> int:
     for name, value in state.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in matrices:
-            stored, numbers = case.pack(module, value.clone(), case.settings)
+            turned = value.T if module in transposed else value
+            stored, numbers = case.pack(module, turned.clone(), case.settings)
             tensors |= {module + end: t.clone().contiguous() for end, t in stored.items()}
-            state[name] = numbers
+            state[name] = numbers.T if module in transposed else numbers
         else:
             tensors[name] = value.to(case.dtype).contiguous()
             state[name] = tensors[name].float()

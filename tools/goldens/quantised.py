@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tools.goldens.cases import SMALL, Config, rope
+from tools.goldens.cases import GPT2, SMALL, Config, rope
 from tools.goldens.packers import pack_awq, pack_bitsandbytes, pack_compressed, pack_fp8, pack_gptq
 
 __all__ = ["CASES", "Case", "Pack", "Settings"]
@@ -149,6 +149,8 @@ CASES: dict[str, Case] = {
     "fp8-static": Case({**FP8, "activation_scheme": "static", "weight_block_size": None}, pack_fp8, "mistral", TINY),
     "gptq": Case({**GPTQ, "group_size": 128, "checkpoint_format": "gptq"}, pack_gptq, dtype=torch.float16),
     "gptq-act-order": Case({**GPTQ, "sym": False, "desc_act": True}, pack_gptq, base=TINY, dtype=torch.float16),
+    # Modules whose weights lie [in, out] when they are plain.
+    "gptq-gpt2": Case(GPTQ, pack_gptq, "gpt2", GPT2, dtype=torch.float16),
     "gptq-v2-w8": Case(
         {**GPTQ, "bits": 8, "sym": False, "group_size": -1, "checkpoint_format": "gptq_v2", "lm_head": True},
         pack_gptq,

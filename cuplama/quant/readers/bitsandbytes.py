@@ -64,7 +64,7 @@ def _state(module: Module) -> _State:
         m, k = raw["shape"]
         nested = raw.get("nested_blocksize")
         state = _State(m, k, raw["blocksize"], nested or 0, float(raw["nested_offset"]) if nested else None)
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
         module.refuse(end, f"is no JSON with shape, blocksize and nested_offset ({type(e).__name__}: {e})")
     if not all(type(x) is int and x > 0 for x in (m, k, state.block)) or type(state.nested) is not int:
         module.refuse(end, f"says shape {raw['shape']} and blocksize {state.block}; expected: positive whole numbers")
