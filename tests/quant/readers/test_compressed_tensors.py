@@ -296,6 +296,14 @@ def test_settings_of_floats_that_are_refused(change: dict[str, Any], line: str) 
     assert f"group_0.weights.{line}" in refusal(settings, {})
 
 
+def test_a_group_of_activations_alone_quantises_no_weight() -> None:
+    settings = config("mixed-precision")
+    settings["config_groups"]["group_0"] |= {"weights": None, "input_activations": {"num_bits": 8}}
+    plain = {"x.weight": np.ones((M, K), BF16)}
+    assert left(settings, plain)["x.weight"].dtype == "BF16"
+    assert "x.weight is quantised, but no group" in refusal(settings, {"x.weight": floats()})
+
+
 def test_a_mixture_needs_a_format_for_each_group() -> None:
     assert "group_0.format is missing; supported: pack-quantized" in refusal(config("mixed-precision"), {})
 
