@@ -79,7 +79,11 @@ NF4 = {
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 CASES: dict[str, Case] = {
-    "ct-w4a16": Case(compressed("pack-quantized", group(4, "group", group_size=128)), pack_compressed),
+    "ct-w4a16": Case(
+        compressed("pack-quantized", group(4, "group", group_size=128)),
+        pack_compressed,
+        base={**WIDE, "intermediate_size": 128},
+    ),
     "ct-w4a16-asymmetric": Case(
         compressed("pack-quantized", group(4, "group", group_size=32, symmetric=False)), pack_compressed, "qwen3", TINY
     ),
