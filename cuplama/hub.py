@@ -19,6 +19,7 @@ from .errors import ConfigError, ParameterError
 from .files import read_json
 from .folders import data_folder
 from .models.checkpoint import INDEX
+from .quant.readers import FILES
 
 __all__ = [
     "BUNDLED",
@@ -41,6 +42,7 @@ HUB_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", INDEX,
     "adapter_config.json",  # of what is no model by itself: the error for its folder names it
+    *FILES,
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
