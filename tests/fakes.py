@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -82,7 +82,7 @@ class Launcher:
         prototype = prototypes(self.file)[self.expression.split("<")[0]]
         g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
         bound = BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
-        emulator.run(bound, check=False)
+        emulator.run(bound, check=self.gpu.checked)
 
 
 class HostCublas:
@@ -138,10 +138,11 @@ class _Pool(str):
 class FakeGpu(Gpu):
     """A GPU in host memory. Nothing is done before something waits for it, and new memory holds garbage.
 
-    emulate: whether kernels run, on the emulator; otherwise they do nothing.
+    emulate: whether kernels run, on the emulator; otherwise they do nothing. checked: whether it looks at every access.
     """
 
     workspace = 0
+    checked = False
 
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
         self.limits, self.name = Device(arch=arch), "a fake GPU"
@@ -218,6 +219,10 @@ class FakeGpu(Gpu):
     def stage(self, array: Any, offset: int, host: np.ndarray[Any, Any]) -> None:
         content = host.copy()
         self.do(lambda: np.copyto(array.reshape(-1)[offset : offset + content.size], content))
+
+    def stage_pieces(self, array: Any, pieces: Sequence[tuple[int, np.ndarray[Any, Any]]]) -> None:
+        for offset, data in pieces:
+            self.stage(array.view(np.uint8), offset, data)
 
     def end_staging(self) -> None:
         self._wait()
