@@ -28,7 +28,8 @@ struct Field {
     int m, k, parts;
 };
 
-// A row of a field: its entry in the first plane's table of rows, and its part's in the table of columns.
+// A row of a field: its entry in the first plane's table of rows, and its part's in the table of columns. There is none
+// beyond the matrix.
 struct Line {
     const i64 *row, *columns;
     bool there;
@@ -51,57 +52,71 @@ __device__ __forceinline__ u32 bits_at(const u8* raw, i64 at, int bits) {
     return found;
 }
 
-// The number in a column of the line, all planes together; 0 beyond the matrix.
-__device__ __forceinline__ u32 number(const Field& f, const Line& line, int column) {
-    if (!line.there || column >= f.k) return 0;
-    u32 found = 0;
+// Of two lines the numbers in columns `column` to column + COLUMNS - 1, found[line][column]; 0 beyond the matrix.
+template <int LINES, int COLUMNS>
+__device__ __forceinline__ void gather(const Field& f, const Line (&lines)[LINES], int column,
+                                       u32 (&found)[LINES][COLUMNS]) {
     int shift = 0;
-    const i64 *row = line.row, *columns = line.columns + column;
+    i64 row = 0, columns = column;  // of a plane's tables
+#pragma unroll 1
     for (u32 widths = f.widths; widths; widths >>= 8) {
-        found |= bits_at(f.raw, *row + *columns, widths & 255) << shift;
-        shift += widths & 255;
+        const int bits = widths & 255;
+#pragma unroll
+        for (int line = 0; line < LINES; line++) {
+            const i64 begin = lines[line].there ? lines[line].row[row] : 0;
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++)
+                if (lines[line].there && column + i < f.k)
+                    found[line][i] |= bits_at(f.raw, begin + lines[line].columns[columns + i], bits) << shift;
+        }
+        shift += bits;
         row += f.m;
         columns += i64(f.parts) * f.k;
     }
-    return ((found ^ f.flip) + f.add) & (0xffffffffu >> (32 - shift));
+    const u32 mask = 0xffffffffu >> (32 - shift);
+#pragma unroll
+    for (int line = 0; line < LINES; line++)
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i++)
+            if (lines[line].there && column + i < f.k) found[line][i] = ((found[line][i] ^ f.flip) + f.add) & mask;
 }
 
-// What a lane has of one chunk of 16 columns: the two elements of each of an mma's four registers, rows r and r + 8 in
-// turn. column: the lane's first.
-__device__ __forceinline__ void gather(const Field& f, const Line* lines, int column, u32 (&codes)[8]) {
+// The words of a chunk of 16 columns, of which a lane has four in rows r and r + 8, as lane_codes of packed.py makes them.
+// Of codes of 5 and 6 bits these are the lower four.
+template <int BITS>
+__device__ __forceinline__ void chunk_words(const u32 (&codes)[2][4], u32* words) {
+    if constexpr (BITS <= 6) words[0] = 0;
+    if constexpr (BITS == 8) words[0] = words[1] = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) codes[i] = number(f, lines[i / 2 % 2], column + i / 4 * 2 + i % 2);
-}
-
-// The words of a chunk's codes, as lane_codes of packed.py makes them; of 5 and 6 bits only the lower four.
-template <int BITS, int EACH>
-__device__ __forceinline__ void chunk_words(const u32 (&codes)[8], u32* words) {
-    if constexpr (BITS <= 6) {
-        words[0] = 0;
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) words[0] |= (codes[i] & 15) << (i / 2 * 4 + i % 2 * 16);
-    } else if constexpr (BITS == 8) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const u32 *first = codes + 2 * half, *second = codes + 4 + 2 * half;
-            words[half] = first[0] | second[0] << 8 | first[1] << 16 | second[1] << 24;
+        for (int i = 0; i < 4; i++) {
+            const int pair = i / 2, element = i % 2, number = 2 * pair + half;  // of an mma's registers
+            if constexpr (BITS <= 6) words[0] |= (codes[half][i] & 15) << (4 * number + 16 * element);
+            if constexpr (BITS == 8) words[half] |= codes[half][i] << (8 * pair + 16 * element);
+            if constexpr (BITS == 16) words[number] = element ? words[number] | codes[half][i] << 16 : codes[half][i];
+            if constexpr (BITS == 32) words[4 * half + i] = codes[half][i];
         }
-    } else if constexpr (BITS == 16) {
+}
+
+// What codes of more than four bits have above them, in a chunk: bit HIGH * number + 16 * element on.
+template <int HIGH>
+__device__ __forceinline__ u32 chunk_above(const u32 (&codes)[2][4]) {
+    u32 word = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) words[i] = codes[2 * i] | codes[2 * i + 1] << 16;
-    } else {
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) words[i] = codes[i / 2 % 2 * 4 + i / 4 * 2 + i % 2];
-    }
+        for (int i = 0; i < 4; i++) word |= codes[half][i] >> 4 << (HIGH * (i / 2 * 2 + half) + i % 2 * 16);
+    return word;
 }
 
 template <int BITS>
-__global__ void __launch_bounds__(256) pack_codes(u8* __restrict__ blocks, const u8* __restrict__ raw, i64 rows,
-                                                  i64 columns, i64 part, u32 widths, u32 flip, u32 add, int m, int k,
-                                                  int parts, int block_bytes) {
-    constexpr int EACH = BITS <= 6 ? 1 : BITS / 4;    // words of a chunk
-    constexpr int STEP = EACH >= 4 ? 1 : 4 / EACH;    // chunks whose words are stored together: whole vectors
-    constexpr int HIGH = BITS <= 6 ? BITS - 4 : 0;    // bits of a code that lie apart
+__global__ void __launch_bounds__(256)
+    pack_codes(u8* __restrict__ blocks, const u8* __restrict__ raw, i64 rows, i64 columns, i64 part, u32 widths,
+               u32 flip, u32 add, int m, int k, int parts, int block_bytes) {
+    constexpr int EACH = BITS <= 6 ? 1 : BITS / 4;  // words of a chunk
+    constexpr int STEP = EACH >= 4 ? 1 : 4 / EACH;  // chunks whose words are stored together: whole vectors
+    constexpr int HIGH = BITS <= 6 ? BITS - 4 : 0;  // bits of a code that lie apart
     const int lane = threadIdx.x % WARP, row_block = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     const int first = row_block * 16 + lane / 4;
     if (row_block * 16 >= m) return;
@@ -113,15 +128,10 @@ __global__ void __launch_bounds__(256) pack_codes(u8* __restrict__ blocks, const
         u32 high[HIGH + 1] = {};
 #pragma unroll
         for (int i = 0; i < STEP; i++) {
-            u32 codes[8];
+            u32 codes[2][4] = {};
             gather(field, lines, blockIdx.y * 128 + (chunk + i) * 16 + lane % 4 * 4, codes);
-            chunk_words<BITS, EACH>(codes, words + i * EACH);
-            if constexpr (HIGH > 0) {
-                constexpr int CHUNKS = 4 / HIGH;  // of a word
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    high[i / CHUNKS] |= codes[j] >> 4 << (HIGH * (i % CHUNKS * 4 + j / 2) + j % 2 * 16);
-            }
+            chunk_words<BITS>(codes, words + i * EACH);
+            if constexpr (HIGH > 0) high[i * HIGH / 4] |= chunk_above<HIGH>(codes) << (4 * HIGH * (i % (4 / HIGH)));
         }
 #pragma unroll
         for (int i = 0; i < STEP * EACH; i += 4) {
@@ -140,16 +150,19 @@ __global__ void __launch_bounds__(256) pack_codes(u8* __restrict__ blocks, const
 // offset: of the part's numbers of the first block, and stride: from one block to the next, in bytes; each: numbers of a
 // row of a block; wide: blocks side by side; paired: rows r and r + 8 are neighbours, else rows lie in their order.
 template <int BYTES>
-__global__ void __launch_bounds__(256) pack_part(u8* __restrict__ blocks, const u8* __restrict__ raw, i64 rows,
-                                                 i64 columns, i64 part, u32 widths, u32 flip, u32 add, int m, int k,
-                                                 int parts, i64 offset, int stride, int each, int wide, int paired) {
+__global__ void __launch_bounds__(256)
+    pack_part(u8* __restrict__ blocks, const u8* __restrict__ raw, i64 rows, i64 columns, i64 part, u32 widths,
+              u32 flip, u32 add, int m, int k, int parts, i64 offset, int stride, int each, int wide, int paired) {
     const i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x;
     const int place = i % 16, group = i / 16 % each;
     const i64 block = i / 16 / each;
     const int row = int(block / wide) * 16 + (paired ? place / 2 + place % 2 * 8 : place);
     if (block / wide * 16 >= m) return;
     const Field field{raw, rows, columns, part, widths, flip, add, m, k, parts};
-    const u32 found = number(field, line_of(field, row), int(block % wide) * each + group);
+    const Line lines[1] = {line_of(field, row)};
+    u32 numbers[1][1] = {};
+    gather(field, lines, int(block % wide) * each + group, numbers);
+    const u32 found = numbers[0][0];
     u8* to = blocks + offset + block * stride + (group * 16 + place) * BYTES;
     if constexpr (BYTES == 1) *to = found;
     if constexpr (BYTES == 2) *reinterpret_cast<unsigned short*>(to) = found;

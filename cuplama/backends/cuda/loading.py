@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from ...dtypes import Array, dtype_name
+from ...dtypes import Array
 from ...errors import CheckpointError
-from ...quant.fields import Field, Plane, element_plane
-from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, PLAIN_CODES, Format, Packing, decode, plain_format
-from ...quant.packed import Packed, Segment
-from ...quant.stored import Stored
+from ...quant.fields import Field, Plane
+from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, Packing, plain_format
+from ...quant.packed import Packed
+from ...quant.stored import Segment, Stored
+from ...quant.weight import as_stored
 from .gpu import Gpu
 
-__all__ = ["Loading", "convert", "pack_kernels", "plain_stored"]
+__all__ = ["Loading", "convert", "pack_kernels"]
 
 _FILE = "pack.cu"
 _WARPS = 8  # of a thread block of pack_codes: each writes a block
@@ -42,14 +43,6 @@ def convert(chunk: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str) -> np.
     return out
 
 
-def plain_stored(array: np.ndarray[Any, Any]) -> Stored:
-    """A plain matrix [m, k] as one whose codes are its elements: to be packed with the quantised parts of a weight."""
-    name = dtype_name(array.dtype)
-    form = Format(name, None, decode, Packing(PLAIN_CODES[name], 0, ()))
-    shape = (array.shape[0], array.shape[1])
-    return Stored(shape, form, {"code": Field((element_plane(np.ascontiguousarray(array)),))}, array.nbytes)
-
-
 def pack_kernels() -> Iterator[tuple[str, str]]:
     """(file, C++ name) of every kernel instance that may pack a weight."""
     yield from ((_FILE, f"pack_codes<{bits}>") for bits in (4, 5, 6, 8, 16, 32))
@@ -68,9 +61,12 @@ class Loading:
 
         Raises CheckpointError naming a plain part whose values float16 cannot hold.
         """
-        stored = [p if isinstance(p, Stored) else plain_stored(convert(p, self._dtype, name)) for p in parts]
+        stored = [p if isinstance(p, Stored) else self._plain(p, name) for p in parts]
         m, k = sum(len(p) for p in stored), stored[0].shape[1]
         return Packed((m, k), tuple(self._segment(stack) for stack in _alike(stored)))
+
+    def _plain(self, array: np.ndarray[Any, Any], name: str) -> Stored:
+        return as_stored(convert(np.ascontiguousarray(array), self._dtype, name), self._dtype)
 
     def _segment(self, stack: Sequence[Stored]) -> Segment:
         gpu, first = self._gpu, stack[0]
@@ -89,7 +85,7 @@ class Loading:
         codes(grid, (32 * _WARPS, 1, 1), (blocks, raw, *tables["code"], np.int32(packing.block_bytes)), 0)
         for name, size, places_ in _part_places(packing, tall, wide):
             function = gpu.function(_FILE, f"pack_part<{size}>", 0)
-            arguments = tables.get(name) or _nothing(part, m)
+            arguments = tables[name]
             count = tall * BLOCK_ROWS * int(places_[2] * places_[3])
             function((-(-count // _THREADS), 1, 1), (_THREADS, 1, 1), (blocks, raw, *arguments, *places_), 0)
         order = None
@@ -153,11 +149,6 @@ def _arguments(fields: Sequence[Field], part: int, places: dict[int, int], layou
     m, k = sum(f.shape[0] for f in fields), first.shape[1]
     at = layout.add(np.array([np.concatenate(r) for r in rows], np.int64)), layout.add(columns), part
     return (*map(np.int64, at), *map(np.uint32, (widths, first.flip, first.add)), *map(np.int32, (m, k, len(fields))))
-
-
-def _nothing(part: int, m: int) -> tuple[Any, ...]:
-    """A field without columns: all of it is beyond the matrix, zero."""
-    return (*map(np.int64, (0, 0, part)), *map(np.uint32, (0, 0, 0)), *map(np.int32, (m, 0, 0)))
 
 
 def _part_places(packing: Packing, tall: int, wide: int) -> Iterator[tuple[str, int, tuple[Any, ...]]]:

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.backends.cuda.loading import plain_stored
 from cuplama.dtypes import DTYPES
 from cuplama.quant.fields import Field, Plane, element_plane, word_plane
 from cuplama.quant.format import E4M3, NF4, Format, grouped, nested, whole
 from cuplama.quant.packed import Packed, pack
 from cuplama.quant.stored import Stored
-from cuplama.quant.weight import Weight
+from cuplama.quant.weight import Weight, as_stored
 from tests.fakes import FakeGpu
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -238,7 +237,7 @@ def test_what_differs_in_format_or_order_is_a_segment_of_its_own() -> None:
 def test_a_plain_part_is_packed_in_the_backends_dtype(dtype: str) -> None:
     rng = np.random.default_rng(4)
     plain, quantised = rng.standard_normal((21, 130)).astype(np.float32), compressed(rng, 9, 130)
-    want = plain_stored(plain.astype(DTYPES[dtype]))
+    want = as_stored(plain, DTYPES[dtype])
     assert_packed(packed([plain, quantised, plain[:3]], dtype), [want], [quantised], [want[:3]])
 
 
