@@ -92,7 +92,9 @@ class HostCublas:
         self.refuses = refuses
         self.gpu: FakeGpu | None = None
 
-    def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Any:
+    def product(
+        self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0
+    ) -> Any:
         gpu = self.gpu
 
         def run(x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
@@ -105,10 +107,10 @@ class HostCublas:
             assert (bool(b), bool(c)) == (bias, add)
             f, g = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
             out = f @ g.T
-            for address, shape in ((b, (m,)), (c, (n, m))):
+            for address, shape in ((b, (m,)), (c, (n, width or m))):
                 if address:
-                    out += _at(address, shape, U).astype(np.float32)
-            _at(y, (n, m), U)[...] = out
+                    out += _at(address, shape, U)[..., :m].astype(np.float32)
+            _at(y, (n, width or m), U)[:, :m] = out
 
         run.text = "a product on the host"  # type: ignore[attr-defined]
         return None if self.refuses(bias, add) else run
