@@ -18,6 +18,7 @@ from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.launch import Device
 from cuplama.ops.prototypes import prototypes
 from cuplama.ops.signature import OpError
+from cuplama.ops.weights import named_segments, segments_of
 
 _Captured = tuple[Callable[[], None], Callable[[], None]]  # what ``FakeGpu.do`` is given
 
@@ -174,12 +175,17 @@ class FakeGpu(Gpu):
         pass
 
     def key(self, array: Any) -> tuple[Any, ...]:
+        if segments_of(array) is not None:
+            return tuple(array.key)
         if type(array) is not HostArray:
             raise AttributeError
         return array.shape, array.dtype, array.flags.c_contiguous
 
     def check(self, where: str, array: Any) -> None:
-        if type(array) is not HostArray:
+        for name, part in named_segments("", array):
+            if part is not None:
+                self.check(where + name, part)
+        if segments_of(array) is None and type(array) is not HostArray:
             raise OpError(f"{where} is not on the GPU")
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
