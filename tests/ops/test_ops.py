@@ -33,8 +33,8 @@ _WITH_KERNELS = list(harness.all_cases(lambda op: op.kernels is not None))
 _NAMES = [harness.name_of(*c) for c in _ALL]
 _KERNEL_NAMES = [harness.name_of(*c) for c in _WITH_KERNELS]
 
-# Kernels of no op: the CUDA backend prepares biases and packed weights for cuBLAS, and packs weights when it loads them;
-# read_sum measures the bandwidth.
+# Kernels of no op: the CUDA backend packs weights when it loads them, and prepares biases and packed weights for
+# cuBLAS; read_sum measures the bandwidth.
 _OF_NO_OP = {
     "bias.cu:cast_bias", "bias.cu:fill_rows", "unpack.cu:unpack", ":".join(READ_KERNEL),
     *(f"{file}:{kernel.partition('<')[0]}" for file, kernel in pack_kernels()),
@@ -109,7 +109,7 @@ def shifted(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class Shifted(EmulatedDevice):
-    """All arrays begin where 16-byte accesses are not allowed, but the blocks of packed weights, which always allow them."""
+    """All arrays begin where 16-byte accesses are not allowed; only the blocks of packed weights always allow them."""
 
     def upload(self, array: Array) -> Array:
         return shifted(array) if segments_of(array) is None else super().upload(array)

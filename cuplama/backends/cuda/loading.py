@@ -1,8 +1,8 @@
 """Weights on their way from mapped files to the GPU: converted, or, if they are quantised, packed there.
 
-The bytes of a quantised weight go to the GPU as they lie in the file, and with them, in the same buffer, tables that say
-where each number lies. The kernels of cuda_src/pack.cu gather from that buffer; it is kept for the next weight. Nothing
-waits for anything: all of it is queued, in order.
+The bytes of a quantised weight go to the GPU as they lie in the file, and with them, in the same buffer, tables that
+say where each number lies. The kernels of cuda_src/pack.cu gather from that buffer; it is kept for the next weight.
+Nothing waits for anything: all of it is queued, in order.
 """
 
 from __future__ import annotations

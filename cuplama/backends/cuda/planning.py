@@ -21,7 +21,7 @@ from ...ops.op import Call
 from ...ops.signature import OpError
 from ...ops.weights import segments_of
 from .cublas import Product
-from .unpacking import MAX_PACKED_ROWS, row_slices, unpack_launches
+from .unpacking import MAX_PACKED_ROWS, UNPACKED, row_slices, unpack_launches
 
 __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
 
@@ -111,27 +111,39 @@ class _Launch:
 
 class _Matmul:
     """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes, and how
-    many bytes behind its beginning."""
+    many bytes behind its beginning; own: arguments that take an array of the plan's own."""
 
-    __slots__ = ("compiler", "pointers", "product", "text")
+    __slots__ = ("compiler", "own", "pointers", "product", "text")
 
-    def __init__(self, product: Product, compiler: Compiler, pointers: Mapping[str, int], shift: int) -> None:
-        """shift: bytes from the first column of y to that of the product."""
+    def __init__(self, product: Product, compiler: Compiler, arrays: Mapping[str, int | Array], shift: int) -> None:
+        """arrays: name of an argument -> number of its array, or an array that it takes every time; shift: bytes from
+        the first column of y to that of the product."""
         self.product, self.compiler, self.text = product, compiler, product.text
-        self.pointers = {name: (i, shift if name in ("y", "b", "c") else 0) for name, i in pointers.items()}
+        shifts = {name: shift if name in ("y", "b", "c") else 0 for name in arrays}
+        self.pointers = {name: (i, shifts[name]) for name, i in arrays.items() if isinstance(i, int)}
+        self.own = {name: array for name, array in arrays.items() if not isinstance(array, int)}
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
         compiler = self.compiler
         named = {name: compiler.address(arrays[i]) + shift for name, (i, shift) in self.pointers.items()}
+        for name, array in self.own.items():
+            named[name] = compiler.address(array)
         if compiler.workspace:
             named["stream"] = compiler.stream_pointer()
         self.product(**named)
 
 
-def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, aligned: bool = True) -> Planned:
-    """Decide the launches of an op that is bound to its inputs. Nothing is allocated, and nothing launched.
+def make_plan(
+    call: Call,
+    compiler: Compiler,
+    zeros: Allocate | None = None,
+    aligned: bool = True,
+    shared: Allocate | None = None,
+) -> Planned:
+    """Decide the launches of an op that is bound to its inputs. Nothing is launched.
 
     zeros: gives the scratch that launches find and leave zero, where the caller keeps such; else each call makes it.
+    shared: gives the scratch for an unpacked weight, where the caller keeps one for all products; it may be larger.
     aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
     kernels or sizes that they do not take, CompileError, and DeviceError.
     """
@@ -154,11 +166,19 @@ def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, ali
         raise OpError(f"{op.name} has no CUDA kernel")
     actions: list[Action] = []
     zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
-    for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros), strict=True):
+    own: dict[str, Array] = {}
+
+    def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        if name != UNPACKED or shared is None:
+            return buffer(name, shape, dtype)
+        own[name] = shared(name, shape, dtype)
+        return own[name]
+
+    for launch, bound in zip(plan.launches, bind_plan(plan, call, scratch, zeros), strict=True):
         function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
         actions.append(_Launch(function, bound, position, launch))
     if way is not None:
-        pointers = {argument: position[array] for argument, array in way.arrays.items()}
+        pointers = {argument: own.get(array, position.get(array)) for argument, array in way.arrays.items()}
         if compiler.workspace:
             buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
             pointers["workspace"] = position["workspace"]
@@ -230,7 +250,7 @@ def _ways(call: Call) -> Iterator[_Way]:
             launches += unpack_launches(segments, k, start, stop)
             parts.append(_Part(len(launches), start, stop))
         dense = (parts[0].stop, k), dtype_name(T)
-        yield _Way(Plan(tuple(launches), {**before.scratch, "dense": dense}), {**arrays, "w": "dense"}, tuple(parts))
+        yield _Way(Plan(tuple(launches), {**before.scratch, UNPACKED: dense}), {**arrays, "w": UNPACKED}, tuple(parts))
 
 
 def _with_bias(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:

@@ -9,7 +9,7 @@ import pytest
 
 from cuplama.backends.cuda import planning, unpacking
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.backends.cuda.unpacking import MAX_PACKED_ROWS, row_slices, slice_bytes
+from cuplama.backends.cuda.unpacking import MAX_PACKED_ROWS, UNPACKED, largest_slice, row_slices
 from cuplama.dtypes import DTYPES
 from cuplama.lab.check import Executor
 from cuplama.lab.emulation import EmulatedDevice
@@ -17,7 +17,8 @@ from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
 from cuplama.ops.binding import bind
 from cuplama.ops.op import ROUNDING
-from cuplama.quant.catalog import CATALOG
+from cuplama.quant.catalog import CATALOG, random_stored
+from cuplama.quant.weight import Weight
 from tests.fakes import FakeGpu, HostCublas
 
 _N = MAX_PACKED_ROWS + 1
@@ -57,7 +58,7 @@ def check_unpacked(executor: Executor, formats: str, T: str, m: int, k: int) -> 
         for launch in way.before.launches[done : part.launches]:
             call = workload.bind()
             call.arrays["w"] = packed
-            executor.launch(bind(launch, call, {"dense": dense}))
+            executor.launch(bind(launch, call, {UNPACKED: dense}))
         got = dense[: part.stop - part.start].astype(np.float64)
         wanted = want[part.start : part.stop]
         size = np.abs(wanted) + 1e-3 * np.abs(want).max()  # where an offset takes most of a number away
@@ -73,7 +74,7 @@ def test_slices_are_equal_and_bounded(m: int, k: int, count: int) -> None:
     assert len(slices) == count
     assert [s for s, _ in slices] == [0, *(e for _, e in slices[:-1])]
     assert slices[-1][1] == m
-    assert max(e - s for s, e in slices) * k * 2 == slice_bytes(m, k, 2) <= unpacking.SLICE_BYTES
+    assert max(e - s for s, e in slices) * k * 2 == largest_slice({"w": (m, k)}, 2) <= unpacking.SLICE_BYTES
     assert all((e - s) % 256 == 0 for s, e in slices[:-1])
 
 
@@ -98,6 +99,28 @@ def test_many_rows_are_multiplied_by_cublas(
     gpu: Any = backend.gpu
     assert [name.split("<")[0] for name in gpu.launches].count("unpack") == (4 if sliced else 2)
     assert np.abs(backend.download(y).astype(np.float32) - want).max() < (0.1 if T == "bf16" else 0.02)
+
+
+def test_all_products_share_the_scratch_of_the_largest_weight() -> None:
+    """A captured pass keeps no scratch of its own."""
+    gpu = FakeGpu(cublas=HostCublas())
+    backend = CudaBackend("f16", gpu=gpu)
+    shapes = {"0.qkv_proj": (24, 128), "0.down_proj": (16, 520), "embed_tokens": (900, 128)}
+    weights = {}
+    for name, (m, k) in shapes.items():
+        stored = random_stored(CATALOG["int4 g128"], m, k, np.random.default_rng(0))
+        weights[name] = backend.load_weight(Weight(name, (name,), (stored,)))
+    backend.end_loading()
+    for n in (_N, _N + 1):
+        for name in ("0.qkv_proj", "0.down_proj"):
+            before = len(gpu.alive)
+            x = backend.upload(np.zeros((n, shapes[name][1]), np.float16))
+            backend.call(OPS["linear"], [x, weights[name]], {"U": "f16"})
+            del x
+            backend.synchronize()
+            assert len(gpu.alive) == before + (n == _N and name == "0.qkv_proj")
+    (scratch,) = (a for a in gpu.alive if a.dtype == np.float16)
+    assert scratch.nbytes == largest_slice(shapes, 2) == 16 * 520 * 2
 
 
 def test_up_to_64_rows_a_packed_weight_is_multiplied_as_it_is() -> None:
