@@ -48,22 +48,26 @@ template <typename S>
 struct Stream {
     typedef typename S::W W;
     static constexpr int PIECES = sizeof(W) / 16, SLICE = S::BLOCKS * PIECES;
-    uint4* ring;           // of this warp
-    const uint4* w;        // of this lane, at the first slice
+    uint4* ring;           // of this lane, in its warp's
+    const uint4* from;     // of this lane: what to ask for next
     int begin, end;        // units of this GPU block
-    int columns, half;     // blocks of a row of blocks; from a unit's tile to its other, in tiles
+    int columns;           // blocks of a row of blocks
+    i64 across, on;        // from a unit's first tile to its second, and on to the next unit, in pieces
     int phase, tile;       // to ask for next: tile of this GPU block
-    int filling, reading;  // slots
+    int left;              // pieces of a slice, less this lane's number
+    int filling, reading;  // slots, in pieces
 
     // rows: of the weight, for silu_mul of half of it
     __device__ __forceinline__ Stream(const W* weight, int rows, int k) {
         DYNAMIC_SHARED(uint4, memory);
-        ring = memory + threadIdx.x / WARP * (S::DEPTH * SLICE);
-        half = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        const int lane = threadIdx.x % WARP, half = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        ring = memory + threadIdx.x / WARP * (S::DEPTH * SLICE) + lane;
         begin = u32(half) * blockIdx.x / gridDim.x, end = u32(half) * (blockIdx.x + 1) / gridDim.x;
         columns = W::columns(k);
-        w = reinterpret_cast<const uint4*>(weight) + i64(begin) * columns * PIECES + threadIdx.x % WARP;
+        across = S::PARTS > 1 ? i64(half) * columns * PIECES : 0, on = i64(columns) * PIECES - across;
+        from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(0)) * PIECES + lane;
         phase = 0, tile = 0, filling = 0, reading = 0;
+        left = blocks_of(0) * PIECES - lane;
 #pragma unroll 1
         for (int slot = 0; slot < S::DEPTH - 1; slot++) fetch();
         launch_dependents();
@@ -92,16 +96,21 @@ struct Stream {
     // Asks for the next slice, or for nothing at the end: a group of copies in any case.
     __device__ __forceinline__ void fetch() {
         if (phase < S::PHASES) {
-            const int row = S::PARTS == 1 ? tile : tile / S::PARTS + tile % S::PARTS * half;
-            const uint4* from = w + (i64(row) * columns + column_of(phase)) * PIECES;
-            uint4* to = ring + filling * SLICE + threadIdx.x % WARP;
-            const int left = blocks_of(phase) * PIECES - threadIdx.x % WARP;
 #pragma unroll
             for (int i = 0; i < SLICE; i += WARP)
-                if (i < left) cp_async_16(to + i, from + i, true);
-            if (++tile == (end - begin) * S::PARTS) tile = 0, phase++;
+                if (i + WARP <= SLICE || threadIdx.x % WARP < SLICE % WARP)
+                    cp_async_16(ring + filling + i, from + i, i < left);
+            tile++;
+            from += S::PARTS > 1 && tile % 2 == 1 ? across : on;
+            if (tile == (end - begin) * S::PARTS) {
+                tile = 0, phase++;
+                if (S::PHASES > 1) {
+                    from += i64(begin - end) * columns * PIECES + S::WARPS * SLICE;
+                    left = blocks_of(phase) * PIECES - threadIdx.x % WARP;
+                }
+            }
         }
-        filling = filling + 1 == S::DEPTH ? 0 : filling + 1;
+        filling = filling + SLICE == S::DEPTH * SLICE ? 0 : filling + SLICE;
         cp_async_commit();
     }
 
@@ -109,8 +118,8 @@ struct Stream {
     __device__ __forceinline__ const W* take() {
         cp_async_wait<S::DEPTH - 2>();
         __syncwarp();
-        const W* slice = reinterpret_cast<const W*>(ring + reading * SLICE);
-        reading = reading + 1 == S::DEPTH ? 0 : reading + 1;
+        const W* slice = reinterpret_cast<const W*>(ring + reading - threadIdx.x % WARP);
+        reading = reading + SLICE == S::DEPTH * SLICE ? 0 : reading + SLICE;
         fetch();
         return slice;
     }
