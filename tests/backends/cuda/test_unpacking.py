@@ -21,9 +21,11 @@ from cuplama.ops.binding import bind
 from cuplama.ops.op import ROUNDING
 from cuplama.quant.catalog import CATALOG, random_stored
 from cuplama.quant.weight import Weight
+from cuplama.simt.emulator import precompile
 from tests.fakes import FakeGpu, HostCublas
 
 _N = MAX_PACKED_ROWS + 1
+_MIXED = "int4 g32 ordered + fp8"
 _DTYPES = ("f32", "f16", "bf16")
 CASES: list[Any] = [
     *((name, _DTYPES[i % 3], 37, 200) for i, name in enumerate(CATALOG)),
@@ -37,6 +39,18 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """All instances at once takes less time than one by one."""
+    instances = {
+        f"unpack<{T}, {form.packing.type}>"
+        for formats, T, *_ in [*CASES, (_MIXED, "bf16"), (_MIXED, "f16")]
+        for name in formats.split(" + ")
+        if (form := CATALOG[name.removesuffix(" ordered")]).packing is not None
+    }
+    precompile([("unpack.cu", name) for name in sorted(instances)])
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_weight_is_unpacked_to_its_numbers(case: Any) -> None:
     check_unpacked(EmulatedDevice(), *case)
@@ -46,7 +60,7 @@ def check_unpacked(executor: Executor, formats: str, T: str, m: int, k: int, row
     """The launches before a product of x[65,k] and w[m,k] write the numbers of w, rounded to T. rows: of a slice, a
     multiple of which is 14 rows at most; 0 for all at once."""
     workload = case_workload(OPS["linear"], dict(n=_N, m=m, k=k, b=False, U="T", W=formats), T)
-    sizes = {"_SLICE_ROWS": rows, "SLICE_BYTES": 14 * k * DTYPES[T].itemsize} if rows else {}
+    sizes: dict[str, Any] = {"_SLICE_ROWS": rows, "SLICE_BYTES": 14 * k * DTYPES[T].itemsize} if rows else {}
     with mock.patch.multiple(unpacking, **sizes) if sizes else nullcontext():
         (way,) = planning._ways(workload.bind())
     weight: Any = workload.ins[1]
@@ -91,7 +105,7 @@ def test_many_rows_are_multiplied_by_cublas(
         monkeypatch.setattr(unpacking, "_SLICE_ROWS", 16)
         monkeypatch.setattr(unpacking, "SLICE_BYTES", 16 * 72 * 2)
     backend = CudaBackend(T, gpu=FakeGpu(emulate=True, cublas=HostCublas()))
-    case = dict(n=_N, m=40, k=72, b=bias, U="T" if T == U else "f32", W="int4 g32 ordered + fp8")
+    case = dict(n=_N, m=40, k=72, b=bias, U="T" if T == U else "f32", W=_MIXED)
     workload = case_workload(OPS[op], case, T)
     ins = [None if x is None else backend.upload(x) for x in workload.ins]
     (y,) = backend.call(OPS[op], ins, workload.attrs)
