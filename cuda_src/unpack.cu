@@ -63,8 +63,9 @@ struct Target {
 };
 
 template <typename T, typename W>
-__global__ void __launch_bounds__(256, 4) unpack(const W* __restrict__ w, const i32* __restrict__ order,
-                                              T* __restrict__ dense, int rows, int first, int end, int to, int k) {
+__global__ void __launch_bounds__(256, W::BITS == 32 ? 2 : 4)
+    unpack(const W* __restrict__ w, const i32* __restrict__ order, T* __restrict__ dense, int rows, int first, int end,
+           int to, int k) {
     const int lane = threadIdx.x % WARP, r = lane / 4, t = lane % 4;
     const int wide = W::columns(k), block = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (block >= wide) return;
