@@ -13,7 +13,7 @@
 // more than some 130 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is dealt to
 // them in contiguous slices of BLOCKS packed blocks. So a warp meets the same elements of x in every tile and keeps them in
 // registers. Where a slice would be too long for that, k goes in PHASES, each through all tiles of the GPU block, whose
-// sums wait in shared memory. Each warp has a ring of DEPTH packed blocks in shared memory, which it fills with
+// sums wait in shared memory. Each warp has a ring of DEPTH slices in shared memory, which it fills with
 // cp.async, 16 bytes a lane, and reads without any barrier but its own: scales lie in other lanes' copies.
 //
 // Codes become 16-bit floats, exactly but for nf4; tensor cores add up a group of columns in f32, and only then comes the
@@ -21,9 +21,9 @@
 // with ones. The scale of a whole row comes last of all. One row of x (ROWS 1) stands in all eight columns of the B.
 // With T = f32, or before sm_80, the same goes by multiply-adds on floats, with x in shared memory.
 //
-// After every two units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those of
+// After every STEP units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those of
 // an element of y in the order of the warps: results are the same in every run. There are two places for the sums, which
-// take turns: one barrier every two units. Before the wait for earlier kernels only weights are read.
+// take turns: one barrier every STEP units. Before the wait for earlier kernels only weights are read.
 //
 // order: where the columns of w lie in x (act-order), read with ORDERED only.
 //
@@ -151,29 +151,30 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
     }
 }
 
-template <typename T, typename U, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, bool ORDERED>
+template <typename T, typename U, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
+          bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed(const T* x, const W* __restrict__ w, const T* __restrict__ b, const i32* __restrict__ order, U* y,
                   int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, NO_NORM>(
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, bool ORDERED>
+template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP, bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b,
                       const i32* __restrict__ order, f32* y, int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
     const i64 at = i64(first) * m + column;
     const Output<T, f32> out = {y + at, a + at, b == nullptr ? b : b + column, min(n - first, 8), m, rows};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, NO_NORM>(
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
           bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_linear_packed(const f32* x, const T* __restrict__ g, const W* __restrict__ w, const T* __restrict__ b,
@@ -182,11 +183,11 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     const T* h = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, RMS_NORM>(x + i64(first) * k, g, h, order, w,
-                                                                                     k, eps, out, [] { pdl_wait(); });
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, RMS_NORM>(
+        x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
           bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     layer_norm_linear_packed(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const W* __restrict__ w,
@@ -194,6 +195,6 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
                              int rows, int column, int k, f32 eps) {
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, LAYER_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, LAYER_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }

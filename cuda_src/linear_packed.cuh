@@ -17,18 +17,19 @@ constexpr bool TENSOR = false;
 #endif
 
 // The constants of a launch. ROWS: of x, 1 or up to 8; WARPS: of a block; BLOCKS: of columns, that a warp has of a row of
-// blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; ORDERED: x is read in another order.
-template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_,
+// blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in slices; STEP: units of tiles between two
+// barriers; ORDERED: x is read in another order.
+template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int STEP_,
           bool ORDERED_>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
-    static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_;
+    static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
+                         STEP = STEP_;
     static constexpr bool ORDERED = ORDERED_;
     static constexpr int THREADS = WARPS * WARP, CHUNKS = BLOCKS * BLOCK_CHUNKS;
     static constexpr int PARTS = ACT == SILU_MUL ? 2 : 1;        // sums for an element of y, and tiles of a unit
     static constexpr int TILE = BLOCK_ROWS * ROWS;               // sums of a tile
-    static constexpr int STEP = 2;                               // units between two barriers
     static constexpr int SPAN = WARPS * BLOCKS * BLOCK_COLUMNS;  // columns of a phase
 };
 
@@ -98,7 +99,7 @@ struct Stream {
         if (phase < S::PHASES) {
 #pragma unroll
             for (int i = 0; i < SLICE; i += WARP)
-                if (i + WARP <= SLICE || threadIdx.x % WARP < SLICE % WARP)
+                if (i + WARP <= SLICE || int(threadIdx.x % WARP) < SLICE % WARP)
                     cp_async_16(ring + filling + i, from + i, i < left);
             tile++;
             from += S::PARTS > 1 && tile % 2 == 1 ? across : on;

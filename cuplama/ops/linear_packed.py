@@ -13,28 +13,43 @@ from .op import Call
 from .signature import OpError
 from .weights import SegmentLike
 
-__all__ = ["MAX_FEW_ROWS", "plan_packed"]
+__all__ = ["MAX_FEW_ROWS", "TUNING", "Tuning", "plan_packed"]
 
 MAX_FEW_ROWS = 8
 """Rows of x that one launch takes."""
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
-_STEP = 2  # units of tiles between two barriers; STEP in linear_packed.cuh
 _RESERVED_BYTES = 5 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
 
-# What to try where a kernel is too slow:
-# - How the warps of a GPU block divide a row of blocks: the most warps, and the most packed blocks of columns that one has
-#   in a phase (8 chunks of x each, 16 registers; longer rows go in phases). The first is taken that leaves room
-#   for a ring. Many warps have short slices and drain the ring faster.
-_DIVISIONS = ((16, 4), (16, 2), (16, 1), (8, 2), (8, 1), (4, 1))
-_NORMED_BLOCKS = 2  # at most, of 8 rows of x that are normalised: each thread holds them in registers before
-_STAGED_DIVISIONS = ((8, 1), (4, 1))  # without tensor cores: x of a phase is in shared memory, as float32
-# - The ring of a warp, in slices of a tile, and of all warps, in bytes: what is on its way from memory.
-_MIN_DEPTH, _MAX_DEPTH = 2, 6
-_MAX_RING_BYTES = 64 << 10
-# - Whether a GPU block has a multiprocessor for itself, so that those of the next kernel are dealt out evenly.
-_ALONE = True
 
+@dataclass(frozen=True)
+class Tuning:
+    """What decides how fast the kernels are.
+
+    divisions: how the warps of a GPU block divide a row of blocks: the most warps, and the most packed blocks that one
+    has in a phase (8 chunks of x each, 16 registers; longer rows go in phases). The first is taken that leaves room for
+    a ring. Many warps have short slices and drain the ring faster. flight: bytes that a GPU block has asked for ahead
+    of what it multiplies, where a slice for each warp is not more. steps: units of tiles between two barriers, for
+    one row of x and for several. alone: whether a GPU block has a multiprocessor for itself, so that those of the next
+    kernel are dealt out evenly; else the next kernel's may begin to read beside it, if registers allow it.
+    """
+
+    divisions: tuple[tuple[int, int], ...] = ((16, 4), (16, 2), (16, 1), (8, 2), (8, 1), (4, 1), (2, 1))
+    flight: int = 72 << 10
+    steps: tuple[int, int] = (4, 2)
+    alone: bool = True
+
+
+TUNING = Tuning()
+# Registers for x of a phase, and for its sums over groups where a format has offsets: of one row of x, of several.
+_MAX_REGISTERS = (64, 48)
+_STAGED_DIVISIONS = (
+    (8, 1),
+    (4, 1),
+    (2, 1),
+    (1, 1),
+)  # without tensor cores: x of a phase is in shared memory, as float32
+_MIN_DEPTH, _MAX_DEPTH = 2, 6  # slices in a ring
 _PRODUCTS = "products"  # scratch: what silu_mul takes, where it is a launch of its own
 _ACTIVATION_THREADS = 128
 
@@ -59,27 +74,28 @@ def _slices(columns: int, most: int, blocks: int) -> _Slices:
 @dataclass(frozen=True)
 class _Sizes:
     """What shared memory holds. rows: of x; parts: tiles of a unit; units: of a GPU block, at most; staged: bytes of an
-    element of x there."""
+    element of x there; step: units between two barriers."""
 
     rows: int
     parts: int
     units: int
     staged: int
+    step: int
 
     def bytes(self, s: _Slices) -> int:
         """Bytes beside the ring."""
         unit = _BLOCK_ROWS * self.rows * 4 * self.parts  # sums
-        sums = 2 * s.warps * _STEP * unit + (self.units * unit if s.phases > 1 else 0)
+        sums = 2 * s.warps * self.step * unit + (self.units * unit if s.phases > 1 else 0)
         return sums + self.rows * self.staged * (s.warps * s.blocks * _BLOCK_COLUMNS + 16)
 
-    def divide(self, columns: int, block_bytes: int, tensor: bool, normed: bool, room: int) -> tuple[_Slices, int] | None:
+    def divide(
+        self, columns: int, block_bytes: int, divisions: Sequence[tuple[int, int]], flight: int, room: int
+    ) -> tuple[_Slices, int] | None:
         """The division of rows of blocks that leaves room for a ring, and how many slices deep that is."""
-        for most, blocks in _DIVISIONS if tensor else _STAGED_DIVISIONS:
-            if normed and self.rows > 1 and blocks > _NORMED_BLOCKS:
-                continue
+        for most, blocks in divisions:
             s = _slices(columns, most, blocks)
             slot = s.warps * s.blocks * block_bytes
-            depth = min((room - self.bytes(s)) // slot, max(_MIN_DEPTH, _MAX_RING_BYTES // slot), _MAX_DEPTH)
+            depth = min((room - self.bytes(s)) // slot, max(_MIN_DEPTH, 1 + flight // slot), _MAX_DEPTH)
             if depth >= _MIN_DEPTH:
                 return s, depth
         return None
@@ -97,6 +113,7 @@ def _launch(
     segment: tuple[int, SegmentLike],
     column: int,
     constants: Mapping[str, Any],
+    tuning: Tuning,
 ) -> Launch:
     """The launch for up to 8 rows of x from ``first`` on, and one segment of w, whose first row is ``column``."""
     number, weight = segment
@@ -106,28 +123,33 @@ def _launch(
     outs = weight.rows // parts  # columns of y
     units = -(-outs // _BLOCK_ROWS)  # a tile, for silu_mul one of each half
     blocks = min(device.sms, units)
+    step = tuning.steps[rows_of_x > 1]
     levels = 2 if normed and constants.get("U") == "f32" else 1
-    sizes = _Sizes(rows_of_x, parts, -(-units // blocks), (2 * levels if normed else 0) if tensor else 4)
-    block_bytes = weight.format.packing.block_bytes
+    sizes = _Sizes(rows_of_x, parts, -(-units // blocks), (2 * levels if normed else 0) if tensor else 4, step)
     room = device.shared - _RESERVED_BYTES
-    divided = sizes.divide(-(-k // _BLOCK_COLUMNS), block_bytes, tensor, normed, room)
+    packing = weight.format.packing
+    each = 16 * levels + (2 * packing.groups if {"offset", "super_least"} & dict(packing.parts).keys() else 0)
+    most = _MAX_REGISTERS[rows_of_x > 1]
+    divisions = tuple(d for d in tuning.divisions if d[1] * each <= most) if tensor else _STAGED_DIVISIONS
+    divided = sizes.divide(-(-k // _BLOCK_COLUMNS), packing.block_bytes, divisions, tuning.flight, room)
     if divided is None:
         raise OpError(f"{call.op.name}: {device.shared} bytes of shared memory are too few for {weight.format.name}")
     slices, depth = divided
-    shared = depth * slices.warps * slices.blocks * block_bytes + sizes.bytes(slices)
+    shared = depth * slices.warps * slices.blocks * packing.block_bytes + sizes.bytes(slices)
     return Launch(
         f"linear_packed.cu:{kernel}_packed",
         (blocks,),
         (32 * slices.warps,),
-        max(shared, device.shared // 2) if _ALONE else shared,
+        max(shared, device.shared // 2) if tuning.alone else shared,
         constants={
             **constants,
-            "W": weight.format.packing.type,
+            "W": packing.type,
             "ROWS": rows_of_x,
             "WARPS": slices.warps,
             "BLOCKS": slices.blocks,
             "PHASES": slices.phases,
             "DEPTH": depth,
+            "STEP": step,
             "ORDERED": weight.order is not None,
             "first": first,
             "rows": outs,
@@ -138,7 +160,12 @@ def _launch(
 
 
 def plan_packed(
-    kernel: str, call: Call, device: Device, segments: Sequence[SegmentLike], constants: Mapping[str, Any]
+    kernel: str,
+    call: Call,
+    device: Device,
+    segments: Sequence[SegmentLike],
+    constants: Mapping[str, Any],
+    tuning: Tuning = TUNING,
 ) -> Plan:
     """Launches of a kernel of linear_packed.cu: for each 8 rows of x, one for each segment of w.
 
@@ -154,14 +181,12 @@ def plan_packed(
     for first in range(0, n, MAX_FEW_ROWS):
         column = 0
         for i, segment in enumerate(segments):
-            launch = _launch(kernel, call, device, first, (i, segment), column, constants)
+            launch = _launch(kernel, call, device, first, (i, segment), column, constants, tuning)
             launches.append(replace(launch, names={**launch.names, "y": _PRODUCTS}) if apart else launch)
             column += segment.rows
     if not apart:
         return Plan(tuple(launches))
     grid = (n, -(-m // (8 * _ACTIVATION_THREADS)))
     names = {"x": _PRODUCTS}
-    launches.append(
-        Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), constants={"f": m}, names=names)
-    )
+    launches.append(Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), constants={"f": m}, names=names))
     return Plan(tuple(launches), {_PRODUCTS: ((n, 2 * m), dtype_name(call.dtypes["T"]))})
