@@ -137,11 +137,6 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
         wait();
         rows.measure(eps);
         multiply_rows(stream, rows, factors, out);
-    } else if constexpr (NORM == NO_NORM) {
-        const PlainRows<S> rows(x, order, k, out.count);
-        Factors<S, 1> factors;
-        wait();
-        multiply_rows(stream, rows, factors, out);
     } else {
         SharedRows<S, NORM, LEVELS, false, X, T> rows(x, g, h, order, k, out.count, stream.staged());
         Factors<S, LEVELS> factors;
@@ -151,20 +146,20 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
     }
 }
 
-template <typename T, typename U, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
           bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W>)
     linear_packed(const T* x, const W* __restrict__ w, const T* __restrict__ b, const i32* __restrict__ order, U* y,
                   int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP, bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W>)
     linear_add_packed(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b,
                       const i32* __restrict__ order, f32* y, int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
@@ -176,7 +171,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
           bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W>)
     rms_norm_linear_packed(const f32* x, const T* __restrict__ g, const W* __restrict__ w, const T* __restrict__ b,
                            const i32* __restrict__ order, U* y, int n, int first, int m, int rows, int column, int k,
                            f32 eps) {
@@ -189,7 +184,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
           bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W>)
     layer_norm_linear_packed(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const W* __restrict__ w,
                              const T* __restrict__ b, const i32* __restrict__ order, U* y, int n, int first, int m,
                              int rows, int column, int k, f32 eps) {
