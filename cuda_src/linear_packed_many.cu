@@ -1,0 +1,221 @@
+// linear_packed_many        y[n,m] = x w^T + b        for up to 64 rows of x, on packed weights (formats.cuh)
+// linear_add_packed_many    y[n,m] = a + x w^T + b    a, y: f32 (the residual stream)
+//
+//   x [n,k], b [m] (may be null): T, 16 bits; y: U (T or f32)
+//   w: of `rows` rows, which make the columns of y from `column` on; the scales of whole rows follow its blocks
+//   partial [blocks of the grid][2][TEAMS][SUMS][WARP] f32: sums of bands that blocks share
+//   arrivals [bands][TEAMS] u32: zero before and after
+//   A launch takes the rows first .. first + 8 NTILES - 1 of x, as far as there are so many.
+#include "linear_packed_many.cuh"
+
+constexpr int STRIDE = SPAN + CHUNK;  // of a row of x in shared memory: 8 bytes of 4 rows at a time meet all banks once
+
+// Columns whose products are added up before their scale comes in: a group, or the part of it that a slice has.
+template <typename S, typename W>
+constexpr int RUN = W::GROUP == 0 || W::GROUP > SPAN / S::SLICES ? SPAN / S::SLICES : W::GROUP;
+
+template <typename S, typename W>
+struct Room {
+    static constexpr int X = S::ROWS * STRIDE * 2, STAGE = X + S::BAND * int(sizeof(W));
+    static constexpr int SLICES = (S::SLICES - 1) * S::TEAMS * S::SUMS * WARP * 4;
+};
+
+// The rows of x: SPAN columns at a time.
+template <typename S, typename T>
+struct Rows {
+    static constexpr int VECTORS = SPAN / 8, STEP = S::THREADS / VECTORS;  // rows that the block copies at once
+    const T* from;                                                         // of this thread: the first of its vectors
+    int n, k, column, left;
+    bool vectorized;
+
+    __device__ __forceinline__ Rows(const T* x, int n, int k, const Work& work)
+        : n(n), k(k), left(work.end - work.begin), vectorized(aligned(x) && k % 8 == 0) {
+        from = x + i64(threadIdx.x / VECTORS) * k;
+        column = work.begin % work.blocks * SPAN + threadIdx.x % VECTORS * 8;
+    }
+
+    __device__ __forceinline__ void fetch(T* to) {
+        if (left-- <= 0) return;
+        const int row = threadIdx.x / VECTORS;
+        to += row * STRIDE + threadIdx.x % VECTORS * 8;
+#pragma unroll
+        for (int i = 0; i < S::ROWS; i += STEP) {
+            if (S::ROWS % STEP != 0 && row + i >= S::ROWS) continue;
+            const T* source = from + i64(i) * k + column;
+            const bool there = row + i < n;
+            if (vectorized) {
+                cp_async_16(to + i * STRIDE, source, there && column < k);
+            } else {
+#pragma unroll 1
+                for (int j = 0; j < 8; j++)
+                    to[i * STRIDE + j] = there && column + j < k ? source[j] : from_float<T>(0.f);
+            }
+        }
+        column += SPAN;
+        if (column - int(threadIdx.x % VECTORS * 8) >= k) column = threadIdx.x % VECTORS * 8;
+    }
+};
+
+__device__ __forceinline__ u32 ones(bf16) { return 0x3f803f80; }
+__device__ __forceinline__ u32 ones(f16) { return 0x3c003c00; }
+
+// This lane's share of a product's B: of row lane / 4 of x the columns 4t .. 4t+3 of a chunk.
+template <typename T>
+__device__ __forceinline__ void load_columns(const T* x, u32 (&b)[2]) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(x);
+    b[0] = bits.x, b[1] = bits.y;
+}
+
+// sums [runs][ROWS] of x over each run of a stage, which offsets are multiplied with.
+template <typename S, typename W, typename T>
+__device__ __forceinline__ void sum_runs(const T* x, f32* sums) {
+    constexpr int LENGTH = RUN<S, W>, RUNS = SPAN / LENGTH;
+    const int lane = threadIdx.x % WARP;
+    const u32 one[4] = {ones(T()), ones(T()), ones(T()), ones(T())};
+    for (int i = threadIdx.x / WARP; i < RUNS * S::NTILES; i += S::WARPS) {
+        const int run = i / S::NTILES, j = i % S::NTILES;
+        const T* from = x + (j * 8 + lane / 4) * STRIDE + lane % 4 * 4 + run * LENGTH;
+        float sum[4] = {};
+#pragma unroll
+        for (int c = 0; c < LENGTH / CHUNK; c++) {
+            u32 b[2];
+            load_columns(from + c * CHUNK, b);
+            multiply(sum, one, b, T());
+        }
+        if (lane < 4) store<2>(sums + run * S::ROWS + j * 8 + lane * 2, Pack<f32, 2>{sum[0], sum[1]});
+    }
+}
+
+// total += of one run the sums, scaled.
+template <typename S, typename W>
+__device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS],
+                                        const unsigned char* tiles, int group, const f32* sums) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < S::TILES; i++) {
+        float scale[2], offset[2];
+        group_scale(static_cast<const W*>(nullptr), tiles + i * sizeof(W), group, scale, offset);
+#pragma unroll
+        for (int j = 0; j < S::NTILES; j++) {
+            Pack<f32, 2> sum;
+            if (W::OFFSET) sum = load<2>(sums + j * 8 + t * 2);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int at = (i * S::NTILES + j) * 4 + e;
+                total[at] += scale[e / 2] * acc[at];
+                if (W::OFFSET) total[at] += offset[e / 2] * sum.v[e % 2];
+            }
+        }
+    }
+}
+
+// total += the products of this warp's part of a stage. tiles: of its team; x: of the stage.
+template <typename S, typename W, typename T>
+__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const unsigned char* tiles, const T* x,
+                                              const f32* sums) {
+    constexpr int LENGTH = RUN<S, W>, CHUNKS = SPAN / CHUNK / S::SLICES;
+    const int lane = threadIdx.x % WARP, slice = threadIdx.x / WARP % S::SLICES;
+    x += lane / 4 * STRIDE + lane % 4 * 4 + slice * (SPAN / S::SLICES);
+    float acc[S::SUMS];
+#pragma unroll
+    for (int half = 0; half < CHUNKS / 4; half++) {
+        Half<W> codes[S::TILES];
+#pragma unroll
+        for (int i = 0; i < S::TILES; i++)
+            codes[i] = Half<W>(tiles + i * sizeof(W), slice * (CHUNKS / 4) + half);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const int chunk = half * 4 + c;
+            if (W::GROUP != 0 && chunk * CHUNK % LENGTH == 0) {
+#pragma unroll
+                for (int i = 0; i < S::SUMS; i++) acc[i] = 0.f;
+            }
+            u32 a[S::TILES][4];
+#pragma unroll
+            for (int i = 0; i < S::TILES; i++) codes[i].fragment(c, a[i], T());
+#pragma unroll
+            for (int j = 0; j < S::NTILES; j++) {
+                u32 b[2];
+                load_columns(x + j * 8 * STRIDE + chunk * CHUNK, b);
+#pragma unroll
+                for (int i = 0; i < S::TILES; i++) {
+                    float(&d)[4] = *reinterpret_cast<float(*)[4]>((W::GROUP ? acc : total) + (i * S::NTILES + j) * 4);
+                    multiply(d, a[i], b, T());
+                }
+            }
+            if (W::GROUP != 0 && (chunk + 1) * CHUNK % LENGTH == 0) {
+                const int run = slice * (SPAN / S::SLICES / LENGTH) + chunk * CHUNK / LENGTH;
+                const int group = W::GROUP == LENGTH ? run : run * LENGTH / (W::GROUP ? W::GROUP : 1);
+                add_run<S, W>(total, acc, tiles, group, sums + run * S::ROWS);
+            }
+        }
+    }
+}
+
+// y = a + x w^T + b for one launch. x, out: from its first row on. wait: pdl_wait, which the kernels themselves call.
+template <typename S, typename W, typename T, typename U, typename Wait>
+__device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, U> out, int k, const Wait& wait) {
+    typedef Room<S, W> Place;
+    DYNAMIC_SHARED(unsigned char, memory);
+    f32* slices = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
+    f32* sums = slices + Place::SLICES / 4;
+    const Work work(out.rows, k, S::BAND);
+    const int team = threadIdx.x / WARP / S::SLICES;
+    const auto stage = [&](int slot) { return memory + slot * Place::STAGE; };
+    const auto tiles = [&](int slot) { return stage(slot) + Place::X + team * (S::TILES * int(sizeof(W))); };
+    const auto columns = [&](int slot) { return reinterpret_cast<T*>(stage(slot)); };
+
+    Weights<S, W> weights(w, work);
+#pragma unroll 1
+    for (int slot = 0; slot < S::DEPTH - 1; slot++) weights.fetch(tiles(slot));
+    launch_dependents();
+    if (W::GROUP == 0) out.scales = reinterpret_cast<const f32*>(w + i64(work.tiles) * work.blocks);
+    wait();
+    Rows<S, T> rows(x, out.n, k, work);
+#pragma unroll 1
+    for (int slot = 0; slot < S::DEPTH - 1; slot++) {
+        rows.fetch(columns(slot));
+        cp_async_commit();
+    }
+
+    float total[S::SUMS] = {};
+    int slot = 0, free = S::DEPTH - 1, band = work.begin / work.blocks, left = (band + 1) * work.blocks - work.begin;
+#pragma unroll 1
+    for (int unit = work.begin; unit < work.end; unit++) {
+        cp_async_wait<S::DEPTH - 2>();
+        __syncthreads();
+        weights.fetch(tiles(free));
+        rows.fetch(columns(free));
+        cp_async_commit();
+        if (W::OFFSET) {
+            sum_runs<S, W>(columns(slot), sums);
+            __syncthreads();
+        }
+        multiply_unit<S, W>(total, tiles(slot), columns(slot), sums);
+        if (--left == 0 || unit == work.end - 1) {
+            finish<S>(total, out, work, band, slices);
+            band++, left = work.blocks;
+        }
+        free = slot;
+        slot = slot + 1 == S::DEPTH ? 0 : slot + 1;
+    }
+}
+
+template <typename T, typename U, typename W, int NTILES, int TILES, int WARPS, int SLICES, int DEPTH>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_packed_many(const T* x, const W* __restrict__ w, const T* __restrict__ b, U* y, f32* partial, u32* arrivals,
+                       int n, int first, int column, int rows, int m, int k) {
+    const Output<T, U> out = {nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column),
+                              partial, arrivals,                      n - first, m, rows};
+    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+}
+
+template <typename T, typename W, int NTILES, int TILES, int WARPS, int SLICES, int DEPTH>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_add_packed_many(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y,
+                           f32* partial, u32* arrivals, int n, int first, int column, int rows, int m, int k) {
+    const i64 from = i64(first) * m + column;
+    const Output<T, f32> out = {nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals,
+                                n - first, m, rows};
+    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+}
