@@ -1,0 +1,235 @@
+// What linear_packed_many.cu computes, on Hopper's tensor cores (sm_90a alone).
+#include "linear_packed_many.cuh"
+
+constexpr int GROUP = 128;  // threads of a warpgroup
+constexpr int PANEL = 64;   // columns of x in a row of 128 bytes
+
+template <int N>
+__device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, bool add, f16) {
+    wgmma_rows_f16(d, a, b, add);
+}
+template <int N>
+__device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, bool add, bf16) {
+    wgmma_rows_bf16(d, a, b, add);
+}
+
+// Columns whose products are added up before their scale comes in.
+template <typename W>
+constexpr int RUN = W::GROUP == 0 || W::GROUP > SPAN / 2 ? SPAN / 2 : W::GROUP;
+
+template <typename S, typename W>
+struct Room {
+    static constexpr int X = S::ROWS * SPAN * 2, STAGE = S::BAND * int(sizeof(W)), SUMS = SPAN / RUN<W> * S::ROWS;
+};
+
+// SPAN columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1, 3, 5, 7,
+// as the lanes have them of w.
+template <typename S, typename T>
+struct Rows {
+    static constexpr int ITEMS = (S::ROWS * SPAN / CHUNK + S::THREADS - 1) / S::THREADS;  // chunks of a thread
+    const T* x;
+    int n, k, column, left;
+    bool vectorized;
+    Pack<u32, 8> chunk[ITEMS];
+
+    __device__ __forceinline__ Rows(const T* x, int n, int k, const Work& work)
+        : x(x), n(n), k(k), column(work.begin % work.blocks * SPAN), left(work.end - work.begin),
+          vectorized(aligned(x) && k % 8 == 0) {}
+
+    // Of item i: its row, and which chunk. Four lanes have chunks side by side, and the next four those of the row below:
+    // so they write to all banks at once.
+    static __device__ __forceinline__ int row(int i) { return (threadIdx.x + i * S::THREADS) / 4 % S::ROWS; }
+    static __device__ __forceinline__ int place(int i) {
+        const int item = threadIdx.x + i * S::THREADS;
+        return item / (4 * S::ROWS) * 4 + item % 4;
+    }
+    static __device__ __forceinline__ bool there(int i) {
+        return S::ROWS * (SPAN / CHUNK) % S::THREADS == 0 || place(i) < SPAN / CHUNK;
+    }
+
+    __device__ __forceinline__ void load() {
+        if (left-- <= 0) return;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int at = column + place(i) * CHUNK;
+            const T* from = x + i64(row(i)) * k + at;
+            const bool mine = there(i) && row(i) < n;
+#pragma unroll
+            for (int v = 0; v < 2; v++) {
+                Pack<u32, 4> bits = {};
+                if (vectorized && mine && at + v * 8 < k) bits = ::load<4>(reinterpret_cast<const u32*>(from + v * 8));
+                if (!vectorized && mine) {
+#pragma unroll 1
+                    for (int j = 0; j < 8; j++) {
+                        const T element = at + v * 8 + j < k ? from[v * 8 + j] : from_float<T>(0.f);
+                        unsigned short low;
+                        memcpy(&low, &element, 2);
+#pragma unroll
+                        for (int e = 0; e < 3; e++) bits.v[e] = bits.v[e] >> 16 | bits.v[e + 1] << 16;
+                        bits.v[3] = bits.v[3] >> 16 | u32(low) << 16;
+                    }
+                }
+#pragma unroll
+                for (int e = 0; e < 4; e++) chunk[i].v[v * 4 + e] = bits.v[e];
+            }
+        }
+        column += SPAN;
+        if (column >= k) column = 0;
+    }
+
+    // To a stage, and to sums [runs][ROWS] what each row adds up to over a run, which offsets are multiplied with.
+    template <bool OFFSET, int LENGTH>
+    __device__ __forceinline__ void store(T* to, f32* sums) const {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const u32(&v)[8] = chunk[i].v;
+            if (there(i)) {
+                T* panel = to + place(i) / 4 * (S::ROWS * PANEL) + row(i) * PANEL;
+                const int vector = place(i) % 4 * 2, turn = row(i) % 8;
+                ::store<4>(reinterpret_cast<u32*>(panel + (vector ^ turn) * 8), Pack<u32, 4>{v[0], v[2], v[4], v[6]});
+                ::store<4>(reinterpret_cast<u32*>(panel + ((vector + 1) ^ turn) * 8),
+                           Pack<u32, 4>{v[1], v[3], v[5], v[7]});
+            }
+            if (OFFSET) {
+                float sum = 0.f;
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    T pair[2];
+                    memcpy(pair, &v[e], 4);
+                    sum += to_float(pair[0]) + to_float(pair[1]);
+                }
+#pragma unroll
+                for (int lanes = 1; lanes < LENGTH / CHUNK; lanes *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+                if (there(i) && place(i) % (LENGTH / CHUNK) == 0)
+                    sums[place(i) / (LENGTH / CHUNK) * S::ROWS + row(i)] = sum;
+            }
+        }
+    }
+};
+
+// total += of one run the sums, scaled.
+template <typename S, typename W>
+__device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS],
+                                        const unsigned char* tile, int group, const f32* sums) {
+    float scale[2], offset[2];
+    group_scale(static_cast<const W*>(nullptr), tile, group, scale, offset);
+#pragma unroll
+    for (int j = 0; j < S::NTILES; j++) {
+        Pack<f32, 2> sum;
+        if (W::OFFSET) sum = load<2>(sums + j * 8 + threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            total[j * 4 + e] += scale[e / 2] * acc[j * 4 + e];
+            if (W::OFFSET) total[j * 4 + e] += offset[e / 2] * sum.v[e % 2];
+        }
+    }
+}
+
+// total += the products of this warp's tile and a stage of x.
+template <typename S, typename W, typename T>
+__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const unsigned char* tile, u64 x,
+                                              const f32* sums) {
+    constexpr int LENGTH = RUN<W>, RUNS = SPAN / LENGTH, EACH = LENGTH / CHUNK;
+    float acc[2][S::SUMS];
+    u32 a[SPAN / CHUNK][4];
+    Half<W> codes;
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+#pragma unroll
+        for (int c = run * EACH; c < (run + 1) * EACH; c++) {
+            if (c % 4 == 0) codes = Half<W>(tile, c / 4);
+            codes.fragment(c % 4, a[c], T());
+            wgmma_fence();
+            const u64 b = x + (c / 4 * (S::ROWS * PANEL * 2) + c % 4 * (CHUNK * 2)) / 16;
+            if (W::GROUP == 0)
+                multiply_rows_of(total, a[c], b, true, T());
+            else
+                multiply_rows_of(acc[run % 2], a[c], b, c > run * EACH, T());
+        }
+        wgmma_commit();
+        if (W::GROUP != 0 && run > 0) {
+            wgmma_wait<1>();
+            wgmma_done(acc[(run - 1) % 2]);
+            add_run<S, W>(total, acc[(run - 1) % 2], tile, (run - 1) * LENGTH / (W::GROUP ? W::GROUP : 1),
+                          sums + (run - 1) * S::ROWS);
+        }
+    }
+    wgmma_wait<0>();
+    if (W::GROUP != 0) {
+        wgmma_done(acc[(RUNS - 1) % 2]);
+        add_run<S, W>(total, acc[(RUNS - 1) % 2], tile, (RUNS - 1) * LENGTH / (W::GROUP ? W::GROUP : 1),
+                      sums + (RUNS - 1) * S::ROWS);
+    } else {
+        wgmma_done(total);
+    }
+}
+
+// y = a + x w^T + b for one launch. x, out: from its first row on. wait: pdl_wait, which the kernels themselves call.
+template <typename S, typename W, typename T, typename U, typename Wait>
+__device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, U> out, int k, const Wait& wait) {
+    typedef Room<S, W> Place;
+    DYNAMIC_SHARED(unsigned char, raw);
+    unsigned char* memory = raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024;
+    unsigned char* ring = memory + 2 * Place::X;
+    f32* sums = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
+    const Work work(out.rows, k, S::BAND);
+    const auto tile = [&](int slot) {
+        return ring + slot * Place::STAGE + threadIdx.x / WARP * int(sizeof(W));
+    };
+    const auto columns = [&](int turn) { return reinterpret_cast<T*>(memory + turn * Place::X); };
+
+    Weights<S, W> weights(w, work);
+#pragma unroll 1
+    for (int slot = 0; slot < S::DEPTH - 1; slot++) {
+        weights.fetch(tile(slot));
+        cp_async_commit();
+    }
+    launch_dependents();
+    if (W::GROUP == 0) out.scales = reinterpret_cast<const f32*>(w + i64(work.tiles) * work.blocks);
+    wait();
+    Rows<S, T> rows(x, out.n, k, work);
+    rows.load();
+    rows.template store<W::OFFSET, RUN<W>>(columns(0), sums);
+
+    float total[S::SUMS] = {};
+    int slot = 0, free = S::DEPTH - 1, turn = 0;
+    int band = work.begin / work.blocks, left = (band + 1) * work.blocks - work.begin;
+    const u64 matrix = wgmma_matrix(memory, 1);
+#pragma unroll 1
+    for (int unit = work.begin; unit < work.end; unit++) {
+        rows.load();
+        cp_async_wait<S::DEPTH - 2>();
+        fence_proxy_async();
+        __syncthreads();
+        weights.fetch(tile(free));
+        cp_async_commit();
+        multiply_unit<S, W, T>(total, tile(slot), matrix + turn * (Place::X / 16), sums + turn * Place::SUMS);
+        turn ^= 1;
+        rows.template store<W::OFFSET, RUN<W>>(columns(turn), sums + turn * Place::SUMS);
+        if (--left == 0 || unit == work.end - 1) {
+            finish<S>(total, out, work, band, static_cast<f32*>(nullptr));
+            band++, left = work.blocks;
+        }
+        free = slot;
+        slot = slot + 1 == S::DEPTH ? 0 : slot + 1;
+    }
+}
+
+template <typename T, typename U, typename W, int NTILES, int WARPS, int DEPTH>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_packed_many_wgmma(const T* x, const W* __restrict__ w, const T* __restrict__ b, U* y, f32* partial,
+                             u32* arrivals, int n, int first, int column, int rows, int m, int k) {
+    const Output<T, U> out = {nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column),
+                              partial, arrivals,                      n - first, m, rows};
+    multiply_rows<Shape<NTILES, 1, WARPS, 1, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+}
+
+template <typename T, typename W, int NTILES, int WARPS, int DEPTH>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_add_packed_many_wgmma(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y,
+                                 f32* partial, u32* arrivals, int n, int first, int column, int rows, int m, int k) {
+    const i64 from = i64(first) * m + column;
+    const Output<T, f32> out = {nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals,
+                                n - first, m, rows};
+    multiply_rows<Shape<NTILES, 1, WARPS, 1, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+}
