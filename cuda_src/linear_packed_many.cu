@@ -8,11 +8,11 @@
 //   A launch takes the rows first .. first + 8 NTILES - 1 of x, as far as there are so many.
 #include "linear_packed_many.cuh"
 
-constexpr int STRIDE = SPAN + CHUNK;  // of a row of x in shared memory: 8 bytes of 4 rows at a time meet all banks once
+constexpr int STRIDE = BLOCK_COLUMNS + CHUNK_COLUMNS;  // of a row of x in shared memory: 8 bytes of 4 rows at a time meet all banks once
 
 // Columns whose products are added up before their scale comes in: a group, or the part of it that a slice has.
 template <typename S, typename W>
-constexpr int RUN = W::GROUP == 0 || W::GROUP > SPAN / S::SLICES ? SPAN / S::SLICES : W::GROUP;
+constexpr int RUN = W::GROUP == 0 || W::GROUP > BLOCK_COLUMNS / S::SLICES ? BLOCK_COLUMNS / S::SLICES : W::GROUP;
 
 template <typename S, typename W>
 struct Room {
@@ -20,10 +20,10 @@ struct Room {
     static constexpr int SLICES = (S::SLICES - 1) * S::TEAMS * S::SUMS * WARP * 4;
 };
 
-// The rows of x: SPAN columns at a time.
+// The rows of x: BLOCK_COLUMNS columns at a time.
 template <typename S, typename T>
 struct Rows {
-    static constexpr int VECTORS = SPAN / 8, STEP = S::THREADS / VECTORS;  // rows that the block copies at once
+    static constexpr int VECTORS = BLOCK_COLUMNS / 8, STEP = S::THREADS / VECTORS;  // rows that the block copies at once
     const T* from;                                                         // of this thread: the first of its vectors
     int n, k, column, left;
     bool vectorized;
@@ -31,7 +31,7 @@ struct Rows {
     __device__ __forceinline__ Rows(const T* x, int n, int k, const Work& work)
         : n(n), k(k), left(work.end - work.begin), vectorized(aligned(x) && k % 8 == 0) {
         from = x + i64(threadIdx.x / VECTORS) * k;
-        column = work.begin % work.blocks * SPAN + threadIdx.x % VECTORS * 8;
+        column = work.begin % work.blocks * BLOCK_COLUMNS + threadIdx.x % VECTORS * 8;
     }
 
     __device__ __forceinline__ void fetch(T* to) {
@@ -51,7 +51,7 @@ struct Rows {
                     to[i * STRIDE + j] = there && column + j < k ? source[j] : from_float<T>(0.f);
             }
         }
-        column += SPAN;
+        column += BLOCK_COLUMNS;
         if (column - int(threadIdx.x % VECTORS * 8) >= k) column = threadIdx.x % VECTORS * 8;
     }
 };
@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_columns(const T* x, u32 (&b)[2]) {
 // sums [runs][ROWS] of x over each run of a stage, which offsets are multiplied with.
 template <typename S, typename W, typename T>
 __device__ __forceinline__ void sum_runs(const T* x, f32* sums) {
-    constexpr int LENGTH = RUN<S, W>, RUNS = SPAN / LENGTH;
+    constexpr int LENGTH = RUN<S, W>, RUNS = BLOCK_COLUMNS / LENGTH;
     const int lane = threadIdx.x % WARP;
     const u32 one[4] = {ones(T()), ones(T()), ones(T()), ones(T())};
     for (int i = threadIdx.x / WARP; i < RUNS * S::NTILES; i += S::WARPS) {
@@ -77,9 +77,9 @@ __device__ __forceinline__ void sum_runs(const T* x, f32* sums) {
         const T* from = x + (j * 8 + lane / 4) * STRIDE + lane % 4 * 4 + run * LENGTH;
         float sum[4] = {};
 #pragma unroll
-        for (int c = 0; c < LENGTH / CHUNK; c++) {
+        for (int c = 0; c < LENGTH / CHUNK_COLUMNS; c++) {
             u32 b[2];
-            load_columns(from + c * CHUNK, b);
+            load_columns(from + c * CHUNK_COLUMNS, b);
             multiply(sum, one, b, T());
         }
         if (lane < 4) store<2>(sums + run * S::ROWS + j * 8 + lane * 2, Pack<f32, 2>{sum[0], sum[1]});
@@ -89,12 +89,11 @@ __device__ __forceinline__ void sum_runs(const T* x, f32* sums) {
 // total += of one run the sums, scaled.
 template <typename S, typename W>
 __device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS],
-                                        const unsigned char* tiles, int group, const f32* sums) {
-    const int t = threadIdx.x % 4;
+                                        const W* tiles, int group, const f32* sums) {
+    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < S::TILES; i++) {
-        float scale[2], offset[2];
-        group_scale(static_cast<const W*>(nullptr), tiles + i * sizeof(W), group, scale, offset);
+        const Two32 scale = tiles[i].scales(group, r), offset = tiles[i].offsets(group, r);
 #pragma unroll
         for (int j = 0; j < S::NTILES; j++) {
             Pack<f32, 2> sum;
@@ -102,8 +101,8 @@ __device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&a
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int at = (i * S::NTILES + j) * 4 + e;
-                total[at] += scale[e / 2] * acc[at];
-                if (W::OFFSET) total[at] += offset[e / 2] * sum.v[e % 2];
+                total[at] += scale.v[e / 2] * acc[at];
+                if (W::OFFSET) total[at] += offset.v[e / 2] * sum.v[e % 2];
             }
         }
     }
@@ -111,43 +110,42 @@ __device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&a
 
 // total += the products of this warp's part of a stage. tiles: of its team; x: of the stage.
 template <typename S, typename W, typename T>
-__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const unsigned char* tiles, const T* x,
+__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* tiles, const T* x,
                                               const f32* sums) {
-    constexpr int LENGTH = RUN<S, W>, CHUNKS = SPAN / CHUNK / S::SLICES;
+    constexpr int CHUNKS = BLOCK_CHUNKS / S::SLICES, EACH = RUN<S, W> / CHUNK_COLUMNS;
     const int lane = threadIdx.x % WARP, slice = threadIdx.x / WARP % S::SLICES;
-    x += lane / 4 * STRIDE + lane % 4 * 4 + slice * (SPAN / S::SLICES);
+    x += lane / 4 * STRIDE + lane % 4 * 4 + slice * (BLOCK_COLUMNS / S::SLICES);
     float acc[S::SUMS];
+    u32 minus[S::TILES][2];
 #pragma unroll
     for (int half = 0; half < CHUNKS / 4; half++) {
-        Half<W> codes[S::TILES];
+        typename W::Words codes[S::TILES];
 #pragma unroll
-        for (int i = 0; i < S::TILES; i++)
-            codes[i] = Half<W>(tiles + i * sizeof(W), slice * (CHUNKS / 4) + half);
+        for (int i = 0; i < S::TILES; i++) codes[i] = half_lane(tiles[i], slice * (CHUNKS / 4) + half);
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            const int chunk = half * 4 + c;
-            if (W::GROUP != 0 && chunk * CHUNK % LENGTH == 0) {
+            const int chunk = half * 4 + c, run = slice * (CHUNKS / EACH) + chunk / EACH, group = run * EACH / W::GROUP_CHUNKS;
+            if (chunk % EACH == 0) {
 #pragma unroll
-                for (int i = 0; i < S::SUMS; i++) acc[i] = 0.f;
+                for (int i = 0; i < S::SUMS && W::GROUP != 0; i++) acc[i] = 0.f;
+#pragma unroll
+                for (int i = 0; i < S::TILES; i++) tiles[i].template minus<T>(group, lane / 4, minus[i]);
             }
             u32 a[S::TILES][4];
 #pragma unroll
-            for (int i = 0; i < S::TILES; i++) codes[i].fragment(c, a[i], T());
+            for (int i = 0; i < S::TILES; i++) W::template fragment<T>(codes[i], c, minus[i], a[i]);
 #pragma unroll
             for (int j = 0; j < S::NTILES; j++) {
                 u32 b[2];
-                load_columns(x + j * 8 * STRIDE + chunk * CHUNK, b);
+                load_columns(x + j * 8 * STRIDE + chunk * CHUNK_COLUMNS, b);
 #pragma unroll
                 for (int i = 0; i < S::TILES; i++) {
                     float(&d)[4] = *reinterpret_cast<float(*)[4]>((W::GROUP ? acc : total) + (i * S::NTILES + j) * 4);
                     multiply(d, a[i], b, T());
                 }
             }
-            if (W::GROUP != 0 && (chunk + 1) * CHUNK % LENGTH == 0) {
-                const int run = slice * (SPAN / S::SLICES / LENGTH) + chunk * CHUNK / LENGTH;
-                const int group = W::GROUP == LENGTH ? run : run * LENGTH / (W::GROUP ? W::GROUP : 1);
-                add_run<S, W>(total, acc, tiles, group, sums + run * S::ROWS);
-            }
+            if (W::GROUP != 0 && chunk % EACH == EACH - 1)
+                add_run<S>(total, acc, tiles, group, sums + run * S::ROWS);
         }
     }
 }
@@ -162,14 +160,14 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     const Work work(out.rows, k, S::BAND);
     const int team = threadIdx.x / WARP / S::SLICES;
     const auto stage = [&](int slot) { return memory + slot * Place::STAGE; };
-    const auto tiles = [&](int slot) { return stage(slot) + Place::X + team * (S::TILES * int(sizeof(W))); };
+    const auto tiles = [&](int slot) { return reinterpret_cast<W*>(stage(slot) + Place::X) + team * S::TILES; };
     const auto columns = [&](int slot) { return reinterpret_cast<T*>(stage(slot)); };
 
     Weights<S, W> weights(w, work);
 #pragma unroll 1
     for (int slot = 0; slot < S::DEPTH - 1; slot++) weights.fetch(tiles(slot));
     launch_dependents();
-    if (W::GROUP == 0) out.scales = reinterpret_cast<const f32*>(w + i64(work.tiles) * work.blocks);
+    if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     wait();
     Rows<S, T> rows(x, out.n, k, work);
 #pragma unroll 1
@@ -191,7 +189,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
             sum_runs<S, W>(columns(slot), sums);
             __syncthreads();
         }
-        multiply_unit<S, W>(total, tiles(slot), columns(slot), sums);
+        multiply_unit<S>(total, tiles(slot), columns(slot), sums);
         if (--left == 0 || unit == work.end - 1) {
             finish<S>(total, out, work, band, slices);
             band++, left = work.blocks;

@@ -4,11 +4,9 @@
 #define CUPLAMA_LINEAR_PACKED_MANY_CUH
 
 #include "formats.cuh"
+#include "mma.cuh"
 
-constexpr int TILE = 16, SPAN = 128;  // rows and columns of a block of a packed weight
-constexpr int CHUNK = 16;             // columns of a product of the tensor cores
-
-// How the threads share a unit of work, which is BAND tiles of 16 rows of w by SPAN columns.
+// How the threads share a unit of work, which is BAND tiles of 16 rows of w by BLOCK_COLUMNS columns.
 // NTILES: groups of 8 rows of x; TILES: of w, of a warp; SLICES: warps that share their tiles, each with a part of the
 // columns; DEPTH: units in the ring.
 template <int NTILES_, int TILES_, int WARPS_, int SLICES_, int DEPTH_>
@@ -29,7 +27,7 @@ struct Work {
     int begin, end;  // of this block
 
     __device__ __forceinline__ Work(int rows, int k, int band)
-        : blocks((k + SPAN - 1) / SPAN), tiles((rows + TILE - 1) / TILE) {
+        : blocks((k + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), tiles((rows + BLOCK_ROWS - 1) / BLOCK_ROWS) {
         units = u32((tiles + band - 1) / band) * blocks;
         begin = start(blockIdx.x), end = start(blockIdx.x + 1);
     }
@@ -56,11 +54,11 @@ struct Weights {
     }
 
     // Asks for the next unit, if there is one. to: where the team's tiles are in a stage.
-    __device__ __forceinline__ void fetch(unsigned char* to) {
+    __device__ __forceinline__ void fetch(W* tiles_there) {
         if (left <= 0) return;
         left--;
         const int first = threadIdx.x / WARP % S::SLICES * WARP + threadIdx.x % WARP;
-        to += first * 16;
+        unsigned char* to = reinterpret_cast<unsigned char*>(tiles_there) + first * 16;
 #pragma unroll
         for (int t = 0; t < S::TILES; t++) {
             const bool there = tile + t < tiles;
@@ -73,6 +71,26 @@ struct Weights {
         if (++block == blocks) block = 0, tile += S::BAND, from += (S::BAND - 1) * stride;
     }
 };
+
+// The codes of four chunks of a block, the first half or the second: a lane's share, as that of chunks 0 .. 3.
+template <typename W>
+__device__ __forceinline__ typename W::Words half_lane(const W& block, int half) {
+    typedef typename W::Words Words;
+    Words words;
+    const uint4* vectors = reinterpret_cast<const uint4*>(&block) + half * (Words::LOW / 8 * WARP);
+#pragma unroll
+    for (int v = 0; v < Words::LOW / 8; v++) {
+        const uint4 bits = vectors[v * WARP + threadIdx.x % WARP];
+        memcpy(words.low + 4 * v, &bits, 16);
+    }
+    if constexpr (Words::HIGH > 0) {
+        const u32* high = reinterpret_cast<const u32*>(&block) + W::LOW_BYTES / 4;
+#pragma unroll
+        for (int i = 0; i < Words::HIGH / 2; i++)
+            words.high[i] = high[threadIdx.x % WARP * Words::HIGH + half * (Words::HIGH / 2) + i];
+    }
+    return words;
+}
 
 // ---- what becomes of the sums ---------------------------------------------------------------------------------------
 
@@ -162,7 +180,7 @@ __device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const 
     const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < S::TILES * 2; i++) {
-        const int column = (tile + i / 2) * TILE + i % 2 * 8 + r;
+        const int column = (tile + i / 2) * BLOCK_ROWS + i % 2 * 8 + r;
         if (column >= out.rows) continue;
         const float scale = out.scales != nullptr ? out.scales[column] : 1.f;
         const float bias = out.b != nullptr ? to_float(out.b[column]) : 0.f;

@@ -1,7 +1,6 @@
 // What linear_packed_many.cu computes, on Hopper's tensor cores (sm_90a alone).
 #include "linear_packed_many.cuh"
 
-constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int PANEL = 64;   // columns of x in a row of 128 bytes
 
 template <int N>
@@ -15,25 +14,25 @@ __device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4
 
 // Columns whose products are added up before their scale comes in.
 template <typename W>
-constexpr int RUN = W::GROUP == 0 || W::GROUP > SPAN / 2 ? SPAN / 2 : W::GROUP;
+constexpr int RUN = W::GROUP == 0 || W::GROUP > BLOCK_COLUMNS / 2 ? BLOCK_COLUMNS / 2 : W::GROUP;
 
 template <typename S, typename W>
 struct Room {
-    static constexpr int X = S::ROWS * SPAN * 2, STAGE = S::BAND * int(sizeof(W)), SUMS = SPAN / RUN<W> * S::ROWS;
+    static constexpr int X = S::ROWS * BLOCK_COLUMNS * 2, STAGE = S::BAND * int(sizeof(W)), SUMS = BLOCK_COLUMNS / RUN<W> * S::ROWS;
 };
 
-// SPAN columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1, 3, 5, 7,
+// BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1, 3, 5, 7,
 // as the lanes have them of w.
 template <typename S, typename T>
 struct Rows {
-    static constexpr int ITEMS = (S::ROWS * SPAN / CHUNK + S::THREADS - 1) / S::THREADS;  // chunks of a thread
+    static constexpr int ITEMS = (S::ROWS * BLOCK_CHUNKS + S::THREADS - 1) / S::THREADS;  // chunks of a thread
     const T* x;
     int n, k, column, left;
     bool vectorized;
     Pack<u32, 8> chunk[ITEMS];
 
     __device__ __forceinline__ Rows(const T* x, int n, int k, const Work& work)
-        : x(x), n(n), k(k), column(work.begin % work.blocks * SPAN), left(work.end - work.begin),
+        : x(x), n(n), k(k), column(work.begin % work.blocks * BLOCK_COLUMNS), left(work.end - work.begin),
           vectorized(aligned(x) && k % 8 == 0) {}
 
     // Of item i: its row, and which chunk. Four lanes have chunks side by side, and the next four those of the row below:
@@ -44,14 +43,14 @@ struct Rows {
         return item / (4 * S::ROWS) * 4 + item % 4;
     }
     static __device__ __forceinline__ bool there(int i) {
-        return S::ROWS * (SPAN / CHUNK) % S::THREADS == 0 || place(i) < SPAN / CHUNK;
+        return S::ROWS * BLOCK_CHUNKS % S::THREADS == 0 || place(i) < BLOCK_COLUMNS / CHUNK_COLUMNS;
     }
 
     __device__ __forceinline__ void load() {
         if (left-- <= 0) return;
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            const int at = column + place(i) * CHUNK;
+            const int at = column + place(i) * CHUNK_COLUMNS;
             const T* from = x + i64(row(i)) * k + at;
             const bool mine = there(i) && row(i) < n;
 #pragma unroll
@@ -73,7 +72,7 @@ struct Rows {
                 for (int e = 0; e < 4; e++) chunk[i].v[v * 4 + e] = bits.v[e];
             }
         }
-        column += SPAN;
+        column += BLOCK_COLUMNS;
         if (column >= k) column = 0;
     }
 
@@ -99,9 +98,9 @@ struct Rows {
                     sum += to_float(pair[0]) + to_float(pair[1]);
                 }
 #pragma unroll
-                for (int lanes = 1; lanes < LENGTH / CHUNK; lanes *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
-                if (there(i) && place(i) % (LENGTH / CHUNK) == 0)
-                    sums[place(i) / (LENGTH / CHUNK) * S::ROWS + row(i)] = sum;
+                for (int lanes = 1; lanes < LENGTH / CHUNK_COLUMNS; lanes *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+                if (there(i) && place(i) % (LENGTH / CHUNK_COLUMNS) == 0)
+                    sums[place(i) / (LENGTH / CHUNK_COLUMNS) * S::ROWS + row(i)] = sum;
             }
         }
     }
@@ -110,37 +109,41 @@ struct Rows {
 // total += of one run the sums, scaled.
 template <typename S, typename W>
 __device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS],
-                                        const unsigned char* tile, int group, const f32* sums) {
-    float scale[2], offset[2];
-    group_scale(static_cast<const W*>(nullptr), tile, group, scale, offset);
+                                        const W& tile, int group, const f32* sums) {
+    const int r = threadIdx.x % WARP / 4;
+    const Two32 scale = tile.scales(group, r), offset = tile.offsets(group, r);
 #pragma unroll
     for (int j = 0; j < S::NTILES; j++) {
         Pack<f32, 2> sum;
         if (W::OFFSET) sum = load<2>(sums + j * 8 + threadIdx.x % 4 * 2);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            total[j * 4 + e] += scale[e / 2] * acc[j * 4 + e];
-            if (W::OFFSET) total[j * 4 + e] += offset[e / 2] * sum.v[e % 2];
+            total[j * 4 + e] += scale.v[e / 2] * acc[j * 4 + e];
+            if (W::OFFSET) total[j * 4 + e] += offset.v[e / 2] * sum.v[e % 2];
         }
     }
 }
 
 // total += the products of this warp's tile and a stage of x.
 template <typename S, typename W, typename T>
-__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const unsigned char* tile, u64 x,
-                                              const f32* sums) {
-    constexpr int LENGTH = RUN<W>, RUNS = SPAN / LENGTH, EACH = LENGTH / CHUNK;
+__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W& tile, u64 x, const f32* sums, T) {
+    constexpr int EACH = RUN<W> / CHUNK_COLUMNS, RUNS = BLOCK_CHUNKS / EACH;
     float acc[2][S::SUMS];
-    u32 a[SPAN / CHUNK][4];
-    Half<W> codes;
+    u32 a[BLOCK_CHUNKS][4], minus[2];
+    typename W::Words codes;
+    const auto add = [&](int run) {
+        wgmma_done(acc[run % 2]);
+        add_run<S>(total, acc[run % 2], tile, run * EACH / W::GROUP_CHUNKS, sums + run * S::ROWS);
+    };
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
+        tile.template minus<T>(run * EACH / W::GROUP_CHUNKS, threadIdx.x % WARP / 4, minus);
 #pragma unroll
         for (int c = run * EACH; c < (run + 1) * EACH; c++) {
-            if (c % 4 == 0) codes = Half<W>(tile, c / 4);
-            codes.fragment(c % 4, a[c], T());
+            if (c % 4 == 0) codes = half_lane(tile, c / 4);
+            W::template fragment<T>(codes, c % 4, minus, a[c]);
             wgmma_fence();
-            const u64 b = x + (c / 4 * (S::ROWS * PANEL * 2) + c % 4 * (CHUNK * 2)) / 16;
+            const u64 b = x + (c / 4 * (S::ROWS * PANEL * 2) + c % 4 * (CHUNK_COLUMNS * 2)) / 16;
             if (W::GROUP == 0)
                 multiply_rows_of(total, a[c], b, true, T());
             else
@@ -149,19 +152,14 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const uns
         wgmma_commit();
         if (W::GROUP != 0 && run > 0) {
             wgmma_wait<1>();
-            wgmma_done(acc[(run - 1) % 2]);
-            add_run<S, W>(total, acc[(run - 1) % 2], tile, (run - 1) * LENGTH / (W::GROUP ? W::GROUP : 1),
-                          sums + (run - 1) * S::ROWS);
+            add(run - 1);
         }
     }
     wgmma_wait<0>();
-    if (W::GROUP != 0) {
-        wgmma_done(acc[(RUNS - 1) % 2]);
-        add_run<S, W>(total, acc[(RUNS - 1) % 2], tile, (RUNS - 1) * LENGTH / (W::GROUP ? W::GROUP : 1),
-                      sums + (RUNS - 1) * S::ROWS);
-    } else {
+    if (W::GROUP != 0)
+        add(RUNS - 1);
+    else
         wgmma_done(total);
-    }
 }
 
 // y = a + x w^T + b for one launch. x, out: from its first row on. wait: pdl_wait, which the kernels themselves call.
@@ -174,7 +172,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     f32* sums = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
     const Work work(out.rows, k, S::BAND);
     const auto tile = [&](int slot) {
-        return ring + slot * Place::STAGE + threadIdx.x / WARP * int(sizeof(W));
+        return reinterpret_cast<W*>(ring + slot * Place::STAGE) + threadIdx.x / WARP;
     };
     const auto columns = [&](int turn) { return reinterpret_cast<T*>(memory + turn * Place::X); };
 
@@ -185,7 +183,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
         cp_async_commit();
     }
     launch_dependents();
-    if (W::GROUP == 0) out.scales = reinterpret_cast<const f32*>(w + i64(work.tiles) * work.blocks);
+    if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     wait();
     Rows<S, T> rows(x, out.n, k, work);
     rows.load();
@@ -203,7 +201,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
         __syncthreads();
         weights.fetch(tile(free));
         cp_async_commit();
-        multiply_unit<S, W, T>(total, tile(slot), matrix + turn * (Place::X / 16), sums + turn * Place::SUMS);
+        multiply_unit<S>(total, *tile(slot), matrix + turn * (Place::X / 16), sums + turn * Place::SUMS, T());
         turn ^= 1;
         rows.template store<W::OFFSET, RUN<W>>(columns(turn), sums + turn * Place::SUMS);
         if (--left == 0 || unit == work.end - 1) {
