@@ -127,7 +127,7 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* 
             const int chunk = half * 4 + c, run = slice * (CHUNKS / EACH) + chunk / EACH, group = run * EACH / W::GROUP_CHUNKS;
             if (chunk % EACH == 0) {
 #pragma unroll
-                for (int i = 0; i < S::SUMS && W::GROUP != 0; i++) acc[i] = 0.f;
+                for (int i = 0; i < S::SUMS && GROUPED<W>; i++) acc[i] = 0.f;
 #pragma unroll
                 for (int i = 0; i < S::TILES; i++) tiles[i].template minus<T>(group, lane / 4, minus[i]);
             }
@@ -140,11 +140,11 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* 
                 load_columns(x + j * 8 * STRIDE + chunk * CHUNK_COLUMNS, b);
 #pragma unroll
                 for (int i = 0; i < S::TILES; i++) {
-                    float(&d)[4] = *reinterpret_cast<float(*)[4]>((W::GROUP ? acc : total) + (i * S::NTILES + j) * 4);
+                    float(&d)[4] = *reinterpret_cast<float(*)[4]>((GROUPED<W> ? acc : total) + (i * S::NTILES + j) * 4);
                     multiply(d, a[i], b, T());
                 }
             }
-            if (W::GROUP != 0 && chunk % EACH == EACH - 1)
+            if (GROUPED<W> && chunk % EACH == EACH - 1)
                 add_run<S>(total, acc, tiles, group, sums + run * S::ROWS);
         }
     }
@@ -216,4 +216,15 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     const Output<T, f32> out = {nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals,
                                 n - first, m, rows};
     multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+}
+
+// gathered[n,k]: the columns of x in the order in which a weight has them, for a weight whose columns were sorted.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    gather_columns(const T* x, const i32* __restrict__ order, T* gathered, int k) {
+    launch_dependents();
+    const int column = blockIdx.x * blockDim.x + threadIdx.x;
+    const int from = column < k ? order[column] : 0;
+    pdl_wait();
+    if (column < k) gathered[i64(blockIdx.y) * k + column] = x[i64(blockIdx.y) * k + from];
 }

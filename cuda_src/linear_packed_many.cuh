@@ -72,6 +72,10 @@ struct Weights {
     }
 };
 
+// Whether scales come in group by group. Else they come in at the end, if there are any.
+template <typename W>
+constexpr bool GROUPED = W::GROUP != 0 && W::SCALED;
+
 // The codes of four chunks of a block, the first half or the second: a lane's share, as that of chunks 0 .. 3.
 template <typename W>
 __device__ __forceinline__ typename W::Words half_lane(const W& block, int half) {

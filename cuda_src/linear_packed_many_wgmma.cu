@@ -14,11 +14,15 @@ __device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4
 
 // Columns whose products are added up before their scale comes in.
 template <typename W>
-constexpr int RUN = W::GROUP == 0 || W::GROUP > BLOCK_COLUMNS / 2 ? BLOCK_COLUMNS / 2 : W::GROUP;
+constexpr int RUN = GROUPED<W> ? W::GROUP : BLOCK_COLUMNS;
+
+// Columns whose sum the lanes of a row of x find together.
+template <typename W>
+constexpr int PIECE = RUN<W> < PANEL ? RUN<W> : PANEL;
 
 template <typename S, typename W>
 struct Room {
-    static constexpr int X = S::ROWS * BLOCK_COLUMNS * 2, STAGE = S::BAND * int(sizeof(W)), SUMS = BLOCK_COLUMNS / RUN<W> * S::ROWS;
+    static constexpr int X = S::ROWS * BLOCK_COLUMNS * 2, STAGE = S::BAND * int(sizeof(W)), SUMS = BLOCK_COLUMNS / PIECE<W> * S::ROWS;
 };
 
 // BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1, 3, 5, 7,
@@ -76,7 +80,8 @@ struct Rows {
         if (column >= k) column = 0;
     }
 
-    // To a stage, and to sums [runs][ROWS] what each row adds up to over a run, which offsets are multiplied with.
+    // To a stage, and to sums [pieces][ROWS] what each row adds up to over LENGTH columns, which offsets are multiplied
+    // with.
     template <bool OFFSET, int LENGTH>
     __device__ __forceinline__ void store(T* to, f32* sums) const {
 #pragma unroll
@@ -114,8 +119,14 @@ __device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&a
     const Two32 scale = tile.scales(group, r), offset = tile.offsets(group, r);
 #pragma unroll
     for (int j = 0; j < S::NTILES; j++) {
-        Pack<f32, 2> sum;
-        if (W::OFFSET) sum = load<2>(sums + j * 8 + threadIdx.x % 4 * 2);
+        Pack<f32, 2> sum = {};
+        if (W::OFFSET) {
+            sum = load<2>(sums + j * 8 + threadIdx.x % 4 * 2);
+            if (RUN<W> > PIECE<W>) {
+                const Pack<f32, 2> more = load<2>(sums + S::ROWS + j * 8 + threadIdx.x % 4 * 2);
+                sum.v[0] += more.v[0], sum.v[1] += more.v[1];
+            }
+        }
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             total[j * 4 + e] += scale.v[e / 2] * acc[j * 4 + e];
@@ -128,35 +139,35 @@ __device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&a
 template <typename S, typename W, typename T>
 __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W& tile, u64 x, const f32* sums, T) {
     constexpr int EACH = RUN<W> / CHUNK_COLUMNS, RUNS = BLOCK_CHUNKS / EACH;
-    float acc[2][S::SUMS];
+    float acc[RUNS > 1 ? 2 : 1][S::SUMS];
     u32 a[BLOCK_CHUNKS][4], minus[2];
     typename W::Words codes;
     const auto add = [&](int run) {
         wgmma_done(acc[run % 2]);
-        add_run<S>(total, acc[run % 2], tile, run * EACH / W::GROUP_CHUNKS, sums + run * S::ROWS);
+        add_run<S>(total, acc[run % 2], tile, run, sums + run * (RUN<W> / PIECE<W>) * S::ROWS);
     };
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
-        tile.template minus<T>(run * EACH / W::GROUP_CHUNKS, threadIdx.x % WARP / 4, minus);
+        tile.template minus<T>(GROUPED<W> ? run : 0, threadIdx.x % WARP / 4, minus);
 #pragma unroll
         for (int c = run * EACH; c < (run + 1) * EACH; c++) {
             if (c % 4 == 0) codes = half_lane(tile, c / 4);
             W::template fragment<T>(codes, c % 4, minus, a[c]);
             wgmma_fence();
             const u64 b = x + (c / 4 * (S::ROWS * PANEL * 2) + c % 4 * (CHUNK_COLUMNS * 2)) / 16;
-            if (W::GROUP == 0)
+            if (!GROUPED<W>)
                 multiply_rows_of(total, a[c], b, true, T());
             else
                 multiply_rows_of(acc[run % 2], a[c], b, c > run * EACH, T());
         }
         wgmma_commit();
-        if (W::GROUP != 0 && run > 0) {
+        if (GROUPED<W> && run > 0) {
             wgmma_wait<1>();
             add(run - 1);
         }
     }
     wgmma_wait<0>();
-    if (W::GROUP != 0)
+    if (GROUPED<W>)
         add(RUNS - 1);
     else
         wgmma_done(total);
@@ -187,7 +198,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     wait();
     Rows<S, T> rows(x, out.n, k, work);
     rows.load();
-    rows.template store<W::OFFSET, RUN<W>>(columns(0), sums);
+    rows.template store<W::OFFSET, PIECE<W>>(columns(0), sums);
 
     float total[S::SUMS] = {};
     int slot = 0, free = S::DEPTH - 1, turn = 0;
@@ -203,7 +214,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
         cp_async_commit();
         multiply_unit<S>(total, *tile(slot), matrix + turn * (Place::X / 16), sums + turn * Place::SUMS, T());
         turn ^= 1;
-        rows.template store<W::OFFSET, RUN<W>>(columns(turn), sums + turn * Place::SUMS);
+        rows.template store<W::OFFSET, PIECE<W>>(columns(turn), sums + turn * Place::SUMS);
         if (--left == 0 || unit == work.end - 1) {
             finish<S>(total, out, work, band, static_cast<f32*>(nullptr));
             band++, left = work.blocks;
