@@ -7,7 +7,7 @@ rows of x, and the units of work are dealt to one block a multiprocessor in equa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .launch import Device, Launch, Plan
 from .op import Call
 from .weights import SegmentLike, segments_of
 
-__all__ = ["MAX_MANY_ROWS", "many_rows_plan"]
+__all__ = ["MAX_MANY_ROWS", "Shape", "many_rows_plan"]
 
 MAX_MANY_ROWS = 128
 """Rows of x up to which this way is taken. A launch takes 64 of them, so more rows read the weight twice."""
@@ -31,7 +31,7 @@ _GATHER_THREADS = 256
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """How the warps of a block share a unit of work: tiles of 16 rows of w by 128 columns.
 
     groups: of 8 rows of x; tiles: of a warp; slices: warps that share their tiles, each with a part of the columns.
@@ -69,20 +69,21 @@ class _Shape:
 
 
 # For up to that many groups of 8 rows of x: what is tried, the first that shared memory allows.
-_SHAPES: Mapping[int, tuple[_Shape, ...]] = {
-    2: (_Shape(2, 1, 8), _Shape(2, 1, 4)),
-    4: (_Shape(4, 2, 8, 2), _Shape(4, 1, 4)),
-    6: (_Shape(6, 2, 8, 2), _Shape(6, 1, 4)),
-    8: (_Shape(8, 2, 8, 2), _Shape(8, 1, 4)),
+_SHAPES: Mapping[int, tuple[Shape, ...]] = {
+    2: (Shape(2, 1, 8), Shape(2, 1, 4)),
+    4: (Shape(4, 2, 8, 2), Shape(4, 1, 4)),
+    6: (Shape(6, 2, 8, 2), Shape(6, 1, 4)),
+    8: (Shape(8, 2, 8, 2), Shape(8, 1, 4)),
 }
-_WGMMA_SHAPES = {groups: _Shape(groups, 1, 8, wgmma=True) for groups in (4, 6, 8)}
+_WGMMA_SHAPES = {groups: Shape(groups, 1, 8, wgmma=True) for groups in (4, 6, 8)}
 
 
-def many_rows_plan(kernel: str, call: Call, device: Device) -> Plan | None:
+def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Shape] = ()) -> Plan | None:
     """The launches of ``linear`` or ``linear_add`` with a packed weight; None where this way is not possible: float32,
     GPUs before sm_80, too many rows of x, or a format too large for the shared memory.
 
-    kernel: the op's name. The rows of x are taken 64 at a time, segment by segment.
+    kernel: the op's name; shapes: what to try in place of the shapes that were found best. The rows of x are taken 64
+    at a time, segment by segment.
     """
     n, T = call["n"], call.dtypes["T"]
     segments = segments_of(call.arrays["w"])
@@ -97,7 +98,8 @@ def many_rows_plan(kernel: str, call: Call, device: Device) -> Plan | None:
             launches.append(_gather(call, i))
             names["x"] = "gathered"
         for first in range(0, n, _LAUNCH_ROWS):
-            shape = _shape(min(n - first, _LAUNCH_ROWS), segment, device)
+            wanted = shapes or _wanted(min(n - first, _LAUNCH_ROWS), device)
+            shape = next((s for s in wanted if _depth(s, segment, device) >= _MIN_DEPTH), None)
             if shape is None:
                 return None
             place = {"first": first, "column": column, "rows": segment.rows}
@@ -118,23 +120,22 @@ def _gather(call: Call, segment: int) -> Launch:
     )
 
 
-def _shape(rows: int, segment: SegmentLike, device: Device) -> _Shape | None:
-    """How the warps of a block share the work for that many rows of x."""
+def _wanted(rows: int, device: Device) -> Sequence[Shape]:
+    """How the warps of a block may share the work for that many rows of x, best first."""
     groups = next(g for g in _SHAPES if 8 * g >= rows)
-    wanted = list(_SHAPES[groups])
     if device.arch == 90 and groups >= _WGMMA_GROUPS:
-        wanted.insert(0, _WGMMA_SHAPES[groups])
-    return next((shape for shape in wanted if _depth(shape, segment, device) >= _MIN_DEPTH), None)
+        return (_WGMMA_SHAPES[groups], *_SHAPES[groups])
+    return _SHAPES[groups]
 
 
-def _depth(shape: _Shape, segment: SegmentLike, device: Device) -> int:
+def _depth(shape: Shape, segment: SegmentLike, device: Device) -> int:
     room = device.shared - _RESERVED_BYTES - shape.other_bytes()
     return min(_MAX_DEPTH, room // shape.stage_bytes(segment.format.packing.block_bytes))
 
 
 def _launch(
     kernel: str,
-    shape: _Shape,
+    shape: Shape,
     segment: SegmentLike,
     k: int,
     device: Device,
@@ -157,11 +158,11 @@ def _launch(
     return Launch(name, (min(device.sms, units),), (32 * shape.warps,), shared, constants, names)
 
 
-def _bands(shape: _Shape, rows: int) -> int:
+def _bands(shape: Shape, rows: int) -> int:
     return -(-rows // (_BLOCK_ROWS * shape.band))
 
 
-def _scratch(shape: _Shape, launch: Launch, rows: int) -> Iterator[tuple[str, int]]:
+def _scratch(shape: Shape, launch: Launch, rows: int) -> Iterator[tuple[str, int]]:
     """Elements of the scratch buffers that a launch needs."""
     yield "partial", launch.grid[0] * 2 * shape.teams * shape.sums * 32
     yield "arrivals", _bands(shape, rows) * shape.teams
