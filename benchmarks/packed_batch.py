@@ -39,6 +39,7 @@ ROWS = (9, 16, 32, 64)
 FORMATS = ("int4 g128", "fp8", "fp8 g128", "Q4_K")
 SWEEP = [
     Shape(2, 1, 8), Shape(2, 1, 16, 2), Shape(2, 2, 8, 2), Shape(2, 1, 16), Shape(2, 2, 8),
+    Shape(2, 1, 8, wgmma=True), Shape(2, 1, 16, wgmma=True),
     Shape(4, 2, 8, 2), Shape(4, 2, 8), Shape(4, 1, 16, 2), Shape(4, 1, 8), Shape(4, 1, 8, wgmma=True),
     Shape(4, 1, 12, wgmma=True), Shape(4, 1, 16, wgmma=True),
     Shape(8, 2, 8, 2), Shape(8, 2, 8), Shape(8, 1, 8), Shape(8, 1, 8, wgmma=True), Shape(8, 1, 12, wgmma=True),

@@ -17,7 +17,6 @@ constexpr int RUN = W::GROUP == 0 || W::GROUP > BLOCK_COLUMNS / S::SLICES ? BLOC
 template <typename S, typename W>
 struct Room {
     static constexpr int X = S::ROWS * STRIDE * 2, STAGE = X + S::BAND * int(sizeof(W));
-    static constexpr int SLICES = (S::SLICES - 1) * S::TEAMS * S::SUMS * WARP * 4;
 };
 
 // The rows of x: BLOCK_COLUMNS columns at a time.
@@ -155,8 +154,8 @@ template <typename S, typename W, typename T, typename U, typename Wait>
 __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, U> out, int k, const Wait& wait) {
     typedef Room<S, W> Place;
     DYNAMIC_SHARED(unsigned char, memory);
-    f32* slices = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
-    f32* sums = slices + Place::SLICES / 4;
+    f32* room = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
+    f32* sums = room + FINISH<S>;
     const Work work(out.rows, k, S::BAND);
     const int team = threadIdx.x / WARP / S::SLICES;
     const auto stage = [&](int slot) { return memory + slot * Place::STAGE; };
@@ -191,7 +190,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
         }
         multiply_unit<S>(total, tiles(slot), columns(slot), sums);
         if (--left == 0 || unit == work.end - 1) {
-            finish<S>(total, out, work, band, slices);
+            finish<S>(total, out, work, band, room);
             band++, left = work.blocks;
         }
         free = slot;

@@ -111,12 +111,12 @@ struct Output {
     int n, m, rows;
 };
 
-// Adds up the slices of each team: its first warp gets the sums. sums: shared [SLICES - 1][TEAMS][SUMS][WARP].
+// Adds up the slices of each team: its first warp gets the sums. room: shared [TEAMS][SLICES - 1][SUMS][WARP].
 template <typename S>
-__device__ __forceinline__ void add_slices(float (&total)[S::SUMS], f32* sums) {
+__device__ __forceinline__ void add_slices(float (&total)[S::SUMS], f32* room) {
+    constexpr int SLICE = S::SUMS * WARP;
     const int warp = threadIdx.x / WARP, slice = warp % S::SLICES;
-    f32* mine = sums + warp / S::SLICES * (S::SUMS * WARP) + threadIdx.x % WARP * 4;
-    constexpr int SLICE = S::TEAMS * S::SUMS * WARP;
+    f32* mine = room + warp / S::SLICES * ((S::SLICES - 1) * SLICE) + threadIdx.x % WARP * 4;
     if (slice > 0) {
 #pragma unroll
         for (int i = 0; i < S::SUMS; i += 4)
@@ -178,39 +178,59 @@ __device__ __forceinline__ bool add_parts(float (&total)[S::SUMS], const Work& w
     return true;
 }
 
-// A warp's sums to y. tile: its first.
+// Of a row of x the sums of a tile, in shared memory: what the lanes of a warp write at a time meets all banks once.
+constexpr int TILE_STRIDE = BLOCK_ROWS + 4;
+
+// A warp's sums to y, by way of its own shared memory: so a lane has 8 columns side by side. tile: its first.
 template <typename S, typename T, typename U>
-__device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const Output<T, U>& out, int tile) {
-    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+__device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const Output<T, U>& out, int tile,
+                                           f32* room) {
+    const int lane = threadIdx.x % WARP, r = lane / 4, t = lane % 4;
+    const bool vectorized = out.m % 8 == 0 && aligned(out.y, out.a);
 #pragma unroll
-    for (int i = 0; i < S::TILES * 2; i++) {
-        const int column = (tile + i / 2) * BLOCK_ROWS + i % 2 * 8 + r;
-        if (column >= out.rows) continue;
-        const float scale = out.scales != nullptr ? out.scales[column] : 1.f;
-        const float bias = out.b != nullptr ? to_float(out.b[column]) : 0.f;
+    for (int i = 0; i < S::TILES; i++) {
+        const int column = (tile + i) * BLOCK_ROWS + lane % 2 * 8;  // from here on this lane's
+        __syncwarp();
 #pragma unroll
         for (int j = 0; j < S::NTILES; j++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int row = 8 * j + 2 * t + e;
-                if (row >= out.n) continue;
-                const i64 at = i64(row) * out.m + column;
-                float sum = total[(i / 2 * S::NTILES + j) * 4 + i % 2 * 2 + e] * scale + bias;
-                if (out.a != nullptr) sum += out.a[at];
-                out.y[at] = from_float<U>(sum);
-            }
+            for (int e = 0; e < 4; e++)
+                room[(8 * j + 2 * t + e % 2) * TILE_STRIDE + r + e / 2 * 8] = total[(i * S::NTILES + j) * 4 + e];
+        __syncwarp();
+        Pack<f32, 8> scale, bias = {};
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            scale.v[c] = 1.f;
+            if (out.scales != nullptr && column + c < out.rows) scale.v[c] = out.scales[column + c];
+            if (out.b != nullptr && column + c < out.rows) bias.v[c] = to_float(out.b[column + c]);
+        }
+#pragma unroll 1
+        for (int row = lane / 2; row < min(out.n, S::ROWS); row += WARP / 2) {
+            const Pack<f32, 8> sum = load<8>(room + row * TILE_STRIDE + lane % 2 * 8);
+            Pack<f32, 8> residual = {};
+            if (out.a != nullptr) residual = load_row<8>(out.a + i64(row) * out.m, column, out.rows, vectorized);
+            Pack<U, 8> y;
+#pragma unroll
+            for (int c = 0; c < 8; c++)
+                y.v[c] = from_float<U>(sum.v[c] * scale.v[c] + bias.v[c] + residual.v[c]);
+            store_row<8>(out.y + i64(row) * out.m, column, out.rows, vectorized, y);
+        }
     }
 }
 
-// The end of a band, or of this block's part of it. sums: shared, of the slices.
+// Floats of shared memory that `finish` takes.
+template <typename S>
+constexpr int FINISH = S::TEAMS * (S::SLICES > 1 ? (S::SLICES - 1) * S::SUMS * WARP : S::ROWS * TILE_STRIDE);
+
+// The end of a band, or of this block's part of it. room: shared [FINISH].
 template <typename S, typename T, typename U>
 __device__ __forceinline__ void finish(float (&total)[S::SUMS], const Output<T, U>& out, const Work& work, int band,
-                                       f32* sums) {
-    if (S::SLICES > 1) add_slices<S>(total, sums);
+                                       f32* room) {
+    if (S::SLICES > 1) add_slices<S>(total, room);
     const int warp = threadIdx.x / WARP, tile = band * S::BAND + warp / S::SLICES * S::TILES;
     if (warp % S::SLICES == 0 && tile < work.tiles) {
         const bool whole = work.begin <= band * work.blocks && work.end >= (band + 1) * work.blocks;
-        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals)) write_sums<S>(total, out, tile);
+        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals)) write_sums<S>(total, out, tile, room + warp / S::SLICES * (FINISH<S> / S::TEAMS));
     }
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;

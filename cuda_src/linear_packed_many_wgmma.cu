@@ -25,19 +25,26 @@ struct Room {
     static constexpr int X = S::ROWS * BLOCK_COLUMNS * 2, STAGE = S::BAND * int(sizeof(W)), SUMS = BLOCK_COLUMNS / PIECE<W> * S::ROWS;
 };
 
-// BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1, 3, 5, 7,
-// as the lanes have them of w.
+// BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1,
+// 3, 5, 7, as the lanes have them of w.
 template <typename S, typename T>
 struct Rows {
     static constexpr int ITEMS = (S::ROWS * BLOCK_CHUNKS + S::THREADS - 1) / S::THREADS;  // chunks of a thread
-    const T* x;
-    int n, k, column, left;
+    const T* from[ITEMS];
+    int end[ITEMS];  // behind the last column of an item's row, from its own first column on; 0 if it has no row
+    int column, blocks, left;
     bool vectorized;
     Pack<u32, 8> chunk[ITEMS];
 
     __device__ __forceinline__ Rows(const T* x, int n, int k, const Work& work)
-        : x(x), n(n), k(k), column(work.begin % work.blocks * BLOCK_COLUMNS), left(work.end - work.begin),
-          vectorized(aligned(x) && k % 8 == 0) {}
+        : column(work.begin % work.blocks * BLOCK_COLUMNS), blocks(work.blocks), left(work.end - work.begin),
+          vectorized(aligned(x) && k % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            from[i] = x + (i64(row(i)) * k + place(i) * CHUNK_COLUMNS + column);
+            end[i] = there(i) && row(i) < n ? k - place(i) * CHUNK_COLUMNS : 0;
+        }
+    }
 
     // Of item i: its row, and which chunk. Four lanes have chunks side by side, and the next four those of the row below:
     // so they write to all banks at once.
@@ -47,37 +54,45 @@ struct Rows {
         return item / (4 * S::ROWS) * 4 + item % 4;
     }
     static __device__ __forceinline__ bool there(int i) {
-        return S::ROWS * BLOCK_CHUNKS % S::THREADS == 0 || place(i) < BLOCK_COLUMNS / CHUNK_COLUMNS;
+        return S::ROWS * BLOCK_CHUNKS % S::THREADS == 0 || place(i) < BLOCK_CHUNKS;
     }
 
     __device__ __forceinline__ void load() {
         if (left-- <= 0) return;
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            const int at = column + place(i) * CHUNK_COLUMNS;
-            const T* from = x + i64(row(i)) * k + at;
-            const bool mine = there(i) && row(i) < n;
 #pragma unroll
             for (int v = 0; v < 2; v++) {
                 Pack<u32, 4> bits = {};
-                if (vectorized && mine && at + v * 8 < k) bits = ::load<4>(reinterpret_cast<const u32*>(from + v * 8));
-                if (!vectorized && mine) {
-#pragma unroll 1
-                    for (int j = 0; j < 8; j++) {
-                        const T element = at + v * 8 + j < k ? from[v * 8 + j] : from_float<T>(0.f);
-                        unsigned short low;
-                        memcpy(&low, &element, 2);
-#pragma unroll
-                        for (int e = 0; e < 3; e++) bits.v[e] = bits.v[e] >> 16 | bits.v[e + 1] << 16;
-                        bits.v[3] = bits.v[3] >> 16 | u32(low) << 16;
-                    }
-                }
+                if (!vectorized)
+                    bits = elements(from[i] + v * 8, end[i] - column - v * 8);
+                else if (column + v * 8 < end[i])
+                    bits = ::load<4>(reinterpret_cast<const u32*>(from[i] + v * 8));
 #pragma unroll
                 for (int e = 0; e < 4; e++) chunk[i].v[v * 4 + e] = bits.v[e];
             }
+            from[i] += BLOCK_COLUMNS;
         }
         column += BLOCK_COLUMNS;
-        if (column >= k) column = 0;
+        if (column != blocks * BLOCK_COLUMNS) return;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) from[i] -= column;
+        column = 0;
+    }
+
+    // The first 8 elements of `left`, one by one.
+    static __device__ __forceinline__ Pack<u32, 4> elements(const T* from, int left) {
+        Pack<u32, 4> bits = {};
+#pragma unroll 1
+        for (int j = 0; j < 8; j++) {
+            const T element = j < left ? from[j] : from_float<T>(0.f);
+            unsigned short low;
+            memcpy(&low, &element, 2);
+#pragma unroll
+            for (int e = 0; e < 3; e++) bits.v[e] = bits.v[e] >> 16 | bits.v[e + 1] << 16;
+            bits.v[3] = bits.v[3] >> 16 | u32(low) << 16;
+        }
+        return bits;
     }
 
     // To a stage, and to sums [pieces][ROWS] what each row adds up to over LENGTH columns, which offsets are multiplied
@@ -180,7 +195,8 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     DYNAMIC_SHARED(unsigned char, raw);
     unsigned char* memory = raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024;
     unsigned char* ring = memory + 2 * Place::X;
-    f32* sums = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
+    f32* room = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
+    f32* sums = room + FINISH<S>;
     const Work work(out.rows, k, S::BAND);
     const auto tile = [&](int slot) {
         return reinterpret_cast<W*>(ring + slot * Place::STAGE) + threadIdx.x / WARP;
@@ -206,17 +222,17 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     const u64 matrix = wgmma_matrix(memory, 1);
 #pragma unroll 1
     for (int unit = work.begin; unit < work.end; unit++) {
-        rows.load();
         cp_async_wait<S::DEPTH - 2>();
         fence_proxy_async();
         __syncthreads();
+        rows.load();  // behind the fence, which would wait for it
         weights.fetch(tile(free));
         cp_async_commit();
         multiply_unit<S>(total, *tile(slot), matrix + turn * (Place::X / 16), sums + turn * Place::SUMS, T());
         turn ^= 1;
         rows.template store<W::OFFSET, PIECE<W>>(columns(turn), sums + turn * Place::SUMS);
         if (--left == 0 || unit == work.end - 1) {
-            finish<S>(total, out, work, band, static_cast<f32*>(nullptr));
+            finish<S>(total, out, work, band, room);
             band++, left = work.blocks;
         }
         free = slot;

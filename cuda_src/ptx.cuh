@@ -251,6 +251,20 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[64], const unsigned (&a)[4
 }
 
 // d[64, N] = a[64, 16] b[N, 16]^T, plus d if `add`; a in registers, b in shared memory, rows across the sum.
+__device__ __forceinline__ void wgmma_rows_f16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+        : CUPLAMA_8(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+        : CUPLAMA_8(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
 __device__ __forceinline__ void wgmma_rows_f16(float (&d)[16], const unsigned (&a)[4], unsigned long long b, bool add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, "
@@ -297,26 +311,6 @@ __device__ __forceinline__ void wgmma_rows_bf16(float (&d)[32], const unsigned (
         "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
         "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
         : CUPLAMA_32(d, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
-}
-__device__ __forceinline__ void wgmma_rows_f16(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0, "
-        "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
-        "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
-        "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, 0; }"
-        : CUPLAMA_32(d, 0), CUPLAMA_32(d, 32)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
-}
-__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0,"
-        " %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
-        "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
-        "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, 0; }"
-        : CUPLAMA_32(d, 0), CUPLAMA_32(d, 32)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
 

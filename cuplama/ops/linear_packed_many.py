@@ -23,6 +23,7 @@ MAX_MANY_ROWS = 128
 _LAUNCH_ROWS = 64
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed weight
 _STRIDE_BYTES = 288  # of 128 columns of a row of x in shared memory
+_TILE_STRIDE = 20  # floats of a row of x and a tile of w, where sums go through shared memory
 _RESERVED_BYTES = 2048  # of shared memory: what the driver keeps for itself, and the alignment of the Hopper kernel
 _MAX_DEPTH = 6  # units in the ring
 _MIN_DEPTH = 2
@@ -62,10 +63,12 @@ class Shape:
         return self.band * block_bytes + (0 if self.wgmma else self.groups * 8 * _STRIDE_BYTES)
 
     def other_bytes(self) -> int:
-        """Shared memory beside the ring, at most: sums of slices, and of runs of x; the Hopper kernel's two stages of
-        x."""
-        x = 2 * self.groups * 8 * _BLOCK_COLUMNS * 2 if self.wgmma else 0
-        return (self.slices - 1) * self.teams * self.sums * 128 + x + 2 * 8 * self.groups * 8 * 4
+        """Shared memory beside the ring, at most: what the sums go through at the end, the sums of x over 16 columns, and
+        the Hopper kernel's two stages of x."""
+        rows = 8 * self.groups
+        end = (self.slices - 1) * self.sums * 32 if self.slices > 1 else rows * _TILE_STRIDE
+        stages = 2 if self.wgmma else 0
+        return 4 * self.teams * end + 2 * 4 * 8 * rows + stages * 2 * _BLOCK_COLUMNS * rows
 
 
 # For up to that many groups of 8 rows of x: what is tried, the first that shared memory allows.

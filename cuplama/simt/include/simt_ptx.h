@@ -189,6 +189,12 @@ SIMT_FN void wgmma_bf16(float (&d)[64], const unsigned (&a)[4], unsigned long lo
   simt::warpgroup_sum<simt::BfloatFormat>(d, a, b);
 }
 
+SIMT_FN void wgmma_rows_bf16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
 SIMT_FN void wgmma_rows_f16(float (&d)[16], const unsigned (&a)[4], unsigned long long b, bool add) {
   simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
 }
@@ -205,12 +211,6 @@ SIMT_FN void wgmma_rows_f16(float (&d)[32], const unsigned (&a)[4], unsigned lon
   simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
 }
 SIMT_FN void wgmma_rows_bf16(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
-  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
-}
-SIMT_FN void wgmma_rows_f16(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
-  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
-}
-SIMT_FN void wgmma_rows_bf16(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
   simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
 }
 
