@@ -155,7 +155,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     typedef Room<S, W> Place;
     DYNAMIC_SHARED(unsigned char, memory);
     f32* room = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
-    f32* sums = room + FINISH<S>;
+    f32* sums = room + S::TEAMS * FINISH<S>;
     const Work work(out.rows, k, S::BAND);
     const int team = threadIdx.x / WARP / S::SLICES;
     const auto stage = [&](int slot) { return memory + slot * Place::STAGE; };

@@ -111,12 +111,13 @@ struct Output {
     int n, m, rows;
 };
 
-// Adds up the slices of each team: its first warp gets the sums. room: shared [TEAMS][SLICES - 1][SUMS][WARP].
+// Adds up the slices of each team: its first warp gets the sums. room: of this team, in shared
+// memory [SLICES - 1][SUMS][WARP].
 template <typename S>
 __device__ __forceinline__ void add_slices(float (&total)[S::SUMS], f32* room) {
     constexpr int SLICE = S::SUMS * WARP;
     const int warp = threadIdx.x / WARP, slice = warp % S::SLICES;
-    f32* mine = room + warp / S::SLICES * ((S::SLICES - 1) * SLICE) + threadIdx.x % WARP * 4;
+    f32* mine = room + threadIdx.x % WARP * 4;
     if (slice > 0) {
 #pragma unroll
         for (int i = 0; i < S::SUMS; i += 4)
@@ -218,19 +219,22 @@ __device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const 
     }
 }
 
-// Floats of shared memory that `finish` takes.
+// Floats of shared memory that a team takes in `finish`: for its slices' sums, and then for a tile.
 template <typename S>
-constexpr int FINISH = S::TEAMS * (S::SLICES > 1 ? (S::SLICES - 1) * S::SUMS * WARP : S::ROWS * TILE_STRIDE);
+constexpr int SLICED = (S::SLICES - 1) * S::SUMS * WARP;
+template <typename S>
+constexpr int FINISH = SLICED<S> > S::ROWS * TILE_STRIDE ? SLICED<S> : S::ROWS * TILE_STRIDE;
 
-// The end of a band, or of this block's part of it. room: shared [FINISH].
+// The end of a band, or of this block's part of it. room: in shared memory [TEAMS][FINISH].
 template <typename S, typename T, typename U>
 __device__ __forceinline__ void finish(float (&total)[S::SUMS], const Output<T, U>& out, const Work& work, int band,
                                        f32* room) {
+    room += threadIdx.x / WARP / S::SLICES * FINISH<S>;
     if (S::SLICES > 1) add_slices<S>(total, room);
     const int warp = threadIdx.x / WARP, tile = band * S::BAND + warp / S::SLICES * S::TILES;
     if (warp % S::SLICES == 0 && tile < work.tiles) {
         const bool whole = work.begin <= band * work.blocks && work.end >= (band + 1) * work.blocks;
-        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals)) write_sums<S>(total, out, tile, room + warp / S::SLICES * (FINISH<S> / S::TEAMS));
+        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals)) write_sums<S>(total, out, tile, room);
     }
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;

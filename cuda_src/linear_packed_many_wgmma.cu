@@ -196,7 +196,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     unsigned char* memory = raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024;
     unsigned char* ring = memory + 2 * Place::X;
     f32* room = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
-    f32* sums = room + FINISH<S>;
+    f32* sums = room + S::TEAMS * FINISH<S>;
     const Work work(out.rows, k, S::BAND);
     const auto tile = [&](int slot) {
         return reinterpret_cast<W*>(ring + slot * Place::STAGE) + threadIdx.x / WARP;

@@ -66,7 +66,7 @@ class Shape:
         """Shared memory beside the ring, at most: what the sums go through at the end, the sums of x over 16 columns, and
         the Hopper kernel's two stages of x."""
         rows = 8 * self.groups
-        end = (self.slices - 1) * self.sums * 32 if self.slices > 1 else rows * _TILE_STRIDE
+        end = max((self.slices - 1) * self.sums * 32, rows * _TILE_STRIDE)
         stages = 2 if self.wgmma else 0
         return 4 * self.teams * end + 2 * 4 * 8 * rows + stages * 2 * _BLOCK_COLUMNS * rows
 
