@@ -6,7 +6,7 @@
 //
 // Code says how codes lie and what they stand for: Whole<BITS, BIAS>, E4m3, Nf4, Plain<T>. Scales says what a group of
 // GROUP columns of a row has in common: Direct<GROUP, S, ZERO, OFFSET>, or Nested<GROUP, S, LEAST>, whose scale is a
-// product. GROUP 0: a float32 scale for each whole row, behind the last block (row_scales). Codes of Plain have no scale.
+// product; or Unscaled, nothing. GROUP 0: a float32 scale for each whole row, behind the last block (row_scales).
 //
 // A lane 4 r + t of a warp owns the codes of rows r and r + 8, of each chunk of 16 columns those at 4 t .. 4 t + 3. It
 // takes its share of a block with one call of `lane`, and from that, chunk by chunk,
@@ -62,7 +62,7 @@ struct Direct : Part<0, S, GROUP_ == 0 ? 0 : BLOCK_COLUMNS / (GROUP_ == 0 ? 1 : 
                 Part<1, u8, ZERO_ ? BLOCK_COLUMNS / GROUP_ : 0>,
                 Part<2, S, OFFSET_ ? BLOCK_COLUMNS / GROUP_ : 0> {
     static constexpr int GROUP = GROUP_, GROUPS = GROUP_ == 0 ? 0 : BLOCK_COLUMNS / (GROUP_ == 0 ? 1 : GROUP_);
-    static constexpr bool ZERO = ZERO_, OFFSET = OFFSET_;
+    static constexpr bool SCALED = true, ZERO = ZERO_, OFFSET = OFFSET_;
 
     __device__ __forceinline__ Two32 scales(int group, int r) const { return Part<0, S, GROUPS>::pair(group, r); }
     __device__ __forceinline__ Two32 offsets(int group, int r) const {
@@ -81,7 +81,7 @@ struct Nested : Part<0, f16, 1>,
                 Part<2, f16, LEAST ? 1 : 0>,
                 Part<3, u8, LEAST ? BLOCK_COLUMNS / GROUP_ : 0> {
     static constexpr int GROUP = GROUP_, GROUPS = BLOCK_COLUMNS / GROUP_;
-    static constexpr bool ZERO = false, OFFSET = LEAST;
+    static constexpr bool SCALED = true, ZERO = false, OFFSET = LEAST;
 
     __device__ __forceinline__ Two32 scales(int group, int r) const {
         const Two32 a = Part<0, f16, 1>::pair(0, r), b = Part<1, S, GROUPS>::pair(group, r);
@@ -95,6 +95,11 @@ struct Nested : Part<0, f16, 1>,
     __device__ __forceinline__ u32 zero(int, int, int) const { return 0; }
 };
 
+// Codes that are the numbers: a weight of a plain format that lies between packed ones.
+struct Unscaled : Direct<0, f32, false, false> {
+    static constexpr bool SCALED = false;
+};
+
 // ---- a block --------------------------------------------------------------------------------------------------------
 template <typename Code, typename Scales>
 struct alignas(16) Packed : Code, Scales {
@@ -103,7 +108,7 @@ struct alignas(16) Packed : Code, Scales {
     static constexpr int GROUPS = GROUP == 0 ? 1 : Scales::GROUPS;       // of a block's row
     static constexpr int GROUP_CHUNKS = BLOCK_CHUNKS / GROUPS;           // chunks of a group, within a block
     static constexpr bool ZERO = Scales::ZERO, OFFSET = Scales::OFFSET;  // whether there are some
-    static constexpr bool ROW_SCALES = GROUP == 0 && Code::SCALED;       // of whole rows, behind the last block
+    static constexpr bool ROW_SCALES = GROUP == 0 && Scales::SCALED;     // of whole rows, behind the last block
     static_assert(!ZERO || Code::ZEROS, "only whole numbers without a bias have zero points");
 
     // What `fragment` wants to know of a group's zero points, for rows r and r + 8.
@@ -131,7 +136,7 @@ struct alignas(16) Packed : Code, Scales {
         const int r = row % 8, half = row / 8, group = column / CHUNK_COLUMNS / GROUP_CHUNKS;
         float found = Code::number(Code::code(row, column));
         if (ZERO) found -= whole_float(Scales::zero(group, r, half));
-        if (!Code::SCALED) return found;
+        if (!Scales::SCALED) return found;
         if (GROUP == 0) return found * row_scale;
         found *= Scales::scales(group, r).v[half];
         return OFFSET ? found + Scales::offsets(group, r).v[half] : found;

@@ -144,7 +144,7 @@ struct Codes {
 template <int BITS_, int BIAS>
 struct Whole : Codes<BITS_> {
     static constexpr int BITS = BITS_;
-    static constexpr bool SCALED = true, ZEROS = BIAS == 0;
+    static constexpr bool ZEROS = BIAS == 0;
     typedef LaneWords<BITS> Words;
 
     static __device__ __forceinline__ float number(u32 code) {
@@ -219,7 +219,6 @@ struct NoMinus {
 // 8-bit floats: a sign, 4 bits of exponent, 3 of mantissa.
 struct E4m3 : Codes<8>, NoMinus {
     static constexpr int BITS = 8;
-    static constexpr bool SCALED = true;
     typedef LaneWords<8> Words;
 
     // By way of f16, whose exponents count from 8 less: f32 has no denormals here.
@@ -264,7 +263,6 @@ __constant__ const float NF4_NUMBERS[16] = {-1.0f,
 
 struct Nf4 : Codes<4>, NoMinus {
     static constexpr int BITS = 4;
-    static constexpr bool SCALED = true;
     typedef LaneWords<4> Words;
 
     static __device__ __forceinline__ float number(u32 code) { return NF4_NUMBERS[code]; }
@@ -307,7 +305,6 @@ struct Nf4 : Codes<4>, NoMinus {
 template <typename S>
 struct Plain : Codes<8 * sizeof(S)>, NoMinus {
     static constexpr int BITS = 8 * sizeof(S);
-    static constexpr bool SCALED = false;
     typedef LaneWords<BITS> Words;
 
     static __device__ __forceinline__ float number(u32 code) {
