@@ -19,39 +19,50 @@ struct Room {
     static constexpr int X = S::ROWS * STRIDE * 2, STAGE = X + S::BAND * int(sizeof(W));
 };
 
-// The rows of x: BLOCK_COLUMNS columns at a time.
+// The rows of x, BLOCK_COLUMNS columns at a time. Rows beyond n are copies of the last one, whose sums go nowhere.
 template <typename S, typename T>
 struct Rows {
     static constexpr int VECTORS = BLOCK_COLUMNS / 8, STEP = S::THREADS / VECTORS;  // rows that the block copies at once
-    const T* from;                                                         // of this thread: the first of its vectors
-    int n, k, column, left;
+    static constexpr int ITEMS = (S::ROWS + STEP - 1) / STEP;
+    const T* from[ITEMS];  // of this thread, its vectors in the next unit
+    int column, left, wrap;  // of the next unit the first column; columns from this thread's vector on to the end
     bool vectorized;
 
     __device__ __forceinline__ Rows(const T* x, int n, int k, const Work& work)
-        : n(n), k(k), left(work.end - work.begin), vectorized(aligned(x) && k % 8 == 0) {
-        from = x + i64(threadIdx.x / VECTORS) * k;
-        column = work.begin % work.blocks * BLOCK_COLUMNS + threadIdx.x % VECTORS * 8;
+        : column(work.begin % work.blocks * BLOCK_COLUMNS), wrap(work.blocks * BLOCK_COLUMNS) {
+        const int row = threadIdx.x / VECTORS, at = column + threadIdx.x % VECTORS * 8;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) from[i] = x + (i64(min(row + i * STEP, n - 1)) * k + at);
+        left = k - at;
+        int aligned_rows = aligned(x) && k % 8 == 0;
+        keep(aligned_rows);
+        vectorized = aligned_rows;
     }
 
+    // Where the first vector of this thread goes in a stage.
+    static __device__ __forceinline__ int place() {
+        return threadIdx.x / VECTORS * STRIDE + threadIdx.x % VECTORS * 8;
+    }
+
+    // Asks for the next unit. to: the place in a stage.
     __device__ __forceinline__ void fetch(T* to) {
-        if (left-- <= 0) return;
-        const int row = threadIdx.x / VECTORS;
-        to += row * STRIDE + threadIdx.x % VECTORS * 8;
 #pragma unroll
-        for (int i = 0; i < S::ROWS; i += STEP) {
-            if (S::ROWS % STEP != 0 && row + i >= S::ROWS) continue;
-            const T* source = from + i64(i) * k + column;
-            const bool there = row + i < n;
+        for (int i = 0; i < ITEMS; i++) {
+            const bool mine = S::ROWS % STEP == 0 || threadIdx.x / VECTORS + i * STEP < S::ROWS;
             if (vectorized) {
-                cp_async_16(to + i * STRIDE, source, there && column < k);
-            } else {
+                if (mine) cp_async_16(to + i * (STEP * STRIDE), from[i], left > 0);
+            } else if (mine) {
 #pragma unroll 1
                 for (int j = 0; j < 8; j++)
-                    to[i * STRIDE + j] = there && column + j < k ? source[j] : from_float<T>(0.f);
+                    to[i * (STEP * STRIDE) + j] = j < left ? from[i][j] : from_float<T>(0.f);
             }
+            from[i] += BLOCK_COLUMNS;
         }
-        column += BLOCK_COLUMNS;
-        if (column - int(threadIdx.x % VECTORS * 8) >= k) column = threadIdx.x % VECTORS * 8;
+        column += BLOCK_COLUMNS, left -= BLOCK_COLUMNS;
+        if (column < wrap) return;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) from[i] -= wrap;
+        column = 0, left += wrap;
     }
 };
 
@@ -157,44 +168,47 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     f32* room = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
     f32* sums = room + S::TEAMS * FINISH<S>;
     const Work work(out.rows, k, S::BAND);
-    const int team = threadIdx.x / WARP / S::SLICES;
-    const auto stage = [&](int slot) { return memory + slot * Place::STAGE; };
-    const auto tiles = [&](int slot) { return reinterpret_cast<W*>(stage(slot) + Place::X) + team * S::TILES; };
-    const auto columns = [&](int slot) { return reinterpret_cast<T*>(stage(slot)); };
-
     Weights<S, W> weights(w, work);
+    unsigned char* to = memory + Place::X + weights.place();
 #pragma unroll 1
-    for (int slot = 0; slot < S::DEPTH - 1; slot++) weights.fetch(tiles(slot));
+    for (int i = 0; i < min(S::DEPTH - 1, work.end - work.begin); i++) weights.fetch(to + i * Place::STAGE);
     launch_dependents();
     if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     wait();
     Rows<S, T> rows(x, out.n, k, work);
+    T* columns = reinterpret_cast<T*>(memory) + rows.place();
 #pragma unroll 1
-    for (int slot = 0; slot < S::DEPTH - 1; slot++) {
-        rows.fetch(columns(slot));
+    for (int i = 0; i < S::DEPTH - 1; i++) {
+        if (i < work.end - work.begin) rows.fetch(columns + i * (Place::STAGE / 2));
         cp_async_commit();
     }
 
     float total[S::SUMS] = {};
-    int slot = 0, free = S::DEPTH - 1, band = work.begin / work.blocks, left = (band + 1) * work.blocks - work.begin;
+    const W* tiles = reinterpret_cast<const W*>(memory + Place::X) + threadIdx.x / WARP / S::SLICES * S::TILES;
+    int stage = 0, free = (S::DEPTH - 1) * Place::STAGE;  // in bytes
+    int band = work.begin / work.blocks, left = (band + 1) * work.blocks - work.begin;
 #pragma unroll 1
     for (int unit = work.begin; unit < work.end; unit++) {
         cp_async_wait<S::DEPTH - 2>();
         __syncthreads();
-        weights.fetch(tiles(free));
-        rows.fetch(columns(free));
+        if (unit + S::DEPTH - 1 < work.end) {
+            weights.fetch(to + free);
+            rows.fetch(columns + free / 2);
+        }
         cp_async_commit();
+        const T* now = reinterpret_cast<const T*>(memory + stage);
         if (W::OFFSET) {
-            sum_runs<S, W>(columns(slot), sums);
+            sum_runs<S, W>(now, sums);
             __syncthreads();
         }
-        multiply_unit<S>(total, tiles(slot), columns(slot), sums);
+        multiply_unit<S>(total, reinterpret_cast<const W*>(reinterpret_cast<const unsigned char*>(tiles) + stage), now,
+                         sums);
         if (--left == 0 || unit == work.end - 1) {
             finish<S>(total, out, work, band, room);
             band++, left = work.blocks;
         }
-        free = slot;
-        slot = slot + 1 == S::DEPTH ? 0 : slot + 1;
+        free = stage;
+        stage = stage == (S::DEPTH - 1) * Place::STAGE ? 0 : stage + Place::STAGE;
     }
 }
 

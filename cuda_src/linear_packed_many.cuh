@@ -37,28 +37,32 @@ struct Work {
 
 // ---- to shared memory -----------------------------------------------------------------------------------------------
 
-// A warp's share of the weights: of its team's tiles, the pieces that are its slice's.
+// A warp's share of the weights: of its team's tiles, the pieces that are its slice's. It goes through the block's units
+// in their order.
 template <typename S, typename W>
 struct Weights {
     static constexpr int BYTES = sizeof(W), PIECES = BYTES / 16, STEP = S::SLICES * WARP;
     const unsigned char* from;  // of the next unit, this lane's first piece of the team's first tile
     i64 stride;                 // from a tile to the next
-    int tile, tiles, block, blocks, left;
+    int first, tile, tiles, block, blocks;
 
     __device__ __forceinline__ Weights(const W* w, const Work& work)
-        : stride(i64(work.blocks) * BYTES), tiles(work.tiles), blocks(work.blocks), left(work.end - work.begin) {
-        const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, slice = warp % S::SLICES;
+        : stride(i64(work.blocks) * BYTES), tiles(work.tiles), blocks(work.blocks) {
+        const int warp = threadIdx.x / WARP;
+        first = warp % S::SLICES * WARP + threadIdx.x % WARP;
         tile = work.begin / blocks * S::BAND + warp / S::SLICES * S::TILES;
         block = work.begin % blocks;
-        from = reinterpret_cast<const unsigned char*>(w + i64(tile) * blocks + block) + (slice * WARP + lane) * 16;
+        from = reinterpret_cast<const unsigned char*>(w + i64(tile) * blocks + block) + first * 16;
+        keep(first);
     }
 
-    // Asks for the next unit, if there is one. to: where the team's tiles are in a stage.
-    __device__ __forceinline__ void fetch(W* tiles_there) {
-        if (left <= 0) return;
-        left--;
-        const int first = threadIdx.x / WARP % S::SLICES * WARP + threadIdx.x % WARP;
-        unsigned char* to = reinterpret_cast<unsigned char*>(tiles_there) + first * 16;
+    // Where the first piece of this lane goes, from where a stage's tiles begin.
+    __device__ __forceinline__ int place() const {
+        return int(threadIdx.x) / WARP / S::SLICES * (S::TILES * BYTES) + first * 16;
+    }
+
+    // Asks for the next unit. to: the place in a stage.
+    __device__ __forceinline__ void fetch(unsigned char* to) {
 #pragma unroll
         for (int t = 0; t < S::TILES; t++) {
             const bool there = tile + t < tiles;

@@ -26,24 +26,27 @@ struct Room {
 };
 
 // BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1,
-// 3, 5, 7, as the lanes have them of w.
+// 3, 5, 7, as the lanes have them of w. Rows beyond n are copies of the last one, whose sums go nowhere.
 template <typename S, typename T>
 struct Rows {
     static constexpr int ITEMS = (S::ROWS * BLOCK_CHUNKS + S::THREADS - 1) / S::THREADS;  // chunks of a thread
-    const T* from[ITEMS];
-    int end[ITEMS];  // behind the last column of an item's row, from its own first column on; 0 if it has no row
-    int column, blocks, left;
+    const T* from[ITEMS];  // the thread's chunks in the next unit
+    int to[ITEMS];         // where their first vectors go in a stage; the second: exchange the lowest bit
+    int column, wrap, k;   // of the next unit the first column
     bool vectorized;
     Pack<u32, 8> chunk[ITEMS];
 
     __device__ __forceinline__ Rows(const T* x, int n, int k, const Work& work)
-        : column(work.begin % work.blocks * BLOCK_COLUMNS), blocks(work.blocks), left(work.end - work.begin),
-          vectorized(aligned(x) && k % 8 == 0) {
+        : column(work.begin % work.blocks * BLOCK_COLUMNS), wrap(work.blocks * BLOCK_COLUMNS), k(k) {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            from[i] = x + (i64(row(i)) * k + place(i) * CHUNK_COLUMNS + column);
-            end[i] = there(i) && row(i) < n ? k - place(i) * CHUNK_COLUMNS : 0;
+            from[i] = x + (i64(min(row(i), n - 1)) * k + place(i) % BLOCK_CHUNKS * CHUNK_COLUMNS + column);
+            to[i] = place(i) / 4 * (S::ROWS * PANEL) + row(i) * PANEL + (place(i) % 4 * 2 ^ row(i) % 8) * 8;
+            keep(to[i]);
         }
+        int aligned_rows = aligned(x) && k % 8 == 0;
+        keep(aligned_rows);
+        vectorized = aligned_rows;
     }
 
     // Of item i: its row, and which chunk. Four lanes have chunks side by side, and the next four those of the row below:
@@ -58,26 +61,23 @@ struct Rows {
     }
 
     __device__ __forceinline__ void load() {
-        if (left-- <= 0) return;
+        if (vectorized && column + BLOCK_COLUMNS <= k) {
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
+            for (int i = 0; i < ITEMS; i++) chunk[i] = ::load<8>(reinterpret_cast<const u32*>(from[i]));
+        } else {
 #pragma unroll
-            for (int v = 0; v < 2; v++) {
-                Pack<u32, 4> bits = {};
-                if (!vectorized)
-                    bits = elements(from[i] + v * 8, end[i] - column - v * 8);
-                else if (column + v * 8 < end[i])
-                    bits = ::load<4>(reinterpret_cast<const u32*>(from[i] + v * 8));
+            for (int i = 0; i < ITEMS; i++) {
+                const int left = k - column - place(i) % BLOCK_CHUNKS * CHUNK_COLUMNS;
+                const Pack<u32, 4> low = elements(from[i], left), high = elements(from[i] + 8, left - 8);
 #pragma unroll
-                for (int e = 0; e < 4; e++) chunk[i].v[v * 4 + e] = bits.v[e];
+                for (int e = 0; e < 4; e++) chunk[i].v[e] = low.v[e], chunk[i].v[4 + e] = high.v[e];
             }
-            from[i] += BLOCK_COLUMNS;
         }
         column += BLOCK_COLUMNS;
-        if (column != blocks * BLOCK_COLUMNS) return;
+        if (column == wrap) column = 0;
+        const int step = column == 0 ? BLOCK_COLUMNS - wrap : BLOCK_COLUMNS;
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) from[i] -= column;
-        column = 0;
+        for (int i = 0; i < ITEMS; i++) from[i] += step;
     }
 
     // The first 8 elements of `left`, one by one.
@@ -98,16 +98,13 @@ struct Rows {
     // To a stage, and to sums [pieces][ROWS] what each row adds up to over LENGTH columns, which offsets are multiplied
     // with.
     template <bool OFFSET, int LENGTH>
-    __device__ __forceinline__ void store(T* to, f32* sums) const {
+    __device__ __forceinline__ void store(T* stage, f32* sums) const {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             const u32(&v)[8] = chunk[i].v;
             if (there(i)) {
-                T* panel = to + place(i) / 4 * (S::ROWS * PANEL) + row(i) * PANEL;
-                const int vector = place(i) % 4 * 2, turn = row(i) % 8;
-                ::store<4>(reinterpret_cast<u32*>(panel + (vector ^ turn) * 8), Pack<u32, 4>{v[0], v[2], v[4], v[6]});
-                ::store<4>(reinterpret_cast<u32*>(panel + ((vector + 1) ^ turn) * 8),
-                           Pack<u32, 4>{v[1], v[3], v[5], v[7]});
+                ::store<4>(reinterpret_cast<u32*>(stage + to[i]), Pack<u32, 4>{v[0], v[2], v[4], v[6]});
+                ::store<4>(reinterpret_cast<u32*>(stage + (to[i] ^ 8)), Pack<u32, 4>{v[1], v[3], v[5], v[7]});
             }
             if (OFFSET) {
                 float sum = 0.f;
@@ -198,15 +195,11 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     f32* room = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
     f32* sums = room + S::TEAMS * FINISH<S>;
     const Work work(out.rows, k, S::BAND);
-    const auto tile = [&](int slot) {
-        return reinterpret_cast<W*>(ring + slot * Place::STAGE) + threadIdx.x / WARP;
-    };
-    const auto columns = [&](int turn) { return reinterpret_cast<T*>(memory + turn * Place::X); };
-
     Weights<S, W> weights(w, work);
+    unsigned char* to = ring + weights.place();
 #pragma unroll 1
-    for (int slot = 0; slot < S::DEPTH - 1; slot++) {
-        weights.fetch(tile(slot));
+    for (int i = 0; i < S::DEPTH - 1; i++) {
+        if (i < work.end - work.begin) weights.fetch(to + i * Place::STAGE);
         cp_async_commit();
     }
     launch_dependents();
@@ -214,10 +207,11 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     wait();
     Rows<S, T> rows(x, out.n, k, work);
     rows.load();
-    rows.template store<W::OFFSET, PIECE<W>>(columns(0), sums);
+    rows.template store<W::OFFSET, PIECE<W>>(reinterpret_cast<T*>(memory), sums);
 
     float total[S::SUMS] = {};
-    int slot = 0, free = S::DEPTH - 1, turn = 0;
+    const W* tile = reinterpret_cast<const W*>(ring) + threadIdx.x / WARP;
+    int stage = 0, free = (S::DEPTH - 1) * Place::STAGE, turn = 0;  // stages in bytes
     int band = work.begin / work.blocks, left = (band + 1) * work.blocks - work.begin;
     const u64 matrix = wgmma_matrix(memory, 1);
 #pragma unroll 1
@@ -225,18 +219,20 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
         cp_async_wait<S::DEPTH - 2>();
         fence_proxy_async();
         __syncthreads();
-        rows.load();  // behind the fence, which would wait for it
-        weights.fetch(tile(free));
+        if (unit + 1 < work.end) rows.load();  // behind the fence, which would wait for it
+        if (unit + S::DEPTH - 1 < work.end) weights.fetch(to + free);
         cp_async_commit();
-        multiply_unit<S>(total, *tile(slot), matrix + turn * (Place::X / 16), sums + turn * Place::SUMS, T());
+        const W& now = *reinterpret_cast<const W*>(reinterpret_cast<const unsigned char*>(tile) + stage);
+        multiply_unit<S>(total, now, matrix + turn * (Place::X / 16), sums + turn * Place::SUMS, T());
         turn ^= 1;
-        rows.template store<W::OFFSET, PIECE<W>>(columns(turn), sums + turn * Place::SUMS);
+        rows.template store<W::OFFSET, PIECE<W>>(reinterpret_cast<T*>(memory + turn * Place::X),
+                                                 sums + turn * Place::SUMS);
         if (--left == 0 || unit == work.end - 1) {
             finish<S>(total, out, work, band, room);
             band++, left = work.blocks;
         }
-        free = slot;
-        slot = slot + 1 == S::DEPTH ? 0 : slot + 1;
+        free = stage;
+        stage = stage == (S::DEPTH - 1) * Place::STAGE ? 0 : stage + Place::STAGE;
     }
 }
 

@@ -4,6 +4,9 @@
 #ifndef CUPLAMA_PTX_CUH
 #define CUPLAMA_PTX_CUH
 
+// Takes x for a value that only this place knows: the compiler keeps it in its register and does not compute it again.
+__device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
+
 // ---- copies from global to shared memory that the thread does not wait for (sm_80; plain copies before) -------------
 
 // 16 bytes, or 16 zero bytes if not `valid`; the global address is not read then. Both addresses on 16-byte boundaries.

@@ -154,6 +154,7 @@ SIMT_TEMPLATE void warpgroup_rows(float (&d)[N], const unsigned (&a)[4], u64 b, 
 }
 }  // namespace simt
 
+SIMT_FN void keep(int& x) {}
 SIMT_FN void fence_proxy_async() {}
 SIMT_FN void wgmma_fence() {}
 SIMT_FN void wgmma_commit() {}
