@@ -92,7 +92,8 @@ def packed_rows(backend: CudaBackend, peaks: Peaks, form: str, name: str, sweep:
             try:
                 if name == "qkv":
                     check_small(backend, form, n, shapes)
-                calls = [partial(backend.call, op_for("linear", shapes), (x, w, None), {"U": "T"}) for w in copies]
+                op = op_for("linear", shapes)
+                calls = [partial(backend.call, op, (x, w, None), {"U": "bf16"}) for w in copies]
                 seconds = Replay(backend, calls).seconds(REPEATS).median
             except (OpError, WrongResultError) as e:
                 print(f"{label} {name} {n} rows: {e}", file=sys.stderr, flush=True)
