@@ -2,8 +2,8 @@
 
 The four weight matrices of a layer of the 8B, 9 to 64 rows of x in bf16, packed formats beside cuBLAS on the plain
 weight: microseconds, share of the read peak, TFLOP/s. Times are those of a replayed graph over copies of the weight
-that are 200 MB or more together. A kernel is first checked on small products. --sweep times other ways to share the work
-between the warps as well.
+that are 200 MB or more together. A kernel is first checked on small products. --sweep times other ways to share the
+work between the warps as well.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from cuplama.dtypes import DTYPES
 from cuplama.lab.check import BackendExecutor, WrongResultError, check, run_guarded
 from cuplama.lab.peaks import Peaks, measure
 from cuplama.lab.timing import Replay
-from cuplama.lab.workloads import Workload, case_workload, normal_values
+from cuplama.lab.workloads import case_workload, normal_values
 from cuplama.ops import OPS
+from cuplama.ops.launch import Device, Plan
 from cuplama.ops.linear_packed_many import Shape, many_rows_plan
-from cuplama.ops.op import Op
+from cuplama.ops.op import Call, Op
 from cuplama.ops.signature import OpError
 from cuplama.quant.catalog import CATALOG, random_stored
 from cuplama.quant.packed import Packed, pack
@@ -51,7 +52,14 @@ REPEATS = 20
 
 def op_for(name: str, shapes: Sequence[Shape] = ()) -> Op:
     """The op with the kernels for many rows alone, and no library."""
-    return replace(OPS[name], kernels=partial(many_rows_plan, name, shapes=shapes), matmul=False)
+
+    def kernels(call: Call, device: Device) -> Plan:
+        plan = many_rows_plan(name, call, device, shapes)
+        if plan is None:
+            raise OpError("no plan: too little shared memory")
+        return plan
+
+    return replace(OPS[name], kernels=kernels, matmul=False)
 
 
 def check_small(backend: CudaBackend, form: str, n: int, shapes: Sequence[Shape]) -> None:
@@ -59,8 +67,7 @@ def check_small(backend: CudaBackend, form: str, n: int, shapes: Sequence[Shape]
     executor = BackendExecutor(backend)
     for name, U, m in (("linear", "T", 300), ("linear", "f32", 1040), ("linear_add", "f32", 700)):
         case = {"n": n, "m": m, "k": 1416, "b": True, "W": form} | ({"U": U} if name == "linear" else {})
-        given = case_workload(OPS[name], case, "bf16")
-        workload = Workload(op_for(name, shapes), given.arrays(), given.attrs, "bf16")
+        workload = replace(case_workload(OPS[name], case, "bf16"), op=op_for(name, shapes))
         arrays = workload.arrays()
         check(workload, arrays, run_guarded(workload, arrays, executor))
 

@@ -1,14 +1,43 @@
-// linear_packed_many        y[n,m] = x w^T + b        for up to 64 rows of x, on packed weights (formats.cuh)
-// linear_add_packed_many    y[n,m] = a + x w^T + b    a, y: f32 (the residual stream)
+// Products of a packed weight (formats.cuh) with 9 to 64 rows of x in 16 bits, on tensor cores (sm_80 and later):
 //
-//   x [n,k], b [m] (may be null): T, 16 bits; y: U (T or f32)
-//   w: of `rows` rows, which make the columns of y from `column` on; the scales of whole rows follow its blocks
-//   partial [blocks of the grid][2][TEAMS][SUMS][WARP] f32: sums of bands that blocks share
-//   arrivals [bands][TEAMS] u32: zero before and after
+// linear_packed_many        y[n,m] = x w^T + b
+// linear_add_packed_many    y[n,m] = a + x w^T + b                a, y: f32 (the residual stream)
+// gather_columns            gathered[n,k] = x[n, order[k]]        for a weight whose columns were sorted
+//
+//   x [n,k], b [m] (may be null): T, f16 or bf16; y: U (T or f32)
+//   w         blocks of the `rows` rows of a segment, which make the columns of y from `column` on
+//   partial   [blocks of the grid][2][TEAMS][SUMS][WARP] f32: sums of bands that blocks share
+//   arrivals  [bands][TEAMS] u32: zero before and after
 //   A launch takes the rows first .. first + 8 NTILES - 1 of x, as far as there are so many.
+//
+// Few rows: the time is that of reading w once. Many: that of the products, or of making 16-bit numbers of the codes, so
+// each is made once and multiplied with all rows of x.
+//
+// Mapping: a unit of work is a band of BAND tiles of 16 rows of w, by one packed block of 128 columns. The units, band
+// after band, are dealt to one block a multiprocessor in equal runs (Work). Where a band is shared, each block leaves
+// its sums, and the warp that comes last adds them up in the order of k: the result is the same in every run.
+//
+// mma.m16n8k16 has w as A, in the order in which formats.cuh gives it, and x as B: a lane reads the columns 4t .. 4t+3
+// of a chunk of 16, which are 8 bytes side by side. A ring in shared memory, DEPTH units deep, has x (for all warps) and
+// w (each warp's own tiles); both come by cp.async, and one barrier a unit guards it. A warp has TILES tiles, so what it
+// reads of x serves as many products; SLICES warps have the same tiles and each a part of the columns.
+//
+// Within a group the products are summed without its scale; then total += scale * sum + offset * (sum of x), where the
+// sums of x over a group are products with ones, found once for all warps.
+//
+// The ring is filled with weights before the wait for the kernel ahead. An x that does not lie on 16-byte boundaries
+// comes element by element.
+//
+// What a warp does for a unit counts: with TILES 1, SLICES 2 and 16 rows of int4 some 200 instructions for 4 products
+// of 16 x 16, most of them not theirs; with TILES 2, SLICES 1 some 21 for each.
+//
+// Launch and tuning: cuplama/ops/linear_packed_many.py. Ops: cuplama/ops/linear.py, cuplama/ops/fused.py. Tests:
+// tests/ops/test_linear_packed_many.py. Benchmark: python -m benchmarks.packed_batch. On Hopper more than 16 rows are
+// linear_packed_many_wgmma.cu's.
 #include "linear_packed_many.cuh"
 
-constexpr int STRIDE = BLOCK_COLUMNS + CHUNK_COLUMNS;  // of a row of x in shared memory: 8 bytes of 4 rows at a time meet all banks once
+constexpr int STRIDE =
+    BLOCK_COLUMNS + CHUNK_COLUMNS;  // of a row of x in shared memory: 8 bytes of 4 rows at a time meet all banks once
 
 // Columns whose products are added up before their scale comes in: a group, or the part of it that a slice has.
 template <typename S, typename W>
@@ -22,9 +51,10 @@ struct Room {
 // The rows of x, BLOCK_COLUMNS columns at a time. Rows beyond n are copies of the last one, whose sums go nowhere.
 template <typename S, typename T>
 struct Rows {
-    static constexpr int VECTORS = BLOCK_COLUMNS / 8, STEP = S::THREADS / VECTORS;  // rows that the block copies at once
+    static constexpr int VECTORS = BLOCK_COLUMNS / 8,
+                         STEP = S::THREADS / VECTORS;  // rows that the block copies at once
     static constexpr int ITEMS = (S::ROWS + STEP - 1) / STEP;
-    const T* from[ITEMS];  // of this thread, its vectors in the next unit
+    const T* from[ITEMS];    // of this thread, its vectors in the next unit
     int column, left, wrap;  // of the next unit the first column; columns from this thread's vector on to the end
     bool vectorized;
 
@@ -40,9 +70,7 @@ struct Rows {
     }
 
     // Where the first vector of this thread goes in a stage.
-    static __device__ __forceinline__ int place() {
-        return threadIdx.x / VECTORS * STRIDE + threadIdx.x % VECTORS * 8;
-    }
+    static __device__ __forceinline__ int place() { return threadIdx.x / VECTORS * STRIDE + threadIdx.x % VECTORS * 8; }
 
     // Asks for the next unit. to: the place in a stage.
     __device__ __forceinline__ void fetch(T* to) {
@@ -53,8 +81,7 @@ struct Rows {
                 if (mine) cp_async_16(to + i * (STEP * STRIDE), from[i], left > 0);
             } else if (mine) {
 #pragma unroll 1
-                for (int j = 0; j < 8; j++)
-                    to[i * (STEP * STRIDE) + j] = j < left ? from[i][j] : from_float<T>(0.f);
+                for (int j = 0; j < 8; j++) to[i * (STEP * STRIDE) + j] = j < left ? from[i][j] : from_float<T>(0.f);
             }
             from[i] += BLOCK_COLUMNS;
         }
@@ -98,8 +125,8 @@ __device__ __forceinline__ void sum_runs(const T* x, f32* sums) {
 
 // total += of one run the sums, scaled.
 template <typename S, typename W>
-__device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS],
-                                        const W* tiles, int group, const f32* sums) {
+__device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS], const W* tiles, int group,
+                                        const f32* sums) {
     const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < S::TILES; i++) {
@@ -120,8 +147,7 @@ __device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&a
 
 // total += the products of this warp's part of a stage. tiles: of its team; x: of the stage.
 template <typename S, typename W, typename T>
-__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* tiles, const T* x,
-                                              const f32* sums) {
+__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* tiles, const T* x, const f32* sums) {
     constexpr int CHUNKS = BLOCK_CHUNKS / S::SLICES, EACH = RUN<S, W> / CHUNK_COLUMNS;
     const int lane = threadIdx.x % WARP, slice = threadIdx.x / WARP % S::SLICES;
     x += lane / 4 * STRIDE + lane % 4 * 4 + slice * (BLOCK_COLUMNS / S::SLICES);
@@ -134,7 +160,8 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* 
         for (int i = 0; i < S::TILES; i++) codes[i] = half_lane(tiles[i], slice * (CHUNKS / 4) + half);
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            const int chunk = half * 4 + c, run = slice * (CHUNKS / EACH) + chunk / EACH, group = run * EACH / W::GROUP_CHUNKS;
+            const int chunk = half * 4 + c, run = slice * (CHUNKS / EACH) + chunk / EACH,
+                      group = run * EACH / W::GROUP_CHUNKS;
             if (chunk % EACH == 0) {
 #pragma unroll
                 for (int i = 0; i < S::SUMS && GROUPED<W>; i++) acc[i] = 0.f;
@@ -150,12 +177,12 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* 
                 load_columns(x + j * 8 * STRIDE + chunk * CHUNK_COLUMNS, b);
 #pragma unroll
                 for (int i = 0; i < S::TILES; i++) {
-                    float(&d)[4] = *reinterpret_cast<float(*)[4]>((GROUPED<W> ? acc : total) + (i * S::NTILES + j) * 4);
+                    float (&d)[4] =
+                        *reinterpret_cast<float (*)[4]>((GROUPED<W> ? acc : total) + (i * S::NTILES + j) * 4);
                     multiply(d, a[i], b, T());
                 }
             }
-            if (GROUPED<W> && chunk % EACH == EACH - 1)
-                add_run<S>(total, acc, tiles, group, sums + run * S::ROWS);
+            if (GROUPED<W> && chunk % EACH == EACH - 1) add_run<S>(total, acc, tiles, group, sums + run * S::ROWS);
         }
     }
 }
@@ -216,8 +243,9 @@ template <typename T, typename U, typename W, int NTILES, int TILES, int WARPS, 
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed_many(const T* x, const W* __restrict__ w, const T* __restrict__ b, U* y, f32* partial, u32* arrivals,
                        int n, int first, int column, int rows, int m, int k) {
-    const Output<T, U> out = {nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column),
-                              partial, arrivals,                      n - first, m, rows};
+    const Output<T, U> out = {
+        nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column), partial, arrivals, n - first, m,
+        rows};
     multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
 }
 
@@ -226,15 +254,14 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed_many(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y,
                            f32* partial, u32* arrivals, int n, int first, int column, int rows, int m, int k) {
     const i64 from = i64(first) * m + column;
-    const Output<T, f32> out = {nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals,
-                                n - first, m, rows};
+    const Output<T, f32> out = {
+        nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals, n - first, m, rows};
     multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
 }
 
 // gathered[n,k]: the columns of x in the order in which a weight has them, for a weight whose columns were sorted.
 template <typename T>
-__global__ void __launch_bounds__(256)
-    gather_columns(const T* x, const i32* __restrict__ order, T* gathered, int k) {
+__global__ void __launch_bounds__(256) gather_columns(const T* x, const i32* __restrict__ order, T* gathered, int k) {
     launch_dependents();
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     const int from = column < k ? order[column] : 0;

@@ -216,8 +216,7 @@ __device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const 
             if (out.a != nullptr) residual = load_row<8>(out.a + i64(row) * out.m, column, out.rows, vectorized);
             Pack<U, 8> y;
 #pragma unroll
-            for (int c = 0; c < 8; c++)
-                y.v[c] = from_float<U>(sum.v[c] * scale.v[c] + bias.v[c] + residual.v[c]);
+            for (int c = 0; c < 8; c++) y.v[c] = from_float<U>(sum.v[c] * scale.v[c] + bias.v[c] + residual.v[c]);
             store_row<8>(out.y + i64(row) * out.m, column, out.rows, vectorized, y);
         }
     }
@@ -227,7 +226,7 @@ __device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const 
 template <typename S>
 constexpr int SLICED = (S::SLICES - 1) * S::SUMS * WARP;
 template <typename S>
-constexpr int FINISH = SLICED<S> > S::ROWS * TILE_STRIDE ? SLICED<S> : S::ROWS * TILE_STRIDE;
+constexpr int FINISH = SLICED<S> > S::ROWS* TILE_STRIDE ? SLICED<S> : S::ROWS * TILE_STRIDE;
 
 // The end of a band, or of this block's part of it. room: in shared memory [TEAMS][FINISH].
 template <typename S, typename T, typename U>

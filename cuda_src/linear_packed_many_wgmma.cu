@@ -1,7 +1,24 @@
-// What linear_packed_many.cu computes, on Hopper's tensor cores (sm_90a alone).
+// What linear_packed_many.cu computes, on Hopper's tensor cores (sm_90a alone): linear_packed_many_wgmma and
+// linear_add_packed_many_wgmma. Parameters, units of work and scratch are as there.
+//
+// wgmma takes A from registers, in the same shares per warp as mma.m16n8k16: so a warp still makes the numbers of its own
+// tile of w, a warpgroup has 64 rows, and all rows of x are the N of one product. What is gained: x is read from shared
+// memory by the tensor cores, once for 64 rows of w, and the products of a chunk run while the numbers of the next are
+// made.
+//
+// x lies in shared memory in panels of 64 columns (rows of 128 bytes, 16-byte vectors exchanged by ^ (row % 8)), and in
+// each chunk in the order of k that packed weights have. cp.async cannot change the order, so x goes through registers:
+// asked for when a unit begins, stored when its products are under way, in two stages. The weights come by cp.async
+// through a ring that is DEPTH units deep.
+//
+// A group's sums have registers of their own, two sets where a unit has several groups: while one is scaled and added
+// up, the other's products run.
+//
+// Launch and tuning: cuplama/ops/linear_packed_many.py. Tests: tests/ops/test_linear_packed_many.py. Benchmark:
+// python -m benchmarks.packed_batch.
 #include "linear_packed_many.cuh"
 
-constexpr int PANEL = 64;   // columns of x in a row of 128 bytes
+constexpr int PANEL = 64;  // columns of x in a row of 128 bytes
 
 template <int N>
 __device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, bool add, f16) {
@@ -22,7 +39,8 @@ constexpr int PIECE = RUN<W> < PANEL ? RUN<W> : PANEL;
 
 template <typename S, typename W>
 struct Room {
-    static constexpr int X = S::ROWS * BLOCK_COLUMNS * 2, STAGE = S::BAND * int(sizeof(W)), SUMS = BLOCK_COLUMNS / PIECE<W> * S::ROWS;
+    static constexpr int X = S::ROWS * BLOCK_COLUMNS * 2, STAGE = S::BAND * int(sizeof(W)),
+                         SUMS = BLOCK_COLUMNS / PIECE<W> * S::ROWS;
 };
 
 // BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1,
@@ -115,7 +133,8 @@ struct Rows {
                     sum += to_float(pair[0]) + to_float(pair[1]);
                 }
 #pragma unroll
-                for (int lanes = 1; lanes < LENGTH / CHUNK_COLUMNS; lanes *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+                for (int lanes = 1; lanes < LENGTH / CHUNK_COLUMNS; lanes *= 2)
+                    sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
                 if (there(i) && place(i) % (LENGTH / CHUNK_COLUMNS) == 0)
                     sums[place(i) / (LENGTH / CHUNK_COLUMNS) * S::ROWS + row(i)] = sum;
             }
@@ -125,8 +144,8 @@ struct Rows {
 
 // total += of one run the sums, scaled.
 template <typename S, typename W>
-__device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS],
-                                        const W& tile, int group, const f32* sums) {
+__device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS], const W& tile, int group,
+                                        const f32* sums) {
     const int r = threadIdx.x % WARP / 4;
     const Two32 scale = tile.scales(group, r), offset = tile.offsets(group, r);
 #pragma unroll
@@ -156,7 +175,7 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W& 
     typename W::Words codes;
     const auto add = [&](int run) {
         wgmma_done(acc[run % 2]);
-        add_run<S>(total, acc[run % 2], tile, run, sums + run * (RUN<W> / PIECE<W>) * S::ROWS);
+        add_run<S>(total, acc[run % 2], tile, run, sums + run * (RUN<W> / PIECE<W>)*S::ROWS);
     };
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
@@ -240,8 +259,9 @@ template <typename T, typename U, typename W, int NTILES, int WARPS, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed_many_wgmma(const T* x, const W* __restrict__ w, const T* __restrict__ b, U* y, f32* partial,
                              u32* arrivals, int n, int first, int column, int rows, int m, int k) {
-    const Output<T, U> out = {nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column),
-                              partial, arrivals,                      n - first, m, rows};
+    const Output<T, U> out = {
+        nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column), partial, arrivals, n - first, m,
+        rows};
     multiply_rows<Shape<NTILES, 1, WARPS, 1, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
 }
 
@@ -250,7 +270,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed_many_wgmma(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y,
                                  f32* partial, u32* arrivals, int n, int first, int column, int rows, int m, int k) {
     const i64 from = i64(first) * m + column;
-    const Output<T, f32> out = {nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals,
-                                n - first, m, rows};
+    const Output<T, f32> out = {
+        nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals, n - first, m, rows};
     multiply_rows<Shape<NTILES, 1, WARPS, 1, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
 }

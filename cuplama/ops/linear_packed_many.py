@@ -1,8 +1,8 @@
 """Launches of matrix products with a packed weight for 9 to 64 rows of x, on tensor cores. Kernels:
 cuda_src/linear_packed_many.cu (sm_80 and later) and linear_packed_many_wgmma.cu (Hopper).
 
-The plan is that of Marlin (Frantar et al., arXiv:2408.11743): weights stream once, each dequantised in registers for all
-rows of x, and the units of work are dealt to one block a multiprocessor in equal runs.
+The plan is that of Marlin (Frantar et al., arXiv:2408.11743): weights stream once, each dequantised in registers for
+all rows of x, and the units of work are dealt to one block a multiprocessor in equal runs.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Shape:
         return self.band * block_bytes + (0 if self.wgmma else self.groups * 8 * _STRIDE_BYTES)
 
     def other_bytes(self) -> int:
-        """Shared memory beside the ring, at most: what the sums go through at the end, the sums of x over 16 columns, and
-        the Hopper kernel's two stages of x."""
+        """Shared memory beside the ring, at most: what the sums go through at the end, the sums of x over 16 columns,
+        and the Hopper kernel's two stages of x."""
         rows = 8 * self.groups
         end = max((self.slices - 1) * self.sums * 32, rows * _TILE_STRIDE)
         stages = 2 if self.wgmma else 0
@@ -73,10 +73,10 @@ class Shape:
 
 # For up to that many groups of 8 rows of x: what is tried, the first that shared memory allows.
 _SHAPES: Mapping[int, tuple[Shape, ...]] = {
-    2: (Shape(2, 1, 8), Shape(2, 1, 4)),
-    4: (Shape(4, 2, 8, 2), Shape(4, 1, 4)),
-    6: (Shape(6, 2, 8, 2), Shape(6, 1, 4)),
-    8: (Shape(8, 2, 8, 2), Shape(8, 1, 4)),
+    2: (Shape(2, 2, 8), Shape(2, 1, 8), Shape(2, 1, 2)),
+    4: (Shape(4, 2, 8, 2), Shape(4, 1, 4), Shape(4, 1, 2)),
+    6: (Shape(6, 2, 8, 2), Shape(6, 1, 4), Shape(6, 1, 2)),
+    8: (Shape(8, 2, 8, 2), Shape(8, 1, 4), Shape(8, 1, 2)),
 }
 _WGMMA_SHAPES = {groups: Shape(groups, 1, 8, wgmma=True) for groups in (4, 6, 8)}
 
@@ -110,7 +110,10 @@ def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Sha
             for name, size in _scratch(shape, launches[-1], segment.rows):
                 needs[name] = max(needs[name], size)
         column += segment.rows
-    scratch = {"partial": ((needs["partial"],), "f32"), "arrivals": ((needs["arrivals"],), "u32")}
+    scratch: dict[str, tuple[tuple[int, ...], str]] = {
+        "partial": ((needs["partial"],), "f32"),
+        "arrivals": ((needs["arrivals"],), "u32"),
+    }
     if any(segment.order is not None for segment in segments):
         scratch["gathered"] = ((n, call["k"]), "f16" if T.kind == "f" else "bf16")
     return Plan(tuple(launches), scratch, frozenset({"arrivals"}))
