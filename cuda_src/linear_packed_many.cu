@@ -10,17 +10,17 @@
 //   arrivals  [bands][TEAMS] u32: zero before and after
 //   A launch takes the rows first .. first + 8 NTILES - 1 of x, as far as there are so many.
 //
-// Few rows: the time is that of reading w once. Many: that of the products, or of making 16-bit numbers of the codes, so
-// each is made once and multiplied with all rows of x.
+// Few rows: the time is that of reading w once. Many: that of the products, or of making 16-bit numbers of the codes,
+// so each is made once and multiplied with all rows of x.
 //
 // Mapping: a unit of work is a band of BAND tiles of 16 rows of w, by one packed block of 128 columns. The units, band
 // after band, are dealt to one block a multiprocessor in equal runs (Work). Where a band is shared, each block leaves
 // its sums, and the warp that comes last adds them up in the order of k: the result is the same in every run.
 //
 // mma.m16n8k16 has w as A, in the order in which formats.cuh gives it, and x as B: a lane reads the columns 4t .. 4t+3
-// of a chunk of 16, which are 8 bytes side by side. A ring in shared memory, DEPTH units deep, has x (for all warps) and
-// w (each warp's own tiles); both come by cp.async, and one barrier a unit guards it. A warp has TILES tiles, so what it
-// reads of x serves as many products; SLICES warps have the same tiles and each a part of the columns.
+// of a chunk of 16, which are 8 bytes side by side. A ring in shared memory, DEPTH units deep, has x (for all warps)
+// and w (each warp's own tiles); both come by cp.async, and one barrier a unit guards it. A warp has TILES tiles, so
+// what it reads of x serves as many products; SLICES warps have the same tiles and each a part of the columns.
 //
 // Within a group the products are summed without its scale; then total += scale * sum + offset * (sum of x), where the
 // sums of x over a group are products with ones, found once for all warps.

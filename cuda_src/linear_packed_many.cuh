@@ -37,8 +37,8 @@ struct Work {
 
 // ---- to shared memory -----------------------------------------------------------------------------------------------
 
-// A warp's share of the weights: of its team's tiles, the pieces that are its slice's. It goes through the block's units
-// in their order.
+// A warp's share of the weights: of its team's tiles, the pieces that are its slice's. It goes through the block's
+// units in their order.
 template <typename S, typename W>
 struct Weights {
     static constexpr int BYTES = sizeof(W), PIECES = BYTES / 16, STEP = S::SLICES * WARP;

@@ -1,10 +1,10 @@
 // What linear_packed_many.cu computes, on Hopper's tensor cores (sm_90a alone): linear_packed_many_wgmma and
 // linear_add_packed_many_wgmma. Parameters, units of work and scratch are as there.
 //
-// wgmma takes A from registers, in the same shares per warp as mma.m16n8k16: so a warp still makes the numbers of its own
-// tile of w, a warpgroup has 64 rows, and all rows of x are the N of one product. What is gained: x is read from shared
-// memory by the tensor cores, once for 64 rows of w, and the products of a chunk run while the numbers of the next are
-// made.
+// wgmma takes A from registers, in the same shares per warp as mma.m16n8k16: so a warp still makes the numbers of its
+// own tile of w, a warpgroup has 64 rows, and all rows of x are the N of one product. What is gained: x is read from
+// shared memory by the tensor cores, once for 64 rows of w, and the products of a chunk run while the numbers of the
+// next are made.
 //
 // x lies in shared memory in panels of 64 columns (rows of 128 bytes, 16-byte vectors exchanged by ^ (row % 8)), and in
 // each chunk in the order of k that packed weights have. cp.async cannot change the order, so x goes through registers:
@@ -43,8 +43,8 @@ struct Room {
                          SUMS = BLOCK_COLUMNS / PIECE<W> * S::ROWS;
 };
 
-// BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6, 1,
-// 3, 5, 7, as the lanes have them of w. Rows beyond n are copies of the last one, whose sums go nowhere.
+// BLOCK_COLUMNS columns of the rows of x on their way through registers: in a chunk, the pairs of columns 0, 2, 4, 6,
+// 1, 3, 5, 7, as the lanes have them of w. Rows beyond n are copies of the last one, whose sums go nowhere.
 template <typename S, typename T>
 struct Rows {
     static constexpr int ITEMS = (S::ROWS * BLOCK_CHUNKS + S::THREADS - 1) / S::THREADS;  // chunks of a thread
@@ -67,8 +67,8 @@ struct Rows {
         vectorized = aligned_rows;
     }
 
-    // Of item i: its row, and which chunk. Four lanes have chunks side by side, and the next four those of the row below:
-    // so they write to all banks at once.
+    // Of item i: its row, and which chunk. Four lanes have chunks side by side, and the next four those of the row
+    // below: so they write to all banks at once.
     static __device__ __forceinline__ int row(int i) { return (threadIdx.x + i * S::THREADS) / 4 % S::ROWS; }
     static __device__ __forceinline__ int place(int i) {
         const int item = threadIdx.x + i * S::THREADS;
