@@ -8,8 +8,8 @@
 //
 // x lies in shared memory in panels of 64 columns (rows of 128 bytes, 16-byte vectors exchanged by ^ (row % 8)), and in
 // each chunk in the order of k that packed weights have. cp.async cannot change the order, so x goes through registers:
-// asked for when a unit begins, stored when its products are under way, in two stages. The weights come by cp.async
-// through a ring that is DEPTH units deep.
+// asked for when a unit begins, stored when its products are under way, in two stages. The weights come by bulk
+// copies, one for each tile, through a ring that is DEPTH units deep.
 //
 // A group's sums have registers of their own, two sets where a unit has several groups: while one is scaled and added
 // up, the other's products run.
@@ -36,6 +36,41 @@ constexpr int RUN = GROUPED<W> ? W::GROUP : BLOCK_COLUMNS;
 // Columns whose sum the lanes of a row of x find together.
 template <typename W>
 constexpr int PIECE = RUN<W> < PANEL ? RUN<W> : PANEL;
+
+// A warp's own tiles of w on their way to shared memory, in bulk copies that one lane asks for: a fence of the proxies
+// would wait for copies of the lanes (cp.async). A warp beyond the last tile takes that one; its sums go nowhere.
+template <typename S, typename W>
+struct Tiles {
+    u64* full;  // of this warp, a barrier for each stage
+    W* ring;    // of this warp, in the first stage; a stage has BAND blocks
+    const W* w;
+    const W* from;
+    int tile, tiles, block, blocks;  // of the next unit, and how many there are
+
+    __device__ __forceinline__ Tiles(const W* w, W* ring, u64* full, const Work& work)
+        : full(full + threadIdx.x / WARP * S::DEPTH), ring(ring + threadIdx.x / WARP), w(w), tiles(work.tiles),
+          block(work.begin % work.blocks), blocks(work.blocks) {
+        tile = work.begin / blocks * S::BAND + threadIdx.x / WARP;
+        from = w + (i64(min(tile, tiles - 1)) * blocks + block);
+        if (threadIdx.x % WARP == 0) {
+            for (int i = 0; i < S::DEPTH; i++) mbarrier_init(this->full + i, 1);
+        }
+        fence_proxy_async();
+        __syncwarp();
+    }
+
+    // Asks for the next unit.
+    __device__ __forceinline__ void fetch(int stage) {
+        if (threadIdx.x % WARP == 0) {
+            mbarrier_arrive_expect_tx(full + stage, sizeof(W));
+            bulk_copy(ring + stage * S::BAND, from, sizeof(W), full + stage);
+        }
+        from++;
+        if (++block < blocks) return;
+        block = 0, tile += S::BAND;
+        from = w + i64(min(tile, tiles - 1)) * blocks;
+    }
+};
 
 template <typename S, typename W>
 struct Room {
@@ -214,13 +249,10 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     f32* room = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
     f32* sums = room + S::TEAMS * FINISH<S>;
     const Work work(out.rows, k, S::BAND);
-    Weights<S, W> weights(w, work);
-    unsigned char* to = ring + weights.place();
+    __shared__ u64 full[S::WARPS * S::DEPTH];
+    Tiles<S, W> tiles(w, reinterpret_cast<W*>(ring), full, work);
 #pragma unroll 1
-    for (int i = 0; i < S::DEPTH - 1; i++) {
-        if (i < work.end - work.begin) weights.fetch(to + i * Place::STAGE);
-        cp_async_commit();
-    }
+    for (int i = 0; i < min(S::DEPTH - 1, work.end - work.begin); i++) tiles.fetch(i);
     launch_dependents();
     if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     wait();
@@ -229,20 +261,18 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     rows.template store<W::OFFSET, PIECE<W>>(reinterpret_cast<T*>(memory), sums);
 
     float total[S::SUMS] = {};
-    const W* tile = reinterpret_cast<const W*>(ring) + threadIdx.x / WARP;
-    int stage = 0, free = (S::DEPTH - 1) * Place::STAGE, turn = 0;  // stages in bytes
+    int stage = 0, free = S::DEPTH - 1, parity = 0, turn = 0;  // turn: which stage of x
     int band = work.begin / work.blocks, left = (band + 1) * work.blocks - work.begin;
     const u64 matrix = wgmma_matrix(memory, 1);
 #pragma unroll 1
     for (int unit = work.begin; unit < work.end; unit++) {
-        cp_async_wait<S::DEPTH - 2>();
         fence_proxy_async();
         __syncthreads();
         if (unit + 1 < work.end) rows.load();  // behind the fence, which would wait for it
-        if (unit + S::DEPTH - 1 < work.end) weights.fetch(to + free);
-        cp_async_commit();
-        const W& now = *reinterpret_cast<const W*>(reinterpret_cast<const unsigned char*>(tile) + stage);
-        multiply_unit<S>(total, now, matrix + turn * (Place::X / 16), sums + turn * Place::SUMS, T());
+        if (unit + S::DEPTH - 1 < work.end) tiles.fetch(free);
+        mbarrier_wait(tiles.full + stage, parity);
+        multiply_unit<S>(total, tiles.ring[stage * S::BAND], matrix + turn * (Place::X / 16), sums + turn * Place::SUMS,
+                         T());
         turn ^= 1;
         rows.template store<W::OFFSET, PIECE<W>>(reinterpret_cast<T*>(memory + turn * Place::X),
                                                  sums + turn * Place::SUMS);
@@ -251,7 +281,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
             band++, left = work.blocks;
         }
         free = stage;
-        stage = stage == (S::DEPTH - 1) * Place::STAGE ? 0 : stage + Place::STAGE;
+        if (++stage == S::DEPTH) stage = 0, parity ^= 1;
     }
 }
 

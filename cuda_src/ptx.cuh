@@ -133,6 +133,30 @@ __device__ __forceinline__ void mbarrier_wait(void* bar, unsigned parity) {
 #endif
 }
 
+// An arrival, and the phase does not end before that many bytes more have come by bulk copies (sm_90).
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(void* bar, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(bar))),
+                 "r"(bytes)
+                 : "memory");
+#else
+    __trap();
+#endif
+}
+
+// One thread copies for all: `bytes` (a multiple of 16), both addresses on 16-byte boundaries; their arrival counts in
+// the barrier (sm_90).
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes, void* bar) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     unsigned(__cvta_generic_to_shared(shared))),
+                 "l"(global), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(bar)))
+                 : "memory");
+#else
+    __trap();
+#endif
+}
+
 // Barrier `id` (1 .. 15) among that many threads, whole warps.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
