@@ -316,7 +316,8 @@ __device__ __forceinline__ void wgmma_rows_f16(float (&d)[16], const unsigned (&
         : CUPLAMA_8(d, 0), CUPLAMA_8(d, 8)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
-__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[16], const unsigned (&a)[4], unsigned long long b, bool add) {
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[16], const unsigned (&a)[4], unsigned long long b,
+                                                bool add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, "
         "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, "
@@ -332,7 +333,8 @@ __device__ __forceinline__ void wgmma_rows_f16(float (&d)[24], const unsigned (&
         : CUPLAMA_8(d, 0), CUPLAMA_8(d, 8), CUPLAMA_8(d, 16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
-__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[24], const unsigned (&a)[4], unsigned long long b, bool add) {
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[24], const unsigned (&a)[4], unsigned long long b,
+                                                bool add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %29, 0; wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {%0, "
         "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
@@ -348,7 +350,8 @@ __device__ __forceinline__ void wgmma_rows_f16(float (&d)[32], const unsigned (&
         : CUPLAMA_32(d, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
-__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[32], const unsigned (&a)[4], unsigned long long b,
+                                                bool add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, "
         "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
