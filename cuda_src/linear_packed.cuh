@@ -6,8 +6,6 @@
 #include "formats.cuh"
 #include "mma.cuh"
 
-enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };
-
 // Whether products are those of tensor cores.
 template <typename T>
 #if __CUDA_ARCH__ >= 800
@@ -34,9 +32,9 @@ struct Shape {
 };
 
 // GPU blocks that registers should leave room for: two, so that those of the next kernel fill their rings beside this
-// one's. Wide codes take too many registers, and so do multiply-adds.
-template <typename T, typename W>
-constexpr int BESIDE = TENSOR<T> && W::BITS <= 8 ? 2 : 1;
+// one's. Wide codes, several rows and multiply-adds take too many registers, and many rows too much shared memory.
+template <typename T, typename W, int ROWS>
+constexpr int BESIDE = TENSOR<T> && W::BITS <= 8 && ROWS == 1 ? 2 : 1;
 
 // Elements from a row of x to the next in shared memory: with 16 bits 64 bytes more than they take, so that the lanes of
 // two rows meet different banks.
@@ -65,8 +63,9 @@ struct Stream {
     int begin, end;        // units of this GPU block
     int columns;           // blocks of a row of blocks
     i64 half;              // from a unit's first tile to its second, in pieces
-    int phase, tile;       // to ask for next: tile of this GPU block
-    int run, left;         // blocks of a run, and those still to ask for
+    i64 on, next;          // from a run's end to where the next begins, and so for the run after it, in pieces
+    int phase, remaining;  // what to ask for: phase, and its blocks that are left
+    int run, left;         // blocks of a run, and those of this one that are left
     int filling, reading;  // slots, in pieces
 
     // rows: of the weight, for silu_mul of half of it
@@ -78,10 +77,13 @@ struct Stream {
         columns = W::columns(k);
         half = i64(units) * columns * PIECES;
         from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(0)) * PIECES + lane;
-        tile = 0, filling = 0, reading = 0, run = left = blocks_of(0);
-        phase = run > 0 ? 0 : S::PHASES;
+        filling = 0, reading = 0, phase = 0;
+        begin_phase();
 #pragma unroll 1
-        for (int slot = 0; slot < S::DEPTH - 1; slot++) fetch();
+        for (int slot = 0; slot < S::DEPTH - 1; slot++) {
+            fetch();
+            filling += PIECES;
+        }
         launch_dependents();
     }
 
@@ -107,34 +109,36 @@ struct Stream {
         return sums() + (S::PHASES > 1 ? (end - begin) * S::PARTS * S::TILE : 0);
     }
 
+    // What there is to ask for in a phase. A unit's tiles are half of the weight apart.
+    __device__ __forceinline__ void begin_phase() {
+        run = left = blocks_of(phase);
+        remaining = run * (end - begin) * S::PARTS;
+        next = on = (columns - run) * PIECES;
+        if constexpr (S::PARTS > 1) on += half - i64(columns) * PIECES, next -= half;
+    }
+
     // Asks for the next block, or for nothing at the end: a group of copies in any case.
     __device__ __forceinline__ void fetch() {
-        if (phase < S::PHASES) {
+        if (remaining > 0) {
 #pragma unroll
             for (int i = 0; i < PIECES; i += WARP)
                 if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP)
                     cp_async_16(ring + filling + i, from + i, true);
-            from += PIECES;
-            if (--left == 0) next_run();
+            from += PIECES, remaining--, left--;
+            if (left == 0) {
+                left = run, from += on;
+                if constexpr (S::PARTS > 1) {
+                    const i64 other = on;
+                    on = next, next = other;
+                }
+                if (S::PHASES > 1 && remaining == 0 && phase + 1 < S::PHASES) {
+                    from += (i64(begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
+                    phase++;
+                    begin_phase();
+                }
+            }
         }
-        filling = filling + PIECES == S::DEPTH * PIECES ? 0 : filling + PIECES;
         cp_async_commit();
-    }
-
-    __device__ __forceinline__ void next_run() {
-        left = run, tile++;
-        const int on = (columns - run) * PIECES;
-        if constexpr (S::PARTS > 1)
-            from += tile % 2 == 1 ? half - run * PIECES : on - half;
-        else
-            from += on;
-        if (tile < (end - begin) * S::PARTS) return;
-        tile = 0, phase++;
-        if constexpr (S::PHASES > 1) {
-            from += (i64(begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
-            run = left = blocks_of(phase);
-            if (run == 0) phase = S::PHASES;
-        }
     }
 
     // The next block of the ring. The one that was taken before is no longer read by any lane, and its place is filled.
@@ -142,8 +146,9 @@ struct Stream {
         cp_async_wait<S::DEPTH - 2>();
         __syncwarp();
         const W* block = reinterpret_cast<const W*>(ring + reading - threadIdx.x % WARP);
-        reading = reading + PIECES == S::DEPTH * PIECES ? 0 : reading + PIECES;
         fetch();
+        filling = reading;
+        reading = reading + PIECES == S::DEPTH * PIECES ? 0 : reading + PIECES;
         return *block;
     }
 };
@@ -160,8 +165,8 @@ struct Factors {
     typedef typename S::W W;
     static constexpr bool SPREAD = S::ROWS == 1 && W::GROUP > 0 && W::GROUP_CHUNKS <= 2;
     static constexpr int STRIDE = STRIDE_OF<S, T>;
-    const T* x;   // of this lane, at its warp's first block
-    f32* sums;    // of this warp's groups [group][ROWS]
+    const T* x;                           // of this lane, at its warp's first block
+    f32* sums;                            // of this warp's groups [group][ROWS]
     u32 mine[SPREAD ? BLOCK_CHUNKS : 1];  // 1 for the chunk of this lane's column
 
     __device__ __forceinline__ Factors() {
@@ -175,8 +180,8 @@ struct Factors {
         rows.stage(phase);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
-        sums = reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE) +
-               warp * (S::BLOCKS * W::GROUPS * S::ROWS);
+        sums =
+            reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE) + warp * (S::BLOCKS * W::GROUPS * S::ROWS);
         if constexpr (W::OFFSET) {
             const u32 one = twice<T>(1.f);
 #pragma unroll 1

@@ -42,7 +42,7 @@ struct SharedRows {
     typedef typename S::T T;
     static constexpr int LEVELS = LEVELS_, EACH = S::BLOCKS;  // EACH: fours of a thread, of a row in a phase
     static constexpr bool NORMED = NORM != NO_NORM, KEPT = NORMED && S::PHASES == 1 && S::ROWS * EACH <= 4;
-    static constexpr int SOME = EACH <= 4 ? EACH : 4, ENTRIES = (EACH + SOME - 1) / SOME;       // fours read together
+    static constexpr int SOME = EACH <= 4 ? EACH : 4, ENTRIES = (EACH + SOME - 1) / SOME;      // fours read together
     static constexpr int TOGETHER = SOME * S::ROWS <= 8 ? S::ROWS : SOME <= 4 ? 8 / SOME : 1;  // rows
     static constexpr int STRIDE = STRIDE_OF<S, Y>;
     const X* x;

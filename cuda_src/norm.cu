@@ -14,8 +14,7 @@
 #include "ptx.cuh"
 
 template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(1024)
-    rms_norm(const f32* x, const T* __restrict__ w, T* y, int d, f32 eps) {
+__global__ void __launch_bounds__(1024) rms_norm(const f32* x, const T* __restrict__ w, T* y, int d, f32 eps) {
     launch_dependents();
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
@@ -44,8 +43,8 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(1024) layer_norm(const f32* x, const T* __restrict__ w,
-                                                   const T* __restrict__ b, T* y, int d, f32 eps) {
+__global__ void __launch_bounds__(1024)
+    layer_norm(const f32* x, const T* __restrict__ w, const T* __restrict__ b, T* y, int d, f32 eps) {
     launch_dependents();
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;

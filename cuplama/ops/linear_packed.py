@@ -39,8 +39,8 @@ class Tuning:
     flight: int = 48 << 10
     steps: tuple[int, int] = (4, 1)
     beside: bool = True
-    # Each GPU block normalises all rows, on its own: 0.4 microseconds a row. A launch before it takes 2 for all, and the
-    # product asks for its weights meanwhile.
+    # Each GPU block normalises all rows for itself, 0.4 microseconds a row. A launch before it takes 2 for all rows, and
+    # the product asks for its weights meanwhile.
     norm_rows: int = 2
 
 
@@ -71,8 +71,8 @@ def _shape(columns: int, most: int, phases: int) -> _Shape:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What shared memory holds. rows: of x; parts: tiles of a unit; units: of a GPU block, at most; element: bytes of an
-    element of x; sums: of a row of x in a block, for offsets; step: units between two barriers."""
+    """What shared memory holds. rows: of x; parts: tiles of a unit; units: of a GPU block, at most; element: bytes of one
+    of x; sums: of a row of x in a block, for offsets; step: units between two barriers."""
 
     rows: int
     parts: int
@@ -89,8 +89,8 @@ class _Sizes:
         return sums + self.rows * (self.element * (blocks * _BLOCK_COLUMNS + 32) + 4 * self.sums * blocks)
 
     def divide(self, columns: int, block_bytes: int, tuning: Tuning, device: Device) -> tuple[_Shape, int] | None:
-        """The division of rows of blocks that leaves room for a ring, and how many blocks of a warp that holds: in as few
-        phases as possible, and in half of the shared memory if tuning wants it and two blocks for each warp fit."""
+        """The division of rows of blocks that leaves room for a ring, and the blocks that a warp has there: in as few
+        phases as possible, and in half of the shared memory if tuning wants that and three blocks fit."""
         limit = device.shared - _RESERVED_BYTES
         warps = tuning.warps
         while warps >= 1:

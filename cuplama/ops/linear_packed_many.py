@@ -15,7 +15,7 @@ from .launch import Device, Launch, Plan
 from .op import Call
 from .weights import SegmentLike, segments_of
 
-__all__ = ["MAX_MANY_ROWS", "Shape", "many_rows_plan"]
+__all__ = ["MAX_MANY_ROWS", "Shape", "many_rows_docs", "many_rows_plan"]
 
 MAX_MANY_ROWS = 128
 """Rows of x up to which this way is taken. A launch takes 64 of them, so more rows read the weight twice."""
@@ -117,6 +117,12 @@ def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Sha
     if any(segment.order is not None for segment in segments):
         scratch["gathered"] = ((n, call["k"]), "f16" if T.kind == "f" else "bf16")
     return Plan(tuple(launches), scratch, frozenset({"arrivals"}))
+
+
+def many_rows_docs(kernel: str, formula: str) -> dict[str, str]:
+    """What the kernels compute, by their names."""
+    what = f"{formula} for up to 64 rows of x and a packed weight, on tensor cores"
+    return {f"{kernel}_packed_many": what, f"{kernel}_packed_many_wgmma": f"{what} of Hopper"}
 
 
 def _gather(call: Call, segment: int) -> Launch:
