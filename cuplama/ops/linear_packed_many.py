@@ -28,6 +28,7 @@ _RESERVED_BYTES = 2048  # of shared memory: what the driver keeps for itself, an
 _MAX_DEPTH = 6  # units in the ring
 _MIN_DEPTH = 2
 _WGMMA_GROUPS = 4  # groups of 8 rows of x from which on Hopper's warpgroups are faster than single warps
+_BRINGERS = 4  # of the Hopper kernel: warps that bring x, and stages of it
 _GATHER_THREADS = 256
 
 
@@ -63,12 +64,11 @@ class Shape:
         return self.band * block_bytes + (0 if self.wgmma else self.groups * 8 * _STRIDE_BYTES)
 
     def other_bytes(self) -> int:
-        """Shared memory beside the ring, at most: what the sums go through at the end, the sums of x over 16 columns,
-        and the Hopper kernel's two stages of x."""
+        """Shared memory beside the ring: what the sums go through at the end, and the Hopper kernel's stages of x."""
         rows = 8 * self.groups
         end = max((self.slices - 1) * self.sums * 32, rows * _TILE_STRIDE)
-        stages = 2 if self.wgmma else 0
-        return 4 * self.teams * end + 2 * 4 * 8 * rows + stages * 2 * _BLOCK_COLUMNS * rows
+        stages = _BRINGERS if self.wgmma else 0
+        return 4 * self.teams * end + stages * 2 * _BLOCK_COLUMNS * rows
 
 
 # For up to that many groups of 8 rows of x: what is tried, the first that shared memory allows.
@@ -161,7 +161,7 @@ def _launch(
         constants |= {"TILES": shape.tiles, "SLICES": shape.slices}
     # Two blocks do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
     shared = max(used, device.shared // 2)
-    return Launch(name, (min(device.sms, units),), (32 * shape.warps,), shared, constants, names)
+    return Launch(name, (min(device.sms, units),), (32 * (shape.warps + (_BRINGERS if shape.wgmma else 0)),), shared, constants, names)
 
 
 def _bands(shape: Shape, rows: int) -> int:
