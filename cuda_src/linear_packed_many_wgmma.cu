@@ -81,46 +81,58 @@ template <typename S, typename T>
 struct Bringer {
     // Chunks of a lane, in rounds so that registers hold them. Four lanes have chunks side by side, and the next four
     // those of the row below: so they write to all banks at once.
-    static constexpr int ITEMS = 2 * S::NTILES, ROUNDS = S::NTILES > 4 ? 2 : 1, EACH = ITEMS / ROUNDS;
+    static constexpr int ITEMS = 2 * S::NTILES, ROUNDS = S::NTILES * S::WARPS > 64 ? 2 : 1, EACH = ITEMS / ROUNDS;
     const T* x;
-    int n, k, to;
+    int k, to, from[S::NTILES];  // of the lane's rows, where they begin in x
     bool vectorized;
 
-    __device__ __forceinline__ Bringer(const T* x, int n, int k) : x(x), n(n), k(k) {
+    __device__ __forceinline__ Bringer(const T* x, int n, int k) : x(x), k(k) {
         const int row = threadIdx.x % WARP / 4, place = threadIdx.x % 4;
         to = row * PANEL + (place * 2 ^ row) * 8;
+#pragma unroll
+        for (int j = 0; j < S::NTILES; j++) from[j] = min(j * 8 + row, n - 1) * k;
         vectorized = aligned(x) && k % 8 == 0;
     }
 
     // A unit's columns from `column` on, to a stage.
     __device__ __forceinline__ void bring(T* stage, int column) const {
-        const bool whole = vectorized && column + BLOCK_COLUMNS <= k;
-        column += threadIdx.x % 4 * CHUNK_COLUMNS;
+        const int at = column + threadIdx.x % 4 * CHUNK_COLUMNS;
+        if (!vectorized || column + BLOCK_COLUMNS > k) return bring_elements(stage, at);
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++) {
             Pack<u32, 8> chunk[EACH];
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                const int item = round * EACH + i, row = item % S::NTILES * 8 + threadIdx.x % WARP / 4;
-                const int at = column + item / S::NTILES * PANEL;
-                const T* from = x + (i64(min(row, n - 1)) * k + at);
-                if (whole) {
-                    chunk[i] = load<8>(reinterpret_cast<const u32*>(from));
-                } else {
-                    const Pack<u32, 4> low = elements(from, k - at), high = elements(from + 8, k - at - 8);
-#pragma unroll
-                    for (int e = 0; e < 4; e++) chunk[i].v[e] = low.v[e], chunk[i].v[4 + e] = high.v[e];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
                 const int item = round * EACH + i;
-                T* place = stage + (item / S::NTILES * (S::ROWS * PANEL) + item % S::NTILES * (8 * PANEL));
-                const u32(&v)[8] = chunk[i].v;
-                store<4>(reinterpret_cast<u32*>(place + to), Pack<u32, 4>{v[0], v[2], v[4], v[6]});
-                store<4>(reinterpret_cast<u32*>(place + (to ^ 8)), Pack<u32, 4>{v[1], v[3], v[5], v[7]});
+                const T* place = x + (from[item % S::NTILES] + at + item / S::NTILES * PANEL);
+                chunk[i] = load<8>(reinterpret_cast<const u32*>(place));
             }
+#pragma unroll
+            for (int i = 0; i < EACH; i++) put(stage, round * EACH + i, chunk[i]);
         }
+    }
+
+    // The same, element by element.
+    __device__ __forceinline__ void bring_elements(T* stage, int at) const {
+#pragma unroll
+        for (int j = 0; j < S::NTILES; j++)
+#pragma unroll 1
+            for (int panel = 0; panel < 2; panel++) {
+                const int column = at + panel * PANEL;
+                const T* place = x + (from[j] + column);
+                const Pack<u32, 4> low = elements(place, k - column), high = elements(place + 8, k - column - 8);
+                Pack<u32, 8> chunk;
+#pragma unroll
+                for (int e = 0; e < 4; e++) chunk.v[e] = low.v[e], chunk.v[4 + e] = high.v[e];
+                put(stage, panel * S::NTILES + j, chunk);
+            }
+    }
+
+    __device__ __forceinline__ void put(T* stage, int item, const Pack<u32, 8>& chunk) const {
+        T* place = stage + (item / S::NTILES * (S::ROWS * PANEL) + item % S::NTILES * (8 * PANEL));
+        const u32(&v)[8] = chunk.v;
+        store<4>(reinterpret_cast<u32*>(place + to), Pack<u32, 4>{v[0], v[2], v[4], v[6]});
+        store<4>(reinterpret_cast<u32*>(place + (to ^ 8)), Pack<u32, 4>{v[1], v[3], v[5], v[7]});
     }
 
     // The first 8 elements of `left`, one by one.
@@ -247,10 +259,14 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     launch_dependents();
     __syncthreads();
     wait();
+    // Of 168 or 128 registers for each thread. ptxas keeps the tensor cores' addresses in uniform registers then.
+    constexpr bool SHARED_OUT = S::WARPS == 8 || S::WARPS == 12;
     if (bringing) {
+        if (SHARED_OUT) registers_fewer<S::WARPS == 8 ? 152 : 96>();
         bring_rows<S, W>(x, out.n, k, work, reinterpret_cast<T*>(memory), barriers);
         return;
     }
+    if (SHARED_OUT) registers_more<S::WARPS == 8 ? 176 : 136>();
     if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     Multiplier<S, W> multiplier = {tiles, barriers, wgmma_matrix(memory, 1), work.end - work.begin - ahead};
     float total[S::SUMS] = {};
