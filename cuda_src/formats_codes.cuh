@@ -42,6 +42,13 @@ __device__ __forceinline__ u32 multiply_two(u32 a, u32 b) {
     memcpy(&bits, &two, 4);
     return bits;
 }
+template <typename T>
+__device__ __forceinline__ u32 multiply_add_two(u32 a, u32 b, u32 c) {
+    const typename Two<T>::type two = __hfma2(as_two<T>(a), as_two<T>(b), as_two<T>(c));
+    u32 bits;
+    memcpy(&bits, &two, 4);
+    return bits;
+}
 
 // A number of T in both halves of a register.
 template <typename T>

@@ -22,14 +22,12 @@
 // and w (each warp's own tiles); both come by cp.async, and one barrier a unit guards it. A warp has TILES tiles, so
 // what it reads of x serves as many products; SLICES warps have the same tiles and each a part of the columns.
 //
-// Within a group the products are summed without its scale; then total += scale * sum + offset * (sum of x), where the
-// sums of x over a group are products with ones, found once for all warps.
+// Scales and offsets are folded into A: a number of w is rounded to T, as a weight is that a program keeps in 16 bits. So
+// sums run over all of k. Scales of whole rows come in at the end, in float32. Tried: sums of each group without its
+// scale, then total += scale * sum + offset * (sum of x): most of the instructions were not those of products.
 //
 // The ring is filled with weights before the wait for the kernel ahead. An x that does not lie on 16-byte boundaries
 // comes element by element.
-//
-// What a warp does for a unit counts: with TILES 1, SLICES 2 and 16 rows of int4 some 200 instructions for 4 products
-// of 16 x 16, most of them not theirs; with TILES 2, SLICES 1 some 21 for each.
 //
 // Launch and tuning: cuplama/ops/linear_packed_many.py. Ops: cuplama/ops/linear.py, cuplama/ops/fused.py. Tests:
 // tests/ops/test_linear_packed_many.py. Benchmark: python -m benchmarks.packed_batch. On Hopper more than 16 rows are
@@ -38,10 +36,6 @@
 
 constexpr int STRIDE =
     BLOCK_COLUMNS + CHUNK_COLUMNS;  // of a row of x in shared memory: 8 bytes of 4 rows at a time meet all banks once
-
-// Columns whose products are added up before their scale comes in: a group, or the part of it that a slice has.
-template <typename S, typename W>
-constexpr int RUN = W::GROUP == 0 || W::GROUP > BLOCK_COLUMNS / S::SLICES ? BLOCK_COLUMNS / S::SLICES : W::GROUP;
 
 template <typename S, typename W>
 struct Room {
@@ -93,9 +87,6 @@ struct Rows {
     }
 };
 
-__device__ __forceinline__ u32 ones(bf16) { return 0x3f803f80; }
-__device__ __forceinline__ u32 ones(f16) { return 0x3c003c00; }
-
 // This lane's share of a product's B: of row lane / 4 of x the columns 4t .. 4t+3 of a chunk.
 template <typename T>
 __device__ __forceinline__ void load_columns(const T* x, u32 (&b)[2]) {
@@ -103,56 +94,13 @@ __device__ __forceinline__ void load_columns(const T* x, u32 (&b)[2]) {
     b[0] = bits.x, b[1] = bits.y;
 }
 
-// sums [runs][ROWS] of x over each run of a stage, which offsets are multiplied with.
-template <typename S, typename W, typename T>
-__device__ __forceinline__ void sum_runs(const T* x, f32* sums) {
-    constexpr int LENGTH = RUN<S, W>, RUNS = BLOCK_COLUMNS / LENGTH;
-    const int lane = threadIdx.x % WARP;
-    const u32 one[4] = {ones(T()), ones(T()), ones(T()), ones(T())};
-    for (int i = threadIdx.x / WARP; i < RUNS * S::NTILES; i += S::WARPS) {
-        const int run = i / S::NTILES, j = i % S::NTILES;
-        const T* from = x + (j * 8 + lane / 4) * STRIDE + lane % 4 * 4 + run * LENGTH;
-        float sum[4] = {};
-#pragma unroll
-        for (int c = 0; c < LENGTH / CHUNK_COLUMNS; c++) {
-            u32 b[2];
-            load_columns(from + c * CHUNK_COLUMNS, b);
-            multiply(sum, one, b, T());
-        }
-        if (lane < 4) store<2>(sums + run * S::ROWS + j * 8 + lane * 2, Pack<f32, 2>{sum[0], sum[1]});
-    }
-}
-
-// total += of one run the sums, scaled.
-template <typename S, typename W>
-__device__ __forceinline__ void add_run(float (&total)[S::SUMS], const float (&acc)[S::SUMS], const W* tiles, int group,
-                                        const f32* sums) {
-    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < S::TILES; i++) {
-        const Two32 scale = tiles[i].scales(group, r), offset = tiles[i].offsets(group, r);
-#pragma unroll
-        for (int j = 0; j < S::NTILES; j++) {
-            Pack<f32, 2> sum;
-            if (W::OFFSET) sum = load<2>(sums + j * 8 + t * 2);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int at = (i * S::NTILES + j) * 4 + e;
-                total[at] += scale.v[e / 2] * acc[at];
-                if (W::OFFSET) total[at] += offset.v[e / 2] * sum.v[e % 2];
-            }
-        }
-    }
-}
-
 // total += the products of this warp's part of a stage. tiles: of its team; x: of the stage.
 template <typename S, typename W, typename T>
-__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* tiles, const T* x, const f32* sums) {
-    constexpr int CHUNKS = BLOCK_CHUNKS / S::SLICES, EACH = RUN<S, W> / CHUNK_COLUMNS;
+__device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* tiles, const T* x) {
+    constexpr int CHUNKS = BLOCK_CHUNKS / S::SLICES;
     const int lane = threadIdx.x % WARP, slice = threadIdx.x / WARP % S::SLICES;
     x += lane / 4 * STRIDE + lane % 4 * 4 + slice * (BLOCK_COLUMNS / S::SLICES);
-    float acc[S::SUMS];
-    u32 minus[S::TILES][2];
+    Numbers<W, T> numbers[S::TILES];
 #pragma unroll
     for (int half = 0; half < CHUNKS / 4; half++) {
         typename W::Words codes[S::TILES];
@@ -160,29 +108,24 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* 
         for (int i = 0; i < S::TILES; i++) codes[i] = half_lane(tiles[i], slice * (CHUNKS / 4) + half);
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            const int chunk = half * 4 + c, run = slice * (CHUNKS / EACH) + chunk / EACH,
-                      group = run * EACH / W::GROUP_CHUNKS;
-            if (chunk % EACH == 0) {
-#pragma unroll
-                for (int i = 0; i < S::SUMS && GROUPED<W>; i++) acc[i] = 0.f;
-#pragma unroll
-                for (int i = 0; i < S::TILES; i++) tiles[i].template minus<T>(group, lane / 4, minus[i]);
-            }
+            const int chunk = half * 4 + c;
             u32 a[S::TILES][4];
 #pragma unroll
-            for (int i = 0; i < S::TILES; i++) W::template fragment<T>(codes[i], c, minus[i], a[i]);
+            for (int i = 0; i < S::TILES; i++) {
+                if (chunk % W::GROUP_CHUNKS == 0)
+                    numbers[i].begin(tiles[i], GROUPED<W> ? (slice * CHUNKS + chunk) / W::GROUP_CHUNKS : 0);
+                numbers[i].make(codes[i], c, a[i]);
+            }
 #pragma unroll
             for (int j = 0; j < S::NTILES; j++) {
                 u32 b[2];
                 load_columns(x + j * 8 * STRIDE + chunk * CHUNK_COLUMNS, b);
 #pragma unroll
                 for (int i = 0; i < S::TILES; i++) {
-                    float (&d)[4] =
-                        *reinterpret_cast<float (*)[4]>((GROUPED<W> ? acc : total) + (i * S::NTILES + j) * 4);
+                    float (&d)[4] = *reinterpret_cast<float (*)[4]>(total + (i * S::NTILES + j) * 4);
                     multiply(d, a[i], b, T());
                 }
             }
-            if (GROUPED<W> && chunk % EACH == EACH - 1) add_run<S>(total, acc, tiles, group, sums + run * S::ROWS);
         }
     }
 }
@@ -193,7 +136,6 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     typedef Room<S, W> Place;
     DYNAMIC_SHARED(unsigned char, memory);
     f32* room = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
-    f32* sums = room + S::TEAMS * FINISH<S>;
     const Work work(out.rows, k, S::BAND);
     Weights<S, W> weights(w, work);
     unsigned char* to = memory + Place::X + weights.place();
@@ -224,12 +166,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
         }
         cp_async_commit();
         const T* now = reinterpret_cast<const T*>(memory + stage);
-        if (W::OFFSET) {
-            sum_runs<S, W>(now, sums);
-            __syncthreads();
-        }
-        multiply_unit<S>(total, reinterpret_cast<const W*>(reinterpret_cast<const unsigned char*>(tiles) + stage), now,
-                         sums);
+        multiply_unit<S>(total, reinterpret_cast<const W*>(reinterpret_cast<const unsigned char*>(tiles) + stage), now);
         if (--left == 0 || unit == work.end - 1) {
             finish<S>(total, out, work, band, room);
             band++, left = work.blocks;

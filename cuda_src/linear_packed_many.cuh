@@ -80,6 +80,38 @@ struct Weights {
 template <typename W>
 constexpr bool GROUPED = W::GROUP != 0 && W::SCALED;
 
+// Numbers of w in T, scale * (number(code) - zero) + offset, for a lane's rows of a tile: rounded to T once, and the
+// scale and the offset before. Row scales are left to the end.
+template <typename W, typename T>
+struct Numbers {
+    u32 minus[2], scale[2], offset[2];  // of rows r and r + 8, the same in both halves
+
+    // From here on those of a group.
+    __device__ __forceinline__ void begin(const W& tile, int group) {
+        const int r = threadIdx.x % WARP / 4;
+        tile.template minus<T>(group, r, minus);
+        if constexpr (GROUPED<W>) {
+            const Two32 scales = tile.scales(group, r), offsets = tile.offsets(group, r);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                scale[half] = pack<T>(scales.v[half], scales.v[half]);
+                if (W::OFFSET) offset[half] = pack<T>(offsets.v[half], offsets.v[half]);
+            }
+        }
+    }
+
+    // The A of a chunk.
+    __device__ __forceinline__ void make(const typename W::Words& codes, int chunk, u32 (&a)[4]) const {
+        W::template fragment<T>(codes, chunk, minus, a);
+        if constexpr (GROUPED<W>) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                a[i] = W::OFFSET ? multiply_add_two<T>(a[i], scale[i % 2], offset[i % 2])
+                                 : multiply_two<T>(a[i], scale[i % 2]);
+        }
+    }
+};
+
 // The codes of four chunks of a block, the first half or the second: a lane's share, as that of chunks 0 .. 3.
 template <typename W>
 __device__ __forceinline__ typename W::Words half_lane(const W& block, int half) {
@@ -171,14 +203,18 @@ __device__ __forceinline__ bool add_parts(float (&total)[S::SUMS], const Work& w
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;
 #pragma unroll 1
-    for (int block = first; block <= last; block++) {
-        const f32* from = place(block);
+    for (int block = first; block <= last; block += 2) {  // two at a time: half the waits
+        const f32* from[2] = {place(block), place(min(block + 1, last))};
+        Pack<f32, 4> more[2][S::SUMS / 4];
 #pragma unroll
-        for (int i = 0; i < S::SUMS; i += 4) {
-            const Pack<f32, 4> more = load<4>(from + i * WARP);
+        for (int b = 0; b < 2; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) total[i + e] += more.v[e];
-        }
+            for (int i = 0; i < S::SUMS / 4; i++) more[b][i] = load<4>(from[b] + i * 4 * WARP);
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+#pragma unroll
+            for (int i = 0; i < S::SUMS; i++)
+                if (block + b <= last) total[i] += more[b][i / 4].v[i % 4];
     }
     return true;
 }

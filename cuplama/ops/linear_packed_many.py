@@ -28,6 +28,7 @@ _RESERVED_BYTES = 2048  # of shared memory: what the driver keeps for itself, an
 _MAX_DEPTH = 6  # units in the ring
 _MIN_DEPTH = 2
 _WGMMA_GROUPS = 4  # groups of 8 rows of x from which on Hopper's warpgroups are faster than single warps
+_BRINGERS = 4  # of the Hopper kernel: warps that bring x, and stages of it
 _GATHER_THREADS = 256
 
 
@@ -63,22 +64,21 @@ class Shape:
         return self.band * block_bytes + (0 if self.wgmma else self.groups * 8 * _STRIDE_BYTES)
 
     def other_bytes(self) -> int:
-        """Shared memory beside the ring, at most: what the sums go through at the end, the sums of x over 16 columns,
-        and the Hopper kernel's two stages of x."""
+        """Shared memory beside the ring: what the sums go through at the end, and the Hopper kernel's stages of x."""
         rows = 8 * self.groups
         end = max((self.slices - 1) * self.sums * 32, rows * _TILE_STRIDE)
-        stages = 2 if self.wgmma else 0
-        return 4 * self.teams * end + 2 * 4 * 8 * rows + stages * 2 * _BLOCK_COLUMNS * rows
+        stages = _BRINGERS if self.wgmma else 0
+        return 4 * self.teams * end + stages * 2 * _BLOCK_COLUMNS * rows
 
 
 # For up to that many groups of 8 rows of x: what is tried, the first that shared memory allows.
 _SHAPES: Mapping[int, tuple[Shape, ...]] = {
     2: (Shape(2, 2, 8), Shape(2, 1, 8), Shape(2, 1, 2)),
-    4: (Shape(4, 2, 8, 2), Shape(4, 1, 4), Shape(4, 1, 2)),
+    4: (Shape(4, 2, 8), Shape(4, 1, 4), Shape(4, 1, 2)),
     6: (Shape(6, 2, 8, 2), Shape(6, 1, 4), Shape(6, 1, 2)),
     8: (Shape(8, 2, 8, 2), Shape(8, 1, 4), Shape(8, 1, 2)),
 }
-_WGMMA_SHAPES = {groups: Shape(groups, 1, 8, wgmma=True) for groups in (4, 6, 8)}
+_WGMMA_SHAPES = {groups: tuple(Shape(groups, 1, warps, wgmma=True) for warps in (12, 8)) for groups in (4, 6, 8)}
 
 
 def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Shape] = ()) -> Plan | None:
@@ -136,7 +136,7 @@ def _wanted(rows: int, device: Device) -> Sequence[Shape]:
     """How the warps of a block may share the work for that many rows of x, best first."""
     groups = next(g for g in _SHAPES if 8 * g >= rows)
     if device.arch == 90 and groups >= _WGMMA_GROUPS:
-        return (_WGMMA_SHAPES[groups], *_SHAPES[groups])
+        return (*_WGMMA_SHAPES[groups], *_SHAPES[groups])
     return _SHAPES[groups]
 
 
@@ -165,9 +165,10 @@ def _launch(
     else:
         name = f"linear_packed_many.cu:{kernel}_packed_many"
         constants |= {"TILES": shape.tiles, "SLICES": shape.slices}
+    warps = shape.warps + (_BRINGERS if shape.wgmma else 0)
     # Two blocks do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
     shared = max(used, device.shared // 2)
-    return Launch(name, (min(device.sms, units),), (32 * shape.warps,), shared, constants, names)
+    return Launch(name, (min(device.sms, units),), (32 * warps,), shared, constants, names)
 
 
 def _bands(shape: Shape, rows: int) -> int:

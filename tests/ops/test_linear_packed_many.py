@@ -112,7 +112,7 @@ def shared_used(constants: Mapping[str, int], block_bytes: int) -> int:
     teams = warps // slices
     finish = max((slices - 1) * tiles * constants["NTILES"] * 4 * 32, rows * 20) * 4 * teams
     ring = depth * teams * tiles * block_bytes
-    x = depth * rows * 288 if "TILES" in constants else 2 * rows * 256 + 1024
+    x = depth * rows * 288 if "TILES" in constants else 4 * rows * 256 + 1024
     return ring + x + finish
 
 
