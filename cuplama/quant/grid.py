@@ -110,5 +110,5 @@ GRIDS: Mapping[str, Grid] = {
 
 def grid_format(grid: Grid, group: int, dtype: np.dtype[Any]) -> Format:
     """The format of weights on that grid. group: 0 for whole rows; dtype: of the scales where there are groups."""
-    name = f"{grid.name} g{group}" if group else grid.name
-    return grouped(name, grid.code, group, dtype_name(dtype) if group else "f32")
+    name, scales = (f"{grid.name} g{group}", dtype_name(dtype)) if group else (grid.name, "f32")
+    return grouped(name, grid.code, group, scales)

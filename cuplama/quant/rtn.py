@@ -13,8 +13,9 @@ from ..dtypes import Array, upcast
 from .fields import Field, element_plane, word_plane
 from .format import Format
 from .grid import Floats, Grid, grid_format, inverse
+from .stored import Stored
 
-__all__ = ["Quantised", "Rounded", "dividing_group", "round_to_nearest"]
+__all__ = ["Quantised", "Rounded", "dividing_group", "packed_words", "round_to_nearest", "unpacked_words"]
 
 _PIECE = 1 << 18  # elements that are worked on at a time: 1 MB of float32, which a core's cache holds
 _GROUPS = (128, 64, 32)  # of columns that share a scale, where the grid's own number divides no row
@@ -24,9 +25,8 @@ _GROUPS = (128, 64, 32)  # of columns that share a scale, where the grid's own n
 class Quantised:
     """A matrix [m, k] on a grid.
 
-    codes: uint8 [m, k]; scales: float32 [m, groups], numbers of ``dtype``, which they are stored in; group: columns that
-    share one, 0 for whole rows; order: int32 [k] or None, as in ``Stored``: column j here is column order[j] of the
-    weight.
+    codes: uint8 [m, k]; scales: float32 [m, groups], numbers of ``dtype``, which they are stored in; group: columns
+    that share one, 0 for whole rows.
     """
 
     grid: Grid
@@ -34,7 +34,6 @@ class Quantised:
     dtype: np.dtype[Any]
     codes: np.ndarray[Any, np.dtype[np.uint8]]
     scales: Floats
-    order: np.ndarray[Any, Any] | None = None
 
     @property
     def format(self) -> Format:
@@ -43,14 +42,11 @@ class Quantised:
 
     def numbers(self) -> Floats:
         """What it holds, float32 [m, k]."""
-        m, k = self.codes.shape
-        found = self.grid.code.numbers[self.codes].reshape(m, self.scales.shape[1], -1) * self.scales[..., None]
-        found = found.reshape(m, k)
-        if self.order is None:
-            return found
-        ordered = np.empty_like(found)
-        ordered[:, self.order] = found
-        return ordered
+        m = len(self.codes)
+        found: Floats = self.grid.code.numbers[self.codes]
+        groups = found.reshape(m, self.scales.shape[1], -1)
+        groups *= self.scales[..., None]
+        return found
 
     def fields(self) -> dict[str, Field]:
         """Where its numbers lie in memory, as a ``Stored`` has them."""
@@ -80,6 +76,14 @@ def packed_words(codes: np.ndarray[Any, np.dtype[np.uint8]], bits: int) -> np.nd
     return words
 
 
+def unpacked_words(words: np.ndarray[Any, Any], bits: int, k: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Codes [m, k] of 4 or 8 bits from their words: the inverse of ``packed_words``."""
+    found = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 4:
+        found = np.stack([found & 15, found >> 4], -1).reshape(len(found), -1)
+    return found[:, :k]
+
+
 def dividing_group(grid: Grid, k: int) -> int | None:
     """The grid's own group, or if that does not divide a row of k the largest smaller one that does; None for none."""
     fits = (g for g in (grid.group, *_GROUPS) if g <= grid.group and (g == 0 or k % g == 0))
@@ -99,54 +103,35 @@ def round_to_nearest(w: Array, grid: Grid, group: int, dtype: np.dtype[Any]) -> 
     return Quantised(grid, group, dtype, codes, scales)
 
 
-@dataclass(frozen=True, eq=False)
-class Rounded:
-    """A plain matrix [m, k] that is quantised when it is read: array-like, and to its readers as a ``Stored``.
+class Rounded(Stored):
+    """A plain matrix [m, k] that is quantised when its fields are read, and to its readers a ``Stored``.
 
-    plain: its numbers, a view of a mapped file; nbytes: as it will be stored. Rows are taken first, so that no more than
-    a chunk is in memory.
+    Rows are taken from the plain matrix, so that no more than what is read is in memory.
     """
 
-    plain: Array
-    grid: Grid
-    group: int
+    _plain: Array
+    _grid: Grid
+    _group: int
 
-    order: None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns)."""
-        return self.plain.shape[0], self.plain.shape[1]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the scales: the checkpoint's."""
-        found: np.dtype[Any] = self.plain.dtype
-        return found
-
-    @property
-    def format(self) -> Format:
-        """As kernels know it."""
-        return grid_format(self.grid, self.group, self.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Of codes and scales."""
-        m, k = self.shape
-        scales = m * (k // self.group) * self.dtype.itemsize if self.group else 4 * m
-        return m * k * self.grid.code.bits // 8 + scales
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Array | slice) -> Rounded:
-        return replace(self, plain=self.plain[rows])
+    def __init__(self, plain: Array, grid: Grid, group: int) -> None:
+        """plain: a view of a mapped file, whose dtype the scales get; group: divides k, 0 for whole rows."""
+        m, k = plain.shape
+        scales = m * (k // group) * plain.dtype.itemsize if group else 4 * m
+        nbytes = m * k * grid.code.bits // 8 + scales
+        values = {"shape": (m, k), "format": grid_format(grid, group, plain.dtype), "nbytes": nbytes, "order": None}
+        vars(self).update(values, _plain=plain, _grid=grid, _group=group)
 
     @cached_property
     def fields(self) -> Mapping[str, Field]:
         """As of ``Stored``: the matrix is quantised now."""
-        return round_to_nearest(self.plain, self.grid, self.group, self.dtype).fields()
+        return self._quantised().fields()
+
+    def __getitem__(self, rows: Array | slice) -> Rounded:
+        return Rounded(self._plain[rows], self._grid, self._group)
 
     def numbers(self) -> Floats:
         """What it holds once it is quantised, float32 [m, k]."""
-        return round_to_nearest(self.plain, self.grid, self.group, self.dtype).numbers()
+        return self._quantised().numbers()
+
+    def _quantised(self) -> Quantised:
+        return round_to_nearest(self._plain, self._grid, self._group, self._plain.dtype)
