@@ -78,6 +78,9 @@ class NumPyBackend:
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.zeros(shape, dtype)
 
+    def transpose(self, array: Array) -> Array:
+        return np.ascontiguousarray(array.T)
+
     def load_weight(self, weight: Weight) -> Array:
         if not self._convert:
             return weight.array()

@@ -93,10 +93,12 @@ def inverse(scale: Floats) -> Floats:
 
 
 def _sum(values: Floats) -> Floats:
-    """Sums over the last axis, a power of two long: of halves, in the order of a kernel's threads."""
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
+    """Sums over the last axis: of halves, of their halves, and so on, in the order in which a kernel's threads add."""
+    while (count := values.shape[-1]) > 1:
+        half = (count + 1) // 2
+        first = values[..., :half].copy()
+        first[..., : count - half] += values[..., half:]
+        values = first
     return values[..., 0]
 
 

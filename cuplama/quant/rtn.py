@@ -15,10 +15,11 @@ from .format import Format
 from .grid import Floats, Grid, grid_format, inverse
 from .stored import Stored
 
-__all__ = ["Quantised", "Rounded", "dividing_group", "packed_words", "round_to_nearest", "unpacked_words"]
+__all__ = ["GROUPS", "Quantised", "Rounded", "dividing_group", "packed_words", "round_to_nearest", "unpacked_words"]
 
 _PIECE = 1 << 18  # elements that are worked on at a time: 1 MB of float32, which a core's cache holds
-_GROUPS = (128, 64, 32)  # of columns that share a scale, where the grid's own number divides no row
+GROUPS = (128, 64, 32)
+"""Columns that share a scale, from the most to the fewest that are tried where nobody asks for a number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def unpacked_words(words: np.ndarray[Any, Any], bits: int, k: int) -> np.ndarray
 
 def dividing_group(grid: Grid, k: int) -> int | None:
     """The grid's own group, or if that does not divide a row of k the largest smaller one that does; None for none."""
-    fits = (g for g in (grid.group, *_GROUPS) if g <= grid.group and (g == 0 or k % g == 0))
+    fits = (g for g in (grid.group, *GROUPS) if g <= grid.group and (g == 0 or k % g == 0))
     return next(fits, None)
 
 

@@ -187,6 +187,14 @@ class CudaBackend:
             gpu.fill(out, 0)
         return out
 
+    def transpose(self, array: Array) -> Array:
+        """The transpose of a matrix, contiguous."""
+        bits = np.dtype(f"u{array.dtype.itemsize}")  # a copy need not know what the bits mean
+        with self._on_gpu() as gpu:
+            out = gpu.empty(array.shape[::-1], array.dtype)
+            out.view(bits)[...] = array.view(bits).T
+        return out
+
     def load_weight(self, weight: Weight) -> Array:
         """A checkpoint weight in the backend's dtype, through the pinned buffers; copies are queued, not awaited.
 
