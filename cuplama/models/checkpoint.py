@@ -9,37 +9,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..dtypes import DTYPES
 from ..errors import CheckpointError
 from ..files import is_missing, not_opened, not_understood, read_json
 from ..ops.signature import dim_value
+from ..quant.readers import read_quantised
+from ..quant.stored import Stored
+from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
 
-__all__ = ["INDEX", "Tensor", "load_weights", "open_tensors"]
+__all__ = ["INDEX", "load_weights", "open_tensors"]
 
-# The safetensors dtypes that weights may have.
-_DTYPES = {"F32": DTYPES["f32"], "F16": DTYPES["f16"], "BF16": DTYPES["bf16"]}
+_DTYPES = ("F32", "F16", "BF16")  # of safetensors, those that weights may have
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a file: ``data`` is a read-only view of the mapped file, or None if its dtype is not a weight's."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    data: np.ndarray[Any, Any] | None
 
 
 def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
@@ -47,10 +35,11 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
 
     Raises CheckpointError naming the file and the tensor that is missing, left over, of the wrong shape or unreadable.
     """
-    tensors = open_tensors(folder)
+    tensors: Mapping[str, Tensor] = open_tensors(folder)
     prefix = config.family.prefix
     if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
         tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
+    tensors = read_quantised(tensors, config.raw.get("quantization_config"), str(folder / "config.json"))
     dims = config.dims()
     used: set[str] = set()
     weights = {}
@@ -79,18 +68,20 @@ def _assemble(
             found, tensor_name = tensors.get(recipe.otherwise), recipe.otherwise
         if found is None:
             raise CheckpointError(f"{folder}: {_missing(name, recipe, tensor_name, tensors)}")
-        stored = shape[::-1] if recipe.transposed else shape
+        quantised = isinstance(found.data, Stored)
+        stored = shape[::-1] if recipe.transposed and not quantised else shape
         if found.shape != stored:
             raise CheckpointError(
                 f"{found.file}: tensor {found.name} has shape {list(found.shape)}; config.json asks for {list(stored)}"
             )
-        if found.data is None:
+        if found.data is None or (found.dtype not in _DTYPES and not quantised):
             raise CheckpointError(
                 f"{found.file}: tensor {found.name} has dtype {found.dtype}; supported: {', '.join(_DTYPES)}"
             )
-        parts.append(found.data.T if recipe.transposed else found.data)
+        parts.append(found.data if isinstance(found.data, Stored) or not recipe.transposed else found.data.T)
         sources.append(tensor_name)
-    if len({p.dtype for p in parts}) > 1:
+    plain = [p.dtype for p in parts if not isinstance(p, Stored)]
+    if len(plain) == len(parts) and len(set(plain)) > 1:
         raise CheckpointError(f"{folder}: tensors {', '.join(sources)} have different dtypes")
     return Weight(name, tuple(sources), tuple(parts))
 
@@ -167,7 +158,7 @@ def _open_file(path: Path) -> dict[str, Tensor]:
         if name == "__metadata__":
             continue
         first, last = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
+        shape, dtype = tuple(entry["shape"]), SAFETENSORS.get(entry["dtype"])
         view = None if dtype is None else np.asarray(data[start + first : start + last]).view(dtype).reshape(shape)
         tensors[name] = Tensor(name, path, entry["dtype"], shape, view)
     return tensors

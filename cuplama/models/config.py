@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import is_missing, read_json
 from ..ops.signature import dim_value
+from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
 from .rope import Rope
@@ -48,7 +49,7 @@ class ModelConfig:
     eps: of the norms; context: the positions the model was made for; activation: an op name; layers: what differs from
     layer to layer; tied: whether head and embedding are one matrix, None where the config does not say; flags: which
     optional weights exist; dtype: of the checkpoint as config.json states it ("bfloat16", ...), or None; bos, eos:
-    token ids; raw: all of config.json.
+    token ids; raw: all of config.json, and ``quantization_config`` also where a file of its own holds it.
     """
 
     architecture: str
@@ -161,7 +162,10 @@ def load_config(folder: Path) -> ModelConfig:
             for p in folder.glob(pattern)
         )
         raise ConfigError("; ".join([f"{path} does not exist", *itertools.islice(found, 1)]))
-    return parse_config(read_json(path), str(path))
+    raw = read_json(path)
+    if raw.get("quantization_config") is None and (settings := settings_beside(folder)) is not None:
+        raw["quantization_config"] = settings
+    return parse_config(raw, str(path))
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -172,6 +176,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     reader = ConfigReader(raw, where)
     name, family = reader.family()
     reader.neutral(family)
+    reader.quantised()
     values = {name: reader.get(*source) for name, source in family.fields.items()}
     sizes = {
         name: reader.size(family.fields[name][0], values[name])

@@ -57,7 +57,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("Llama", {"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
     ("Llama", {"hidden_act": ["silu"]}, ("hidden_act", "silu")),
     ("GPT2", {"activation_function": "relu"}, ("activation_function", "relu", "gelu_new")),
-    ("Llama", {"quantization_config": {"bits": 4}}, ("quantization_config", "bits", "null")),
+    ("Llama", {"quantization_config": {"bits": 4}}, ("quantization_config.quant_method is missing", "awq", "gptq")),
     ("Llama", {"num_local_experts": 8}, ("num_local_experts", "8", "supported")),
     ("Qwen3", {"num_experts": 128}, ("num_experts", "128", "supported")),
     ("Llama", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", "50.0", "null")),
