@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..ops import OPS
 from ..ops.node import Node, dying
 from ..ops.op import Op
 from ..ops.team import team_of
+from ..quant.rtn import Rounded
 from ..quant.weight import Weight
 from .blas import one_blas_thread
 
@@ -83,8 +84,14 @@ class NumPyBackend:
 
     def load_weight(self, weight: Weight) -> Array:
         if not self._convert:
-            return weight.array()
+            return _settled(weight).stored(self.dtype) if weight.packed else weight.array()
         array = np.empty(weight.shape, self.dtype)
+        if weight.packed:
+            stored = weight.stored(self.dtype)
+            rows = max(1, (1 << 22) // weight.shape[1])
+            for at in range(0, len(stored), rows):
+                array[at : at + rows] = stored[at : at + rows].numbers()
+            return array
         flat = array.reshape(-1)
         for offset, chunk in weight.chunks(1 << 24):
             flat[offset : offset + chunk.size] = chunk
@@ -151,3 +158,8 @@ class NumPyBackend:
         ]
         self._prepared[key] = (nodes, ready)
         return ready
+
+
+def _settled(weight: Weight) -> Weight:
+    """The weight, whose parts are not quantised again each time they are read."""
+    return replace(weight, parts=tuple(p.settled() if isinstance(p, Rounded) else p for p in weight.parts))

@@ -13,10 +13,12 @@ from typing import Any
 from ..device import stored_dtype
 from ..dtypes import DTYPES
 from ..engine.memory import cache_bytes, plan
+from ..errors import ParameterError
 from ..loading import DEFAULT_CONTEXT
 from ..models.checkpoint import INDEX, load_weights
 from ..models.config import ModelConfig, load_config
 from ..models.presets import find_shape, is_shape
+from ..models.rounding import round_weights
 from ..ops.attention import HEAD_DIMS
 from ..ops.launch import Device
 from ..quant.format import PLAIN, Format
@@ -37,12 +39,19 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
     return folder, load_config(folder)
 
 
-def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
-    """Facts about a model by stable names. Where there are no weights, what they would be by the config."""
+def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None) -> dict[str, Any]:
+    """Facts about a model by stable names. Where there are no weights, what they would be by the config.
+
+    quantize: what ``load`` is asked to quantise them to.
+    """
     found = folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists())
     T = DTYPES[config.stored]
+    if quantize is not None and not found:
+        raise ParameterError("--quantize needs a model's weights, and there are none")
     if folder is not None and found:
         weights = load_weights(folder, config)
+        if quantize is not None:
+            weights = round_weights(weights, config, quantize)
         T = DTYPES[stored_dtype(config, weights)]
         tied = weights["lm_head"].source == weights["embed_tokens"].source
         shapes = {name: w.shape for name, w in weights.items()}

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError, ParameterError
+from ..errors import CheckpointError
 from ..files import read_json
 from ..models.checkpoint import INDEX
 from .shards import Shard, index_of
@@ -41,8 +41,8 @@ class OutputFolder:
     def __init__(self, path: Path, recipe: Mapping[str, Any], shards: Sequence[Shard]) -> None:
         """Opens or makes the folder; nothing of the weights is written yet.
 
-        Raises ParameterError for a folder that holds anything else, or less done by another recipe, and CheckpointError
-        where the disk has no room.
+        Raises CheckpointError for a folder that holds anything else, or what another recipe made, and where the disk
+        has no room.
         """
         self.path, self.recipe, self._shards = path, json.loads(json.dumps(recipe)), shards
         self.done, self.finished = 0, False
@@ -61,19 +61,19 @@ class OutputFolder:
         except FileNotFoundError:
             return False
         except OSError as e:
-            raise ParameterError(f"{self.path}: {e.strerror}") from None
+            raise CheckpointError(f"{self.path}: {e.strerror}") from None
         if not names:
             return False
         if RECORD not in names:
-            raise ParameterError(f"{self.path} is not empty")
+            raise CheckpointError(f"{self.path} is not empty")
         found = read_json(self.path / RECORD)
         done, recipe = found.get("done"), found.get("recipe")
         if not isinstance(done, int) or not isinstance(recipe, dict):
-            raise ParameterError(f"{self.path / RECORD} says neither a recipe nor what is done")
+            raise CheckpointError(f"{self.path / RECORD} says neither a recipe nor what is done")
         other = [name for name in {**self.recipe, **recipe} if recipe.get(name) != self.recipe.get(name)]
         if other:
             words = ", ".join(f"{n} = {_shown(recipe.get(n))}, not {_shown(self.recipe.get(n))}" for n in other)
-            raise ParameterError(f"{self.path} holds a model, or a part of one, that was made with {words}")
+            raise CheckpointError(f"{self.path} holds a model, or a part of one, that was made with {words}")
         self.done, self.finished = done, found.get("finished") is True
         return True
 

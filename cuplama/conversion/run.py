@@ -36,8 +36,8 @@ class Options:
 
     format: one of ``GRIDS``; group_size: columns that share a scale, 0 for whole rows, None for the format's own;
     method: "rtn", to the nearest numbers, or "gptq"; text: what gptq calibrates on, the same as ``calibrate`` of the
-    command; samples, length: taken from it, and tokens of each; device: where it runs through the model; shard_bytes: of
-    a file of weights at most.
+    command; samples, length: taken from it, and tokens of each; device: where it runs through the model; shard_bytes:
+    of a file of weights at most.
     """
 
     format: str
@@ -192,11 +192,10 @@ class _Calibrated:
             raise
 
     def layer(self, layer: int) -> dict[str, Quantised]:
-        linear, found = self._work.linear(layer), {}
-        plain = [
-            n for n in self._source.weights if layer_of(n) == layer and not (self._work.done(layer) and n in linear)
-        ]
-        loaded = self._load(plain)
+        linear = self._work.linear(layer)
+        found: dict[str, Quantised] = {}
+        read = linear if self._work.done(layer) else []
+        loaded = self._load(n for n in self._source.weights if layer_of(n) == layer and n not in read)
         for name in linear:
             if self._work.done(layer):
                 parts = {tensor: self._work.read(tensor) for tensor in self._source.names[name]}

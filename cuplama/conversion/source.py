@@ -17,14 +17,14 @@ from ..errors import ConfigError, ParameterError
 from ..hub import HUB_FILES
 from ..models.checkpoint import INDEX, load_weights, open_tensors
 from ..models.config import ModelConfig, load_config
-from ..models.graph import decoder
+from ..models.rounding import linear_weights
 from ..quant.compressed import TensorSpec, tensor_specs
 from ..quant.grid import Grid
 from ..quant.rtn import GROUPS
 from ..quant.stored import Stored
 from ..quant.weight import Weight
 
-__all__ = ["Source", "layer_of", "linear_weights"]
+__all__ = ["Source", "layer_of"]
 
 # Beside the files that are fetched from the hub: what other libraries read of a tokenizer, and licences.
 _COPIED = (*HUB_FILES, "vocab.json", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -34,11 +34,6 @@ def layer_of(name: str) -> int | None:
     """The layer of a canonical weight, "3.qkv_proj", or None for a weight of no layer."""
     first = name.partition(".")[0]
     return int(first) if first.isdigit() else None
-
-
-def linear_weights(config: ModelConfig) -> list[str]:
-    """The canonical names of the matrices that the layers multiply by, in the order of the graph."""
-    return [node.ins[1] for node in decoder(config).body if node.op == "linear"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,10 @@ class Source:
     def open(cls, folder: Path) -> Source:
         """Raises ConfigError and CheckpointError as a model is loaded, and ConfigError for one that is quantised
         already, or whose matrices compressed-tensors cannot describe."""
+        if folder.is_file():
+            raise ConfigError(f"{folder} is a file; only folders in Hugging Face layout are quantised")
         config = load_config(folder)
-        weights, linear = load_weights(folder, config), tuple(linear_weights(config))
+        weights, linear = load_weights(folder, config), linear_weights(config)
         if any(w.packed for w in weights.values()):
             raise ConfigError(f"{folder} is quantised already; quantise the model that it was made of")
         if any(config.recipes()[name].transposed for name in linear):
@@ -91,9 +88,10 @@ class Source:
             if group == 0 or all(width % group == 0 for width in widths.values()):
                 return group
         name = next(n for n, width in widths.items() if width % tried[-1])
+        others = [str(g) for g in (*GROUPS, 0) if g == 0 or all(width % g == 0 for width in widths.values())]
         raise ParameterError(
             f"group_size = {tried[-1]} does not divide the rows of {self.names[name][0]}, which have {widths[name]}"
-            " numbers; with 0 each row has one scale"
+            f" numbers; possible here: {', '.join(others)} for whole rows"
         )
 
     def parts(self) -> list[list[str]]:

@@ -107,20 +107,20 @@ def round_to_nearest(w: Array, grid: Grid, group: int, dtype: np.dtype[Any]) -> 
 class Rounded(Stored):
     """A plain matrix [m, k] that is quantised when its fields are read, and to its readers a ``Stored``.
 
-    Rows are taken from the plain matrix, so that no more than what is read is in memory.
+    plain: its numbers, a view of a mapped file, whose dtype the scales get; grid, group: as of ``Quantised``. Rows are
+    taken from the plain matrix, so that no more than what is read is quantised.
     """
 
-    _plain: Array
-    _grid: Grid
-    _group: int
+    plain: Array
+    grid: Grid
+    group: int
 
     def __init__(self, plain: Array, grid: Grid, group: int) -> None:
-        """plain: a view of a mapped file, whose dtype the scales get; group: divides k, 0 for whole rows."""
         m, k = plain.shape
         scales = m * (k // group) * plain.dtype.itemsize if group else 4 * m
         nbytes = m * k * grid.code.bits // 8 + scales
         values = {"shape": (m, k), "format": grid_format(grid, group, plain.dtype), "nbytes": nbytes, "order": None}
-        vars(self).update(values, _plain=plain, _grid=grid, _group=group)
+        vars(self).update(values, plain=plain, grid=grid, group=group)
 
     @cached_property
     def fields(self) -> Mapping[str, Field]:
@@ -128,11 +128,15 @@ class Rounded(Stored):
         return self._quantised().fields()
 
     def __getitem__(self, rows: Array | slice) -> Rounded:
-        return Rounded(self._plain[rows], self._grid, self._group)
+        return Rounded(self.plain[rows], self.grid, self.group)
 
     def numbers(self) -> Floats:
         """What it holds once it is quantised, float32 [m, k]."""
         return self._quantised().numbers()
 
+    def settled(self) -> Stored:
+        """The matrix quantised, in memory."""
+        return Stored(self.shape, self.format, self.fields, self.nbytes)
+
     def _quantised(self) -> Quantised:
-        return round_to_nearest(self._plain, self._grid, self._group, self._plain.dtype)
+        return round_to_nearest(self.plain, self.grid, self.group, self.plain.dtype)
