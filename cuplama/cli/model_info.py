@@ -64,10 +64,7 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
         formats = dict.fromkeys(shapes, (PLAIN[config.stored],))
         memory = device = {name: math.prod(shape) * T.itemsize for name, shape in shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "lm_head" or not tied}
-    parts: dict[str, int] = {}
-    for name in sizes:
-        part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
-        parts[part] = parts.get(part, 0) + memory[name]
+    parts = _by_part({name: memory[name] for name in sizes})
     rope = next(iter(config.ropes.values()), None)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * T.itemsize
     context = min(config.context, DEFAULT_CONTEXT)
@@ -130,6 +127,15 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "memory needed": f"{gpu}, {size_text(facts['numpy_bytes'])} on NumPy, with that cache",
         **text_view(facts),
     }
+
+
+def _by_part(memory: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of each part of the model. memory: of each weight."""
+    found: dict[str, int] = {}
+    for name, size in memory.items():
+        part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
+        found[part] = found.get(part, 0) + size
+    return found
 
 
 def _bits(

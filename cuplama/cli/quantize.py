@@ -36,7 +36,7 @@ __all__ = ["quantize"]
 )
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="Text that gptq goes by.")
 @click.option("--samples", type=int, default=128, show_default=True, metavar="N", help="Pieces of that text.")
-@click.option("--length", type=int, default=512, show_default=True, metavar="N", help="Tokens of each piece.")
+@click.option("--length", type=int, metavar="N", help="Tokens of each piece.  [default: 512, or the context]")
 @click.option("--shard-size", type=float, default=5, show_default=True, metavar="GB", help="Of a file at most.")
 @DEVICE
 @OFFLINE
@@ -50,7 +50,7 @@ def quantize(
     method: str,
     calibrate: Path | None,
     samples: int,
-    length: int,
+    length: int | None,
     shard_size: float,
     device: str,
     offline: bool,

@@ -27,6 +27,7 @@ from .source import Source, layer_of
 __all__ = ["METHODS", "Options", "quantise"]
 
 METHODS = ("rtn", "gptq")
+_LENGTH = 512  # tokens of a sample
 Progress = Callable[[int, int], None]  # (layers that are done, layers in all)
 
 
@@ -35,9 +36,9 @@ class Options:
     """What a model is quantised to, and how.
 
     format: one of ``GRIDS``; group_size: columns that share a scale, 0 for whole rows, None for the format's own;
-    method: "rtn", to the nearest numbers, or "gptq"; text: what gptq calibrates on, the same as ``calibrate`` of the
-    command; samples, length: taken from it, and tokens of each; device: where it runs through the model; shard_bytes:
-    of a file of weights at most.
+    method: "rtn", to the nearest numbers, or "gptq"; text: what gptq calibrates on; samples: taken from it; length:
+    tokens of each, None for 512 or the model's context; device: where they run through the model; shard_bytes: of a
+    file of weights at most.
     """
 
     format: str
@@ -45,7 +46,7 @@ class Options:
     method: str = "rtn"
     text: str = ""
     samples: int = 128
-    length: int = 512
+    length: int | None = None
     device: str = "auto"
     shard_bytes: int = 5 * 10**9
 
@@ -60,10 +61,12 @@ class Options:
                 f"group_size = {self.group_size} is not supported; supported: {sizes}, 0 for whole rows"
             )
         checked("samples", self.samples, whole_number(1), "a number of at least 1")
-        checked("length", self.length, whole_number(1, context), f"from 1 to {context}, the model's context")
+        length = whole_number(1, context, none=True)
+        checked("length", self.length, length, f"a number from 1 to {context}, the model's context")
         checked("shard_bytes", self.shard_bytes, whole_number(1), "a number of bytes")
         if (self.method == "gptq") != bool(self.text):
-            raise ParameterError("method = gptq needs a text to calibrate on" if not self.text else "rtn reads no text")
+            needs = "method = gptq needs a text to calibrate on"
+            raise ParameterError("text is for method = gptq alone" if self.text else needs)
 
 
 def quantise(folder: Path, out: Path, options: Options, progress: Progress | None = None) -> bool:
@@ -76,6 +79,7 @@ def quantise(folder: Path, out: Path, options: Options, progress: Progress | Non
     one_of("format", options.format, GRIDS)
     source, grid = Source.open(folder), GRIDS[options.format]
     options.check(source.config.context)
+    options = replace(options, length=options.length or min(_LENGTH, source.config.context))
     group = source.group(grid, options.group_size)
     shards = make_shards(source.specs(grid, group), options.shard_bytes)
     target = OutputFolder(out, _recipe(source, options, group), shards)
@@ -179,11 +183,12 @@ class _Calibrated:
     def __init__(self, work: _Work, options: Options) -> None:
         self._work, self._source = work, work.source
         config, weights = self._source.config, self._source.weights
-        samples = samples_of(options.text, Tokenizer.load(self._source.folder), options.samples, options.length)
+        length = options.length or _LENGTH
+        samples = samples_of(options.text, Tokenizer.load(self._source.folder), options.samples, length)
         # One layer's weights are on the device at a time, and its cache: as of a model with a single layer.
         one = replace(config, layers=config.layers[:1])
         few = {name: weight for name, weight in weights.items() if (layer_of(name) or 0) == 0 and name != "lm_head"}
-        self._backend = open_backend(options.device, "auto", one, few, options.length, options.length)
+        self._backend = open_backend(options.device, "auto", one, few, length, length)
         try:
             self._calibration = Calibration(self._backend, config, samples, work.target.path)
             self._calibration.embed(self._load(["embed_tokens", *{"position_table"} & weights.keys()]))
