@@ -15,6 +15,7 @@ import numpy as np
 from .arguments import one_of
 from .backends import Backend
 from .backends.cuda.driver import cuda_available
+from .backends.cuda.unpacking import largest_slice
 from .dtypes import DTYPES, dtype_name
 from .engine import memory
 from .errors import DeviceError
@@ -70,10 +71,11 @@ def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], c
         )
     backend = CudaBackend(stored_dtype(config, weights) if dtype == "auto" else dtype)
     size = _bytes(weights, backend.dtype)
+    unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
         chunks, limits = backend.prefill_chunks, backend.gpu.limits
-        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits)
+        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, unpacked)
 
     free = backend.free_memory()
     backend.prefill_chunk, plan = fit(free)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from ..dtypes import DTYPES, Array
 from ..ops import OPS
 from ..ops.node import Node, dying
 from ..ops.op import Op
-from ..ops.team import team_of
+from ..ops.team import LEAST_WORK, fill, team_of
+from ..quant.format import plain_format
 from ..quant.rtn import Rounded
+from ..quant.stored import Stored
 from ..quant.weight import Weight
 from .blas import one_blas_thread
 
@@ -52,8 +55,9 @@ class _CapturedGraph:
 class NumPyBackend:
     """The ``Backend`` of the CPU. It runs in float32 whatever the checkpoint's dtype, unless another is asked for.
 
-    convert: whether weights are converted to the dtype once, at load; otherwise they stay in the mapped file and are
-    converted at every use, some rows at a time, which is slow but lets a large model run in little memory.
+    convert: whether weights are converted to the dtype once, at load, quantised ones as well; otherwise they stay in
+    the mapped file and are converted at every use, some rows at a time, which is slow but lets a large model run in
+    little memory.
     """
 
     name = "numpy"
@@ -87,10 +91,7 @@ class NumPyBackend:
             return _settled(weight).stored(self.dtype) if weight.packed else weight.array()
         array = np.empty(weight.shape, self.dtype)
         if weight.packed:
-            stored = weight.stored(self.dtype)
-            rows = max(1, (1 << 22) // weight.shape[1])
-            for at in range(0, len(stored), rows):
-                array[at : at + rows] = stored[at : at + rows].numbers()
+            _decode(weight, array)
             return array
         flat = array.reshape(-1)
         for offset, chunk in weight.chunks(1 << 24):
@@ -163,3 +164,25 @@ class NumPyBackend:
 def _settled(weight: Weight) -> Weight:
     """The weight, whose parts are not quantised again each time they are read."""
     return replace(weight, parts=tuple(p.settled() if isinstance(p, Rounded) else p for p in weight.parts))
+
+
+_DECODED = 1 << 18  # numbers that a thread decodes at a time: what it makes on the way stays in its cache
+
+
+def _decode(weight: Weight, array: np.ndarray[Any, Any]) -> None:
+    """The numbers of a weight with quantised parts into ``array``, by as many threads as passes have."""
+    outs, pieces, first = list[Array](), list[Callable[[], Array]](), 0
+    for part in weight.parts:
+        count = max(1, _DECODED // max(1, part.shape[1]))
+        for at in range(0, len(part), count):
+            rows = slice(at, min(at + count, len(part)))
+            outs.append(array[first + rows.start : first + rows.stop])
+            pieces.append(partial(_numbers, part, rows))
+        first += len(part)
+    with one_blas_thread() as threads, team_of(threads):
+        fill(outs, pieces, LEAST_WORK)
+
+
+def _numbers(part: np.ndarray[Any, Any] | Stored, rows: slice) -> np.ndarray[Any, Any]:
+    found = part[rows]
+    return found.numbers() if isinstance(found, Stored) else plain_format(found.dtype).decode(found)

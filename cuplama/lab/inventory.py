@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.cuda.loading import pack_kernels
 from ..backends.cuda.nvrtc import Program, Resources, compile_program, nvrtc_library
 from ..backends.cuda.planning import library_plans
 from ..backends.cuda.toolkit import shared_limit
@@ -89,8 +90,8 @@ def needed(device: Device, ops: Iterable[str] | None = None, outside: Sequence[O
                     old = found.setdefault(file, {}).get(expression, Need())
                     found[file][expression] = Need(old.ops | {call.op.name}, old.dtypes | {dtype})
     if ops is None and not outside:
-        file, expression = READ_KERNEL
-        found.setdefault(file, {})[expression] = Need()
+        for file, expression in (READ_KERNEL, *pack_kernels()):
+            found.setdefault(file, {})[expression] = Need()
     return {file: dict(sorted(found[file].items())) for file in sorted(found)}
 
 
