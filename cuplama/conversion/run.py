@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -170,8 +172,12 @@ class _Rounding:
     def layer(self, layer: int) -> dict[str, Quantised]:
         work = self._work
         tensors = [] if work.done(layer) else [t for name in work.linear(layer) for t in work.source.names[name]]
-        arrays = {t: work.source.tensors[t] for t in tensors}
-        return {t: round_to_nearest(a, work.grid, work.group, a.dtype) for t, a in arrays.items()}
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return dict(zip(tensors, threads.map(self._rounded, tensors), strict=True))
+
+    def _rounded(self, tensor: str) -> Quantised:
+        array = self._work.source.tensors[tensor]
+        return round_to_nearest(array, self._work.grid, self._work.group, array.dtype)
 
     def close(self) -> None:
         pass

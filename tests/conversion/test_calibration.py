@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import cuplama
+from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.conversion import calibration as module
 from cuplama.conversion.calibration import Calibration, samples_of
@@ -18,13 +19,14 @@ from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.text.tokenizer import Tokenizer
 from tests.conversion.made import TEXT, write_model
+from tests.fakes import FakeGpu
 from tests.tiny import CHARS
 
 
-def _opened(folder: Path, samples: list[list[int]], spill: Path) -> tuple[Any, Any, Any]:
-    config = load_config(folder)
-    backend = NumPyBackend()
+def _opened(folder: Path, samples: list[list[int]], spill: Path, backend: Any = None) -> tuple[Any, Any, Any]:
+    config, backend = load_config(folder), backend or NumPyBackend()
     weights = {name: backend.load_weight(w) for name, w in load_weights(folder, config).items()}
+    backend.end_loading()
     found = Calibration(backend, config, samples, spill)
     found.embed(weights)
     return found, weights, config
@@ -95,3 +97,22 @@ def test_a_sample_begins_as_a_text_does() -> None:
     text = "abcdefghij"
     tokenizer: Any = WithBos()
     assert samples_of(text, tokenizer, 2, 5) == [[1, *map(ord, "abcd")], [1, *map(ord, "efgh")]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "off"), [("f32", 1e-5), ("bf16", 0.02)])
+def test_the_kernels_give_what_numpy_gives(dtype: str, off: float, tmp_path: Path) -> None:
+    """On the emulator: Hessians, and the stream behind a layer."""
+    path, samples = write_model(tmp_path / "model"), [list(range(20)), list(range(30, 50)), list(range(5, 12))]
+    cuda = CudaBackend(dtype, gpu=FakeGpu(emulate=True))
+    cuda.prefill_chunk = 40
+    found: list[Any] = []
+    expected: list[Any] = []
+    for backend, values in ((cuda, found), (NumPyBackend(), expected)):
+        calibration, weights, _ = _opened(path, samples, tmp_path, backend)
+        layer = _of_layer(weights, 0)
+        values += [calibration.hessian(0, name, layer) for name in ("0.qkv_proj", "0.o_proj", "0.down_proj")]
+        calibration.advance(0, layer)
+        values.append(calibration.x)
+    for one, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(one - other) < off * np.linalg.norm(other)
