@@ -33,6 +33,7 @@ from ..text.tokenizer import Tokenizer
 __all__ = ["Calibration", "samples_of"]
 
 _MAX_BYTES = 2 << 30  # of the residual stream in memory
+_MAX_CHARACTERS = 16  # of a long text that are read for each token of a sample; a token of prose has about 4
 
 
 def samples_of(text: str, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
@@ -40,18 +41,21 @@ def samples_of(text: str, tokenizer: Tokenizer, count: int, length: int) -> list
 
     Each begins as a text of the model does: with its BOS, if it has one.
     """
-    ids = tokenizer.encode(text)
-    begin = ids[: len(ids) - len(tokenizer.encode(text, bos=False))]
-    begin = begin if len(begin) < length and ids[: len(begin)] == begin else []
-    ids = ids[len(begin) :]
-    step = length - len(begin)
-    whole = len(ids) // step
-    if whole == 0:
-        if not ids:
-            raise PromptError("the calibration text has no tokens")
-        return [begin + ids]
+    some = text[:100]
+    begin, plain = tokenizer.encode(some), tokenizer.encode(some, bos=False)
+    begin = begin[: len(begin) - len(plain)] if begin[len(begin) - len(plain) :] == plain else []
+    begin = begin if len(begin) < length else []
+    step, stretch = length - len(begin), len(text) // count
+    if stretch > _MAX_CHARACTERS * length:  # so much is not needed
+        starts = [text.find(" ", i * stretch, (i + 1) * stretch) + 1 or i * stretch for i in range(count)]
+        ids = [tokenizer.encode(text[s : s + _MAX_CHARACTERS * length], bos=False)[:step] for s in starts]
+        return [begin + some_ids for some_ids in ids if some_ids]
+    every = tokenizer.encode(text, bos=False)
+    if not every:
+        raise PromptError("the calibration text has no tokens")
+    whole = max(1, len(every) // step)
     chosen = np.unique(np.linspace(0, whole - 1, min(count, whole)).round().astype(int))
-    return [begin + ids[i * step : (i + 1) * step] for i in chosen]
+    return [begin + every[i * step : (i + 1) * step] for i in chosen]
 
 
 class Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def test_samples_come_from_all_over_the_text(tmp_path: Path) -> None:
     assert samples_of("To be", tokenizer, 4, 100) == [tokenizer.encode("To be")]
     with pytest.raises(PromptError, match="has no tokens"):
         samples_of("", tokenizer, 4, 100)
+
+
+def test_of_a_long_text_no_more_is_read_than_is_needed() -> None:
+    """Each sample begins with a word."""
+    tokenizer = Tokenizer.load(CHARS)
+    letters = "abcdefghij"
+    words = ["".join(letters[int(digit)] for digit in f"{i:04}") for i in range(1000)]
+    found = samples_of(" ".join(words), tokenizer, 3, 20)
+    assert [len(s) for s in found] == [20] * 3
+    texts = [tokenizer.decode(s) for s in found]
+    starts = [words.index(text.split()[0]) for text in texts]
+    assert starts[0] == 1
+    assert all(300 < later - earlier < 370 for earlier, later in itertools.pairwise(starts))
 
 
 def test_a_sample_begins_as_a_text_does() -> None:
