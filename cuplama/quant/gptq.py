@@ -8,6 +8,7 @@ u[j, c] from each later column c. Columns are halved again and again: nearly all
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +86,17 @@ class _Run:
 
 
 def inverse_factor(hessian: Matrix) -> Matrix:
-    """u, upper triangular, with u^T u the inverse of H and its damping. Raises LinAlgError for an H with no inverse.
+    """u, upper triangular, with u^T u the inverse of H and its damping. Raises LinAlgError for an H that is not finite.
 
     H = r r^T with r upper triangular is the Cholesky decomposition from the last column to the first; u is r's inverse.
+    Sums in float32 of inputs of very different sizes may leave H with negative eigenvalues: then it is damped more.
     """
     damped = hessian.copy()
-    damped[np.diag_indices_from(damped)] += DAMPING * hessian.diagonal().mean()
-    return _inverse(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        damped[np.diag_indices_from(damped)] = hessian.diagonal() + damping * hessian.diagonal().mean()
+        with contextlib.suppress(np.linalg.LinAlgError):
+            return _inverse(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
+    raise np.linalg.LinAlgError("H has no inverse, however it is damped")
 
 
 def _inverse(r: Matrix) -> Matrix:

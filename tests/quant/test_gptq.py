@@ -77,6 +77,18 @@ def test_inputs_that_are_never_there_cost_nothing() -> None:
     assert not nothing.numbers().any()
 
 
+def test_a_hessian_that_rounding_left_indefinite_is_damped_more() -> None:
+    x, w = _problem()
+    hessian = _hessian(x)
+    values, vectors = np.linalg.eigh(hessian)
+    values[:5] = -0.05 * hessian.diagonal().mean()
+    q = gptq(w, (vectors * values) @ vectors.T, GRIDS["int4"], 32, BF16)
+    rounded = round_to_nearest(w, GRIDS["int4"], 32, BF16).numbers()
+    assert np.linalg.norm(x @ (q.numbers() - w).T) < np.linalg.norm(x @ (rounded - w).T)
+    with pytest.raises(np.linalg.LinAlgError, match="no inverse"):
+        inverse_factor(-np.eye(4))
+
+
 def test_the_factor_of_the_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
     hessian = _hessian(_problem()[0])
     damped = hessian + DAMPING * hessian.diagonal().mean() * np.eye(96)
