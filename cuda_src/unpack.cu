@@ -4,12 +4,13 @@
 // where the segment has an `order`, its column j is column order[j] of dense. For products over many rows, which a
 // library computes from plain numbers; also in slices of the weight that stay in the L2 cache.
 //
-// Mapping: a warp takes a block of 16 rows and 128 columns; the warps of a thread block, blocks side by side. A lane has
-// four neighbouring columns of a row. Of 16-bit numbers that is half of a 16-byte store, so two lanes exchange halves
-// between two chunks of 16 columns: each then has eight columns of one of them. In an order of their own, numbers are
-// stored one by one: the L2 cache gathers the lines, because all of a row is written at about the same time.
+// Mapping: a warp takes a block of 16 rows and 128 columns; the warps of a thread block, blocks side by side. A lane
+// has four neighbouring columns of a row. Of 16-bit numbers that is half of a 16-byte store, so two lanes exchange
+// halves between two chunks of 16 columns: each then has eight columns of one of them. In an order of their own,
+// numbers are stored one by one: the L2 cache gathers the lines, as all of a row is written at about the same time.
 //
-// Launched by cuplama/backends/cuda/planning.py. Test: tests/ops/test_unpack.py. Benchmark: prompts, `cuplama bench`.
+// Launched as cuplama/backends/cuda/unpacking.py says. Test: tests/backends/cuda/test_unpacking.py. Benchmark:
+// benchmarks/packed_loading.py.
 // Tried: nothing else yet.
 #include "formats.cuh"
 
@@ -41,7 +42,7 @@ struct Target {
         }
     }
 
-    // Of two chunks that follow each other, the lane's columns of each; column: the first chunk's first. All lanes call.
+    // Of two chunks that follow each other, the lane's columns. column: the first chunk's first. All lanes call.
     __device__ __forceinline__ void two_chunks(int column, int t, const Pack<T, 4>& first,
                                                const Pack<T, 4>& second) const {
         if (sizeof(T) != 2 || !vectorized) {
@@ -62,8 +63,9 @@ struct Target {
 };
 
 template <typename T, typename W>
-__global__ void __launch_bounds__(256, 4) unpack(const W* __restrict__ w, const i32* __restrict__ order,
-                                              T* __restrict__ dense, int rows, int first, int end, int to, int k) {
+__global__ void __launch_bounds__(256, W::BITS == 32 ? 2 : 4)
+    unpack(const W* __restrict__ w, const i32* __restrict__ order, T* __restrict__ dense, int rows, int first, int end,
+           int to, int k) {
     const int lane = threadIdx.x % WARP, r = lane / 4, t = lane % 4;
     const int wide = W::columns(k), block = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (block >= wide) return;

@@ -15,7 +15,7 @@ from ..dtypes import DTYPES
 from ..engine.memory import cache_bytes, plan
 from ..errors import ParameterError
 from ..loading import DEFAULT_CONTEXT
-from ..models.checkpoint import INDEX, load_weights
+from ..models.checkpoint import has_weights, load_weights
 from ..models.config import ModelConfig, load_config
 from ..models.presets import find_shape, is_shape
 from ..models.rounding import round_weights
@@ -44,7 +44,7 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
 
     quantize: what ``load`` is asked to quantise them to.
     """
-    found = folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists())
+    found = folder is not None and has_weights(folder)
     T = DTYPES[config.stored]
     if quantize is not None and not found:
         raise ParameterError("--quantize needs a model's weights, and there are none")

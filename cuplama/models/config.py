@@ -12,10 +12,12 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import is_missing, read_json
+from ..gguf import is_gguf, open_gguf
 from ..ops.signature import dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
+from .gguf import gguf_config
 from .rope import Rope
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
@@ -25,7 +27,7 @@ _log = logging.getLogger("cuplama")
 _INSTEAD = {
     "adapter_config.json": "an adapter, which has to be merged into its base model first",
     "params.json": "a checkpoint in the layout of its makers; look for the one in Hugging Face layout",
-    "*.gguf": "GGUF files cannot be read; look for the model in Hugging Face layout",
+    "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
 }
 _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
@@ -151,7 +153,12 @@ def token_ids(value: Any, where: str) -> tuple[int, ...]:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read ``config.json`` of a model folder. Raises ConfigError naming the field, its value and what is supported."""
+    """Read ``config.json`` of a model folder, or the metadata of a GGUF file.
+
+    Raises ConfigError naming the field, its value and what is supported, and CheckpointError for a damaged GGUF file.
+    """
+    if is_gguf(folder):
+        return parse_config(gguf_config(open_gguf(folder)), str(folder))
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
     path = folder / "config.json"

@@ -47,12 +47,12 @@ class Module:
         return sum(t.data.nbytes for t in self._taken.values() if t.data is not None)
 
     def take(self, end: str, dtypes: Sequence[str], *shapes: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """The data of a tensor, whose dtype and shape must be one of these; without shapes it has two sizes."""
+        """The data of a tensor, whose dtype and shape must be one of these; without shapes it is a matrix."""
         tensor = self.tensor(end)
         if tensor.dtype not in dtypes or not isinstance(tensor.data, np.ndarray):
             self.refuse(end, f"has dtype {tensor.dtype}; expected: {', '.join(dtypes)}")
-        if tensor.shape not in shapes if shapes else len(tensor.shape) != 2:
-            expected = " or ".join(str(list(shape)) for shape in shapes) or "two sizes"
+        if tensor.shape not in shapes if shapes else len(tensor.shape) != 2 or 0 in tensor.shape:
+            expected = " or ".join(str(list(shape)) for shape in shapes) or "two sizes, not 0"
             self.refuse(end, f"has shape {list(tensor.shape)}; expected: {expected}")
         self._taken[end] = self._left.pop(self.name + end)
         return tensor.data

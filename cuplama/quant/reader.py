@@ -27,9 +27,11 @@ class Reader:
     """A disk layout of quantised weights.
 
     methods: the names of it in ``quant_method``; open: its settings, checked, as a ``Layout``, or a ConfigError;
-    beside: a file that holds the settings where config.json has none.
+    beside: a file that holds the settings where config.json has none; signs: settings that, if true, say that it is
+    this layout where no method is named.
     """
 
     methods: tuple[str, ...]
     open: Callable[[Settings], Layout]
     beside: str | None = None
+    signs: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from ..reader import Layout, Reader
 from ..settings import Settings
 from ..tensor import Tensor
 
-__all__ = ["READERS", "check", "read_quantised", "settings_beside"]
+__all__ = ["FILES", "READERS", "check", "read_quantised", "settings_beside"]
 
 
 def _found() -> dict[str, Reader]:
@@ -25,6 +25,8 @@ def _found() -> dict[str, Reader]:
 
 
 READERS: Mapping[str, Reader] = _found()
+FILES = tuple(reader.beside for reader in READERS.values() if reader.beside is not None)
+"""What may hold the settings beside config.json."""
 _KEY = "quantization_config"
 
 
@@ -58,6 +60,9 @@ def settings_beside(folder: Path) -> dict[str, Any] | None:
 def _open(raw: Any, where: str, within: str) -> tuple[Settings, Layout]:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: {within} is not an object of settings")
+    if raw.get("quant_method") is None:
+        found = [method for method, reader in READERS.items() if any(raw.get(sign) is True for sign in reader.signs)]
+        raw = {**raw, "quant_method": found[0]} if found else raw
     settings = Settings(raw, where, within)
     method = settings.choice("quant_method", tuple(READERS))
     return settings, READERS[method].open(settings)

@@ -64,7 +64,7 @@ def _state(module: Module) -> _State:
         m, k = raw["shape"]
         nested = raw.get("nested_blocksize")
         state = _State(m, k, raw["blocksize"], nested or 0, float(raw["nested_offset"]) if nested else None)
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
         module.refuse(end, f"is no JSON with shape, blocksize and nested_offset ({type(e).__name__}: {e})")
     if not all(type(x) is int and x > 0 for x in (m, k, state.block)) or type(state.nested) is not int:
         module.refuse(end, f"says shape {raw['shape']} and blocksize {state.block}; expected: positive whole numbers")
@@ -97,7 +97,11 @@ def _nested(module: Module, state: _State, blocks: int) -> np.ndarray[Any, Any]:
     codes = module.take(".weight.absmax", ("U8",), (blocks,))
     table = module.take(".weight.nested_quant_map", ("F32",), (256,))
     outer = module.take(".weight.nested_absmax", ("F32",), (-(-blocks // state.nested),))
-    found: np.ndarray[Any, Any] = table[codes] * np.repeat(outer, state.nested)[:blocks] + np.float32(state.offset)
+    found: np.ndarray[Any, Any] = table[codes]
+    whole = blocks // state.nested
+    found[: whole * state.nested].reshape(whole, state.nested)[...] *= outer[:whole, None]
+    found[whole * state.nested :] *= outer[-1]
+    found += np.float32(state.offset)
     return found
 
 
@@ -126,4 +130,4 @@ def _open(settings: Settings) -> _Bits:
     return _Bits()
 
 
-READER = Reader(("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"), _open)
+READER = Reader(("bitsandbytes",), _open, signs=("load_in_4bit", "load_in_8bit"))

@@ -22,7 +22,7 @@ from ..grouping import by_block, by_element, by_groups, by_row, sorted_columns
 from ..modules import FLOATS, Module, Modules
 from ..reader import Reader
 from ..settings import Settings
-from ..tensor import Tensor
+from ..tensor import SAFETENSORS, Tensor
 from .schemes import BLOCK, Scheme, Schemes, open_schemes
 
 __all__ = ["READER"]
@@ -91,6 +91,8 @@ def _read(module: Module, scheme: Scheme) -> None:
 
 def _packed_codes(module: Module, bits: int) -> Field:
     m, k = (int(x) for x in module.take(".weight_shape", ("I64", "I32"), (2,)))
+    if m < 1 or k < 1:
+        module.refuse(".weight_shape", f"says {[m, k]}; expected: positive sizes")
     words = module.take(_PACKED, ("I32",), (m, -(-k * bits // 32)))
     return Field((word_plane(words, bits, k, along=1),))
 
@@ -130,10 +132,7 @@ def _spread(array: np.ndarray[Any, Any], scheme: Scheme, m: int) -> Field:
 
 def _zero(module: Module, scheme: Scheme, m: int, k: int) -> Field | None:
     if scheme.symmetric:
-        if (
-            module.has(_ZERO)
-            and (data := module.take(_ZERO, ("I8", "I32", "F8_E4M3"), module.tensor(_ZERO).shape)).any()
-        ):
+        if module.has(_ZERO) and (data := module.take(_ZERO, tuple(SAFETENSORS), module.tensor(_ZERO).shape)).any():
             module.refuse(
                 _ZERO, f"has {np.count_nonzero(data)} zero points that are not 0; expected: none, symmetric is true"
             )

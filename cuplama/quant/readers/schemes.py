@@ -90,13 +90,13 @@ def open_schemes(settings: Settings) -> Schemes:
 
 
 def _scheme(group: Settings, form: str) -> Scheme | None:
-    form = group.choice("format", _FORMATS, None if form == "mixed-precision" else form)
-    if form is None:
-        group.refuse("format", ", ".join(_FORMATS))
-    group.harmless("input_activations", "output_activations")
+    group.harmless("input_activations", "output_activations", "format")
     weights = group.part("weights")
     if not group.has("weights"):
         return None
+    form = group.choice("format", _FORMATS, None if form == "mixed-precision" else form)
+    if form is None:
+        group.refuse("format", ", ".join(_FORMATS))
     weights.harmless("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
     weights.only(dynamic=(False,))
     packed = form == "pack-quantized"

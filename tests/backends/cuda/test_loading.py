@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,10 +158,10 @@ def q4_1(rng: np.random.Generator, m: int, k: int) -> Stored:
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def packed(parts: Sequence[Any], dtype: str = "bf16") -> Packed:
-    """The parts as a weight, loaded by the CUDA backend."""
+def packed(parts: Sequence[Any], dtype: str = "bf16", folder: Path | None = None) -> Packed:
+    """The parts as a weight, loaded by the CUDA backend. folder: where its kernels are, if not in cuda_src/."""
     gpu = FakeGpu(emulate=True)
-    gpu.checked = True
+    gpu.checked, gpu.folder = True, folder
     backend = CudaBackend(dtype, gpu=gpu)
     found = backend.load_weight(Weight("w", tuple("w" * len(parts)), tuple(parts)))
     backend.end_loading()
@@ -210,16 +211,28 @@ LAYOUTS: Mapping[str, Any] = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_is_packed_as_numpy_packs_it(name: str) -> None:
+    check_layout(name)
+
+
+def check_layout(name: str, folder: Path | None = None) -> None:
+    """A layout, with the kernels of another folder than cuda_src/ if one is given."""
     stored = LAYOUTS[name](np.random.default_rng(1))
-    assert_packed(packed([stored]), [stored])
+    assert_packed(packed([stored], folder=folder), [stored])
 
 
-@pytest.mark.parametrize("layout", [awq, gptq, compressed, channel])
-def test_parts_of_one_format_are_one_segment(layout: Any) -> None:
-    """Their borders lie within a tile, and their words are strided differently."""
+STACKED = [(awq, 136), (gptq, 136), (compressed, 136), (channel, 136), (q5_k, 256)]
+
+
+@pytest.mark.parametrize(("layout", "k"), STACKED)
+def test_parts_of_one_format_are_one_segment(layout: Any, k: int) -> None:
+    check_stack(layout, k)
+
+
+def check_stack(layout: Any, k: int, folder: Path | None = None) -> None:
+    """Borders of parts lie within a tile, and their words are strided differently."""
     rng = np.random.default_rng(2)
-    parts = [layout(rng, m, 136) for m in (24, 8, 40)]
-    assert_packed(packed(parts), parts)
+    parts = [layout(rng, m, k) for m in (24, 8, 40)]
+    assert_packed(packed(parts, folder=folder), parts)
 
 
 def test_what_differs_in_format_or_order_is_a_segment_of_its_own() -> None:

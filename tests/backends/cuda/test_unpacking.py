@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,36 +21,48 @@ from cuplama.ops.binding import bind
 from cuplama.ops.op import ROUNDING
 from cuplama.quant.catalog import CATALOG, random_stored
 from cuplama.quant.weight import Weight
+from cuplama.simt.emulator import precompile
 from tests.fakes import FakeGpu, HostCublas
 
 _N = MAX_PACKED_ROWS + 1
+_MIXED = "int4 g32 ordered + fp8"
 _DTYPES = ("f32", "f16", "bf16")
-CASES = [
+CASES: list[Any] = [
     *((name, _DTYPES[i % 3], 37, 200) for i, name in enumerate(CATALOG)),
     ("int4 g128", "bf16", 16, 264),  # whole blocks of 8 columns
     ("Q6_K + int4 g128 + fp8", "f16", 75, 128),
     ("int4 g128 ordered + fp8", "bf16", 20, 72),
     ("fp8", "f32", 3, 1100),  # two thread blocks side by side, and a row that 16 bytes do not divide
+    ("int4 g128", "f16", 18, 204),
+    ("int4 g128 + fp8", "bf16", 40, 72, 1),  # slices of 14 rows and 13, which begin within a block
+    ("int4 g128 + fp8", "bf16", 40, 72, 13),
 ]
 
 
-@pytest.mark.parametrize(("formats", "T", "m", "k"), CASES)
-def test_a_weight_is_unpacked_to_its_numbers(formats: str, T: str, m: int, k: int) -> None:
-    check_unpacked(EmulatedDevice(), formats, T, m, k)
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """All instances at once takes less time than one by one."""
+    instances = {
+        f"unpack<{T}, {form.packing.type}>"
+        for formats, T, *_ in [*CASES, (_MIXED, "bf16"), (_MIXED, "f16")]
+        for name in formats.split(" + ")
+        if (form := CATALOG[name.removesuffix(" ordered")]).packing is not None
+    }
+    precompile([("unpack.cu", name) for name in sorted(instances)])
 
 
-@pytest.mark.parametrize("rows", [1, 13])
-def test_slices_are_the_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever they begin: within a block, or at the border of segments."""
-    monkeypatch.setattr(unpacking, "_SLICE_ROWS", rows)
-    monkeypatch.setattr(unpacking, "SLICE_BYTES", 14 * 72 * 2)
-    check_unpacked(EmulatedDevice(), "int4 g128 + fp8", "bf16", 40, 72)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_weight_is_unpacked_to_its_numbers(case: Any) -> None:
+    check_unpacked(EmulatedDevice(), *case)
 
 
-def check_unpacked(executor: Executor, formats: str, T: str, m: int, k: int) -> None:
-    """The launches before a product of x[65,k] and w[m,k] write the numbers of w, rounded to T."""
+def check_unpacked(executor: Executor, formats: str, T: str, m: int, k: int, rows: int = 0) -> None:
+    """The launches before a product of x[65,k] and w[m,k] write the numbers of w, rounded to T. rows: of a slice, a
+    multiple of which is 14 rows at most; 0 for all at once."""
     workload = case_workload(OPS["linear"], dict(n=_N, m=m, k=k, b=False, U="T", W=formats), T)
-    (way,) = planning._ways(workload.bind())
+    sizes: dict[str, Any] = {"_SLICE_ROWS": rows, "SLICE_BYTES": 14 * k * DTYPES[T].itemsize} if rows else {}
+    with mock.patch.multiple(unpacking, **sizes) if sizes else nullcontext():
+        (way,) = planning._ways(workload.bind())
     weight: Any = workload.ins[1]
     packed = executor.upload(weight)
     want = weight.numbers().astype(np.float64)
@@ -91,7 +105,7 @@ def test_many_rows_are_multiplied_by_cublas(
         monkeypatch.setattr(unpacking, "_SLICE_ROWS", 16)
         monkeypatch.setattr(unpacking, "SLICE_BYTES", 16 * 72 * 2)
     backend = CudaBackend(T, gpu=FakeGpu(emulate=True, cublas=HostCublas()))
-    case = dict(n=_N, m=40, k=72, b=bias, U="T" if T == U else "f32", W="int4 g32 ordered + fp8")
+    case = dict(n=_N, m=40, k=72, b=bias, U="T" if T == U else "f32", W=_MIXED)
     workload = case_workload(OPS[op], case, T)
     ins = [None if x is None else backend.upload(x) for x in workload.ins]
     (y,) = backend.call(OPS[op], ins, workload.attrs)

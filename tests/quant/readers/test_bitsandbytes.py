@@ -111,6 +111,7 @@ def test_settings_that_are_refused(change: dict[str, Any], line: str) -> None:
         (STATE, None, "x.weight.quant_map is left over; there is no x.weight.quant_state.bitsandbytes__nf4"),
         (STATE, np.zeros(4, np.uint8), f"{STATE} is no JSON with shape"),
         (STATE, text(shape=[M, K]), f"{STATE} is no JSON with shape, blocksize and nested_offset (KeyError: 'block"),
+        (STATE, np.frombuffer(b"[" * 100_000, np.uint8), f"{STATE} is no JSON with shape"),
         (STATE, text(shape=[M], blocksize=64), f"{STATE} is no JSON with shape"),
         (STATE, text(shape=[M, -K], blocksize=64), f"{STATE} says shape [6, -128] and blocksize 64; expected: posi"),
         (STATE, text(shape=[M, K], blocksize=32), f"{STATE} says blocks of 32 and rows of 128; expected: whole bl"),

@@ -296,6 +296,14 @@ def test_settings_of_floats_that_are_refused(change: dict[str, Any], line: str) 
     assert f"group_0.weights.{line}" in refusal(settings, {})
 
 
+def test_a_group_of_activations_alone_quantises_no_weight() -> None:
+    settings = config("mixed-precision")
+    settings["config_groups"]["group_0"] |= {"weights": None, "input_activations": {"num_bits": 8}}
+    plain = {"x.weight": np.ones((M, K), BF16)}
+    assert left(settings, plain)["x.weight"].dtype == "BF16"
+    assert "x.weight is quantised, but no group" in refusal(settings, {"x.weight": floats()})
+
+
 def test_a_mixture_needs_a_format_for_each_group() -> None:
     assert "group_0.format is missing; supported: pack-quantized" in refusal(config("mixed-precision"), {})
 
@@ -306,6 +314,7 @@ def test_a_mixture_needs_a_format_for_each_group() -> None:
         ("weight_packed", np.zeros((M, 7), np.int32), "x.weight_packed has shape [24, 7]; expected: [24, 8]"),
         ("weight_packed", np.zeros((M, 8), np.int64), "x.weight_packed has dtype I64; expected: I32"),
         ("weight_shape", np.array([M, K + 32]), "x.weight_packed has shape [24, 8]; expected: [24, 12]"),
+        ("weight_shape", np.array([M, -1]), "x.weight_shape says [24, -1]; expected: positive sizes"),
         ("weight_shape", np.array([M, K, 1]), "x.weight_shape has shape [3]; expected: [2]"),
         ("weight_shape", None, "x.weight_shape is missing beside x.weight_packed"),
         ("weight_scale", np.zeros((M, 1), BF16), "x.weight_scale has shape [24, 1]; expected: [24, 2]"),

@@ -109,7 +109,7 @@ def test_settings_that_are_refused(change: dict[str, Any], line: str) -> None:
             np.ones((200, 256), BF16),
             "x.weight_scale_inv is left over; there is no x.weight of dtype F8",
         ),
-        (BLOCKS, "weight", np.ones(200).astype(E4M3), "x.weight has shape [200]; expected: two sizes"),
+        (BLOCKS, "weight", np.ones(200).astype(E4M3), "x.weight has shape [200]; expected: two sizes, not 0"),
     ],
 )
 def test_tensors_that_are_refused(
