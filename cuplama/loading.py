@@ -18,6 +18,8 @@ from .hub import BUNDLED, find_model
 from .model import Model
 from .models.checkpoint import load_weights
 from .models.config import ModelConfig, load_config
+from .models.rounding import round_weights
+from .quant.grid import GRIDS
 from .quant.weight import Weight
 from .text.tokenizer import Tokenizer
 
@@ -44,6 +46,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     context: int | None = None,
     cache_tokens: int | None = None,
     offline: bool = False,
@@ -55,6 +58,8 @@ def load(
     "org/name@revision", or "org/name:Q4_K_M" for one of several GGUF files), or None for the bundled story model.
     device: "cuda", "numpy", or "auto": CUDA where it works, else NumPy with a notice on the ``cuplama`` logger.
     dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's on CUDA, float32 on NumPy.
+    quantize: "int4", "int8" or "fp8": the layers' matrices are quantised while they are loaded, each number to the
+    nearest. Embedding and head stay as they are.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
     cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
@@ -64,6 +69,8 @@ def load(
     """
     one_of("dtype", dtype, DTYPE_NAMES)
     one_of("device", device, DEVICES)
+    if quantize is not None:
+        one_of("quantize", quantize, GRIDS)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     config = load_config(folder)
     length = context_length(config, context)
@@ -73,6 +80,8 @@ def load(
     tokenizer = Tokenizer.find(folder)
     settings = Settings.read(folder, config, tokenizer)
     weights = load_weights(folder, config)
+    if quantize is not None:
+        weights = round_weights(weights, config, quantize)
     engine = start_engine(config, weights, device, dtype, length, tokens, progress)
     name = BUNDLED if model is None else os.fspath(model)
     return Model(folder, config, tokenizer, engine, settings, name)

@@ -219,6 +219,9 @@ class FakeGpu(Gpu):
 
         self.do(set_bytes)
 
+    def transpose(self, out: Any, array: Any) -> None:
+        self.do(lambda: np.copyto(out, array.T))
+
     def write(self, array: Any, host: np.ndarray[Any, Any]) -> None:
         content = host.copy()
         self.do(lambda: np.copyto(array, content))

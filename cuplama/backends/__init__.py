@@ -62,6 +62,9 @@ class Backend(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A device array of zeros."""
 
+    def transpose(self, array: Array) -> Array:
+        """The transpose of a matrix, contiguous."""
+
     def load_weight(self, weight: Weight) -> Array:
         """A checkpoint weight in the backend's dtype."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..ops.node import Node, dying
 from ..ops.op import Op
 from ..ops.team import LEAST_WORK, fill, team_of
 from ..quant.format import plain_format
+from ..quant.rtn import Rounded
 from ..quant.stored import Stored
 from ..quant.weight import Weight
 from .blas import one_blas_thread
@@ -82,9 +83,12 @@ class NumPyBackend:
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.zeros(shape, dtype)
 
+    def transpose(self, array: Array) -> Array:
+        return np.ascontiguousarray(array.T)
+
     def load_weight(self, weight: Weight) -> Array:
         if not self._convert:
-            return weight.stored(self.dtype) if weight.packed else weight.array()
+            return _settled(weight).stored(self.dtype) if weight.packed else weight.array()
         array = np.empty(weight.shape, self.dtype)
         if weight.packed:
             _decode(weight, array)
@@ -155,6 +159,11 @@ class NumPyBackend:
         ]
         self._prepared[key] = (nodes, ready)
         return ready
+
+
+def _settled(weight: Weight) -> Weight:
+    """The weight, whose parts are not quantised again each time they are read."""
+    return replace(weight, parts=tuple(p.settled() if isinstance(p, Rounded) else p for p in weight.parts))
 
 
 _DECODED = 1 << 18  # numbers that a thread decodes at a time: what it makes on the way stays in its cache

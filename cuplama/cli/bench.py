@@ -9,6 +9,7 @@ import click
 from .options import (
     DEBUG,
     DEVICE,
+    QUANTIZE,
     QUIET,
     Decorator,
     complete_model,
@@ -72,6 +73,7 @@ _rows_options = options(
 @weight_format_option("--dummy-weights")
 @DEVICE
 @dtype_option()
+@QUANTIZE
 @picture_option("Draw a picture as well.")
 @click.option("--no-cold-start", is_flag=True, help="Do not time a fresh process from its start to a token.")
 @QUIET
@@ -88,6 +90,7 @@ def bench(
     weight_format: str,
     device: str,
     dtype: str,
+    quantize: str | None,
     plot: Path | None,
     no_cold_start: bool,
 ) -> None:
@@ -104,8 +107,10 @@ def bench(
         raise click.UsageError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
     if weight_format and not dummy_weights:
         raise click.UsageError("--weight-format needs --dummy-weights")
+    if quantize is not None and dummy_weights:
+        raise click.UsageError("--quantize needs a model's own weights; with --dummy-weights it is --weight-format")
     wanted = trials(prompts, generated, depths, batches)
-    source = Source(model, dummy_weights, device, dtype, weight_format)
+    source = Source(model, dummy_weights, device, dtype, weight_format, quantize)
     result = {"command": command(), **lab.run(source, wanted, repeats, not no_cold_start, say_progress)}
     click.echo(lab.text(result, form), nl=False)
     if plot is not None:

@@ -25,6 +25,7 @@ from .kernels import kernels
 from .models import models
 from .perplexity import perplexity
 from .pull import pull
+from .quantize import quantize
 from .streams import say
 from .tokenize import tokenize
 
@@ -44,7 +45,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    bench, chat, completion, doctor, generate, graph, info, kernels, models, perplexity, pull, tokenize,
+    bench, chat, completion, doctor, generate, graph, info, kernels, models, perplexity, pull, quantize,
+    tokenize,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -13,10 +13,12 @@ from typing import Any
 from ..device import stored_dtype
 from ..dtypes import DTYPES
 from ..engine.memory import cache_bytes, plan
+from ..errors import ParameterError
 from ..loading import DEFAULT_CONTEXT
 from ..models.checkpoint import has_weights, load_weights
 from ..models.config import ModelConfig, load_config
 from ..models.presets import find_shape, is_shape
+from ..models.rounding import round_weights
 from ..ops.attention import HEAD_DIMS
 from ..ops.launch import Device
 from ..quant.format import PLAIN, Format
@@ -37,12 +39,19 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
     return folder, load_config(folder)
 
 
-def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
-    """Facts about a model by stable names. Where there are no weights, what they would be by the config."""
+def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None) -> dict[str, Any]:
+    """Facts about a model by stable names. Where there are no weights, what they would be by the config.
+
+    quantize: what ``load`` is asked to quantise them to.
+    """
     found = folder is not None and has_weights(folder)
     T = DTYPES[config.stored]
+    if quantize is not None and not found:
+        raise ParameterError("--quantize needs a model's weights, and there are none")
     if folder is not None and found:
         weights = load_weights(folder, config)
+        if quantize is not None:
+            weights = round_weights(weights, config, quantize)
         T = DTYPES[stored_dtype(config, weights)]
         tied = weights["lm_head"].source == weights["embed_tokens"].source
         shapes = {name: w.shape for name, w in weights.items()}
@@ -55,10 +64,7 @@ def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
         formats = dict.fromkeys(shapes, (PLAIN[config.stored],))
         memory = device = {name: math.prod(shape) * T.itemsize for name, shape in shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "lm_head" or not tied}
-    parts: dict[str, int] = {}
-    for name in sizes:
-        part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
-        parts[part] = parts.get(part, 0) + memory[name]
+    parts = _by_part({name: memory[name] for name in sizes})
     rope = next(iter(config.ropes.values()), None)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * T.itemsize
     context = min(config.context, DEFAULT_CONTEXT)
@@ -121,6 +127,15 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "memory needed": f"{gpu}, {size_text(facts['numpy_bytes'])} on NumPy, with that cache",
         **text_view(facts),
     }
+
+
+def _by_part(memory: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of each part of the model. memory: of each weight."""
+    found: dict[str, int] = {}
+    for name, size in memory.items():
+        part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
+        found[part] = found.get(part, 0) + size
+    return found
 
 
 def _bits(

@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 from ..device import DEVICES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
+from ..quant.grid import GRIDS
 from ..sampling_params import allowed_values, read_parameter
 from .names import DEVICE_WORDS, NamedOption, device_word
 from .streams import QUIET_KEY, no_warnings
@@ -21,6 +22,7 @@ __all__ = [
     "DEVICE",
     "OFFLINE",
     "OR_A_SHAPE",
+    "QUANTIZE",
     "QUIET",
     "Decorator",
     "check_sampling",
@@ -68,6 +70,9 @@ def weight_format_option(needs: str) -> Decorator:
     )
 
 
+QUANTIZE = click.option(
+    "--quantize", type=click.Choice(list(GRIDS)), help="Quantise the layers' matrices while they are loaded."
+)
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 
 
@@ -123,6 +128,7 @@ def dtype_option(auto: str = "") -> Decorator:
 run_options = options(
     DEVICE,
     dtype_option(": the checkpoint's on CUDA, float32 on NumPy"),
+    QUANTIZE,
     click.option(
         "-c",
         "--context",

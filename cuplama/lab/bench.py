@@ -132,7 +132,8 @@ def run(
     with source.open(context, room) as model:
         say("measuring the peaks")
         machine = peaks.measure(model.backend)
-        facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else "own"}
+        own = f"own, {source.quantize} from loading on" if source.quantize else "own"
+        facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else own}
         facts |= environment(model.backend)
         rows, others = [], Others()
         for trial in announced(trials, lambda trial: trial.name, say):

@@ -27,8 +27,8 @@ class Source:
     """Which model runs and how.
 
     model: folder, hub id or a known shape, None for the bundled one; dummy: random weights from its config alone;
-    device, dtype: as of ``load``; weight_format: one of ``quant/catalog.py`` for the layers' matrices of random ones,
-    "" for the dtype of the config.
+    device, dtype, quantize: as of ``load``; weight_format: one of ``quant/catalog.py`` for the layers' matrices of
+    random ones, "" for the dtype of the config.
     """
 
     model: str | None
@@ -36,6 +36,7 @@ class Source:
     device: str = "auto"
     dtype: str = "auto"
     weight_format: str = ""
+    quantize: str | None = None
 
     def open(self, context: int, cache_tokens: int) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``.
@@ -48,7 +49,8 @@ class Source:
             return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, self.weight_format)
         if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
-        return load(self.model, device=self.device, dtype=self.dtype, context=context, cache_tokens=cache_tokens)
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "quantize": self.quantize}
+        return load(self.model, context=context, cache_tokens=cache_tokens, **options)
 
 
 def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> dict[str, Weight]:

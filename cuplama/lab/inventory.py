@@ -23,6 +23,7 @@ import numpy as np
 from ..backends.cuda.loading import pack_kernels
 from ..backends.cuda.nvrtc import Program, Resources, compile_program, nvrtc_library
 from ..backends.cuda.planning import library_plans
+from ..backends.cuda.rounding import rounding_kernels
 from ..backends.cuda.toolkit import shared_limit
 from ..dtypes import DTYPES, Array
 from ..engine.batch import abstract_values, input_shapes
@@ -90,7 +91,7 @@ def needed(device: Device, ops: Iterable[str] | None = None, outside: Sequence[O
                     old = found.setdefault(file, {}).get(expression, Need())
                     found[file][expression] = Need(old.ops | {call.op.name}, old.dtypes | {dtype})
     if ops is None and not outside:
-        for file, expression in (READ_KERNEL, *pack_kernels()):
+        for file, expression in (READ_KERNEL, *pack_kernels(), *rounding_kernels()):
             found.setdefault(file, {})[expression] = Need()
     return {file: dict(sorted(found[file].items())) for file in sorted(found)}
 

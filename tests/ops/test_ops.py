@@ -12,6 +12,7 @@ import pytest
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.backends.cuda.loading import pack_kernels
+from cuplama.backends.cuda.rounding import rounding_kernels
 from cuplama.dtypes import Array
 from cuplama.folders import source_folder
 from cuplama.lab.check import BackendExecutor, check, model_dtypes, run_guarded
@@ -37,7 +38,7 @@ _KERNEL_NAMES = [harness.name_of(*c) for c in _WITH_KERNELS]
 # cuBLAS; read_sum measures the bandwidth.
 _OF_NO_OP = {
     "bias.cu:cast_bias", "bias.cu:fill_rows", "unpack.cu:unpack", ":".join(READ_KERNEL),
-    *(f"{file}:{kernel.partition('<')[0]}" for file, kernel in pack_kernels()),
+    *(f"{file}:{kernel.partition('<')[0]}" for file, kernel in (*pack_kernels(), *rounding_kernels())),
 }  # fmt: skip
 
 

@@ -192,6 +192,13 @@ class CudaBackend:
             gpu.fill(out, 0)
         return out
 
+    def transpose(self, array: Array) -> Array:
+        """The transpose of a matrix, contiguous."""
+        with self._on_gpu() as gpu:
+            out = gpu.empty(array.shape[::-1], array.dtype)
+            gpu.transpose(out, array)
+        return out
+
     def load_weight(self, weight: Weight) -> Array:
         """A checkpoint weight in the backend's dtype, through the pinned buffers; copies are queued, not awaited.
 

@@ -135,6 +135,11 @@ class Gpu:
         """Set every byte of an array, in order with what is queued."""
         array.data.memset_async(byte, array.nbytes, self.stream)
 
+    def transpose(self, out: Array, array: Array) -> None:
+        """Copy the transpose of a matrix."""
+        bits = np.dtype(f"u{array.dtype.itemsize}")  # a copy need not know what they mean
+        out.view(bits)[...] = array.view(bits).T
+
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         """Copy from pageable memory; the host array may change as soon as this returns."""
         array.data.copy_from_host_async(host.ctypes.data, host.nbytes, self.stream)

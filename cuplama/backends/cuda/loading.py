@@ -1,5 +1,7 @@
 """Weights on their way from mapped files to the GPU: converted, or, if they are quantised, packed there.
 
+Those that are to be quantised on the way are another file's: rounding.py.
+
 The bytes of a quantised weight go to the GPU as they lie in the file, and with them, in the same buffer, tables that
 say where each number lies. The kernels of cuda_src/pack.cu gather from that buffer; it is kept for the next weight.
 Nothing waits for anything: all of it is queued, in order.
@@ -18,9 +20,11 @@ from ...errors import CheckpointError
 from ...quant.fields import Field, Plane
 from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, Packing, plain_format
 from ...quant.packed import Packed
+from ...quant.rtn import Rounded
 from ...quant.stored import Segment, Stored
 from ...quant.weight import as_stored
 from .gpu import Gpu
+from .rounding import RoundingJob
 
 __all__ = ["Job", "Loading", "convert", "pack_kernels"]
 
@@ -69,7 +73,9 @@ class Loading:
         return as_stored(convert(np.ascontiguousarray(array), self._dtype, name), self._dtype)
 
     def _segment(self, stack: Sequence[Stored]) -> Segment:
-        gpu, job = self._gpu, Job(stack)
+        gpu = self._gpu
+        plain = [s for s in stack if isinstance(s, Rounded)]
+        job: Job | RoundingJob = RoundingJob(plain) if plain else Job(stack)
         raw = self._buffer(job.layout.size)
         gpu.stage_pieces(raw, job.layout.pieces)
         blocks = gpu.empty((job.nbytes,), np.dtype(np.uint8))
@@ -189,6 +195,8 @@ def _alike(parts: Sequence[Stored]) -> list[list[Stored]]:
 
 
 def _kind(stored: Stored) -> tuple[Any, ...]:
+    if isinstance(stored, Rounded):  # to ask for its fields would be to quantise it
+        return stored.format, "rounded"
     fields = ((name, f.flip, f.add, *(p.bits for p in f.planes)) for name, f in sorted(stored.fields.items()))
     return stored.format, *fields
 

@@ -111,6 +111,15 @@ def test_dead_intermediates_are_freed_and_kept_ones_returned(backend: CudaBacken
     assert len(gpu.alive) == 1
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_transpose_is_contiguous_and_in_order_with_what_is_queued(dtype: str) -> None:
+    host = np.arange(12).reshape(3, 4).astype(DTYPES[dtype])
+    for backend in (CudaBackend(dtype, gpu=FakeGpu()), NumPyBackend(dtype)):
+        found = backend.transpose(backend.upload(host))
+        assert (found.shape, found.flags.c_contiguous) == ((4, 3), True)
+        assert np.array_equal(backend.download(found), host.T)
+
+
 def test_the_second_run_plans_nothing(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     x = _ones(backend, 4, 256)
     backend.run(_CHAIN, {"x0": x}, ("x4",))

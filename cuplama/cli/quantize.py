@@ -1,0 +1,81 @@
+"""``cuplama quantize``: a model folder with weights of 4 or 8 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..conversion.run import METHODS, Options, quantise
+from ..errors import ParameterError
+from ..quant.grid import GRIDS
+from .options import DEBUG, DEVICE, OFFLINE, QUIET, complete_model
+from .prompt import read_file
+from .running import find_folder
+from .streams import notice, progress_bar
+
+__all__ = ["quantize"]
+
+
+@click.command(short_help="Write a model with weights of 4 or 8 bits to the folder OUT.")
+@click.argument("model", shell_complete=complete_model)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(list(GRIDS)), required=True, help="What weights become.")
+@click.option(
+    "--group-size",
+    type=int,
+    metavar="N",
+    help="Neighbours that share a scale: 128, 64, 32, or 0: a row.  [default: 0; int4: the most that divides rows]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="rtn",
+    show_default=True,
+    help="To the nearest numbers, or by GPTQ: slow, and closer.",
+)
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="Text that gptq goes by.")
+@click.option("--samples", type=int, default=128, show_default=True, metavar="N", help="Pieces of that text.")
+@click.option("--length", type=int, metavar="N", help="Tokens of each piece.  [default: 512, or the context]")
+@click.option("--shard-size", type=float, default=5, show_default=True, metavar="GB", help="Of a file at most.")
+@DEVICE
+@OFFLINE
+@QUIET
+@DEBUG
+def quantize(
+    model: str,
+    out: Path,
+    form: str,
+    group_size: int | None,
+    method: str,
+    calibrate: Path | None,
+    samples: int,
+    length: int | None,
+    shard_size: float,
+    device: str,
+    offline: bool,
+) -> None:
+    """Write MODEL, a folder or hub id, to the new folder OUT, with the layers' matrices in 4 or 8 bits.
+
+    Embedding and head stay as they are. The folder is in the layout of compressed-tensors, which transformers and vLLM
+    read, too. A run that was stopped goes on when the same command is given again.
+
+    gptq reads a text like those that the model is for, and looks for numbers that change little of what the layers make
+    of it.
+    """
+    if (method == "gptq") != (calibrate is not None):
+        raise click.UsageError("--method gptq needs --calibrate FILE, and nothing else takes it")
+    text = "" if calibrate is None else read_file(calibrate)
+    if calibrate is not None and not text:
+        raise click.UsageError(f"--calibrate: {calibrate} is empty")
+    folder = find_folder(model, offline)
+    options = Options(form, group_size, method, text, samples, length, device, int(shard_size * 1e9))
+    try:
+        with progress_bar("quantising", "layers") as progress:
+            made = quantise(folder, out, options, progress)
+    except ParameterError as e:
+        name, _, rest = str(e).partition(" ")  # its parameters have the options' names
+        raise click.UsageError(f"--{name.replace('_', '-')} {rest}") from None
+    if not made:
+        notice(f"{out} is finished; there is nothing to do")
+    click.echo(out)

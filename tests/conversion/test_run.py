@@ -1,0 +1,187 @@
+"""Quantising a folder: what is written, that it can be stopped at any place, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuplama
+from cuplama.conversion.folder import RECORD, OutputFolder
+from cuplama.conversion.run import Options, quantise
+from cuplama.errors import CheckpointError, ConfigError, CuplamaError, ParameterError
+from cuplama.models.checkpoint import load_weights
+from cuplama.models.config import load_config
+from cuplama.quant.grid import GRIDS
+from cuplama.quant.rtn import Rounded
+from tests.conversion.made import TEXT, write_model
+from tests.tiny import CHARS
+
+INT4 = Options("int4", 32)
+GPTQ = Options("int4", 32, "gptq", TEXT, samples=6, length=50, device="numpy")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("plain"))
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("options", [INT4, Options("int4", 0), Options("int8"), Options("int8", 32), Options("fp8")])
+def test_the_folder_holds_the_weights_rounded_to_the_nearest(model: Path, tmp_path: Path, options: Options) -> None:
+    assert quantise(model, tmp_path / "out", options)
+    assert sorted(_files(tmp_path / "out")) == ["config.json", "model.safetensors", RECORD, "tokenizer.json"]
+    plain = load_weights(model, load_config(model))
+    found = load_weights(tmp_path / "out", load_config(tmp_path / "out"))
+    assert found.keys() == plain.keys()
+    for name, weight in plain.items():
+        if "." in name and len(weight.shape) == 2:
+            for part, q in zip(weight.parts, found[name].parts, strict=True):
+                rounded = Rounded(part, GRIDS[options.format], options.group_size or 0)
+                assert np.array_equal(q.numbers(), rounded.numbers())  # type: ignore[union-attr]
+        else:
+            assert np.array_equal(found[name].array(), weight.array())
+    with cuplama.load(tmp_path / "out", device="numpy") as made:
+        assert len(made.generate("To be", max_tokens=4, temperature=0).tokens) == 4
+
+
+@pytest.mark.parametrize("options", [INT4, GPTQ], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("stop", [0, 1, 2, 4])
+def test_a_run_that_was_stopped_goes_on_to_the_same_folder(
+    model: Path, tmp_path: Path, options: Options, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of a part, or at the end; nothing looks complete until then."""
+    options = replace(options, shard_bytes=40_000)
+    assert quantise(model, tmp_path / "whole", options)
+    write, parts = OutputFolder.write, 0
+
+    def stopped(self: OutputFolder, tensors: Any) -> None:
+        nonlocal parts
+        if parts == stop:
+            half = dict(list(tensors.items())[: len(tensors) // 2])
+            monkeypatch.setattr(OutputFolder, "_record", lambda self: None)
+            write(self, half)
+            raise KeyboardInterrupt
+        parts += 1
+        write(self, tensors)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "write", stopped)
+        if stop == 4:
+            patch.setattr(OutputFolder, "finish", stopped)
+        with pytest.raises((KeyboardInterrupt, TypeError)):
+            quantise(model, out, options)
+    monkeypatch.undo()
+    assert not any(
+        p.name == "config.json" or (p.suffix in (".safetensors", ".json") and p.name != RECORD) for p in out.iterdir()
+    )
+    with pytest.raises(CuplamaError):
+        cuplama.load(out, device="numpy")
+    steps: list[tuple[int, int]] = []
+    assert quantise(model, out, options, lambda done, total: steps.append((done, total)))
+    assert _files(out) == _files(tmp_path / "whole")
+    assert len([name for name in _files(out) if name.endswith(".safetensors")]) > 1
+    assert (steps[0], steps[-1]) == ((0, 3), (3, 3))
+    assert not quantise(model, out, options)
+
+
+def test_gptq_changes_the_logits_less_than_rounding(model: Path, tmp_path: Path) -> None:
+    prompt = "whether 'tis nobler in the mind"
+    with cuplama.load(model, device="numpy") as m:
+        expected = m.logits(prompt)
+    off = {}
+    for method, options in (("rtn", INT4), ("gptq", GPTQ)):
+        quantise(model, tmp_path / method, options)
+        with cuplama.load(tmp_path / method, device="numpy") as m:
+            off[method] = np.linalg.norm(m.logits(prompt) - expected)
+    assert off["gptq"] < 0.7 * off["rtn"]
+
+
+def test_a_tied_head_is_stored_once_and_a_bare_export_keeps_its_names(tmp_path: Path) -> None:
+    tied = write_model(tmp_path / "tied", tie_word_embeddings=True)
+    assert quantise(tied, tmp_path / "out", INT4)
+    weights = load_weights(tmp_path / "out", load_config(tmp_path / "out"))
+    assert weights["lm_head"].source == weights["embed_tokens"].source
+
+
+def test_what_is_in_the_way_is_left_alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"full is not empty"):
+        quantise(model, full, INT4)
+    with pytest.raises(CheckpointError, match=r"thesis.txt: Not a directory"):
+        quantise(model, full / "thesis.txt", INT4)
+    out = tmp_path / "out"
+    quantise(model, out, INT4)
+    with pytest.raises(CheckpointError, match=r'made with format = "int4", not "int8", group_size = 32, not 0'):
+        quantise(model, out, Options("int8"))
+    other = write_model(tmp_path / "other", rms_norm_eps=1e-6)
+    with pytest.raises(CheckpointError, match=r"made with source = "):
+        quantise(other, out, INT4)
+    (out / RECORD).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"quantize.json says neither a recipe nor what is done"):
+        quantise(model, out, INT4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"the model takes 0.00 GB and 0.00 GB are free"):
+        quantise(model, tmp_path / "no" / "room", INT4)
+    assert not (tmp_path / "no").exists()
+
+
+def test_parts_that_are_gone_are_noticed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantise(model, out, INT4)
+    (out / "model.safetensors").unlink()
+    (out / RECORD).write_text((out / RECORD).read_text().replace("true", "false"))
+    with pytest.raises(CheckpointError, match=r"model.safetensors.unfinished is missing or of another size"):
+        quantise(model, out, INT4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (Options("int3"), "format = 'int3' is not supported; supported: int4, int8, fp8"),
+        (Options("int4", 100), "group_size = 100 is not supported; supported: 128, 64, 32, 0 for whole rows"),
+        (Options("int4", 64), "group_size = 64 does not divide the rows of model.layers.0.mlp.down_proj.weight, which"
+         " have 96 numbers; possible here: 32, 0 for whole rows"),
+        (Options("int4", method="awq"), "method = 'awq' is not supported; supported: rtn, gptq"),
+        (Options("int4", method="gptq"), "needs a text"),
+        (Options("int4", text="To be"), "text is for method = gptq alone"),
+        (replace(GPTQ, length=129), "length = 129 is out of range; it must be a number from 1 to 128, the model's"),
+        (replace(GPTQ, samples=0), "samples = 0 is out of range"),
+        (replace(GPTQ, device="tpu"), "device = 'tpu'"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(model: Path, tmp_path: Path, options: Options, words: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        quantise(model, tmp_path / "out", options)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_refused(model: Path, tmp_path: Path) -> None:
+    quantise(model, tmp_path / "out", INT4)
+    with pytest.raises(ConfigError, match=r"out is quantised already"):
+        quantise(tmp_path / "out", tmp_path / "again", INT4)
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel stores its matrices transposed"):
+        quantise(CHARS, tmp_path / "again", INT4)
+    with pytest.raises(ConfigError, match=r"config.json is a file; only folders"):
+        quantise(model / "config.json", tmp_path / "again", INT4)
+
+
+def test_the_config_is_that_of_the_model_with_a_description(model: Path, tmp_path: Path) -> None:
+    quantise(model, tmp_path / "out", GPTQ)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    described = found.pop("quantization_config")
+    assert found == json.loads((model / "config.json").read_text())
+    assert described["config_groups"]["group_0"]["weights"]["actorder"] == "weight"
