@@ -4,8 +4,9 @@ The four products of a layer of Llama-3.1-8B, over 64 to 4,096 rows of x. For bf
 (``cuplama/backends/cuda/cublas.py``), with and without fast sums: the error against float64 over a sample of the
 result, once in the dtype that the model takes and once in float32, and then TFLOP/s. Beside them what comes before such
 a product: x to 8-bit floats (cuda_src/activations_fp8.cu), a packed weight to rows (fp8_unpack.cu), and both in one
-graph with the product. First the sizes that the library takes at all, and at the end other kernels of a layer. Nothing
-that computes something wrong is timed. Weights come from memory, activations from L2 where they fit it.
+graph with the product; and how fast codes are read in blocks and row by row. First the sizes that the library takes at
+all, and at the end other kernels of a layer. Nothing that computes something wrong is timed. Weights come from memory,
+activations from L2 where they fit it.
 """
 
 from __future__ import annotations
@@ -129,6 +130,13 @@ class Bench:
         threads = min(1024, -(-vectors // 32) * 32)
         expression = f"quantise_rows<bf16, {-(-vectors // threads)}>"
         return self.launch("activations_fp8.cu", expression, n, threads, x, codes, scale, np.int32(k))
+
+    def read(self, w: Array, y: Array, m: int, k: int, rows: bool) -> Callable[[], None]:
+        run, columns = 8, k // 128  # blocks that a warp reads side by side
+        units = m // 16 * (columns // run)
+        expression = f"read_codes<{str(rows).lower()}, {run}>"
+        grid = min(-(-units // 8), 8 * self.gpu.limits.sms)
+        return self.launch(UNPACK, expression, grid, 256, w, y, np.int32(units), np.int32(columns))
 
     def unpack(self, packed: Array, codes: Array, m: int, k: int) -> Callable[[], None]:
         blocks, columns = -(-m // 16) * -(-k // 128), -(-k // 128)
@@ -327,6 +335,20 @@ def _all(*parts: Body) -> Body:
     return body
 
 
+def measure_reading(bench: Bench, shape: Shape, weights: Weights) -> Iterator[dict[str, Any]]:
+    """Bytes per second of a kernel that reads 8-bit codes in blocks, and of one that reads them row by row."""
+    want = int(np.bitwise_xor.reduce(weights.host.reshape(-1).view(np.uint32)))
+    y = bench.empty((shape.m // 16 * (shape.k // 1024) * 32,), np.uint32)
+    for rows in (False, True):
+        bodies = [bench.read(w, y, shape.m, shape.k, rows) for w in weights.copies]
+        bodies[0]()
+        if int(np.bitwise_xor.reduce(bench.backend.download(y))) != want:
+            raise RuntimeError(f"read_codes reads other bytes than there are (rows: {rows})")
+        seconds = bench.seconds(bodies)
+        speed = {"microseconds": round(seconds * 1e6, 2), "gigabytes": round(shape.m * shape.k / seconds / 1e9)}
+        yield {"product": shape.name, "read": "rows" if rows else "blocks", **speed}
+
+
 def measure_bf16(bench: Bench, shape: Shape, copies: Sequence[Array], n: int) -> Iterator[dict[str, Any]]:
     """The product in bf16, as it is today."""
     assert bench.gpu.cublas is not None
@@ -343,10 +365,10 @@ def measure_bf16(bench: Bench, shape: Shape, copies: Sequence[Array], n: int) ->
 
 def totals(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Milliseconds of all layers, for each number of rows and each way that all four products have."""
-    for n in sorted({r["n"] for r in rows}):
+    for n in sorted({r["n"] for r in rows if "n" in r}):
         found: dict[str, dict[str, float]] = {}
         for r in rows:
-            if r["n"] == n and "microseconds" in r:
+            if r.get("n") == n and "microseconds" in r:
                 way = r["way"] + (", fast" if r.get("fast") else "")
                 found.setdefault(way, {})[r["product"]] = r["microseconds"]
         for way, each in found.items():
@@ -419,6 +441,7 @@ def main() -> int:
     timed = len(rows)
     for shape in SHAPES:
         weights = Weights(bench, shape.m, shape.k, 2 * bench.cache // (shape.m * shape.k) + 2)
+        take(measure_reading(bench, shape, weights))
         wide = weights.bf16(bench, bench.cache // (shape.m * shape.k) + 2)
         for n in map(int, args.rows.split(",")):
             take(measure(bench, shape, weights, n))
