@@ -8,6 +8,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .arguments import one_of
 from .backends import Backend
@@ -19,7 +22,7 @@ from .models.config import ModelConfig
 from .ops.attention import HEAD_DIMS
 from .quant.weight import Weight
 
-__all__ = ["DEVICES", "open_backend"]
+__all__ = ["DEVICES", "open_backend", "stored_dtype"]
 
 DEVICES = ("auto", "cuda", "numpy")
 _log = logging.getLogger("cuplama")
@@ -45,9 +48,16 @@ def open_backend(
     return _open_numpy(dtype, config, weights, tokens)
 
 
-def _elements(weights: Mapping[str, Weight]) -> int:
-    """Elements of all weights, a tied head counted once."""
-    return sum(w.nbytes // w.dtype.itemsize for w in {w.source: w for w in weights.values()}.values())
+def _bytes(weights: Mapping[str, Weight], dtype: np.dtype[Any]) -> int:
+    """Bytes of all weights where plain ones have that dtype, a tied head counted once."""
+    return sum(w.device_bytes(dtype) for w in {w.source: w for w in weights.values()}.values())
+
+
+def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
+    """The short name of the dtype that "auto" stands for on a GPU: that of the embedding's numbers, or what the config
+    says where they are quantised."""
+    table = weights["embed_tokens"]
+    return config.stored if table.packed else dtype_name(table.dtype)
 
 
 def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int) -> Backend:
@@ -58,12 +68,12 @@ def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], c
             f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
             " --device numpy takes any"
         )
-    backend = CudaBackend(dtype_name(weights["embed_tokens"].dtype) if dtype == "auto" else dtype)
-    elements = _elements(weights)
+    backend = CudaBackend(stored_dtype(config, weights) if dtype == "auto" else dtype)
+    size = _bytes(weights, backend.dtype)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
         chunks, limits = backend.prefill_chunks, backend.gpu.limits
-        return memory.fit(config, elements, backend.dtype, context, tokens, chunks, free, limits)
+        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits)
 
     free = backend.free_memory()
     backend.prefill_chunk, plan = fit(free)
@@ -83,7 +93,8 @@ def _open_numpy(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], 
     from .backends.numpy import NumPyBackend
 
     chosen = "f32" if dtype == "auto" else dtype
-    size, free = _elements(weights) * DTYPES[chosen].itemsize, _free_memory()
+    elements = sum(w.elements for w in {w.source: w for w in weights.values()}.values())
+    size, free = elements * DTYPES[chosen].itemsize, _free_memory()
     fits = size < 0.7 * free
     if not fits:
         _log.warning(

@@ -59,6 +59,12 @@ _rows_options = options(
     "-o", "form", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True, help="Form of the table."
 )
 @click.option("--dummy-weights", is_flag=True, help="Random weights: the config.json alone is enough.")
+@click.option(
+    "--weight-format",
+    metavar="FORMAT",
+    default="",
+    help='With --dummy-weights: quantised matrices in the layers, such as "int4 g128", "fp8" or "Q4_K".',
+)
 @DEVICE
 @dtype_option()
 @picture_option("Draw a picture as well.")
@@ -74,6 +80,7 @@ def bench(
     repeats: int,
     form: str,
     dummy_weights: bool,
+    weight_format: str,
     device: str,
     dtype: str,
     plot: Path | None,
@@ -87,11 +94,16 @@ def bench(
     from ..lab.dummy import Source
     from ..lab.report import command
     from ..lab.trials import trials
+    from ..quant.catalog import CATALOG
 
     if dummy_weights and model is None:
         raise click.UsageError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
+    if weight_format and not dummy_weights:
+        raise click.UsageError("--weight-format needs --dummy-weights")
+    if weight_format and weight_format not in CATALOG:
+        raise click.BadParameter(f"{weight_format!r} is not one of {', '.join(CATALOG)}", param_hint="--weight-format")
     wanted = trials(prompts, generated, depths, batches)
-    source = Source(model, dummy_weights, device, dtype)
+    source = Source(model, dummy_weights, device, dtype, weight_format)
     result = {"command": command(), **lab.run(source, wanted, repeats, not no_cold_start, say_progress)}
     click.echo(lab.text(result, form), nl=False)
     if plot is not None:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..device import stored_dtype
 from ..dtypes import DTYPES
 from ..engine.memory import cache_bytes, plan
 from ..loading import DEFAULT_CONTEXT
@@ -18,6 +19,7 @@ from ..models.config import ModelConfig, load_config
 from ..models.presets import find_shape, is_shape
 from ..ops.attention import HEAD_DIMS
 from ..ops.launch import Device
+from ..quant.format import PLAIN, Format
 from .running import find_folder
 from .streams import size_text
 from .text_info import text_facts, text_view
@@ -38,22 +40,27 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
 def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
     """Facts about a model by stable names. Where there are no weights, what they would be by the config."""
     found = folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists())
+    T = DTYPES[config.stored]
     if folder is not None and found:
         weights = load_weights(folder, config)
+        T = DTYPES[stored_dtype(config, weights)]
         tied = weights["lm_head"].source == weights["embed_tokens"].source
         shapes = {name: w.shape for name, w in weights.items()}
-        dtypes = {name: w.dtype for name, w in weights.items()}
+        formats = {name: w.formats for name, w in weights.items()}
+        memory = {name: w.nbytes for name, w in weights.items()}
+        device = {name: w.device_bytes(T) for name, w in weights.items()}
     else:
         tied = bool(config.tied)
         shapes = config.weight_shapes()
-        dtypes = dict.fromkeys(shapes, DTYPES[config.stored])
+        formats = dict.fromkeys(shapes, (PLAIN[config.stored],))
+        memory = device = {name: math.prod(shape) * T.itemsize for name, shape in shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "lm_head" or not tied}
-    memory: dict[str, int] = {}
-    for name, size in sizes.items():
+    parts: dict[str, int] = {}
+    for name in sizes:
         part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
-        memory[part] = memory.get(part, 0) + size * dtypes[name].itemsize
+        parts[part] = parts.get(part, 0) + memory[name]
     rope = next(iter(config.ropes.values()), None)
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * max(d.itemsize for d in dtypes.values())
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * T.itemsize
     context = min(config.context, DEFAULT_CONTEXT)
     return {
         "folder": None if folder is None else str(folder),
@@ -74,13 +81,14 @@ def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
         "default_context": context,
         "vocabulary": config.vocab_size,
         "weights_found": found,
-        "weight_bytes": sum(memory.values()),
-        "weight_dtypes": sorted({d.name for d in dtypes.values()}),
+        "weight_bytes": sum(parts.values()),
+        "weight_formats": _bits(sizes, formats, memory),
+        "bits_per_weight": 8 * sum(parts.values()) / sum(sizes.values()),
         "head_tied": tied,
-        "bytes_by_part": memory,
+        "bytes_by_part": parts,
         "cache_bytes_per_token": per_token,
         "cache_bytes": per_token * context,
-        "gpu_bytes": _gpu_bytes(config, sum(sizes.values()), context),
+        "gpu_bytes": _gpu_bytes(config, sum(device[name] for name in sizes), context),
         "numpy_bytes": 4 * sum(sizes.values()) + cache_bytes(config, DTYPES["f32"], context),
         **text_facts(folder, config),
     }
@@ -90,7 +98,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The same for people: name -> a value or a list of values."""
     more = f" ({facts['default_context']} unless --context asks for more)"
     tied = " (head tied to the embedding)" if facts["head_tied"] else ""
-    size = f"{size_text(facts['weight_bytes'])} as {', '.join(facts['weight_dtypes'])}{tied}"
+    size = f"{size_text(facts['weight_bytes'])}, {facts['bits_per_weight']:.4g} bits per weight{tied}"
     gpu = f"at least {size_text(facts['gpu_bytes'])} on a GPU" if facts["gpu_bytes"] else "no GPU runs such heads"
     per_token, context = size_text(facts["cache_bytes_per_token"]), facts["default_context"]
     return {
@@ -105,6 +113,9 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
         "vocabulary": facts["vocabulary"],
         "weights": size if facts["weights_found"] else f"none here; by the config {size}",
+        "formats": [
+            f"{name}: {p['elements']:,} of {p['bits']:.4g} bits" for name, p in facts["weight_formats"].items()
+        ],
         "memory by part": [f"{part.replace('_', '-')} {size_text(n)}" for part, n in facts["bytes_by_part"].items()],
         "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens",
         "memory needed": f"{gpu}, {size_text(facts['numpy_bytes'])} on NumPy, with that cache",
@@ -112,14 +123,28 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gpu_bytes(config: ModelConfig, elements: int, context: int) -> int | None:
+def _bits(
+    sizes: Mapping[str, int], formats: Mapping[str, Sequence[Format]], memory: Mapping[str, int]
+) -> dict[str, dict[str, float]]:
+    """Format -> how many weights have it, and bits for each, scales included, as stored."""
+    found: dict[str, dict[str, float]] = {}
+    for name, size in sizes.items():
+        whole = found.setdefault(" + ".join(sorted(f.name for f in formats[name])), {"elements": 0, "bits": 0.0})
+        whole["elements"] += size
+        whole["bits"] += 8.0 * memory[name]
+    for whole in found.values():
+        whole["bits"] /= whole["elements"]
+    return dict(sorted(found.items(), key=lambda item: -item[1]["elements"]))
+
+
+def _gpu_bytes(config: ModelConfig, weights: int, context: int) -> int | None:
     """What the model takes on a GPU, in the config's dtype, with the smallest workspace; None if no GPU runs it."""
     from ..backends.cuda.backend import CudaBackend
 
     if config.head_dim not in HEAD_DIMS:
         return None
     return plan(
-        config, elements, DTYPES[config.stored], context, context, CudaBackend.prefill_chunks[-1], Device()
+        config, weights, DTYPES[config.stored], context, context, CudaBackend.prefill_chunks[-1], Device()
     ).total
 
 

@@ -98,14 +98,14 @@ def _peak(nodes: Sequence[Node], values: dict[str, Array | None], T: np.dtype[An
 
 def plan(
     config: ModelConfig,
-    elements: int,
+    weights: int,
     dtype: np.dtype[Any],
     context: int,
     tokens: int,
     chunk: int,
     device: Device,
 ) -> MemoryPlan:
-    """What a model of ``elements`` weights takes in that dtype.
+    """What a model takes whose weights have that many bytes, and whose activations and cache have that dtype.
 
     context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass.
     """
@@ -116,7 +116,7 @@ def plan(
     work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
     padding = cache_bytes(config, dtype, PAGE)
     return MemoryPlan(
-        weights=elements * dtype.itemsize,
+        weights=weights,
         cache=cache_bytes(config, dtype, tokens),
         workspace=math.ceil(POOL * work) + tables + logits + padding + FIXED,
         tokens=tokens,
@@ -126,7 +126,7 @@ def plan(
 
 def fit(
     config: ModelConfig,
-    elements: int,
+    weights: int,
     dtype: np.dtype[Any],
     context: int,
     tokens: int,
@@ -136,7 +136,7 @@ def fit(
 ) -> tuple[int, MemoryPlan]:
     """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan."""
     for chunk in chunks:
-        found = plan(config, elements, dtype, context, tokens, chunk, device)
+        found = plan(config, weights, dtype, context, tokens, chunk, device)
         if found.total <= free:
             break
     return chunk, found

@@ -15,8 +15,9 @@ from ..loading import context_length, load, start_engine
 from ..model import Model
 from ..models.config import ModelConfig
 from ..models.presets import find_shape, is_shape
+from ..quant.catalog import CATALOG
 from ..quant.weight import Weight
-from .random_weights import random_weight
+from .random_weights import random_quantised, random_weight
 
 __all__ = ["Source", "dummy_model", "dummy_weights"]
 
@@ -26,13 +27,15 @@ class Source:
     """Which model runs and how.
 
     model: folder, hub id or a known shape, None for the bundled one; dummy: random weights from its config alone;
-    device, dtype: as of ``load``.
+    device, dtype: as of ``load``; weight_format: one of ``quant/catalog.py`` for the layers' matrices of random ones,
+    "" for the dtype of the config.
     """
 
     model: str | None
     dummy: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    weight_format: str = ""
 
     def open(self, context: int, cache_tokens: int) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``.
@@ -42,19 +45,21 @@ class Source:
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
-            return dummy_model(self.model, self.device, self.dtype, context, cache_tokens)
+            return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, self.weight_format)
         if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
         return load(self.model, device=self.device, dtype=self.dtype, context=context, cache_tokens=cache_tokens)
 
 
-def dummy_weights(config: ModelConfig, dtype: np.dtype[Any]) -> dict[str, Weight]:
+def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> dict[str, Weight]:
     """Random weights by canonical name, as a checkpoint would give them. Scales of norms are near 1, the rest near 0.
 
-    The head shares the embedding's array if the config ties them.
+    form: a packed format for the matrices of the layers. The head shares the embedding's array if the config ties them.
     """
     return {
-        name: random_weight(
+        name: random_quantised(name, (shape[0], shape[1]), CATALOG[form])
+        if form and "." in name and len(shape) == 2
+        else random_weight(
             name,
             shape,
             dtype,
@@ -65,10 +70,11 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any]) -> dict[str, Weight
     }
 
 
-def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens: int) -> Model:
-    """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states."""
+def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens: int, form: str = "") -> Model:
+    """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states; form: of
+    the layers' matrices."""
     name, config = find_shape(model)
-    weights = dummy_weights(config, DTYPES[config.stored])
+    weights = dummy_weights(config, DTYPES[config.stored], form)
     length = context_length(config, context)
     engine = start_engine(config, weights, device, dtype, length, max(length, cache_tokens))
     return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None))

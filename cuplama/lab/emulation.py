@@ -15,6 +15,8 @@ from ..folders import source_folder
 from ..ops.abstract import abstract
 from ..ops.binding import BoundLaunch
 from ..ops.launch import Device
+from ..ops.weights import segments_of
+from ..quant.packed import packed
 from ..simt import emulator
 from .check import Arrays, Checker, Outputs, WrongResultError, planned, run_guarded
 from .workloads import Workload
@@ -32,8 +34,8 @@ class EmulatedDevice:
     def __init__(self, device: Device | None = None, check: bool = True, seed: int = 0) -> None:
         self.device, self._check, self._seed = device or Device(), check, seed
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Array:
-        return array
+    def upload(self, array: Array) -> Array:
+        return array if segments_of(array) is None else packed(array)
 
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         return np.asarray(array)

@@ -34,14 +34,16 @@ from ..models.fusion import PREFILL_RULES, fuse
 from ..models.graph import decoder
 from ..models.presets import SHAPES, find_shape
 from ..ops import OPS
-from ..ops.abstract import abstract, attributes, infer
+from ..ops.abstract import abstract, infer
 from ..ops.binding import bind_plan
 from ..ops.launch import Device, Plan
 from ..ops.node import Node, executable
 from ..ops.op import Call, Op
 from ..ops.prototypes import prototype_of
+from ..ops.weights import segments_of
 from .check import model_dtypes
 from .peaks import READ_KERNEL
+from .workloads import case_workload
 
 __all__ = ["Need", "Result", "compile_kernels", "expressions", "judge", "needed"]
 
@@ -139,12 +141,12 @@ def _case_calls(dtype: str) -> Sequence[Call]:
 
 
 def _calls_of(ops: Sequence[Op], dtype: str) -> Sequence[Call]:
-    T, rng, found = DTYPES[dtype], np.random.default_rng(0), []
+    found = []
     for op in ops:
         for case in op.cases:
-            arrays = op.random_inputs(rng, case, T)
-            ins = [None if (x := arrays[s.name]) is None else abstract(x.shape, x.dtype) for s in op.signature.ins]
-            found.append(op.bind(ins, attributes(op, case, T)))
+            workload = case_workload(op, case, dtype)
+            ins = [x if x is None or segments_of(x) is not None else abstract(x.shape, x.dtype) for x in workload.ins]
+            found.append(workload.bind(ins))
     return found
 
 

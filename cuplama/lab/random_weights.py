@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
 import numpy as np
 
 from ..dtypes import DTYPES, dtype_name
+from ..quant.catalog import random_stored
+from ..quant.fields import Field, Plane
+from ..quant.format import Format, plain_format
+from ..quant.stored import Stored
 from ..quant.weight import Weight
 
-__all__ = ["random_weight"]
+__all__ = ["random_quantised", "random_weight"]
 
 _PERIOD = (1 << 23) + 331  # values that are made once and repeated; odd, so that no two rows of a weight are equal
 
@@ -40,10 +44,26 @@ class _RandomWeight:
     dtype: np.dtype[Any]
     centre: float = 0.0
 
+    packed = False
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The plain format of its elements."""
+        return (plain_format(self.dtype),)
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
     @property
     def nbytes(self) -> int:
         """Bytes in memory, if all of it were there."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.device_bytes(self.dtype)
+
+    def device_bytes(self, dtype: np.dtype[Any]) -> int:
+        """Bytes on a device where plain weights have that dtype."""
+        return self.elements * dtype.itemsize
 
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
         """Yields (element offset, contiguous 1-D array) for chunks of at most ``max_bytes``."""
@@ -65,3 +85,21 @@ def random_weight(
 ) -> Weight:
     """A weight of random values, as backends take it: normal, of deviation 0.02. source: its name if not given."""
     return cast(Weight, _RandomWeight(name, shape, source or (name,), dtype, centre))
+
+
+_ROWS = 512  # of a quantised weight that are made once and repeated
+
+
+def random_quantised(name: str, shape: tuple[int, ...], form: Format) -> Weight:
+    """A quantised weight of random values of deviation 0.02: the same rows over and over."""
+    m, k = shape
+    few = random_stored(form, min(m, _ROWS), k, np.random.default_rng(0), deviation=0.02)
+    fields = {part: _repeated(field, m) for part, field in few.fields.items()}
+    return Weight(name, (name,), (Stored((m, k), form, fields, few.nbytes * m // few.shape[0]),))
+
+
+def _repeated(field: Field, m: int) -> Field:
+    def planes(plane: Plane) -> Plane:
+        return replace(plane, rows=np.resize(plane.rows, m))
+
+    return replace(field, planes=tuple(map(planes, field.planes)))

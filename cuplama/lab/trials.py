@@ -17,6 +17,7 @@ from ..engine.sharing import Run
 from ..errors import ParameterError
 from ..model import Model
 from ..models.config import ModelConfig
+from ..ops.weights import stored_bytes
 from ..sampling_params import SamplingParams
 
 __all__ = ["UNTIL_REPLAYED", "Runs", "Trial", "cache_tokens", "prompt_operations", "step_bytes", "trials"]
@@ -79,7 +80,7 @@ def step_bytes(model: Model, length: float, batch: int) -> float:
     """
     values, config = model.engine.runner.values, model.config
     used = {id(values[n]): values[n] for n in config.weight_shapes() if n not in ("embed_tokens", "position_table")}
-    weights = sum(int(a.nbytes) for a in used.values())
+    weights = sum(stored_bytes(a) for a in used.values())
     seen = sum(min(length, w) if w else length for w in config.windows)
     return weights + 2 * batch * seen * config.num_kv_heads * config.head_dim * model.backend.dtype.itemsize
 

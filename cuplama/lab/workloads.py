@@ -31,6 +31,8 @@ from ..ops.abstract import AbstractArray, attributes, infer
 from ..ops.node import Node, executable
 from ..ops.op import Call, Op
 from ..ops.signature import OpError, dim_names, dim_value
+from ..quant.catalog import CATALOG, random_stored
+from ..quant.stored import Stack, Stored
 from ..sampling_params import SamplingParams
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "default_workloads",
     "normal_values",
     "prompt_workloads",
+    "random_packed",
     "shape_workload",
 ]
 
@@ -181,8 +184,25 @@ def _shown(value: Any) -> str:
 def case_workload(op: Op, case: Mapping[str, Any], dtype: str, seed: int = 0) -> Workload:
     """A case of the op with random inputs, those of ``seed``."""
     T = DTYPES[dtype]
-    inputs = op.random_inputs(np.random.default_rng(seed), case, T)
+    rng = np.random.default_rng(seed)
+    inputs: dict[str, Any] = dict(op.random_inputs(rng, case, T))
+    if "W" in case:
+        (spec,) = (s for s in op.signature.ins if s.dtype == "W" and s.name in ("w", "table"))
+        m, k = (dim_value(d, case) for d in spec.dims or ())
+        inputs[spec.name] = random_packed(case["W"], m, k, rng)
     return Workload(op, tuple(inputs[s.name] for s in op.signature.ins), attributes(op, case, T), dtype)
+
+
+def random_packed(formats: str, m: int, k: int, rng: np.random.Generator) -> Stored | Stack:
+    """A random quantised weight: "int4 g128"; "Q4_K ordered", with columns in an order of their own; or of several
+    formats, "Q4_K + Q6_K", each for an equal share of the rows."""
+    names = formats.split(" + ")
+    ends = [m * (i + 1) // len(names) for i in range(len(names))]
+    parts = tuple(
+        random_stored(CATALOG[name.removesuffix(" ordered")], end - start, k, rng, name.endswith(" ordered"))
+        for name, start, end in zip(names, [0, *ends], ends, strict=False)
+    )
+    return parts[0] if len(parts) == 1 else Stack(parts)
 
 
 def case_workloads(op: Op, dtype: str) -> list[Workload]:

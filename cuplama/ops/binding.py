@@ -18,6 +18,7 @@ from .launch import Launch, Plan
 from .op import Call
 from .prototypes import Parameter, Prototype, prototype_of
 from .signature import OpError
+from .weights import named_segments
 
 __all__ = ["Allocate", "BoundLaunch", "bind", "bind_plan"]
 
@@ -79,7 +80,9 @@ def bind(launch: Launch, call: Call, scratch: Mapping[str, Array]) -> BoundLaunc
     file, _, name = launch.kernel.rpartition(":")
     proto = prototype_of(launch.kernel)
     types = {letter: dtype_name(dtype) for letter, dtype in call.dtypes.items()}
-    values: dict[str, Any] = {**call.env, **call.arrays, **scratch, **launch.constants}
+    segments = (part for name, array in call.arrays.items() for part in named_segments(name, array))
+    values: dict[str, Any] = {**call.env, **call.arrays, **dict(segments), **scratch, **launch.constants}
+    values |= {parameter: _named(launch, values, array) for parameter, array in launch.names.items()}
 
     template = []
     for p in proto.template:
@@ -124,10 +127,18 @@ def bind_plan(plan: Plan, call: Call, empty: Allocate, zeros: Allocate) -> list[
     return [bind(launch, call, scratch) for launch in plan.launches]
 
 
+def _named(launch: Launch, values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        raise OpError(f"{launch.kernel}: a parameter is to take {name!r}, which is no array of the call")
+    return values[name]
+
+
 def _pointer(file: str, kernel: str, p: Parameter, array: Array | None, types: Mapping[str, str]) -> Any:
     if array is None:  # an absent optional input
         return np.uintp(0)
     element = types.get(p.type) or _ELEMENTS.get(p.type, p.type)
+    if p.type == "W" and np.dtype(array.dtype) == np.uint8:  # the blocks of a packed weight
+        return array
     if np.dtype(array.dtype) != DTYPES[element]:
         raise OpError(f"{file}: {kernel}: {p.name} is {array.dtype}, the kernel takes {element}*")
     return array

@@ -24,7 +24,9 @@ class Launch:
     """One launch of a kernel, before its arguments are bound.
 
     kernel: ``"norm.cu:rms_norm"``; shared: bytes of dynamic shared memory; constants: values for parameters (run time
-    or template) that are neither arrays, dims nor attributes.
+    or template) that are neither arrays, dims nor attributes; names: parameter -> the array that it takes, where that
+    has another name: scratch, another array of the op, or ``w.0``, the first segment of a packed weight w, and
+    ``w.0.order``, the order of its columns.
     """
 
     kernel: str
@@ -32,6 +34,7 @@ class Launch:
     block: tuple[int, ...]
     shared: int = 0
     constants: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

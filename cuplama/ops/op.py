@@ -7,7 +7,8 @@ An op's signature is one line::
 ``name[dims]:dtype`` is an array, ``name:dtype`` a scalar attribute, ``?`` marks an input that may be absent, and a name
 on both sides is updated in place. Dims are names, or sums and products of names and numbers (``b+1``, ``num_heads*D``).
 Dtypes are ``f32 i32 u64 ...`` or a letter that the call decides: ``T`` is the model's dtype; a letter that no input
-fixes is an attribute of the node (``U`` of ``linear``). ``W`` is the format of a weight; a plain format holds ``T``.
+fixes is an attribute of the node (``U`` of ``linear``). ``W`` is the format of a weight: plain, which holds ``T``, or
+packed, see ``weights.py``.
 
 From the signature follow the checks before every launch, the casts of scalars, the random test cases, the bytes moved,
 the test that the kernel's parameter list agrees, and what the op takes and says of itself as a function.
@@ -27,6 +28,7 @@ from ..dtypes import DTYPES, Array
 from .calling import MODEL_DTYPES, Parameters, checked_attributes, executor, kind_of
 from .launch import Device, Plan
 from .signature import OpError, Signature, Spec, dim_names, dim_value
+from .weights import segments_of, stored_bytes
 
 __all__ = ["EXACT", "ROUNDING", "Call", "Draw", "Op"]
 
@@ -68,7 +70,8 @@ class Call:
         for spec in (*self.op.signature.ins, *self.op.signature.outs):
             if spec in self.op.signature.ins and self.arrays.get(spec.name) is None:
                 continue
-            total += math.prod(self.shape(spec)) * self.dtype(spec).itemsize
+            packed = spec.dtype == "W" and segments_of(array := self.arrays[spec.name]) is not None
+            total += stored_bytes(array) if packed else math.prod(self.shape(spec)) * self.dtype(spec).itemsize
         return total
 
     def flops(self) -> int:
@@ -270,14 +273,16 @@ class Op:
 
     def _check(self, call: Call, spec: Spec, array: Array) -> None:
         assert spec.dims is not None
-        dtype = np.dtype(array.dtype)
-        wanted = DTYPES.get(spec.dtype) or call.dtypes.setdefault(spec.letter, dtype)
+        packed = spec.dtype == "W" and segments_of(array) is not None
         where = f"{self.name}: {spec.name}[{','.join(spec.dims)}]"
-        if dtype != wanted:
-            raise OpError(f"{where} is {dtype}, not {wanted}")
+        if not packed:
+            dtype = np.dtype(array.dtype)
+            wanted = DTYPES.get(spec.dtype) or call.dtypes.setdefault(spec.letter, dtype)
+            if dtype != wanted:
+                raise OpError(f"{where} is {dtype}, not {wanted}")
         if len(array.shape) != len(spec.dims):
             raise OpError(f"{where} has shape {tuple(array.shape)}")
-        if not array.flags.c_contiguous:
+        if not packed and not array.flags.c_contiguous:
             raise OpError(f"{where} is not contiguous")
 
     def random_inputs(

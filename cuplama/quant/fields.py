@@ -1,8 +1,8 @@
 """Numbers in the bytes of a checkpoint: where each code, scale and zero point of a matrix lies.
 
-Every layout that is in use, of AutoAWQ, GPTQ, compressed-tensors, bitsandbytes or GGUF, packs its codes so that the place
-of one is a sum: what its row adds, and what its column adds. A layout is then two tables of whole numbers, and one
-gather, on NumPy or on a GPU (cuda_src/pack.cu), reads them all.
+Every layout in use, of AutoAWQ, GPTQ, compressed-tensors, bitsandbytes or GGUF, packs its codes so that the place of
+one is a sum: what its row adds, and what its column adds. A layout is then two tables of whole numbers, and one gather,
+on NumPy or on a GPU (cuda_src/pack.cu), reads them all.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class Plane:
 
     def read(self, rows: Rows) -> np.ndarray[Any, Any]:
         """The bits of some rows, uint32 [rows, columns]."""
-        at = self.rows[rows][:, None] + self.columns[None, :]
+        at: np.ndarray[Any, Any] = self.rows[rows][:, None] + self.columns[None, :]
         if self.bits < 8:
-            return ((self.data[at >> 3] >> (at & 7).astype(np.uint8)) & ((1 << self.bits) - 1)).astype(np.uint32)
+            bits = self.data[at >> 3] >> (at & 7).astype(np.uint8)
+            return np.asarray(bits & np.uint8((1 << self.bits) - 1), np.uint32)
         at >>= 3
-        found = self.data[at].astype(np.uint32)
+        found: np.ndarray[Any, Any] = self.data[at].astype(np.uint32)
         for byte in range(1, self.bits // 8):
             found |= self.data[at + byte].astype(np.uint32) << (8 * byte)
         return found

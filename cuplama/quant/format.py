@@ -29,11 +29,13 @@ __all__ = [
     "E4M3",
     "NF4",
     "PLAIN",
+    "PLAIN_CODES",
     "Code",
     "Format",
     "Packing",
     "grouped",
     "nested",
+    "plain_code_format",
     "plain_format",
     "whole",
 ]
@@ -125,13 +127,14 @@ _NUMBERS: Mapping[str, Callable[[Code], np.ndarray[Any, Any]]] = {
 class Packing:
     """What a block of a packed format holds, 16 rows by 128 columns: the codes, then the parts in this order.
 
-    code: of the elements; group: columns that share a scale: 16, 32, 64 or 128; 0: all of the row, whose scales, float32,
-    follow behind the last block. parts: name -> dtype of what the scale is made of, one number for each row and group:
+    code: of the elements; group: columns that share a scale: 16, 32, 64 or 128; 0: all of the row, whose scales,
+    float32, follow behind the last block. parts: name -> dtype of what the scale is made of, one number for each row
+    and group:
 
     - scale (f16, bf16, f32), and with it zero (u8) or offset (of the scale's dtype), or neither;
     - or super_scale (f16) and, of the block's own, sub_scale (u8 or i8), whose product is the scale; with them
-      super_least (f16) and sub_least (u8), whose product, negative, is the offset, or neither. The super ones are one for
-      each row of a block.
+      super_least (f16) and sub_least (u8), whose product, negative, is the offset, or neither. The super ones are one
+      for each row of a block.
     """
 
     code: Code
@@ -176,11 +179,13 @@ class Packing:
     def type(self) -> str:
         """The C++ type of a block, of formats.cuh."""
         dtypes = dict(self.parts)
+        if not dtypes:
+            return f"Packed<{self.code.type}, Unscaled>"
         if "super_scale" in dtypes:
             least = str("super_least" in dtypes).lower()
             return f"Packed<{self.code.type}, Nested<{self.group}, {dtypes['sub_scale']}, {least}>>"
         zero, offset = (str(name in dtypes).lower() for name in ("zero", "offset"))
-        return f"Packed<{self.code.type}, Direct<{self.group}, {dtypes.get('scale', 'f32')}, {zero}, {offset}>>"
+        return f"Packed<{self.code.type}, Direct<{self.group}, {dtypes['scale']}, {zero}, {offset}>>"
 
 
 PART_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -190,7 +195,14 @@ PART_DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 
 
-def grouped(name: str, code: Code, group: int, scale: str = "f32", *, zero: bool = False, offset: bool = False) -> Format:
+def plain_code_format(dtype: str) -> Format:
+    """A packed format whose codes are numbers of a plain one, for parts of a stack that are not quantised."""
+    return Format(dtype, None, decode, Packing(PLAIN_CODES[dtype], 128, ()))
+
+
+def grouped(
+    name: str, code: Code, group: int, scale: str = "f32", *, zero: bool = False, offset: bool = False
+) -> Format:
     """A format with a scale for each group. zero: and a whole number that is taken off the codes; offset: and a number,
     of the scale's dtype, that is added at the end. group: 0 for whole rows, which have float32 scales and no more."""
     parts = [("scale", scale), *([("zero", "u8")] if zero else []), *([("offset", scale)] if offset else [])]
@@ -207,7 +219,7 @@ def nested(name: str, code: Code, group: int, sub_scale: str, *, least: bool) ->
 def decode(stored: Any) -> np.ndarray[Any, Any]:
     """The numbers of a ``Stored`` matrix, float32 [m, k]."""
     packing: Packing = stored.format.packing
-    m, k = stored.shape
+    k = stored.shape[1]
     codes = stored.fields["code"].read()
     numbers: np.ndarray[Any, Any] = (
         packing.code.numbers[codes] if packing.code.name not in PLAIN else _floats(codes, packing.code.name)
@@ -238,7 +250,8 @@ def _part(stored: Any, name: str, dtype: str) -> np.ndarray[Any, Any]:
 
 def _floats(bits: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     unsigned = np.dtype(f"u{DTYPES[dtype].itemsize}")
-    return PLAIN[dtype].decode(bits.astype(unsigned, copy=False).view(DTYPES[dtype]))
+    found: np.ndarray[Any, Any] = PLAIN[dtype].decode(bits.astype(unsigned, copy=False).view(DTYPES[dtype]))
+    return found
 
 
 def _in_order(numbers: np.ndarray[Any, Any], order: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:

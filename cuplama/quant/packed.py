@@ -2,38 +2,23 @@
 
 Lane l = 4 r + t of a warp has the codes of rows r and r + 8 of a block, and of each 16 columns those at 4 t .. 4 t + 3:
 the shares of the tensor cores' mma.m16n8k16, but for the order of the sum, which is free. A block begins with the
-codes, every lane's vectors of 16 bytes one after the other (vector v of lane l is number 32 v + l); cuda_src/formats.cuh
-takes them apart. What goes with them follows, part by part: [groups][8 r][rows r and r + 8]. Rows and columns beyond the
-matrix are zero bytes, which no format gives a weight from that is not finite.
+codes, every lane's vectors of 16 bytes one after the other (vector v of lane l is number 32 v + l);
+cuda_src/formats.cuh takes them apart. What goes with them follows, part by part: [groups][8 r][rows r and r + 8]. Rows
+and columns beyond the matrix are zero bytes: numbers that are finite.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ..dtypes import Array
-from .format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, Format, Packing
-from .stored import Stored
+from .format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, Packing
+from .stored import Segment, Stack, Stored
 
-__all__ = ["Packed", "Segment", "lane_codes", "pack"]
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Rows of a packed weight that have one format. data: uint8 [bytes], blocks by rows and then columns; order: i32
-    [k], as in ``Stored``, or None."""
-
-    rows: int
-    format: Format
-    data: Array
-    order: Array | None = None
-
-
-class _Flags:
-    c_contiguous = True
+__all__ = ["Packed", "lane_codes", "pack", "packed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +27,17 @@ class Packed:
 
     shape: tuple[int, int]
     segments: tuple[Segment, ...]
-    flags: type[_Flags] = _Flags
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return sum(s.data.nbytes + (0 if s.order is None else s.order.nbytes) for s in self.segments)
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What a plan depends on."""
+        return self.shape, *((s.rows, s.format, s.order is None) for s in self.segments)
+
+
+def packed(weight: Stored | Stack) -> Packed:
+    """A weight packed in host memory. A matrix is one segment, a stack one for each of its parts."""
+    parts = weight.parts if isinstance(weight, Stack) else (weight,)
+    return Packed(weight.shape, tuple(Segment(p.shape[0], p.format, pack(p), p.order) for p in parts))
 
 
 def pack(stored: Stored) -> np.ndarray[Any, Any]:
@@ -84,11 +74,13 @@ def _padded(values: np.ndarray[Any, Any], rows: int, columns: int) -> np.ndarray
 def lane_codes(codes: np.ndarray[Any, Any], packing: Packing) -> np.ndarray[Any, Any]:
     """The codes uint32 [rows, columns] of whole blocks as uint8 [row block, column block, code bytes].
 
-    Of a chunk of 16 columns a lane has eight: a = (row r or r + 8; columns 4t + (0, 1), (2, 3)), the four registers of an
-    mma's A, in the order (r; 0, 1), (r + 8; 0, 1), (r; 2, 3), (r + 8; 2, 3). Of 4 bits: one word, bits 4 i of register i's
-    first code, 16 + 4 i of its second. The fifth and sixth bit of such a code: in vectors of their own, below. Of 8
-    bits: a word for each row, its bytes the columns 0, 2, 1, 3. Of 16: a word for each register. Of 32: the four
-    columns of row r, then of r + 8.
+    Of a chunk of 16 columns a lane has eight, in the four registers of an mma's A: (row r; columns 4 t + 0, 1),
+    (r + 8; 0, 1), (r; 2, 3), (r + 8; 2, 3).
+
+    - 4 bits: a word, with bits 4 i of register i's first code and bits 16 + 4 i of its second. What 5 or 6 bits have
+      more follows in vectors of their own, see ``_high``.
+    - 8 bits: a word for row r, one for r + 8; their bytes are the columns 0, 2, 1, 3.
+    - 16 bits: a word for each register. 32 bits: the four columns of row r, then those of r + 8.
     """
     rows, columns = codes.shape[0] // BLOCK_ROWS, codes.shape[1] // BLOCK_COLUMNS
     # [row block, half, r, column block, chunk, t, pair, element] -> [rb, cb, chunk, r, t, pair, half, element]
@@ -120,7 +112,8 @@ def _nibbles(lanes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _row_bytes(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Columns (0, 1) and (2, 3) of a row -> a word with the bytes of the columns 0, 2, 1, 3."""
-    return first[..., 0] | second[..., 0] << np.uint32(8) | first[..., 1] << np.uint32(16) | second[..., 1] << np.uint32(24)
+    columns = (first[..., 0], second[..., 0], first[..., 1], second[..., 1])
+    return np.asarray(sum(c << np.uint32(8 * i) for i, c in enumerate(columns)), np.uint32)
 
 
 def _vectors(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -134,9 +127,9 @@ def _vectors(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _high(lanes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     """The bits above the fourth, 1 or 2 of each code [rb, cb, chunk, lane, register, element].
 
-    Of 2: word j of a lane has the chunks 2 j and 2 j + 1: bits 8 (chunk % 2) + 2 register + 16 element; a vector a lane.
-    Of 1: word j has the chunks 4 j .. 4 j + 3: bits 4 (chunk % 4) + register + 16 element; two words a lane, lane after
-    lane.
+    2 bits: word j of a lane has the chunks 2 j and 2 j + 1, at bits 8 (chunk % 2) + 2 register + 16 element; a lane has
+    a vector. 1 bit: word j has the chunks 4 j .. 4 j + 3, at bits 4 (chunk % 4) + register + 16 element; a lane has two
+    words, lane after lane.
     """
     rows, columns = lanes.shape[:2]
     each = 2 // bits * 2  # chunks of a word

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..dtypes import Array
+from ..dtypes import DTYPES, Array
+from ..ops.abstract import abstract
 from .fields import Field
 from .format import Format
 
-__all__ = ["Stored"]
+__all__ = ["Segment", "Stack", "Stored", "described"]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Rows of a packed weight that have one format. data: uint8 [bytes], blocks by rows and then columns; order: i32
+    [k], as in ``Stored``, or None. Either is an array or the description of one."""
+
+    rows: int
+    format: Format
+    data: Array
+    order: Array | None = None
+
+
+def described(m: int, k: int, form: Format, ordered: bool = False) -> Segment:
+    """The segment that a matrix [m, k] of a packed format will be."""
+    assert form.packing is not None
+    data = abstract((form.packing.nbytes(m, k),), np.dtype(np.uint8))
+    return Segment(m, form, data, abstract((k,), DTYPES["i32"]) if ordered else None)
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
     """A matrix [m, k], array-like: it has a shape and is indexed by rows.
 
-    fields: the code of each element (``code``), and of each row and group the format's parts (``scale``, ``zero``, ...);
-    order: int32 [k], where the columns are not in their own order: column j here is column order[j] of the weight;
-    nbytes: bytes in the files.
+    fields: the code of each element (``code``), and of each row and group the format's parts (``scale``, ``zero``,
+    ...); order: int32 [k], where the columns are not in their own order: column j here is column order[j] of the
+    weight; nbytes: bytes in the files.
     """
 
     shape: tuple[int, int]
@@ -44,3 +64,45 @@ class Stored:
         """What it holds, float32 [m, k]."""
         found: np.ndarray[Any, Any] = self.format.decode(self)
         return found
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What it is when it is packed, described."""
+        return (described(*self.shape, self.format, self.order is not None),)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Matrices of one width, one below the other: array-like as ``Stored``."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows of all parts, columns)."""
+        return sum(len(p) for p in self.parts), self.parts[0].shape[1]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Array | slice) -> Stack | Stored:
+        """Some rows, in that order."""
+        wanted = np.arange(len(self))[rows]
+        ends = list(itertools.accumulate(len(p) for p in self.parts))
+        part = np.searchsorted(ends, wanted, "right")
+        cuts = np.flatnonzero(np.diff(part)) + 1
+        found = [
+            self.parts[p[0]][r - (ends[p[0]] - len(self.parts[p[0]]))]
+            for p, r in zip(np.split(part, cuts), np.split(wanted, cuts), strict=True)
+            if len(p)
+        ]
+        return Stack(tuple(found)) if found else self.parts[0][:0]
+
+    def numbers(self) -> np.ndarray[Any, Any]:
+        """What it holds, float32 [m, k]."""
+        return np.concatenate([p.numbers() for p in self.parts])
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What it is when it is packed, described."""
+        return tuple(s for p in self.parts for s in p.segments)

@@ -1,4 +1,4 @@
-"""A weight of a checkpoint: tensors of mapped files, stacked, and the format that they are stored in."""
+"""A weight of a checkpoint: tensors of mapped files, stacked, and the formats that they are stored in."""
 
 from __future__ import annotations
 
@@ -8,31 +8,42 @@ from typing import Any
 
 import numpy as np
 
-from .format import Format, plain_format
+from ..dtypes import DTYPES, dtype_name
+from .fields import Field, element_plane
+from .format import PLAIN_CODES, Format, plain_code_format, plain_format
+from .stored import Stack, Stored
 
-__all__ = ["Weight"]
+__all__ = ["Weight", "as_stored"]
 
 
 @dataclass(frozen=True)
 class Weight:
     """A canonical weight: one or more tensors of mapped files, their rows stacked along the first axis.
 
-    source: the tensors' names; two weights with the same source are one (a tied head).
+    source: the tensors' names; two weights with the same source are one (a tied head). parts: arrays of numbers, or
+    quantised matrices.
     """
 
     name: str
     source: tuple[str, ...]
-    parts: tuple[np.ndarray[Any, Any], ...]
+    parts: tuple[np.ndarray[Any, Any] | Stored, ...]
 
     @property
-    def format(self) -> Format:
-        """How the stored elements become numbers. Raises ValueError for a dtype that is no format."""
-        return plain_format(self.dtype)
+    def packed(self) -> bool:
+        """Whether any part is quantised: then a device holds the weight in blocks."""
+        return any(isinstance(p, Stored) for p in self.parts)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """How the parts' elements become numbers, each once. Raises ValueError for a dtype that is no format."""
+        return tuple(dict.fromkeys(p.format if isinstance(p, Stored) else plain_format(p.dtype) for p in self.parts))
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored elements."""
-        dtype: np.dtype[Any] = self.parts[0].dtype
+        """Of the stored elements of a weight that is not packed."""
+        (first, *_) = self.parts
+        assert not isinstance(first, Stored)
+        dtype: np.dtype[Any] = first.dtype
         return dtype
 
     @property
@@ -41,18 +52,36 @@ class Weight:
         return (sum(len(p) for p in self.parts), *self.parts[0].shape[1:])
 
     @property
+    def elements(self) -> int:
+        """How many there are."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes in the files."""
         return sum(p.nbytes for p in self.parts)
 
+    def device_bytes(self, dtype: np.dtype[Any]) -> int:
+        """Bytes on a device where plain weights have that dtype."""
+        if not self.packed:
+            return self.elements * dtype.itemsize
+        segments = self.stored(dtype).segments
+        return sum(s.data.nbytes + (0 if s.order is None else s.order.nbytes) for s in segments)
+
+    def stored(self, dtype: np.dtype[Any]) -> Stack | Stored:
+        """A packed weight as one array-like value; plain parts are of that dtype in it."""
+        parts = tuple(p if isinstance(p, Stored) else as_stored(p, dtype) for p in self.parts)
+        return parts[0] if len(parts) == 1 else Stack(parts)
+
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-        """The weight in chunks of whole rows, of at most ``max_bytes`` unless a single row is longer.
+        """A weight that is not packed, in chunks of whole rows, of at most ``max_bytes`` unless a row is longer.
 
         Yields (element offset in the row-major weight, contiguous 1-D array). A chunk is a view of the mapped file,
         except for a transposed tensor, which is copied.
         """
         offset = 0
         for part in self.parts:
+            assert not isinstance(part, Stored)
             row = max(1, part.nbytes // max(1, len(part)))
             rows = max(1, max_bytes // row)
             for at in range(0, len(part), rows):
@@ -61,5 +90,16 @@ class Weight:
                 offset += chunk.size
 
     def array(self) -> np.ndarray[Any, Any]:
-        """The whole weight in its stored dtype: a view of the file where it is one tensor, a copy otherwise."""
-        return self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
+        """The whole of a weight that is not packed, in its stored dtype: a view of the file where it is one tensor, a
+        copy otherwise."""
+        parts = [p for p in self.parts if not isinstance(p, Stored)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def as_stored(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> Stored:
+    """A plain matrix as one whose codes are its elements, which have that dtype: to be packed beside quantised ones."""
+    plain = np.ascontiguousarray(plain_format(array.dtype).decode(array).astype(dtype, copy=False))
+    assert dtype in (DTYPES[name] for name in PLAIN_CODES)
+    form = plain_code_format(dtype_name(dtype))
+    m, k = plain.shape
+    return Stored((m, k), form, {"code": Field((element_plane(plain),))}, array.nbytes)

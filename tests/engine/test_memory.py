@@ -54,8 +54,8 @@ def _small() -> ModelConfig:
     return _llama(4000, 256, 896, 2, 8, 2, 8192)
 
 
-def _elements(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in config.weight_shapes().values())
+def _bytes(config: ModelConfig, dtype: np.dtype[Any]) -> int:
+    return dtype.itemsize * sum(math.prod(shape) for shape in config.weight_shapes().values())
 
 
 def test_the_cache_of_llama_8b_takes_128_kib_a_token() -> None:
@@ -84,7 +84,7 @@ def test_the_plan_covers_the_captured_passes_that_are_kept(rows: int) -> None:
     """As many passes of that many rows as may be kept, each with memory of its own, and one beside them."""
     config, bf16 = _llama_8b(), DTYPES["bf16"]
     kept = KEPT_CHUNKS * 2048 // rows
-    plan = memory.plan(config, _elements(config), bf16, 8192, 8192, 2048, Device())
+    plan = memory.plan(config, _bytes(config, bf16), bf16, 8192, 8192, 2048, Device())
     captured, other = (memory.workspace_bytes(config, bf16, n, Device()) for n in (rows, 2048))
     assert kept * captured + other + memory.FIXED <= plan.workspace
 
@@ -97,25 +97,25 @@ def test_many_logits_are_part_of_it() -> None:
 @pytest.mark.parametrize("case", sorted(p.name for p in _CASES.iterdir()))
 def test_every_family_can_be_planned(case: str) -> None:
     config = load_config(_CASES / case)
-    plan = memory.plan(config, _elements(config), DTYPES["f16"], 64, 64, 64, Device(arch=75))
-    assert plan.weights == 2 * _elements(config)
+    plan = memory.plan(config, _bytes(config, DTYPES["f16"]), DTYPES["f16"], 64, 64, 64, Device(arch=75))
+    assert plan.weights == _bytes(config, DTYPES["f16"])
     assert plan.workspace > memory.FIXED
     assert plan.total == sum(size for _, size in plan.parts())
 
 
 def test_a_plan_that_fits_passes() -> None:
     config = _llama_8b()
-    plan = memory.plan(config, _elements(config), DTYPES["bf16"], 8192, 8192, 2048, Device())
+    plan = memory.plan(config, _bytes(config, DTYPES["bf16"]), DTYPES["bf16"], 8192, 8192, 2048, Device())
     assert 17.5 * GB < plan.total < 19 * GB
     memory.check(plan, plan.total, "a GPU")
 
 
 def test_passes_are_shorter_where_memory_is_short() -> None:
     config, bf16, chunks = _llama_8b(), DTYPES["bf16"], (4096, 2048, 512)
-    totals = {c: memory.plan(config, _elements(config), bf16, 8192, 8192, c, Device()).total for c in chunks}
+    totals = {c: memory.plan(config, _bytes(config, bf16), bf16, 8192, 8192, c, Device()).total for c in chunks}
     assert totals[4096] > totals[2048] > totals[512]
     for free, chosen in ((totals[4096], 4096), (totals[4096] - 1, 2048), (totals[512], 512), (totals[512] - 1, 512)):
-        chunk, plan = memory.fit(config, _elements(config), bf16, 8192, 8192, chunks, free, Device())
+        chunk, plan = memory.fit(config, _bytes(config, bf16), bf16, 8192, 8192, chunks, free, Device())
         assert (chunk, plan.total) == (chosen, totals[chosen])
 
 
@@ -139,11 +139,11 @@ def test_a_refusal_has_the_numbers_and_what_would_help(plan: MemoryPlan, free: i
 
 def test_the_context_that_would_fit_does_fit() -> None:
     config, bf16 = _llama_8b(), DTYPES["bf16"]
-    need = memory.plan(config, _elements(config), bf16, 131072, 131072, 2048, Device())
+    need = memory.plan(config, _bytes(config, bf16), bf16, 131072, 131072, 2048, Device())
     with pytest.raises(DeviceError, match=r"--context (\d+) would fit") as e:
         memory.check(need, 24 * GB, "RTX 4090")
     tokens = int(str(e.value).split("--context ")[1].split()[0])
-    memory.check(memory.plan(config, _elements(config), bf16, tokens, tokens, 2048, Device()), 24 * GB, "RTX 4090")
+    memory.check(memory.plan(config, _bytes(config, bf16), bf16, tokens, tokens, 2048, Device()), 24 * GB, "RTX 4090")
     assert tokens > 32768
 
 
@@ -153,7 +153,7 @@ def test_the_parts_of_a_workspace() -> None:
 
     def rest(config: ModelConfig, tokens: int, chunk: int, context: int = 100, rows: int = 64) -> int:
         work = 3 * memory.workspace_bytes(config, f16, rows, Device())
-        plan = memory.plan(config, 10, f16, context, tokens, chunk, Device())
+        plan = memory.plan(config, 20, f16, context, tokens, chunk, Device())
         assert (plan.weights, plan.tokens, plan.dtype) == (20, tokens, "f16")
         assert plan.cache == memory.cache_bytes(config, f16, tokens)
         return plan.workspace - math.ceil(memory.POOL * work) - memory.FIXED
@@ -226,7 +226,7 @@ def test_a_pool_takes_no_more_than_planned_for_a_pass(name: str) -> None:
 
 def test_memory_that_other_sizes_keep_is_given_back_when_it_is_needed() -> None:
     config, bf16 = _small(), DTYPES["bf16"]
-    plan = memory.plan(config, _elements(config), bf16, 8192, 8192, 4096, Device())
+    plan = memory.plan(config, _bytes(config, bf16), bf16, 8192, 8192, 4096, Device())
     engine = _engine(config)
     room = engine.backend.gpu.used() + plan.workspace - memory.FIXED  # type: ignore[attr-defined]
     engine = _engine(config, room)
@@ -253,7 +253,7 @@ def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.Mo
     """An engine is part of reference cycles: its memory comes back when they are found, not before."""
     config = _small()
     weights = {name: Weight(name, (name,), (np.zeros(s, np.float32),)) for name, s in config.weight_shapes().items()}
-    plan = memory.plan(config, _elements(config), DTYPES["f32"], 512, 512, 512, Device())
+    plan = memory.plan(config, _bytes(config, DTYPES["f32"]), DTYPES["f32"], 512, 512, 512, Device())
     gpu = PoolGpu(plan.total)
     monkeypatch.setattr("cuplama.backends.cuda.backend.Gpu", lambda device: gpu)
     monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))

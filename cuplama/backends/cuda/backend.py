@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,10 @@ from ...ops.abstract import attributes
 from ...ops.node import Node, dying, executable
 from ...ops.op import Op
 from ...ops.signature import OpError
+from ...ops.weights import segments_of
 from ...quant.format import plain_format
+from ...quant.packed import packed
+from ...quant.stored import Segment
 from ...quant.weight import Weight
 from .gpu import STAGE, Gpu
 from .planning import Planned, make_plan
@@ -159,12 +162,19 @@ class CudaBackend:
             except gpu.failures as e:
                 raise _failure("a kernel before this point", e) from e
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Array:
+    def upload(self, array: Array) -> Array:
+        if segments_of(array) is not None:  # a quantised weight in host memory; loading has a faster way
+            host = packed(array)
+            return replace(host, segments=tuple(self._upload_segment(s) for s in host.segments))
         array = np.ascontiguousarray(array)
         with self._on_gpu() as gpu:
             out = gpu.empty(array.shape, array.dtype)
             gpu.write(out, array)
         return out
+
+    def _upload_segment(self, segment: Segment) -> Segment:
+        order = None if segment.order is None else self.upload(segment.order)
+        return replace(segment, data=self.upload(segment.data), order=order)
 
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         with self._on_gpu() as gpu:

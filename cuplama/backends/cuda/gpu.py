@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ...dtypes import Array
 from ...errors import DeviceError
 from ...ops.signature import OpError
+from ...ops.weights import named_segments, segments_of
 from .cublas import Cublas, load_cublas
 from .driver import PdlLaunch, driver_version, load_driver
 from .functions import Functions
@@ -90,10 +91,17 @@ class Gpu:
 
     def key(self, array: Array) -> tuple[Any, ...]:
         """What a plan depends on. Raises AttributeError for an array that is not on a GPU."""
+        if segments_of(array) is not None:
+            return cast("tuple[Any, ...]", array.key)
         return (array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id)
 
     def check(self, where: str, array: Array) -> None:
         """Raise OpError unless the array lies on this GPU."""
+        for name, part in named_segments("", array):
+            if part is not None:
+                self.check(where + name, part)
+        if segments_of(array) is not None:
+            return
         if not isinstance(array, self.array_type):
             raise OpError(f"{where} is a {type(array).__module__}.{type(array).__name__}, not an array on the GPU")
         if array.data.device_id != self._device.id:  # type: ignore[attr-defined]

@@ -73,25 +73,37 @@ class Planned:
 
 
 class _Launch:
-    """A kernel launch without its arrays. pointers: (number of an argument, number of the array that it takes)."""
+    """A kernel launch without its arrays. pointers: (number of an argument, number of the array that it takes); parts:
+    the same for arguments that take a segment of a packed weight, or its order, with the number of that."""
 
-    __slots__ = ("args", "block", "function", "grid", "pointers", "shared", "text")
+    __slots__ = ("args", "block", "function", "grid", "parts", "pointers", "shared", "text")
 
     def __init__(
-        self, function: Callable[..., None], bound: BoundLaunch, position: Mapping[str, int], fixed: set[str]
+        self, function: Callable[..., None], bound: BoundLaunch, position: Mapping[str, int], launch: Launch
     ) -> None:
-        """position: parameter name -> number of its array; fixed: names whose value belongs to the launch itself."""
+        """position: name of an array -> its number. What is a constant of the launch belongs to the launch itself."""
         self.function, self.grid, self.block, self.shared = function, bound.grid, bound.block, bound.shared
         self.text = bound.describe()
-        names = [p.name if p.pointer and p.name not in fixed else "" for p in bound.prototype.parameters]
-        given = [name in position and not isinstance(a, np.generic) for name, a in zip(names, bound.args, strict=True)]
-        self.pointers = [(i, position[name]) for i, name in enumerate(names) if given[i]]
-        self.args = [None if given[i] else a for i, a in enumerate(bound.args)]
+        self.args: list[Any] = list(bound.args)
+        self.pointers: list[tuple[int, int]] = []
+        self.parts: list[tuple[int, int, str, int]] = []
+        for i, (p, value) in enumerate(zip(bound.prototype.parameters, bound.args, strict=True)):
+            name, _, part = launch.names.get(p.name, p.name).partition(".")
+            if not p.pointer or p.name in launch.constants or name not in position or isinstance(value, np.generic):
+                continue
+            self.args[i] = None
+            if part:
+                segment, _, order = part.partition(".")
+                self.parts.append((i, position[name], order or "data", int(segment)))
+            else:
+                self.pointers.append((i, position[name]))
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
         args = self.args.copy()
         for i, j in self.pointers:
             args[i] = arrays[j]
+        for i, j, part, segment in self.parts:
+            args[i] = getattr(arrays[j].segments[segment], part)  # type: ignore[union-attr]
         self.function(self.grid, self.block, tuple(args), self.shared)
 
 
@@ -139,7 +151,7 @@ def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, ali
     zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
     for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros), strict=True):
         function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
-        actions.append(_Launch(function, bound, position, set(launch.constants)))
+        actions.append(_Launch(function, bound, position, launch))
     if way is not None:
         pointers = {argument: position[array] for argument, array in way.arrays.items()}
         if compiler.workspace:
