@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.launch import Device
 from cuplama.ops.prototypes import prototypes
 from cuplama.ops.signature import OpError
+from cuplama.ops.weights import named_segments, segments_of
 
 _Captured = tuple[Callable[[], None], Callable[[], None]]  # what ``FakeGpu.do`` is given
 
@@ -82,7 +83,7 @@ class Launcher:
         prototype = prototypes(self.file)[self.expression.split("<")[0]]
         g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
         bound = BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
-        emulator.run(bound, check=False)
+        emulator.run(bound, check=self.gpu.checked)
 
 
 class HostCublas:
@@ -92,7 +93,9 @@ class HostCublas:
         self.refuses = refuses
         self.gpu: FakeGpu | None = None
 
-    def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Any:
+    def product(
+        self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0
+    ) -> Any:
         gpu = self.gpu
 
         def run(x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
@@ -105,10 +108,10 @@ class HostCublas:
             assert (bool(b), bool(c)) == (bias, add)
             f, g = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
             out = f @ g.T
-            for address, shape in ((b, (m,)), (c, (n, m))):
+            for address, shape in ((b, (m,)), (c, (n, width or m))):
                 if address:
-                    out += _at(address, shape, U).astype(np.float32)
-            _at(y, (n, m), U)[...] = out
+                    out += _at(address, shape, U)[..., :m].astype(np.float32)
+            _at(y, (n, width or m), U)[:, :m] = out
 
         run.text = "a product on the host"  # type: ignore[attr-defined]
         return None if self.refuses(bias, add) else run
@@ -138,10 +141,11 @@ class _Pool(str):
 class FakeGpu(Gpu):
     """A GPU in host memory. Nothing is done before something waits for it, and new memory holds garbage.
 
-    emulate: whether kernels run, on the emulator; otherwise they do nothing.
+    emulate: whether kernels run, on the emulator; otherwise they do nothing. checked: whether it looks at every access.
     """
 
     workspace = 0
+    checked = False
 
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
         self.limits, self.name = Device(arch=arch), "a fake GPU"
@@ -171,12 +175,17 @@ class FakeGpu(Gpu):
         pass
 
     def key(self, array: Any) -> tuple[Any, ...]:
+        if segments_of(array) is not None:
+            return tuple(array.key)
         if type(array) is not HostArray:
             raise AttributeError
         return array.shape, array.dtype, array.flags.c_contiguous
 
     def check(self, where: str, array: Any) -> None:
-        if type(array) is not HostArray:
+        for name, part in named_segments("", array):
+            if part is not None:
+                self.check(where + name, part)
+        if segments_of(array) is None and type(array) is not HostArray:
             raise OpError(f"{where} is not on the GPU")
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -218,6 +227,10 @@ class FakeGpu(Gpu):
     def stage(self, array: Any, offset: int, host: np.ndarray[Any, Any]) -> None:
         content = host.copy()
         self.do(lambda: np.copyto(array.reshape(-1)[offset : offset + content.size], content))
+
+    def stage_pieces(self, array: Any, pieces: Sequence[tuple[int, np.ndarray[Any, Any]]]) -> None:
+        for offset, data in pieces:
+            self.stage(array.view(np.uint8), offset, data)
 
     def end_staging(self) -> None:
         self._wait()

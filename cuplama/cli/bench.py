@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-from .options import DEBUG, DEVICE, QUIET, Decorator, complete_model, dtype_option, options, picture_option
+from .options import (
+    DEBUG,
+    DEVICE,
+    QUIET,
+    Decorator,
+    complete_model,
+    dtype_option,
+    options,
+    picture_option,
+    weight_format_option,
+)
 from .streams import say_progress
 
 __all__ = ["bench"]
@@ -59,12 +69,7 @@ _rows_options = options(
     "-o", "form", type=click.Choice(["md", "json", "csv"]), default="md", show_default=True, help="Form of the table."
 )
 @click.option("--dummy-weights", is_flag=True, help="Random weights: the config.json alone is enough.")
-@click.option(
-    "--weight-format",
-    metavar="FORMAT",
-    default="",
-    help='With --dummy-weights: quantised matrices in the layers, such as "int4 g128", "fp8" or "Q4_K".',
-)
+@weight_format_option("--dummy-weights")
 @DEVICE
 @dtype_option()
 @picture_option("Draw a picture as well.")
@@ -94,14 +99,11 @@ def bench(
     from ..lab.dummy import Source
     from ..lab.report import command
     from ..lab.trials import trials
-    from ..quant.catalog import CATALOG
 
     if dummy_weights and model is None:
         raise click.UsageError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
     if weight_format and not dummy_weights:
         raise click.UsageError("--weight-format needs --dummy-weights")
-    if weight_format and weight_format not in CATALOG:
-        raise click.BadParameter(f"{weight_format!r} is not one of {', '.join(CATALOG)}", param_hint="--weight-format")
     wanted = trials(prompts, generated, depths, batches)
     source = Source(model, dummy_weights, device, dtype, weight_format)
     result = {"command": command(), **lab.run(source, wanted, repeats, not no_cold_start, say_progress)}

@@ -32,6 +32,7 @@ __all__ = [
     "picture_option",
     "run_options",
     "sampling_options",
+    "weight_format_option",
 ]
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -46,6 +47,27 @@ DEVICE = click.option(
     metavar=f"[{'|'.join(DEVICES)}]",
     help="Where to run; cpu is numpy, gpu is cuda.",
 )
+
+
+def weight_format_option(needs: str) -> Decorator:
+    """--weight-format for random weights. needs: the option without which it has no meaning."""
+
+    def known(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+        from ..quant.catalog import CATALOG
+
+        if value and value not in CATALOG:
+            raise click.BadParameter(f"{value!r} is not one of {', '.join(CATALOG)}")
+        return value
+
+    return click.option(
+        "--weight-format",
+        metavar="FORMAT",
+        default="",
+        callback=known,
+        help=f'With {needs}: quantised matrices in the layers, such as "int4 g128", "fp8" or "Q4_K".',
+    )
+
+
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 
 

@@ -10,10 +10,13 @@ import numpy as np
 
 from ..backends import Backend
 from ..dtypes import DTYPES, Array, dtype_name
+from ..ops.weights import segments_of
 from .timing import REPLAYS, Body, Replay, Spread
 from .workloads import Workload, normal_values
 
 __all__ = ["alternative"]
+
+_MANY_BYTES = 256 << 20  # of weights to go through, several times a cache
 
 
 def alternative(
@@ -50,10 +53,13 @@ def alternative(
 
 
 def _product(backend: Backend, gpu: Any, workload: Workload, weights: Sequence[Any]) -> tuple[str, Spread] | None:
-    """x w^T by cuBLAS on each of the weights [m, k], in the dtypes of the workload."""
+    """x w^T by cuBLAS on each of the weights [m, k], in the dtypes of the workload; on plain ones for packed ones."""
     if gpu.cublas is None:
         return None
-    n, (m, k), T = workload.call["n"], weights[0].shape, dtype_name(weights[0].dtype)
+    n, (m, k), T = workload.call["n"], weights[0].shape, dtype_name(workload.call.dtypes["T"])
+    if segments_of(weights[0]) is not None:
+        plain = normal_values(np.random.default_rng(3), (m, k), DTYPES[T], k**-0.5)
+        weights = [backend.upload(plain) for _ in range(min(len(weights), -(-_MANY_BYTES // plain.nbytes)))]
     x = backend.upload(normal_values(np.random.default_rng(2), (n, k), DTYPES[T], 1.0))
     U = dtype_name(workload.call.dtype(workload.op.signature.outs[0]))
     y = backend.zeros((n, m), DTYPES[U])

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.cuda.loading import pack_kernels
 from ..backends.cuda.nvrtc import Program, Resources, compile_program, nvrtc_library
 from ..backends.cuda.planning import library_plans
 from ..backends.cuda.toolkit import shared_limit
@@ -41,8 +42,10 @@ from ..ops.node import Node, executable
 from ..ops.op import Call, Op
 from ..ops.prototypes import prototype_of
 from ..ops.weights import segments_of
+from ..quant.packed import Packed
 from .check import model_dtypes
 from .peaks import READ_KERNEL
+from .quantised import described_weights
 from .workloads import case_workload
 
 __all__ = ["Need", "Result", "compile_kernels", "expressions", "judge", "needed"]
@@ -53,6 +56,9 @@ _ADMITTED: Mapping[str, tuple[int, str]] = {k: v for op in OPS.values() for k, v
 # Of a known model a decode step and a short prompt are walked for each of these numbers of sequences; each has a row of
 # logits. Up to 8 rows every number of rows has instances of its own. More rows a library computes, or where there is
 # none our kernels, 8 at a time: of the engine's larger steps 12 alone leaves a rest, and 64 stands for the others.
+# Packed formats that a known model is walked with; the ops' own cases have the others.
+_QUANTISED: tuple[str, ...] = ()
+_QUANTISED_MODEL = "llama-3.1-8b"
 _SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 64)
 _SHORT = 512  # tokens of the prompts together
 _LONG = 4096  # tokens of one prompt, for which attention has larger tiles: those of the CUDA backend's largest pass
@@ -84,8 +90,8 @@ def needed(device: Device, ops: Iterable[str] | None = None, outside: Sequence[O
                     old = found.setdefault(file, {}).get(expression, Need())
                     found[file][expression] = Need(old.ops | {call.op.name}, old.dtypes | {dtype})
     if ops is None and not outside:
-        file, expression = READ_KERNEL
-        found.setdefault(file, {})[expression] = Need()
+        for file, expression in (READ_KERNEL, *pack_kernels()):
+            found.setdefault(file, {})[expression] = Need()
     return {file: dict(sorted(found[file].items())) for file in sorted(found)}
 
 
@@ -122,6 +128,8 @@ def _calls(device: Device) -> Iterator[tuple[str, Sequence[Call]]]:
         stored = find_shape(model)[1].stored
         for dtype in dict.fromkeys((dtypes[-1], stored if stored in dtypes else dtypes[-1])):
             yield dtype, _model_calls(model, dtype)
+    for form in _QUANTISED:
+        yield dtypes[-1], _model_calls(_QUANTISED_MODEL, dtypes[-1], form)
 
 
 def _dtypes(device: Device) -> tuple[str, ...]:
@@ -151,20 +159,25 @@ def _calls_of(ops: Sequence[Op], dtype: str) -> Sequence[Call]:
 
 
 @cache
-def _model_calls(model: str, dtype: str) -> Sequence[Call]:
+def _model_calls(model: str, dtype: str, weight_format: str = "") -> Sequence[Call]:
     """The calls of a known model's passes, each once. Layers that differ in nothing are one."""
     config = find_shape(model)[1]
     layers = tuple(layer for i, layer in enumerate(config.layers) if layer not in config.layers[:i])
     config, T = replace(config, layers=layers), DTYPES[dtype]
     found: dict[Any, Call] = {}
-    for nodes, values in _passes(config, T):
+    for nodes, values in _passes(config, T, weight_format):
         for node, call in infer(executable(nodes), values, T):
-            arrays = tuple(None if a is None else (a.shape, a.dtype) for a in call.arrays.values())
+            arrays = tuple(
+                None if a is None else a.key if isinstance(a, Packed) else (a.shape, a.dtype)
+                for a in call.arrays.values()
+            )
             found.setdefault((node.op, arrays, *call.env.items(), *call.dtypes.items()), call)
     return list(found.values())
 
 
-def _passes(config: ModelConfig, T: np.dtype[Any]) -> Iterator[tuple[Sequence[Node], dict[str, Array | None]]]:
+def _passes(
+    config: ModelConfig, T: np.dtype[Any], weight_format: str
+) -> Iterator[tuple[Sequence[Node], dict[str, Array | None]]]:
     """The nodes of every pass that is walked, with descriptions of the values that they begin with.
 
     What a decode step does beside its logits, sampling for example, depends on no model: the ops' own cases have it.
@@ -173,7 +186,8 @@ def _passes(config: ModelConfig, T: np.dtype[Any]) -> Iterator[tuple[Sequence[No
 
     def values(rows: int, sequences: int) -> dict[str, Array | None]:
         shapes = input_shapes(rows, sequences, pages, logit_rows=sequences)
-        return dict(abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT))
+        standing = abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT)
+        return {**standing, **described_weights(config, weight_format)}
 
     prompt = [*fuse(graph.body, PREFILL_RULES), *fuse(graph.selected_rows(), PREFILL_RULES)]
     for sequences in _SEQUENCES:

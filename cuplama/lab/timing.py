@@ -22,6 +22,7 @@ import numpy as np
 from ..backends import Backend
 from ..backends.cuda.backend import CudaBackend
 from ..dtypes import Array
+from ..ops.weights import stored_bytes
 from .check import uploaded
 from .workloads import Workload
 
@@ -165,7 +166,7 @@ def rotation(
     backend: Backend, workload: Workload, arrays: Sequence[np.ndarray[Any, Any] | None], cache: int
 ) -> list[list[Array | None]]:
     """As many copies of the inputs on the device as ``copies`` says. cache: bytes of L2."""
-    stored = sum(x.nbytes for x in arrays if x is not None)
+    stored = sum(stored_bytes(x) for x in arrays if x is not None)
     count = copies(min(workload.call.nbytes(), stored), stored, cache)
     return [uploaded(backend, arrays) for _ in range(count)]
 

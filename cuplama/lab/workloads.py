@@ -31,9 +31,11 @@ from ..ops.abstract import AbstractArray, attributes, infer
 from ..ops.node import Node, executable
 from ..ops.op import Call, Op
 from ..ops.signature import OpError, dim_names, dim_value
-from ..quant.catalog import CATALOG, random_stored
-from ..quant.stored import Stack, Stored
+from ..ops.weights import segments_of
+from ..quant.catalog import CATALOG
+from ..quant.packed import Packed
 from ..sampling_params import SamplingParams
+from .quantised import described_weights, filled, random_packed
 
 __all__ = [
     "Workload",
@@ -43,7 +45,6 @@ __all__ = [
     "default_workloads",
     "normal_values",
     "prompt_workloads",
-    "random_packed",
     "shape_workload",
 ]
 
@@ -83,6 +84,8 @@ class Workload:
             n for s in (*self.op.signature.ins, *self.op.signature.outs) for d in s.dims or () for n in dim_names(d)
         }
         shown = [f"{name}={value}" for name, value in self.call.env.items() if name in dims]
+        for array in self.call.arrays.values():
+            shown += [f"W={'+'.join(s.format.name for s in segments)}" for segments in [segments_of(array)] if segments]
         lengths = self.call.arrays.get("seq_lens")
         if isinstance(lengths, np.ndarray) and "seq_lens" not in self.op.signature.in_place:
             shown.append(f"length={','.join(map(str, sorted(set(lengths.tolist()))))}")
@@ -94,12 +97,14 @@ class Workload:
         what = f" {'/'.join(self.weights)}" if self.weights else ""
         return f"{self.op.name}{what} {self.dtype} {self.shape}"
 
-    def arrays(self, seed: int = 0) -> list[np.ndarray[Any, Any] | None]:
+    def arrays(self, seed: int = 0) -> list[Array | None]:
         """Host arrays: the given ones, and normal values where there is a description. Matrices keep sums near 1."""
         rng = np.random.default_rng(seed)
-        found: list[np.ndarray[Any, Any] | None] = []
+        found: list[Array | None] = []
         for spec, x in zip(self.op.signature.ins, self.ins, strict=False):
-            if isinstance(x, AbstractArray):
+            if isinstance(x, Packed):
+                found.append(filled(x, rng))
+            elif isinstance(x, AbstractArray):
                 scale = x.shape[1] ** -0.5 if spec.name == "w" and len(x.shape) == 2 else 1.0
                 found.append(normal_values(rng, x.shape, x.dtype, scale))
             else:
@@ -139,6 +144,7 @@ def _complete(op: Op, shape: Mapping[str, Any], dtype: str) -> Mapping[str, Any]
     if not op.cases:
         raise ParameterError(f"{op.name} has no cases, so it is not known what it is tested and timed with")
     sizes = dict(op.cases[0]) if op.complete is None else dict(op.shape)
+    sizes |= {"W": None} if any(s.dtype == "W" for s in op.signature.ins) else {}
     if unknown := sorted(shape.keys() - sizes.keys()):
         raise ParameterError(f"{op.name} has no {unknown[0]!r}; it has {', '.join(sorted(sizes))}")
     for name, value in shape.items():
@@ -163,6 +169,9 @@ def _check_value(op: Op, name: str, value: Any, dtype: str) -> None:
     if name in {s.name for s in signature.attrs if DTYPES[s.dtype].kind not in "iu"}:
         if isinstance(value, (bool, str)) or not math.isfinite(value):
             raise ParameterError(f"{where}, not a finite number")
+    elif name == "W":
+        if value not in CATALOG:
+            raise ParameterError(f"{where}, not one of {', '.join(CATALOG)}")
     elif name in {s.dtype for s in arrays}:
         if value not in (letters := dict.fromkeys([*own, dtype])):
             raise ParameterError(f"{where}, not {' or '.join(letters)}")
@@ -186,23 +195,11 @@ def case_workload(op: Op, case: Mapping[str, Any], dtype: str, seed: int = 0) ->
     T = DTYPES[dtype]
     rng = np.random.default_rng(seed)
     inputs: dict[str, Any] = dict(op.random_inputs(rng, case, T))
-    if "W" in case:
+    if case.get("W"):
         (spec,) = (s for s in op.signature.ins if s.dtype == "W" and s.name in ("w", "table"))
         m, k = (dim_value(d, case) for d in spec.dims or ())
         inputs[spec.name] = random_packed(case["W"], m, k, rng)
     return Workload(op, tuple(inputs[s.name] for s in op.signature.ins), attributes(op, case, T), dtype)
-
-
-def random_packed(formats: str, m: int, k: int, rng: np.random.Generator) -> Stored | Stack:
-    """A random quantised weight: "int4 g128"; "Q4_K ordered", with columns in an order of their own; or of several
-    formats, "Q4_K + Q6_K", each for an equal share of the rows."""
-    names = formats.split(" + ")
-    ends = [m * (i + 1) // len(names) for i in range(len(names))]
-    parts = tuple(
-        random_stored(CATALOG[name.removesuffix(" ordered")], end - start, k, rng, name.endswith(" ordered"))
-        for name, start, end in zip(names, [0, *ends], ends, strict=False)
-    )
-    return parts[0] if len(parts) == 1 else Stack(parts)
 
 
 def case_workloads(op: Op, dtype: str) -> list[Workload]:
@@ -221,11 +218,17 @@ def default_workloads(op: Op, dtype: str) -> list[Workload]:
 
 
 def decode_workloads(
-    config: ModelConfig, dtype: str, batch: int = 1, depth: int = 512, context: int | None = None
+    config: ModelConfig,
+    dtype: str,
+    batch: int = 1,
+    depth: int = 512,
+    context: int | None = None,
+    weight_format: str = "",
 ) -> list[Workload]:
     """Every op of one captured decode step, sampling (greedy) included, when ``depth`` tokens are in the cache.
 
-    context: what the cache has room for, which decides the width of the page table.
+    context: what the cache has room for, which decides the width of the page table; weight_format: one of
+    ``quant/catalog.py`` for the matrices of the layers.
     """
     context = max(context or 0, depth)
     pages = pages_for(context)
@@ -237,19 +240,21 @@ def decode_workloads(
     inputs = step_inputs(batch, pages)
     built.pad_into(inputs)
     inputs |= sampler.inputs | {"ring": np.zeros((RING, batch), np.int32)}
-    walk = _Walk(config, dtype, batch * pages, context, "decode")
+    walk = _Walk(config, dtype, batch * pages, context, "decode", weight_format)
     walk.run(decode_step(decoder(config), batch, sampler.nodes), inputs)
     return walk.workloads()
 
 
-def prompt_workloads(config: ModelConfig, dtype: str, tokens: int = 512, chunk: int = 4096) -> list[Workload]:
+def prompt_workloads(
+    config: ModelConfig, dtype: str, tokens: int = 512, chunk: int = 4096, weight_format: str = ""
+) -> list[Workload]:
     """Every op of reading a prompt of one sequence and drawing a token. chunk: tokens of a pass at most."""
     pages = pages_for(tokens)
     graph, rope = decoder(config), _rope(config, tokens)
     body, head = fuse(graph.body, PREFILL_RULES), fuse(graph.selected_rows(), PREFILL_RULES)
     (sequence,) = _sequences(config, 1, tokens, pages)
     sampler = Sampler(config.vocab_size, [sequence])
-    walk = _Walk(config, dtype, pages, tokens, "prefill")
+    walk = _Walk(config, dtype, pages, tokens, "prefill", weight_format)
     owned = sequence.pages
     for start in range(0, tokens, chunk):
         count = min(chunk, tokens - start)
@@ -280,9 +285,14 @@ class _Walk:
     pages: of the cache; positions: that the rotation tables cover; values: of the last list, by name.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, pages: int, positions: int, graph: str) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: str, pages: int, positions: int, graph: str, weight_format: str
+    ) -> None:
         self._config, self._dtype, self._graph = config, dtype, graph
-        self._standing = abstract_values(config, DTYPES[dtype], {}, pages + 1, positions)
+        self._standing = {
+            **abstract_values(config, DTYPES[dtype], {}, pages + 1, positions),
+            **described_weights(config, weight_format),
+        }
         self._found: dict[Any, Workload] = {}
         self.values: dict[str, Array | None] = {}
 
@@ -300,7 +310,7 @@ class _Walk:
         lengths = call.arrays.get("seq_lens")
         key = (
             node.op,
-            tuple(None if x is None else (x.shape, x.dtype) for x in ins),
+            tuple(None if x is None else x.key if isinstance(x, Packed) else (x.shape, x.dtype) for x in ins),
             tuple(sorted(attrs.items())),
             lengths.tobytes() if isinstance(lengths, np.ndarray) else None,
         )

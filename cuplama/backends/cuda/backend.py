@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from ...dtypes import DTYPES, Array
-from ...errors import CheckpointError, DeviceError
+from ...errors import DeviceError
 from ...ops import OPS
 from ...ops.abstract import attributes
 from ...ops.node import Node, dying, executable
 from ...ops.op import Op
 from ...ops.signature import OpError
 from ...ops.weights import segments_of
-from ...quant.format import plain_format
 from ...quant.packed import packed
 from ...quant.stored import Segment
 from ...quant.weight import Weight
 from .gpu import STAGE, Gpu
+from .loading import Loading, convert
 from .planning import Planned, make_plan
 from .ranges import nvtx_ranges
 
@@ -130,6 +130,7 @@ class CudaBackend:
         self._plans: dict[tuple[Any, ...], Planned] = {}
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
+        self._loading: Loading | None = None
         self._ranges = ranges = nvtx_ranges()
         self.replay_hook: Callable[[], AbstractContextManager[Any]] = nullcontext
         if ranges is not None:
@@ -190,9 +191,13 @@ class CudaBackend:
     def load_weight(self, weight: Weight) -> Array:
         """A checkpoint weight in the backend's dtype, through the pinned buffers; copies are queued, not awaited.
 
-        Raises CheckpointError naming a tensor whose values float16 cannot hold.
+        A weight with quantised parts is packed on the way. Raises CheckpointError naming a tensor whose values float16
+        cannot hold.
         """
         with self._on_gpu() as gpu:
+            if weight.packed:
+                self._loading = self._loading or Loading(gpu, self.dtype)
+                return self._loading.pack(weight.name, weight.parts)
             out = gpu.empty(weight.shape, self.dtype)
             widest = max(1, self.dtype.itemsize // weight.dtype.itemsize)
             for offset, chunk in weight.chunks(STAGE // widest):
@@ -201,6 +206,7 @@ class CudaBackend:
 
     def end_loading(self) -> None:
         """Wait for the copies of weights and give the pinned buffers back."""
+        self._loading = None
         with self._on_gpu() as gpu:
             gpu.end_staging()
 
@@ -324,20 +330,8 @@ class CudaBackend:
         self._plans.clear()
         self._prepared.clear()
         self._zeroed.clear()
+        self._loading = None
         self.gpu.close()
-
-
-def convert(chunk: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
-    """A chunk of a weight in another dtype. Raises CheckpointError if float16 cannot hold a finite value of it."""
-    if chunk.dtype == dtype:
-        return chunk
-    chunk = plain_format(chunk.dtype).decode(chunk)
-    with np.errstate(over="ignore"):
-        out = chunk.astype(dtype, copy=False)
-    if dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(chunk).all():
-        largest = float(np.abs(chunk).max())
-        raise CheckpointError(f"weight {name} holds {largest:g}, which float16 cannot; --dtype float32 can")
-    return out
 
 
 def _failure(what: str, error: Exception, node: Node | None = None) -> DeviceError:

@@ -128,9 +128,14 @@ class Cublas:
         for operand in _PREF_ALIGNMENTS:
             self.set("MatmulPreference", self.preference, operand, ctypes.c_uint32(_ALIGNMENT))
 
-    def product(self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False) -> Product | None:
-        """Plan y[n,m]:U = x[n,k]:T w[m,k]^T:T (+ b[m]:U) (+ c[n,m]:U). None if the library has no algorithm for it."""
-        product = Product(self, n, m, k, T, U, bias, add)
+    def product(
+        self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0
+    ) -> Product | None:
+        """Plan y[n,m]:U = x[n,k]:T w[m,k]^T:T (+ b[m]:U) (+ c[n,m]:U). None if the library has no algorithm for it.
+
+        width: elements from one row of y, and of c, to the next, where they are columns of wider matrices.
+        """
+        product = Product(self, n, m, k, T, U, bias, add, width or m)
         return product if product.algorithm is not None else None
 
     def scaled_product(
@@ -144,7 +149,7 @@ class Cublas:
         rows = SCALES[scales].rows
         if k % _ALIGNED_K or m % _ALIGNED_M or n % rows or m % rows or (bias and U == "f32"):
             return None  # a bias of float32 is not known beside 8-bit floats
-        product = Product(self, n, m, k, "e4m3", U, bias, add, SCALES[scales], fast)
+        product = Product(self, n, m, k, "e4m3", U, bias, add, m, SCALES[scales], fast)
         return product if product.algorithm is not None else None
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -195,7 +200,7 @@ class Product:
     """
 
     def __init__(
-        self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool,
+        self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool, width: int,
         scales: Scales | None = None, fast: bool = False,
     ) -> None:  # fmt: skip
         self.text = f"cuBLAS: y[{n},{m}]:{U} = x[{n},{k}]:{T} w[{m},{k}]^T{' + b' * bias}{' + c' * add}"
@@ -212,8 +217,8 @@ class Product:
                 # The heuristic reads from the address only how biases are aligned.
                 cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(_ALIGNMENT))
             self._w, self._x, self._y = (
-                cublas.make("MatrixLayout", owned, _TYPES[dtype], rows, columns, rows)
-                for dtype, rows, columns in ((T, k, m), (T, k, n), (U, m, n))
+                cublas.make("MatrixLayout", owned, _TYPES[dtype], rows, columns, line)
+                for dtype, rows, columns, line in ((T, k, m, k), (T, k, n, k), (U, m, n, width))
             )
             known = scales is None or self._scale(scales, fast)
             self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y) if known else None

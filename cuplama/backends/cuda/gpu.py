@@ -10,7 +10,7 @@ import gc
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -25,7 +25,7 @@ from .cublas import Cublas, load_cublas
 from .driver import PdlLaunch, driver_version, load_driver
 from .functions import Functions
 
-__all__ = ["STAGE", "Gpu", "parallel_copy"]
+__all__ = ["STAGE", "Gpu", "parallel_copy", "windows"]
 
 _WORKSPACE = 32 << 20  # bytes of scratch for cuBLAS: what NVIDIA recommends for Hopper; fixed, so that results repeat
 STAGE = 32 << 20  # bytes of each of the two pinned buffers that weights pass through
@@ -148,15 +148,23 @@ class Gpu:
 
     def stage(self, array: Array, offset: int, host: np.ndarray[Any, Any]) -> None:
         """Copy 1-D ``host`` to the array's elements from ``offset`` on, through the pinned buffers."""
+        self.stage_pieces(array, [(offset * host.itemsize, host.view(np.uint8))])
+
+    def stage_pieces(self, array: Array, pieces: Sequence[tuple[int, np.ndarray[Any, Any]]]) -> None:
+        """Copy 1-D pieces of bytes to their offsets in an array, in bytes, through the pinned buffers.
+
+        They come in the order of their places; what lies between two of them may change.
+        """
         if self._stage is None:
             self._stage = _Stage(self._cupy, self.stream)
-        self._stage.copy(array.data + offset * host.itemsize, host.view(np.uint8))
+        self._stage.copy(array.data, pieces)
 
     def end_staging(self) -> None:
-        """Give the pinned buffers back, once what went through them has arrived."""
+        """Give the pinned buffers back, once what went through them has arrived, and memory that nothing holds."""
         if self._stage is not None:
             self._stage.close()
             self._stage = None
+            self._main_pool.free_all_blocks()
 
     def synchronize(self) -> None:
         """Wait until everything queued has run."""
@@ -259,13 +267,13 @@ class _Stage:
         )
         self._threads = ThreadPoolExecutor(self._THREADS)
 
-    def copy(self, target: Any, data: np.ndarray[Any, Any]) -> None:
-        for at in range(0, data.size, STAGE):
-            chunk = data[at : at + STAGE]
+    def copy(self, target: Any, pieces: Sequence[tuple[int, np.ndarray[Any, Any]]]) -> None:
+        for start, size, parts in windows(pieces, STAGE):
             pointer, buffer, sent = next(self._ring)
             sent.synchronize()  # returns at once if it was never recorded
-            parallel_copy(self._threads, self._THREADS, buffer[: chunk.size], chunk)
-            (target + at).copy_from_host_async(pointer.ptr, chunk.size, self._stream)
+            pairs = [(buffer[at : at + data.size], data) for at, data in parts]
+            parallel_copy(self._threads, self._THREADS, pairs)
+            (target + start).copy_from_host_async(pointer.ptr, size, self._stream)
             sent.record(self._stream)
 
     def close(self) -> None:
@@ -274,10 +282,45 @@ class _Stage:
         self._ring = itertools.cycle(())
 
 
+def windows(
+    pieces: Sequence[tuple[int, np.ndarray[Any, Any]]], limit: int
+) -> Iterator[tuple[int, int, list[tuple[int, np.ndarray[Any, Any]]]]]:
+    """Pieces of bytes, each with its offset, in runs of places of at most ``limit`` bytes: (start, size, the run's pieces
+    with their offsets from its start)."""
+    start, end, inside = 0, 0, list[tuple[int, np.ndarray[Any, Any]]]()
+    for offset, data in pieces:
+        at = 0
+        while at < data.size:
+            if inside and offset + at - start >= limit:
+                yield start, end - start, inside
+                inside = []
+            if not inside:
+                start = offset + at
+            part = data[at : at + limit - (offset + at - start)]
+            inside.append((offset + at - start, part))
+            at += part.size
+            end = offset + at
+    if inside:
+        yield start, end - start, inside
+
+
+_SMALL = 1 << 18  # bytes: to copy less takes no longer than handing it to a thread
+
+
 def parallel_copy(
-    pool: ThreadPoolExecutor, threads: int, target: np.ndarray[Any, Any], data: np.ndarray[Any, Any]
+    pool: ThreadPoolExecutor, threads: int, pairs: Sequence[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 ) -> None:
-    """``target[:] = data`` for 1-D bytes, with several threads where it is worth it."""
-    size = max(1 << 20, -(-data.size // threads))
-    cuts = range(0, data.size, size)
-    list(pool.map(lambda at: np.copyto(target[at : at + size], data[at : at + size]), cuts))
+    """``target[:] = data`` for pairs of 1-D bytes, with several threads where it is worth it."""
+    size = max(1 << 20, -(-sum(data.size for _, data in pairs) // threads))
+    cuts = [(pair, at) for pair in pairs for at in range(0, pair[1].size, size)]
+    large = [cut for cut in cuts if cut[0][1].size > _SMALL]
+
+    def copy(cut: tuple[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], int]) -> None:
+        (target, data), at = cut
+        np.copyto(target[at : at + size], data[at : at + size])
+
+    done = pool.map(copy, large)  # they begin now
+    for cut in cuts:
+        if cut[0][1].size <= _SMALL:
+            copy(cut)
+    list(done)

@@ -7,7 +7,7 @@ models, and ``eager.py``, which runs single ops on a user's CuPy arrays, both pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,9 @@ from ...ops.launch import Device, Launch, Plan
 from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.op import Call
 from ...ops.signature import OpError
+from ...ops.weights import segments_of
 from .cublas import Product
+from .unpacking import MAX_PACKED_ROWS, row_slices, unpack_launches
 
 __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
 
@@ -108,16 +110,19 @@ class _Launch:
 
 
 class _Matmul:
-    """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes."""
+    """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes, and how
+    many bytes behind its beginning."""
 
     __slots__ = ("compiler", "pointers", "product", "text")
 
-    def __init__(self, product: Product, compiler: Compiler, pointers: Mapping[str, int]) -> None:
-        self.product, self.compiler, self.pointers, self.text = product, compiler, pointers, product.text
+    def __init__(self, product: Product, compiler: Compiler, pointers: Mapping[str, int], shift: int) -> None:
+        """shift: bytes from the first column of y to that of the product."""
+        self.product, self.compiler, self.text = product, compiler, product.text
+        self.pointers = {name: (i, shift if name in ("y", "b", "c") else 0) for name, i in pointers.items()}
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
         compiler = self.compiler
-        named = {name: compiler.address(arrays[i]) for name, i in self.pointers.items()}
+        named = {name: compiler.address(arrays[i]) + shift for name, (i, shift) in self.pointers.items()}
         if compiler.workspace:
             named["stream"] = compiler.stream_pointer()
         self.product(**named)
@@ -157,41 +162,79 @@ def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, ali
         if compiler.workspace:
             buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
             pointers["workspace"] = position["workspace"]
-        actions.append(_Matmul(way.product, compiler, pointers))
+        itemsize = call.dtype(signature.outs[0]).itemsize
+        for part, product in reversed(way.products):  # from the last, so that the numbers of launches stay right
+            actions.insert(part.launches, _Matmul(product, compiler, pointers, part.start * itemsize))
     outs = tuple(position[spec.name] for spec in signature.outs)
     return Planned(width, outs, tuple(new), sum(i >= width for i in outs), tuple(actions))
 
 
 # ---- products by a library -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
+class _Part:
+    """Columns ``start`` .. ``stop - 1`` of y, whose product follows the first ``launches`` launches."""
+
+    launches: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class _Way:
-    """A product of cuBLAS, the launches before it, and the name of its array for each argument of the product."""
+    """A way to compute an op by cuBLAS: launches, and products among them.
+
+    arrays: for each argument of the products the name of its array; parts: what the products compute, in order;
+    products: the parts with their products, once those are planned.
+    """
 
     before: Plan
     arrays: Mapping[str, str]
-    product: Product
+    parts: tuple[_Part, ...]
+    products: tuple[tuple[_Part, Product], ...] = ()
 
 
 def _by_library(compiler: Compiler, call: Call) -> _Way | None:
     """How cuBLAS computes the op; None if our kernels do."""
-    if not call.op.matmul or call["n"] <= MAX_STREAMED_ROWS or (cublas := compiler.cublas) is None:
+    if not call.op.matmul or (cublas := compiler.cublas) is None:
+        return None
+    if call["n"] <= (MAX_STREAMED_ROWS if segments_of(call.arrays["w"]) is None else MAX_PACKED_ROWS):
         return None
     n, m, k = call["n"], call["m"], call["k"]
     T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-    for before, arrays in _ways(call):
-        product = cublas.product(n, m, k, T, U, bias="b" in arrays, add="c" in arrays)
-        if product is not None:
-            return _Way(before, arrays, product)
+    for way in _ways(call):
+        terms = {"bias": "b" in way.arrays, "add": "c" in way.arrays}
+        products = [
+            cublas.product(n, part.stop - part.start, k, T, U, **terms, **({} if len(way.parts) == 1 else {"width": m}))
+            for part in way.parts
+        ]
+        if None not in products:
+            return replace(way, products=tuple(zip(way.parts, products, strict=True)))
     return None
 
 
 def library_plans(call: Call) -> list[Plan]:
-    """What may be launched before a library's product for the call; nothing for an op that no library computes."""
-    return [before for before, _ in _ways(call)] if call.op.matmul else []
+    """What may be launched before a library's products for the call; nothing for an op that no library computes."""
+    return [way.before for way in _ways(call)] if call.op.matmul else []
 
 
-def _ways(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:
-    """The ways to compute a product, best first: launches before it, and argument -> name of the array that it is."""
+def _ways(call: Call) -> Iterator[_Way]:
+    """The ways to compute a product, best first."""
+    segments, m, k, T = segments_of(call.arrays["w"]), call["m"], call["k"], call.dtypes["T"]
+    for before, arrays in _with_bias(call):
+        launches = list(before.launches)
+        if segments is None:
+            yield _Way(before, arrays, (_Part(len(launches), 0, m),))
+            continue
+        parts = []
+        for start, stop in row_slices(m, k, T.itemsize):
+            launches += unpack_launches(segments, k, start, stop)
+            parts.append(_Part(len(launches), start, stop))
+        dense = (parts[0].stop, k), dtype_name(T)
+        yield _Way(Plan(tuple(launches), {**before.scratch, "dense": dense}), {**arrays, "w": "dense"}, tuple(parts))
+
+
+def _with_bias(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:
+    """Launches before a product that add its bias, and argument -> name of the array that it is."""
     n, m = call["n"], call["m"]
     T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
     given, columns = {"x": "x", "w": "w", "y": "y"}, -(-m // 256)

@@ -16,7 +16,7 @@ from ...lab.report import counted
 from ...ops import OPS
 from ...ops.launch import Device
 from ...ops.op import Op
-from ..options import DEBUG, picture_option
+from ..options import DEBUG, picture_option, weight_format_option
 from ..streams import print_table, say
 from .judged import checked_row, print_checked, refusing
 from .names import find_ops, split_outside
@@ -43,6 +43,7 @@ class _Request:
     prompt: int
     form: str
     timer: str
+    weight_format: str
 
 
 @click.command("bench", short_help="Check ops against their references, and time them on a GPU.")
@@ -62,6 +63,7 @@ class _Request:
     show_default=True,
     help="cupyx: beside the replayed graph also single calls, by cupyx.profiler.",
 )
+@weight_format_option("--model")
 @FORM
 @picture_option("Draw the roofline.")
 @arch_option("sm_90", "Without a GPU: compile for these.")
@@ -83,6 +85,8 @@ def bench_kernels(
     if plot is not None and not works:
         raise DeviceError(f"--plot draws times, and nothing can be timed: {reason}")
     ops = [op for name in names for op in find_ops(name)] or list(OPS.values())
+    if sizes["weight_format"] and not model:
+        raise ParameterError("--weight-format needs --model; a shape has W: --shape n=1,m=64,k=128,W=fp8")
     if shapes and (model or len(ops) != 1):
         raise ParameterError("--shape needs the NAME of one op, and no --model")
     request = _Request(ops, names, shapes, model, **sizes)
@@ -136,10 +140,11 @@ def _time_model(request: _Request, model: str) -> tuple[dict[str, Any], Sequence
     batch, depth, prompt = request.batch, request.depth, request.prompt
     context = max(depth + 64, prompt + 1)
     passes: Sequence[PassTime] = []
-    with dummy_model(model, "cuda", DTYPES[request.dtype].name, context, cache_tokens(batch, context)) as loaded:
+    form, tokens = request.weight_format, cache_tokens(batch, context)
+    with dummy_model(model, "cuda", DTYPES[request.dtype].name, context, tokens, form) as loaded:
         dtype = dtype_name(loaded.backend.dtype)  # an old GPU runs bf16 models in f16
-        chosen = workloads.decode_workloads(loaded.config, dtype, batch, depth, context)
-        chosen += workloads.prompt_workloads(loaded.config, dtype, prompt, loaded.backend.prefill_chunk)
+        chosen = workloads.decode_workloads(loaded.config, dtype, batch, depth, context, form)
+        chosen += workloads.prompt_workloads(loaded.config, dtype, prompt, loaded.backend.prefill_chunk, form)
         _check_used(request.names, chosen, model)
         wanted = [w for w in chosen if not request.names or w.op in request.ops]
         machine = peaks.measure(loaded.backend)

@@ -9,6 +9,7 @@ import click
 
 from ...dtypes import DTYPES
 from ...errors import DeviceError, ParameterError
+from ...quant.catalog import CATALOG
 from ..options import Decorator
 
 if TYPE_CHECKING:
@@ -88,6 +89,6 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    if text == "T" or text in DTYPES:
+    if text == "T" or text in DTYPES or text in CATALOG:
         return text
-    raise ParameterError(f"--shape: {text!r} is neither a number, true, false, nor a dtype")
+    raise ParameterError(f"--shape: {text!r} is neither a number, true, false, a dtype nor a format of weights")

@@ -7,6 +7,7 @@
 namespace simt {
 
 struct HalfFormat {
+  SIMT_FN double wide(unsigned short h) { return double(widen(h)); }
   SIMT_FN float widen(unsigned short h) {
     unsigned sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
     if (exponent == 31) return as<float>(sign | 0x7f800000u | mantissa << 13);
@@ -27,6 +28,12 @@ struct HalfFormat {
 };
 
 struct BfloatFormat {
+  // A subnormal one is a subnormal float, which arithmetic takes for zero as kernels do (-ftz=true); that of bf16 does not.
+  SIMT_FN double wide(unsigned short b) {
+    if ((b & 0x7f80u) != 0) return double(widen(b));
+    double size = double(int(b & 0x7fu)) * 0x1p-133;
+    return b & 0x8000u ? -size : size;
+  }
   SIMT_FN float widen(unsigned short b) { return as<float>(unsigned(b) << 16); }
   SIMT_FN unsigned short narrow(float f) {
     unsigned x = as<unsigned>(f);
@@ -67,7 +74,9 @@ template <class Format> struct Float16 {
 
   SIMT_METHOD friend Float16 operator+(const Float16& a, const Float16& b) { return Float16(float(a) + float(b)); }
   SIMT_METHOD friend Float16 operator-(const Float16& a, const Float16& b) { return Float16(float(a) - float(b)); }
-  SIMT_METHOD friend Float16 operator*(const Float16& a, const Float16& b) { return Float16(float(a) * float(b)); }
+  SIMT_METHOD friend Float16 operator*(const Float16& a, const Float16& b) {
+    return Float16(Format::wide(a.__x) * Format::wide(b.__x));  // exact, and rounded once
+  }
   SIMT_METHOD friend Float16 operator/(const Float16& a, const Float16& b) { return Float16(float(a) / float(b)); }
   SIMT_METHOD friend Float16 operator-(const Float16& a) { return from_bits((unsigned short)(a.__x ^ 0x8000u)); }
   SIMT_METHOD Float16& operator+=(const Float16& b) { return *this = *this + b; }

@@ -290,7 +290,7 @@ def test_parallel_copy_copies_everything(size: int) -> None:
     data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     target = np.zeros_like(data)
     with ThreadPoolExecutor(3) as pool:
-        parallel_copy(pool, 3, target, data)
+        parallel_copy(pool, 3, [(target, data)])
     assert np.array_equal(target, data)
 
 
@@ -305,7 +305,7 @@ def test_a_copy_is_divided_among_the_threads(megabytes: int, threads: int, piece
             return [work(at) for at in cuts]
 
     target = np.zeros_like(data)
-    parallel_copy(Pool(), threads, target, data)  # type: ignore[arg-type]
+    parallel_copy(Pool(), threads, [(target, data)])  # type: ignore[arg-type]
     assert len(given) == pieces
     assert target.all()
 

@@ -1,0 +1,193 @@
+// What linear.cu computes, of a packed weight (formats.cuh), for 1 to 8 rows of x:
+//
+// linear_packed             y[n,m] = x w^T + b                  x[n,k], b[m] (may be null): T; y: U (T or f32); w: W
+// linear_add_packed         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
+// rms_norm_linear_packed    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
+// layer_norm_linear_packed  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
+//                           act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m+i)
+//                           A launch takes the rows first .. first + 7 of x, as far as there are so many, and one
+//                           segment of w: `rows` rows, which are the columns of y from `column` on. For silu_mul m is a
+//                           multiple of 16, and there is one segment.
+//
+// The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not need
+// more than some 130 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is dealt to
+// them in contiguous slices of BLOCKS packed blocks. So a warp meets the same elements of x in every tile and keeps them in
+// registers. Where a slice would be too long for that, k goes in PHASES, each through all tiles of the GPU block, whose
+// sums wait in shared memory. Each warp has a ring of DEPTH packed blocks in shared memory, which it fills with
+// cp.async, 16 bytes a lane, and reads without any barrier but its own: scales lie in other lanes' copies.
+//
+// Codes become 16-bit floats, exactly but for nf4; tensor cores add up a group of columns in f32, and only then comes the
+// scale: total += scale * sum. An offset takes the sum of x over the group, which is computed once a phase by a product
+// with ones. The scale of a whole row comes last of all. One row of x (ROWS 1) stands in all eight columns of the B.
+// With T = f32, or before sm_80, the same goes by multiply-adds on floats, with x in shared memory.
+//
+// After every two units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those of
+// an element of y in the order of the warps: results are the same in every run. There are two places for the sums, which
+// take turns: one barrier every two units. Before the wait for earlier kernels only weights are read.
+//
+// order: where the columns of w lie in x (act-order), read with ORDERED only.
+//
+// Launch and tuning: cuplama/ops/linear_packed.py. Ops: cuplama/ops/linear.py, cuplama/ops/fused.py. Test:
+// tests/ops/test_linear_packed.py. Benchmark: benchmarks/packed_decode.py.
+#include "linear_packed.cuh"
+#include "linear_packed_fma.cuh"
+
+// The activation of an element of y: of its sum, or of those of both halves of w.
+template <int ACT, typename T, int PARTS>
+__device__ __forceinline__ float activated(const float (&total)[PARTS]) {
+    if constexpr (ACT == SILU_MUL) return silu_of<T>(total[0]) * total[1];
+    if constexpr (ACT == GELU_TANH) return gelu_tanh_of<T>(total[0]);
+    if constexpr (ACT == GELU_ERF) return gelu_erf_of<T>(total[0]);
+    return total[0];
+}
+
+// Where a product goes. y, a (may be null) and b (may be null) begin at the launch's first row of x and first column of y.
+template <typename T, typename U>
+struct Output {
+    U* y;
+    const f32* a;
+    const T* b;
+    int count, m, rows;  // rows of x; columns of y in all, and of this launch
+    const f32* scales;   // of whole rows of w
+};
+
+// y = a + act(x w^T + b). factors: x of this lane, which `rows` fills.
+template <typename S, typename Rows, typename Factors, typename U>
+__device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& rows, Factors& factors,
+                                              const Output<typename S::T, U>& out) {
+    typedef typename S::T T;
+    typedef typename S::W W;
+    constexpr int OUTS = S::STEP * S::TILE;  // elements of y between two barriers
+    constexpr int EACH = (OUTS + S::THREADS - 1) / S::THREADS;
+    int turn = 0;
+#pragma unroll 1
+    for (int phase = 0; phase < S::PHASES; phase++) {
+        factors.fill(rows, phase);
+        const int count = stream.blocks_of(phase);
+#pragma unroll 1
+        for (int first = stream.begin; first < stream.end; first += S::STEP) {
+            // What is added to this thread's elements of y: asked for now, needed at the end.
+            float bias[EACH][S::PARTS] = {}, scale[EACH][S::PARTS], residual[EACH] = {};
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                const int i = threadIdx.x + e * S::THREADS, row = i % S::ROWS,
+                          column = first * BLOCK_ROWS + i / S::ROWS;
+                if (i >= OUTS || row >= out.count || column >= min(out.rows, stream.end * BLOCK_ROWS)) continue;
+                if (phase < S::PHASES - 1) continue;
+                if (out.a != nullptr) residual[e] = out.a[i64(row) * out.m + column];
+#pragma unroll
+                for (int p = 0; p < S::PARTS; p++) {
+                    if (out.b != nullptr) bias[e][p] = to_float(out.b[p * out.m + column]);
+                    if (W::ROW_SCALES) scale[e][p] = out.scales[p * out.m + column];
+                }
+            }
+
+            f32* partial = stream.partials() + turn * stream.PARTIAL;
+            turn ^= 1;
+            f32* mine = partial + threadIdx.x / WARP * (S::STEP * S::PARTS * S::TILE);
+#pragma unroll 1
+            for (int tile = first * S::PARTS; tile < min(first + S::STEP, stream.end) * S::PARTS; tile++) {
+                factors.multiply_tile(stream, count, mine);
+                mine += S::TILE;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                const int i = threadIdx.x + e * S::THREADS, row = i % S::ROWS,
+                          column = first * BLOCK_ROWS + i / S::ROWS;
+                if (i >= OUTS || row >= out.count || column >= min(out.rows, stream.end * BLOCK_ROWS)) continue;
+                float total[S::PARTS];
+#pragma unroll
+                for (int p = 0; p < S::PARTS; p++) {
+                    const int at = (i / S::TILE * S::PARTS + p) * S::TILE + i % S::TILE;
+                    total[p] = 0.f;
+#pragma unroll
+                    for (int warp = 0; warp < S::WARPS; warp++)
+                        total[p] += partial[warp * (S::STEP * S::PARTS * S::TILE) + at];
+                    if constexpr (S::PHASES > 1) {
+                        f32& earlier = stream.sums()[(first - stream.begin) * (S::PARTS * S::TILE) + at];
+                        if (phase > 0) total[p] += earlier;
+                        earlier = total[p];
+                    }
+                    if (W::ROW_SCALES) total[p] *= scale[e][p];
+                    total[p] += bias[e][p];
+                }
+                if (phase < S::PHASES - 1) continue;
+                out.y[i64(row) * out.m + column] = from_float<U>(residual[e] + activated<S::ACT, T>(total));
+            }
+        }
+    }
+}
+
+// All of a kernel. x: the launch's first row; wait: pdl_wait, which the kernels themselves call so that they are known
+// to be early.
+template <typename S, int NORM, typename X, typename U, typename Wait>
+__device__ __forceinline__ void product(const X* x, const typename S::T* g, const typename S::T* h, const i32* order,
+                                        const typename S::W* w, int k, f32 eps, Output<typename S::T, U> out,
+                                        Wait wait) {
+    typedef typename S::T T;
+    constexpr int LEVELS =
+        NORM != NO_NORM && sizeof(U) == 4 && sizeof(T) == 2 ? 2 : 1;  // numbers of T of an element of x
+    Stream<S> stream(w, out.rows, k);
+    out.scales = S::W::row_scales(w, out.rows * S::PARTS, k);
+    if constexpr (TENSOR<T>) {
+        RegisterRows<S, NORM, LEVELS, X> rows(x, g, h, order, k, out.count);
+        Factors<S, LEVELS> factors;
+        wait();
+        rows.measure(eps);
+        multiply_rows(stream, rows, factors, out);
+    } else {
+        SharedRows<S, NORM, LEVELS, X> rows(x, g, h, order, k, out.count, stream.staged());
+        FloatFactors<S> factors;
+        wait();
+        rows.measure(eps);
+        multiply_rows(stream, rows, factors, out);
+    }
+}
+
+template <typename T, typename U, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, bool ORDERED>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_packed(const T* x, const W* __restrict__ w, const T* __restrict__ b, const i32* __restrict__ order, U* y,
+                  int n, int first, int m, int rows, int column, int k) {
+    const T* g = nullptr;
+    const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
+                              min(n - first, 8),           m,       rows};
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, NO_NORM>(
+        x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
+}
+
+template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, bool ORDERED>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    linear_add_packed(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b,
+                      const i32* __restrict__ order, f32* y, int n, int first, int m, int rows, int column, int k) {
+    const T* g = nullptr;
+    const i64 at = i64(first) * m + column;
+    const Output<T, f32> out = {y + at, a + at, b == nullptr ? b : b + column, min(n - first, 8), m, rows};
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, NO_NORM>(
+        x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
+}
+
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+          bool ORDERED>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    rms_norm_linear_packed(const f32* x, const T* __restrict__ g, const W* __restrict__ w, const T* __restrict__ b,
+                           const i32* __restrict__ order, U* y, int n, int first, int m, int rows, int column, int k,
+                           f32 eps) {
+    const T* h = nullptr;
+    const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
+                              min(n - first, 8),           m,       rows};
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, RMS_NORM>(x + i64(first) * k, g, h, order, w,
+                                                                                     k, eps, out, [] { pdl_wait(); });
+}
+
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+          bool ORDERED>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    layer_norm_linear_packed(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const W* __restrict__ w,
+                             const T* __restrict__ b, const i32* __restrict__ order, U* y, int n, int first, int m,
+                             int rows, int column, int k, f32 eps) {
+    const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
+                              min(n - first, 8),           m,       rows};
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, LAYER_NORM>(
+        x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
+}

@@ -1,0 +1,106 @@
+"""cuda_src/formats.cuh: what kernels make of packed blocks, against what the format says the numbers are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama.dtypes import DTYPES
+from cuplama.ops.binding import BoundLaunch
+from cuplama.ops.prototypes import prototypes
+from cuplama.quant.catalog import CATALOG, random_stored
+from cuplama.quant.format import PLAIN_CODES
+from cuplama.quant.packed import pack
+from cuplama.simt.emulator import precompile, run
+
+KERNELS = Path(__file__).resolve().parent / "kernels"
+Array = np.ndarray[Any, Any]
+
+
+def _type(name: str) -> str:
+    packing = CATALOG[name].packing
+    assert packing is not None
+    return packing.type
+
+
+def _launch(expression: str, *args: Any, grid: int = 1) -> None:
+    proto = prototypes("formats.cu", KERNELS)[expression.split("<")[0]]
+    run(BoundLaunch("formats.cu", expression, (grid, 1, 1), (32, 1, 1), 0, args, proto), folder=KERNELS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    found = []
+    for name in CATALOG:
+        W = _type(name)
+        found += [f"size<{W}>", f"elements<{W}>", f"floats<{W}>", f"fragments<{W}, f16>", f"fragments<{W}, bf16>"]
+    precompile([("formats.cu", e) for e in found], folder=KERNELS)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_elements(name: str) -> None:
+    """A block is as large as the format says, and each element is the number that the format decodes."""
+    stored = random_stored(CATALOG[name], 37, 200, np.random.default_rng(0))
+    packing = stored.format.packing
+    assert packing is not None
+    size = np.zeros(1, np.int32)
+    _launch(f"size<{packing.type}>", size)
+    assert size[0] == packing.block_bytes
+    y = np.zeros(stored.shape, np.float32)
+    _launch(f"elements<{packing.type}>", pack(stored).view(np.uint32), y, np.int32(37), np.int32(200), grid=37)
+    np.testing.assert_allclose(y, stored.numbers(), rtol=2e-7, atol=1e-6)
+
+
+def _shares(numbers: Array) -> Array:
+    """A block's numbers [16, 128] as lanes have them: [chunk, lane, half, 4 columns]."""
+    return numbers.reshape(2, 8, 8, 4, 4).transpose(2, 1, 3, 0, 4).reshape(8, 32, 2, 4)
+
+
+def _unscaled(stored: Any) -> tuple[Array, Array, Array]:
+    """number(code) - zero of one block, and its scales and offsets, each [16, 128]."""
+    form = stored.format
+    codes = stored.fields["code"].read()
+    plain = form.packing.code.name in PLAIN_CODES
+    numbers = stored.numbers() if plain else form.packing.code.numbers[codes]
+    parts = {}
+    for part, dtype in form.packing.parts:
+        bits = stored.fields[part].read()
+        kind = DTYPES.get(dtype, np.dtype({"u8": np.uint8, "i8": np.int8}.get(dtype, np.uint8)))
+        values = bits.astype(f"u{kind.itemsize}").view(kind).astype(np.float32)
+        parts[part] = np.repeat(values, 128 // values.shape[1], 1)
+    scale, offset = parts.get("scale", np.float32(1)), parts.get("offset", np.float32(0))
+    if "super_scale" in parts:
+        scale = parts["super_scale"] * parts["sub_scale"]
+        offset = -parts["super_least"] * parts["sub_least"] if "super_least" in parts else offset
+    return numbers - parts.get("zero", np.float32(0)), *(np.broadcast_to(v, (16, 128)) for v in (scale, offset))
+
+
+@pytest.mark.parametrize("T", ["f16", "bf16"])
+@pytest.mark.parametrize("name", CATALOG)
+def test_fragments(name: str, T: str) -> None:
+    """Lanes get their shares of a block, exactly where T holds the numbers, else rounded once."""
+    stored = random_stored(CATALOG[name], 16, 128, np.random.default_rng(1))
+    y = np.zeros((8, 32, 2, 2, 2), DTYPES[T])  # [chunk, lane, pair, half, element]
+    parts = np.zeros((8, 32, 2, 2), np.float32)
+    _launch(f"fragments<{_type(name)}, {T}>", pack(stored).view(np.uint32), y, parts)
+    numbers, scales, offsets = _unscaled(stored)
+    wanted = _shares(numbers).reshape(8, 32, 2, 2, 2).transpose(0, 1, 3, 2, 4)
+    if name.startswith(("int", "Q", "fp8")):
+        assert np.array_equal(wanted.astype(DTYPES[T]).astype(np.float32), wanted), "T holds them all"
+    assert np.array_equal(y.astype(np.float32), wanted.astype(DTYPES[T]).astype(np.float32))
+    packing = stored.format.packing
+    assert packing is not None
+    if packing.group:
+        for at, values in enumerate((scales, offsets)):
+            np.testing.assert_allclose(parts[:, :, at], _shares(values)[..., 0], rtol=2e-7)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_floats(name: str) -> None:
+    stored = random_stored(CATALOG[name], 16, 128, np.random.default_rng(2))
+    y = np.zeros((8, 32, 2, 4), np.float32)
+    _launch(f"floats<{_type(name)}>", pack(stored).view(np.uint32), y)
+    assert np.array_equal(y, _shares(_unscaled(stored)[0]))
