@@ -6,8 +6,9 @@ from typing import Any
 
 from ..dtypes import Array
 from .launch import Device, Launch, Plan
-from .op import EXACT, Call, Draw, Op
-from .weights import weight_rows
+from .op import Call, Draw, Op
+from .signature import OpError
+from .weights import segments_of, stored_bytes, weight_rows
 
 __all__ = ["embedding", "embedding_pos"]
 
@@ -16,6 +17,9 @@ _CASES = [
     dict(n=7, d=64, V=33, P=16),
     dict(n=5, d=200, V=9, P=7),
     dict(n=3, d=4096, V=4, P=3),
+    dict(n=9, d=200, V=40, P=5, W="int4 g64"),
+    dict(n=4, d=256, V=21, P=5, W="Q6_K"),
+    dict(n=12, d=300, V=50, P=9, W="Q5_1 + fp8 ordered"),  # segments of 25 rows
 ]
 
 
@@ -35,8 +39,27 @@ _THREADS = 128  # small blocks: the row of a single token spreads over several m
 
 
 def _kernels(call: Call, device: Device) -> Plan:
-    grid = (call["n"], -(-call["d"] // (8 * _THREADS)))
-    return Plan((Launch(f"embedding.cu:{call.op.name}", grid, (_THREADS,)),))
+    segments = segments_of(call.arrays["table"])
+    if segments is None:
+        grid = (call["n"], -(-call["d"] // (8 * _THREADS)))
+        return Plan((Launch(f"embedding.cu:{call.op.name}", grid, (_THREADS,)),))
+    if segments_of(call.arrays.get("position_table")) is not None:
+        raise OpError(f"{call.op.name}: position_table is quantised; only a table of tokens may be")
+    launches, first = [], 0
+    for i, segment in enumerate(segments):
+        constants = {"W": segment.format.packing.type, "first": first, "rows": segment.rows}
+        names = {"table": f"table.{i}", "order": f"table.{i}.order"}
+        grid = (call["n"], -(-call["d"] // _THREADS))
+        kernel = f"embedding.cu:{call.op.name}_packed"
+        launches.append(Launch(kernel, grid, (_THREADS,), constants=constants, names=names))
+        first += segment.rows
+    return Plan(tuple(launches))
+
+
+def _row_bytes(call: Call, table: str) -> float:
+    """Of a table, in memory."""
+    array = call.arrays[table]
+    return stored_bytes(array) / max(1, array.shape[0]) if array is not None else 0
 
 
 embedding = Op(
@@ -48,8 +71,11 @@ embedding = Op(
     cases=_CASES,
     sizes=_sizes,
     ranges={"input_ids": "V"},
-    tolerance=EXACT,
-    bytes=lambda c: c["n"] * (4 + c["d"] * (4 + c.dtypes["T"].itemsize)),
+    bytes=lambda c: c["n"] * (4 + c["d"] * 4 + _row_bytes(c, "table")),
+    kernel_docs={
+        "embedding": "x = table[input_ids] of a plain table",
+        "embedding_packed": "x = table[input_ids] of a segment of a packed table",
+    },
 )
 
 embedding_pos = Op(
@@ -61,5 +87,9 @@ embedding_pos = Op(
     cases=_CASES,
     sizes=_sizes,
     ranges={"input_ids": "V", "positions": "P"},
-    bytes=lambda c: c["n"] * (8 + c["d"] * (4 + 2 * c.dtypes["T"].itemsize)),
+    bytes=lambda c: c["n"] * (8 + c["d"] * 4 + _row_bytes(c, "table") + _row_bytes(c, "position_table")),
+    kernel_docs={
+        "embedding_pos": "x = table[input_ids] + position_table[positions] of a plain table",
+        "embedding_pos_packed": "x = table[input_ids] + position_table[positions] of a segment of a packed table",
+    },
 )

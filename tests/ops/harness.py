@@ -20,6 +20,7 @@ from cuplama.ops.binding import BoundLaunch, bind_plan
 from cuplama.ops.launch import Device
 from cuplama.ops.op import Op
 from cuplama.ops.signature import Spec
+from cuplama.ops.weights import segments_of
 
 Case = Mapping[str, Any]
 
@@ -51,7 +52,8 @@ def workload(op: Op, case: Case, T: str) -> Workload:
 def run_reference(workload: Workload, arrays: list[Any]) -> list[np.ndarray[Any, Any]]:
     """The reference on inputs in T, its outputs in the dtypes of the signature."""
     op = workload.op
-    out = op.reference(*[None if x is None else x.copy() for x in arrays], **workload.attrs)
+    ins = [x if x is None or segments_of(x) is not None else x.copy() for x in arrays]
+    out = op.reference(*ins, **workload.attrs)
     outs = out if isinstance(out, tuple) else (out,)
     return [o.astype(workload.call.dtype(s), copy=False) for s, o in zip(op.signature.outs, outs, strict=True)]
 

@@ -11,6 +11,7 @@ import pytest
 
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.backends.cuda.driver import cuda_available
+from cuplama.backends.cuda.loading import pack_kernels
 from cuplama.dtypes import Array
 from cuplama.folders import source_folder
 from cuplama.lab.check import BackendExecutor, check, model_dtypes, run_guarded
@@ -20,8 +21,9 @@ from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS
 from cuplama.ops.launch import Device
 from cuplama.ops.missing import missing
-from cuplama.ops.op import Op
+from cuplama.ops.op import Call, Op
 from cuplama.ops.prototypes import prototypes
+from cuplama.ops.weights import segments_of
 
 from . import harness
 from .harness import Case
@@ -31,8 +33,16 @@ _WITH_KERNELS = list(harness.all_cases(lambda op: op.kernels is not None))
 _NAMES = [harness.name_of(*c) for c in _ALL]
 _KERNEL_NAMES = [harness.name_of(*c) for c in _WITH_KERNELS]
 
-# Kernels of no op: the CUDA backend prepares biases for cuBLAS; read_sum measures the bandwidth.
-_OF_NO_OP = {"bias.cu:cast_bias", "bias.cu:fill_rows", ":".join(READ_KERNEL)}
+# Kernels of no op: the CUDA backend prepares biases and packed weights for cuBLAS, and packs weights when it loads them;
+# read_sum measures the bandwidth.
+_OF_NO_OP = {
+    "bias.cu:cast_bias", "bias.cu:fill_rows", "unpack.cu:unpack", ":".join(READ_KERNEL),
+    *(f"{file}:{kernel.partition('<')[0]}" for file, kernel in pack_kernels()),
+}  # fmt: skip
+
+
+def _bind(op: Op, case: Case, T: str) -> Call:
+    return harness.workload(op, case, T).bind()
 
 
 @pytest.mark.parametrize(("op", "case", "T"), _ALL, ids=_NAMES)
@@ -65,15 +75,16 @@ def test_every_kernel_is_launched() -> None:
 
 
 def test_nothing_is_missing() -> None:
-    assert missing(_OF_NO_OP) == []
+    assert missing(_OF_NO_OP, bind=_bind) == []
 
 
 def test_what_is_missing_is_named() -> None:
     """In one line each: what an op lacks, and what lacks an op."""
-    assert missing() == ["bias.cu: no op launches it", "peaks.cu: no op launches it"]
+    of_no_op = ("bias", "pack", "peaks", "unpack")
+    assert missing(bind=_bind) == [f"{stem}.cu: no op launches it" for stem in of_no_op]
     bare = Op("bare", "y[n]:T = (x[n]:T)", doc="", reference=lambda x: x)
     with_kernels = Op("two", "y[n]:T = (x[n]:T)", "", lambda x: x, kernels=OPS["sample"].kernels, cases=[dict(n=1)])
-    lines = missing(_OF_NO_OP, {**OPS, "bare": bare, "two": with_kernels})
+    lines = missing(_OF_NO_OP, {**OPS, "bare": bare, "two": with_kernels}, _bind)
     assert lines[:3] == ["op bare: no documentation", "op bare: no cases", "op bare: no random sizes"]
     assert "op bare: no kernels" in lines
     assert any(line.startswith("op two: its launches cannot be planned: ") for line in lines)
@@ -98,10 +109,10 @@ def shifted(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class Shifted(EmulatedDevice):
-    """All arrays begin where 16-byte accesses are not allowed."""
+    """All arrays begin where 16-byte accesses are not allowed, but the blocks of packed weights, which always allow them."""
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Array:
-        return shifted(array)
+    def upload(self, array: Array) -> Array:
+        return shifted(array) if segments_of(array) is None else super().upload(array)
 
 
 def unaligned_workloads() -> Iterator[Workload]:
