@@ -11,10 +11,11 @@ import numpy as np
 
 from ..dtypes import DTYPES, Array, upcast
 from .launch import Device, Launch, Plan
+from .linear_packed import plan_packed
 from .op import Call, Draw, Op
 from .signature import OpError
 from .team import LEAST_WORK, fill, multiplying
-from .weights import weight_rows
+from .weights import segments_of, weight_rows
 
 __all__ = ["MAX_STREAMED_ROWS", "PRODUCT_TOLERANCE", "linear", "product_sizes", "stream_rows"]
 
@@ -147,6 +148,9 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
     constants: the kernel's own; ``ACT`` tells how many rows of w make a column of y. More groups read the weight again:
     correct, but cuBLAS is the fast way for many rows.
     """
+    w = call.arrays["w"]
+    if w is not None and (segments := segments_of(w)) is not None:
+        return plan_packed(kernel, call, device, segments, constants)
     n, m, k, size = call["n"], call["m"], call["k"], call.dtypes["T"].itemsize
     halves = 2 if constants.get("ACT") == "SILU_MUL" else 1
     outs, blocks, warps = _shape(m * halves, halves, device)
