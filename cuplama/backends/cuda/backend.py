@@ -129,6 +129,7 @@ class CudaBackend:
         self._keys: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], Planned] = {}
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
+        self._kept: dict[tuple[str, tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
         self._loading: Loading | None = None
         self._ranges = ranges = nvtx_ranges()
@@ -297,7 +298,7 @@ class CudaBackend:
         for spec, array in zip(op.signature.ins, ins, strict=False):
             if array is not None:
                 self.gpu.check(f"{op.name}: {spec.name}", array)
-        return make_plan(op.bind(ins, attributes(op, attrs, self.dtype)), self.gpu, self._zeros)
+        return make_plan(op.bind(ins, attributes(op, attrs, self.dtype)), self.gpu, self._zeros, self._shared)
 
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Scratch that kernels find and leave zero, so all share it. Never freed: captured graphs use it."""
@@ -305,6 +306,12 @@ class CudaBackend:
             array = self._zeroed[shape, dtype] = self.gpu.empty(shape, dtype)
             self.gpu.fill(array, 0)
         return self._zeroed[shape, dtype]
+
+    def _shared(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Scratch that all calls share, one after the other in the stream. Never freed: captured graphs use it."""
+        if (name, shape, dtype) not in self._kept:
+            self._kept[name, shape, dtype] = self.gpu.empty(shape, dtype)
+        return self._kept[name, shape, dtype]
 
     def _key(self, op: Op, attrs: Mapping[str, Any]) -> int:
         """A small number for an op with its attributes; layers that differ in nothing else share their plans."""
@@ -330,6 +337,7 @@ class CudaBackend:
         self._plans.clear()
         self._prepared.clear()
         self._zeroed.clear()
+        self._kept.clear()
         self._loading = None
         self.gpu.close()
 

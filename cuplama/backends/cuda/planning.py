@@ -128,10 +128,17 @@ class _Matmul:
         self.product(**named)
 
 
-def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, aligned: bool = True) -> Planned:
+def make_plan(
+    call: Call,
+    compiler: Compiler,
+    zeros: Allocate | None = None,
+    shared: Allocate | None = None,
+    aligned: bool = True,
+) -> Planned:
     """Decide the launches of an op that is bound to its inputs. Nothing is allocated, and nothing launched.
 
-    zeros: gives the scratch that launches find and leave zero, where the caller keeps such; else each call makes it.
+    zeros, shared: give the scratch that launches find and leave zero, and that which all calls share, where the caller
+    keeps such; else each call makes it.
     aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
     kernels or sizes that they do not take, CompileError, and DeviceError.
     """
@@ -154,7 +161,7 @@ def make_plan(call: Call, compiler: Compiler, zeros: Allocate | None = None, ali
         raise OpError(f"{op.name} has no CUDA kernel")
     actions: list[Action] = []
     zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
-    for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros), strict=True):
+    for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros, shared), strict=True):
         function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
         actions.append(_Launch(function, bound, position, launch))
     if way is not None:
