@@ -1,16 +1,22 @@
-// quantise_rows    codes[n,k] = e4m3(x / s)   x_scale[n] = s       s = max over a row of |x| / 448
-// quantise_groups  codes[n,k] = e4m3(x / s)   x_scale[K,n] = s     s = max over 128 columns of a row, K = ceil(k / 128)
-//                  x: T   codes: 8-bit floats, four in a word   x_scale: f32
+// quantise           codes of x[n,k]: T
+// rms_norm_quantise  codes of rms_norm(x[n,k]: f32, g[k]: T), rounded to T first
+// silu_mul_quantise  codes of silu_mul(x[n,2k]: T), rounded to T first
+//
+//     x_codes[n,k] = e4m3(x / s)     x_scale = s = max |x| / 448      x_codes: 8-bit floats, four in a word
+//     GROUPS: max over 128 columns of a row, x_scale[ceil(k / 128), n]; else over the row, x_scale[n]
 //
 // What a product of 8-bit floats needs of its activations: codes that use the whole range of e4m3, whose largest number
-// is 448, and what they are to be multiplied by. x is read once. k is a multiple of 16, as cuBLAS demands.
+// is 448, and what they are to be multiplied by. What comes before the product is computed here as well, where it can
+// be: the activations then are never written in 16 bits and read again. k is a multiple of 16, as cuBLAS demands.
 //
-// Mapping: a thread takes vectors of 8 columns. quantise_rows gives a row to a block, which holds it in registers;
-// quantise_groups 128 columns to half a warp, and neighbours are of neighbouring rows, whose scales lie side by side.
+// Mapping: a row to a block, which holds it in registers; a thread takes CHUNKS vectors of 8 columns. 128 columns are
+// half a warp's.
 //
-// Launched by cuplama/backends/cuda/planning.py. Reference: cuplama/quant/activations.py.
-// Test: tests/backends/cuda/test_activations_fp8.py. Benchmark: python -m benchmarks.fp8_products.
-// Tried: nothing else yet.
+// Op and test: products over many rows (cuplama/backends/cuda/eight_bit.py), tests/backends/cuda/test_eight_bit.py.
+// Benchmark: python -m benchmarks.fp8_products.
+// Tried: groups of 128 columns dealt out so that neighbours are of neighbouring rows, whose scales lie side by side:
+// as fast, and one kernel more.
+#include "activation.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
 
@@ -38,40 +44,84 @@ __device__ __forceinline__ Pack<u32, 2> codes_of(const Pack<T, 8>& x, float inve
     return codes;
 }
 
-template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(1024)
-    quantise_rows(const T* __restrict__ x, u32* __restrict__ codes, f32* __restrict__ x_scale, int k) {
-    x += i64(blockIdx.x) * k;
-    codes += i64(blockIdx.x) * (k / 4);
-    Pack<T, 8> v[CHUNKS];
-    float largest = 0.f;
+// The first of the 8 columns that a thread has in a chunk.
+__device__ __forceinline__ int column_of(int chunk) { return (chunk * blockDim.x + threadIdx.x) * 8; }
+
+// Codes and scales of the block's row. Columns beyond k are zero.
+template <bool GROUPS, typename T, int CHUNKS>
+__device__ __forceinline__ void write_codes(const Pack<T, 8> (&x)[CHUNKS], u32* x_codes, f32* x_scale, int n, int k) {
+    const int row = blockIdx.x;
+    float largest[CHUNKS];
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        v[c] = load_row<8>(x, (c * blockDim.x + threadIdx.x) * 8, k, true);
-        largest = fmaxf(largest, largest_of(v[c]));
+    for (int c = 0; c < CHUNKS; c++) largest[c] = largest_of(x[c]);
+    if (GROUPS) {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+            for (int lanes = 8; lanes > 0; lanes /= 2)
+                largest[c] = fmaxf(largest[c], __shfl_xor_sync(ALL_LANES, largest[c], lanes));
+        }
+    } else {
+#pragma unroll
+        for (int c = 1; c < CHUNKS; c++) largest[0] = fmaxf(largest[0], largest[c]);
+        largest[0] = block_max(largest[0]);
     }
-    const float scale = scale_of(block_max(largest)), inverse = 1.f / scale;
-    if (threadIdx.x == 0) x_scale[blockIdx.x] = scale;
+    x_codes += i64(row) * (k / 4);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        const int at = (c * blockDim.x + threadIdx.x) * 2;
-        store_row<2>(codes, at, k / 4, true, codes_of(v[c], inverse));
+        const int at = column_of(c);
+        if (at >= k) break;
+        const float scale = scale_of(largest[GROUPS ? c : 0]);
+        if (GROUPS ? at % 128 == 0 : at == 0) x_scale[GROUPS ? i64(at / 128) * n + row : row] = scale;
+        store<2>(x_codes + at / 4, codes_of(x[c], 1.f / scale));
     }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(256)
-    quantise_groups(const T* __restrict__ x, u32* __restrict__ codes, f32* __restrict__ x_scale, int n, int k) {
-    const i64 index = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 16;  // of the group: group * n + row
-    const int row = index % n, group = index / n, at = group * 128 + threadIdx.x % 16 * 8;
-    const bool inside = at < k;
-    Pack<T, 8> v{};
-    if (inside) v = load<8>(x + i64(row) * k + at);
-    float largest = largest_of(v);
+template <typename T, int CHUNKS, bool GROUPS>
+__global__ void __launch_bounds__(1024)
+    quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
+    Pack<T, 8> v[CHUNKS];
 #pragma unroll
-    for (int lanes = 8; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
-    const float scale = scale_of(largest), inverse = 1.f / scale;
-    if (!inside) return;
-    if (threadIdx.x % 16 == 0) x_scale[index] = scale;
-    store<2>(codes + (i64(row) * k + at) / 4, codes_of(v, inverse));
+    for (int c = 0; c < CHUNKS; c++) v[c] = load_row<8>(x + i64(blockIdx.x) * k, column_of(c), k, true);
+    write_codes<GROUPS>(v, x_codes, x_scale, n, k);
+}
+
+// As in norm.cu.
+template <typename T, int CHUNKS, bool GROUPS>
+__global__ void __launch_bounds__(1024)
+    rms_norm_quantise(const f32* __restrict__ x, const T* __restrict__ g, u32* __restrict__ x_codes,
+                      f32* __restrict__ x_scale, int n, int k, f32 eps) {
+    Pack<f32, 8> v[CHUNKS];
+    Pack<T, 8> scale[CHUNKS];
+    float squares = 0.f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        v[c] = load_row<8>(x + i64(blockIdx.x) * k, column_of(c), k, true);
+        scale[c] = load_row<8>(g, column_of(c), k, true);
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += v[c].v[j] * v[c].v[j];
+    }
+    const float inverse = 1.f / sqrtf(block_sum(squares) / k + eps);
+    Pack<T, 8> out[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) out[c].v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale[c].v[j]));
+    }
+    write_codes<GROUPS>(out, x_codes, x_scale, n, k);
+}
+
+// As in activation.cu.
+template <typename T, int CHUNKS, bool GROUPS>
+__global__ void __launch_bounds__(1024)
+    silu_mul_quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
+    const T* gate = x + i64(blockIdx.x) * 2 * k;
+    Pack<T, 8> v[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const Pack<T, 8> g = load_row<8>(gate, column_of(c), k, true), u = load_row<8>(gate + k, column_of(c), k, true);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[c].v[j] = from_float<T>(silu_of<T>(to_float(g.v[j])) * to_float(u.v[j]));
+    }
+    write_codes<GROUPS>(v, x_codes, x_scale, n, k);
 }

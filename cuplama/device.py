@@ -20,37 +20,59 @@ from .engine import memory
 from .errors import DeviceError
 from .models.config import ModelConfig
 from .ops.attention import HEAD_DIMS
+from .quant.format import E4M3
+from .quant.stored import Stored
 from .quant.weight import Weight
 
-__all__ = ["DEVICES", "open_backend", "stored_dtype"]
+__all__ = ["ACTIVATIONS", "DEVICES", "open_backend", "stored_dtype"]
 
 DEVICES = ("auto", "cuda", "numpy")
+ACTIVATIONS = ("auto", "fp8")
 _log = logging.getLogger("cuplama")
 
 
 def open_backend(
-    device: str, dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int
+    device: str,
+    dtype: str,
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    context: int,
+    tokens: int,
+    activations: str = "auto",
 ) -> Backend:
     """A backend with room for one model. device: one of ``DEVICES``; dtype: a dtype's short name, or "auto".
 
-    context: tokens of a sequence; tokens: of the KV cache, all sequences together. "auto" is the checkpoint's dtype on
+    context: tokens of a sequence; tokens: of the KV cache, all sequences together; activations: one of ``ACTIVATIONS``,
+    and where "fp8" changes nothing, a warning says so. dtype "auto" is the checkpoint's dtype on
     CUDA and float32 on NumPy. Raises ParameterError for an unknown device, and DeviceError, with the numbers, where
     weights, cache and workspace do not fit or a head_dim is not in the kernels.
     """
     one_of("device", device, DEVICES)
+    one_of("activations", activations, ACTIVATIONS)
+    if activations != "auto" and not _has_floats(weights):
+        _log.warning("activations fp8 changes nothing: the model has no weights in fp8 (e4m3)")
+        activations = "auto"
     if device != "numpy":
         works, reason = cuda_available()
         if works:
-            return _open_cuda(dtype, config, weights, context, tokens)
+            return _open_cuda(dtype, config, weights, context, tokens, activations)
         if device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
         _log.warning("running on NumPy: %s", reason)
+    if activations != "auto":
+        _log.warning("activations fp8 changes nothing: NumPy computes in float32")
     return _open_numpy(dtype, config, weights, tokens)
 
 
 def _bytes(weights: Mapping[str, Weight], dtype: np.dtype[Any]) -> int:
     """Bytes of all weights where plain ones have that dtype, a tied head counted once."""
     return sum(w.device_bytes(dtype) for w in {w.source: w for w in weights.values()}.values())
+
+
+def _has_floats(weights: Mapping[str, Weight]) -> bool:
+    """Whether any weight is of 8-bit floats."""
+    parts = (p for w in weights.values() for p in w.parts if isinstance(p, Stored))
+    return any(p.format.packing is not None and p.format.packing.code == E4M3 for p in parts)
 
 
 def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
@@ -60,20 +82,26 @@ def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
     return config.stored if table.packed else dtype_name(table.dtype)
 
 
-def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int) -> Backend:
+def _open_cuda(
+    dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int, activations: str
+) -> Backend:
     from .backends.cuda.backend import CudaBackend
+    from .backends.cuda.unpacking import slice_bytes
 
     if config.head_dim not in HEAD_DIMS:
         raise DeviceError(
             f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
             " --device numpy takes any"
         )
-    backend = CudaBackend(stored_dtype(config, weights) if dtype == "auto" else dtype)
+    chosen = stored_dtype(config, weights) if dtype == "auto" else dtype
+    backend = CudaBackend(chosen, activations=activations)
     size = _bytes(weights, backend.dtype)
+    multiplied = {w.shape for name, w in weights.items() if w.packed and name != "embed_tokens"}
+    kept = sum(slice_bytes(m, k, backend.dtype.itemsize) for m, k in multiplied)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
         chunks, limits = backend.prefill_chunks, backend.gpu.limits
-        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits)
+        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, kept)
 
     free = backend.free_memory()
     backend.prefill_chunk, plan = fit(free)

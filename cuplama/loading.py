@@ -9,7 +9,7 @@ from typing import Any
 
 from .arguments import checked, flag, one_of, whole_number
 from .backends import Backend
-from .device import DEVICES, open_backend
+from .device import ACTIVATIONS, DEVICES, open_backend
 from .dtypes import Array
 from .engine.engine import Engine
 from .errors import ConfigError
@@ -47,6 +47,7 @@ def load(
     dtype: str = "auto",
     context: int | None = None,
     cache_tokens: int | None = None,
+    activations: str = "auto",
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -58,6 +59,8 @@ def load(
     dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's on CUDA, float32 on NumPy.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
     cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``.
+    activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64 tokens:
+    faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
@@ -65,6 +68,7 @@ def load(
     """
     one_of("dtype", dtype, DTYPE_NAMES)
     one_of("device", device, DEVICES)
+    one_of("activations", activations, ACTIVATIONS)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     config = load_config(folder)
     length = context_length(config, context)
@@ -74,7 +78,7 @@ def load(
     tokenizer = None if is_missing(folder / "tokenizer.json") else Tokenizer.load(folder)
     settings = Settings.read(folder, config, tokenizer)
     weights = load_weights(folder, config)
-    engine = start_engine(config, weights, device, dtype, length, tokens, progress)
+    engine = start_engine(config, weights, device, dtype, length, tokens, progress, activations)
     name = BUNDLED if model is None else os.fspath(model)
     return Model(folder, config, tokenizer, engine, settings, name)
 
@@ -87,12 +91,13 @@ def start_engine(
     context: int,
     cache_tokens: int,
     progress: LoadProgress | None = None,
+    activations: str = "auto",
 ) -> Engine:
     """An engine with the weights on a device and a cache of ``cache_tokens`` tokens; arguments as for ``load``.
 
     Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend = open_backend(device, DTYPE_NAMES[dtype], config, weights, context, cache_tokens)
+    backend = open_backend(device, DTYPE_NAMES[dtype], config, weights, context, cache_tokens, activations)
     try:
         return Engine(backend, config, _upload(backend, weights, progress), context, cache_tokens)
     except BaseException:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..device import DEVICES
+from ..device import ACTIVATIONS, DEVICES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..sampling_params import allowed_values, read_parameter
@@ -17,6 +17,7 @@ from .names import DEVICE_WORDS, NamedOption, device_word
 from .streams import QUIET_KEY, no_warnings
 
 __all__ = [
+    "ACTIVATIONS_OPTION",
     "DEBUG",
     "DEVICE",
     "OFFLINE",
@@ -68,6 +69,12 @@ def weight_format_option(needs: str) -> Decorator:
     )
 
 
+ACTIVATIONS_OPTION = click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="auto",
+    help="fp8: with fp8 weights, read prompts in fp8 as well.",
+)
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 
 
@@ -123,6 +130,7 @@ def dtype_option(auto: str = "") -> Decorator:
 run_options = options(
     DEVICE,
     dtype_option(": the checkpoint's on CUDA, float32 on NumPy"),
+    ACTIVATIONS_OPTION,
     click.option(
         "-c",
         "--context",

@@ -139,8 +139,9 @@ class Cublas:
         return product if product.algorithm is not None else None
 
     def scaled_product(
-        self, n: int, m: int, k: int, scales: str, U: str, bias: bool = False, add: bool = False, fast: bool = False
-    ) -> Product | None:
+        self, n: int, m: int, k: int, scales: str, U: str, bias: bool = False, add: bool = False, fast: bool = False,
+        width: int = 0,
+    ) -> Product | None:  # fmt: skip
         """The same with x and w of 8-bit floats (e4m3) and scales of the kind ``SCALES[scales]``.
 
         fast: sums stay in the tensor cores, which keep about 14 bits of them, and are not moved to float32 on the way.
@@ -149,7 +150,7 @@ class Cublas:
         rows = SCALES[scales].rows
         if k % _ALIGNED_K or m % _ALIGNED_M or n % rows or m % rows or (bias and U == "f32"):
             return None  # a bias of float32 is not known beside 8-bit floats
-        product = Product(self, n, m, k, "e4m3", U, bias, add, m, SCALES[scales], fast)
+        product = Product(self, n, m, k, "e4m3", U, bias, add, width or m, SCALES[scales], fast)
         return product if product.algorithm is not None else None
 
     def call(self, name: str, *arguments: Any) -> None:

@@ -19,9 +19,10 @@ from ...ops.launch import Device, Launch, Plan
 from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.op import Call
 from ...ops.signature import OpError
-from ...ops.weights import segments_of
+from ...ops.weights import MAX_PACKED_ROWS, segments_of
 from .cublas import Product
-from .unpacking import MAX_PACKED_ROWS, row_slices, unpack_launches
+from .eight_bit import FAST, code_scratch, quantise_launch, row_scratch, scale_kind, unpack_codes_launch
+from .unpacking import row_slices, unpack_launches
 
 __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
 
@@ -38,11 +39,13 @@ class Compiler(Protocol):
     """What a plan is made for: a GPU whose kernels can be compiled.
 
     cublas: the library, None where products are left to the kernels; workspace: bytes that a product of it takes as
-    scratch, 0 where the library has a workspace of its own.
+    scratch, 0 where the library has a workspace of its own; activations: "fp8" where products of many rows with 8-bit
+    floats round x to such, or "auto".
     """
 
     limits: Device
     workspace: int
+    activations: str
 
     @property
     def cublas(self) -> Any: ...
@@ -110,19 +113,22 @@ class _Launch:
 
 
 class _Matmul:
-    """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes, and how
-    many bytes behind its beginning."""
+    """A cuBLAS product without its arrays. pointers: name of an argument -> the array that it takes or its number, and
+    how many bytes behind its beginning."""
 
     __slots__ = ("compiler", "pointers", "product", "text")
 
-    def __init__(self, product: Product, compiler: Compiler, pointers: Mapping[str, int], shift: int) -> None:
+    def __init__(self, product: Product, compiler: Compiler, pointers: Mapping[str, int | Array], shift: int) -> None:
         """shift: bytes from the first column of y to that of the product."""
         self.product, self.compiler, self.text = product, compiler, product.text
         self.pointers = {name: (i, shift if name in ("y", "b", "c") else 0) for name, i in pointers.items()}
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
         compiler = self.compiler
-        named = {name: compiler.address(arrays[i]) + shift for name, (i, shift) in self.pointers.items()}
+        named = {
+            name: compiler.address(arrays[at] if isinstance(at, int) else at) + shift
+            for name, (at, shift) in self.pointers.items()
+        }
         if compiler.workspace:
             named["stream"] = compiler.stream_pointer()
         self.product(**named)
@@ -146,6 +152,11 @@ def make_plan(
     width = len(signature.ins)
     position = {spec.name: i for i, spec in enumerate(signature.ins)}
     new: list[Buffer] = []
+    kept: dict[str, Array] = {}
+
+    def keep(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        kept[name] = buffer(name, shape, dtype) if shared is None else shared(name, shape, dtype)
+        return kept[name]
 
     def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], zeroed: bool = False) -> Array:
         position[name] = width + len(new)
@@ -161,11 +172,11 @@ def make_plan(
         raise OpError(f"{op.name} has no CUDA kernel")
     actions: list[Action] = []
     zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
-    for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros, shared), strict=True):
+    for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros, keep), strict=True):
         function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
         actions.append(_Launch(function, bound, position, launch))
     if way is not None:
-        pointers = {argument: position[array] for argument, array in way.arrays.items()}
+        pointers = {argument: position.get(array, kept.get(array)) for argument, array in way.arrays.items()}
         if compiler.workspace:
             buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
             pointers["workspace"] = position["workspace"]
@@ -190,13 +201,15 @@ class _Part:
 class _Way:
     """A way to compute an op by cuBLAS: launches, and products among them.
 
-    arrays: for each argument of the products the name of its array; parts: what the products compute, in order;
-    products: the parts with their products, once those are planned.
+    arrays: for each argument of the products the name of its array; parts: what the products compute, in order; scales:
+    of which kind those of 8-bit floats are, "" for products of T; products: the parts with their products, once those
+    are planned.
     """
 
     before: Plan
     arrays: Mapping[str, str]
     parts: tuple[_Part, ...]
+    scales: str = ""
     products: tuple[tuple[_Part, Product], ...] = ()
 
 
@@ -206,38 +219,69 @@ def _by_library(compiler: Compiler, call: Call) -> _Way | None:
         return None
     if call["n"] <= (MAX_STREAMED_ROWS if segments_of(call.arrays["w"]) is None else MAX_PACKED_ROWS):
         return None
-    n, m, k = call["n"], call["m"], call["k"]
-    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-    for way in _ways(call):
-        terms = {"bias": "b" in way.arrays, "add": "c" in way.arrays}
-        products = [
-            cublas.product(n, part.stop - part.start, k, T, U, **terms, **({} if len(way.parts) == 1 else {"width": m}))
-            for part in way.parts
-        ]
-        if None not in products:
-            return replace(way, products=tuple(zip(way.parts, products, strict=True)))
+    for way in _ways(call, compiler.activations == "fp8"):
+        found = [(part, product) for part in way.parts if (product := _product(cublas, call, way, part)) is not None]
+        if len(found) == len(way.parts):
+            return replace(way, products=tuple(found))
     return None
+
+
+def _product(cublas: Any, call: Call, way: _Way, part: _Part) -> Product | None:
+    n, m, k, rows = call["n"], call["m"], call["k"], part.stop - part.start
+    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
+    terms: dict[str, Any] = {"bias": "b" in way.arrays, "add": "c" in way.arrays}
+    if len(way.parts) > 1:
+        terms["width"] = m
+    if way.scales:
+        return cublas.scaled_product(n, rows, k, way.scales, U, fast=way.scales in FAST, **terms)  # type: ignore[no-any-return]
+    return cublas.product(n, rows, k, T, U, **terms)  # type: ignore[no-any-return]
 
 
 def library_plans(call: Call) -> list[Plan]:
     """What may be launched before a library's products for the call; nothing for an op that no library computes."""
-    return [way.before for way in _ways(call)] if call.op.matmul else []
+    return [way.before for way in _ways(call, True)] if call.op.matmul else []
 
 
-def _ways(call: Call) -> Iterator[_Way]:
-    """The ways to compute a product, best first."""
-    segments, m, k, T = segments_of(call.arrays["w"]), call["m"], call["k"], call.dtypes["T"]
+def _ways(call: Call, eight_bit: bool = False) -> Iterator[_Way]:
+    """The ways to compute a product, best first. eight_bit: those of 8-bit floats too."""
+    kind = scale_kind(call) if eight_bit else None
+    if kind is not None:
+        for before, arrays in _with_bias(call):
+            yield _of_codes(call, before, arrays, kind)
     for before, arrays in _with_bias(call):
-        launches = list(before.launches)
-        if segments is None:
-            yield _Way(before, arrays, (_Part(len(launches), 0, m),))
-            continue
-        parts = []
-        for start, stop in row_slices(m, k, T.itemsize):
-            launches += unpack_launches(segments, k, start, stop)
-            parts.append(_Part(len(launches), start, stop))
-        dense = (parts[0].stop, k), dtype_name(T)
-        yield _Way(Plan(tuple(launches), {**before.scratch, "dense": dense}), {**arrays, "w": "dense"}, tuple(parts))
+        yield _of_numbers(call, before, arrays)
+
+
+def _of_codes(call: Call, before: Plan, arrays: Mapping[str, str], kind: str) -> _Way:
+    """Products of 8-bit floats."""
+    n, k = call["n"], call["k"]
+    launches, parts = [*before.launches, quantise_launch(call, kind)], []
+    for start, stop in row_slices(call["m"], k, 1):
+        launches.append(unpack_codes_launch(call, start, stop))
+        parts.append(_Part(len(launches), start, stop))
+    kept = code_scratch(parts[0].stop, k, kind)
+    plan = Plan(tuple(launches), {**before.scratch, **row_scratch(n, k, kind), **kept}, shared=frozenset(kept))
+    own = {"x": "x_codes", "w": "w_codes", "x_scale": "x_scale", "w_scale": "w_scale"}
+    return _Way(plan, {**arrays, **own}, tuple(parts), kind)
+
+
+def _of_numbers(call: Call, before: Plan, arrays: Mapping[str, str]) -> _Way:
+    """Products of T: what comes before them in T as well, and a packed weight as a plain matrix."""
+    segments, m, k, T = segments_of(call.arrays["w"]), call["m"], call["k"], call.dtypes["T"]
+    launches, scratch, arrays = list(before.launches), dict(before.scratch), dict(arrays)
+    if call.op.inner is not None:
+        launches.append(call.op.inner(call))
+        scratch["inner"] = (call["n"], k), dtype_name(T)
+        arrays["x"] = "inner"
+    if segments is None:
+        return _Way(Plan(tuple(launches), scratch), arrays, (_Part(len(launches), 0, m),))
+    parts = []
+    for start, stop in row_slices(m, k, T.itemsize):
+        launches += unpack_launches(segments, k, start, stop)
+        parts.append(_Part(len(launches), start, stop))
+    scratch["dense"] = (parts[0].stop, k), dtype_name(T)
+    plan = Plan(tuple(launches), scratch, shared=frozenset({"dense"}))
+    return _Way(plan, {**arrays, "w": "dense"}, tuple(parts))
 
 
 def _with_bias(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:

@@ -12,10 +12,8 @@ from ...ops.launch import Launch
 from ...ops.weights import SegmentLike
 from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS
 
-__all__ = ["MAX_PACKED_ROWS", "SLICE_BYTES", "row_slices", "slice_bytes", "unpack_launches"]
+__all__ = ["SLICE_BYTES", "row_slices", "slice_bytes", "unpack_launches"]
 
-MAX_PACKED_ROWS = 64
-"""Rows of x that kernels multiply with a packed weight as it is. For more it is unpacked, and cuBLAS computes."""
 SLICE_BYTES = 256 << 20
 """Bytes of the unpacked numbers that a slice has at most."""
 _SLICE_ROWS = 256  # A slice has a multiple of these: whole tiles of a product.
@@ -32,7 +30,10 @@ def row_slices(m: int, k: int, itemsize: int) -> list[tuple[int, int]]:
 
 
 def slice_bytes(m: int, k: int, itemsize: int) -> int:
-    """Bytes of scratch for the product with a packed weight [m, k]: those of its largest slice."""
+    """Bytes of the scratch that products with packed weights [m, k] share and keep: those of the largest slice.
+
+    Codes of 8 bits and their scales take less than numbers of 16.
+    """
     start, stop = row_slices(m, k, itemsize)[0]
     return (stop - start) * k * itemsize
 

@@ -9,7 +9,7 @@ import pytest
 
 from cuplama.backends.cuda import planning, unpacking
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.backends.cuda.unpacking import MAX_PACKED_ROWS, row_slices, slice_bytes
+from cuplama.backends.cuda.unpacking import row_slices, slice_bytes
 from cuplama.dtypes import DTYPES
 from cuplama.lab.check import Executor
 from cuplama.lab.emulation import EmulatedDevice
@@ -17,6 +17,7 @@ from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
 from cuplama.ops.binding import bind
 from cuplama.ops.op import ROUNDING
+from cuplama.ops.weights import MAX_PACKED_ROWS
 from cuplama.quant.catalog import CATALOG
 from tests.fakes import FakeGpu, HostCublas
 
