@@ -10,7 +10,8 @@
 // be: the activations then are never written in 16 bits and read again. k is a multiple of 16, as cuBLAS demands.
 //
 // Mapping: a row to a block, which holds it in registers; a thread takes CHUNKS vectors of 8 columns. 128 columns are
-// half a warp's.
+// half a warp's. At least two blocks fit in a multiprocessor, but for the longest rows: while one waits for its row's
+// maximum, the other reads.
 //
 // Op and test: products over many rows (cuplama/backends/cuda/eight_bit.py), tests/backends/cuda/test_eight_bit.py.
 // Benchmark: python -m benchmarks.fp8_products.
@@ -19,6 +20,14 @@
 #include "activation.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
+
+constexpr int THREADS = 512;  // of a block at most; _MAX_THREADS in eight_bit.py
+
+// The bound that gives a kernel its registers: of twice the 448 threads that four chunks of a row of 14,336 are, so that
+// two blocks fit, or of one block. (A bound of one block and a minimum of two blocks means the same; with it there are
+// spills.) MOST: chunks for which two blocks fit.
+template <int CHUNKS, int MOST>
+constexpr int bound = CHUNKS <= MOST ? 896 : THREADS;
 
 // The scale of elements whose largest is so much. Zeros have one too, so that their product is zero and not NaN.
 __device__ __forceinline__ float scale_of(float largest) { return fmaxf(largest, 1e-30f) / 448.f; }
@@ -78,7 +87,7 @@ __device__ __forceinline__ void write_codes(const Pack<T, 8> (&x)[CHUNKS], u32* 
 }
 
 template <typename T, int CHUNKS, bool GROUPS>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(bound<CHUNKS, 4>, CHUNKS == 1 ? 2 : 1)
     quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
     Pack<T, 8> v[CHUNKS];
 #pragma unroll
@@ -88,7 +97,7 @@ __global__ void __launch_bounds__(1024)
 
 // As in norm.cu.
 template <typename T, int CHUNKS, bool GROUPS>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(bound<CHUNKS, 2>, CHUNKS == 1 ? 2 : 1)
     rms_norm_quantise(const f32* __restrict__ x, const T* __restrict__ g, u32* __restrict__ x_codes,
                       f32* __restrict__ x_scale, int n, int k, f32 eps) {
     Pack<f32, 8> v[CHUNKS];
@@ -113,7 +122,7 @@ __global__ void __launch_bounds__(1024)
 
 // As in activation.cu.
 template <typename T, int CHUNKS, bool GROUPS>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(bound<CHUNKS, 4>, CHUNKS == 1 ? 2 : 1)
     silu_mul_quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
     const T* gate = x + i64(blockIdx.x) * 2 * k;
     Pack<T, 8> v[CHUNKS];

@@ -59,8 +59,8 @@ def load(
     dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's on CUDA, float32 on NumPy.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
     cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``.
-    activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64 tokens:
-    faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
+    activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
+    tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 

@@ -27,8 +27,8 @@ class Source:
     """Which model runs and how.
 
     model: folder, hub id or a known shape, None for the bundled one; dummy: random weights from its config alone;
-    device, dtype, activations: as of ``load``; weight_format: one of ``quant/catalog.py`` for the layers' matrices of random ones,
-    "" for the dtype of the config.
+    device, dtype, activations: as of ``load``; weight_format: one of ``quant/catalog.py`` for the layers' matrices of
+    random ones, "" for the dtype of the config.
     """
 
     model: str | None

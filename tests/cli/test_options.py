@@ -116,11 +116,12 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--device gpu", "device", "cuda"),
     ("--dtype float16", "dtype", "float16"),
     ("--dtype bf16", "dtype", "bf16"),
+    ("--activations fp8", "activations", "fp8"),
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
     ("--ctx-size 33", "context", 33),
 ]
-LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "offline": True}
+LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "context": None, "activations": "auto", "offline": True}
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
     ("-n 7", "max_tokens", 7),
@@ -334,6 +335,7 @@ BENCH: list[tuple[str, dict[str, Any]]] = [
     ("-m there --dummy-weights", {"source": Source("there", dummy=True)}),
     ("--device numpy", {"source": Source(None, device="numpy")}),
     ("--dtype fp16", {"source": Source(None, dtype="fp16")}),
+    ("--activations fp8", {"source": Source(None, activations="fp8")}),
     ("-p 5,6", {"wanted": trials([5, 6], [128], [0], [1])}),
     ("-n 5,6", {"wanted": trials([512], [5, 6], [0], [1])}),
     ("-d 5,6", {"wanted": trials([512], [128], [5, 6], [1])}),

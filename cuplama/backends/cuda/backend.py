@@ -146,7 +146,8 @@ class CudaBackend:
         if self.dtype.itemsize != 2:
             reason = f"the model runs in {self.dtype.name}, and products of 8-bit floats stand in for 16-bit ones"
         elif cublas is None or cublas.scaled_product(128, 128, 128, "row", "f32", fast=True) is None:
-            reason = f"products of 8-bit floats need sm_90 and cuBLAS 12.9, and this is {self.gpu.name} (sm_{self.gpu.limits.arch})"
+            card = f"{self.gpu.name} (sm_{self.gpu.limits.arch})"
+            reason = f"products of 8-bit floats need sm_90 and cuBLAS 12.9, and this is {card}"
         if reason:
             _log.warning("activations fp8 changes nothing: %s", reason)
         return "auto" if reason else activations

@@ -21,8 +21,8 @@ take 21.9 ms for 2,048 rows in place of 23.7, on an H200. cuBLAS has no such pro
 Scratch = dict[str, tuple[tuple[int, ...], str]]
 _KINDS = {0: "row", BLOCK_COLUMNS: "group"}  # columns that share a scale of the weight -> a kind of cublas.SCALES
 _ALIGNED_K = 16
-_WIDTH, _MAX_THREADS = 8, 1024  # columns that a thread takes at once, threads of a block, which has a row
-_MAX_CHUNKS = 8  # vectors of a thread that fit in its registers
+_WIDTH, _MAX_THREADS = 8, 512  # columns that a thread takes at once, threads of a block, which has a row
+_MAX_CHUNKS = 7  # vectors of a thread that fit in its registers: rows of 28,672, the longest of a 70B Llama
 _WARPS = 4  # of a thread block of unpack_codes
 
 
