@@ -3,10 +3,9 @@
 The four products of a layer of Llama-3.1-8B, over 64 to 4,096 rows of x. For bf16 and for each kind of scales
 (``cuplama/backends/cuda/cublas.py``), with and without fast sums: the error against float64 over a sample of the
 result, once in the dtype that the model takes and once in float32, and then TFLOP/s. Beside them what comes before such
-a product: x to 8-bit floats (cuda_src/activations_fp8.cu), a packed weight to rows (fp8_unpack.cu), and both in one
-graph with the product; and how fast codes are read in blocks and row by row. First the sizes that the library takes at
-all, and at the end other kernels of a layer. Nothing that computes something wrong is timed. Weights come from memory,
-activations from L2 where they fit it.
+a product: x to 8-bit floats (cuda_src/activations_fp8.cu), a packed weight to rows (unpack.cu), and both in one graph
+with the product. First the sizes that the library takes at all, and at the end other kernels of a layer. Nothing that
+computes something wrong is timed. Weights come from memory, activations from L2 where they fit it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ROWS = (64, 256, 512, 2048, 4096)
 LAYERS = 32
 SAMPLE = 48  # rows of x and rows of w whose products are held against float64
 REPEATS = 7
-UNPACK = str(Path(__file__).with_name("fp8_unpack.cu").resolve())
+TYPE = Packing(E4M3, 0, (("scale", "f32"),)).type
 # What a right result may be off by, as a share of its norm: rounding to bf16 is 1.2e-3 of it, and fast sums lose more.
 WORST = {False: 4e-3, True: 5e-2}
 
@@ -65,6 +64,12 @@ SHAPES = (
     Shape("gate_up", 28672, 4096, False),
     Shape("down", 4096, 14336, True),
 )
+
+
+def row_shape(k: int) -> tuple[int, int]:
+    """Chunks of a thread and threads of a block that has a row of k columns."""
+    chunks = -(-k // 4096)
+    return chunks, -(-k // (8 * chunks * 32)) * 32
 
 
 def up4(x: int) -> int:
@@ -96,13 +101,16 @@ class Bench:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return self.backend.zeros(shape, np.dtype(dtype))
 
-    def launch(self, file: str, expression: str, grid: int, block: int, *args: Any) -> Callable[[], None]:
+    def launch(
+        self, file: str, expression: str, grid: int | tuple[int, int], block: int, *args: Any
+    ) -> Callable[[], None]:
+        blocks = grid if isinstance(grid, tuple) else (grid, 1)
         with self.gpu as gpu:
             function = gpu.function(file, expression, 0)
 
         def run() -> None:
             with self.gpu:
-                function((grid, 1, 1), (block, 1, 1), args, 0)
+                function((*blocks, 1), (block, 1, 1), args, 0)
 
         return run
 
@@ -122,26 +130,25 @@ class Bench:
 
     def quantise(self, x: Array, codes: Array, scale: Array, groups: bool) -> Callable[[], None]:
         n, k = x.shape
-        if groups:
-            grid = -(-n * -(-k // 128) // 16)
-            last = (np.int32(n), np.int32(k))
-            return self.launch("activations_fp8.cu", "quantise_groups<bf16>", grid, 256, x, codes, scale, *last)
-        vectors = -(-k // 8)
-        threads = min(1024, -(-vectors // 32) * 32)
-        expression = f"quantise_rows<bf16, {-(-vectors // threads)}>"
-        return self.launch("activations_fp8.cu", expression, n, threads, x, codes, scale, np.int32(k))
+        chunks, threads = row_shape(k)
+        expression = f"quantise<bf16, {chunks}, {str(groups).lower()}>"
+        last = np.int32(n), np.int32(k)
+        return self.launch("activations_fp8.cu", expression, n, threads, x, codes, scale, *last)
 
-    def read(self, w: Array, y: Array, m: int, k: int, rows: bool) -> Callable[[], None]:
-        run, columns = 8, k // 128  # blocks that a warp reads side by side
-        units = m // 16 * (columns // run)
-        expression = f"read_codes<{str(rows).lower()}, {run}>"
-        grid = min(-(-units // 8), 8 * self.gpu.limits.sms)
-        return self.launch(UNPACK, expression, grid, 256, w, y, np.int32(units), np.int32(columns))
+    def fused(self, x: Array, g: Array | None, codes: Array, scale: Array, groups: bool) -> Callable[[], None]:
+        """silu_mul, or rms_norm if there is its weight, and what it gives as codes."""
+        n, k = x.shape[0], x.shape[1] // (2 if g is None else 1)
+        chunks, threads = row_shape(k)
+        name = "silu_mul" if g is None else "rms_norm"
+        expression = f"{name}_quantise<bf16, {chunks}, {str(groups).lower()}>"
+        first, last = ((x,), ()) if g is None else ((x, g), (np.float32(1e-5),))
+        sizes = np.int32(n), np.int32(k)
+        return self.launch("activations_fp8.cu", expression, n, threads, *first, codes, scale, *sizes, *last)
 
-    def unpack(self, packed: Array, codes: Array, m: int, k: int) -> Callable[[], None]:
-        blocks, columns = -(-m // 16) * -(-k // 128), -(-k // 128)
-        size = (np.int32(blocks), np.int32(columns))
-        return self.launch(UNPACK, "unpack_codes", -(-blocks // 4), 128, packed, codes, *size)
+    def unpack(self, packed: Array, codes: Array, scale: Array, m: int, k: int) -> Callable[[], None]:
+        grid = (-(-k // 512), -(-m // 16))
+        sizes = map(np.int32, (m, 0, m, k))
+        return self.launch("unpack.cu", f"unpack_codes<{TYPE}>", grid, 128, packed, codes, scale, *sizes)
 
 
 # ---- right? ----------------------------------------------------------------------------------------------------------
@@ -185,7 +192,11 @@ class Weights:
 
     def __init__(self, bench: Bench, m: int, k: int, copies: int = 1) -> None:
         self.host = bench.random_codes(m, k)
-        self.copies = [bench.up(np.roll(self.host, 17 * i)) for i in range(copies)]
+        # As rows and as blocks alike, for the kernels that read blocks with the scales of the rows behind them.
+        scales = np.ones(m + -m % 16, np.float32).view(np.uint8)
+        self.copies = [
+            bench.up(np.concatenate([np.roll(self.host, 17 * i).reshape(-1), scales])) for i in range(copies)
+        ]
         self.scales = {kind: w_scale(bench, kind, m, k) for kind in SCALES}
         self.on_device = {kind: bench.up(scale) for kind, scale in self.scales.items()}
 
@@ -258,11 +269,15 @@ class Inputs:
 def check_unpack(bench: Bench) -> None:
     """Raises RuntimeError unless the kernel finds the codes that ``lane_codes`` has packed."""
     codes = bench.random_codes(48, 256)
-    packed = bench.up(np.ascontiguousarray(lane_codes(codes.astype(np.uint32), Packing(E4M3, 0, ()))).reshape(-1))
-    found = bench.empty(codes.shape, np.uint8)
-    bench.unpack(packed, found, *codes.shape)()
+    scales = bench.positive(codes.shape[0])
+    blocks = lane_codes(codes.astype(np.uint32), Packing(E4M3, 0, ()))
+    packed = bench.up(np.concatenate([blocks.reshape(-1), scales.view(np.uint8)]))
+    found, scale = bench.empty(codes.shape, np.uint8), bench.empty(scales.shape, np.float32)
+    bench.unpack(packed, found, scale, *codes.shape)()
     if not np.array_equal(bench.backend.download(found), codes):
         raise RuntimeError("unpack_codes finds other codes than were packed")
+    if not np.array_equal(bench.backend.download(scale), scales):
+        raise RuntimeError("unpack_codes finds other scales than were packed")
 
 
 # ---- how fast? -------------------------------------------------------------------------------------------------------
@@ -283,8 +298,8 @@ def measure(bench: Bench, shape: Shape, weights: Weights, n: int) -> Iterator[di
 
     for groups, name in ((False, "quantise rows"), (True, "quantise groups")):
         yield row(name, [inputs.quantise[groups]])
-    rows = bench.empty((shape.m, shape.k), np.uint8)
-    unpacks = [bench.unpack(w, rows, shape.m, shape.k) for w in weights.copies]
+    rows, scale = bench.empty((shape.m, shape.k), np.uint8), bench.empty((shape.m,), np.float32)
+    unpacks = [bench.unpack(w, rows, scale, shape.m, shape.k) for w in weights.copies]
     yield row("unpack codes", unpacks)
     for kind in SCALES:
         for fast in (False, True):
@@ -333,20 +348,6 @@ def _all(*parts: Body) -> Body:
             part()
 
     return body
-
-
-def measure_reading(bench: Bench, shape: Shape, weights: Weights) -> Iterator[dict[str, Any]]:
-    """Bytes per second of a kernel that reads 8-bit codes in blocks, and of one that reads them row by row."""
-    want = int(np.bitwise_xor.reduce(weights.host.reshape(-1).view(np.uint32)))
-    y = bench.empty((shape.m // 16 * (shape.k // 1024) * 32,), np.uint32)
-    for rows in (False, True):
-        bodies = [bench.read(w, y, shape.m, shape.k, rows) for w in weights.copies]
-        bodies[0]()
-        if int(np.bitwise_xor.reduce(bench.backend.download(y))) != want:
-            raise RuntimeError(f"read_codes reads other bytes than there are (rows: {rows})")
-        seconds = bench.seconds(bodies)
-        speed = {"microseconds": round(seconds * 1e6, 2), "gigabytes": round(shape.m * shape.k / seconds / 1e9)}
-        yield {"product": shape.name, "read": "rows" if rows else "blocks", **speed}
 
 
 def measure_bf16(bench: Bench, shape: Shape, copies: Sequence[Array], n: int) -> Iterator[dict[str, Any]]:
@@ -416,6 +417,11 @@ def others(bench: Bench, n: int) -> Iterator[dict[str, Any]]:
     for name, ins, attrs in (("rms_norm", (hidden, norm), {"eps": 1e-5}), ("silu_mul", (gate_up,), {})):
         seconds = bench.seconds([partial(bench.backend.call, OPS[name], ins, attrs)])
         yield {"op": name, "n": n, "microseconds": round(seconds * 1e6, 2)}
+    codes, scale = bench.empty((n, 14336), np.uint8), bench.empty((112, n), np.float32)
+    for groups in (False, True):
+        for name, x, g in (("rms_norm", hidden, norm), ("silu_mul", gate_up, None)):
+            seconds = bench.seconds([bench.fused(x, g, codes, scale, groups)])
+            yield {"op": f"{name}_quantise", "groups": groups, "n": n, "microseconds": round(seconds * 1e6, 2)}
 
 
 def main() -> int:
@@ -441,7 +447,6 @@ def main() -> int:
     timed = len(rows)
     for shape in SHAPES:
         weights = Weights(bench, shape.m, shape.k, 2 * bench.cache // (shape.m * shape.k) + 2)
-        take(measure_reading(bench, shape, weights))
         wide = weights.bf16(bench, bench.cache // (shape.m * shape.k) + 2)
         for n in map(int, args.rows.split(",")):
             take(measure(bench, shape, weights, n))

@@ -87,7 +87,7 @@ __device__ __forceinline__ void write_codes(const Pack<T, 8> (&x)[CHUNKS], u32* 
 }
 
 template <typename T, int CHUNKS, bool GROUPS>
-__global__ void __launch_bounds__(bound<CHUNKS, 4>, CHUNKS == 1 ? 2 : 1)
+__global__ void __launch_bounds__(bound<CHUNKS, 4>, 1)
     quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
     Pack<T, 8> v[CHUNKS];
 #pragma unroll
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(bound<CHUNKS, 4>, CHUNKS == 1 ? 2 : 1)
 
 // As in norm.cu.
 template <typename T, int CHUNKS, bool GROUPS>
-__global__ void __launch_bounds__(bound<CHUNKS, 2>, CHUNKS == 1 ? 2 : 1)
+__global__ void __launch_bounds__(bound<CHUNKS, 2>, 1)
     rms_norm_quantise(const f32* __restrict__ x, const T* __restrict__ g, u32* __restrict__ x_codes,
                       f32* __restrict__ x_scale, int n, int k, f32 eps) {
     Pack<f32, 8> v[CHUNKS];
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(bound<CHUNKS, 2>, CHUNKS == 1 ? 2 : 1)
 
 // As in activation.cu.
 template <typename T, int CHUNKS, bool GROUPS>
-__global__ void __launch_bounds__(bound<CHUNKS, 4>, CHUNKS == 1 ? 2 : 1)
+__global__ void __launch_bounds__(bound<CHUNKS, 4>, 1)
     silu_mul_quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
     const T* gate = x + i64(blockIdx.x) * 2 * k;
     Pack<T, 8> v[CHUNKS];
