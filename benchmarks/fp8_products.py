@@ -148,7 +148,7 @@ class Bench:
     def unpack(self, packed: Array, codes: Array, scale: Array, m: int, k: int) -> Callable[[], None]:
         grid = (-(-k // 512), -(-m // 16))
         sizes = map(np.int32, (m, 0, m, k))
-        return self.launch("unpack.cu", f"unpack_codes<{TYPE}>", grid, 128, packed, codes, scale, *sizes)
+        return self.launch("unpack.cu", f"unpack_codes<bf16, {TYPE}>", grid, 128, packed, codes, scale, *sizes)
 
 
 # ---- right? ----------------------------------------------------------------------------------------------------------

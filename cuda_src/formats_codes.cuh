@@ -3,6 +3,7 @@
 #define CUPLAMA_FORMATS_CODES_CUH
 
 #include "common.cuh"
+#include "ptx.cuh"
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -171,11 +172,11 @@ struct Whole : Codes<BITS_> {
             const bool above = IS_F16<T> && i % 2 == 1;  // bit 4
             const u32 one = above ? 0x00100010u : 0x00010001u;
             const u32 magic = !IS_F16<T> ? 0x43004300u : above ? 0x54005400u : 0x64006400u;
-            u32 bits = (words.low[chunk] >> (IS_F16<T> ? i / 2 * 8 : 4 * i) & 15u * one) | magic;
+            u32 bits = and_or(words.low[chunk] >> (IS_F16<T> ? i / 2 * 8 : 4 * i), 15u * one, magic);
             if constexpr (BITS > 4) {
                 const int to = above ? 8 : 4;
-                bits |= moved(words.high[chunk / Words::CHUNKS], to - Words::high_place(chunk, i)) &
-                        Words::HIGH_MASK * 0x10001u << to;
+                const u32 high = moved(words.high[chunk / Words::CHUNKS], to - Words::high_place(chunk, i));
+                bits |= high & Words::HIGH_MASK * 0x10001u << to;
             }
             a[i] = subtract_two<T>(bits, minus[i % 2]);
         }
@@ -189,10 +190,12 @@ struct Whole : Codes<BITS_> {
         for (int i = 0; i < 4; i++) {
             const u32 word = words.low[2 * chunk + i % 2], pair = word >> (i / 2 * 8);
             if constexpr (IS_F16<T>) {
-                const u32 bits = i < 2 ? (word & 0x00ff00ffu) | 0x64006400u : __byte_perm(word, 0x64646464u, 0x4341);
+                const u32 bits =
+                    i < 2 ? and_or(word, 0x00ff00ffu, 0x64006400u) : __byte_perm(word, 0x64646464u, 0x4341);
                 a[i] = subtract_two<T>(bits, minus[i % 2]);
             } else {
-                a[i] = subtract_two<T>((pair & 0x007f007fu) | 0x43004300u, (~pair & 0x00800080u) | 0x43004300u);
+                a[i] =
+                    subtract_two<T>(and_or(pair, 0x007f007fu, 0x43004300u), not_and_or(pair, 0x00800080u, 0x43004300u));
                 if constexpr (BIAS != 128) a[i] = subtract_two<T>(a[i], minus[i % 2]);
             }
         }

@@ -130,15 +130,21 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
         NORM != NO_NORM && sizeof(U) == 4 && sizeof(T) == 2 ? 2 : 1;  // numbers of T of an element of x
     Stream<S> stream(w, out.rows, k);
     out.scales = S::W::row_scales(w, out.rows * S::PARTS, k);
-    if constexpr (TENSOR<T>) {
-        RegisterRows<S, NORM, LEVELS, X> rows(x, g, h, order, k, out.count);
-        Factors<S, LEVELS> factors;
+    if constexpr (!TENSOR<T>) {
+        constexpr bool ROUNDED = NORM != NO_NORM && sizeof(U) == sizeof(T);
+        SharedRows<S, NORM, 1, ROUNDED, X, f32> rows(x, g, h, order, k, out.count, stream.staged());
+        FloatFactors<S> factors;
         wait();
         rows.measure(eps);
         multiply_rows(stream, rows, factors, out);
+    } else if constexpr (NORM == NO_NORM) {
+        const PlainRows<S> rows(x, order, k, out.count);
+        Factors<S, 1> factors;
+        wait();
+        multiply_rows(stream, rows, factors, out);
     } else {
-        SharedRows<S, NORM, LEVELS, X> rows(x, g, h, order, k, out.count, stream.staged());
-        FloatFactors<S> factors;
+        SharedRows<S, NORM, LEVELS, false, X, T> rows(x, g, h, order, k, out.count, stream.staged());
+        Factors<S, LEVELS> factors;
         wait();
         rows.measure(eps);
         multiply_rows(stream, rows, factors, out);

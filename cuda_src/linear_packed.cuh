@@ -41,46 +41,44 @@ __device__ __forceinline__ int place(int phase, int chunk) {
 
 __device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
 
-// A warp's share of the weight on its way through its ring, in the order phase, unit, tile of the unit, block. Making one
-// starts it; it reads nothing but weights.
+// A warp's share of the weight on its way through its ring, slice by slice: what it has of a tile in a phase, at most BLOCKS
+// packed blocks that lie one behind the other. The order is phase, unit, tile of the unit. Making one starts it; it reads
+// nothing but weights.
 template <typename S>
 struct Stream {
     typedef typename S::W W;
-    static constexpr int PIECES = sizeof(W) / 16;
-    uint4* ring;     // of this warp
-    const uint4* w;  // of this lane
-    int begin, end;  // units of this GPU block
-    int columns, half,
-        count;  // blocks of a row of blocks; from a unit's tile to its other; blocks of this warp in a row
-    const uint4* from;
-    int phase, unit, part, block;  // to ask for next
-    int filling, reading;          // slots
+    static constexpr int PIECES = sizeof(W) / 16, SLICE = S::BLOCKS * PIECES;
+    uint4* ring;           // of this lane, in its warp's
+    const uint4* from;     // of this lane: what to ask for next
+    int begin, end;        // units of this GPU block
+    int columns;           // blocks of a row of blocks
+    i64 across, on;        // from a unit's first tile to its second, and on to the next unit, in pieces
+    int phase, tile;       // to ask for next: tile of this GPU block
+    int left;              // pieces of a slice, less this lane's number
+    int filling, reading;  // slots, in pieces
 
     // rows: of the weight, for silu_mul of half of it
     __device__ __forceinline__ Stream(const W* weight, int rows, int k) {
         DYNAMIC_SHARED(uint4, memory);
-        ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES);
-        w = reinterpret_cast<const uint4*>(weight) + threadIdx.x % WARP;
-        half = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        const int lane = threadIdx.x % WARP, half = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        ring = memory + threadIdx.x / WARP * (S::DEPTH * SLICE) + lane;
         begin = u32(half) * blockIdx.x / gridDim.x, end = u32(half) * (blockIdx.x + 1) / gridDim.x;
         columns = W::columns(k);
-        phase = 0, unit = begin, part = 0, block = 0, filling = 0, reading = 0;
-        count = blocks_of(0);
-        seek();
-        if (begin == end || count == 0) phase = S::PHASES;
+        across = S::PARTS > 1 ? i64(half) * columns * PIECES : 0, on = i64(columns) * PIECES - across;
+        from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(0)) * PIECES + lane;
+        phase = 0, tile = 0, filling = 0, reading = 0;
+        left = blocks_of(0) * PIECES - lane;
 #pragma unroll 1
         for (int slot = 0; slot < S::DEPTH - 1; slot++) fetch();
         launch_dependents();
     }
 
-    // Blocks that this warp has of a row of blocks in a phase.
-    __device__ __forceinline__ int blocks_of(int phase) const {
-        return min(max(columns - (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS, 0), S::BLOCKS);
+    // Where this warp's slices begin in a row of blocks in a phase, and how many blocks they have.
+    static __device__ __forceinline__ int column_of(int phase) {
+        return (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS;
     }
-
-    __device__ __forceinline__ void seek() {
-        const int column = (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS;
-        from = w + (i64(unit + part * half) * columns + column) * PIECES;
+    __device__ __forceinline__ int blocks_of(int phase) const {
+        return min(max(columns - column_of(phase), 0), S::BLOCKS);
     }
 
     // Shared memory behind the rings: sums of the tiles between two barriers, twice [2][WARPS][STEP][PARTS][TILE]; with
@@ -88,161 +86,239 @@ struct Stream {
     static constexpr int PARTIAL = S::WARPS * S::STEP * S::PARTS * S::TILE;
     static __device__ __forceinline__ f32* partials() {
         DYNAMIC_SHARED(uint4, memory);
-        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * PIECES);
+        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * SLICE);
     }
     static __device__ __forceinline__ f32* sums() { return partials() + 2 * PARTIAL; }
     __device__ __forceinline__ f32* staged() const {
         return sums() + (S::PHASES > 1 ? (end - begin) * S::PARTS * S::TILE : 0);
     }
 
-    // Asks for the next block, or for nothing at the end: a group of copies in any case.
+    // Asks for the next slice, or for nothing at the end: a group of copies in any case.
     __device__ __forceinline__ void fetch() {
         if (phase < S::PHASES) {
-            uint4* to = ring + filling * PIECES + threadIdx.x % WARP;
 #pragma unroll
-            for (int i = 0; i < PIECES; i += WARP)
-                if (i + WARP <= PIECES || threadIdx.x % WARP < PIECES % WARP) cp_async_16(to + i, from + i, true);
-            from += PIECES;
-            if (++block == count) next_tile();
-        }
-        filling = filling + 1 == S::DEPTH ? 0 : filling + 1;
-        cp_async_commit();
-    }
-
-    __device__ __forceinline__ void next_tile() {
-        block = 0;
-        if (S::PARTS == 1 || ++part == S::PARTS) {
-            part = 0;
-            if (++unit == end) {
-                unit = begin, phase++;
+            for (int i = 0; i < SLICE; i += WARP)
+                if (i + WARP <= SLICE || threadIdx.x % WARP < SLICE % WARP)
+                    cp_async_16(ring + filling + i, from + i, i < left);
+            tile++;
+            from += S::PARTS > 1 && tile % 2 == 1 ? across : on;
+            if (tile == (end - begin) * S::PARTS) {
+                tile = 0, phase++;
                 if (S::PHASES > 1) {
-                    count = blocks_of(phase);
-                    if (count == 0) phase = S::PHASES;
+                    from += i64(begin - end) * columns * PIECES + S::WARPS * SLICE;
+                    left = blocks_of(phase) * PIECES - threadIdx.x % WARP;
                 }
             }
         }
-        seek();
+        filling = filling + SLICE == S::DEPTH * SLICE ? 0 : filling + SLICE;
+        cp_async_commit();
     }
 
-    // The next block of the ring. The one that was taken before is no longer read by any lane, and its place is filled.
-    __device__ __forceinline__ const W& take() {
+    // The next slice of the ring. The one that was taken before is no longer read by any lane, and its place is filled.
+    __device__ __forceinline__ const W* take() {
         cp_async_wait<S::DEPTH - 2>();
         __syncwarp();
-        const W& block = *reinterpret_cast<const W*>(ring + reading * PIECES);
-        reading = reading + 1 == S::DEPTH ? 0 : reading + 1;
+        const W* slice = reinterpret_cast<const W*>(ring + reading - threadIdx.x % WARP);
+        reading = reading + SLICE == S::DEPTH * SLICE ? 0 : reading + SLICE;
         fetch();
-        return block;
+        return slice;
     }
 };
 
 // ---- rows of x ------------------------------------------------------------------------------------------------------
 
-// Four elements of a row at `at`, zeros beyond k. What is not `vectorized` comes element by element, in a loop that takes
-// few registers. order: where the columns of the weight lie in x, or null.
-template <bool ORDERED, typename T>
-__device__ __forceinline__ Pack<T, 4> load_four(const T* row, const i32* order, int at, int k, bool vectorized) {
-    if (!ORDERED && vectorized && at + 4 <= k) return load<4>(row + at);
-    Pack<T, 4> four;
+// N times four elements of a row of x, or of a norm's scale, at first, first + step, ...; zeros beyond k. order: where the
+// columns of the weight lie in the row, with ORDERED.
+template <bool ORDERED, int N, typename X>
+__device__ __forceinline__ void read_fours(Pack<X, 4> (&v)[N], const X* row, const i32* order, int first, int step,
+                                           int k, bool vectorized) {
+    const X zero = from_float<X>(0.f);
+    if (vectorized) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) four.v[j] = from_float<T>(0.f);
-#pragma unroll 1
-    for (int j = 0; j < 4; j++) {
+        for (int i = 0; i < N; i++) {
+            const int at = first + i * step;
+            v[i] = {zero, zero, zero, zero};
+            if constexpr (ORDERED) {
+                const Pack<i32, 4> from = at < k ? load<4>(order + at) : Pack<i32, 4>{};
 #pragma unroll
-        for (int i = 0; i < 3; i++) four.v[i] = four.v[i + 1];
-        four.v[3] = from_float<T>(0.f);
-        if (at + j < k) four.v[3] = row[ORDERED ? order[at + j] : at + j];
+                for (int j = 0; j < 4; j++) v[i].v[j] = at < k ? row[from.v[j]] : zero;
+            } else if (at < k) {
+                v[i] = load<4>(row + at);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int at = first + i * step + j;
+                v[i].v[j] = at < k ? row[ORDERED ? order[at] : at] : zero;
+            }
     }
-    return four;
 }
 
-// A normalised element.
-template <int NORM>
-__device__ __forceinline__ float normalised(float x, float mean, float inverse, float g, float h) {
-    const float value = (NORM == LAYER_NORM ? x - mean : x) * inverse * g;
-    return NORM == LAYER_NORM ? value + h : value;
-}
-
-// The rows of x as the registers of an mma's B, those of a phase at a time. LEVELS: an element is a number of T, or the sum
-// of two where y is f32 and a norm comes first. X: of x in memory, T, or f32 if there is a norm.
-template <typename S, int NORM, int LEVELS, typename X>
-struct RegisterRows {
+// The rows of x as the registers of an mma's B, those of a phase at a time: x without a norm, read as it is.
+template <typename S>
+struct PlainRows {
     typedef typename S::T T;
-    static constexpr bool KEPT = NORM != NO_NORM && S::PHASES == 1 && LEVELS == 1;
-    const X* x;  // of this lane
+    const T* x;  // of this lane
+    const i32* order;
+    int k;  // 0 if there is no such row
+    bool vectorized;
+
+    __device__ __forceinline__ PlainRows(const T* x, const i32* order, int k, int count)
+        : x(x + (S::ROWS > 1 ? i64(lane_row()) * k : 0)), order(order), k(S::ROWS == 1 || lane_row() < count ? k : 0),
+          vectorized(k % 4 == 0 && aligned(x, order)) {}
+
+    __device__ __forceinline__ void measure(f32) {}
+
+    __device__ __forceinline__ void operator()(int phase, u32 (&to)[S::CHUNKS][1][2]) const {
+        Pack<T, 4> v[S::CHUNKS];
+        read_fours<S::ORDERED>(v, x, order, place<S>(phase, 0), CHUNK_COLUMNS, k, vectorized);
+#pragma unroll
+        for (int c = 0; c < S::CHUNKS; c++) memcpy(to[c][0], &v[c], 8);
+    }
+};
+
+// The rows of x of the ops with a norm, and of all without tensor cores: the GPU block computes those of a phase together
+// and leaves them in shared memory, [LEVELS][ROWS][STRIDE] of Y. X: of x in memory. Y: T, an element being a number or,
+// where y is f32 and a norm comes first, the sum of two (LEVELS); or f32, rounded to T if ROUNDED. What one phase takes
+// is read once (KEPT), and the norm's scale before the wait for earlier kernels.
+template <typename S, int NORM, int LEVELS, bool ROUNDED, typename X, typename Y>
+struct SharedRows {
+    typedef typename S::T T;
+    static constexpr bool NORMED = NORM != NO_NORM, KEPT = NORMED && S::PHASES == 1;
+    static constexpr int EACH = S::SPAN / S::THREADS / 4;               // fours of a thread, of a row in a phase
+    static constexpr int STRIDE = S::SPAN + (sizeof(Y) == 2 ? 16 : 0);  // eight rows meet different banks
+    const X* x;
     const T *g, *h;
     const i32* order;
-    int k;
-    bool there, vectorized;
-    float mean, inverse;
-    Pack<X, 4> kept[KEPT ? S::CHUNKS : 1];
+    int k, count;
+    bool vectorized;
+    Y* staged;
+    float mean[S::ROWS], inverse[S::ROWS];
+    Pack<X, 4> kept[KEPT ? S::ROWS : 1][EACH];
+    Pack<T, 4> scale[EACH];
 
-    __device__ __forceinline__ RegisterRows(const X* x, const T* g, const T* h, const i32* order, int k, int count)
-        : x(x + (S::ROWS > 1 ? i64(lane_row()) * k : 0)), g(g), h(h), order(order), k(k),
-          there(S::ROWS == 1 || lane_row() < count), vectorized(k % 4 == 0 && aligned(x, g, h)), mean(0.f),
-          inverse(1.f) {}
-
-    __device__ __forceinline__ Pack<X, 4> four(int phase, int chunk) const {
-        return load_four<S::ORDERED>(x, order, place<S>(phase, chunk), there ? k : 0, vectorized);
+    __device__ __forceinline__ SharedRows(const X* x, const T* g, const T* h, const i32* order, int k, int count,
+                                          f32* staged)
+        : x(x), g(g), h(h), order(order), k(k), count(count), vectorized(k % 4 == 0 && aligned(x, g, h, order)),
+          staged(reinterpret_cast<Y*>(staged)) {
+        if constexpr (KEPT) read(scale, g, 0);
     }
 
-    // The sum of f(element) over the row of this lane.
+    template <typename E>
+    __device__ __forceinline__ void read(Pack<E, 4> (&v)[EACH], const E* row, int phase, bool there = true) const {
+        read_fours<S::ORDERED>(v, row, order, phase * S::SPAN + int(threadIdx.x) * 4, S::THREADS * 4, there ? k : 0,
+                               vectorized);
+    }
+
+    // total[row] = the sum of f(element, row) over each row, by all threads of the block.
     template <typename F>
-    __device__ __forceinline__ float sum(const F& f, float (*partial)[S::ROWS]) const {
-        float total = 0.f;
+    __device__ __forceinline__ void sum(float (&total)[S::ROWS], const F& f) const {
+        __shared__ float partial[S::ROWS][WARP], whole[S::ROWS];
+#pragma unroll
+        for (int row = 0; row < S::ROWS; row++) {
+            total[row] = 0.f;
 #pragma unroll 1
-        for (int phase = 0; phase < S::PHASES; phase++)
+            for (int phase = 0; phase < S::PHASES; phase++) {
+                Pack<X, 4> v[EACH];
+                if constexpr (!KEPT) read(v, x + i64(row) * k, phase, row < count);
 #pragma unroll
-            for (int c = 0; c < S::CHUNKS; c++) {
-                const Pack<X, 4> v = KEPT ? kept[KEPT ? c : 0] : four(phase, c);
-                const int at = place<S>(phase, c);
+                for (int e = 0; e < EACH; e++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) total += at + j < k ? f(to_float(v.v[j])) : 0.f;
+                    for (int j = 0; j < 4; j++) {
+                        const float element = to_float(KEPT ? kept[KEPT ? row : 0][e].v[j] : v[e].v[j]);
+                        const int at = phase * S::SPAN + (e * S::THREADS + int(threadIdx.x)) * 4 + j;
+                        total[row] += at < k ? f(element, row) : 0.f;
+                    }
             }
-        total += __shfl_xor_sync(ALL_LANES, total, 1);
-        total += __shfl_xor_sync(ALL_LANES, total, 2);
-        const int row = S::ROWS == 1 ? 0 : lane_row();
-        if (threadIdx.x % 4 == 0 && lane_row() < S::ROWS) partial[threadIdx.x / WARP][row] = total;
-        __syncthreads();
-        total = 0.f;
+            total[row] = warp_sum(total[row]);
+        }
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
-        for (int p = 0; p < S::WARPS; p++) total += partial[p][row];
-        return total;
+        for (int row = 0; row < S::ROWS; row++)
+            if (lane == row) partial[row][warp] = total[row];
+        __syncthreads();
+        if constexpr (S::ROWS == 1) {
+            total[0] = 0.f;
+#pragma unroll
+            for (int p = 0; p < S::WARPS; p++) total[0] += partial[0][p];
+        } else {
+            for (int row = warp; row < S::ROWS; row += S::WARPS) {
+                const float one = warp_sum(lane < S::WARPS ? partial[row][lane] : 0.f);
+                if (lane == 0) whole[row] = one;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int row = 0; row < S::ROWS; row++) total[row] = whole[row];
+        }
     }
 
     // Reads x, for what the rows are multiplied with.
     __device__ __forceinline__ void measure(f32 eps) {
-        if constexpr (NORM != NO_NORM) {
-            __shared__ float partial[2][S::WARPS][S::ROWS];
+        if constexpr (NORMED) {
 #pragma unroll
-            for (int c = 0; KEPT && c < S::CHUNKS; c++) kept[KEPT ? c : 0] = four(0, c);
-            if constexpr (NORM == LAYER_NORM) mean = sum([](float v) { return v; }, partial[1]) / k;
-            const float from = mean;
-            inverse = 1.f / sqrtf(sum([from](float v) { return (v - from) * (v - from); }, partial[0]) / k + eps);
+            for (int row = 0; row < S::ROWS; row++) {
+                if constexpr (KEPT) read(kept[KEPT ? row : 0], x + i64(row) * k, 0, row < count);
+                mean[row] = 0.f;
+            }
+            if constexpr (NORM == LAYER_NORM) {
+                sum(mean, [](float v, int) { return v; });
+#pragma unroll
+                for (int row = 0; row < S::ROWS; row++) mean[row] /= k;
+                __syncthreads();  // what lies in shared memory may be written again
+            }
+            sum(inverse, [this](float v, int row) { return (v - mean[row]) * (v - mean[row]); });
+#pragma unroll
+            for (int row = 0; row < S::ROWS; row++) inverse[row] = 1.f / sqrtf(inverse[row] / k + eps);
         }
     }
 
-    __device__ __forceinline__ void operator()(int phase, u32 (&to)[S::CHUNKS][LEVELS][2]) const {
+    // Leaves the rows of a phase in shared memory. Whoever reads them there has passed a barrier before the next phase.
+    __device__ __forceinline__ void stage(int phase) const {
+        Pack<T, 4> by[EACH], shift[EACH];
+        if constexpr (NORMED && !KEPT) read(by, g, phase);
+        if constexpr (NORM == LAYER_NORM) read(shift, h, phase);
 #pragma unroll
-        for (int c = 0; c < S::CHUNKS; c++) {
-            const Pack<X, 4> v = KEPT ? kept[KEPT ? c : 0] : four(phase, c);
-            if constexpr (NORM == NO_NORM) {
-                memcpy(to[c][0], &v, 8);
-            } else {
-                const int at = place<S>(phase, c);
-                const Pack<T, 4> by = load_four<S::ORDERED>(g, order, at, k, vectorized);
-                Pack<T, 4> shift = {}, high, low;
-                if (NORM == LAYER_NORM) shift = load_four<S::ORDERED>(h, order, at, k, vectorized);
+        for (int row = 0; row < S::ROWS; row++) {
+            Pack<X, 4> v[EACH];
+            if constexpr (!KEPT) read(v, x + i64(row) * k, phase, row < count);
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                Pack<Y, 4> high, low;
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    const float value =
-                        normalised<NORM>(to_float(v.v[j]), mean, inverse, to_float(by.v[j]), to_float(shift.v[j]));
-                    high.v[j] = from_float<T>(at + j < k && there ? value : 0.f);
-                    low.v[j] = from_float<T>(at + j < k && there ? value - to_float(high.v[j]) : 0.f);
+                    float value = to_float(KEPT ? kept[KEPT ? row : 0][e].v[j] : v[e].v[j]);
+                    if constexpr (NORMED) {
+                        const float factor = to_float(KEPT ? scale[e].v[j] : by[e].v[j]);
+                        value = (value - mean[row]) * inverse[row] * factor;  // beyond k the factor is zero
+                        if (NORM == LAYER_NORM) value += to_float(shift[e].v[j]);
+                    }
+                    if (row >= count) value = 0.f;
+                    if (ROUNDED) value = to_float(from_float<T>(value));
+                    high.v[j] = from_float<Y>(value);
+                    low.v[j] = from_float<Y>(value - to_float(high.v[j]));
                 }
-                memcpy(to[c][0], &high, 8);
-                if (LEVELS > 1) memcpy(to[c][LEVELS - 1], &low, 8);
+                Y* to = staged + row * STRIDE + (e * S::THREADS + int(threadIdx.x)) * 4;
+                store<4>(to, high);
+                if (LEVELS > 1) store<4>(to + S::ROWS * STRIDE, low);
             }
         }
+        __syncthreads();
+    }
+
+    // The registers of an mma's B.
+    __device__ __forceinline__ void operator()(int phase, u32 (&to)[S::CHUNKS][LEVELS][2]) const {
+        stage(phase);
+        const Y* from = staged + (S::ROWS > 1 ? lane_row() * STRIDE : 0) + place<S>(0, 0);
+#pragma unroll
+        for (int c = 0; c < S::CHUNKS; c++)
+#pragma unroll
+            for (int l = 0; l < LEVELS; l++) {
+                const Pack<Y, 4> four = load<4>(from + l * S::ROWS * STRIDE + c * CHUNK_COLUMNS);
+                memcpy(to[c][l], &four, 8);
+            }
     }
 };
 
@@ -277,9 +353,10 @@ struct Factors {
     __device__ __forceinline__ void multiply_tile(Stream<S>& stream, int count, f32* partial) const {
         typedef typename S::W W;
         float total[4] = {};
+        const W* slice = stream.take();
 #pragma unroll
         for (int b = 0; b < S::BLOCKS; b++)
-            if (b < count) add_block(stream.take(), b, total);
+            if (b < count) add_block(slice[b], b, total);
         const int lane = threadIdx.x % WARP;
         if constexpr (S::ROWS == 1) {
             if (lane % 4 == 0) partial[lane / 4] = total[0], partial[lane / 4 + 8] = total[2];

@@ -5,64 +5,6 @@
 
 #include "linear_packed.cuh"
 
-// LEVELS: 1 where a normalised element is rounded to T, as by the norm alone, 2 where y is f32.
-template <typename S, int NORM, int LEVELS, typename X>
-struct SharedRows {
-    typedef typename S::T T;
-    const X* x;
-    const T *g, *h;
-    const i32* order;
-    int k, count;
-    f32* staged;  // [ROWS][SPAN]
-    float mean[S::ROWS], inverse[S::ROWS];
-
-    __device__ __forceinline__ SharedRows(const X* x, const T* g, const T* h, const i32* order, int k, int count,
-                                          f32* staged)
-        : x(x), g(g), h(h), order(order), k(k), count(count), staged(staged) {}
-
-    __device__ __forceinline__ void measure(f32 eps) {
-        if constexpr (NORM != NO_NORM) {
-#pragma unroll
-            for (int row = 0; row < S::ROWS; row++) {
-                const X* from = x + i64(min(row, count - 1)) * k;
-                float total = 0.f;
-                mean[row] = 0.f;
-                if (NORM == LAYER_NORM) {
-                    for (int at = threadIdx.x; at < k; at += S::THREADS) total += to_float(from[at]);
-                    mean[row] = block_sum(total) / k;
-                    total = 0.f;
-                }
-                for (int at = threadIdx.x; at < k; at += S::THREADS) {
-                    const float less = to_float(from[at]) - mean[row];
-                    total += less * less;
-                }
-                inverse[row] = 1.f / sqrtf(block_sum(total) / k + eps);
-            }
-        }
-    }
-
-    __device__ __forceinline__ void operator()(int phase) const {
-        if (phase > 0) __syncthreads();  // the phase before is read
-        for (int i = threadIdx.x; i < S::SPAN; i += S::THREADS) {
-            const int column = phase * S::SPAN + i;
-            const bool inside = column < k;
-            const int at = S::ORDERED && inside ? order[column] : column;
-            const float by = NORM != NO_NORM && inside ? to_float(g[at]) : 0.f;
-            const float shift = NORM == LAYER_NORM && inside ? to_float(h[at]) : 0.f;
-#pragma unroll
-            for (int row = 0; row < S::ROWS; row++) {
-                float value = inside && row < count ? to_float(x[i64(row) * k + at]) : 0.f;
-                if (NORM != NO_NORM && inside && row < count) {
-                    value = normalised<NORM>(value, mean[row], inverse[row], by, shift);
-                    if (LEVELS == 1) value = to_float(from_float<T>(value));
-                }
-                staged[row * S::SPAN + i] = value;
-            }
-        }
-        __syncthreads();
-    }
-};
-
 template <typename S>
 struct FloatFactors {
     typedef typename S::T T;
@@ -70,14 +12,15 @@ struct FloatFactors {
 
     template <typename Rows>
     __device__ __forceinline__ void fill(const Rows& rows, int phase) {
-        rows(phase);
+        rows.stage(phase);
         x = rows.staged + place<S>(0, 0);
     }
 
     __device__ __forceinline__ void multiply_tile(Stream<S>& stream, int count, f32* partial) const {
         float total[S::ROWS][2] = {};
+        const typename S::W* slice = stream.take();
 #pragma unroll 1
-        for (int b = 0; b < count; b++) add_block(stream.take(), x + b * BLOCK_COLUMNS, total);
+        for (int b = 0; b < count; b++) add_block(slice[b], x + b * BLOCK_COLUMNS, total);
         const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int row = 0; row < S::ROWS; row++)

@@ -1,19 +1,20 @@
-// pack_codes   the codes of a quantised weight [m,k], out of the bytes of a checkpoint into blocks of 16 rows x 128 columns
-// pack_part    what goes with them (scale, zero, ...), one number for each row and group of columns, into the same blocks
+// pack_codes   the codes of a quantised weight [m,k]: out of a checkpoint's bytes, into blocks of 16 rows x 128 columns
+// pack_part    what goes with them (scale, zero, ...), a number for each row and group of columns, into the same blocks
 //
-// cuplama/quant/packed.py says what a block holds, and its `pack` is what both compute, bit for bit. Where a number lies
-// is a sum, as cuplama/quant/fields.py has it: those of (row, column) begin at bit rows[row] + columns[column] of `raw`.
-// A number has up to four planes, each with tables of its own, the lowest bits first. The tables lie in `raw` too, behind
-// the checkpoint's bytes; their places there are the arguments `rows`, `columns` and `part`, in bytes:
+// cuplama/quant/packed.py says what a block holds, and its `pack` is what both compute, bit for bit. Where a number
+// lies is a sum, as cuplama/quant/fields.py has it: that of (row, column) begins at bit rows[row] + columns[column] of
+// `raw`. A number has up to four planes, each with tables of its own, the lowest bits first. The tables lie in `raw`
+// too, behind the checkpoint's bytes; their places there are the arguments `rows`, `columns` and `part`, in bytes:
 //   rows i64 [planes, m], columns i64 [planes, parts, k], part i32 [m]: which table of columns a row has. A stack of
 //   tensors (q, k and v in one weight) is parts whose columns lie differently.
 // Rows and columns beyond the matrix are zero bytes.
 //
 // Mapping: pack_codes: a warp writes a block, lane by lane as a product reads it; the 8 warps of a thread block take 8
-// blocks of rows one below the other, because the words of AWQ and GPTQ run along them. pack_part: a thread a number, in
-// the order of the blocks.
+// blocks of rows one below the other, because the words of AWQ and GPTQ run along them. pack_part: a thread has a
+// number, in the order of the blocks.
 //
-// Launched by cuplama/backends/cuda/loading.py. Test: tests/backends/cuda/test_loading.py.
+// Launched by cuplama/backends/cuda/loading.py. Test: tests/backends/cuda/test_loading.py. Benchmark:
+// benchmarks/packed_loading.py.
 // Tried: nothing else yet.
 #include "common.cuh"
 
@@ -81,8 +82,8 @@ __device__ __forceinline__ void gather(const Field& f, const Line (&lines)[LINES
             if (lines[line].there && column + i < f.k) found[line][i] = ((found[line][i] ^ f.flip) + f.add) & mask;
 }
 
-// The words of a chunk of 16 columns, of which a lane has four in rows r and r + 8, as lane_codes of packed.py makes them.
-// Of codes of 5 and 6 bits these are the lower four.
+// The words of a chunk of 16 columns, of which a lane has four in rows r and r + 8, as lane_codes of packed.py makes
+// them. Of codes of 5 and 6 bits these are the lower four.
 template <int BITS>
 __device__ __forceinline__ void chunk_words(const u32 (&codes)[2][4], u32* words) {
     if constexpr (BITS <= 6) words[0] = 0;
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// offset: of the part's numbers of the first block, and stride: from one block to the next, in bytes; each: numbers of a
-// row of a block; wide: blocks side by side; paired: rows r and r + 8 are neighbours, else rows lie in their order.
+// offset: of the part's numbers of the first block, and stride: from one block to the next, in bytes; each: numbers of
+// a row of a block; wide: blocks side by side; paired: rows r and r + 8 are neighbours, else rows lie in their order.
 template <int BYTES>
 __global__ void __launch_bounds__(256)
     pack_part(u8* __restrict__ blocks, const u8* __restrict__ raw, i64 rows, i64 columns, i64 part, u32 widths,

@@ -4,6 +4,22 @@
 #ifndef CUPLAMA_PTX_CUH
 #define CUPLAMA_PTX_CUH
 
+// ---- bits -----------------------------------------------------------------------------------------------------------
+
+// (x & mask) | bits in one instruction. Where both are constants the compiler makes two of it.
+__device__ __forceinline__ unsigned and_or(unsigned x, unsigned mask, unsigned bits) {
+    unsigned found;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(x), "r"(mask), "r"(bits));
+    return found;
+}
+
+// (~x & mask) | bits
+__device__ __forceinline__ unsigned not_and_or(unsigned x, unsigned mask, unsigned bits) {
+    unsigned found;
+    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(found) : "r"(x), "r"(mask), "r"(bits));
+    return found;
+}
+
 // ---- copies from global to shared memory that the thread does not wait for (sm_80; plain copies before) -------------
 
 // 16 bytes, or 16 zero bytes if not `valid`; the global address is not read then. Both addresses on 16-byte boundaries.

@@ -4,19 +4,21 @@
 // where the segment has an `order`, its column j is column order[j] of dense. For products over many rows, which a
 // library computes from plain numbers; also in slices of the weight that stay in the L2 cache.
 //
-// Mapping: a warp takes a block of 16 rows and 128 columns; the warps of a thread block, blocks side by side. A lane has
-// four neighbouring columns of a row. Of 16-bit numbers that is half of a 16-byte store, so two lanes exchange halves
-// between two chunks of 16 columns: each then has eight columns of one of them. In an order of their own, numbers are
-// stored one by one: the L2 cache gathers the lines, because all of a row is written at about the same time.
+// Mapping: a warp takes a block of 16 rows and 128 columns; the warps of a thread block, blocks side by side. A lane
+// has four neighbouring columns of a row. Of 16-bit numbers that is half of a 16-byte store, so two lanes exchange
+// halves between two chunks of 16 columns: each then has eight columns of one of them. In an order of their own,
+// numbers are stored one by one: the L2 cache gathers the lines, as all of a row is written at about the same time.
 //
-// unpack_codes  w_codes[end - first, k] = the 8-bit codes themselves, w_scale = their scales: one for each row, or for
-//               128 columns of each row, [ceil(k / 128), end - first]     w_codes: four codes in a word; w_scale: f32
+// unpack_codes  dense[end - first, k] = the codes themselves, of 8-bit floats, w_scale = their scales: one for each row,
+//               or for 128 columns of each row, [ceil(k / 128), end - first]: f32
 //
-// For products of 8-bit floats. A block of the weight goes through shared memory, so that rows are written in pieces of
-// 128 bytes. k is a multiple of 16, `first` of the rows of a block. Copies at 3.9 TB/s on an H200, of 4.5 that reading
-// alone has. Test: tests/backends/cuda/test_eight_bit.py. Benchmark: python -m benchmarks.fp8_products.
+// For products of 8-bit floats; T says no more than what the scratch is otherwise. A block of the weight goes through
+// shared memory, so that rows are written in pieces of 128 bytes. k is a multiple of 16, `first` of the rows of a block.
+// The codes of an 8B model take 3.6 ms on an H200: 3.9 TB/s, where reading alone has 4.5.
+// Test: tests/backends/cuda/test_eight_bit.py. Benchmark: python -m benchmarks.fp8_products.
 //
-// Launched by cuplama/backends/cuda/planning.py. Test: tests/ops/test_unpack.py. Benchmark: prompts, `cuplama bench`.
+// Launched as cuplama/backends/cuda/unpacking.py says. Test: tests/backends/cuda/test_unpacking.py. Benchmark:
+// benchmarks/packed_loading.py.
 // Tried: nothing else yet.
 #include "formats.cuh"
 
@@ -48,7 +50,7 @@ struct Target {
         }
     }
 
-    // Of two chunks that follow each other, the lane's columns of each; column: the first chunk's first. All lanes call.
+    // Of two chunks that follow each other, the lane's columns. column: the first chunk's first. All lanes call.
     __device__ __forceinline__ void two_chunks(int column, int t, const Pack<T, 4>& first,
                                                const Pack<T, 4>& second) const {
         if (sizeof(T) != 2 || !vectorized) {
@@ -69,8 +71,9 @@ struct Target {
 };
 
 template <typename T, typename W>
-__global__ void __launch_bounds__(256, 4) unpack(const W* __restrict__ w, const i32* __restrict__ order,
-                                              T* __restrict__ dense, int rows, int first, int end, int to, int k) {
+__global__ void __launch_bounds__(256, W::BITS == 32 ? 2 : 4)
+    unpack(const W* __restrict__ w, const i32* __restrict__ order, T* __restrict__ dense, int rows, int first, int end,
+           int to, int k) {
     const int lane = threadIdx.x % WARP, r = lane / 4, t = lane % 4;
     const int wide = W::columns(k), block = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (block >= wide) return;
@@ -109,9 +112,9 @@ __global__ void __launch_bounds__(256, 4) unpack(const W* __restrict__ w, const 
 constexpr int CODE_WARPS = 4;
 constexpr int PITCH = 144;  // bytes between the rows of a block in shared memory: no two lanes meet in a bank
 
-template <typename W>
+template <typename T, typename W>
 __global__ void __launch_bounds__(32 * CODE_WARPS)
-    unpack_codes(const W* __restrict__ w, u32* __restrict__ w_codes, f32* __restrict__ w_scale, int rows, int first,
+    unpack_codes(const W* __restrict__ w, T* __restrict__ dense, f32* __restrict__ w_scale, int rows, int first,
                  int end, int k) {
     static_assert(W::BITS == 8 && (W::ROW_SCALES || W::GROUP == BLOCK_COLUMNS), "bytes that a block has one scale for");
     __shared__ __align__(16) u8 staged[CODE_WARPS][BLOCK_ROWS * PITCH];
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(32 * CODE_WARPS)
     for (int i = 0; i < 4; i++) {
         const int row = i * 4 + lane / 8, piece = lane % 8 * 16, column = block * BLOCK_COLUMNS + piece;
         if (row < left && column < k)
-            reinterpret_cast<uint4*>(w_codes)[(i64(to + row) * k + column) / 16] =
+            reinterpret_cast<uint4*>(dense)[(i64(to + row) * k + column) / 16] =
                 *reinterpret_cast<const uint4*>(mine + row * PITCH + piece);
     }
 }

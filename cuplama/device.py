@@ -15,6 +15,7 @@ import numpy as np
 from .arguments import one_of
 from .backends import Backend
 from .backends.cuda.driver import cuda_available
+from .backends.cuda.unpacking import largest_slice
 from .dtypes import DTYPES, dtype_name
 from .engine import memory
 from .errors import DeviceError
@@ -43,9 +44,9 @@ def open_backend(
     """A backend with room for one model. device: one of ``DEVICES``; dtype: a dtype's short name, or "auto".
 
     context: tokens of a sequence; tokens: of the KV cache, all sequences together; activations: one of ``ACTIVATIONS``,
-    and where "fp8" changes nothing, a warning says so. dtype "auto" is the checkpoint's dtype on
-    CUDA and float32 on NumPy. Raises ParameterError for an unknown device, and DeviceError, with the numbers, where
-    weights, cache and workspace do not fit or a head_dim is not in the kernels.
+    and where "fp8" changes nothing, a warning says so. dtype "auto" is the checkpoint's on CUDA and float32 on NumPy.
+    Raises ParameterError for an unknown device, and DeviceError, with the numbers, where weights, cache and workspace do
+    not fit or a head_dim is not in the kernels.
     """
     one_of("device", device, DEVICES)
     one_of("activations", activations, ACTIVATIONS)
@@ -86,7 +87,6 @@ def _open_cuda(
     dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int, activations: str
 ) -> Backend:
     from .backends.cuda.backend import CudaBackend
-    from .backends.cuda.unpacking import slice_bytes
 
     if config.head_dim not in HEAD_DIMS:
         raise DeviceError(
@@ -96,12 +96,11 @@ def _open_cuda(
     chosen = stored_dtype(config, weights) if dtype == "auto" else dtype
     backend = CudaBackend(chosen, activations=activations)
     size = _bytes(weights, backend.dtype)
-    multiplied = {w.shape for name, w in weights.items() if w.packed and name != "embed_tokens"}
-    kept = sum(slice_bytes(m, k, backend.dtype.itemsize) for m, k in multiplied)
+    unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
         chunks, limits = backend.prefill_chunks, backend.gpu.limits
-        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, kept)
+        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, unpacked)
 
     free = backend.free_memory()
     backend.prefill_chunk, plan = fit(free)

@@ -15,7 +15,9 @@ from typing import Any
 from .arguments import checked, flag
 from .errors import ConfigError, ParameterError
 from .files import read_optional_json
+from .gguf import is_gguf, open_gguf
 from .models.config import ModelConfig, token_ids
+from .models.gguf import gguf_generation
 from .sampling_params import SamplingParams, read_parameter
 from .text.tokenizer import Tokenizer
 
@@ -90,9 +92,11 @@ class Settings:
 
     @classmethod
     def read(cls, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Settings:
-        """From what the folder's files say. Raises ConfigError; logs a warning for what is not supported."""
-        where = folder / "generation_config.json"
-        generation_config = read_optional_json(where)
+        """From what the files of a folder say, or the metadata of a GGUF file.
+
+        Raises ConfigError; logs a warning for what is not supported.
+        """
+        where, generation_config = _read(folder)
         try:
             defaults = sampling_defaults(generation_config)
         except ParameterError as e:
@@ -109,6 +113,14 @@ class Settings:
             stop_tokens(config, generation_config, tokenizer, where),
             bos if bos is not None and bos < config.vocab_size else None,
         )
+
+
+def _read(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    """(the file that says it, for errors; the content of a generation_config.json)."""
+    if is_gguf(folder):
+        return folder, gguf_generation(open_gguf(folder))
+    where = folder / "generation_config.json"
+    return where, read_optional_json(where)
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +19,10 @@ from .arguments import shown, type_of
 from .errors import ConfigError, ParameterError
 from .files import read_json
 from .folders import data_folder
+from .gguf import is_gguf
+from .gguf_choice import choose_file, file_of_folder, gguf_models, gguf_tags
 from .models.checkpoint import INDEX
+from .quant.readers import FILES
 
 __all__ = [
     "BUNDLED",
@@ -41,16 +45,21 @@ HUB_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", INDEX,
     "adapter_config.json",  # of what is no model by itself: the error for its folder names it
+    *FILES,
 )  # fmt: skip
+_FOLDER_FILES = (".json", ".safetensors", ".jinja")  # what a model folder has, for a hint
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+# org/name, a revision, and which GGUF file
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?(?::([\w./-]+))?")
+_FORM = "org/name[@revision][:FILE]"
 
 
 @dataclass(frozen=True)
 class CachedModel:
     """A repository in the hub's local cache.
 
-    repository: "org/name"; folder: its newest files; size: bytes of all its revisions; last_used: seconds since 1970.
+    repository: "org/name", with ":FILE" for each of its GGUF files; folder: its newest files, or that one; size: bytes
+    of all its revisions, or of the file; last_used: seconds since 1970.
     """
 
     repository: str
@@ -62,10 +71,11 @@ class CachedModel:
 def find_model(
     model: str | os.PathLike[str] | None, offline: bool = False, progress: DownloadProgress | None = None
 ) -> Path:
-    """The folder of a model.
+    """The folder of a model, or its GGUF file.
 
-    model: a folder, a hub id ("org/name", or "org/name@revision" for a branch, tag or commit), or None for the bundled
-    story model. progress: as of ``pull``.
+    model: a folder, a GGUF file, a hub id, or None for the bundled story model. A hub id is "org/name", or
+    "org/name@revision" for a branch, tag or commit; of a repository of GGUF files "org/name:Q4_K_M" means the one whose
+    name ends so. A folder that holds one GGUF file stands for the file. progress: as of ``pull``.
 
     The bundled model's name stands for it, too, where no folder has that name.
 
@@ -75,10 +85,13 @@ def find_model(
     if model is None:
         return data_folder("weights")
     if not isinstance(model, (str, os.PathLike)):
-        raise ParameterError(f"model = {shown(model)} is {type_of(model)}; it must be a folder, a hub id, or None")
+        wanted = "a folder, a GGUF file, a hub id, or None"
+        raise ParameterError(f"model = {shown(model)} is {type_of(model)}; it must be {wanted}")
     try:
         path = Path(model or "?").expanduser()  # an empty name must not mean the current folder
         if path.is_dir():
+            return file_of_folder(path) or path
+        if is_gguf(path):
             return path
         exists = path.exists()
     except (OSError, RuntimeError) as e:  # no permission, a name too long, no such home folder
@@ -86,31 +99,29 @@ def find_model(
     if model == BUNDLED and not exists:
         return data_folder("weights")
     if exists:
-        raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights{_parent(path)}")
+        hint = f": {path.parent}" if path.suffix in _FOLDER_FILES else ", or a GGUF file"
+        raise ConfigError(f"{path} is a file; give the folder that holds config.json and the weights{hint}")
     if path.is_symlink():
         raise ConfigError(f"{path} is a link to {os.readlink(path)}, which leads nowhere")
     parts = _HUB_ID.fullmatch(model) if isinstance(model, str) else None
+    if parts is not None and parts[1].lower().endswith(".gguf"):
+        raise ConfigError(f"{model!r:.200} does not exist")
     if parts is None:
-        raise ConfigError(f"{str(model)!r:.200} does not exist, and is not a hub id of the form org/name[@revision]")
-    return _copy(parts[1], parts[2], offline, progress)
-
-
-def _parent(path: Path) -> str:
-    """The hint that a file of a model folder is worth."""
-    return f": {path.parent}" if path.suffix in (".json", ".safetensors", ".jinja") else ""
+        raise ConfigError(f"{str(model)!r:.200} does not exist, and is not a hub id of the form {_FORM}")
+    return _copy(parts[1], parts[2], parts[3], offline, progress)
 
 
 def pull(repository: str, *, revision: str | None = None, progress: DownloadProgress | None = None) -> Path:
-    """Download a hub repository, or bring it up to date: the folder of its files.
+    """Download a hub repository, or bring it up to date: the folder of its files, or its GGUF file.
 
-    repository: "org/name"; revision: a branch, tag or commit; progress: called with (bytes that are here, bytes in
-    all), from the hub's threads; without it the hub's library shows bars of its own.
+    repository: "org/name", with ":FILE" as in ``find_model``; revision: a branch, tag or commit; progress: called with
+    (bytes that are here, bytes in all), from the hub's threads; without it the hub's library shows bars of its own.
     Raises ConfigError naming what does not exist or cannot be reached.
     """
     parts = _HUB_ID.fullmatch(repository)
     if parts is None:
-        raise ConfigError(f"{repository!r:.200} is not a hub id of the form org/name[@revision]")
-    return _copy(parts[1], revision or parts[2], False, progress)
+        raise ConfigError(f"{repository!r:.200} is not a hub id of the form {_FORM}")
+    return _copy(parts[1], revision or parts[2], parts[3], False, progress)
 
 
 def cached_models() -> list[CachedModel]:
@@ -126,7 +137,13 @@ def cached_models() -> list[CachedModel]:
     for r in repositories:
         if r.repo_type == "model" and r.revisions:
             newest = max(r.revisions, key=lambda v: ("main" in v.refs, v.last_modified))
-            found.append(CachedModel(r.repo_id, newest.snapshot_path, r.size_on_disk, r.last_accessed))
+            folder, names = newest.snapshot_path, _gguf_files(newest.snapshot_path)
+            if any(folder.glob("*.safetensors")) or not gguf_models(names):
+                found.append(CachedModel(r.repo_id, folder, r.size_on_disk, r.last_accessed))
+                continue
+            for tag, parts in gguf_tags(names).items():
+                size = sum((folder / part).stat().st_size for part in parts if (folder / part).exists())
+                found.append(CachedModel(f"{r.repo_id}:{tag}", folder / parts[0], size, r.last_accessed))
     return sorted(found, key=lambda m: m.repository.lower())
 
 
@@ -145,8 +162,13 @@ def weight_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[
     return others if len(others) == 1 else []
 
 
-def _copy(repository: str, revision: str | None, offline: bool, progress: DownloadProgress | None) -> Path:
-    """The folder of a repository's files in the local cache, all of one commit. Raises ConfigError."""
+def _copy(
+    repository: str, revision: str | None, file: str | None, offline: bool, progress: DownloadProgress | None
+) -> Path:
+    """The folder of a repository's files in the local cache, all of one commit, or the GGUF file among them.
+
+    file: which of several GGUF files. Raises ConfigError.
+    """
     from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
@@ -154,10 +176,15 @@ def _copy(repository: str, revision: str | None, offline: bool, progress: Downlo
         # The hub says here which commit a branch means today; the cache notes it for later use without the hub.
         folder = _snapshot(repository, revision, offline)
         if not offline and _COMMIT.fullmatch(folder.name):  # a snapshot's folder has the name of its commit
-            _fetch_weights(repository, folder, progress)
+            _fetch_weights(repository, folder, file, progress)
+        names = [] if file is None and any(folder.glob("*.safetensors")) else _gguf_files(folder)
+        return folder / choose_file(names, file, repository)[0] if names or file else folder
     except Exception as e:  # each version of the hub's library has its own errors for a connection that is lost
         raise ConfigError(f"{repository}: {_reason(repository, revision, offline, e)}") from e
-    return folder
+
+
+def _gguf_files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
 
 
 def _snapshot(repository: str, revision: str | None, offline: bool) -> Path:
@@ -166,7 +193,8 @@ def _snapshot(repository: str, revision: str | None, offline: bool) -> Path:
 
     options: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "tqdm_class": _bars(lambda _: None)}
     try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=offline, **options))
+        with _without_warning("No files matched"):  # a GGUF file is all there is
+            return Path(snapshot_download(repository, revision=revision, local_files_only=offline, **options))
     except errors.LocalEntryNotFoundError as e:
         # Since version 1.22 the library refuses a copy that another program made of fewer files.
         folder = getattr(e, "snapshot_path", None)
@@ -176,8 +204,23 @@ def _snapshot(repository: str, revision: str | None, offline: bool) -> Path:
         return Path(folder)
 
 
-def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | None) -> None:
-    """Complete a snapshot by the weights of the same commit."""
+@contextmanager
+def _without_warning(begin: str) -> Iterator[None]:
+    """Keep the hub's library from logging messages that begin so, from any thread."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(begin)
+
+    logger = logging.getLogger("huggingface_hub._snapshot_download")
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
+
+
+def _fetch_weights(repository: str, folder: Path, file: str | None, progress: DownloadProgress | None) -> None:
+    """Complete a snapshot by the weights of the same commit. file: which of several GGUF files."""
     from huggingface_hub import list_repo_tree, snapshot_download
     from huggingface_hub.hf_api import RepoFile
 
@@ -185,13 +228,17 @@ def _fetch_weights(repository: str, folder: Path, progress: DownloadProgress | N
     try:
         tree = [f for f in list_repo_tree(repository, recursive=True, revision=commit) if isinstance(f, RepoFile)]
     except Exception:
-        if any(folder.glob("*.safetensors")):  # the hub is out of reach: what the cache has will do
+        if any(folder.glob("*.safetensors")) or _gguf_files(
+            folder
+        ):  # the hub is out of reach: what the cache has will do
             return
         raise
     sizes = {file.path: file.size for file in tree}
-    weights = weight_files(sizes, read_json(folder / INDEX) if INDEX in sizes else None)
+    weights = [] if file else weight_files(sizes, read_json(folder / INDEX) if INDEX in sizes else None)
+    if not weights and (file or gguf_models(sizes)):
+        weights = list(choose_file(sizes, file, repository))
     if not weights:
-        others = _listed([name for name in sizes if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))])
+        others = _listed([name for name in sizes if name.endswith((".safetensors", ".bin", ".pt", ".pth"))])
         if not folder.is_dir():  # nothing was fetched
             raise ConfigError(f"it has no config.json, so it is no model in Hugging Face layout{others}")
         _log.warning("%s has no safetensors that say how they belong%s", repository, others)

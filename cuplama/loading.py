@@ -1,4 +1,4 @@
-"""From a name to a model that runs: folder or hub id -> config -> weights -> backend -> engine."""
+"""From a name to a model that runs: folder, GGUF file or hub id -> config -> weights -> backend -> engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .device import ACTIVATIONS, DEVICES, open_backend
 from .dtypes import Array
 from .engine.engine import Engine
 from .errors import ConfigError
-from .files import is_missing
 from .generation_config import Settings
 from .hub import BUNDLED, find_model
 from .model import Model
@@ -53,8 +52,8 @@ def load(
 ) -> Model:
     """Load a model.
 
-    model: a folder in Hugging Face layout, a hub id ("org/name", or "org/name@revision"), or None for the bundled story
-    model.
+    model: a folder in Hugging Face layout, a GGUF file or a folder that holds one, a hub id ("org/name",
+    "org/name@revision", or "org/name:Q4_K_M" for one of several GGUF files), or None for the bundled story model.
     device: "cuda", "numpy", or "auto": CUDA where it works, else NumPy with a notice on the ``cuplama`` logger.
     dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's on CUDA, float32 on NumPy.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
@@ -75,7 +74,7 @@ def load(
     tokens = _cache_tokens(length, cache_tokens)
     if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
         _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
-    tokenizer = None if is_missing(folder / "tokenizer.json") else Tokenizer.load(folder)
+    tokenizer = Tokenizer.find(folder)
     settings = Settings.read(folder, config, tokenizer)
     weights = load_weights(folder, config)
     engine = start_engine(config, weights, device, dtype, length, tokens, progress, activations)

@@ -6,6 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,7 +85,7 @@ class Launcher:
         prototype = prototypes(self.file)[self.expression.split("<")[0]]
         g, b = (tuple(map(int, (*size, 1, 1)[:3])) for size in (grid, block))
         bound = BoundLaunch(self.file, self.expression, g, b, shared, args, prototype)  # type: ignore[arg-type]
-        emulator.run(bound, check=self.gpu.checked)
+        emulator.run(bound, check=self.gpu.checked, folder=self.gpu.folder)
 
 
 class HostCublas:
@@ -171,11 +172,13 @@ class _Pool(str):
 class FakeGpu(Gpu):
     """A GPU in host memory. Nothing is done before something waits for it, and new memory holds garbage.
 
-    emulate: whether kernels run, on the emulator; otherwise they do nothing. checked: whether it looks at every access.
+    emulate: whether kernels run, on the emulator; otherwise they do nothing. checked: whether it looks at every access;
+    folder: where the kernels' files are, if not in cuda_src/.
     """
 
     workspace = 0
     checked = False
+    folder: Path | None = None
 
     def __init__(self, emulate: bool = False, arch: int = 90, cublas: Any = None) -> None:
         self.limits, self.name = Device(arch=arch), "a fake GPU"

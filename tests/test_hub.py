@@ -23,14 +23,16 @@ from tests.tiny import CHARS
 
 
 def test_folders_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"GGML")
     for model, words in (
         (tmp_path / "nowhere", "nowhere' does not exist, and is not a hub id of the form org/name"),
         ("nowhere", "'nowhere' does not exist, and is not a hub id"),
         ("a/b/c", "does not exist, and is not a hub id"),
-        (file, "is a file; give the folder"),
-        (tmp_path, r"config\.json does not exist"),
+        (file, "model.bin is a file; give the folder that holds config.json and the weights, or a GGUF file"),
+        ("models/small.gguf", "'models/small.gguf' does not exist"),
+        (tmp_path / "folder", r"config\.json does not exist"),
         ("", "'' does not exist"),
         ("x" * 5000, "cannot open x+: File name too long"),
         ("~no-such-user-1/x", "cannot open"),
@@ -267,7 +269,7 @@ def test_a_repository_without_weights_that_can_be_read(hub: FakeHub, caplog: pyt
 
 
 @pytest.mark.parametrize(
-    ("files", "words"), [({"a-Q4.gguf": b"x", "b-Q8.gguf": b"x"}, ": a-Q4.gguf, b-Q8.gguf cannot be read"), ({}, "")]
+    ("files", "words"), [({"a.bin": b"x", "b.pt": b"x"}, ": a.bin, b.pt cannot be read"), ({}, "")]
 )
 def test_a_repository_in_another_layout(hub: FakeHub, files: dict[str, bytes], words: str) -> None:
     hub.add("org/other", {"README.md": b"#", **files})

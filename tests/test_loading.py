@@ -11,8 +11,11 @@ import pytest
 
 import cuplama
 import cuplama.loading as load_module
-from cuplama.errors import ConfigError, DeviceError, ParameterError
+from cuplama.errors import ConfigError, DeviceError, ParameterError, TokenizerError
+from cuplama.hub import find_model
 from cuplama.models.config import load_config
+from tests.gguf_files import vocabulary_of
+from tests.gguf_models import write_chars, write_converted
 from tests.tiny import CHARS, LLAMA, copy, load
 
 
@@ -36,7 +39,7 @@ def test_load_options() -> None:
         ({"activations": "int8"}, "activations = 'int8' is not supported; supported: auto, fp8"),
         ({"activations": None}, "activations = None is None; it must be one of auto, fp8"),
         ({"offline": "no"}, "offline = 'no' is a str; it must be True or False"),
-        ({"model": 3}, "model = 3 is an int; it must be a folder, a hub id, or None"),
+        ({"model": 3}, "model = 3 is an int; it must be a folder, a GGUF file, a hub id, or None"),
         ({"model": b"x"}, "model = b'x' is a bytes"),
     )
     for options, words in wrong:
@@ -105,3 +108,53 @@ def test_generation_config_sets_defaults_that_arguments_override(tmp_path: Path)
         assert model.generate("The", seed=5).tokens == plain.generate("The", **params).tokens
         assert model.generate("The", temperature=0, max_tokens=20).tokens == plain.generate("The", max_tokens=20).tokens
         assert model.generate("The", seed=5, max_tokens=None).finish_reason == "length"
+
+
+def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
+    """By its path, or as the only one in a folder; the text is that of the folder it was made from."""
+    path = write_chars(tmp_path / "chars.gguf", general__sampling__temp=0.0)
+    with load(CHARS) as model:
+        wanted = model.generate("First", max_tokens=20)
+    for place in (path, str(path), tmp_path):
+        with load(place) as model:  # type: ignore[arg-type]
+            found = model.generate("First", max_tokens=20)
+            assert (found.text, found.tokens) == (wanted.text, wanted.tokens)
+            assert (model.folder, model.name) == (path, str(place))
+            assert "GPT2LMHeadModel" in repr(model)
+
+
+def test_the_bundled_model_as_a_gguf_file(tmp_path: Path) -> None:
+    """All that a Llama has: permuted rows, a byte-level vocabulary with merges, BOS and the token that ends a story."""
+    folder = find_model(None)
+    vocabulary = vocabulary_of(folder, "gpt2", "gpt-2")
+    keys: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "add_bos_token": True}
+    metadata = {**vocabulary, **{f"tokenizer.ggml.{key}": value for key, value in keys.items()}}
+    path = write_converted(folder, tmp_path / "story.gguf", "BF16", **metadata)
+    with load(folder) as model:
+        wanted = model.generate("Once upon a time", max_tokens=40, temperature=0)
+    with load(path) as model:
+        found = model.generate("Once upon a time", max_tokens=40, temperature=0)
+        assert model.config.dtype == "bfloat16"
+        assert (model.bos, set(model.stop_ids)) == (0, {0})
+    assert (found.text, found.tokens, found.prompt_tokens) == (wanted.text, wanted.tokens, wanted.prompt_tokens)
+
+
+def test_a_gguf_file_without_a_tokenizer(tmp_path: Path) -> None:
+    path = write_converted(LLAMA, tmp_path / "m.gguf")
+    with load(path) as model:
+        assert model.generate([5, 6], max_tokens=2).tokens
+        with pytest.raises(TokenizerError, match=r"m\.gguf has no tokenizer"):
+            model.generate("text")
+
+
+def test_the_stop_tokens_of_a_gguf_file(tmp_path: Path) -> None:
+    path = write_chars(tmp_path / "m.gguf", tokenizer__ggml__eos_token_id=3, tokenizer__ggml__eot_token_id=7)
+    with load(path) as model:
+        assert model.stop_ids == {3, 7}
+
+
+def test_several_models_in_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_chars(tmp_path / f"{name}.gguf")
+    with pytest.raises(ConfigError, match=r"holds 2 models; name one of the files: a\.gguf, b\.gguf"):
+        load(tmp_path)

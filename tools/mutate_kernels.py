@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from cuplama.dtypes import Array
 from cuplama.lab.check import WrongResultError, check, planned, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload
@@ -36,7 +37,9 @@ from cuplama.ops import OPS
 from cuplama.ops.abstract import abstract
 from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.launch import Device
+from cuplama.ops.weights import segments_of
 from cuplama.simt.emulator import CUDA_SRC, KernelFault, precompile, run
+from tests.backends.cuda import test_loading, test_unpacking
 from tests.ops import harness, test_bias, test_ops, test_small_gpu
 from tools.kernel_edits import EDITS, EQUIVALENT
 
@@ -112,8 +115,8 @@ class _Mutated(EmulatedDevice):
 class _MutatedAndShifted(_Mutated):
     """The same with arrays that begin where 16-byte accesses are not allowed."""
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Any:
-        return test_ops.shifted(array)
+    def upload(self, array: Array) -> Any:
+        return test_ops.shifted(array) if segments_of(array) is None else super().upload(array)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,23 @@ def _bias(folder: Path) -> None:
         test_bias.check_biases(_Mutated(folder, {"bias.cu"}), *case)
 
 
-BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {"bias.cu": _bias, "peaks.cu": _read_sum}
+def _pack(folder: Path) -> None:
+    """The kernels that pack a quantised weight when it is loaded."""
+    for name in test_loading.LAYOUTS:
+        test_loading.check_layout(name, folder)
+    for layout, k in test_loading.STACKED:
+        test_loading.check_stack(layout, k, folder)
+
+
+def _unpack(folder: Path) -> None:
+    """The kernel that prepares a packed weight for cuBLAS."""
+    for case in test_unpacking.CASES:
+        test_unpacking.check_unpacked(_Mutated(folder, {"unpack.cu"}), *case)
+
+
+BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {
+    "bias.cu": _bias, "pack.cu": _pack, "peaks.cu": _read_sum, "unpack.cu": _unpack,
+}  # fmt: skip
 
 
 def _job(workload: Workload, device: Device, unaligned: bool = False) -> Job:
@@ -208,7 +227,7 @@ def _caught(test: Callable[[], None]) -> str | None:
     except KernelFault as fault:
         return str(fault).splitlines()[0]
     except (AssertionError, WrongResultError) as error:
-        return f"wrong result: {str(error).splitlines()[0]}"
+        return f"wrong result: {(str(error).splitlines() or ['an assertion without words'])[0]}"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from ..dtypes import DTYPES, Array
 from ..ops import OPS
 from ..ops.node import Node, dying
 from ..ops.op import Op
-from ..ops.team import team_of
+from ..ops.team import LEAST_WORK, fill, team_of
+from ..quant.format import plain_format
+from ..quant.stored import Stored
 from ..quant.weight import Weight
 from .blas import one_blas_thread
 
@@ -51,8 +54,9 @@ class _CapturedGraph:
 class NumPyBackend:
     """The ``Backend`` of the CPU. It runs in float32 whatever the checkpoint's dtype, unless another is asked for.
 
-    convert: whether weights are converted to the dtype once, at load; otherwise they stay in the mapped file and are
-    converted at every use, some rows at a time, which is slow but lets a large model run in little memory.
+    convert: whether weights are converted to the dtype once, at load, quantised ones as well; otherwise they stay in
+    the mapped file and are converted at every use, some rows at a time, which is slow but lets a large model run in
+    little memory.
     """
 
     name = "numpy"
@@ -80,12 +84,26 @@ class NumPyBackend:
         return np.zeros(shape, dtype)
 
     def load_weight(self, weight: Weight) -> Array:
+        if weight.packed:
+            return self._numbers(weight)
         if not self._convert:
-            return weight.array()
+            return weight.stored(self.dtype) if weight.packed else weight.array()
         array = np.empty(weight.shape, self.dtype)
+        if weight.packed:
+            _decode(weight, array)
+            return array
         flat = array.reshape(-1)
         for offset, chunk in weight.chunks(1 << 24):
             flat[offset : offset + chunk.size] = chunk
+        return array
+
+    def _numbers(self, weight: Weight) -> Array:
+        """What a quantised weight holds, a few rows at a time: a gather needs 8 bytes for each number."""
+        stored = weight.stored(self.dtype)
+        array = np.empty(weight.shape, self.dtype)
+        rows = max(1, (1 << 21) // weight.shape[1])
+        for at in range(0, len(array), rows):
+            array[at : at + rows] = stored[at : at + rows].numbers()
         return array
 
     def end_loading(self) -> None:
@@ -149,3 +167,25 @@ class NumPyBackend:
         ]
         self._prepared[key] = (nodes, ready)
         return ready
+
+
+_DECODED = 1 << 18  # numbers that a thread decodes at a time: what it makes on the way stays in its cache
+
+
+def _decode(weight: Weight, array: np.ndarray[Any, Any]) -> None:
+    """The numbers of a weight with quantised parts into ``array``, by as many threads as passes have."""
+    outs, pieces, first = list[Array](), list[Callable[[], Array]](), 0
+    for part in weight.parts:
+        count = max(1, _DECODED // max(1, part.shape[1]))
+        for at in range(0, len(part), count):
+            rows = slice(at, min(at + count, len(part)))
+            outs.append(array[first + rows.start : first + rows.stop])
+            pieces.append(partial(_numbers, part, rows))
+        first += len(part)
+    with one_blas_thread() as threads, team_of(threads):
+        fill(outs, pieces, LEAST_WORK)
+
+
+def _numbers(part: np.ndarray[Any, Any] | Stored, rows: slice) -> np.ndarray[Any, Any]:
+    found = part[rows]
+    return found.numbers() if isinstance(found, Stored) else plain_format(found.dtype).decode(found)

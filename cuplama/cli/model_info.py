@@ -14,7 +14,7 @@ from ..device import stored_dtype
 from ..dtypes import DTYPES
 from ..engine.memory import cache_bytes, plan
 from ..loading import DEFAULT_CONTEXT
-from ..models.checkpoint import INDEX, load_weights
+from ..models.checkpoint import has_weights, load_weights
 from ..models.config import ModelConfig, load_config
 from ..models.presets import find_shape, is_shape
 from ..ops.attention import HEAD_DIMS
@@ -39,7 +39,7 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
 
 def facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
     """Facts about a model by stable names. Where there are no weights, what they would be by the config."""
-    found = folder is not None and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists())
+    found = folder is not None and has_weights(folder)
     T = DTYPES[config.stored]
     if folder is not None and found:
         weights = load_weights(folder, config)

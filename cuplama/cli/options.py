@@ -106,17 +106,17 @@ def options(*decorators: Decorator) -> Decorator:
 
 
 def complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """What a shell completes after -m: folders, and the hub ids of the models that were downloaded."""
+    """What a shell completes after -m: folders and files, and the hub ids of the models that were downloaded."""
     from ..hub import cached_models
 
     names = sorted(model.repository for model in cached_models())
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-    return [*found, CompletionItem(incomplete, type="dir")]
+    return [*found, CompletionItem(incomplete, type="file")]
 
 
 def model_option(also: str = "") -> Decorator:
-    """``-m``. also: what the option takes beside a folder and a hub id."""
-    text = f"Folder or hub id (org/name){also}.  [default: the bundled story model]"
+    """``-m``. also: what the option takes beside a folder, a GGUF file and a hub id."""
+    text = f"Folder, GGUF file or hub id (org/name){also}.  [default: the bundled story model]"
     return click.option("-m", "--model", metavar="MODEL", shell_complete=complete_model, help=text)
 
 

@@ -18,6 +18,8 @@ __all__ = ["pull"]
 def pull(repository: str, revision: str | None) -> None:
     """Download the model ORG/NAME from the Hugging Face hub, or bring it up to date, and print its folder.
 
+    Of a repository of GGUF files ORG/NAME:Q4_K_M is the one whose name ends so; its path is printed.
+
     What was downloaded before is not downloaded again. Models are kept in the Hugging Face cache, which other programs
     share; "cuplama models" lists it. A token for models that need one is taken from HF_TOKEN or "hf auth login".
     """

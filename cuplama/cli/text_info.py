@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import is_missing
 from ..generation_config import Settings
 from ..models.config import ModelConfig
 from ..text.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ def text_facts(folder: Path | None, config: ModelConfig) -> dict[str, Any]:
     """
     tokenizer, settings = None, Settings(stop_ids=frozenset(config.eos))
     if folder is not None:
-        tokenizer = None if is_missing(folder / "tokenizer.json") else Tokenizer.load(folder)
+        tokenizer = Tokenizer.find(folder)
         settings = Settings.read(folder, config, tokenizer)
     return {
         "tokenizer": tokenizer and {

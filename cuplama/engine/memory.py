@@ -104,12 +104,12 @@ def plan(
     tokens: int,
     chunk: int,
     device: Device,
-    kept: int = 0,
+    unpacked: int = 0,
 ) -> MemoryPlan:
     """What a model takes whose weights have that many bytes, and whose activations and cache have that dtype.
 
-    context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass; kept: bytes of
-    scratch that is made once, and that all passes share.
+    context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass; unpacked:
+    bytes of scratch for the numbers of quantised weights, which all passes share.
     """
     tables = sum(4 * rope.dim * table_rows(rope, context) for rope in config.ropes.values())
     # Logits, penalised logits and the sampler's scratch; or those of all tokens, where they are asked for.
@@ -120,7 +120,7 @@ def plan(
     return MemoryPlan(
         weights=weights,
         cache=cache_bytes(config, dtype, tokens),
-        workspace=math.ceil(POOL * work) + tables + logits + padding + kept + FIXED,
+        workspace=math.ceil(POOL * work) + tables + logits + padding + unpacked + FIXED,
         tokens=tokens,
         dtype=dtype_name(dtype),
     )
@@ -135,11 +135,11 @@ def fit(
     chunks: Sequence[int],
     free: int,
     device: Device,
-    kept: int = 0,
+    unpacked: int = 0,
 ) -> tuple[int, MemoryPlan]:
     """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan."""
     for chunk in chunks:
-        found = plan(config, weights, dtype, context, tokens, chunk, device, kept)
+        found = plan(config, weights, dtype, context, tokens, chunk, device, unpacked)
         if found.total <= free:
             break
     return chunk, found

@@ -29,7 +29,8 @@ from ..errors import CuplamaError, DeviceError, ParameterError
 from ..ops.abstract import abstract
 from ..ops.binding import BoundLaunch, bind_plan
 from ..ops.launch import Device, Plan
-from ..ops.op import Call, Op
+from ..ops.linear import MAX_STREAMED_ROWS
+from ..ops.op import ROUNDING, Call, Op
 from ..ops.signature import OpError
 from ..ops.weights import segments_of
 from .workloads import Workload, case_workloads
@@ -54,6 +55,7 @@ __all__ = [
 
 _MAX_GRID = (2**31 - 1, 65535, 65535)  # blocks (CUDA C++ programming guide, technical specifications)
 _MAX_WIDENED = 1 << 24  # Inputs of more elements stay as they are: the references widen what they take of them.
+_ROUNDINGS = 2  # of a packed weight, where it is multiplied with many rows: of its scale and of the product
 _MAX_FACTOR = 0.5  # of the tolerance: what may be common to all elements
 _FACTOR_DEVIATIONS = 4  # Of few elements, chance makes a common factor of about the error / sqrt(elements).
 _MAX_OUTLIER = 6  # times the tolerance, for a single element
@@ -131,7 +133,7 @@ def relative_error(out: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> flo
 
 
 def _check_floats(workload: Workload, name: str, out: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
-    tolerance = workload.op.allowed(dtype_name(out.dtype), workload.dtype)
+    tolerance = workload.op.allowed(dtype_name(out.dtype), workload.dtype) + _rounded_weights(workload)
     out, want = out.astype(np.float64), want.astype(np.float64)
     finite = np.isfinite(want)
     size = np.where(finite, np.abs(want), 0)
@@ -150,6 +152,20 @@ def _check_floats(workload: Workload, name: str, out: np.ndarray[Any, Any], want
             f"{where} all of it is too {'large' if factor > 0 else 'small'} by {abs(factor):.1e} of its size;"
             f" {allowed:.1e} is allowed"
         )
+
+
+def _rounded_weights(workload: Workload) -> float:
+    """What the result may be off, as a norm, because a packed weight's numbers are rounded to the model's dtype.
+
+    For more rows than are streamed that is done: scale and number are rounded, once each at most. For few rows the
+    product is scaled behind the sum, and only the numbers of nf4 are not exact in 16 bits.
+    """
+    segments = [s for x in workload.call.arrays.values() for s in segments_of(x) or ()]
+    if not segments or workload.dtype == "f32":
+        return 0.0
+    if workload.call.env.get("n", 0) > MAX_STREAMED_ROWS and "k" in workload.call.env:
+        return _ROUNDINGS * ROUNDING[workload.dtype]
+    return ROUNDING[workload.dtype] * any(s.format.packing.code.name == "nf4" for s in segments)
 
 
 def _common_factor(out: np.ndarray[Any, Any], want: np.ndarray[Any, Any], tolerance: float) -> tuple[float, float]:

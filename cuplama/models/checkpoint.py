@@ -1,4 +1,4 @@
-"""Safetensors files -> canonical weights. Memory-mapped, sharded or not, and strict.
+"""Safetensors or GGUF files -> canonical weights. Memory-mapped, sharded or not, and strict.
 
 Every tensor of the files must be used by the model and every weight of the model must be found, with the right shape:
 a lost weight would otherwise turn into silently wrong text.
@@ -8,96 +8,118 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..dtypes import DTYPES
 from ..errors import CheckpointError
 from ..files import is_missing, not_opened, not_understood, read_json
+from ..gguf import is_gguf, open_gguf
 from ..ops.signature import dim_value
+from ..quant.readers import read_quantised
+from ..quant.stored import Stored
+from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
+from .gguf import gguf_name, gguf_tensors
 
-__all__ = ["INDEX", "Tensor", "load_weights", "open_tensors"]
+__all__ = ["INDEX", "has_weights", "load_weights", "open_tensors"]
 
-# The safetensors dtypes that weights may have.
-_DTYPES = {"F32": DTYPES["f32"], "F16": DTYPES["f16"], "BF16": DTYPES["bf16"]}
+_DTYPES = ("F32", "F16", "BF16")  # of safetensors, those that weights may have
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a file: ``data`` is a read-only view of the mapped file, or None if its dtype is not a weight's."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    data: np.ndarray[Any, Any] | None
+def has_weights(folder: Path) -> bool:
+    """Whether weights are there, of any kind that can be read: a GGUF file has its own."""
+    return is_gguf(folder) or (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
 
 
 def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
-    """The weights of ``config`` from the safetensors files in ``folder``, by canonical name.
+    """The weights of ``config`` from the safetensors files in ``folder``, or from a GGUF file, by canonical name.
 
     Raises CheckpointError naming the file and the tensor that is missing, left over, of the wrong shape or unreadable.
     """
-    tensors = open_tensors(folder)
-    prefix = config.family.prefix
-    if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
-        tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
     dims = config.dims()
+    if is_gguf(folder):
+        gguf = open_gguf(folder)
+        layout = _Layout(folder, gguf_tensors(gguf, dims), "its metadata", partial(gguf_name, gguf))
+    else:
+        layout = _Layout(folder, _safetensors(folder, config), "config.json", str)
+    tensors = layout.tensors
     used: set[str] = set()
     weights = {}
     for name, recipe in config.recipes().items():
-        weight = _assemble(folder, name, recipe, tensors, dims)
+        weight = _assemble(layout, name, recipe, dims)
         weights[name] = weight
         used.update(weight.source)
     for name in sorted(tensors.keys() - used):
         if not any(re.fullmatch(pattern, name) for pattern in HARMLESS_TENSORS):
             t = tensors[name]
             raise CheckpointError(
-                f"{t.file}: tensor {t.name} {list(t.shape)} has no place in {config.architecture} as config.json"
-                " describes it; refusing to ignore it"
+                f"{t.file}: tensor {t.name} {list(t.shape)} has no place in {config.architecture} as"
+                f" {layout.described} describes it; refusing to ignore it"
             )
     return weights
 
 
-def _assemble(
-    folder: Path, name: str, recipe: Recipe, tensors: Mapping[str, Tensor], dims: Mapping[str, int]
-) -> Weight:
-    parts, sources = [], []
+def _safetensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
+    """The tensors of a folder by their full names, quantised matrices as one tensor each."""
+    tensors, prefix = open_tensors(folder), config.family.prefix
+    if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
+        tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
+    return read_quantised(tensors, config.raw.get("quantization_config"), str(folder / "config.json"))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A model's tensors by Hugging Face's names.
+
+    described: what says their shapes; spelled: from such a name to that in the files.
+    """
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    described: str
+    spelled: Callable[[str], str]
+
+
+def _assemble(layout: _Layout, name: str, recipe: Recipe, dims: Mapping[str, int]) -> Weight:
+    parts, sources, tensors = [], [], layout.tensors
     for shape_text, tensor_name in recipe.parts:
         shape = tuple(dim_value(d, dims) for d in shape_text.split(","))
         found = tensors.get(tensor_name)
         if found is None and recipe.otherwise is not None:
             found, tensor_name = tensors.get(recipe.otherwise), recipe.otherwise
         if found is None:
-            raise CheckpointError(f"{folder}: {_missing(name, recipe, tensor_name, tensors)}")
-        stored = shape[::-1] if recipe.transposed else shape
+            raise CheckpointError(f"{layout.folder}: {_missing(layout, name, recipe, tensor_name)}")
+        quantised = isinstance(found.data, Stored)
+        stored = shape[::-1] if recipe.transposed and not quantised else shape
         if found.shape != stored:
             raise CheckpointError(
-                f"{found.file}: tensor {found.name} has shape {list(found.shape)}; config.json asks for {list(stored)}"
+                f"{found.file}: tensor {found.name} has shape {list(found.shape)};"
+                f" {layout.described} asks for {list(stored)}"
             )
-        if found.data is None:
+        if found.data is None or (found.dtype not in _DTYPES and not quantised):
             raise CheckpointError(
                 f"{found.file}: tensor {found.name} has dtype {found.dtype}; supported: {', '.join(_DTYPES)}"
             )
-        parts.append(found.data.T if recipe.transposed else found.data)
+        parts.append(found.data if isinstance(found.data, Stored) or not recipe.transposed else found.data.T)
         sources.append(tensor_name)
-    if len({p.dtype for p in parts}) > 1:
-        raise CheckpointError(f"{folder}: tensors {', '.join(sources)} have different dtypes")
+    plain = [p.dtype for p in parts if not isinstance(p, Stored)]
+    if len(plain) == len(parts) and len(set(plain)) > 1:
+        raise CheckpointError(f"{layout.folder}: tensors {', '.join(sources)} have different dtypes")
     return Weight(name, tuple(sources), tuple(parts))
 
 
-def _missing(name: str, recipe: Recipe, tensor_name: str, tensors: Mapping[str, Tensor]) -> str:
+def _missing(layout: _Layout, name: str, recipe: Recipe, tensor_name: str) -> str:
     """The words for a tensor that is not there. A model that was wrapped when it was saved has longer names."""
-    wanted = [tensor_name, *([recipe.parts[0][1]] if recipe.otherwise else [])]
+    tensors = layout.tensors
+    wanted = [layout.spelled(n) for n in (tensor_name, *([recipe.parts[0][1]] if recipe.otherwise else []))]
     text = f"tensor {' (nor '.join(wanted)}{')' if recipe.otherwise else ''} is missing"
     if longer := [t.name for t in tensors.values() if t.name.endswith(tuple(f".{name}" for name in wanted))]:
         return f"{text}; there is {longer[0]}, whose name begins otherwise"
@@ -119,7 +141,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         return _open_shards(folder)
     files = sorted(folder.glob("*.safetensors")) if is_missing(single) else [single]
     if not files:
-        others = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in sorted(folder.glob(pattern))]
+        others = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]
         hint = f" ({', '.join(others[:3])} cannot be read; convert to safetensors)" if others else ""
         raise CheckpointError(f"{folder} has no model.safetensors{hint}")
     if len(files) > 1:
@@ -167,7 +189,7 @@ def _open_file(path: Path) -> dict[str, Tensor]:
         if name == "__metadata__":
             continue
         first, last = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
+        shape, dtype = tuple(entry["shape"]), SAFETENSORS.get(entry["dtype"])
         view = None if dtype is None else np.asarray(data[start + first : start + last]).view(dtype).reshape(shape)
         tensors[name] = Tensor(name, path, entry["dtype"], shape, view)
     return tensors

@@ -12,9 +12,12 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import is_missing, read_json
+from ..gguf import is_gguf, open_gguf
 from ..ops.signature import dim_value
+from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
+from .gguf import gguf_config
 from .rope import Rope
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
@@ -24,7 +27,7 @@ _log = logging.getLogger("cuplama")
 _INSTEAD = {
     "adapter_config.json": "an adapter, which has to be merged into its base model first",
     "params.json": "a checkpoint in the layout of its makers; look for the one in Hugging Face layout",
-    "*.gguf": "GGUF files cannot be read; look for the model in Hugging Face layout",
+    "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
 }
 _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
@@ -48,7 +51,7 @@ class ModelConfig:
     eps: of the norms; context: the positions the model was made for; activation: an op name; layers: what differs from
     layer to layer; tied: whether head and embedding are one matrix, None where the config does not say; flags: which
     optional weights exist; dtype: of the checkpoint as config.json states it ("bfloat16", ...), or None; bos, eos:
-    token ids; raw: all of config.json.
+    token ids; raw: all of config.json, and ``quantization_config`` also where a file of its own holds it.
     """
 
     architecture: str
@@ -150,7 +153,12 @@ def token_ids(value: Any, where: str) -> tuple[int, ...]:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read ``config.json`` of a model folder. Raises ConfigError naming the field, its value and what is supported."""
+    """Read ``config.json`` of a model folder, or the metadata of a GGUF file.
+
+    Raises ConfigError naming the field, its value and what is supported, and CheckpointError for a damaged GGUF file.
+    """
+    if is_gguf(folder):
+        return parse_config(gguf_config(open_gguf(folder)), str(folder))
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
     path = folder / "config.json"
@@ -161,7 +169,10 @@ def load_config(folder: Path) -> ModelConfig:
             for p in folder.glob(pattern)
         )
         raise ConfigError("; ".join([f"{path} does not exist", *itertools.islice(found, 1)]))
-    return parse_config(read_json(path), str(path))
+    raw = read_json(path)
+    if raw.get("quantization_config") is None and (settings := settings_beside(folder)) is not None:
+        raw["quantization_config"] = settings
+    return parse_config(raw, str(path))
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -172,6 +183,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     reader = ConfigReader(raw, where)
     name, family = reader.family()
     reader.neutral(family)
+    reader.quantised()
     values = {name: reader.get(*source) for name, source in family.fields.items()}
     sizes = {
         name: reader.size(family.fields[name][0], values[name])

@@ -19,13 +19,12 @@ __all__ = ["NEUTRAL", "unclassified"]
 
 READ = (
     "architectures", "model_type", "dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id",
-    "layer_types",
+    "layer_types", "quantization_config",
 )  # fmt: skip
 ROTARY = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 
 # Fields that would change the mathematics, with the values under which they do not. Anything else is refused.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "quantization": (None,),  # MLX
     "compression_config": (None,),  # compressed-tensors before it was called quantization_config
     "is_encoder_decoder": OFF,

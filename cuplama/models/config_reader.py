@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import ConfigError
+from ..quant.readers import check
 from .config_fields import NEUTRAL, unclassified
 from .families import FAMILIES
 from .family import REQUIRED, Family
@@ -37,7 +38,7 @@ class ConfigReader:
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self.raw, self.where = raw, where
-        self._dropped: list[str] = []  # settings of the rotation that ``rope`` met and left out
+        self._dropped: list[str] = []  # settings of rotations and of quantised weights that were met and left out
 
     def refuse(self, key: str, supported: str, value: Any = ...) -> NoReturn:
         """Raise. supported: what the field may be; value: what it is, if not the field's own value."""
@@ -78,6 +79,10 @@ class ConfigReader:
             off = key == "sliding_window" and self.raw.get("use_sliding_window") is False
             if self.raw.get(key) not in allowed and not off:
                 self.refuse(key, f"{key} = {json.dumps(allowed[-1])} for {family.architecture}")
+
+    def quantised(self) -> None:
+        """Refuse what no reader of quantised weights understands."""
+        self._dropped += check(self.raw.get("quantization_config"), self.where)
 
     def left_out(self, family: Family) -> list[str]:
         """The names of what the config says and nothing has read, sorted."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..gguf import is_gguf
 from .config import ModelConfig, load_config, parse_config
 
 __all__ = ["SHAPES", "find_shape", "is_shape"]
@@ -89,15 +90,16 @@ def is_shape(model: str | None) -> bool:
 
 
 def find_shape(model: str) -> tuple[str, ModelConfig]:
-    """(name, config) of a folder that holds a config.json, or of a name in ``SHAPES``. Reads no weights.
+    """(name, config) of a folder with a config.json, of a GGUF file, or of a name in ``SHAPES``. Reads no weights.
 
     Raises ConfigError listing the names.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
         return folder.resolve().name, load_config(folder)
     if model in SHAPES:
         return model, parse_config(SHAPES[model], model)
     raise ConfigError(
-        f"{model!r:.200} is neither a folder with a config.json nor one of the known shapes: {', '.join(SHAPES)}"
+        f"{model!r:.200} is neither a folder with a config.json, nor a GGUF file, nor one of the known shapes:"
+        f" {', '.join(SHAPES)}"
     )

@@ -111,21 +111,18 @@ def bind(launch: Launch, call: Call, scratch: Mapping[str, Array]) -> BoundLaunc
     )
 
 
-def bind_plan(
-    plan: Plan, call: Call, empty: Allocate, zeros: Allocate, shared: Allocate | None = None
-) -> list[BoundLaunch]:
+def bind_plan(plan: Plan, call: Call, empty: Allocate, zeros: Allocate) -> list[BoundLaunch]:
     """The launches of a plan on the call's arrays, with outputs and scratch that ``empty`` makes.
 
-    The new outputs are put into ``call.arrays``. zeros: makes the scratch that holds zeros before the first launch;
-    shared: that which all calls share, ``empty`` if not given. All are called with (name, shape, dtype); descriptions
-    of arrays will do where nothing is run.
+    The new outputs are put into ``call.arrays``. zeros: makes the scratch that holds zeros before the first launch.
+    Both are called with (name, shape, dtype); descriptions of arrays will do where nothing is run.
     """
     for spec in call.op.signature.outs:
         if spec.name not in call.op.signature.in_place:
             call.arrays[spec.name] = empty(spec.name, call.shape(spec), call.dtype(spec))
-    makers = {**dict.fromkeys(plan.zeroed, zeros), **dict.fromkeys(plan.shared, shared or empty)}
     scratch = {
-        name: makers.get(name, empty)(name, shape, DTYPES[dtype]) for name, (shape, dtype) in plan.scratch.items()
+        name: (zeros if name in plan.zeroed else empty)(name, shape, DTYPES[dtype])
+        for name, (shape, dtype) in plan.scratch.items()
     }
     return [bind(launch, call, scratch) for launch in plan.launches]
 

@@ -12,7 +12,7 @@ from .weights import segments_of, stored_bytes, weight_rows
 
 __all__ = ["embedding", "embedding_pos"]
 
-_CASES = [
+_CASES: list[dict[str, Any]] = [
     dict(n=1, d=8, V=5, P=4),
     dict(n=7, d=64, V=33, P=16),
     dict(n=5, d=200, V=9, P=7),

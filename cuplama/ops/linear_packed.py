@@ -23,19 +23,17 @@ _STEP = 2  # units of tiles between two barriers; STEP in linear_packed.cuh
 _RESERVED_BYTES = 5 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
 
 # What to try where a kernel is too slow:
-# - Warps of a GPU block. They divide a row of blocks, so more of them have shorter slices, and drain the ring faster.
-_MAX_WARPS = 16
-# - Packed blocks of columns that a warp has in a phase: 8 chunks of x each, 16 registers, and 32 more while a norm
-#   is computed. Longer rows go in phases.
-_MAX_BLOCKS = {"plain": 4, "normed": 2}
-# - The ring of a warp, in packed blocks, and of all warps, in bytes: what is on its way from memory.
-_MIN_DEPTH, _MAX_DEPTH = 3, 8
+# - How the warps of a GPU block divide a row of blocks: the most warps, and the most packed blocks of columns that one has
+#   in a phase (8 chunks of x each, 16 registers; longer rows go in phases). The first is taken that leaves room
+#   for a ring. Many warps have short slices and drain the ring faster.
+_DIVISIONS = ((16, 4), (16, 2), (16, 1), (8, 2), (8, 1), (4, 1))
+_NORMED_BLOCKS = 2  # at most, of 8 rows of x that are normalised: each thread holds them in registers before
+_STAGED_DIVISIONS = ((8, 1), (4, 1))  # without tensor cores: x of a phase is in shared memory, as float32
+# - The ring of a warp, in slices of a tile, and of all warps, in bytes: what is on its way from memory.
+_MIN_DEPTH, _MAX_DEPTH = 2, 6
 _MAX_RING_BYTES = 64 << 10
 # - Whether a GPU block has a multiprocessor for itself, so that those of the next kernel are dealt out evenly.
 _ALONE = True
-
-# Without tensor cores: columns of a phase, whose x is in shared memory as float32.
-_STAGED_WARPS, _STAGED_BLOCKS = 8, 1
 
 _PRODUCTS = "products"  # scratch: what silu_mul takes, where it is a launch of its own
 _ACTIVATION_THREADS = 128
@@ -50,14 +48,43 @@ class _Slices:
     phases: int
 
 
-def _slices(columns: int, tensor: bool, normed: bool) -> _Slices:
-    """columns: packed blocks of a row of blocks. As few phases as possible, then as many warps, with equal slices."""
-    most = _MAX_WARPS if tensor else _STAGED_WARPS
-    blocks = _MAX_BLOCKS["normed" if normed else "plain"] if tensor else _STAGED_BLOCKS
+def _slices(columns: int, most: int, blocks: int) -> _Slices:
+    """columns: packed blocks of a row of blocks; most: warps. As few phases as possible, then equal slices."""
     phases = -(-columns // (most * blocks))
     each = -(-columns // (most * phases))
     warps = min(most, -(-columns // (each * phases)))
-    return _Slices(warps, each, phases)
+    return _Slices(warps, each, -(-columns // (warps * each)))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What shared memory holds. rows: of x; parts: tiles of a unit; units: of a GPU block, at most; staged: bytes of an
+    element of x there."""
+
+    rows: int
+    parts: int
+    units: int
+    staged: int
+
+    def bytes(self, s: _Slices) -> int:
+        """Bytes beside the ring."""
+        unit = _BLOCK_ROWS * self.rows * 4 * self.parts  # sums
+        sums = 2 * s.warps * _STEP * unit + (self.units * unit if s.phases > 1 else 0)
+        return sums + self.rows * self.staged * (s.warps * s.blocks * _BLOCK_COLUMNS + 16)
+
+    def divide(
+        self, columns: int, block_bytes: int, tensor: bool, normed: bool, room: int
+    ) -> tuple[_Slices, int] | None:
+        """The division of rows of blocks that leaves room for a ring, and how many slices deep that is."""
+        for most, blocks in _DIVISIONS if tensor else _STAGED_DIVISIONS:
+            if normed and self.rows > 1 and blocks > _NORMED_BLOCKS:
+                continue
+            s = _slices(columns, most, blocks)
+            slot = s.warps * s.blocks * block_bytes
+            depth = min((room - self.bytes(s)) // slot, max(_MIN_DEPTH, _MAX_RING_BYTES // slot), _MAX_DEPTH)
+            if depth >= _MIN_DEPTH:
+                return s, depth
+        return None
 
 
 def _tensor(call: Call, device: Device) -> bool:
@@ -78,20 +105,18 @@ def _launch(
     n, k, tensor, normed = call["n"], call["k"], _tensor(call, device), "g" in call.arrays
     parts = 2 if constants.get("ACT") == "SILU_MUL" else 1
     rows_of_x = 1 if n - first == 1 else MAX_FEW_ROWS
-    slices = _slices(-(-k // _BLOCK_COLUMNS), tensor, normed)
     outs = weight.rows // parts  # columns of y
     units = -(-outs // _BLOCK_ROWS)  # a tile, for silu_mul one of each half
     blocks = min(device.sms, units)
-    tile = _BLOCK_ROWS * rows_of_x * 4 * parts  # bytes of a unit's sums
-    used = 2 * slices.warps * _STEP * tile + (-(-units // blocks) * tile if slices.phases > 1 else 0)
-    if not tensor:
-        used += rows_of_x * slices.warps * slices.blocks * _BLOCK_COLUMNS * 4
-    slot = slices.warps * weight.format.packing.block_bytes
-    room = device.shared - _RESERVED_BYTES - used
-    depth = min(room // slot, max(_MIN_DEPTH, _MAX_RING_BYTES // slot), _MAX_DEPTH)
-    if depth < 2:
+    levels = 2 if normed and constants.get("U") == "f32" else 1
+    sizes = _Sizes(rows_of_x, parts, -(-units // blocks), (2 * levels if normed else 0) if tensor else 4)
+    block_bytes = weight.format.packing.block_bytes
+    room = device.shared - _RESERVED_BYTES
+    divided = sizes.divide(-(-k // _BLOCK_COLUMNS), block_bytes, tensor, normed, room)
+    if divided is None:
         raise OpError(f"{call.op.name}: {device.shared} bytes of shared memory are too few for {weight.format.name}")
-    shared = depth * slot + used
+    slices, depth = divided
+    shared = depth * slices.warps * slices.blocks * block_bytes + sizes.bytes(slices)
     return Launch(
         f"linear_packed.cu:{kernel}_packed",
         (blocks,),
@@ -138,7 +163,5 @@ def plan_packed(
         return Plan(tuple(launches))
     grid = (n, -(-m // (8 * _ACTIVATION_THREADS)))
     names = {"x": _PRODUCTS}
-    launches.append(
-        Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), constants={"f": m}, names=names)
-    )
+    launches.append(Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), constants={"f": m}, names=names))
     return Plan(tuple(launches), {_PRODUCTS: ((n, 2 * m), dtype_name(call.dtypes["T"]))})

@@ -35,6 +35,9 @@ class Plane:
 
     def read(self, rows: Rows) -> np.ndarray[Any, Any]:
         """The bits of some rows, uint32 [rows, columns]."""
+        by_words = self._read_words(self.rows[rows])
+        if by_words is not None:
+            return by_words
         at: np.ndarray[Any, Any] = self.rows[rows][:, None] + self.columns[None, :]
         if self.bits < 8:
             bits = self.data[at >> 3] >> (at & 7).astype(np.uint8)
@@ -43,6 +46,23 @@ class Plane:
         found: np.ndarray[Any, Any] = self.data[at].astype(np.uint32)
         for byte in range(1, self.bits // 8):
             found |= self.data[at + byte].astype(np.uint32) << (8 * byte)
+        return found
+
+    def _read_words(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """As ``read``, from where rows begin. Each word of 32 bits is looked up once for all its numbers: four times as
+        fast. None unless every number lies within a word, and its place there is a matter of rows or columns alone."""
+        row, column = rows & 31, self.columns & 31
+        inner, outer = (row, column) if row.any() else (column, row)
+        whole = self.data.size % 4 == 0 and self.data.ctypes.data % 4 == 0 and self.data.flags.c_contiguous
+        if not whole or outer.any() or inner.max(initial=0) + self.bits > 32:
+            return None
+        axis = 0 if inner is row else 1
+        places, which = np.unique((rows, self.columns)[axis] >> 5, return_inverse=True)
+        first, second = (places, self.columns >> 5) if axis == 0 else (rows >> 5, places)
+        words: np.ndarray[Any, Any] = self.data.view(np.uint32)[first[:, None] + second]
+        found: np.ndarray[Any, Any] = words.take(which, axis)
+        found >>= np.expand_dims(inner.astype(np.uint32), 1 - axis)
+        found &= np.uint32((1 << self.bits) - 1)
         return found
 
 

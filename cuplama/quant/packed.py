@@ -34,8 +34,10 @@ class Packed:
         return self.shape, *((s.rows, s.format, s.order is None) for s in self.segments)
 
 
-def packed(weight: Stored | Stack) -> Packed:
-    """A weight packed in host memory. A matrix is one segment, a stack one for each of its parts."""
+def packed(weight: Stored | Stack | Packed) -> Packed:
+    """A weight packed in host memory: a matrix is one segment, a stack one for each part; what is packed stays so."""
+    if isinstance(weight, Packed):
+        return weight
     parts = weight.parts if isinstance(weight, Stack) else (weight,)
     return Packed(weight.shape, tuple(Segment(p.shape[0], p.format, pack(p), p.order) for p in parts))
 

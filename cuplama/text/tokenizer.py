@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
+from ..files import is_missing
+from ..gguf import is_gguf, open_gguf
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
+from .gguf_tokenizer import has_tokenizer, read_gguf
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_folder
 
@@ -63,13 +66,19 @@ class Tokenizer:
         self.chat_template: str | None = self._templates.default
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read tokenizer.json and the optional files beside it from `folder`.
+    def find(cls, folder: Path) -> Tokenizer | None:
+        """The tokenizer of a folder or a GGUF file as of `load`, or None if it has none."""
+        has = has_tokenizer(open_gguf(folder)) if is_gguf(folder) else not is_missing(folder / "tokenizer.json")
+        return cls.load(folder) if has else None
 
-        Raises TokenizerError, naming the file, if tokenizer.json is missing or any of the files is unusable.
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json and the optional files beside it from `folder`, or the metadata of a GGUF file.
+
+        Raises TokenizerError, naming the file, if there is none or any of the files is unusable.
         """
         folder = Path(folder)
-        files = read_folder(folder)
+        files = read_gguf(open_gguf(folder)) if is_gguf(folder) else read_folder(folder)
         try:
             return cls(files.backend, files.special_tokens, files.chat_templates)
         except TokenizerError as error:

@@ -17,6 +17,9 @@ from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
 from cuplama.ops import OPS
 from cuplama.ops.node import Node
+from cuplama.ops.weights import weight_rows
+from cuplama.quant.catalog import CATALOG, random_stored
+from cuplama.quant.stored import Stored
 from cuplama.quant.weight import Weight
 
 _CHAIN = [
@@ -46,6 +49,27 @@ def test_weights_are_converted_unless_the_caller_has_no_memory_for_it() -> None:
     part = np.ones((4, 3), DTYPES["bf16"])
     assert NumPyBackend().load_weight(Weight("w", ("w",), (part,))).dtype == np.float32
     assert NumPyBackend(convert=False).load_weight(Weight("w", ("w",), (part,))) is part
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_quantised_weights_are_decoded_once_or_at_every_use(convert: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DECODED", 64 * 7)  # some rows at a time
+    rng = np.random.default_rng(0)
+    parts = (
+        random_stored(CATALOG["int4 g32"], 20, 64, rng, ordered=True),
+        rng.standard_normal((9, 64)).astype(DTYPES["bf16"]),
+        random_stored(CATALOG["Q6_K"], 15, 64, rng),
+    )
+    want = np.concatenate([p.numbers() if isinstance(p, Stored) else p.astype(np.float32) for p in parts])
+    weight = NumPyBackend(convert=convert).load_weight(Weight("w", ("a", "b", "c"), parts))
+    assert isinstance(weight, np.ndarray) == convert
+    if convert:
+        assert weight.dtype == np.float32
+        assert np.array_equal(weight, want)
+    assert np.array_equal(weight_rows(weight, np.array([3, 25, 40, 3])), want[[3, 25, 40, 3]])
+    x = rng.standard_normal((2, 64)).astype(np.float32)
+    (y,) = NumPyBackend().call(OPS["linear"], [x, weight], {"U": "f32"})
+    np.testing.assert_allclose(y, x @ want.T, rtol=1e-4, atol=1e-4)
 
 
 def test_arrays_are_those_of_the_host() -> None:

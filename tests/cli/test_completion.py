@@ -32,7 +32,7 @@ def test_answers() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "plain,tokenize\n", "")
 
 
-def test_models_are_completed_as_folders_and_downloads(tmp_path: Path) -> None:
+def test_models_are_completed_as_files_and_downloads(tmp_path: Path) -> None:
     for name in ("models--org--one", "models--org--two", "models--other--one", "datasets--org--set"):
         (tmp_path / name / "snapshots" / "abc").mkdir(parents=True)
         (tmp_path / name / "snapshots" / "abc" / "config.json").write_text("{}")
@@ -42,7 +42,7 @@ def test_models_are_completed_as_folders_and_downloads(tmp_path: Path) -> None:
             _CUPLAMA_COMPLETE="bash_complete", COMP_WORDS=f"cuplama {command} -m or", COMP_CWORD="3",
         )  # fmt: skip
         done = subprocess.run(LAUNCHER, capture_output=True, env=env, timeout=60, text=True)
-        assert done.stdout.splitlines() == ["plain,org/one", "plain,org/two", "dir,or"]
+        assert done.stdout.splitlines() == ["plain,org/one", "plain,org/two", "file,or"]
 
 
 def test_other_shells_are_refused(fails: Fails) -> None:

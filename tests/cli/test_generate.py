@@ -15,6 +15,7 @@ import pytest
 
 import cuplama
 from tests.cli.processes import LAUNCHER, Terminal, environment, interruptible
+from tests.gguf_models import write_chars
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
 
@@ -249,3 +250,12 @@ def test_generate_in_a_terminal_shows_the_prompt() -> None:
     terminal = Terminal([*LAUNCHER, "generate", "First", "-m", CHARS, *NUMPY, "--logit-bias", "65=1"], environment())
     assert terminal.until("\r\n").startswith("cuplama: logit_bias: token id 65")  # no prompt before it
     assert terminal.status() == 2
+
+
+def test_generate_from_a_gguf_file(run: Run, fails: Fails, tmp_path: Path) -> None:
+    path = write_chars(tmp_path / "m.gguf")
+    wanted = run("generate", "-m", CHARS, *NUMPY, "-n", "12", "First")[1]
+    assert run("generate", "-m", str(path), *NUMPY, "-n", "12", "First")[:2] == (0, wanted)
+    assert run("tokenize", "-m", str(path), "--ids", "First")[1] == run("tokenize", "-m", CHARS, "--ids", "First")[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "it is cut off or corrupt" in fails("generate", "-m", str(path), *NUMPY, "First")

@@ -13,7 +13,8 @@ import pytest
 import cuplama
 from cuplama.cli.model_info import facts
 from cuplama.lab.shapes import LETTERS
-from tests.paths import GOLDEN
+from tests.gguf_models import write_chars
+from tests.paths import DATA, GOLDEN
 from tests.tiny import CHARS as CHARS_FOLDER
 from tests.tiny import LLAMA as LLAMA_FOLDER
 
@@ -121,3 +122,28 @@ def test_info_shows_the_stop_tokens_that_the_model_uses(tmp_path: Path) -> None:
         assert 3 in model.stop_ids
         assert [t["id"] for t in facts(folder, model.config)["stop_tokens"]] == sorted(model.stop_ids)
         assert max(model.stop_ids) < model.config.vocab_size
+
+
+def test_info_of_a_gguf_file(run: Run) -> None:
+    """Formats by the names that people know, and what the file says of everything else."""
+    path = DATA / "gguf" / "llama-k.gguf"
+    found = json.loads(run("info", "-m", str(path), "--json")[1])
+    assert (found["folder"], found["weights_found"], found["head_tied"]) == (str(path), True, False)
+    assert (found["architecture"], found["layers"], found["rope_type"]) == ("LlamaForCausalLM", 1, "default")
+    formats = found["weight_formats"]
+    assert formats["Q4_K + Q5_K"] == {"elements": 2 * 256 * 256, "bits": 5.0}  # of gate and up
+    assert formats["Q6_K"]["bits"] == 6.5625
+    assert sum(f["elements"] for f in formats.values()) == found["parameters"]
+    assert found["tokenizer"] is None
+    status, out, err = run("info", "-m", str(path))
+    assert (status, err) == (0, "")
+    assert "Q6_K: " in out
+
+
+def test_info_of_the_tokenizer_in_a_gguf_file(run: Run, tmp_path: Path) -> None:
+    path = write_chars(tmp_path / "m.gguf", tokenizer__ggml__eos_token_id=3, tokenizer__chat_template="{{ messages }}")
+    found = json.loads(run("info", "-m", str(tmp_path), "--json")[1])
+    assert found["folder"] == str(path)
+    assert found["tokenizer"] == {"kind": "BPE", "size": 65, "bos": None, "eos": {"id": 3, "text": "$"}}
+    assert found["chat_template"] is True
+    assert found["stop_tokens"] == [{"id": 3, "text": "$"}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -89,11 +88,10 @@ def test_prompts_on_the_emulator(given: tuple[list[int], np.ndarray[Any, Any]]) 
 
 
 @pytest.fixture
-def gpu() -> Iterator[None]:
+def gpu() -> None:
     works, reason = cuda_available()
     if not works:
         pytest.skip(f"needs a GPU: {reason}")
-    yield
 
 
 @pytest.mark.gpu
@@ -109,7 +107,6 @@ def test_prompts_on_a_gpu(dtype: str, gpu: None, given: tuple[list[int], np.ndar
     assert kl(want, first).mean() < BOTH
     for _ in range(3):
         np.testing.assert_array_equal(logits(engine, tokens), first)
-    assert {name.partition("_")[0] for name, *_ in backend._kept} == {"w"}  # codes and scales of weights
     engine.close()
 
 

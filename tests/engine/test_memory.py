@@ -89,6 +89,13 @@ def test_the_plan_covers_the_captured_passes_that_are_kept(rows: int) -> None:
     assert kept * captured + other + memory.FIXED <= plan.workspace
 
 
+def test_scratch_for_the_numbers_of_packed_weights_is_there_once() -> None:
+    """Captured passes share it."""
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    plain, packed = (memory.plan(config, GB, bf16, 8192, 8192, 2048, Device(), size) for size in (0, 1000))
+    assert packed.workspace == plain.workspace + 1000
+
+
 def test_many_logits_are_part_of_it() -> None:
     config = _llama_8b()
     assert memory.workspace_bytes(config, DTYPES["bf16"], 500, Device(), logit_rows=500) >= 4 * 500 * 128256

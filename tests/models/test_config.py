@@ -57,7 +57,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("Llama", {"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
     ("Llama", {"hidden_act": ["silu"]}, ("hidden_act", "silu")),
     ("GPT2", {"activation_function": "relu"}, ("activation_function", "relu", "gelu_new")),
-    ("Llama", {"quantization_config": {"bits": 4}}, ("quantization_config", "bits", "null")),
+    ("Llama", {"quantization_config": {"bits": 4}}, ("quantization_config.quant_method is missing", "awq", "gptq")),
     ("Llama", {"num_local_experts": 8}, ("num_local_experts", "8", "supported")),
     ("Qwen3", {"num_experts": 128}, ("num_experts", "128", "supported")),
     ("Llama", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", "50.0", "null")),
@@ -323,7 +323,7 @@ def test_folders_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("adapter_config.json", "adapter_config.json is here: an adapter, which has to be merged into its base model"),
         ("params.json", "params.json is here: a checkpoint in the layout of its makers"),
-        ("model-q4.gguf", "model-q4.gguf is here: GGUF files cannot be read"),
+        ("model-q4.gguf", "model-q4.gguf is here: a GGUF file is a model by itself; name it"),
         ("snapshots/0123/config.json", "snapshots/0123/config.json is here: give that folder"),
     ],
 )

@@ -158,7 +158,7 @@ NEUTRAL: list[tuple[str, str, list[Any], list[Any]]] = [
     *(
         ("Llama", name, [None], [0.5, 8, 1.0])
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "clip_qkv",
-                     "attention_multiplier", "attention_chunk_size", "quantization_config", "per_layer_config")
+                     "attention_multiplier", "attention_chunk_size", "per_layer_config")
     ),
     ("Llama", "no_rope_layers", [None, []], [[1, 0]]),
     ("Llama", "is_causal", [None, True], [False]),

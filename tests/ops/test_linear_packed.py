@@ -28,3 +28,51 @@ def test_every_format(name: str, dtype: str) -> None:
     """Rows and columns that end within a block, one row of x and several."""
     for n in (1, 3):
         run("linear", dtype, W=name, n=n, m=70, k=328)
+
+
+NORMED = [op for op in OPS if op.startswith(("rms_norm_linear", "layer_norm_linear"))]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("op", [*NORMED, "linear_add"])
+def test_every_kernel(op: str, dtype: str) -> None:
+    for n in (1, 2, 8):
+        run(op, dtype, W="int4 g128", n=n, m=48, k=256, b=n == 2)
+
+
+@pytest.mark.parametrize("op", ["linear", "rms_norm_linear", "layer_norm_linear"])
+def test_sums_in_float32(op: str) -> None:
+    """Logits: a normalised row is the sum of two numbers of 16 bits then."""
+    for n in (1, 3):
+        run(op, "bf16", W="int8 g128", n=n, m=20, k=300, U="f32", b=True)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_long_rows_go_in_phases(n: int) -> None:
+    small = Device(sms=1, shared=101376)
+    run("linear_add", "f16", small, W="Q4_K", n=n, m=70, k=10240)
+    run("rms_norm_linear", "f16", small, W="int4 g64", n=n, m=70, k=4800)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_segments_and_orders(dtype: str) -> None:
+    """A stack of formats, some with their columns in an order of their own."""
+    for op in ("linear", "rms_norm_linear", "rms_norm_linear_silu_mul"):
+        for n in (1, 2):
+            run(op, dtype, W="int4 g32 ordered + Q6_K + bf16", n=n, m=72, k=200, b=True)
+
+
+def test_silu_mul_whose_halves_begin_within_a_block() -> None:
+    run("rms_norm_linear_silu_mul", "f16", W="int4 g128", n=2, m=20, k=200)
+
+
+def test_more_rows_go_eight_by_eight() -> None:
+    run("linear", "f16", W="fp8", n=17, m=30, k=128)
+
+
+@pytest.mark.parametrize(("arch", "shared"), [(75, 65536), (80, 166912), (86, 101376)])
+def test_other_gpus(arch: int, shared: int) -> None:
+    device = Device(arch=arch, sms=3, shared=shared)
+    for name in ("int4 g128 zero", "Q5_K", "fp8"):
+        run("linear_add", "f16", device, W=name, n=5, m=60, k=1100)
+    run("rms_norm_linear_silu_mul", "f16", device, W="int8", n=8, m=48, k=2200)

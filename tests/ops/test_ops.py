@@ -110,7 +110,7 @@ def shifted(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class Shifted(EmulatedDevice):
-    """All arrays begin where 16-byte accesses are not allowed, but the blocks of packed weights, which always allow them."""
+    """All arrays begin where 16-byte accesses are not allowed; only the blocks of packed weights always allow them."""
 
     def upload(self, array: Array) -> Array:
         return shifted(array) if segments_of(array) is None else super().upload(array)

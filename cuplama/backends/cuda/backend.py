@@ -7,6 +7,7 @@ Python per node.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -30,6 +31,7 @@ from .gpu import STAGE, Gpu
 from .loading import Loading, convert
 from .planning import Planned, make_plan
 from .ranges import nvtx_ranges
+from .unpacking import largest_slice
 
 __all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
 
@@ -130,9 +132,10 @@ class CudaBackend:
         self._keys: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], Planned] = {}
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
-        self._kept: dict[tuple[str, tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
         self._loading: Loading | None = None
+        self._packed: dict[str, tuple[int, ...]] = {}
+        self._shared: list[Array] = []
         self._ranges = ranges = nvtx_ranges()
         self.replay_hook: Callable[[], AbstractContextManager[Any]] = nullcontext
         if ranges is not None:
@@ -213,6 +216,7 @@ class CudaBackend:
         with self._on_gpu() as gpu:
             if weight.packed:
                 self._loading = self._loading or Loading(gpu, self.dtype)
+                self._packed[weight.name] = weight.shape
                 return self._loading.pack(weight.name, weight.parts)
             out = gpu.empty(weight.shape, self.dtype)
             widest = max(1, self.dtype.itemsize // weight.dtype.itemsize)
@@ -313,7 +317,7 @@ class CudaBackend:
         for spec, array in zip(op.signature.ins, ins, strict=False):
             if array is not None:
                 self.gpu.check(f"{op.name}: {spec.name}", array)
-        return make_plan(op.bind(ins, attributes(op, attrs, self.dtype)), self.gpu, self._zeros, self._shared)
+        return make_plan(op.bind(ins, attributes(op, attrs, self.dtype)), self.gpu, self._zeros, shared=self._scratch)
 
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Scratch that kernels find and leave zero, so all share it. Never freed: captured graphs use it."""
@@ -322,11 +326,15 @@ class CudaBackend:
             self.gpu.fill(array, 0)
         return self._zeroed[shape, dtype]
 
-    def _shared(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Scratch that all calls share, one after the other in the stream. Never freed: captured graphs use it."""
-        if (name, shape, dtype) not in self._kept:
-            self._kept[name, shape, dtype] = self.gpu.empty(shape, dtype)
-        return self._kept[name, shape, dtype]
+    def _scratch(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Scratch for the numbers of a packed weight, one for all products. Never freed: captured graphs use it."""
+        count = math.prod(shape)
+        found = next((a for a in self._shared if a.dtype == dtype and a.size >= count), None)
+        if found is None:
+            largest = largest_slice(self._packed, dtype.itemsize) // dtype.itemsize
+            found = self.gpu.empty((max(count, largest),), dtype)
+            self._shared.append(found)
+        return found
 
     def _key(self, op: Op, attrs: Mapping[str, Any]) -> int:
         """A small number for an op with its attributes; layers that differ in nothing else share their plans."""
@@ -352,7 +360,7 @@ class CudaBackend:
         self._plans.clear()
         self._prepared.clear()
         self._zeroed.clear()
-        self._kept.clear()
+        self._shared.clear()
         self._loading = None
         self.gpu.close()
 

@@ -6,12 +6,14 @@ Where an op has something before its product (``Op.inner``), that writes the cod
 
 from __future__ import annotations
 
+from ...dtypes import dtype_name
 from ...ops.launch import Launch
 from ...ops.op import Call
 from ...ops.weights import segments_of
 from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS, E4M3
+from .unpacking import UNPACKED
 
-__all__ = ["FAST", "Scratch", "code_scratch", "quantise_launch", "row_scratch", "scale_kind", "unpack_codes_launch"]
+__all__ = ["FAST", "Scratch", "quantise_launch", "row_scratch", "scale_kind", "unpack_codes_launch", "weight_scratch"]
 
 FAST = frozenset({"row"})
 """Kinds of scales whose products keep their sums in the tensor cores. With k = 4,096 to 14,336 that makes them wrong by
@@ -56,7 +58,7 @@ def quantise_launch(call: Call, kind: str) -> Launch:
 
 
 def unpack_codes_launch(call: Call, start: int, stop: int) -> Launch:
-    """The launch that writes rows ``start`` .. ``stop - 1`` of the weight to ``w_codes`` and ``w_scale``. start: a
+    """The launch that writes rows ``start`` .. ``stop - 1`` of the weight to ``dense`` and ``w_scale``. start: a
     multiple of the rows of a block."""
     (segment,) = segments_of(call.arrays["w"]) or ()
     grid = (-(-call["k"] // (_WARPS * BLOCK_COLUMNS)), -(-(stop - start) // BLOCK_ROWS))
@@ -64,13 +66,16 @@ def unpack_codes_launch(call: Call, start: int, stop: int) -> Launch:
     return Launch("unpack.cu:unpack_codes", grid, (32 * _WARPS,), constants=constants, names={"w": "w.0"})
 
 
-def row_scratch(n: int, k: int, kind: str) -> Scratch:
-    """The codes and scales of x."""
+def row_scratch(call: Call, kind: str) -> Scratch:
+    """The codes of x, four in a word, and their scales."""
+    n, k = call["n"], call["k"]
     scales = (-(-k // BLOCK_COLUMNS), n) if kind == "group" else (n,)
     return {"x_codes": ((n, k // 4), "u32"), "x_scale": (scales, "f32")}
 
 
-def code_scratch(rows: int, k: int, kind: str) -> Scratch:
-    """The codes and scales of that many rows of a weight."""
+def weight_scratch(call: Call, rows: int, kind: str) -> Scratch:
+    """The codes of that many rows of a weight, where its numbers would be otherwise, in half of the bytes; and their
+    scales."""
+    k = call["k"]
     scales = (-(-k // BLOCK_COLUMNS), rows) if kind == "group" else (rows,)
-    return {"w_codes": ((rows, k // 4), "u32"), "w_scale": (scales, "f32")}
+    return {UNPACKED: ((rows, k // 2), dtype_name(call.dtypes["T"])), "w_scale": (scales, "f32")}

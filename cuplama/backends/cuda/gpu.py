@@ -286,8 +286,8 @@ class _Stage:
 def windows(
     pieces: Sequence[tuple[int, np.ndarray[Any, Any]]], limit: int
 ) -> Iterator[tuple[int, int, list[tuple[int, np.ndarray[Any, Any]]]]]:
-    """Pieces of bytes, each with its offset, in runs of places of at most ``limit`` bytes: (start, size, the run's pieces
-    with their offsets from its start)."""
+    """Pieces of bytes, each with its offset, in runs of at most ``limit`` bytes: (start, size, the run's pieces with
+    their offsets from its start)."""
     start, end, inside = 0, 0, list[tuple[int, np.ndarray[Any, Any]]]()
     for offset, data in pieces:
         at = 0

@@ -1,8 +1,8 @@
 """Weights on their way from mapped files to the GPU: converted, or, if they are quantised, packed there.
 
-The bytes of a quantised weight go to the GPU as they lie in the file, and with them, in the same buffer, tables that say
-where each number lies. The kernels of cuda_src/pack.cu gather from that buffer; it is kept for the next weight. Nothing
-waits for anything: all of it is queued, in order.
+The bytes of a quantised weight go to the GPU as they lie in the file, and with them, in the same buffer, tables that
+say where each number lies. The kernels of cuda_src/pack.cu gather from that buffer; it is kept for the next weight.
+Nothing waits for anything: all of it is queued, in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...quant.stored import Segment, Stored
 from ...quant.weight import as_stored
 from .gpu import Gpu
 
-__all__ = ["Loading", "convert", "pack_kernels"]
+__all__ = ["Job", "Loading", "convert", "pack_kernels"]
 
 _FILE = "pack.cu"
 _WARPS = 8  # of a thread block of pack_codes: each writes a block
@@ -69,30 +69,16 @@ class Loading:
         return as_stored(convert(np.ascontiguousarray(array), self._dtype, name), self._dtype)
 
     def _segment(self, stack: Sequence[Stored]) -> Segment:
-        gpu, first = self._gpu, stack[0]
-        packing, m, k = first.format.packing, sum(len(s) for s in stack), first.shape[1]
-        assert packing is not None
-        layout = _Layout()
-        places = layout.add_planes([p for s in stack for f in s.fields.values() for p in f.planes])
-        part = layout.add(np.repeat(np.arange(len(stack), dtype=np.int32), [len(s) for s in stack]))
-        tables = {name: _arguments([s.fields[name] for s in stack], part, places, layout) for name in first.fields}
-        raw = self._buffer(layout.size)
-        gpu.stage_pieces(raw, layout.pieces)
-        blocks = gpu.empty((packing.nbytes(m, k),), np.dtype(np.uint8))
-        tall, wide = -(-m // BLOCK_ROWS), -(-k // BLOCK_COLUMNS)
-        codes = gpu.function(_FILE, f"pack_codes<{packing.code.bits}>", 0)
-        grid = (-(-tall // _WARPS), wide, 1)
-        codes(grid, (32 * _WARPS, 1, 1), (blocks, raw, *tables["code"], np.int32(packing.block_bytes)), 0)
-        for name, size, places_ in _part_places(packing, tall, wide):
-            function = gpu.function(_FILE, f"pack_part<{size}>", 0)
-            arguments = tables[name]
-            count = tall * BLOCK_ROWS * int(places_[2] * places_[3])
-            function((-(-count // _THREADS), 1, 1), (_THREADS, 1, 1), (blocks, raw, *arguments, *places_), 0)
-        order = None
-        if first.order is not None:
-            order = gpu.empty((k,), np.dtype(np.int32))
-            gpu.stage(order, 0, np.ascontiguousarray(first.order, np.int32))
-        return Segment(m, first.format, blocks, order)
+        gpu, job = self._gpu, Job(stack)
+        raw = self._buffer(job.layout.size)
+        gpu.stage_pieces(raw, job.layout.pieces)
+        blocks = gpu.empty((job.nbytes,), np.dtype(np.uint8))
+        job.queue(gpu, raw, blocks)
+        order = stack[0].order
+        if order is not None:
+            host, order = order, gpu.empty(order.shape, np.dtype(np.int32))
+            gpu.stage(order, 0, np.ascontiguousarray(host, np.int32))
+        return Segment(job.m, stack[0].format, blocks, order)
 
     def _buffer(self, size: int) -> Array:
         """Bytes on the GPU for what is packed next: those of the weight before, if they are enough."""
@@ -100,6 +86,35 @@ class Loading:
             self._raw = None  # before the new one is there
             self._raw = self._gpu.empty((size,), np.dtype(np.uint8))
         return self._raw
+
+
+class Job:
+    """The packing of parts of one format, one below the other: [m, k] in all.
+
+    layout: what the buffer of raw bytes holds; nbytes: of the blocks that are written.
+    """
+
+    def __init__(self, stack: Sequence[Stored]) -> None:
+        first = stack[0]
+        assert first.format.packing is not None
+        self.packing, self.m, self.k = first.format.packing, sum(len(s) for s in stack), first.shape[1]
+        self.nbytes = self.packing.nbytes(self.m, self.k)
+        self.layout = layout = _Layout()
+        places = layout.add_planes([p for s in stack for f in s.fields.values() for p in f.planes])
+        part = layout.add(np.repeat(np.arange(len(stack), dtype=np.int32), [len(s) for s in stack]))
+        names = ("code", *dict(self.packing.parts))
+        self._fields = {name: _arguments([s.fields[name] for s in stack], part, places, layout) for name in names}
+
+    def queue(self, gpu: Gpu, raw: Array, blocks: Array) -> None:
+        """Launch the kernels. raw: holds what ``layout`` says; blocks: uint8 [nbytes], all of which they write."""
+        packing, tall, wide = self.packing, -(-self.m // BLOCK_ROWS), -(-self.k // BLOCK_COLUMNS)
+        codes = gpu.function(_FILE, f"pack_codes<{packing.code.bits}>", 0)
+        arguments = (blocks, raw, *self._fields["code"], np.int32(packing.block_bytes))
+        codes((-(-tall // _WARPS), wide, 1), (32 * _WARPS, 1, 1), arguments, 0)
+        for name, dtype in packing.parts:
+            part = gpu.function(_FILE, f"pack_part<{PART_DTYPES[dtype].itemsize}>", 0)
+            count, place = _place(packing, name, tall, wide)
+            part((-(-count // _THREADS), 1, 1), (_THREADS, 1, 1), (blocks, raw, *self._fields[name], *place), 0)
 
 
 # ---- the buffer ------------------------------------------------------------------------------------------------------
@@ -151,15 +166,14 @@ def _arguments(fields: Sequence[Field], part: int, places: dict[int, int], layou
     return (*map(np.int64, at), *map(np.uint32, (widths, first.flip, first.add)), *map(np.int32, (m, k, len(fields))))
 
 
-def _part_places(packing: Packing, tall: int, wide: int) -> Iterator[tuple[str, int, tuple[Any, ...]]]:
-    """(name, bytes of a number, the last arguments of pack_part) of every part, in ``tall`` by ``wide`` blocks."""
-    if not packing.group:  # one scale for each row, behind the last block
+def _place(packing: Packing, part: str, tall: int, wide: int) -> tuple[int, tuple[Any, ...]]:
+    """How many numbers of a part there are in ``tall`` by ``wide`` blocks, and the last arguments of pack_part."""
+    if not packing.group:  # one for each row, behind the last block
         behind = np.int64(tall * wide * packing.block_bytes)
-        yield "scale", 4, (behind, *map(np.int32, (4 * BLOCK_ROWS, 1, 1, False)))
-        return
-    for name, dtype in packing.parts:
-        numbers = packing.block_bytes, packing.count(name), wide, True
-        yield name, PART_DTYPES[dtype].itemsize, (np.int64(packing.offset(name)), *map(np.int32, numbers))
+        return tall * BLOCK_ROWS, (behind, *map(np.int32, (4 * BLOCK_ROWS, 1, 1, False)))
+    each = packing.count(part)
+    numbers = packing.block_bytes, each, wide, True
+    return tall * wide * BLOCK_ROWS * each, (np.int64(packing.offset(part)), *map(np.int32, numbers))
 
 
 # ---- segments --------------------------------------------------------------------------------------------------------

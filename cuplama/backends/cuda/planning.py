@@ -21,8 +21,8 @@ from ...ops.op import Call
 from ...ops.signature import OpError
 from ...ops.weights import MAX_PACKED_ROWS, segments_of
 from .cublas import Product
-from .eight_bit import FAST, code_scratch, quantise_launch, row_scratch, scale_kind, unpack_codes_launch
-from .unpacking import row_slices, unpack_launches
+from .eight_bit import FAST, quantise_launch, row_scratch, scale_kind, unpack_codes_launch, weight_scratch
+from .unpacking import UNPACKED, row_slices, unpack_launches
 
 __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
 
@@ -113,22 +113,24 @@ class _Launch:
 
 
 class _Matmul:
-    """A cuBLAS product without its arrays. pointers: name of an argument -> the array that it takes or its number, and
-    how many bytes behind its beginning."""
+    """A cuBLAS product without its arrays. pointers: name of an argument -> number of the array that it takes, and how
+    many bytes behind its beginning; own: arguments that take an array of the plan's own."""
 
-    __slots__ = ("compiler", "pointers", "product", "text")
+    __slots__ = ("compiler", "own", "pointers", "product", "text")
 
-    def __init__(self, product: Product, compiler: Compiler, pointers: Mapping[str, int | Array], shift: int) -> None:
-        """shift: bytes from the first column of y to that of the product."""
+    def __init__(self, product: Product, compiler: Compiler, arrays: Mapping[str, int | Array], shift: int) -> None:
+        """arrays: name of an argument -> number of its array, or an array that it takes every time; shift: bytes from
+        the first column of y to that of the product."""
         self.product, self.compiler, self.text = product, compiler, product.text
-        self.pointers = {name: (i, shift if name in ("y", "b", "c") else 0) for name, i in pointers.items()}
+        shifts = {name: shift if name in ("y", "b", "c") else 0 for name in arrays}
+        self.pointers = {name: (i, shifts[name]) for name, i in arrays.items() if isinstance(i, int)}
+        self.own = {name: array for name, array in arrays.items() if not isinstance(array, int)}
 
     def __call__(self, arrays: Sequence[Array | None]) -> None:
         compiler = self.compiler
-        named = {
-            name: compiler.address(arrays[at] if isinstance(at, int) else at) + shift
-            for name, (at, shift) in self.pointers.items()
-        }
+        named = {name: compiler.address(arrays[i]) + shift for name, (i, shift) in self.pointers.items()}
+        for name, array in self.own.items():
+            named[name] = compiler.address(array)
         if compiler.workspace:
             named["stream"] = compiler.stream_pointer()
         self.product(**named)
@@ -138,13 +140,13 @@ def make_plan(
     call: Call,
     compiler: Compiler,
     zeros: Allocate | None = None,
-    shared: Allocate | None = None,
     aligned: bool = True,
+    shared: Allocate | None = None,
 ) -> Planned:
-    """Decide the launches of an op that is bound to its inputs. Nothing is allocated, and nothing launched.
+    """Decide the launches of an op that is bound to its inputs. Nothing is launched.
 
-    zeros, shared: give the scratch that launches find and leave zero, and that which all calls share, where the caller
-    keeps such; else each call makes it.
+    zeros: gives the scratch that launches find and leave zero, where the caller keeps such; else each call makes it.
+    shared: gives the scratch for an unpacked weight, where the caller keeps one for all products; it may be larger.
     aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
     kernels or sizes that they do not take, CompileError, and DeviceError.
     """
@@ -152,11 +154,6 @@ def make_plan(
     width = len(signature.ins)
     position = {spec.name: i for i, spec in enumerate(signature.ins)}
     new: list[Buffer] = []
-    kept: dict[str, Array] = {}
-
-    def keep(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        kept[name] = buffer(name, shape, dtype) if shared is None else shared(name, shape, dtype)
-        return kept[name]
 
     def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], zeroed: bool = False) -> Array:
         position[name] = width + len(new)
@@ -172,11 +169,19 @@ def make_plan(
         raise OpError(f"{op.name} has no CUDA kernel")
     actions: list[Action] = []
     zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
-    for launch, bound in zip(plan.launches, bind_plan(plan, call, buffer, zeros, keep), strict=True):
+    own: dict[str, Array] = {}
+
+    def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        if name != UNPACKED or shared is None:
+            return buffer(name, shape, dtype)
+        own[name] = shared(name, shape, dtype)
+        return own[name]
+
+    for launch, bound in zip(plan.launches, bind_plan(plan, call, scratch, zeros), strict=True):
         function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
         actions.append(_Launch(function, bound, position, launch))
     if way is not None:
-        pointers = {argument: position.get(array, kept.get(array)) for argument, array in way.arrays.items()}
+        pointers = {argument: own.get(array, position.get(array)) for argument, array in way.arrays.items()}
         if compiler.workspace:
             buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
             pointers["workspace"] = position["workspace"]
@@ -254,15 +259,13 @@ def _ways(call: Call, eight_bit: bool = False) -> Iterator[_Way]:
 
 def _of_codes(call: Call, before: Plan, arrays: Mapping[str, str], kind: str) -> _Way:
     """Products of 8-bit floats."""
-    n, k = call["n"], call["k"]
     launches, parts = [*before.launches, quantise_launch(call, kind)], []
-    for start, stop in row_slices(call["m"], k, 1):
+    for start, stop in row_slices(call["m"], call["k"], call.dtypes["T"].itemsize):
         launches.append(unpack_codes_launch(call, start, stop))
         parts.append(_Part(len(launches), start, stop))
-    kept = code_scratch(parts[0].stop, k, kind)
-    plan = Plan(tuple(launches), {**before.scratch, **row_scratch(n, k, kind), **kept}, shared=frozenset(kept))
-    own = {"x": "x_codes", "w": "w_codes", "x_scale": "x_scale", "w_scale": "w_scale"}
-    return _Way(plan, {**arrays, **own}, tuple(parts), kind)
+    scratch = {**before.scratch, **row_scratch(call, kind), **weight_scratch(call, parts[0].stop, kind)}
+    own = {"x": "x_codes", "w": UNPACKED, "x_scale": "x_scale", "w_scale": "w_scale"}
+    return _Way(Plan(tuple(launches), scratch), {**arrays, **own}, tuple(parts), kind)
 
 
 def _of_numbers(call: Call, before: Plan, arrays: Mapping[str, str]) -> _Way:
@@ -279,9 +282,8 @@ def _of_numbers(call: Call, before: Plan, arrays: Mapping[str, str]) -> _Way:
     for start, stop in row_slices(m, k, T.itemsize):
         launches += unpack_launches(segments, k, start, stop)
         parts.append(_Part(len(launches), start, stop))
-    scratch["dense"] = (parts[0].stop, k), dtype_name(T)
-    plan = Plan(tuple(launches), scratch, shared=frozenset({"dense"}))
-    return _Way(plan, {**arrays, "w": "dense"}, tuple(parts))
+    scratch[UNPACKED] = (parts[0].stop, k), dtype_name(T)
+    return _Way(Plan(tuple(launches), scratch), {**arrays, "w": UNPACKED}, tuple(parts))
 
 
 def _with_bias(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:

@@ -1,22 +1,26 @@
 """The numbers of a packed weight, for products over many rows: those cuBLAS computes, from a plain matrix in scratch.
 
 The matrix is written anew for every product (cuda_src/unpack.cu), in slices where the weight is large: a slice is
-unpacked, then its columns of the product are computed.
+unpacked, then its columns of the product are computed. All products share the scratch: a captured pass that kept one of
+its own would keep as much for a few rows as for many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ...ops.launch import Launch
 from ...ops.weights import SegmentLike
 from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS
 
-__all__ = ["SLICE_BYTES", "row_slices", "slice_bytes", "unpack_launches"]
+__all__ = ["SLICE_BYTES", "UNPACKED", "largest_slice", "row_slices", "unpack_launches"]
 
 SLICE_BYTES = 256 << 20
 """Bytes of the unpacked numbers that a slice has at most."""
+UNPACKED = "dense"
+"""The name of the scratch that a slice is written to."""
 _SLICE_ROWS = 256  # A slice has a multiple of these: whole tiles of a product.
+_TABLES = ("embed_tokens", "position_table")  # canonical names
 _WARPS = 8  # of a thread block of unpack.cu, each with a block of the weight
 
 
@@ -29,13 +33,16 @@ def row_slices(m: int, k: int, itemsize: int) -> list[tuple[int, int]]:
     return [(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 
-def slice_bytes(m: int, k: int, itemsize: int) -> int:
-    """Bytes of the scratch that products with packed weights [m, k] share and keep: those of the largest slice.
+def largest_slice(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
+    """Bytes of scratch for products with packed weights of these names and shapes, one at a time.
 
-    Codes of 8 bits and their scales take less than numbers of 16.
+    Tables that rows are looked up in are not multiplied with.
     """
-    start, stop = row_slices(m, k, itemsize)[0]
-    return (stop - start) * k * itemsize
+    found = 0
+    for m, k in (shape for name, shape in shapes.items() if name not in _TABLES):
+        start, stop = row_slices(m, k, itemsize)[0]
+        found = max(found, (stop - start) * k * itemsize)
+    return found
 
 
 def unpack_launches(segments: Sequence[SegmentLike], k: int, start: int, stop: int) -> Iterator[Launch]:

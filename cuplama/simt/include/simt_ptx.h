@@ -22,6 +22,10 @@ template <class T> SIMT_TEMPLATE void st_relaxed(T* p, simt::same<T> v) { simt_s
 SIMT_FN unsigned lane_id() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 SIMT_FN unsigned long long globaltimer() { return simt_clock(1); }
 
+// ---- bits ---------------------------------------------------------------------------------------------------------------
+SIMT_FN unsigned and_or(unsigned x, unsigned mask, unsigned bits) { return (x & mask) | bits; }
+SIMT_FN unsigned not_and_or(unsigned x, unsigned mask, unsigned bits) { return (~x & mask) | bits; }
+
 // ---- asynchronous copies: the bytes arrive in the wait, not before ------------------------------------------------------
 SIMT_FN void cp_async_16(void* shared, const void* global) { simt_cp_async(shared, global, 16, 16); }
 SIMT_FN void cp_async_16(void* shared, const void* global, bool valid) { simt_cp_async(shared, global, 16, valid ? 16 : 0); }

@@ -12,7 +12,7 @@ import pytest
 from cuplama.backends.cuda import eight_bit, planning, unpacking
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.backends.cuda.driver import cuda_available
-from cuplama.backends.cuda.eight_bit import code_scratch, row_scratch, scale_kind
+from cuplama.backends.cuda.eight_bit import row_scratch, scale_kind, weight_scratch
 from cuplama.dtypes import DTYPES
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload
@@ -64,7 +64,7 @@ def test_rows_are_quantised(T: str, k: int, W: str) -> None:
     x: Any = work.ins[0]
     x[0, :130], x[1] = 0, x[1] * 1e3
     kind: Any = scale_kind(work.bind())
-    found = launched(work, eight_bit.quantise_launch(work.bind(), kind), row_scratch(3, k, kind))
+    found = launched(work, eight_bit.quantise_launch(work.bind(), kind), row_scratch(work.bind(), kind))
     codes, scale = quantised(x, kind == "group")
     np.testing.assert_array_equal(found["x_codes"].view(np.uint8), codes.view(np.uint8))
     np.testing.assert_array_equal(found["x_scale"], scale)
@@ -76,7 +76,7 @@ def test_what_comes_before_is_quantised_as_if_it_were_written(op: str, k: int, W
     """The codes are those of the op's own output in 16 bits."""
     work = workload(op, k, W=W, n=2)
     kind: Any = scale_kind(work.bind())
-    found = launched(work, eight_bit.quantise_launch(work.bind(), kind), row_scratch(2, k, kind))
+    found = launched(work, eight_bit.quantise_launch(work.bind(), kind), row_scratch(work.bind(), kind))
     inner: Any = work.op.inner
     plain = launched(work, inner(work.bind()), {"inner": ((2, k), "bf16")})["inner"]
     codes, scale = quantised(plain, kind == "group")
@@ -90,9 +90,9 @@ def test_codes_are_laid_out_row_by_row(W: str, m: int, k: int, start: int, stop:
     work = workload("linear", k, m=m, W=W)
     kind: Any = scale_kind(work.bind())
     launch = eight_bit.unpack_codes_launch(work.bind(), start, stop)
-    found = launched(work, launch, code_scratch(stop - start, k, kind))
+    found = launched(work, launch, weight_scratch(work.bind(), stop - start, kind))
     fields = work.ins[1].fields
-    np.testing.assert_array_equal(found["w_codes"].view(np.uint8), fields["code"].read()[start:stop])
+    np.testing.assert_array_equal(found["dense"].view(np.uint8), fields["code"].read()[start:stop])
     scale = fields["scale"].read().astype(np.uint32).view(np.float32)[start:stop]
     np.testing.assert_array_equal(found["w_scale"], scale.T if kind == "group" else scale[:, 0])
 
@@ -117,7 +117,7 @@ def test_many_rows_are_multiplied_as_codes(
 ) -> None:
     if sliced:
         monkeypatch.setattr(unpacking, "_SLICE_ROWS", 16)
-        monkeypatch.setattr(unpacking, "SLICE_BYTES", 16 * 144)
+        monkeypatch.setattr(unpacking, "SLICE_BYTES", 16 * 144 * 2)
     work = workload(op, 144, m=40, W=W, b=bias)
     y, gpu = computed(work, "fp8")
     want = work.op.reference(*work.ins, **work.attrs)
@@ -151,15 +151,14 @@ def test_everything_else_is_multiplied_in_16_bits(op: str, more: dict[str, Any])
     assert relative(y, work.op.reference(*work.ins, **work.attrs)) < 0.008
 
 
-def test_captured_graphs_share_the_codes() -> None:
-    """Products of one shape have one array of codes, however many calls and graphs there are."""
-    gpu = FakeGpu(cublas=HostCublas())
-    backend = CudaBackend("bf16", gpu=gpu, activations="fp8")
-    work = workload("linear", 144)
-    ins = [None if x is None else backend.upload(x) for x in work.ins]
-    for _ in range(2):
-        backend.call(work.op, ins, work.attrs)
-    assert sorted(a.shape for a in backend._kept.values()) == [(24,), (24, 36)]
+def test_codes_lie_where_numbers_would() -> None:
+    """In the scratch that all products with packed weights share, half of it."""
+    backend = CudaBackend("bf16", gpu=FakeGpu(cublas=HostCublas()), activations="fp8")
+    for op in ("linear", "linear_add"):
+        work = workload(op, 144)
+        backend.call(work.op, [None if x is None else backend.upload(x) for x in work.ins], work.attrs)
+    (scratch,) = backend._shared
+    assert scratch.nbytes == 24 * 144
 
 
 @pytest.fixture(scope="module")

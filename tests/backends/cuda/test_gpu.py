@@ -19,7 +19,7 @@ import pytest
 from cuplama.backends.cuda import functions, toolkit
 from cuplama.backends.cuda import gpu as module
 from cuplama.backends.cuda.driver import PdlLaunch
-from cuplama.backends.cuda.gpu import Gpu, parallel_copy
+from cuplama.backends.cuda.gpu import Gpu, parallel_copy, windows
 from cuplama.backends.cuda.toolkit import source
 from cuplama.dtypes import DTYPES
 from cuplama.errors import CompileError, DeviceError
@@ -264,6 +264,40 @@ def test_weights_arrive_through_the_pinned_buffers(gpu: Gpu) -> None:
     gpu.end_staging()
     got: Any = array.data.mem.content.view(np.float16)
     assert np.array_equal(got, np.concatenate(parts))
+
+
+@pytest.mark.usefixtures("small_stage")
+def test_small_pieces_share_a_pinned_buffer_and_large_ones_are_cut(gpu: Gpu, card: Card) -> None:
+    array = gpu.empty((600,), np.dtype(np.uint8))
+    pieces = [
+        (at, np.arange(at, at + n).astype(np.uint8)) for at, n in ((16, 30), (48, 2), (64, 0), (80, 300), (400, 9))
+    ]
+    gpu.stage_pieces(array, pieces)
+    gpu.end_staging()
+    content: Any = array.data.mem.content
+    for at, data in pieces:
+        assert np.array_equal(content[at : at + data.size], data)
+    assert (content[:16] == GARBAGE).all()
+    assert (content[409:] == GARBAGE).all()
+
+
+@pytest.mark.parametrize("limit", [7, 64, 1000])
+def test_windows_hold_every_piece_in_runs_of_a_limited_size(limit: int) -> None:
+    pieces = [(at, np.full(n, at, np.uint8)) for at, n in ((3, 5), (8, 1), (60, 0), (70, 130), (201, 2))]
+    found = np.zeros(256, np.uint8)
+    ends = [0]
+    for start, size, inside in windows(pieces, limit):
+        assert size <= limit
+        assert start >= ends[-1]
+        assert max(at + data.size for at, data in inside) == size
+        for at, data in inside:
+            found[start + at : start + at + data.size] += data
+        ends.append(start + size)
+    want = np.zeros(256, np.uint8)
+    for at, data in pieces:
+        want[at : at + data.size] = data
+    assert np.array_equal(found, want)
+    assert len(ends) == 1 + {7: 20, 64: 4, 1000: 1}[limit]
 
 
 @pytest.mark.usefixtures("small_stage")

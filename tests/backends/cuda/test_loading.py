@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,8 @@ def _words(rng: np.random.Generator, *shape: int) -> np.ndarray[Any, Any]:
     return rng.integers(0, 1 << 32, shape, np.uint32).view(np.int32)
 
 
-def _stored(form: Format, m: int, k: int, order: np.ndarray[Any, Any] | None = None, **fields: Field) -> Stored:
-    return Stored((m, k), form, fields, 0, order)
+def _stored(form: Format, m: int, k: int, **fields: Field) -> Stored:
+    return Stored((m, k), form, fields, 0)
 
 
 def _scales(rng: np.random.Generator, m: int, groups: int, transposed: bool = False) -> Field:
@@ -51,11 +53,12 @@ def gptq(rng: np.random.Generator, m: int, k: int, group: int = 64, order: bool 
     columns = rng.permutation(k).astype(np.int32) if order else None
     code = Field((word_plane(_words(rng, -(-k // each), m), bits, k, along=0, transposed=True),))
     zero = word_plane(_words(rng, groups, -(-m // each)), bits, m, along=1, transposed=True)
-    return _stored(
-        grouped(f"gptq{bits}", whole(bits), group, "f16", zero=True), m, k, columns,
+    stored = _stored(
+        grouped(f"gptq{bits}", whole(bits), group, "f16", zero=True), m, k,
         code=code if columns is None else code.take_columns(columns),
         zero=Field((zero,), add=1), scale=_scales(rng, m, groups, True),
     )  # fmt: skip
+    return replace(stored, order=columns)
 
 
 def compressed(rng: np.random.Generator, m: int, k: int, group: int = 32) -> Stored:
@@ -96,9 +99,7 @@ def nf4(rng: np.random.Generator, m: int, k: int) -> Stored:
     i = np.arange(k, dtype=np.int64)
     code = Plane(data, 4, np.arange(m, dtype=np.int64) * k * 4, (i ^ 1) * 4)
     assert k % 2 == 0
-    return _stored(
-        grouped("nf4", NF4, 64, "f32"), m, k, code=Field((code,)), scale=_floats(rng, m, -(-k // 64))
-    )  # fmt: skip
+    return _stored(grouped("nf4", NF4, 64, "f32"), m, k, code=Field((code,)), scale=_floats(rng, m, -(-k // 64)))
 
 
 def _k_blocks(rng: np.random.Generator, m: int, k: int, size: int) -> tuple[Any, Any, Any]:
@@ -118,9 +119,7 @@ def q6_k(rng: np.random.Generator, m: int, k: int) -> Stored:
     sub = Plane(data, 8, rows, (block + (192 + i // 16) * 8)[::16])
     top = Plane(data, 16, rows, (block + 208 * 8)[::128])
     form = nested("q6_k", whole(6, 32), 16, "i8", least=False)
-    return _stored(
-        form, m, k, code=Field((low, high)), sub_scale=Field((sub,)), super_scale=Field((top,))
-    )  # fmt: skip
+    return _stored(form, m, k, code=Field((low, high)), sub_scale=Field((sub,)), super_scale=Field((top,)))
 
 
 def q5_k(rng: np.random.Generator, m: int, k: int) -> Stored:
@@ -152,22 +151,21 @@ def q4_1(rng: np.random.Generator, m: int, k: int) -> Stored:
     i = np.arange(k, dtype=np.int64)
     rows, block = np.arange(m, dtype=np.int64) * blocks * 160, i // 32 * 160
     code = Plane(data, 4, rows, block + 32 + i % 16 * 8 + i % 32 // 16 * 4)
-    parts = {
-        name: Field((Plane(data, 16, rows, block[::32] + at),)) for name, at in (("scale", 0), ("offset", 16))
-    }  # fmt: skip
+    parts = {name: Field((Plane(data, 16, rows, block[::32] + at),)) for name, at in (("scale", 0), ("offset", 16))}
     return _stored(grouped("q4_1", whole(4), 32, "f16", offset=True), m, k, code=Field((code,)), **parts)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def packed(parts: Sequence[Any], dtype: str = "bf16") -> Packed:
-    """The parts as a weight, loaded by the CUDA backend."""
+def packed(parts: Sequence[Any], dtype: str = "bf16", folder: Path | None = None) -> Packed:
+    """The parts as a weight, loaded by the CUDA backend. folder: where its kernels are, if not in cuda_src/."""
     gpu = FakeGpu(emulate=True)
-    gpu.checked = True
+    gpu.checked, gpu.folder = True, folder
     backend = CudaBackend(dtype, gpu=gpu)
-    found: Any = backend.load_weight(Weight("w", tuple("w" * len(parts)), tuple(parts)))
+    found = backend.load_weight(Weight("w", tuple("w" * len(parts)), tuple(parts)))
     backend.end_loading()
+    assert isinstance(found, Packed)
     return found
 
 
@@ -181,15 +179,15 @@ def assert_packed(found: Packed, *stacks: Sequence[Stored]) -> None:
         assert segment.format == stack[0].format
         assert got.shape == want.shape
         assert np.flatnonzero(got != want).tolist() == []
-        assert (segment.order is None) == (stack[0].order is None)
-        if segment.order is not None:
-            assert np.array_equal(segment.order, stack[0].order)
+        order: Any = segment.order
+        assert (order is None) == (stack[0].order is None)
+        assert order is None or np.array_equal(order, np.asarray(stack[0].order))
 
 
 def stacked(parts: Sequence[Stored]) -> Stored:
     """Parts of one format as one matrix, whose fields are plain arrays."""
     first, fields = parts[0], dict[str, Field]()
-    for name, field in first.fields.items():
+    for name in first.fields:
         numbers = np.concatenate([p.fields[name].read() for p in parts])
         fields[name] = Field((element_plane(numbers),))
     return Stored((sum(map(len, parts)), first.shape[1]), first.format, fields, 0, first.order)
@@ -213,16 +211,28 @@ LAYOUTS: Mapping[str, Any] = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_is_packed_as_numpy_packs_it(name: str) -> None:
+    check_layout(name)
+
+
+def check_layout(name: str, folder: Path | None = None) -> None:
+    """A layout, with the kernels of another folder than cuda_src/ if one is given."""
     stored = LAYOUTS[name](np.random.default_rng(1))
-    assert_packed(packed([stored]), [stored])
+    assert_packed(packed([stored], folder=folder), [stored])
 
 
-@pytest.mark.parametrize("layout", [awq, gptq, compressed, channel])
-def test_parts_of_one_format_are_one_segment(layout: Any) -> None:
-    """Their borders lie within a tile, and their words are strided differently."""
+STACKED = [(awq, 136), (gptq, 136), (compressed, 136), (channel, 136), (q5_k, 256)]
+
+
+@pytest.mark.parametrize(("layout", "k"), STACKED)
+def test_parts_of_one_format_are_one_segment(layout: Any, k: int) -> None:
+    check_stack(layout, k)
+
+
+def check_stack(layout: Any, k: int, folder: Path | None = None) -> None:
+    """Borders of parts lie within a tile, and their words are strided differently."""
     rng = np.random.default_rng(2)
-    parts = [layout(rng, m, 136) for m in (24, 8, 40)]
-    assert_packed(packed(parts), parts)
+    parts = [layout(rng, m, k) for m in (24, 8, 40)]
+    assert_packed(packed(parts, folder=folder), parts)
 
 
 def test_what_differs_in_format_or_order_is_a_segment_of_its_own() -> None:
@@ -255,7 +265,7 @@ def test_some_rows_of_a_tensor_take_only_their_bytes_along() -> None:
         stage(array, pieces)
 
     gpu.stage_pieces = staged  # type: ignore[method-assign]
-    found: Any = backend.load_weight(Weight("w", ("w",), (rows,)))  # type: ignore[arg-type]
+    found: Any = backend.load_weight(Weight("w", ("w",), (rows,)))
     backend.end_loading()
     assert_packed(found, [rows])
     assert 31 * 64 in sizes  # rows 20 to 50 of 64 bytes
@@ -267,7 +277,7 @@ def test_the_buffer_of_raw_bytes_is_kept_from_weight_to_weight() -> None:
     gpu = FakeGpu(emulate=True)
     backend = CudaBackend("bf16", gpu=gpu)
     stored = [awq(rng, m, 128) for m in (64, 32, 64)]
-    found: list[Any] = [backend.load_weight(Weight("w", ("w",), (s,))) for s in stored]  # type: ignore[arg-type]
+    found: list[Any] = [backend.load_weight(Weight("w", ("w",), (s,))) for s in stored]
     assert len(gpu.alive) == len(stored) + 1
     backend.end_loading()
     assert len(gpu.alive) == len(stored)

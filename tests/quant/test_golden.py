@@ -1,0 +1,102 @@
+"""Quantised checkpoints of every layout against what transformers computes with the same numbers in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import cuplama
+from cuplama.config import load_config
+from cuplama.errors import ConfigError
+from cuplama.models.checkpoint import load_weights
+from cuplama.quant.readers import READERS
+from tests.paths import GOLDEN
+
+FOLDERS = sorted((GOLDEN.parent / "quantised").iterdir())
+TOLERANCE = 2e-3  # of logits whose deviation is about 3; quantising changed them by 0.3 to 8
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_logits(folder: Path) -> None:
+    with np.load(folder / "golden.npz") as golden, cuplama.load(folder, device="numpy", dtype="float32") as model:
+        for j in range(3):
+            found = model.logits(golden[f"prompt_{j}"].tolist())
+            assert np.abs(found - golden[f"logits_{j}"]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_matrices_stay_as_they_are_stored(folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    weights = load_weights(folder, load_config(folder))
+    parts = [
+        (source, part) for w in weights.values() if w.packed for source, part in zip(w.source, w.parts, strict=True)
+    ]
+    assert len({s for s, p in parts if hasattr(p, "fields")}) == meta["matrices"]
+
+
+def test_every_reader_has_a_golden_model() -> None:
+    methods = {load_config(folder).raw["quantization_config"]["quant_method"] for folder in FOLDERS}
+    assert {READERS[method] for method in methods} == set(READERS.values())
+
+
+def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """AutoGPTQ's first checkpoints have no quantization_config in config.json."""
+    folder = GOLDEN.parent / "quantised" / "gptq"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((folder / "config.json").read_text())
+    settings = raw.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    beside = {"bits": 4, "group_size": 128, "desc_act": False}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(beside))
+    assert load_config(tmp_path).raw["quantization_config"] == {"quant_method": "gptq", **beside}
+    assert settings["quant_method"] == "gptq"
+    wanted, found = (load_weights(f, load_config(f))["0.qkv_proj"].parts[0] for f in (folder, tmp_path))
+    assert np.array_equal(wanted.numbers(), found.numbers())  # type: ignore[union-attr]
+
+
+def changed(name: str, tmp_path: Path, change: Any = None, **settings: Any) -> Path:
+    """A copy of a golden model with other settings, and with tensors that ``change`` changes."""
+    folder = GOLDEN.parent / "quantised" / name
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] |= settings
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    if change is not None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_an_unknown_method_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as e:
+        load_config(changed("gptq", tmp_path, quant_method="hqq"))
+    assert str(e.value) == (
+        f'{tmp_path}/config.json: quantization_config.quant_method is "hqq"; supported: {", ".join(READERS)}'
+    )
+
+
+def test_settings_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_config(changed("gptq", tmp_path, frobnicate=1))
+    assert "fields that nothing reads are left out: quantization_config.frobnicate" in caplog.text
+
+
+def test_a_quantised_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
+    def shorter(tensors: dict[str, Any]) -> None:
+        name = "model.layers.0.mlp.up_proj."
+        for end in ("qweight", "qzeros", "scales"):
+            tensors[name + end] = np.ascontiguousarray(tensors[name + end][:, : tensors[name + end].shape[1] // 2])
+
+    folder = changed("gptq", tmp_path, shorter)
+    with pytest.raises(cuplama.CuplamaError) as e:
+        load_weights(folder, load_config(folder))
+    assert str(e.value) == (
+        f"{tmp_path}/model.safetensors: tensor model.layers.0.mlp.up_proj.qweight has shape [128, 128];"
+        " config.json asks for [256, 128]"
+    )
