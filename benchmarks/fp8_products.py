@@ -398,16 +398,6 @@ def probe(bench: Bench) -> Iterator[dict[str, Any]]:
                     yield {**about, "failed": str(e)}
 
 
-def biased(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Whether each kind takes a bias."""
-    cublas = bench.gpu.cublas
-    assert cublas is not None
-    for kind in SCALES:
-        for U in ("bf16", "f16"):
-            product = cublas.scaled_product(64, 256, 512, kind, U, bias=True)
-            yield {"probe": "bias", "way": kind, "out": U, "taken": product is not None}
-
-
 def others(bench: Bench, n: int) -> Iterator[dict[str, Any]]:
     """Other kernels of a layer, whose time a budget needs."""
     up = bench.up
@@ -442,7 +432,6 @@ def main() -> int:
     assert library is not None
     library.cublasLtGetVersion.restype = ctypes.c_size_t
     take(iter([{"cublasLt": library.cublasLtGetVersion(), "gpu": bench.backend.describe()}]))
-    take(biased(bench))
     take(probe(bench))
     timed = len(rows)
     for shape in SHAPES:

@@ -45,8 +45,8 @@ def open_backend(
 
     context: tokens of a sequence; tokens: of the KV cache, all sequences together; activations: one of ``ACTIVATIONS``,
     and where "fp8" changes nothing, a warning says so. dtype "auto" is the checkpoint's on CUDA and float32 on NumPy.
-    Raises ParameterError for an unknown device, and DeviceError, with the numbers, where weights, cache and workspace do
-    not fit or a head_dim is not in the kernels.
+    Raises ParameterError for an unknown device, and DeviceError, with the numbers, where weights, cache and workspace
+    do not fit or a head_dim is not in the kernels.
     """
     one_of("device", device, DEVICES)
     one_of("activations", activations, ACTIVATIONS)

@@ -76,7 +76,7 @@ class Runner:
         else:
             inputs, hidden = self._replay(size, batch)
         if hidden is None:
-            hidden = self._run_body(inputs)
+            hidden = self.backend.run(self._body_of(inputs), {**self.values, **inputs}, (self.graph.out,))
         if not len(batch.arrays["logit_rows"]):
             return None
         return self.backend.run(self._head, {**self.values, **inputs, **hidden}, (LOGITS,))[LOGITS]
@@ -110,8 +110,11 @@ class Runner:
         return inputs, hidden
 
     def _run_body(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        body = self._large_body if len(inputs["input_ids"]) > MAX_PACKED_ROWS else self._body
-        return self.backend.run(body, {**self.values, **inputs}, (self.graph.out,))
+        return self.backend.run(self._body_of(inputs), {**self.values, **inputs}, (self.graph.out,))
+
+    def _body_of(self, inputs: Mapping[str, Array]) -> list[Node]:
+        """The nodes for a pass over these rows; always the same lists, since backends keep what they plan for a list."""
+        return self._large_body if len(inputs["input_ids"]) > MAX_PACKED_ROWS else self._body
 
     # -- decoding
 

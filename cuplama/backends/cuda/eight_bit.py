@@ -1,5 +1,5 @@
-"""Products of 8-bit floats over many rows: x is rounded to e4m3, with a scale for each row or for 128 columns of it, and
-the codes of a packed weight are laid out row by row. Kernels: cuda_src/activations_fp8.cu, unpack.cu.
+"""Products of 8-bit floats over many rows: x is rounded to e4m3, with a scale for each row or for 128 columns of it,
+and the codes of a packed weight are laid out row by row. Kernels: cuda_src/activations_fp8.cu, unpack.cu.
 
 Where an op has something before its product (``Op.inner``), that writes the codes itself.
 """
@@ -17,8 +17,8 @@ __all__ = ["FAST", "Scratch", "quantise_launch", "row_scratch", "scale_kind", "u
 
 FAST = frozenset({"row"})
 """Kinds of scales whose products keep their sums in the tensor cores. With k = 4,096 to 14,336 that makes them wrong by
-1.3e-3 to 2.9e-3 of their norm, where exact sums are by 1.3e-4; rounding x to e4m3 costs 2.6e-2. The layers of an 8B model
-take 21.9 ms for 2,048 rows in place of 23.7, on an H200. cuBLAS has no such products with other scales."""
+1.3e-3 to 2.9e-3 of their norm, where exact sums are by 1.3e-4; rounding x to e4m3 costs 2.6e-2. The products of an 8B
+model take 21.9 ms for 2,048 rows in place of 23.7, on an H200. cuBLAS has no such products with other scales."""
 
 Scratch = dict[str, tuple[tuple[int, ...], str]]
 _KINDS = {0: "row", BLOCK_COLUMNS: "group"}  # columns that share a scale of the weight -> a kind of cublas.SCALES
