@@ -1,8 +1,8 @@
-// quantise           codes of x[n,k]: T
-// rms_norm_quantise  codes of rms_norm(x[n,k]: f32, g[k]: T), rounded to T first
-// silu_mul_quantise  codes of silu_mul(x[n,2k]: T), rounded to T first
+// quantise           x_codes[n,k] = e4m3(x / s)              x[n,k]: T
+// rms_norm_quantise  x_codes[n,k] = e4m3(rms_norm(x) / s)    x[n,k]: f32, g[k]: T; the norm is rounded to T first
+// silu_mul_quantise  x_codes[n,k] = e4m3(silu_mul(x) / s)    x[n,2k]: T; the activation is rounded to T first
 //
-//     x_codes[n,k] = e4m3(x / s)     x_scale = s = max |x| / 448      x_codes: 8-bit floats, four in a word
+//     x_codes: 8-bit floats, four in a word     x_scale = s = max |x| / 448: f32
 //     GROUPS: max over 128 columns of a row, x_scale[ceil(k / 128), n]; else over the row, x_scale[n]
 //
 // What a product of 8-bit floats needs of its activations: codes that use the whole range of e4m3, whose largest number

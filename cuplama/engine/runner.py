@@ -113,7 +113,7 @@ class Runner:
         return self.backend.run(self._body_of(inputs), {**self.values, **inputs}, (self.graph.out,))
 
     def _body_of(self, inputs: Mapping[str, Array]) -> list[Node]:
-        """The nodes for a pass over these rows; always the same lists, since backends keep what they plan for a list."""
+        """The nodes of a pass over these rows: one of two lists, since backends keep what they plan for a list."""
         return self._large_body if len(inputs["input_ids"]) > MAX_PACKED_ROWS else self._body
 
     # -- decoding
