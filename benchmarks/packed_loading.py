@@ -28,6 +28,7 @@ from cuplama.dtypes import DTYPES
 from cuplama.lab.timing import Replay
 from cuplama.lab.workloads import normal_values
 from cuplama.ops import OPS
+from cuplama.ops.weights import MAX_PACKED_ROWS
 from cuplama.quant.catalog import CATALOG, random_stored
 from cuplama.quant.fields import Field, element_plane, word_plane
 from cuplama.quant.format import grouped, whole
@@ -172,7 +173,7 @@ def unpacked(backend: CudaBackend, form: str, name: str, rows: int) -> Iterator[
 def _unpack_alone(backend: CudaBackend, weight: Any, m: int, k: int) -> dict[str, Any]:
     """Of all of it at once: the launches of a plan without the product."""
     unpacking.SLICE_BYTES = 256 << 20
-    x = backend.zeros((unpacking.MAX_PACKED_ROWS + 1, k), DTYPES["bf16"])
+    x = backend.zeros((MAX_PACKED_ROWS + 1, k), DTYPES["bf16"])
     call = OPS["linear"].bind((x, weight, None), {"U": "bf16"})
     made = planning.make_plan(call, backend.gpu)
     arrays = [x, weight, None, *[backend.zeros(b.shape, b.dtype) for b in made.new]]

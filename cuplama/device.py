@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,71 @@ from .backends.cuda.driver import cuda_available
 from .backends.cuda.unpacking import largest_slice
 from .dtypes import DTYPES, dtype_name
 from .engine import memory
+from .engine.kv_cache import KV_CACHE_DTYPES, cache_dtype
 from .errors import DeviceError
 from .models.config import ModelConfig
 from .ops.attention import HEAD_DIMS
+from .quant.format import E4M3
+from .quant.stored import Stored
 from .quant.weight import Weight
 
-__all__ = ["DEVICES", "open_backend", "stored_dtype"]
+__all__ = ["ACTIVATIONS", "DEVICES", "Setup", "open_backend", "stored_dtype"]
 
 DEVICES = ("auto", "cuda", "numpy")
+ACTIVATIONS = ("auto", "fp8")
 _log = logging.getLogger("cuplama")
 
 
-def open_backend(
-    device: str, dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int
-) -> Backend:
-    """A backend with room for one model. device: one of ``DEVICES``; dtype: a dtype's short name, or "auto".
+@dataclass(frozen=True)
+class Setup:
+    """How a model runs.
 
-    context: tokens of a sequence; tokens: of the KV cache, all sequences together. "auto" is the checkpoint's dtype on
-    CUDA and float32 on NumPy. Raises ParameterError for an unknown device, and DeviceError, with the numbers, where
-    weights, cache and workspace do not fit or a head_dim is not in the kernels.
+    device: one of ``DEVICES``; dtype: a dtype's short name, or "auto": the checkpoint's on CUDA, float32 on NumPy;
+    context: tokens of a sequence; tokens: of the KV cache, all sequences together; kv_cache_dtype: one of
+    ``KV_CACHE_DTYPES``; activations: one of ``ACTIVATIONS``.
     """
-    one_of("device", device, DEVICES)
-    if device != "numpy":
+
+    device: str
+    dtype: str
+    context: int
+    tokens: int
+    kv_cache_dtype: str = "auto"
+    activations: str = "auto"
+
+
+def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> Backend:
+    """A backend with room for one model. Where activations "fp8" change nothing, a warning says so.
+
+    Raises ParameterError for an unknown device, and DeviceError, with the numbers, where weights, cache and workspace
+    do not fit or a head_dim is not in the kernels.
+    """
+    one_of("device", setup.device, DEVICES)
+    one_of("activations", setup.activations, ACTIVATIONS)
+    one_of("kv_cache_dtype", setup.kv_cache_dtype, KV_CACHE_DTYPES)
+    if setup.activations != "auto" and not _has_floats(weights):
+        _log.warning("activations fp8 changes nothing: the model has no weights in fp8 (e4m3)")
+        setup = replace(setup, activations="auto")
+    if setup.device != "numpy":
         works, reason = cuda_available()
         if works:
-            return _open_cuda(dtype, config, weights, context, tokens)
-        if device == "cuda":
+            return _open_cuda(setup, config, weights)
+        if setup.device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
         _log.warning("running on NumPy: %s", reason)
-    return _open_numpy(dtype, config, weights, tokens)
+    if setup.activations != "auto":
+        _log.warning("activations fp8 changes nothing: NumPy computes in float32")
+    return _open_numpy(setup, config, weights)
 
 
 def _bytes(weights: Mapping[str, Weight], dtype: np.dtype[Any]) -> int:
     """Bytes of all weights where plain ones have that dtype, a tied head counted once."""
     return sum(w.device_bytes(dtype) for w in {w.source: w for w in weights.values()}.values())
+
+
+def _has_floats(weights: Mapping[str, Weight]) -> bool:
+    """Whether any weight is of 8-bit floats."""
+    parts = (p for w in weights.values() for p in w.parts if isinstance(p, Stored))
+    return any(p.format.packing is not None and p.format.packing.code == E4M3 for p in parts)
 
 
 def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
@@ -61,7 +93,7 @@ def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
     return config.stored if table.packed else dtype_name(table.dtype)
 
 
-def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int) -> Backend:
+def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> Backend:
     from .backends.cuda.backend import CudaBackend
 
     if config.head_dim not in HEAD_DIMS:
@@ -69,13 +101,14 @@ def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], c
             f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
             " --device numpy takes any"
         )
-    backend = CudaBackend(stored_dtype(config, weights) if dtype == "auto" else dtype)
-    size = _bytes(weights, backend.dtype)
+    chosen = stored_dtype(config, weights) if setup.dtype == "auto" else setup.dtype
+    backend = CudaBackend(chosen, activations=setup.activations)
+    size, cache = _bytes(weights, backend.dtype), cache_dtype(setup.kv_cache_dtype, backend.dtype)
     unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
-        chunks, limits = backend.prefill_chunks, backend.gpu.limits
-        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, unpacked)
+        context, tokens, chunks, limits = setup.context, setup.tokens, backend.prefill_chunks, backend.gpu.limits
+        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, unpacked, cache)
 
     free = backend.free_memory()
     backend.prefill_chunk, plan = fit(free)
@@ -91,10 +124,10 @@ def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], c
     return backend
 
 
-def _open_numpy(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], tokens: int) -> Backend:
+def _open_numpy(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> Backend:
     from .backends.numpy import NumPyBackend
 
-    chosen = "f32" if dtype == "auto" else dtype
+    chosen, tokens = "f32" if setup.dtype == "auto" else setup.dtype, setup.tokens
     elements = sum(w.elements for w in {w.source: w for w in weights.values()}.values())
     size, free = elements * DTYPES[chosen].itemsize, _free_memory()
     fits = size < 0.7 * free
@@ -105,7 +138,7 @@ def _open_numpy(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], 
     backend = NumPyBackend(chosen, convert=fits)
     # cos and sin, and as much again while they are made
     tables = 8 * tokens * sum(rope.dim for rope in config.ropes.values())
-    need = memory.cache_bytes(config, backend.dtype, tokens) + tables
+    need = memory.cache_bytes(config, cache_dtype(setup.kv_cache_dtype, backend.dtype), tokens) + tables
     if need > free:  # before the system runs out of memory
         raise DeviceError(
             f"a cache of {tokens} tokens takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free;"

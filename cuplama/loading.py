@@ -9,9 +9,10 @@ from typing import Any
 
 from .arguments import checked, flag, one_of, whole_number
 from .backends import Backend
-from .device import DEVICES, open_backend
+from .device import ACTIVATIONS, DEVICES, Setup, open_backend
 from .dtypes import Array
 from .engine.engine import Engine
+from .engine.kv_cache import KV_CACHE_DTYPES
 from .errors import ConfigError
 from .generation_config import Settings
 from .hub import BUNDLED, find_model
@@ -49,6 +50,8 @@ def load(
     quantize: str | None = None,
     context: int | None = None,
     cache_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
+    activations: str = "auto",
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -62,6 +65,10 @@ def load(
     nearest. Embedding and head stay as they are.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
     cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``.
+    kv_cache_dtype: "fp8" stores keys and values as 8-bit floats (e4m3, without scales): half the bytes of 16 bits, so
+    that more tokens fit and long texts are generated faster, at some precision. "auto" stores the model's dtype.
+    activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
+    tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
@@ -71,6 +78,8 @@ def load(
     one_of("device", device, DEVICES)
     if quantize is not None:
         one_of("quantize", quantize, GRIDS)
+    one_of("activations", activations, ACTIVATIONS)
+    one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     config = load_config(folder)
     length = context_length(config, context)
@@ -82,27 +91,23 @@ def load(
     weights = load_weights(folder, config)
     if quantize is not None:
         weights = round_weights(weights, config, quantize)
-    engine = start_engine(config, weights, device, dtype, length, tokens, progress)
+    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
+    engine = start_engine(config, weights, setup, progress)
     name = BUNDLED if model is None else os.fspath(model)
     return Model(folder, config, tokenizer, engine, settings, name)
 
 
 def start_engine(
-    config: ModelConfig,
-    weights: Mapping[str, Weight],
-    device: str,
-    dtype: str,
-    context: int,
-    cache_tokens: int,
-    progress: LoadProgress | None = None,
+    config: ModelConfig, weights: Mapping[str, Weight], setup: Setup, progress: LoadProgress | None = None
 ) -> Engine:
-    """An engine with the weights on a device and a cache of ``cache_tokens`` tokens; arguments as for ``load``.
+    """An engine with the weights on a device, as ``setup`` says.
 
     Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend = open_backend(device, DTYPE_NAMES[dtype], config, weights, context, cache_tokens)
+    backend = open_backend(setup, config, weights)
     try:
-        return Engine(backend, config, _upload(backend, weights, progress), context, cache_tokens)
+        loaded = _upload(backend, weights, progress)
+        return Engine(backend, config, loaded, setup.context, setup.tokens, setup.kv_cache_dtype)
     except BaseException:
         backend.close()
         raise

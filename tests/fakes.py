@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from cuplama.backends.cuda.gpu import Gpu
@@ -117,15 +118,44 @@ class HostCublas:
         run.text = "a product on the host"  # type: ignore[attr-defined]
         return None if self.refuses(bias, add) else run
 
+    def scaled_product(
+        self, n: int, m: int, k: int, scales: str, U: str, bias: bool = False, add: bool = False, fast: bool = False,
+        width: int = 0,
+    ) -> Any:  # fmt: skip
+        """Those of 8-bit floats, with scales of the kinds "row" and "group"."""
+        gpu, K = self.gpu, -(-k // 128)
+
+        def spread(address: int, rows: int) -> np.ndarray[Any, Any]:
+            shape = (rows, 1) if scales == "row" else (K, rows)
+            found = _at(address, shape, "f32")
+            return found if scales == "row" else np.repeat(found.T, 128, 1)[:, :k]
+
+        def run(x: int, w: int, y: int, x_scale: int, w_scale: int, b: int = 0, c: int = 0) -> None:
+            assert gpu is not None
+            gpu.do(lambda: multiply(x, w, y, x_scale, w_scale, b, c))
+
+        def multiply(x: int, w: int, y: int, x_scale: int, w_scale: int, b: int, c: int) -> None:
+            assert (bool(b), bool(c), fast) == (bias, add, scales == "row")
+            f = _at(x, (n, k), "e4m3").astype(np.float32) * spread(x_scale, n)
+            out = f @ (_at(w, (m, k), "e4m3").astype(np.float32) * spread(w_scale, m)).T
+            for address, shape in ((b, (m,)), (c, (n, width or m))):
+                if address:
+                    out += _at(address, shape, U)[..., :m].astype(np.float32)
+            _at(y, (n, width or m), U)[:, :m] = out
+
+        run.text = "a product of 8-bit floats on the host"  # type: ignore[attr-defined]
+        multiple = 4 if scales == "group" else 1
+        fits = k % 16 == 0 and m % 8 == 0 and n % multiple == 0 and not (bias and U == "f32")
+        return run if fits and not self.refuses(bias, add) else None
+
     def close(self) -> None:
         pass
 
 
-def _at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-    size = int(np.prod(shape)) * DTYPES[dtype].itemsize
-    return np.frombuffer(memoryview((ctypes.c_byte * size).from_address(address)).cast("B"), DTYPES[dtype]).reshape(
-        shape
-    )
+def _at(address: int, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
+    dtype = np.dtype(ml_dtypes.float8_e4m3fn) if name == "e4m3" else DTYPES[name]
+    size = int(np.prod(shape)) * dtype.itemsize
+    return np.frombuffer(memoryview((ctypes.c_byte * size).from_address(address)).cast("B"), dtype).reshape(shape)
 
 
 class HostArray(np.ndarray[Any, Any]):

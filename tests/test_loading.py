@@ -36,6 +36,8 @@ def test_load_options() -> None:
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"dtype": ["float32"]}, r"dtype = \['float32'\] is a list; it must be one of auto, float32"),
         ({"device": None}, "device = None is None; it must be one of auto, cuda, numpy"),
+        ({"activations": "int8"}, "activations = 'int8' is not supported; supported: auto, fp8"),
+        ({"activations": None}, "activations = None is None; it must be one of auto, fp8"),
         ({"offline": "no"}, "offline = 'no' is a str; it must be True or False"),
         ({"model": 3}, "model = 3 is an int; it must be a folder, a GGUF file, a hub id, or None"),
         ({"model": b"x"}, "model = b'x' is a bytes"),

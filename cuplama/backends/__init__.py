@@ -35,13 +35,14 @@ class CapturedGraph(Protocol):
 class Backend(Protocol):
     """Where arrays live and how ops run on them.
 
-    name: ``numpy`` or ``cuda``; dtype: the T of op signatures; prefill_chunk: tokens of a prefill pass at most;
-    captures: whether prompts and decode steps go through ``capture``; forks: whether a child process that is forked can
-    use it.
+    name: ``numpy`` or ``cuda``; dtype: the T of op signatures; activations: "fp8" where products of many rows with fp8
+    weights round the other side to fp8 as well, else "auto"; prefill_chunk: tokens of a prefill pass at most; captures:
+    whether prompts and decode steps go through ``capture``; forks: whether a child process that is forked can use it.
     """
 
     name: str
     dtype: np.dtype[Any]
+    activations: str
     prefill_chunk: int
     captures: bool
     forks: bool

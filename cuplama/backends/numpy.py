@@ -61,6 +61,7 @@ class NumPyBackend:
     """
 
     name = "numpy"
+    activations = "auto"
     forks = True
     prefill_chunk = 512
     compile_seconds = 0.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .options import (
+    ACTIVATIONS_OPTION,
     DEBUG,
     DEVICE,
     QUANTIZE,
@@ -71,9 +73,7 @@ _rows_options = options(
 )
 @click.option("--dummy-weights", is_flag=True, help="Random weights: the config.json alone is enough.")
 @weight_format_option("--dummy-weights")
-@DEVICE
-@dtype_option()
-@QUANTIZE
+@loading_options()
 @picture_option("Draw a picture as well.")
 @click.option("--no-cold-start", is_flag=True, help="Do not time a fresh process from its start to a token.")
 @QUIET
@@ -88,11 +88,9 @@ def bench(
     form: str,
     dummy_weights: bool,
     weight_format: str,
-    device: str,
-    dtype: str,
-    quantize: str | None,
     plot: Path | None,
     no_cold_start: bool,
+    loading: dict[str, Any],
 ) -> None:
     """Measure prompts and generation: tokens/s, bytes/s against the measured peak, time to the first token.
 
@@ -107,10 +105,10 @@ def bench(
         raise click.UsageError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
     if weight_format and not dummy_weights:
         raise click.UsageError("--weight-format needs --dummy-weights")
-    if quantize is not None and dummy_weights:
+    if loading["quantize"] is not None and dummy_weights:
         raise click.UsageError("--quantize needs a model's own weights; with --dummy-weights it is --weight-format")
     wanted = trials(prompts, generated, depths, batches)
-    source = Source(model, dummy_weights, device, dtype, weight_format, quantize)
+    source = Source(model, dummy_weights, weight_format, **loading)
     result = {"command": command(), **lab.run(source, wanted, repeats, not no_cold_start, say_progress)}
     click.echo(lab.text(result, form), nl=False)
     if plot is not None:

@@ -88,10 +88,7 @@ def chat(
     file_option: Path | None,
     model: str | None,
     offline: bool,
-    device: str,
-    dtype: str,
-    quantize: str | None,
-    context: int | None,
+    loading: dict[str, Any],
     system: str | None,
     variables: dict[str, Any],
     as_json: bool,
@@ -115,7 +112,7 @@ def chat(
         raise click.UsageError("--json needs a QUESTION, -f FILE or a pipe")
     template = variables | {k: value for k in ("tools", "documents", "special_text") if (value := more.pop(k))}
     sampling = {"max_tokens": None, **given_params(more)}
-    with open_model(model, offline, device, dtype, quantize, context) as m:
+    with open_model(model, offline, **loading) as m:
         session = ChatSession(m, sampling, template, Conversation(system), stats)
         session.check()
         if interactive:

@@ -39,10 +39,7 @@ def generate(
     file_option: Path | None,
     model: str | None,
     offline: bool,
-    device: str,
-    dtype: str,
-    quantize: str | None,
-    context: int | None,
+    loading: dict[str, Any],
     echo: bool,
     as_json: bool,
     stats: bool,
@@ -60,7 +57,7 @@ def generate(
         raise click.UsageError("--echo does not go with --json")
     params = given_params(sampling)
     text = prompt_text(prompt, prompt_option, file_option)
-    with open_model(model, offline, device, dtype, quantize, context) as m:
+    with open_model(model, offline, **loading) as m:
         if as_json:
             stream = _collect(m, text, params)
             print_json(stream.completion.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..device import DEVICES
+from ..device import ACTIVATIONS, DEVICES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..quant.grid import GRIDS
@@ -18,6 +19,7 @@ from .names import DEVICE_WORDS, NamedOption, device_word
 from .streams import QUIET_KEY, no_warnings
 
 __all__ = [
+    "ACTIVATIONS_OPTION",
     "DEBUG",
     "DEVICE",
     "OFFLINE",
@@ -29,6 +31,7 @@ __all__ = [
     "complete_model",
     "dtype_option",
     "given_params",
+    "loading_options",
     "model_option",
     "options",
     "picture_option",
@@ -72,6 +75,12 @@ def weight_format_option(needs: str) -> Decorator:
 
 QUANTIZE = click.option(
     "--quantize", type=click.Choice(list(GRIDS)), help="Quantise the layers' matrices while they are loaded."
+)
+ACTIVATIONS_OPTION = click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="auto",
+    help="fp8: with fp8 weights, read prompts in fp8 as well.",
 )
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 
@@ -124,20 +133,38 @@ def dtype_option(auto: str = "") -> Decorator:
     return click.option("--dtype", type=choices, default="auto", metavar="DTYPE", help=text)
 
 
-# Where and how a model runs: the parameters of ``load``.
+_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context")
+CONTEXT = click.option(
+    "-c",
+    "--context",
+    cls=NamedOption,
+    also=("--ctx-size",),
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens a text may have.  [default: the model's limit, at most 8192]",
+)
+
+
+def loading_options(auto: str = "", *more: Decorator) -> Decorator:
+    """Where and how a model runs, which the command gets as one argument ``loading``: parameters of ``load`` by name.
+
+    auto: as of ``dtype_option``; more: further options of that kind.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def gathered(*args: Any, **given: Any) -> Any:
+            loading = {name: given.pop(name) for name in _LOADING if name in given}
+            return command(*args, loading=loading, **given)
+
+        return options(DEVICE, dtype_option(auto), QUANTIZE, KV_CACHE_DTYPE, ACTIVATIONS_OPTION, *more)(gathered)
+
+    return decorate
+
+
+# What every command has that runs a model.
 run_options = options(
-    DEVICE,
-    dtype_option(": the checkpoint's on CUDA, float32 on NumPy"),
-    QUANTIZE,
-    click.option(
-        "-c",
-        "--context",
-        cls=NamedOption,
-        also=("--ctx-size",),
-        type=click.IntRange(1),
-        metavar="N",
-        help="Tokens a text may have.  [default: the model's limit, at most 8192]",
-    ),
+    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT),
     OFFLINE,
     QUIET,
     DEBUG,

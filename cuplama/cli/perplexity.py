@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,10 +30,7 @@ def perplexity(
     file_option: Path | None,
     model: str | None,
     offline: bool,
-    device: str,
-    dtype: str,
-    quantize: str | None,
-    context: int | None,
+    loading: dict[str, Any],
     window: int | None,
     stride: int | None,
     as_json: bool,
@@ -48,15 +46,13 @@ def perplexity(
     text = file_text(file, file_option)
     folder = find_folder(model, offline)
     with no_warnings():  # they come when the model is loaded
-        limit = context_length(load_config(folder), context)
+        limit = context_length(load_config(folder), loading["context"])
     try:
         window, stride = lab.window_and_stride(limit, window, stride)  # before the weights are loaded
     except ParameterError as e:
         raise click.UsageError(f"--{e}") from None  # its parameters have the options' names
-    with (
-        open_model(str(folder), True, device, dtype, quantize, context) as m,
-        progress_bar("scoring", "tokens") as progress,
-    ):
+    opened = open_model(str(folder), True, **loading)
+    with opened as m, progress_bar("scoring", "tokens") as progress:
         result = lab.perplexity(m, text, window, stride, progress)
     if as_json:
         print_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .. import hub
 from ..completion import Completion, Timings
@@ -20,21 +21,14 @@ def find_folder(model: str | None, offline: bool) -> Path:
         return hub.find_model(model, offline, progress)
 
 
-def open_model(
-    model: str | None, offline: bool, device: str, dtype: str, quantize: str | None, context: int | None
-) -> Model:
-    """Load a model as the options say, with a progress bar for each of its two parts: download and loading."""
+def open_model(model: str | None, offline: bool, **loading: Any) -> Model:
+    """Load a model as the options say, with a progress bar for each of its two parts: download and loading.
+
+    loading: the options of ``load``, as ``run_options`` give them.
+    """
     find_folder(model, offline)
     with progress_bar("loading", "B") as progress:  # offline: all that the hub has is here now
-        return load(
-            model,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            context=context,
-            offline=True,
-            progress=progress,
-        )
+        return load(model, offline=True, progress=progress, **loading)
 
 
 def speed(t: Timings) -> str:

@@ -13,10 +13,11 @@ import numpy as np
 from ..backends import Backend
 from ..dtypes import Array
 from ..models.config import ModelConfig
-from ..models.fusion import PREFILL_RULES, fuse
+from ..models.fusion import EIGHT_BIT_RULES, PREFILL_RULES, fuse
 from ..models.graph import LOGITS, decoder
 from ..models.rope import RopeTables
 from ..ops.node import Node
+from ..ops.weights import MAX_PACKED_ROWS
 from .batch import Batch
 from .decode import DecodeLoop, decode_step
 from .graphs import KEPT_CHUNKS, MAX_STEPS, GraphCache, padded_rows, padded_sequences
@@ -47,7 +48,9 @@ class Runner:
             self.values["rope.cos"], self.values["rope.sin"] = map(backend.upload, (self.rope.cos, self.rope.sin))
         self._pages = pages_for(context)  # of a sequence at most
         self.graph = decoder(config)
-        self._body = fuse(self.graph.body, PREFILL_RULES)
+        self._body = self._large_body = fuse(self.graph.body, PREFILL_RULES)
+        if backend.activations == "fp8":
+            self._large_body = fuse(self.graph.body, EIGHT_BIT_RULES)
         self._head = fuse(self.graph.selected_rows(), PREFILL_RULES)
         self._step_nodes: dict[Any, list[Node]] = {}
         self.steps = GraphCache[DecodeLoop](MAX_STEPS)
@@ -73,7 +76,7 @@ class Runner:
         else:
             inputs, hidden = self._replay(size, batch)
         if hidden is None:
-            hidden = self.backend.run(self._body, {**self.values, **inputs}, (self.graph.out,))
+            hidden = self.backend.run(self._body_of(inputs), {**self.values, **inputs}, (self.graph.out,))
         if not len(batch.arrays["logit_rows"]):
             return None
         return self.backend.run(self._head, {**self.values, **inputs, **hidden}, (LOGITS,))[LOGITS]
@@ -107,7 +110,11 @@ class Runner:
         return inputs, hidden
 
     def _run_body(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return self.backend.run(self._body, {**self.values, **inputs}, (self.graph.out,))
+        return self.backend.run(self._body_of(inputs), {**self.values, **inputs}, (self.graph.out,))
+
+    def _body_of(self, inputs: Mapping[str, Array]) -> list[Node]:
+        """The nodes of a pass over these rows: one of two lists, since backends keep what they plan for a list."""
+        return self._large_body if len(inputs["input_ids"]) > MAX_PACKED_ROWS else self._body
 
     # -- decoding
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
 import numpy as np
 
+from ..device import Setup
 from ..dtypes import DTYPES
 from ..errors import ConfigError, ParameterError
 from ..generation_config import Settings
-from ..loading import context_length, load, start_engine
+from ..loading import DTYPE_NAMES, context_length, load, start_engine
 from ..model import Model
 from ..models.config import ModelConfig
 from ..models.presets import find_shape, is_shape
@@ -27,16 +26,18 @@ class Source:
     """Which model runs and how.
 
     model: folder, hub id or a known shape, None for the bundled one; dummy: random weights from its config alone;
-    device, dtype, quantize: as of ``load``; weight_format: one of ``quant/catalog.py`` for the layers' matrices of
-    random ones, "" for the dtype of the config.
+    weight_format: one of ``quant/catalog.py`` for the layers' matrices of random ones, "" for the dtype of the config;
+    the others: as of ``load``.
     """
 
     model: str | None
     dummy: bool = False
+    weight_format: str = ""
     device: str = "auto"
     dtype: str = "auto"
-    weight_format: str = ""
     quantize: str | None = None
+    kv_cache_dtype: str = "auto"
+    activations: str = "auto"
 
     def open(self, context: int, cache_tokens: int) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``.
@@ -46,11 +47,22 @@ class Source:
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
-            return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, self.weight_format)
+            setup = Setup(
+                self.device, DTYPE_NAMES[self.dtype], context, cache_tokens, self.kv_cache_dtype, self.activations
+            )
+            return dummy_model(self.model, setup, self.weight_format)
         if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
-        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "quantize": self.quantize}
-        return load(self.model, context=context, cache_tokens=cache_tokens, **options)
+        return load(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            context=context,
+            cache_tokens=cache_tokens,
+            kv_cache_dtype=self.kv_cache_dtype,
+            activations=self.activations,
+        )
 
 
 def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> dict[str, Weight]:
@@ -72,11 +84,14 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
     }
 
 
-def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens: int, form: str = "") -> Model:
-    """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states; form: of
-    the layers' matrices."""
+def dummy_model(model: str, setup: Setup, form: str = "") -> Model:
+    """A model of that shape with random weights and without a tokenizer.
+
+    setup: how it runs; dtype "auto" is what the config states; its context is cut to what the model takes. form: of the
+    layers' matrices.
+    """
     name, config = find_shape(model)
     weights = dummy_weights(config, DTYPES[config.stored], form)
-    length = context_length(config, context)
-    engine = start_engine(config, weights, device, dtype, length, max(length, cache_tokens))
+    length = context_length(config, setup.context)
+    engine = start_engine(config, weights, replace(setup, context=length, tokens=max(length, setup.tokens)))
     return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None))

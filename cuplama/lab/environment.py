@@ -24,6 +24,8 @@ CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")  # the names under whic
 def environment(backend: Backend) -> dict[str, str]:
     """Device, driver, versions and date, by stable names."""
     found = {"device": backend.describe(), "dtype": dtype_name(backend.dtype)}
+    if backend.activations != "auto":
+        found["activations"] = backend.activations
     if backend.name == "cuda":
         library = driver.load_driver()
         found["driver"] = _driver() or "unknown"

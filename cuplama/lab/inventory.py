@@ -60,6 +60,7 @@ _ADMITTED: Mapping[str, tuple[int, str]] = {k: v for op in OPS.values() for k, v
 # Packed formats that a known model is walked with; the ops' own cases have the others.
 _QUANTISED: tuple[str, ...] = ()
 _QUANTISED_MODEL = "llama-3.1-8b"
+_EIGHT_BIT = ("fp8", "fp8 g128")  # formats whose products of many rows may round the other side to 8 bits too
 _SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 64)
 _SHORT = 512  # tokens of the prompts together
 _LONG = 4096  # tokens of one prompt, for which attention has larger tiles: those of the CUDA backend's largest pass
@@ -129,6 +130,7 @@ def _calls(device: Device) -> Iterator[tuple[str, Sequence[Call]]]:
         stored = find_shape(model)[1].stored
         for dtype in dict.fromkeys((dtypes[-1], stored if stored in dtypes else dtypes[-1])):
             yield dtype, _model_calls(model, dtype)
+    yield dtypes[-1], _eight_bit_calls(dtypes[-1])
     for form in _QUANTISED:
         yield dtypes[-1], _model_calls(_QUANTISED_MODEL, dtypes[-1], form)
 
@@ -156,6 +158,19 @@ def _calls_of(ops: Sequence[Op], dtype: str) -> Sequence[Call]:
             workload = case_workload(op, case, dtype)
             ins = [x if x is None or segments_of(x) is not None else abstract(x.shape, x.dtype) for x in workload.ins]
             found.append(workload.bind(ins))
+    return found
+
+
+@cache
+def _eight_bit_calls(dtype: str) -> Sequence[Call]:
+    """Products with rows as long as those of a known model, whose activations may be 8-bit floats."""
+    config = find_shape(_QUANTISED_MODEL)[1]
+    widths = sorted({shape[1] for name, shape in config.weight_shapes().items() if "." in name and len(shape) == 2})
+    found = []
+    for op, (k, form) in itertools.product(OPS.values(), [*zip(widths, _EIGHT_BIT, strict=False), (widths[-1], "fp8")]):
+        if op.matmul:
+            case = {**op.cases[0], "n": 8, "m": 16, "k": k, "W": form}
+            found.append(case_workload(op, case, dtype).bind())
     return found
 
 

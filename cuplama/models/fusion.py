@@ -14,7 +14,7 @@ from ..dtypes import DTYPES
 from ..ops import OPS
 from ..ops.node import Node
 
-__all__ = ["BATCH_RULES", "FEW_ROWS_RULES", "PREFILL_RULES", "Rule", "fuse"]
+__all__ = ["BATCH_RULES", "EIGHT_BIT_RULES", "FEW_ROWS_RULES", "PREFILL_RULES", "Rule", "fuse"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ def _norm_linear(norm: str, act: str | None) -> Rule:
 
 # For any number of rows: our kernels and cuBLAS alike add the residual to a product before they write it.
 PREFILL_RULES: tuple[Rule, ...] = (Rule(("linear", "add"), "linear_add"),)
+
+# For many rows where activations are rounded to 8 bits: what comes before a product writes them so.
+EIGHT_BIT_RULES: tuple[Rule, ...] = (
+    _norm_linear("rms_norm", None),
+    Rule(("silu_mul", "linear", "add"), "silu_mul_linear_add"),
+    *PREFILL_RULES,
+)
 
 # For a decode step, where every sequence has one new token.
 BATCH_RULES: tuple[Rule, ...] = (

@@ -7,7 +7,7 @@ A fused op is defined by its parts: the references below do nothing but call the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..dtypes import Array, dtype_name
 from . import activation, norm, residual
 from .attention import DEFAULT_SIZES, attention, attention_case, decode_plan, equal_sequences, random_sequences
 from .kv_cache import kv_append
-from .launch import Device, Plan
+from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, product_sizes, stream_rows
 from .linear_packed_many import many_rows_docs
 from .norm import qk_norm
@@ -33,7 +33,23 @@ __all__ = [
     "linear_add",
     "rms_norm_linear",
     "rms_norm_linear_silu_mul",
+    "silu_mul_linear_add",
 ]
+
+
+def _inner(op: Op, width: str, names: Mapping[str, str]) -> Callable[[Call], Launch]:
+    """``Op.inner``: the op's own launch. width: its size that is the product's k; names: of its parameters, where the
+    fused op has others."""
+
+    def inner(call: Call) -> Launch:
+        assert op.kernels is not None
+        sized = replace(call, op=op, env={**call.env, width: call["k"]})
+        (launch,) = op.kernels(sized, Device()).launches
+        constants = {**launch.constants, width: call["k"]}
+        return replace(launch, constants=constants, names={**names, "y": "inner"})
+
+    return inner
+
 
 _NORMS = {"rms_norm": (norm.rms_norm, ("g",)), "layer_norm": (norm.layer_norm, ("g", "h"))}
 _ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
@@ -85,6 +101,8 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
         # Two more roundings than a product has: of the normalised x, and of what the activation takes.
         tolerance={**PRODUCT_TOLERANCE, "f16": 1.5, "bf16": 1.25, **tolerance},
         flops=lambda c: 2 * rows * c["n"] * c["m"] * c["k"],
+        matmul=norm_op is norm.rms_norm and act is None,
+        inner=_inner(norm_op, "d", {"w": "g"}) if norm_op is norm.rms_norm and act is None else None,
         kernel_docs={
             f"{norm_op.name}_linear": f"{formula} for up to 8 rows of x, by multiply-adds",
             f"{norm_op.name}_linear_mma": f"{formula} for two to eight rows of x, on tensor cores",
@@ -140,6 +158,42 @@ linear_add = Op(
         "linear_add_packed": "y = a + x w^T + b for up to 8 rows of x and a packed weight",
         **many_rows_docs("linear_add", "y = a + x w^T + b"),
         "gather_columns": linear.kernel_docs["gather_columns"],
+    },
+)
+
+
+def _silu_mul_linear_add(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
+    return linear_add.reference(activation.silu_mul.reference(x), w, a, b)
+
+
+_activated = _inner(activation.silu_mul, "f", {})
+
+
+def _activated_kernels(call: Call, device: Device) -> Plan:
+    plan = stream_rows("linear_add", call, device)
+    products = tuple(replace(launch, names={**launch.names, "x": "inner"}) for launch in plan.launches)
+    scratch = {**plan.scratch, "inner": ((call["n"], call["k"]), dtype_name(call.dtypes["T"]))}
+    return replace(plan, launches=(_activated(call), *products), scratch=scratch)
+
+
+silu_mul_linear_add = Op(
+    "silu_mul_linear_add",
+    "y[n,m]:f32 = (x[n,2*k]:T, w[m,k]:W, a[n,m]:f32, b[m]:T?)",
+    doc="y = a + silu_mul(x) w^T + b",
+    reference=_silu_mul_linear_add,
+    kernels=_activated_kernels,
+    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES],
+    sizes=_sizes,
+    shape={"n": 512, "m": 4096, "k": 14336},
+    # Beside the product's, the rounding of what the activation gives.
+    tolerance={**PRODUCT_TOLERANCE, "f16:f32": 5000.0, "bf16:f32": 40000.0},
+    flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
+    matmul=True,
+    inner=_activated,
+    kernel_docs={
+        "silu_mul": "silu_mul(x), which the product then takes",
+        "linear_add": "y = a + x w^T + b for up to 8 rows of x, by multiply-adds",
+        "linear_add_mma": "y = a + x w^T + b for two to eight rows of x, on tensor cores",
     },
 )
 

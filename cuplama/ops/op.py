@@ -26,7 +26,7 @@ import numpy as np
 
 from ..dtypes import DTYPES, Array
 from .calling import MODEL_DTYPES, Parameters, checked_attributes, executor, kind_of
-from .launch import Device, Plan
+from .launch import Device, Launch, Plan
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 from .weights import segments_of, stored_bytes
 
@@ -109,6 +109,8 @@ class Op:
                  has 4. "bf16:f32" is for float32 outputs of a model in bf16 alone.
     bytes, flops: ``f(call)``: what the call moves and computes; by default every array once, and nothing.
     matmul:      a product x[n,k] w[m,k]^T, which a library computes where there are many rows.
+    inner:       of such a product behind another op: ``f(call) -> launch``, which writes the x[n,k] of the product, in
+                 T, to the scratch "inner".
     library:     ``f(y, *inputs)``: a call of CuPy that computes the op into ``y``, to compare times with.
     unaligned:   whether arrays may begin anywhere; else at multiples of 16 bytes, where allocators begin them.
     admitted_spills: "kernel@arch" -> (bytes of registers that an instance may spill at most, why).
@@ -132,6 +134,7 @@ class Op:
     bytes: Callable[[Call], float] | None = None
     flops: Callable[[Call], float] | None = None
     matmul: bool = False
+    inner: Callable[[Call], Launch] | None = None
     library: Callable[..., object] | None = None
     unaligned: bool = True
     admitted_spills: Mapping[str, tuple[int, str]] = field(default_factory=dict)

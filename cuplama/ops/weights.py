@@ -12,7 +12,10 @@ from typing import Any, Protocol
 
 from ..dtypes import Array, upcast
 
-__all__ = ["SegmentLike", "named_segments", "segments_of", "stored_bytes", "weight_rows"]
+__all__ = ["MAX_PACKED_ROWS", "SegmentLike", "named_segments", "segments_of", "stored_bytes", "weight_rows"]
+
+MAX_PACKED_ROWS = 64
+"""Rows of x that kernels multiply with a packed weight as it is. For more a library computes, from its numbers."""
 
 
 class SegmentLike(Protocol):

@@ -338,7 +338,10 @@ def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         "    op attention; f32 f16; sm_75+",
     ]
     at = lines.index("  fill_rows")
-    assert lines[at + 2] == "    ops linear linear_add; f32 f16 bf16; sm_75+"
+    assert lines[at + 2 : at + 4] == [
+        "    ops linear linear_add rms_norm_linear silu_mul_linear_add; f32 f16 bf16;",
+        "      sm_75+",
+    ]
 
 
 OUTSIDE = str(ROOT / "examples" / "own_op" / "softcap.py")

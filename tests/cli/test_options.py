@@ -117,11 +117,14 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--dtype float16", "dtype", "float16"),
     ("--dtype bf16", "dtype", "bf16"),
     ("--quantize int4", "quantize", "int4"),
+    ("--activations fp8", "activations", "fp8"),
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
     ("--ctx-size 33", "context", 33),
 ]
-LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "quantize": None, "context": None, "offline": True}
+LOAD_DEFAULTS = {
+    "device": "auto", "dtype": "auto", "quantize": None, "context": None, "activations": "auto", "offline": True,
+}  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
     ("-n 7", "max_tokens", 7),
@@ -336,6 +339,7 @@ BENCH: list[tuple[str, dict[str, Any]]] = [
     ("--device numpy", {"source": Source(None, device="numpy")}),
     ("--dtype fp16", {"source": Source(None, dtype="fp16")}),
     ("--quantize fp8", {"source": Source(None, quantize="fp8")}),
+    ("--activations fp8", {"source": Source(None, activations="fp8")}),
     ("-p 5,6", {"wanted": trials([5, 6], [128], [0], [1])}),
     ("-n 5,6", {"wanted": trials([512], [5, 6], [0], [1])}),
     ("-d 5,6", {"wanted": trials([512], [128], [5, 6], [1])}),

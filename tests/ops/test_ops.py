@@ -34,10 +34,11 @@ _WITH_KERNELS = list(harness.all_cases(lambda op: op.kernels is not None))
 _NAMES = [harness.name_of(*c) for c in _ALL]
 _KERNEL_NAMES = [harness.name_of(*c) for c in _WITH_KERNELS]
 
-# Kernels of no op: the CUDA backend packs weights when it loads them, and prepares biases and packed weights for
-# cuBLAS; read_sum measures the bandwidth.
+# Kernels of no op: the CUDA backend prepares biases, packed weights and 8-bit activations for cuBLAS, and packs weights
+# when it loads them; read_sum measures the bandwidth.
 _OF_NO_OP = {
-    "bias.cu:cast_bias", "bias.cu:fill_rows", "unpack.cu:unpack", ":".join(READ_KERNEL),
+    "bias.cu:cast_bias", "bias.cu:fill_rows", "unpack.cu:unpack", "unpack.cu:unpack_codes", ":".join(READ_KERNEL),
+    *(f"activations_fp8.cu:{before}quantise" for before in ("", "rms_norm_", "silu_mul_")),
     *(f"{file}:{kernel.partition('<')[0]}" for file, kernel in (*pack_kernels(), *rounding_kernels())),
 }  # fmt: skip
 
@@ -81,7 +82,7 @@ def test_nothing_is_missing() -> None:
 
 def test_what_is_missing_is_named() -> None:
     """In one line each: what an op lacks, and what lacks an op."""
-    of_no_op = ("bias", "pack", "peaks", "unpack")
+    of_no_op = ("activations_fp8", "bias", "pack", "peaks", "unpack")
     assert missing(bind=_bind) == [f"{stem}.cu: no op launches it" for stem in of_no_op]
     bare = Op("bare", "y[n]:T = (x[n]:T)", doc="", reference=lambda x: x)
     with_kernels = Op("two", "y[n]:T = (x[n]:T)", "", lambda x: x, kernels=OPS["sample"].kernels, cases=[dict(n=1)])

@@ -102,7 +102,7 @@ class CapturedGraph:
 
 
 class CudaBackend:
-    """The ``Backend`` of an NVIDIA GPU. dtype: "f32", "f16" or "bf16".
+    """The ``Backend`` of an NVIDIA GPU. dtype: "f32", "f16" or "bf16"; activations: as of ``load``.
 
     bf16 needs sm_80; on older GPUs the model runs in fp16, with a warning on the ``cuplama`` logger. Environment:
     CUPLAMA_CHECK=1 fills outputs and scratch with NaN before every node and waits after it, so that an error names its
@@ -121,12 +121,13 @@ class CudaBackend:
     _MAX_LISTS = 64  # node lists whose liveness is kept; when there are more, all are forgotten at once
     _MAX_PLANS = 8192  # plans that are kept, since shapes of prompts vary without end; then all are forgotten at once
 
-    def __init__(self, dtype: str = "bf16", device: int = 0, gpu: Gpu | None = None) -> None:
+    def __init__(self, dtype: str = "bf16", device: int = 0, gpu: Gpu | None = None, activations: str = "auto") -> None:
         self.gpu = gpu or Gpu(device)
         if dtype == "bf16" and self.gpu.limits.arch < 80:
             _log.warning("%s (sm_%d) has no bf16; running in fp16", self.gpu.name, self.gpu.limits.arch)
             dtype = "f16"
         self.dtype = DTYPES[dtype]
+        self.activations = self.gpu.activations = self._possible(activations)
         self.checking = os.environ.get("CUPLAMA_CHECK", "") not in ("", "0")
         self._keys: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], Planned] = {}
@@ -139,6 +140,20 @@ class CudaBackend:
         self.replay_hook: Callable[[], AbstractContextManager[Any]] = nullcontext
         if ranges is not None:
             self.replay_hook = lambda: ranges("replay of a captured graph")
+
+    def _possible(self, activations: str) -> str:
+        """The activations that were asked for; "auto", with a warning, where products of 8-bit floats cannot be had."""
+        reason, cublas = "", self.gpu.cublas
+        if activations == "auto":
+            return activations
+        if self.dtype.itemsize != 2:
+            reason = f"the model runs in {self.dtype.name}, and products of 8-bit floats stand in for 16-bit ones"
+        elif cublas is None or cublas.scaled_product(128, 128, 128, "row", "f32", fast=True) is None:
+            card = f"{self.gpu.name} (sm_{self.gpu.limits.arch})"
+            reason = f"products of 8-bit floats need sm_90 and cuBLAS 12.9, and this is {card}"
+        if reason:
+            _log.warning("activations fp8 changes nothing: %s", reason)
+        return "auto" if reason else activations
 
     # -- arrays
 

@@ -2,6 +2,8 @@
 
 A product adds a bias and another matrix on its way out, so neither costs a pass over the result. Its algorithm is
 chosen when it is planned and used from then on, with one workspace of fixed size: results repeat bit for bit.
+
+8-bit floats (e4m3) come with float32 scales, ``SCALES`` says which. The library multiplies them from sm_89 on.
 """
 
 from __future__ import annotations
@@ -13,23 +15,28 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DeviceError
 
-__all__ = ["Cublas", "Heuristic", "Product", "load_cublas"]
+__all__ = ["SCALES", "Cublas", "Heuristic", "Product", "Scales", "load_cublas"]
 
 _ALIGNMENT = 16  # bytes: the address of every array must be a multiple of it
 _log = logging.getLogger("cuplama")
 # ---- the interface, as in cublasLt.h (CUDA 12 and 13) ----------------------------------------------------------------
-_TYPES: Mapping[str, int] = {"f32": 0, "f16": 2, "bf16": 14}  # cudaDataType
+_TYPES: Mapping[str, int] = {"f32": 0, "f16": 2, "bf16": 14, "e4m3": 28}  # cudaDataType
 _COMPUTE_32F = 68  # cublasComputeType_t: float32 throughout, never TF32
 _UNSUPPORTED = (7, 15)  # cublasStatus_t: INVALID_VALUE, NOT_SUPPORTED
 _TRANSPOSE = ctypes.c_int32(1)  # cublasOperation_t
 _ADD_BIAS = ctypes.c_uint32(4)  # cublasLtEpilogue_t
 # cublasLtReductionScheme_t: partial sums are kept in float32 (or there are none), never rounded to 16 bits on the way.
 _REDUCTION = ctypes.c_uint32(2)
-_DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 7, 8  # cublasLtMatmulDescAttributes_t
+# cublasLtMatmulDescAttributes_t. A is w and B is x. The modes are there from 12.8 on, and mean a scalar where not set.
+_DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 7, 8
+_DESC_SCALE_POINTERS, _DESC_SCALE_MODES, _DESC_FAST_ACCUM = (17, 18), (31, 32), 25
+# cublasLtMatmulMatrixScale_t
+_SCALE_SCALAR, _SCALE_OUTER_VECTOR, _SCALE_VECTOR_128, _SCALE_BLOCK_128 = 0, 3, 4, 5
 _PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t
 
 
@@ -44,6 +51,30 @@ class Heuristic(ctypes.Structure):
         ("reserved", ctypes.c_int * 4),
     )
 
+
+@dataclass(frozen=True)
+class Scales:
+    """What the scales of an 8-bit product are: y[i,j] = sum over l of x[i,l] x_scale w[j,l] w_scale. All are float32.
+
+    modes: of w and of x (cublasLtMatmulMatrixScale_t); rows: what n and m must be multiples of, beside the 8 of m.
+    """
+
+    modes: tuple[int, int]
+    rows: int = 1
+
+
+SCALES: Mapping[str, Scales] = {
+    # One number for all of x, one for all of w.
+    "tensor": Scales((_SCALE_SCALAR, _SCALE_SCALAR)),
+    # x_scale[n], w_scale[m]: one for each row. sm_90 alone, cuBLAS 12.9.
+    "row": Scales((_SCALE_OUTER_VECTOR, _SCALE_OUTER_VECTOR)),
+    # x_scale[K,n], w_scale[K,m]: one for 128 columns of a row, K = ceil(k / 128). sm_90 alone, cuBLAS 12.9.
+    "group": Scales((_SCALE_VECTOR_128, _SCALE_VECTOR_128), 4),
+    # x_scale[K,n] likewise; w_scale[ceil(m / 128), K rounded up to 4]: one for 128 x 128. sm_90 alone, cuBLAS 12.9.
+    "block": Scales((_SCALE_BLOCK_128, _SCALE_VECTOR_128), 4),
+}
+"""How e4m3 matrices are scaled, by name: "Narrow Precision Data Types Usage" in NVIDIA's documentation of cuBLAS."""
+_ALIGNED_K, _ALIGNED_M = 16, 8  # what k and m must be multiples of where x and w are 8-bit floats
 
 _P, _I, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
@@ -107,6 +138,21 @@ class Cublas:
         product = Product(self, n, m, k, T, U, bias, add, width or m)
         return product if product.algorithm is not None else None
 
+    def scaled_product(
+        self, n: int, m: int, k: int, scales: str, U: str, bias: bool = False, add: bool = False, fast: bool = False,
+        width: int = 0,
+    ) -> Product | None:  # fmt: skip
+        """The same with x and w of 8-bit floats (e4m3) and scales of the kind ``SCALES[scales]``.
+
+        fast: sums stay in the tensor cores, which keep about 14 bits of them, and are not moved to float32 on the way.
+        None where library, GPU or sizes do not allow it.
+        """
+        rows = SCALES[scales].rows
+        if k % _ALIGNED_K or m % _ALIGNED_M or n % rows or m % rows or (bias and U == "f32"):
+            return None  # a bias of float32 is not known beside 8-bit floats
+        product = Product(self, n, m, k, "e4m3", U, bias, add, width or m, SCALES[scales], fast)
+        return product if product.algorithm is not None else None
+
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library. Raises DeviceError, naming it, if it fails."""
         if status := getattr(self._library, name)(*arguments):
@@ -122,6 +168,15 @@ class Cublas:
     def set(self, kind: str, made: ctypes.c_void_p, attribute: int, value: Any) -> None:
         """Set an attribute of an object of the library."""
         self.call(f"cublasLt{kind}SetAttribute", made, attribute, ctypes.byref(value), ctypes.sizeof(value))
+
+    def knows(self, desc: ctypes.c_void_p, attribute: int, value: Any) -> bool:
+        """Set an attribute of an operation that an older library may not have; whether it has it."""
+        status = self._library.cublasLtMatmulDescSetAttribute(
+            desc, attribute, ctypes.byref(value), ctypes.sizeof(value)
+        )
+        if status not in (0, *_UNSUPPORTED):
+            raise DeviceError(f"cublasLtMatmulDescSetAttribute fails with status {status}")
+        return bool(status == 0)
 
     def choose(self, desc: ctypes.c_void_p, w: ctypes.c_void_p, x: ctypes.c_void_p, y: ctypes.c_void_p) -> Any:
         """A pointer to the best algorithm for y = w^T x as cuBLAS sees it; None if there is none."""
@@ -146,10 +201,11 @@ class Product:
     """
 
     def __init__(
-        self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool, width: int
-    ) -> None:
+        self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool, width: int,
+        scales: Scales | None = None, fast: bool = False,
+    ) -> None:  # fmt: skip
         self.text = f"cuBLAS: y[{n},{m}]:{U} = x[{n},{k}]:{T} w[{m},{k}]^T{' + b' * bias}{' + c' * add}"
-        self._cublas, self._bias = cublas, bias
+        self._cublas, self._bias, self._scaled = cublas, bias, scales is not None
         self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(add)
         self._lock = threading.Lock()
         owned = ExitStack()
@@ -165,22 +221,38 @@ class Product:
                 cublas.make("MatrixLayout", owned, _TYPES[dtype], rows, columns, line)
                 for dtype, rows, columns, line in ((T, k, m, k), (T, k, n, k), (U, m, n, width))
             )
-            self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y)
+            known = scales is None or self._scale(scales, fast)
+            self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y) if known else None
         except DeviceError as e:
             raise DeviceError(f"{self.text}: {e}") from None
 
-    def __call__(self, x: int, w: int, y: int, b: int = 0, c: int = 0, workspace: int = 0, stream: int = 0) -> None:
-        """Queue the product. b and c are given if and only if it was planned with them. Raises DeviceError.
+    def _scale(self, scales: Scales, fast: bool) -> bool:
+        """Describe the scales of an 8-bit product; whether the library knows such."""
+        cublas, desc = self._cublas, self._desc
+        cublas.set("MatmulDesc", desc, _DESC_FAST_ACCUM, ctypes.c_int8(fast))
+        for pointer in _DESC_SCALE_POINTERS:
+            cublas.set("MatmulDesc", desc, pointer, ctypes.c_void_p(_ALIGNMENT))
+        modes = zip(_DESC_SCALE_MODES, scales.modes, strict=True)
+        return all(mode == _SCALE_SCALAR or cublas.knows(desc, at, ctypes.c_int32(mode)) for at, mode in modes)
+
+    def __call__(
+        self, x: int, w: int, y: int, b: int = 0, c: int = 0, x_scale: int = 0, w_scale: int = 0,
+        workspace: int = 0, stream: int = 0,
+    ) -> None:  # fmt: skip
+        """Queue the product. b, c and the scales are given if and only if it was planned with them. Raises DeviceError.
 
         workspace, stream: those of this call; 0 for the library's own.
         """
         cublas, layout = self._cublas, self._y
-        if (x | w | y | b | c) % _ALIGNMENT:
+        if (x | w | y | b | c | x_scale | w_scale) % _ALIGNMENT:
             raise DeviceError(f"{self.text}: an array does not begin at a multiple of {_ALIGNMENT} bytes")
         try:
-            with self._lock:  # The bias is a part of the description, which the threads that call have in common.
+            with self._lock:  # Such pointers are a part of the description, which the threads that call share.
                 if self._bias:
                     cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(b))
+                if self._scaled:
+                    for at, scale in zip(_DESC_SCALE_POINTERS, (w_scale, x_scale), strict=True):
+                        cublas.set("MatmulDesc", self._desc, at, ctypes.c_void_p(scale))
                 cublas.call(
                     "cublasLtMatmul", cublas.handle, self._desc, ctypes.byref(self._alpha), w, self._w, x, self._x,
                     ctypes.byref(self._beta), c or y, layout, y, layout, self.algorithm,

@@ -49,6 +49,7 @@ class _Card:
     """One GPU as plans need it: the ``Compiler`` of ``planning.py``."""
 
     workspace = 32 << 20  # bytes of scratch for a product of cuBLAS: what NVIDIA recommends for Hopper
+    activations = "auto"
 
     def __init__(self, device: int) -> None:
         self.functions = Functions(device)

@@ -38,6 +38,7 @@ class Gpu:
     """
 
     workspace = 0  # Products of cuBLAS use the library's own.
+    activations = "auto"  # Set by the backend.
 
     def __init__(self, device: int = 0) -> None:
         self.functions = functions = Functions(device)

@@ -19,9 +19,10 @@ from ...ops.launch import Device, Launch, Plan
 from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.op import Call
 from ...ops.signature import OpError
-from ...ops.weights import segments_of
+from ...ops.weights import MAX_PACKED_ROWS, segments_of
 from .cublas import Product
-from .unpacking import MAX_PACKED_ROWS, UNPACKED, row_slices, unpack_launches
+from .eight_bit import FAST, quantise_launch, row_scratch, scale_kind, unpack_codes_launch, weight_scratch
+from .unpacking import UNPACKED, row_slices, unpack_launches
 
 __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
 
@@ -38,11 +39,13 @@ class Compiler(Protocol):
     """What a plan is made for: a GPU whose kernels can be compiled.
 
     cublas: the library, None where products are left to the kernels; workspace: bytes that a product of it takes as
-    scratch, 0 where the library has a workspace of its own.
+    scratch, 0 where the library has a workspace of its own; activations: "fp8" where products of many rows with 8-bit
+    floats round x to such, or "auto".
     """
 
     limits: Device
     workspace: int
+    activations: str
 
     @property
     def cublas(self) -> Any: ...
@@ -203,13 +206,15 @@ class _Part:
 class _Way:
     """A way to compute an op by cuBLAS: launches, and products among them.
 
-    arrays: for each argument of the products the name of its array; parts: what the products compute, in order;
-    products: the parts with their products, once those are planned.
+    arrays: for each argument of the products the name of its array; parts: what the products compute, in order; scales:
+    of which kind those of 8-bit floats are, "" for products of T; products: the parts with their products, once those
+    are planned.
     """
 
     before: Plan
     arrays: Mapping[str, str]
     parts: tuple[_Part, ...]
+    scales: str = ""
     products: tuple[tuple[_Part, Product], ...] = ()
 
 
@@ -219,38 +224,66 @@ def _by_library(compiler: Compiler, call: Call) -> _Way | None:
         return None
     if call["n"] <= (MAX_STREAMED_ROWS if segments_of(call.arrays["w"]) is None else MAX_PACKED_ROWS):
         return None
-    n, m, k = call["n"], call["m"], call["k"]
-    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-    for way in _ways(call):
-        terms = {"bias": "b" in way.arrays, "add": "c" in way.arrays}
-        products = [
-            cublas.product(n, part.stop - part.start, k, T, U, **terms, **({} if len(way.parts) == 1 else {"width": m}))
-            for part in way.parts
-        ]
-        if None not in products:
-            return replace(way, products=tuple(zip(way.parts, products, strict=True)))
+    for way in _ways(call, compiler.activations == "fp8"):
+        found = [(part, product) for part in way.parts if (product := _product(cublas, call, way, part)) is not None]
+        if len(found) == len(way.parts):
+            return replace(way, products=tuple(found))
     return None
+
+
+def _product(cublas: Any, call: Call, way: _Way, part: _Part) -> Product | None:
+    n, m, k, rows = call["n"], call["m"], call["k"], part.stop - part.start
+    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
+    terms: dict[str, Any] = {"bias": "b" in way.arrays, "add": "c" in way.arrays}
+    if len(way.parts) > 1:
+        terms["width"] = m
+    if way.scales:
+        return cublas.scaled_product(n, rows, k, way.scales, U, fast=way.scales in FAST, **terms)  # type: ignore[no-any-return]
+    return cublas.product(n, rows, k, T, U, **terms)  # type: ignore[no-any-return]
 
 
 def library_plans(call: Call) -> list[Plan]:
     """What may be launched before a library's products for the call; nothing for an op that no library computes."""
-    return [way.before for way in _ways(call)] if call.op.matmul else []
+    return [way.before for way in _ways(call, True)] if call.op.matmul else []
 
 
-def _ways(call: Call) -> Iterator[_Way]:
-    """The ways to compute a product, best first."""
-    segments, m, k, T = segments_of(call.arrays["w"]), call["m"], call["k"], call.dtypes["T"]
+def _ways(call: Call, eight_bit: bool = False) -> Iterator[_Way]:
+    """The ways to compute a product, best first. eight_bit: those of 8-bit floats too."""
+    kind = scale_kind(call) if eight_bit else None
+    if kind is not None:
+        for before, arrays in _with_bias(call):
+            yield _of_codes(call, before, arrays, kind)
     for before, arrays in _with_bias(call):
-        launches = list(before.launches)
-        if segments is None:
-            yield _Way(before, arrays, (_Part(len(launches), 0, m),))
-            continue
-        parts = []
-        for start, stop in row_slices(m, k, T.itemsize):
-            launches += unpack_launches(segments, k, start, stop)
-            parts.append(_Part(len(launches), start, stop))
-        dense = (parts[0].stop, k), dtype_name(T)
-        yield _Way(Plan(tuple(launches), {**before.scratch, UNPACKED: dense}), {**arrays, "w": UNPACKED}, tuple(parts))
+        yield _of_numbers(call, before, arrays)
+
+
+def _of_codes(call: Call, before: Plan, arrays: Mapping[str, str], kind: str) -> _Way:
+    """Products of 8-bit floats."""
+    launches, parts = [*before.launches, quantise_launch(call, kind)], []
+    for start, stop in row_slices(call["m"], call["k"], call.dtypes["T"].itemsize):
+        launches.append(unpack_codes_launch(call, start, stop))
+        parts.append(_Part(len(launches), start, stop))
+    scratch = {**before.scratch, **row_scratch(call, kind), **weight_scratch(call, parts[0].stop, kind)}
+    own = {"x": "x_codes", "w": UNPACKED, "x_scale": "x_scale", "w_scale": "w_scale"}
+    return _Way(Plan(tuple(launches), scratch), {**arrays, **own}, tuple(parts), kind)
+
+
+def _of_numbers(call: Call, before: Plan, arrays: Mapping[str, str]) -> _Way:
+    """Products of T: what comes before them in T as well, and a packed weight as a plain matrix."""
+    segments, m, k, T = segments_of(call.arrays["w"]), call["m"], call["k"], call.dtypes["T"]
+    launches, scratch, arrays = list(before.launches), dict(before.scratch), dict(arrays)
+    if call.op.inner is not None:
+        launches.append(call.op.inner(call))
+        scratch["inner"] = (call["n"], k), dtype_name(T)
+        arrays["x"] = "inner"
+    if segments is None:
+        return _Way(Plan(tuple(launches), scratch), arrays, (_Part(len(launches), 0, m),))
+    parts = []
+    for start, stop in row_slices(m, k, T.itemsize):
+        launches += unpack_launches(segments, k, start, stop)
+        parts.append(_Part(len(launches), start, stop))
+    scratch[UNPACKED] = (parts[0].stop, k), dtype_name(T)
+    return _Way(Plan(tuple(launches), scratch), {**arrays, "w": UNPACKED}, tuple(parts))
 
 
 def _with_bias(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:

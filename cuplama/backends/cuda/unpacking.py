@@ -13,10 +13,8 @@ from ...ops.launch import Launch
 from ...ops.weights import SegmentLike
 from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS
 
-__all__ = ["MAX_PACKED_ROWS", "SLICE_BYTES", "UNPACKED", "largest_slice", "row_slices", "unpack_launches"]
+__all__ = ["SLICE_BYTES", "UNPACKED", "largest_slice", "row_slices", "unpack_launches"]
 
-MAX_PACKED_ROWS = 64
-"""Rows of x that kernels multiply with a packed weight as it is. For more it is unpacked, and cuBLAS computes."""
 SLICE_BYTES = 256 << 20
 """Bytes of the unpacked numbers that a slice has at most."""
 UNPACKED = "dense"
