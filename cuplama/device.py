@@ -18,6 +18,7 @@ from .backends.cuda.driver import cuda_available
 from .backends.cuda.unpacking import largest_slice
 from .dtypes import DTYPES, dtype_name
 from .engine import memory
+from .engine.kv_cache import cache_dtype
 from .errors import DeviceError
 from .models.config import ModelConfig
 from .ops.attention import HEAD_DIMS
@@ -30,11 +31,18 @@ _log = logging.getLogger("cuplama")
 
 
 def open_backend(
-    device: str, dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int
+    device: str,
+    dtype: str,
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    context: int,
+    tokens: int,
+    kv_cache_dtype: str = "auto",
 ) -> Backend:
     """A backend with room for one model. device: one of ``DEVICES``; dtype: a dtype's short name, or "auto".
 
-    context: tokens of a sequence; tokens: of the KV cache, all sequences together. "auto" is the checkpoint's dtype on
+    context: tokens of a sequence; tokens: of the KV cache, all sequences together; kv_cache_dtype: one of
+    ``KV_CACHE_DTYPES``. "auto" is the checkpoint's dtype on
     CUDA and float32 on NumPy. Raises ParameterError for an unknown device, and DeviceError, with the numbers, where
     weights, cache and workspace do not fit or a head_dim is not in the kernels.
     """
@@ -42,11 +50,11 @@ def open_backend(
     if device != "numpy":
         works, reason = cuda_available()
         if works:
-            return _open_cuda(dtype, config, weights, context, tokens)
+            return _open_cuda(dtype, config, weights, context, tokens, kv_cache_dtype)
         if device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
         _log.warning("running on NumPy: %s", reason)
-    return _open_numpy(dtype, config, weights, tokens)
+    return _open_numpy(dtype, config, weights, tokens, kv_cache_dtype)
 
 
 def _bytes(weights: Mapping[str, Weight], dtype: np.dtype[Any]) -> int:
@@ -61,7 +69,9 @@ def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
     return config.stored if table.packed else dtype_name(table.dtype)
 
 
-def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int) -> Backend:
+def _open_cuda(
+    dtype: str, config: ModelConfig, weights: Mapping[str, Weight], context: int, tokens: int, kv_cache_dtype: str
+) -> Backend:
     from .backends.cuda.backend import CudaBackend
 
     if config.head_dim not in HEAD_DIMS:
@@ -70,12 +80,12 @@ def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], c
             " --device numpy takes any"
         )
     backend = CudaBackend(stored_dtype(config, weights) if dtype == "auto" else dtype)
-    size = _bytes(weights, backend.dtype)
+    size, cache = _bytes(weights, backend.dtype), cache_dtype(kv_cache_dtype, backend.dtype)
     unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
         chunks, limits = backend.prefill_chunks, backend.gpu.limits
-        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, unpacked)
+        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, unpacked, cache)
 
     free = backend.free_memory()
     backend.prefill_chunk, plan = fit(free)
@@ -91,7 +101,9 @@ def _open_cuda(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], c
     return backend
 
 
-def _open_numpy(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], tokens: int) -> Backend:
+def _open_numpy(
+    dtype: str, config: ModelConfig, weights: Mapping[str, Weight], tokens: int, kv_cache_dtype: str
+) -> Backend:
     from .backends.numpy import NumPyBackend
 
     chosen = "f32" if dtype == "auto" else dtype
@@ -105,7 +117,7 @@ def _open_numpy(dtype: str, config: ModelConfig, weights: Mapping[str, Weight], 
     backend = NumPyBackend(chosen, convert=fits)
     # cos and sin, and as much again while they are made
     tables = 8 * tokens * sum(rope.dim for rope in config.ropes.values())
-    need = memory.cache_bytes(config, backend.dtype, tokens) + tables
+    need = memory.cache_bytes(config, cache_dtype(kv_cache_dtype, backend.dtype), tokens) + tables
     if need > free:  # before the system runs out of memory
         raise DeviceError(
             f"a cache of {tokens} tokens takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free;"

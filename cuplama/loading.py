@@ -12,6 +12,7 @@ from .backends import Backend
 from .device import DEVICES, open_backend
 from .dtypes import Array
 from .engine.engine import Engine
+from .engine.kv_cache import KV_CACHE_DTYPES
 from .errors import ConfigError
 from .generation_config import Settings
 from .hub import BUNDLED, find_model
@@ -46,6 +47,7 @@ def load(
     dtype: str = "auto",
     context: int | None = None,
     cache_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -57,6 +59,8 @@ def load(
     dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's on CUDA, float32 on NumPy.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
     cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``.
+    kv_cache_dtype: "fp8" stores keys and values as 8-bit floats (e4m3, without scales): half the bytes of 16 bits, so
+    that more tokens fit and long texts are generated faster, at some precision. "auto" stores the model's dtype.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
@@ -64,6 +68,7 @@ def load(
     """
     one_of("dtype", dtype, DTYPE_NAMES)
     one_of("device", device, DEVICES)
+    one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     config = load_config(folder)
     length = context_length(config, context)
@@ -73,7 +78,7 @@ def load(
     tokenizer = Tokenizer.find(folder)
     settings = Settings.read(folder, config, tokenizer)
     weights = load_weights(folder, config)
-    engine = start_engine(config, weights, device, dtype, length, tokens, progress)
+    engine = start_engine(config, weights, device, dtype, length, tokens, progress, kv_cache_dtype)
     name = BUNDLED if model is None else os.fspath(model)
     return Model(folder, config, tokenizer, engine, settings, name)
 
@@ -86,14 +91,16 @@ def start_engine(
     context: int,
     cache_tokens: int,
     progress: LoadProgress | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Engine:
     """An engine with the weights on a device and a cache of ``cache_tokens`` tokens; arguments as for ``load``.
 
     Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend = open_backend(device, DTYPE_NAMES[dtype], config, weights, context, cache_tokens)
+    backend = open_backend(device, DTYPE_NAMES[dtype], config, weights, context, cache_tokens, kv_cache_dtype)
     try:
-        return Engine(backend, config, _upload(backend, weights, progress), context, cache_tokens)
+        loaded = _upload(backend, weights, progress)
+        return Engine(backend, config, loaded, context, cache_tokens, kv_cache_dtype)
     except BaseException:
         backend.close()
         raise

@@ -9,6 +9,7 @@ import click
 from .options import (
     DEBUG,
     DEVICE,
+    KV_CACHE_DTYPE,
     QUIET,
     Decorator,
     complete_model,
@@ -72,6 +73,7 @@ _rows_options = options(
 @weight_format_option("--dummy-weights")
 @DEVICE
 @dtype_option()
+@KV_CACHE_DTYPE
 @picture_option("Draw a picture as well.")
 @click.option("--no-cold-start", is_flag=True, help="Do not time a fresh process from its start to a token.")
 @QUIET
@@ -88,6 +90,7 @@ def bench(
     weight_format: str,
     device: str,
     dtype: str,
+    kv_cache_dtype: str,
     plot: Path | None,
     no_cold_start: bool,
 ) -> None:
@@ -105,7 +108,7 @@ def bench(
     if weight_format and not dummy_weights:
         raise click.UsageError("--weight-format needs --dummy-weights")
     wanted = trials(prompts, generated, depths, batches)
-    source = Source(model, dummy_weights, device, dtype, weight_format)
+    source = Source(model, dummy_weights, device, dtype, weight_format, kv_cache_dtype)
     result = {"command": command(), **lab.run(source, wanted, repeats, not no_cold_start, say_progress)}
     click.echo(lab.text(result, form), nl=False)
     if plot is not None:

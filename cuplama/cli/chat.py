@@ -90,6 +90,7 @@ def chat(
     offline: bool,
     device: str,
     dtype: str,
+    kv_cache_dtype: str,
     context: int | None,
     system: str | None,
     variables: dict[str, Any],
@@ -114,7 +115,7 @@ def chat(
         raise click.UsageError("--json needs a QUESTION, -f FILE or a pipe")
     template = variables | {k: value for k in ("tools", "documents", "special_text") if (value := more.pop(k))}
     sampling = {"max_tokens": None, **given_params(more)}
-    with open_model(model, offline, device, dtype, context) as m:
+    with open_model(model, offline, device, dtype, context, kv_cache_dtype) as m:
         session = ChatSession(m, sampling, template, Conversation(system), stats)
         session.check()
         if interactive:

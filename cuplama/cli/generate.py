@@ -41,6 +41,7 @@ def generate(
     offline: bool,
     device: str,
     dtype: str,
+    kv_cache_dtype: str,
     context: int | None,
     echo: bool,
     as_json: bool,
@@ -59,7 +60,7 @@ def generate(
         raise click.UsageError("--echo does not go with --json")
     params = given_params(sampling)
     text = prompt_text(prompt, prompt_option, file_option)
-    with open_model(model, offline, device, dtype, context) as m:
+    with open_model(model, offline, device, dtype, context, kv_cache_dtype) as m:
         if as_json:
             stream = _collect(m, text, params)
             print_json(stream.completion.to_dict())

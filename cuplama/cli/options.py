@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..device import DEVICES
+from ..engine.kv_cache import KV_CACHE_DTYPES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..sampling_params import allowed_values, read_parameter
@@ -19,6 +20,7 @@ from .streams import QUIET_KEY, no_warnings
 __all__ = [
     "DEBUG",
     "DEVICE",
+    "KV_CACHE_DTYPE",
     "OFFLINE",
     "OR_A_SHAPE",
     "QUIET",
@@ -46,6 +48,13 @@ DEVICE = click.option(
     callback=device_word,
     metavar=f"[{'|'.join(DEVICES)}]",
     help="Where to run; cpu is numpy, gpu is cuda.",
+)
+KV_CACHE_DTYPE = click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(list(KV_CACHE_DTYPES)),
+    default="auto",
+    metavar="DTYPE",
+    help="Of keys and values: fp8 for half the bytes of 16 bits, or auto, the model's.",
 )
 
 
@@ -123,6 +132,7 @@ def dtype_option(auto: str = "") -> Decorator:
 run_options = options(
     DEVICE,
     dtype_option(": the checkpoint's on CUDA, float32 on NumPy"),
+    KV_CACHE_DTYPE,
     click.option(
         "-c",
         "--context",

@@ -31,6 +31,7 @@ def perplexity(
     offline: bool,
     device: str,
     dtype: str,
+    kv_cache_dtype: str,
     context: int | None,
     window: int | None,
     stride: int | None,
@@ -52,7 +53,8 @@ def perplexity(
         window, stride = lab.window_and_stride(limit, window, stride)  # before the weights are loaded
     except ParameterError as e:
         raise click.UsageError(f"--{e}") from None  # its parameters have the options' names
-    with open_model(str(folder), True, device, dtype, context) as m, progress_bar("scoring", "tokens") as progress:
+    opened = open_model(str(folder), True, device, dtype, context, kv_cache_dtype)
+    with opened as m, progress_bar("scoring", "tokens") as progress:
         result = lab.perplexity(m, text, window, stride, progress)
     if as_json:
         print_json(

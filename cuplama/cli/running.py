@@ -20,11 +20,21 @@ def find_folder(model: str | None, offline: bool) -> Path:
         return hub.find_model(model, offline, progress)
 
 
-def open_model(model: str | None, offline: bool, device: str, dtype: str, context: int | None) -> Model:
+def open_model(
+    model: str | None, offline: bool, device: str, dtype: str, context: int | None, kv_cache_dtype: str
+) -> Model:
     """Load a model as the options say, with a progress bar for each of its two parts: download and loading."""
     find_folder(model, offline)
     with progress_bar("loading", "B") as progress:  # offline: all that the hub has is here now
-        return load(model, device=device, dtype=dtype, context=context, offline=True, progress=progress)
+        return load(
+            model,
+            device=device,
+            dtype=dtype,
+            context=context,
+            kv_cache_dtype=kv_cache_dtype,
+            offline=True,
+            progress=progress,
+        )
 
 
 def speed(t: Timings) -> str:

@@ -27,8 +27,8 @@ class Source:
     """Which model runs and how.
 
     model: folder, hub id or a known shape, None for the bundled one; dummy: random weights from its config alone;
-    device, dtype: as of ``load``; weight_format: one of ``quant/catalog.py`` for the layers' matrices of random ones,
-    "" for the dtype of the config.
+    device, dtype, kv_cache_dtype: as of ``load``; weight_format: one of ``quant/catalog.py`` for the matrices of layers
+    of random weights, "" for the dtype of the config.
     """
 
     model: str | None
@@ -36,6 +36,7 @@ class Source:
     device: str = "auto"
     dtype: str = "auto"
     weight_format: str = ""
+    kv_cache_dtype: str = "auto"
 
     def open(self, context: int, cache_tokens: int) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``.
@@ -45,10 +46,19 @@ class Source:
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
-            return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, self.weight_format)
+            return dummy_model(
+                self.model, self.device, self.dtype, context, cache_tokens, self.weight_format, self.kv_cache_dtype
+            )
         if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
-        return load(self.model, device=self.device, dtype=self.dtype, context=context, cache_tokens=cache_tokens)
+        return load(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            context=context,
+            cache_tokens=cache_tokens,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
 
 def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> dict[str, Weight]:
@@ -70,11 +80,20 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
     }
 
 
-def dummy_model(model: str, device: str, dtype: str, context: int, cache_tokens: int, form: str = "") -> Model:
+def dummy_model(
+    model: str,
+    device: str,
+    dtype: str,
+    context: int,
+    cache_tokens: int,
+    form: str = "",
+    kv_cache_dtype: str = "auto",
+) -> Model:
     """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states; form: of
     the layers' matrices."""
     name, config = find_shape(model)
     weights = dummy_weights(config, DTYPES[config.stored], form)
     length = context_length(config, context)
-    engine = start_engine(config, weights, device, dtype, length, max(length, cache_tokens))
+    tokens = max(length, cache_tokens)
+    engine = start_engine(config, weights, device, dtype, length, tokens, kv_cache_dtype=kv_cache_dtype)
     return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None))
