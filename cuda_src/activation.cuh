@@ -4,6 +4,7 @@
 #define CUPLAMA_ACTIVATION_CUH
 
 enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF };  // behind a product
+enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };         // before one
 
 // x / (1 + exp(-y))
 template <typename T>
@@ -25,6 +26,15 @@ __device__ __forceinline__ float gelu_tanh_of(float x) {
 template <typename T>
 __device__ __forceinline__ float gelu_erf_of(float x) {
     return 0.5f * x * erfcf(x * -0.7071067812f);
+}
+
+// The activation of an element of y: of its sum, or of those of both halves of w.
+template <int ACT, typename T, int PARTS>
+__device__ __forceinline__ float activated(const float (&total)[PARTS]) {
+    if constexpr (ACT == SILU_MUL) return silu_of<T>(total[0]) * total[1];
+    if constexpr (ACT == GELU_TANH) return gelu_tanh_of<T>(total[0]);
+    if constexpr (ACT == GELU_ERF) return gelu_erf_of<T>(total[0]);
+    return total[0];
 }
 
 #endif

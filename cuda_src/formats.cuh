@@ -62,12 +62,14 @@ struct Direct : Part<0, S, GROUP_ == 0 ? 0 : BLOCK_COLUMNS / (GROUP_ == 0 ? 1 : 
                 Part<1, u8, ZERO_ ? BLOCK_COLUMNS / GROUP_ : 0>,
                 Part<2, S, OFFSET_ ? BLOCK_COLUMNS / GROUP_ : 0> {
     static constexpr int GROUP = GROUP_, GROUPS = GROUP_ == 0 ? 0 : BLOCK_COLUMNS / (GROUP_ == 0 ? 1 : GROUP_);
-    static constexpr bool SCALED = true, ZERO = ZERO_, OFFSET = OFFSET_;
+    static constexpr bool SCALED = true, ZERO = ZERO_, OFFSET = OFFSET_, NESTED = false;
 
     __device__ __forceinline__ Two32 scales(int group, int r) const { return Part<0, S, GROUPS>::pair(group, r); }
     __device__ __forceinline__ Two32 offsets(int group, int r) const {
         return Part < 2, S, OFFSET ? GROUPS : 0 > ::pair(group, r);
     }
+    __device__ __forceinline__ Two32 inner(int group, int r) const { return scales(group, r); }
+    __device__ __forceinline__ Two32 inner_offset(int group, int r) const { return offsets(group, r); }
     __device__ __forceinline__ u32 zero(int group, int r, int half) const {
         if constexpr (ZERO) return Part<1, u8, GROUPS>::values[(group * 8 + r) * 2 + half];
         return 0;
@@ -81,16 +83,26 @@ struct Nested : Part<0, f16, 1>,
                 Part<2, f16, LEAST ? 1 : 0>,
                 Part<3, u8, LEAST ? BLOCK_COLUMNS / GROUP_ : 0> {
     static constexpr int GROUP = GROUP_, GROUPS = BLOCK_COLUMNS / GROUP_;
-    static constexpr bool SCALED = true, ZERO = false, OFFSET = LEAST;
+    static constexpr bool SCALED = true, ZERO = false, OFFSET = LEAST, NESTED = true;
+
+    // The two factors of a scale and of an offset, for rows r and r + 8.
+    __device__ __forceinline__ Two32 outer(int r) const { return Part<0, f16, 1>::pair(0, r); }
+    __device__ __forceinline__ Two32 inner(int group, int r) const { return Part<1, S, GROUPS>::pair(group, r); }
+    __device__ __forceinline__ Two32 outer_offset(int r) const {
+        const Two32 a = Part < 2, f16, LEAST ? 1 : 0 > ::pair(0, r);
+        return {{-a.v[0], -a.v[1]}};
+    }
+    __device__ __forceinline__ Two32 inner_offset(int group, int r) const {
+        return Part < 3, u8, LEAST ? GROUPS : 0 > ::pair(group, r);
+    }
 
     __device__ __forceinline__ Two32 scales(int group, int r) const {
-        const Two32 a = Part<0, f16, 1>::pair(0, r), b = Part<1, S, GROUPS>::pair(group, r);
+        const Two32 a = outer(r), b = inner(group, r);
         return {{a.v[0] * b.v[0], a.v[1] * b.v[1]}};
     }
     __device__ __forceinline__ Two32 offsets(int group, int r) const {
-        const Two32 a = Part < 2, f16, LEAST ? 1 : 0 > ::pair(0, r);
-        const Two32 b = Part < 3, u8, LEAST ? GROUPS : 0 > ::pair(group, r);
-        return {{-a.v[0] * b.v[0], -a.v[1] * b.v[1]}};
+        const Two32 a = outer_offset(r), b = inner_offset(group, r);
+        return {{a.v[0] * b.v[0], a.v[1] * b.v[1]}};
     }
     __device__ __forceinline__ u32 zero(int, int, int) const { return 0; }
 };
@@ -108,6 +120,7 @@ struct alignas(16) Packed : Code, Scales {
     static constexpr int GROUPS = GROUP == 0 ? 1 : Scales::GROUPS;       // of a block's row
     static constexpr int GROUP_CHUNKS = BLOCK_CHUNKS / GROUPS;           // chunks of a group, within a block
     static constexpr bool ZERO = Scales::ZERO, OFFSET = Scales::OFFSET;  // whether there are some
+    static constexpr bool NESTED = Scales::NESTED;                       // scales are products: outer times inner
     static constexpr bool ROW_SCALES = GROUP == 0 && Scales::SCALED;     // of whole rows, behind the last block
     static_assert(!ZERO || Code::ZEROS, "only whole numbers without a bias have zero points");
 

@@ -30,8 +30,6 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-enum Norm { RMS_NORM, LAYER_NORM };
-
 constexpr int MAX_THREADS = 512;  // of a block
 constexpr int BATCH = 4;          // vectors that a lane asks for at once: OUTS * WIDTH
 

@@ -38,8 +38,6 @@
 #include "activation.cuh"
 #include "mma.cuh"
 
-enum Norm { RMS_NORM, LAYER_NORM };
-
 constexpr int ROWS = 8;                             // of x, and of w in half a tile
 constexpr int CHUNK = 64;                           // elements of a row of w that a warp takes at a time
 constexpr int HALF = ROWS * ROWS, TILE = 2 * HALF;  // sums of half a tile, of a tile
@@ -170,15 +168,6 @@ struct Stream {
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
 };
-
-// The activation of an element of y: of its sum, or of those of both halves of w.
-template <int ACT, typename T, int PARTS>
-__device__ __forceinline__ float activated(const float (&total)[PARTS]) {
-    if constexpr (ACT == SILU_MUL) return silu_of<T>(total[0]) * total[1];
-    if constexpr (ACT == GELU_TANH) return gelu_tanh_of<T>(total[0]);
-    if constexpr (ACT == GELU_ERF) return gelu_erf_of<T>(total[0]);
-    return total[0];
-}
 
 // The sums of one tile over the chunks of this warp, to partial [TILE]. x: this lane's vectors, each as the sum of
 // LEVELS numbers.

@@ -1,6 +1,6 @@
 // What linear.cu computes, of a packed weight (formats.cuh), for 1 to 8 rows of x:
 //
-// linear_packed             y[n,m] = x w^T + b                  x[n,k], b[m] (may be null): T; y: U (T or f32); w: W
+// linear_packed             y[n,m] = act(x w^T + b)             x[n,k], b[m] (may be null): T; y: U (T or f32); w: W
 // linear_add_packed         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_packed    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
 // layer_norm_linear_packed  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
@@ -10,20 +10,26 @@
 //                           multiple of 16, and there is one segment.
 //
 // The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not need
-// more than some 130 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is dealt to
-// them in contiguous slices of BLOCKS packed blocks. So a warp meets the same elements of x in every tile and keeps them in
-// registers. Where a slice would be too long for that, k goes in PHASES, each through all tiles of the GPU block, whose
-// sums wait in shared memory. Each warp has a ring of DEPTH packed blocks in shared memory, which it fills with
-// cp.async, 16 bytes a lane, and reads without any barrier but its own: scales lie in other lanes' copies.
+// more than some 150 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is dealt to
+// them in contiguous slices of BLOCKS packed blocks. x lies in shared memory, where all warps read it. Where it is too
+// long for that, k goes in PHASES, each through all tiles of the GPU block, whose sums wait in shared memory. Each warp
+// has a ring of DEPTH packed blocks, which it fills with cp.async, 16 bytes a lane, and reads without any barrier but its
+// own: scales lie in other lanes' copies.
+//
+// Registers and shared memory leave room for a second GPU block in a multiprocessor, never for a third: with
+// programmatic dependent launch that is one of the next kernel, which fills its rings while this one works.
 //
 // Codes become 16-bit floats, exactly but for nf4; tensor cores add up a group of columns in f32, and only then comes the
 // scale: total += scale * sum. An offset takes the sum of x over the group, which is computed once a phase by a product
-// with ones. The scale of a whole row comes last of all. One row of x (ROWS 1) stands in all eight columns of the B.
-// With T = f32, or before sm_80, the same goes by multiply-adds on floats, with x in shared memory.
+// with ones. The scale of a whole row comes last of all. With T = f32, or before sm_80, the same goes by multiply-adds on
+// floats.
 //
-// After every two units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those of
-// an element of y in the order of the warps: results are the same in every run. There are two places for the sums, which
-// take turns: one barrier every two units. Before the wait for earlier kernels only weights are read.
+// After every STEP units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those
+// of an element of y in the order of the warps: results are the same in every run. There are two places for the sums,
+// which take turns: one barrier every STEP units. Before the wait for earlier kernels only weights are read.
+//
+// Tried and worse: x in registers, whose loads and whose room the 4-bit kernels paid with 3 microseconds each; slices of
+// several packed blocks as slots of the ring, for all of which a warp then waits.
 //
 // order: where the columns of w lie in x (act-order), read with ORDERED only.
 //
@@ -31,15 +37,7 @@
 // tests/ops/test_linear_packed.py. Benchmark: benchmarks/packed_decode.py.
 #include "linear_packed.cuh"
 #include "linear_packed_fma.cuh"
-
-// The activation of an element of y: of its sum, or of those of both halves of w.
-template <int ACT, typename T, int PARTS>
-__device__ __forceinline__ float activated(const float (&total)[PARTS]) {
-    if constexpr (ACT == SILU_MUL) return silu_of<T>(total[0]) * total[1];
-    if constexpr (ACT == GELU_TANH) return gelu_tanh_of<T>(total[0]);
-    if constexpr (ACT == GELU_ERF) return gelu_erf_of<T>(total[0]);
-    return total[0];
-}
+#include "linear_packed_rows.cuh"
 
 // Where a product goes. y, a (may be null) and b (may be null) begin at the launch's first row of x and first column of y.
 template <typename T, typename U>
@@ -137,11 +135,6 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
         wait();
         rows.measure(eps);
         multiply_rows(stream, rows, factors, out);
-    } else if constexpr (NORM == NO_NORM) {
-        const PlainRows<S> rows(x, order, k, out.count);
-        Factors<S, 1> factors;
-        wait();
-        multiply_rows(stream, rows, factors, out);
     } else {
         SharedRows<S, NORM, LEVELS, false, X, T> rows(x, g, h, order, k, out.count, stream.staged());
         Factors<S, LEVELS> factors;
@@ -151,49 +144,50 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
     }
 }
 
-template <typename T, typename U, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
+          bool ORDERED>
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
     linear_packed(const T* x, const W* __restrict__ w, const T* __restrict__ b, const i32* __restrict__ order, U* y,
                   int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, NO_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP, bool ORDERED>
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
     linear_add_packed(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b,
                       const i32* __restrict__ order, f32* y, int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
     const i64 at = i64(first) * m + column;
     const Output<T, f32> out = {y + at, a + at, b == nullptr ? b : b + column, min(n - first, 8), m, rows};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, NO_NORM>(
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
           bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
     rms_norm_linear_packed(const f32* x, const T* __restrict__ g, const W* __restrict__ w, const T* __restrict__ b,
                            const i32* __restrict__ order, U* y, int n, int first, int m, int rows, int column, int k,
                            f32 eps) {
     const T* h = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, RMS_NORM>(x + i64(first) * k, g, h, order, w,
-                                                                                     k, eps, out, [] { pdl_wait(); });
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, RMS_NORM>(
+        x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
           bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, 1)
+__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
     layer_norm_linear_packed(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const W* __restrict__ w,
                              const T* __restrict__ b, const i32* __restrict__ order, U* y, int n, int first, int m,
                              int rows, int column, int k, f32 eps) {
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, ORDERED>, LAYER_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, LAYER_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }

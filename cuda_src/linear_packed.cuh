@@ -1,12 +1,10 @@
-// What linear_packed.cu is made of: a warp's stream of packed blocks, rows of x in registers, and the sums of a tile.
+// What linear_packed.cu is made of: a warp's stream of packed blocks, and its sums of a tile on tensor cores.
 #ifndef CUPLAMA_LINEAR_PACKED_CUH
 #define CUPLAMA_LINEAR_PACKED_CUH
 
 #include "activation.cuh"
 #include "formats.cuh"
 #include "mma.cuh"
-
-enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };
 
 // Whether products are those of tensor cores.
 template <typename T>
@@ -16,64 +14,81 @@ constexpr bool TENSOR = sizeof(T) == 2;
 constexpr bool TENSOR = false;
 #endif
 
-// The constants of a launch. ROWS: of x, 1 or up to 8; WARPS: of a block; BLOCKS: of columns, that a warp has of a row of
-// blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; ORDERED: x is read in another order.
-template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_,
+// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
+// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; STEP: units of
+// tiles between two barriers; ORDERED: x is read in another order.
+template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int STEP_,
           bool ORDERED_>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
-    static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_;
+    static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
+                         STEP = STEP_;
     static constexpr bool ORDERED = ORDERED_;
-    static constexpr int THREADS = WARPS * WARP, CHUNKS = BLOCKS * BLOCK_CHUNKS;
+    static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = ACT == SILU_MUL ? 2 : 1;        // sums for an element of y, and tiles of a unit
     static constexpr int TILE = BLOCK_ROWS * ROWS;               // sums of a tile
-    static constexpr int STEP = 2;                               // units between two barriers
     static constexpr int SPAN = WARPS * BLOCKS * BLOCK_COLUMNS;  // columns of a phase
 };
 
-// Where a lane's first column of a chunk of its warp lies along k; it has four.
-template <typename S>
-__device__ __forceinline__ int place(int phase, int chunk) {
-    const int block = (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS;
-    return block * BLOCK_COLUMNS + chunk * CHUNK_COLUMNS + int(threadIdx.x % 4) * 4;
+// GPU blocks that registers should leave room for: two, so that those of the next kernel fill their rings beside this
+// one's. Wide codes, several rows and multiply-adds take too many registers, and many rows too much shared memory.
+template <typename T, typename W, int ROWS>
+constexpr int BESIDE = TENSOR<T> && W::BITS <= 8 && ROWS == 1 ? 2 : 1;
+
+// Elements from a row of x to the next in shared memory: with 16 bits 64 bytes more than they take, so that the lanes of
+// two rows meet different banks.
+template <typename S, typename Y>
+constexpr int STRIDE_OF = S::SPAN + (sizeof(Y) == 2 ? 32 : 0);
+
+// Where four elements of x from `column` on (a multiple of 4) lie in a row in shared memory. With 16 bits a lane's of
+// two chunks are neighbours, which it reads at once: [pair of chunks][4 t][two chunks][4 columns].
+template <typename Y>
+__device__ __forceinline__ int staged_at(int column) {
+    if (sizeof(Y) != 2) return column;
+    return column / 32 * 32 + column % 16 / 4 * 8 + column / 16 % 2 * 4;
 }
 
 __device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
 
-// A warp's share of the weight on its way through its ring, slice by slice: what it has of a tile in a phase, at most BLOCKS
-// packed blocks that lie one behind the other. The order is phase, unit, tile of the unit. Making one starts it; it reads
-// nothing but weights.
+// A warp's share of the weight on its way through its ring, packed block by packed block. What it has of a tile in a phase
+// is a run of at most BLOCKS that lie one behind the other. The order is phase, unit, tile of the unit. Making one starts
+// it; it reads nothing but weights.
 template <typename S>
 struct Stream {
     typedef typename S::W W;
-    static constexpr int PIECES = sizeof(W) / 16, SLICE = S::BLOCKS * PIECES;
+    static constexpr int PIECES = sizeof(W) / 16;
     uint4* ring;           // of this lane, in its warp's
     const uint4* from;     // of this lane: what to ask for next
     int begin, end;        // units of this GPU block
     int columns;           // blocks of a row of blocks
-    i64 across, on;        // from a unit's first tile to its second, and on to the next unit, in pieces
-    int phase, tile;       // to ask for next: tile of this GPU block
-    int left;              // pieces of a slice, less this lane's number
+    i64 half;              // from a unit's first tile to its second, in pieces
+    i64 on, next;          // from a run's end to where the next begins, and so for the run after it, in pieces
+    int phase, remaining;  // what to ask for: phase, and its blocks that are left
+    int run, left;         // blocks of a run, and those of this one that are left
     int filling, reading;  // slots, in pieces
 
     // rows: of the weight, for silu_mul of half of it
     __device__ __forceinline__ Stream(const W* weight, int rows, int k) {
         DYNAMIC_SHARED(uint4, memory);
-        const int lane = threadIdx.x % WARP, half = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        ring = memory + threadIdx.x / WARP * (S::DEPTH * SLICE) + lane;
-        begin = u32(half) * blockIdx.x / gridDim.x, end = u32(half) * (blockIdx.x + 1) / gridDim.x;
+        const int lane = threadIdx.x % WARP, units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES) + lane;
+        begin = u32(units) * blockIdx.x / gridDim.x, end = u32(units) * (blockIdx.x + 1) / gridDim.x;
         columns = W::columns(k);
-        across = S::PARTS > 1 ? i64(half) * columns * PIECES : 0, on = i64(columns) * PIECES - across;
+        half = i64(units) * columns * PIECES;
         from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(0)) * PIECES + lane;
-        phase = 0, tile = 0, filling = 0, reading = 0;
-        left = blocks_of(0) * PIECES - lane;
+        filling = 0, reading = 0, phase = 0;
+        begin_phase();
 #pragma unroll 1
-        for (int slot = 0; slot < S::DEPTH - 1; slot++) fetch();
+        for (int slot = 0; slot < S::DEPTH - 1; slot++) {
+            fetch();
+            filling += PIECES;
+        }
         launch_dependents();
     }
 
-    // Where this warp's slices begin in a row of blocks in a phase, and how many blocks they have.
+    // Where this warp's runs begin in a row of blocks in a phase, and how many blocks they have: none in a later phase if
+    // there are none in an earlier one.
     static __device__ __forceinline__ int column_of(int phase) {
         return (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS;
     }
@@ -82,318 +97,247 @@ struct Stream {
     }
 
     // Shared memory behind the rings: sums of the tiles between two barriers, twice [2][WARPS][STEP][PARTS][TILE]; with
-    // several phases those of all tiles of the block [units][PARTS][TILE]; without tensor cores x [ROWS][SPAN].
+    // several phases those of all tiles of the block [units][PARTS][TILE]; x (SharedRows); with offsets the sums of x over
+    // groups [groups of SPAN][ROWS].
     static constexpr int PARTIAL = S::WARPS * S::STEP * S::PARTS * S::TILE;
     static __device__ __forceinline__ f32* partials() {
         DYNAMIC_SHARED(uint4, memory);
-        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * SLICE);
+        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * PIECES);
     }
     static __device__ __forceinline__ f32* sums() { return partials() + 2 * PARTIAL; }
     __device__ __forceinline__ f32* staged() const {
         return sums() + (S::PHASES > 1 ? (end - begin) * S::PARTS * S::TILE : 0);
     }
 
-    // Asks for the next slice, or for nothing at the end: a group of copies in any case.
+    // What there is to ask for in a phase. A unit's tiles are half of the weight apart.
+    __device__ __forceinline__ void begin_phase() {
+        run = left = blocks_of(phase);
+        remaining = run * (end - begin) * S::PARTS;
+        next = on = (columns - run) * PIECES;
+        if constexpr (S::PARTS > 1) on += half - i64(columns) * PIECES, next -= half;
+    }
+
+    // Asks for the next block, or for nothing at the end: a group of copies in any case.
     __device__ __forceinline__ void fetch() {
-        if (phase < S::PHASES) {
+        if (remaining > 0) {
 #pragma unroll
-            for (int i = 0; i < SLICE; i += WARP)
-                if (i + WARP <= SLICE || threadIdx.x % WARP < SLICE % WARP)
-                    cp_async_16(ring + filling + i, from + i, i < left);
-            tile++;
-            from += S::PARTS > 1 && tile % 2 == 1 ? across : on;
-            if (tile == (end - begin) * S::PARTS) {
-                tile = 0, phase++;
-                if (S::PHASES > 1) {
-                    from += i64(begin - end) * columns * PIECES + S::WARPS * SLICE;
-                    left = blocks_of(phase) * PIECES - threadIdx.x % WARP;
+            for (int i = 0; i < PIECES; i += WARP)
+                if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP)
+                    cp_async_16(ring + filling + i, from + i, true);
+            from += PIECES, remaining--, left--;
+            if (left == 0) {
+                left = run, from += on;
+                if constexpr (S::PARTS > 1) {
+                    const i64 other = on;
+                    on = next, next = other;
+                }
+                if (S::PHASES > 1 && remaining == 0 && phase + 1 < S::PHASES) {
+                    from += (i64(begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
+                    phase++;
+                    begin_phase();
                 }
             }
         }
-        filling = filling + SLICE == S::DEPTH * SLICE ? 0 : filling + SLICE;
         cp_async_commit();
     }
 
-    // The next slice of the ring. The one that was taken before is no longer read by any lane, and its place is filled.
-    __device__ __forceinline__ const W* take() {
+    // The next block of the ring. The one that was taken before is no longer read by any lane, and its place is filled.
+    __device__ __forceinline__ const W& take() {
         cp_async_wait<S::DEPTH - 2>();
         __syncwarp();
-        const W* slice = reinterpret_cast<const W*>(ring + reading - threadIdx.x % WARP);
-        reading = reading + SLICE == S::DEPTH * SLICE ? 0 : reading + SLICE;
+        const W* block = reinterpret_cast<const W*>(ring + reading - threadIdx.x % WARP);
         fetch();
-        return slice;
-    }
-};
-
-// ---- rows of x ------------------------------------------------------------------------------------------------------
-
-// N times four elements of a row of x, or of a norm's scale, at first, first + step, ...; zeros beyond k. order: where the
-// columns of the weight lie in the row, with ORDERED.
-template <bool ORDERED, int N, typename X>
-__device__ __forceinline__ void read_fours(Pack<X, 4> (&v)[N], const X* row, const i32* order, int first, int step,
-                                           int k, bool vectorized) {
-    const X zero = from_float<X>(0.f);
-    if (vectorized) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int at = first + i * step;
-            v[i] = {zero, zero, zero, zero};
-            if constexpr (ORDERED) {
-                const Pack<i32, 4> from = at < k ? load<4>(order + at) : Pack<i32, 4>{};
-#pragma unroll
-                for (int j = 0; j < 4; j++) v[i].v[j] = at < k ? row[from.v[j]] : zero;
-            } else if (at < k) {
-                v[i] = load<4>(row + at);
-            }
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int at = first + i * step + j;
-                v[i].v[j] = at < k ? row[ORDERED ? order[at] : at] : zero;
-            }
-    }
-}
-
-// The rows of x as the registers of an mma's B, those of a phase at a time: x without a norm, read as it is.
-template <typename S>
-struct PlainRows {
-    typedef typename S::T T;
-    const T* x;  // of this lane
-    const i32* order;
-    int k;  // 0 if there is no such row
-    bool vectorized;
-
-    __device__ __forceinline__ PlainRows(const T* x, const i32* order, int k, int count)
-        : x(x + (S::ROWS > 1 ? i64(lane_row()) * k : 0)), order(order), k(S::ROWS == 1 || lane_row() < count ? k : 0),
-          vectorized(k % 4 == 0 && aligned(x, order)) {}
-
-    __device__ __forceinline__ void measure(f32) {}
-
-    __device__ __forceinline__ void operator()(int phase, u32 (&to)[S::CHUNKS][1][2]) const {
-        Pack<T, 4> v[S::CHUNKS];
-        read_fours<S::ORDERED>(v, x, order, place<S>(phase, 0), CHUNK_COLUMNS, k, vectorized);
-#pragma unroll
-        for (int c = 0; c < S::CHUNKS; c++) memcpy(to[c][0], &v[c], 8);
-    }
-};
-
-// The rows of x of the ops with a norm, and of all without tensor cores: the GPU block computes those of a phase together
-// and leaves them in shared memory, [LEVELS][ROWS][STRIDE] of Y. X: of x in memory. Y: T, an element being a number or,
-// where y is f32 and a norm comes first, the sum of two (LEVELS); or f32, rounded to T if ROUNDED. What one phase takes
-// is read once (KEPT), and the norm's scale before the wait for earlier kernels.
-template <typename S, int NORM, int LEVELS, bool ROUNDED, typename X, typename Y>
-struct SharedRows {
-    typedef typename S::T T;
-    static constexpr bool NORMED = NORM != NO_NORM, KEPT = NORMED && S::PHASES == 1;
-    static constexpr int EACH = S::SPAN / S::THREADS / 4;               // fours of a thread, of a row in a phase
-    static constexpr int STRIDE = S::SPAN + (sizeof(Y) == 2 ? 16 : 0);  // eight rows meet different banks
-    const X* x;
-    const T *g, *h;
-    const i32* order;
-    int k, count;
-    bool vectorized;
-    Y* staged;
-    float mean[S::ROWS], inverse[S::ROWS];
-    Pack<X, 4> kept[KEPT ? S::ROWS : 1][EACH];
-    Pack<T, 4> scale[EACH];
-
-    __device__ __forceinline__ SharedRows(const X* x, const T* g, const T* h, const i32* order, int k, int count,
-                                          f32* staged)
-        : x(x), g(g), h(h), order(order), k(k), count(count), vectorized(k % 4 == 0 && aligned(x, g, h, order)),
-          staged(reinterpret_cast<Y*>(staged)) {
-        if constexpr (KEPT) read(scale, g, 0);
-    }
-
-    template <typename E>
-    __device__ __forceinline__ void read(Pack<E, 4> (&v)[EACH], const E* row, int phase, bool there = true) const {
-        read_fours<S::ORDERED>(v, row, order, phase * S::SPAN + int(threadIdx.x) * 4, S::THREADS * 4, there ? k : 0,
-                               vectorized);
-    }
-
-    // total[row] = the sum of f(element, row) over each row, by all threads of the block.
-    template <typename F>
-    __device__ __forceinline__ void sum(float (&total)[S::ROWS], const F& f) const {
-        __shared__ float partial[S::ROWS][WARP], whole[S::ROWS];
-#pragma unroll
-        for (int row = 0; row < S::ROWS; row++) {
-            total[row] = 0.f;
-#pragma unroll 1
-            for (int phase = 0; phase < S::PHASES; phase++) {
-                Pack<X, 4> v[EACH];
-                if constexpr (!KEPT) read(v, x + i64(row) * k, phase, row < count);
-#pragma unroll
-                for (int e = 0; e < EACH; e++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const float element = to_float(KEPT ? kept[KEPT ? row : 0][e].v[j] : v[e].v[j]);
-                        const int at = phase * S::SPAN + (e * S::THREADS + int(threadIdx.x)) * 4 + j;
-                        total[row] += at < k ? f(element, row) : 0.f;
-                    }
-            }
-            total[row] = warp_sum(total[row]);
-        }
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-#pragma unroll
-        for (int row = 0; row < S::ROWS; row++)
-            if (lane == row) partial[row][warp] = total[row];
-        __syncthreads();
-        if constexpr (S::ROWS == 1) {
-            total[0] = 0.f;
-#pragma unroll
-            for (int p = 0; p < S::WARPS; p++) total[0] += partial[0][p];
-        } else {
-            for (int row = warp; row < S::ROWS; row += S::WARPS) {
-                const float one = warp_sum(lane < S::WARPS ? partial[row][lane] : 0.f);
-                if (lane == 0) whole[row] = one;
-            }
-            __syncthreads();
-#pragma unroll
-            for (int row = 0; row < S::ROWS; row++) total[row] = whole[row];
-        }
-    }
-
-    // Reads x, for what the rows are multiplied with.
-    __device__ __forceinline__ void measure(f32 eps) {
-        if constexpr (NORMED) {
-#pragma unroll
-            for (int row = 0; row < S::ROWS; row++) {
-                if constexpr (KEPT) read(kept[KEPT ? row : 0], x + i64(row) * k, 0, row < count);
-                mean[row] = 0.f;
-            }
-            if constexpr (NORM == LAYER_NORM) {
-                sum(mean, [](float v, int) { return v; });
-#pragma unroll
-                for (int row = 0; row < S::ROWS; row++) mean[row] /= k;
-                __syncthreads();  // what lies in shared memory may be written again
-            }
-            sum(inverse, [this](float v, int row) { return (v - mean[row]) * (v - mean[row]); });
-#pragma unroll
-            for (int row = 0; row < S::ROWS; row++) inverse[row] = 1.f / sqrtf(inverse[row] / k + eps);
-        }
-    }
-
-    // Leaves the rows of a phase in shared memory. Whoever reads them there has passed a barrier before the next phase.
-    __device__ __forceinline__ void stage(int phase) const {
-        Pack<T, 4> by[EACH], shift[EACH];
-        if constexpr (NORMED && !KEPT) read(by, g, phase);
-        if constexpr (NORM == LAYER_NORM) read(shift, h, phase);
-#pragma unroll
-        for (int row = 0; row < S::ROWS; row++) {
-            Pack<X, 4> v[EACH];
-            if constexpr (!KEPT) read(v, x + i64(row) * k, phase, row < count);
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                Pack<Y, 4> high, low;
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float value = to_float(KEPT ? kept[KEPT ? row : 0][e].v[j] : v[e].v[j]);
-                    if constexpr (NORMED) {
-                        const float factor = to_float(KEPT ? scale[e].v[j] : by[e].v[j]);
-                        value = (value - mean[row]) * inverse[row] * factor;  // beyond k the factor is zero
-                        if (NORM == LAYER_NORM) value += to_float(shift[e].v[j]);
-                    }
-                    if (row >= count) value = 0.f;
-                    if (ROUNDED) value = to_float(from_float<T>(value));
-                    high.v[j] = from_float<Y>(value);
-                    low.v[j] = from_float<Y>(value - to_float(high.v[j]));
-                }
-                Y* to = staged + row * STRIDE + (e * S::THREADS + int(threadIdx.x)) * 4;
-                store<4>(to, high);
-                if (LEVELS > 1) store<4>(to + S::ROWS * STRIDE, low);
-            }
-        }
-        __syncthreads();
-    }
-
-    // The registers of an mma's B.
-    __device__ __forceinline__ void operator()(int phase, u32 (&to)[S::CHUNKS][LEVELS][2]) const {
-        stage(phase);
-        const Y* from = staged + (S::ROWS > 1 ? lane_row() * STRIDE : 0) + place<S>(0, 0);
-#pragma unroll
-        for (int c = 0; c < S::CHUNKS; c++)
-#pragma unroll
-            for (int l = 0; l < LEVELS; l++) {
-                const Pack<Y, 4> four = load<4>(from + l * S::ROWS * STRIDE + c * CHUNK_COLUMNS);
-                memcpy(to[c][l], &four, 8);
-            }
+        filling = reading;
+        reading = reading + PIECES == S::DEPTH * PIECES ? 0 : reading + PIECES;
+        return *block;
     }
 };
 
 // ---- tiles on tensor cores ------------------------------------------------------------------------------------------
-// x of this lane, and the sums over each group of the rows 2 t and 2 t + 1, if the format has offsets.
+// Products with the rows of x in shared memory.
+//
+// One row of x has the eight columns of an mma's B for itself. With small groups it is put there chunk by chunk: column c
+// has chunk c of a packed block, and zeros elsewhere (SPREAD). So the sums of all groups come from one chain of products,
+// a lane has those of chunks 2 t and 2 t + 1 alone, and needs the scales of these alone: a quarter.
 template <typename S, int LEVELS>
 struct Factors {
     typedef typename S::T T;
-    static constexpr int GROUPS = S::W::OFFSET ? S::BLOCKS * S::W::GROUPS : 1;
-    u32 x[S::CHUNKS][LEVELS][2];
-    float sums[GROUPS][2];
+    typedef typename S::W W;
+    static constexpr bool SPREAD = S::ROWS == 1 && W::GROUP > 0 && W::GROUP_CHUNKS <= 2;
+    static constexpr int STRIDE = STRIDE_OF<S, T>;
+    const T* x;                           // of this lane, at its warp's first block
+    f32* sums;                            // of this warp's groups [group][ROWS]
+    u32 mine[SPREAD ? BLOCK_CHUNKS : 1];  // 1 for the chunk of this lane's column
+
+    __device__ __forceinline__ Factors() {
+        if constexpr (SPREAD)
+#pragma unroll
+            for (int c = 0; c < BLOCK_CHUNKS; c++) mine[c] = lane_row() == c;
+    }
 
     template <typename Rows>
     __device__ __forceinline__ void fill(const Rows& rows, int phase) {
-        rows(phase, x);
-        if constexpr (S::W::OFFSET) {
+        rows.stage(phase);
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
+        sums =
+            reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE) + warp * (S::BLOCKS * W::GROUPS * S::ROWS);
+        if constexpr (W::OFFSET) {
             const u32 one = twice<T>(1.f);
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
+#pragma unroll 1
+            for (int g = 0; g < S::BLOCKS * W::GROUPS; g++) {
                 float sum[4] = {};
 #pragma unroll
-                for (int c = 0; c < S::W::GROUP_CHUNKS; c++)
+                for (int c = 0; c < W::GROUP_CHUNKS; c++)
 #pragma unroll
-                    for (int l = 0; l < LEVELS; l++)
-                        multiply(sum, {one, one, one, one}, x[g * S::W::GROUP_CHUNKS + c][l], T());
-                sums[g][0] = sum[0], sums[g][1] = sum[1];
+                    for (int l = 0; l < LEVELS; l++) {
+                        u32 b[2];
+                        read(x, g * W::GROUP_CHUNKS + c, l, b);
+                        multiply(sum, {one, one, one, one}, b, T());
+                    }
+                if (lane < 4 && 2 * lane < S::ROWS) {
+                    sums[g * S::ROWS + 2 * lane] = sum[0];
+                    if (S::ROWS > 1) sums[g * S::ROWS + 2 * lane + 1] = sum[1];
+                }
             }
+            __syncwarp();
         }
+    }
+
+    // The B of a chunk.
+    static __device__ __forceinline__ void read(const T* x, int chunk, int level, u32 (&b)[2]) {
+        const Pack<T, 4> four =
+            load<4>(x + level * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS) + chunk % 2 * 4);
+        memcpy(b, &four, 8);
     }
 
     // The sums of a tile over the columns of this warp, to partial [TILE].
     __device__ __forceinline__ void multiply_tile(Stream<S>& stream, int count, f32* partial) const {
-        typedef typename S::W W;
         float total[4] = {};
-        const W* slice = stream.take();
-#pragma unroll
-        for (int b = 0; b < S::BLOCKS; b++)
-            if (b < count) add_block(slice[b], b, total);
-        const int lane = threadIdx.x % WARP;
+        const T* at = x;
+        const f32* of = sums;
+#pragma unroll 1
+        for (int b = 0; b < count; b++) {
+            const W& block = stream.take();
+            if constexpr (SPREAD)
+                add_spread(block, at, of, total);
+            else
+                add_block(block, at, of, total);
+            at += BLOCK_COLUMNS;
+            of += W::GROUPS * S::ROWS;
+        }
+        const int r = lane_row(), t = threadIdx.x % 4;
         if constexpr (S::ROWS == 1) {
-            if (lane % 4 == 0) partial[lane / 4] = total[0], partial[lane / 4 + 8] = total[2];
-        } else {
-            store<2>(partial + lane * 2, Pack<f32, 2>{total[0], total[1]});
-            store<2>(partial + lane * 2 + S::TILE / 2, Pack<f32, 2>{total[2], total[3]});
+            if constexpr (SPREAD)
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    total[i] += __shfl_xor_sync(ALL_LANES, total[i], 1);
+                    total[i] += __shfl_xor_sync(ALL_LANES, total[i], 2);
+                }
+            if (t == 0) partial[r] = total[0], partial[r + 8] = total[2];
+        } else if (2 * t < S::ROWS) {
+            store<2>(partial + r * S::ROWS + 2 * t, Pack<f32, 2>{total[0], total[1]});
+            store<2>(partial + (r + 8) * S::ROWS + 2 * t, Pack<f32, 2>{total[2], total[3]});
         }
     }
 
-    __device__ __forceinline__ void add_block(const typename S::W& block, int b, float (&total)[4]) const {
-        typedef typename S::W W;
+    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
         constexpr int CHAINS = W::GROUP_CHUNKS > 4 ? 2 : 1;  // of products: short ones
         const int r = lane_row();
         const typename W::Words words = block.lane(threadIdx.x % WARP);
+        float inner[4] = {}, least[4] = {};
 #pragma unroll
         for (int g = 0; g < W::GROUPS; g++) {
             u32 minus[2];
             block.template minus<T>(g, r, minus);
             float sum[CHAINS][4] = {};
+            u32 b[LEVELS][2][2];
 #pragma unroll
             for (int c = 0; c < W::GROUP_CHUNKS; c++) {
                 const int chunk = g * W::GROUP_CHUNKS + c;
                 u32 a[4];
                 W::template fragment<T>(words, chunk, minus, a);
 #pragma unroll
-                for (int l = 0; l < LEVELS; l++) multiply(sum[c % CHAINS], a, x[b * BLOCK_CHUNKS + chunk][l], T());
+                for (int l = 0; l < LEVELS; l++) {
+                    if (W::GROUP_CHUNKS == 1) {
+                        read(x, chunk, l, b[l][0]);
+                    } else if (c % 2 == 0) {
+                        const Pack<T, 8> two = load<8>(x + l * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS));
+                        memcpy(b[l], &two, 16);
+                    }
+                    multiply(sum[c % CHAINS], a, b[l][c % 2], T());
+                }
             }
             Two32 scale = {{1.f, 1.f}}, offset;
-            if (W::GROUP > 0) scale = block.scales(g, r);
-            if (W::OFFSET) offset = block.offsets(g, r);
+            if (W::GROUP > 0) scale = block.inner(g, r);
+            Pack<f32, 2> of;
+            if constexpr (W::OFFSET) {
+                offset = block.inner_offset(g, r);
+                if (S::ROWS == 1)
+                    of.v[0] = of.v[1] = sums[g];
+                else
+                    of = load<2>(sums + g * S::ROWS + threadIdx.x % 4 * 2 % S::ROWS);
+            }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float more = sum[0][i];
                 if (CHAINS > 1) more += sum[CHAINS - 1][i];
-                if (W::OFFSET) total[i] += offset.v[i / 2] * sums[W::OFFSET ? b * W::GROUPS + g : 0][i % 2];
-                total[i] = W::GROUP > 0 ? fmaf(scale.v[i / 2], more, total[i]) : total[i] + more;
+                if (W::GROUP == 0) total[i] += more;
+                if (W::GROUP > 0) inner[i] = fmaf(scale.v[i / 2], more, inner[i]);
+                if (W::OFFSET) least[i] = fmaf(offset.v[i / 2], of.v[i % 2], least[i]);
             }
+        }
+        if (W::GROUP > 0) add_inner(block, inner, least, total);
+    }
+
+    // The same where a lane has the sums of chunks 2 t and 2 t + 1.
+    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
+        const int r = lane_row(), t = threadIdx.x % 4;
+        const typename W::Words words = block.lane(threadIdx.x % WARP);
+        u32 own[LEVELS][2];
+#pragma unroll
+        for (int l = 0; l < LEVELS; l++) read(x, r, l, own[l]);
+        float sum[2][4] = {};  // chains of products
+        u32 minus[2];
+#pragma unroll
+        for (int c = 0; c < BLOCK_CHUNKS; c++) {
+            if (c % W::GROUP_CHUNKS == 0) block.template minus<T>(c / W::GROUP_CHUNKS, r, minus);
+            u32 a[4];
+            W::template fragment<T>(words, c, minus, a);
+#pragma unroll
+            for (int l = 0; l < LEVELS; l++)
+                multiply(sum[c % 2], a, {own[l][0] * mine[SPREAD ? c : 0], own[l][1] * mine[SPREAD ? c : 0]}, T());
+        }
+        float inner[4] = {}, least[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[0][i] += sum[1][i];
+#pragma unroll
+        for (int g = 0; g < 2 / W::GROUP_CHUNKS; g++) {
+            const int group = 2 / W::GROUP_CHUNKS * t + g;
+            const Two32 scale = block.inner(group, r);
+            Two32 offset;
+            if constexpr (W::OFFSET) offset = block.inner_offset(group, r);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float more =
+                    W::GROUP_CHUNKS == 2 ? sum[0][2 * half] + sum[0][2 * half + 1] : sum[0][2 * half + g];
+                inner[2 * half] = fmaf(scale.v[half], more, inner[2 * half]);
+                if (W::OFFSET) least[2 * half] = fmaf(offset.v[half], sums[group], least[2 * half]);
+            }
+        }
+        add_inner(block, inner, least, total);
+    }
+
+    // What the groups of a block add up to, times what they have in common.
+    static __device__ __forceinline__ void add_inner(const W& block, const float (&inner)[4], const float (&least)[4],
+                                                     float (&total)[4]) {
+        Two32 scale = {{1.f, 1.f}}, offset = {{1.f, 1.f}};
+        if constexpr (W::NESTED) scale = block.outer(lane_row());
+        if constexpr (W::NESTED && W::OFFSET) offset = block.outer_offset(lane_row());
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            total[i] = W::NESTED ? fmaf(scale.v[i / 2], inner[i], total[i]) : total[i] + inner[i];
+            if (W::OFFSET) total[i] = W::NESTED ? fmaf(offset.v[i / 2], least[i], total[i]) : total[i] + least[i];
         }
     }
 };

@@ -3,7 +3,7 @@
 #ifndef CUPLAMA_LINEAR_PACKED_FMA_CUH
 #define CUPLAMA_LINEAR_PACKED_FMA_CUH
 
-#include "linear_packed.cuh"
+#include "linear_packed_rows.cuh"
 
 template <typename S>
 struct FloatFactors {
@@ -13,14 +13,13 @@ struct FloatFactors {
     template <typename Rows>
     __device__ __forceinline__ void fill(const Rows& rows, int phase) {
         rows.stage(phase);
-        x = rows.staged + place<S>(0, 0);
+        x = rows.staged + threadIdx.x / WARP * (S::BLOCKS * BLOCK_COLUMNS) + threadIdx.x % 4 * 4;
     }
 
     __device__ __forceinline__ void multiply_tile(Stream<S>& stream, int count, f32* partial) const {
         float total[S::ROWS][2] = {};
-        const typename S::W* slice = stream.take();
 #pragma unroll 1
-        for (int b = 0; b < count; b++) add_block(slice[b], x + b * BLOCK_COLUMNS, total);
+        for (int b = 0; b < count; b++) add_block(stream.take(), x + b * BLOCK_COLUMNS, total);
         const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int row = 0; row < S::ROWS; row++)

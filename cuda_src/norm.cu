@@ -11,10 +11,11 @@
 // Ops and references: cuplama/ops/norm.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. With one row the time is latency: two round trips to memory and one or two block sums.
 #include "common.cuh"
+#include "ptx.cuh"
 
 template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(1024)
-    rms_norm(const f32* __restrict__ x, const T* __restrict__ w, T* __restrict__ y, int d, f32 eps) {
+__global__ void __launch_bounds__(1024) rms_norm(const f32* x, const T* __restrict__ w, T* y, int d, f32 eps) {
+    launch_dependents();
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
     const bool vectorized = d % 8 == 0 && aligned(x, w, y);
@@ -22,10 +23,11 @@ __global__ void __launch_bounds__(1024)
     Pack<T, 8> scale[CHUNKS];
     float squares = 0.f;
 #pragma unroll
+    for (int c = 0; c < CHUNKS; c++) scale[c] = load_row<8>(w, (c * blockDim.x + threadIdx.x) * 8, d, vectorized);
+    pdl_wait();
+#pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        const int at = (c * blockDim.x + threadIdx.x) * 8;
-        v[c] = load_row<8>(x, at, d, vectorized);
-        scale[c] = load_row<8>(w, at, d, vectorized);
+        v[c] = load_row<8>(x, (c * blockDim.x + threadIdx.x) * 8, d, vectorized);
 #pragma unroll
         for (int j = 0; j < 8; j++) squares += v[c].v[j] * v[c].v[j];
     }
@@ -41,13 +43,15 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(1024) layer_norm(const f32* __restrict__ x, const T* __restrict__ w,
-                                                   const T* __restrict__ b, T* __restrict__ y, int d, f32 eps) {
+__global__ void __launch_bounds__(1024)
+    layer_norm(const f32* x, const T* __restrict__ w, const T* __restrict__ b, T* y, int d, f32 eps) {
+    launch_dependents();
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
     const bool vectorized = d % 8 == 0 && aligned(x, w, b, y);
     Pack<f32, 8> v[CHUNKS];
     float sum = 0.f;
+    pdl_wait();
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         v[c] = load_row<8>(x, (c * blockDim.x + threadIdx.x) * 8, d, vectorized);

@@ -20,6 +20,9 @@ __device__ __forceinline__ unsigned not_and_or(unsigned x, unsigned mask, unsign
     return found;
 }
 
+// Takes x for a value that only this place knows: the compiler keeps it in its register and does not compute it again.
+__device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
+
 // ---- copies from global to shared memory that the thread does not wait for (sm_80; plain copies before) -------------
 
 // 16 bytes, or 16 zero bytes if not `valid`; the global address is not read then. Both addresses on 16-byte boundaries.
@@ -141,6 +144,30 @@ __device__ __forceinline__ void mbarrier_wait(void* bar, unsigned parity) {
                      : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity)
                      : "memory");
     }
+#else
+    __trap();
+#endif
+}
+
+// An arrival, and the phase does not end before that many bytes more have come by bulk copies (sm_90).
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(void* bar, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(bar))),
+                 "r"(bytes)
+                 : "memory");
+#else
+    __trap();
+#endif
+}
+
+// One thread copies for all: `bytes` (a multiple of 16), both addresses on 16-byte boundaries; their arrival counts in
+// the barrier (sm_90).
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes, void* bar) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     unsigned(__cvta_generic_to_shared(shared))),
+                 "l"(global), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(bar)))
+                 : "memory");
 #else
     __trap();
 #endif
@@ -280,6 +307,73 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[64], const unsigned (&a)[4
         "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"
         : CUPLAMA_32(d, 0), CUPLAMA_32(d, 32)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// d[64, N] = a[64, 16] b[N, 16]^T, plus d if `add`; a in registers, b in shared memory, rows across the sum.
+__device__ __forceinline__ void wgmma_rows_f16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+        : CUPLAMA_8(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+        : CUPLAMA_8(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_f16(float (&d)[16], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, "
+        "1, 1, 0; }"
+        : CUPLAMA_8(d, 0), CUPLAMA_8(d, 8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[16], const unsigned (&a)[4], unsigned long long b,
+                                                bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, "
+        "1, 1, 0; }"
+        : CUPLAMA_8(d, 0), CUPLAMA_8(d, 8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_f16(float (&d)[24], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %29, 0; wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23}, {%24, %25, %26, %27}, %28, p, 1, 1, 0; }"
+        : CUPLAMA_8(d, 0), CUPLAMA_8(d, 8), CUPLAMA_8(d, 16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[24], const unsigned (&a)[4], unsigned long long b,
+                                                bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %29, 0; wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23}, {%24, %25, %26, %27}, %28, p, 1, 1, 0; }"
+        : CUPLAMA_8(d, 0), CUPLAMA_8(d, 8), CUPLAMA_8(d, 16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_f16(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+        : CUPLAMA_32(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma_rows_bf16(float (&d)[32], const unsigned (&a)[4], unsigned long long b,
+                                                bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, "
+        "%1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+        : CUPLAMA_32(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
 
 #undef CUPLAMA_8

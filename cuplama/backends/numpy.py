@@ -83,8 +83,6 @@ class NumPyBackend:
         return np.zeros(shape, dtype)
 
     def load_weight(self, weight: Weight) -> Array:
-        if weight.packed:
-            return self._numbers(weight)
         if not self._convert:
             return weight.stored(self.dtype) if weight.packed else weight.array()
         array = np.empty(weight.shape, self.dtype)
@@ -94,15 +92,6 @@ class NumPyBackend:
         flat = array.reshape(-1)
         for offset, chunk in weight.chunks(1 << 24):
             flat[offset : offset + chunk.size] = chunk
-        return array
-
-    def _numbers(self, weight: Weight) -> Array:
-        """What a quantised weight holds, a few rows at a time: a gather needs 8 bytes for each number."""
-        stored = weight.stored(self.dtype)
-        array = np.empty(weight.shape, self.dtype)
-        rows = max(1, (1 << 21) // weight.shape[1])
-        for at in range(0, len(array), rows):
-            array[at : at + rows] = stored[at : at + rows].numbers()
         return array
 
     def end_loading(self) -> None:

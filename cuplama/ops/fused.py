@@ -19,6 +19,7 @@ from .attention import DEFAULT_SIZES, attention, attention_case, decode_plan, eq
 from .kv_cache import kv_append
 from .launch import Device, Plan
 from .linear import PRODUCT_TOLERANCE, linear, product_sizes, stream_rows
+from .linear_packed_many import many_rows_docs
 from .norm import qk_norm
 from .op import Call, Draw, Op
 from .rope import random_rotations, rope
@@ -38,6 +39,9 @@ _NORMS = {"rms_norm": (norm.rms_norm, ("g",)), "layer_norm": (norm.layer_norm, (
 _ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
 
 _SHAPES = ((1, 64, 64, False), (1, 14, 8, True), (2, 34, 72, True), (3, 66, 1024, False), (8, 96, 896, True))
+
+
+_PACKED = ((1, "int4 g128"), (4, "Q4_K"))  # rows of x, format of the weight
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -74,6 +78,7 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
         cases=[
             *(dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES),
             *([] if act else [dict(n=2, m=10, k=k, b=True, eps=1e-5, U="f32") for k in (27, 40)]),
+            *(dict(n=n, m=32, k=200, b=True, eps=1e-5, W=W, **({} if act else {"U": "T"})) for n, W in _PACKED),
         ],
         sizes=_sizes,
         shape={"n": 1, "m": 3072, "k": 768},
@@ -83,6 +88,9 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
         kernel_docs={
             f"{norm_op.name}_linear": f"{formula} for up to 8 rows of x, by multiply-adds",
             f"{norm_op.name}_linear_mma": f"{formula} for two to eight rows of x, on tensor cores",
+            f"{norm_op.name}_linear_packed": f"{formula} for up to 8 rows of x and a packed weight",
+            norm_op.name: norm_op.doc,
+            "linear_packed": linear.kernel_docs["linear_packed"],
         },
     )
 
@@ -117,7 +125,11 @@ linear_add = Op(
     doc="y = a + x w^T + b",
     reference=_linear_add,
     kernels=_linear_add_kernels,
-    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES],
+    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES]
+    + [
+        dict(n=n, m=40, k=k, b=True, W=W)
+        for n, k, W in ((1, 328, "fp8"), (16, 256, "Q4_K"), (40, 256, "int4 g128 zero"))
+    ],
     sizes=_sizes,
     tolerance=PRODUCT_TOLERANCE,
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
@@ -125,6 +137,9 @@ linear_add = Op(
     kernel_docs={
         "linear_add": "y = a + x w^T + b for up to 8 rows of x, by multiply-adds",
         "linear_add_mma": "y = a + x w^T + b for two to eight rows of x, on tensor cores",
+        "linear_add_packed": "y = a + x w^T + b for up to 8 rows of x and a packed weight",
+        **many_rows_docs("linear_add", "y = a + x w^T + b"),
+        "gather_columns": linear.kernel_docs["gather_columns"],
     },
 )
 

@@ -1,5 +1,5 @@
 """Matrix products with a weight. Kernels: cuda_src/linear.cu (few rows), linear_mma.cu (two to eight rows on tensor
-cores); cuBLAS (many rows)."""
+cores), those of packed weights (linear_packed.py, linear_packed_many.py); cuBLAS (many rows)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from ..dtypes import DTYPES, Array, upcast
 from .launch import Device, Launch, Plan
-from .linear_packed import plan_packed
+from .linear_packed import MAX_FEW_ROWS, plan_packed
+from .linear_packed_many import many_rows_docs, many_rows_plan
 from .op import Call, Draw, Op
 from .signature import OpError
 from .team import LEAST_WORK, fill, multiplying
@@ -150,7 +151,9 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
     """
     w = call.arrays["w"]
     if w is not None and (segments := segments_of(w)) is not None:
-        return plan_packed(kernel, call, device, segments, constants)
+        many = call["n"] > MAX_FEW_ROWS and kernel in ("linear", "linear_add")
+        plan = many_rows_plan(kernel, call, device) if many else None
+        return plan or plan_packed(kernel, call, device, segments, constants)
     n, m, k, size = call["n"], call["m"], call["k"], call.dtypes["T"].itemsize
     halves = 2 if constants.get("ACT") == "SILU_MUL" else 1
     outs, blocks, warps = _shape(m * halves, halves, device)
@@ -209,6 +212,17 @@ linear = Op(
             (9, 48, 136, True, "f32"),
             (17, 40, 64, False, "T"),
         )
+    ]
+    + [
+        dict(n=n, m=m, k=k, b=b, U=u, W=W)
+        for n, m, k, b, u, W in (
+            (1, 40, 328, True, "T", "int4 g128"),
+            (3, 70, 256, False, "f32", "Q4_K + Q6_K"),
+            (2, 33, 200, False, "T", "nf4"),
+            (16, 48, 256, True, "f32", "int4 g128"),
+            (40, 48, 256, False, "T", "Q4_K"),
+            (20, 33, 136, True, "T", "fp8 ordered"),
+        )
     ],
     sizes=product_sizes,
     tolerance=PRODUCT_TOLERANCE,
@@ -217,5 +231,8 @@ linear = Op(
     kernel_docs={
         "linear": "y = x w^T + b for up to 8 rows of x, by multiply-adds",
         "linear_mma": "y = x w^T + b for two to eight rows of x, on tensor cores",
+        "linear_packed": "y = act(x w^T + b) for up to 8 rows of x and a packed weight",
+        **many_rows_docs("linear", "y = x w^T + b"),
+        "gather_columns": "rows of x with their columns in the order of a packed weight's",
     },
 )

@@ -9,79 +9,102 @@ from typing import Any
 
 from ..dtypes import dtype_name
 from .launch import Device, Launch, Plan
+from .norm import MAX_NORM_ELEMENTS, row_launch
 from .op import Call
 from .signature import OpError
 from .weights import SegmentLike
 
-__all__ = ["MAX_FEW_ROWS", "plan_packed"]
+__all__ = ["MAX_FEW_ROWS", "TUNING", "Tuning", "plan_packed"]
 
 MAX_FEW_ROWS = 8
 """Rows of x that one launch takes."""
 
+_ROWS = (1, 2, 4, 8)  # of x, that a kernel may be compiled for
+
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
-_STEP = 2  # units of tiles between two barriers; STEP in linear_packed.cuh
 _RESERVED_BYTES = 5 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
 
-# What to try where a kernel is too slow:
-# - How the warps of a GPU block divide a row of blocks: the most warps, and the most packed blocks of columns that one has
-#   in a phase (8 chunks of x each, 16 registers; longer rows go in phases). The first is taken that leaves room
-#   for a ring. Many warps have short slices and drain the ring faster.
-_DIVISIONS = ((16, 4), (16, 2), (16, 1), (8, 2), (8, 1), (4, 1))
-_NORMED_BLOCKS = 2  # at most, of 8 rows of x that are normalised: each thread holds them in registers before
-_STAGED_DIVISIONS = ((8, 1), (4, 1))  # without tensor cores: x of a phase is in shared memory, as float32
-# - The ring of a warp, in slices of a tile, and of all warps, in bytes: what is on its way from memory.
-_MIN_DEPTH, _MAX_DEPTH = 2, 6
-_MAX_RING_BYTES = 64 << 10
-# - Whether a GPU block has a multiprocessor for itself, so that those of the next kernel are dealt out evenly.
-_ALONE = True
 
+@dataclass(frozen=True)
+class Tuning:
+    """What decides how fast the kernels are.
+
+    warps: of a GPU block, at most; fewer where shared memory is short. flight: bytes that a GPU block has asked for
+    ahead of what it multiplies. steps: units of tiles between two barriers, for one row of x and for several. beside:
+    whether a GPU block leaves room for one more in its multiprocessor, if it can: then the next kernel's begins to
+    read weights while this one works. norm_rows: rows of x up to which a kernel computes a norm itself.
+    """
+
+    warps: int = 16
+    flight: int = 48 << 10
+    steps: tuple[int, int] = (4, 1)
+    beside: bool = True
+    # Each GPU block normalises all rows for itself, 0.4 microseconds a row. A launch before it takes 2 for all rows, and
+    # the product asks for its weights meanwhile.
+    norm_rows: int = 2
+
+
+TUNING = Tuning()
+_STAGED_WARPS = 8  # at most, without tensor cores
+_MAX_PHASES = 16
+_MIN_DEPTH, _MAX_DEPTH = 2, 12  # blocks in a warp's ring
 _PRODUCTS = "products"  # scratch: what silu_mul takes, where it is a launch of its own
+_NORMED = "normed"  # scratch: rows behind a norm, where that is a launch of its own
 _ACTIVATION_THREADS = 128
 
 
 @dataclass(frozen=True)
-class _Slices:
-    """How the warps of a GPU block divide a row of blocks."""
+class _Shape:
+    """How the warps of a GPU block divide a row of blocks: slices of ``blocks`` for each warp in each phase."""
 
     warps: int
     blocks: int
     phases: int
 
 
-def _slices(columns: int, most: int, blocks: int) -> _Slices:
-    """columns: packed blocks of a row of blocks; most: warps. As few phases as possible, then equal slices."""
-    phases = -(-columns // (most * blocks))
+def _shape(columns: int, most: int, phases: int) -> _Shape:
+    """columns: packed blocks of a row of blocks; most: warps. Equal slices."""
     each = -(-columns // (most * phases))
     warps = min(most, -(-columns // (each * phases)))
-    return _Slices(warps, each, -(-columns // (warps * each)))
+    return _Shape(warps, each, -(-columns // (warps * each)))
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What shared memory holds. rows: of x; parts: tiles of a unit; units: of a GPU block, at most; staged: bytes of an
-    element of x there."""
+    """What shared memory holds. rows: of x; parts: tiles of a unit; units: of a GPU block, at most; element: bytes of one
+    of x; sums: of a row of x in a block, for offsets; step: units between two barriers."""
 
     rows: int
     parts: int
     units: int
-    staged: int
+    element: int
+    sums: int
+    step: int
 
-    def bytes(self, s: _Slices) -> int:
+    def bytes(self, s: _Shape) -> int:
         """Bytes beside the ring."""
-        unit = _BLOCK_ROWS * self.rows * 4 * self.parts  # sums
-        sums = 2 * s.warps * _STEP * unit + (self.units * unit if s.phases > 1 else 0)
-        return sums + self.rows * self.staged * (s.warps * s.blocks * _BLOCK_COLUMNS + 16)
+        unit = _BLOCK_ROWS * self.rows * 4 * self.parts
+        sums = 2 * s.warps * self.step * unit + (self.units * unit if s.phases > 1 else 0)
+        blocks = s.warps * s.blocks
+        return sums + self.rows * (self.element * (blocks * _BLOCK_COLUMNS + 32) + 4 * self.sums * blocks)
 
-    def divide(self, columns: int, block_bytes: int, tensor: bool, normed: bool, room: int) -> tuple[_Slices, int] | None:
-        """The division of rows of blocks that leaves room for a ring, and how many slices deep that is."""
-        for most, blocks in _DIVISIONS if tensor else _STAGED_DIVISIONS:
-            if normed and self.rows > 1 and blocks > _NORMED_BLOCKS:
-                continue
-            s = _slices(columns, most, blocks)
-            slot = s.warps * s.blocks * block_bytes
-            depth = min((room - self.bytes(s)) // slot, max(_MIN_DEPTH, _MAX_RING_BYTES // slot), _MAX_DEPTH)
-            if depth >= _MIN_DEPTH:
-                return s, depth
+    def divide(self, columns: int, block_bytes: int, tuning: Tuning, device: Device) -> tuple[_Shape, int] | None:
+        """The division of rows of blocks that leaves room for a ring, and the blocks that a warp has there: in as few
+        phases as possible, and in half of the shared memory if tuning wants that and three blocks fit."""
+        limit = device.shared - _RESERVED_BYTES
+        warps = tuning.warps
+        while warps >= 1:
+            for phases in range(1, _MAX_PHASES + 1):
+                s = _shape(columns, warps, phases)
+                slot = s.warps * block_bytes
+                wanted = min(max(_MIN_DEPTH, 1 + -(-tuning.flight // slot)), _MAX_DEPTH)
+                half = (device.shared // 2 - _RESERVED_BYTES - self.bytes(s)) // slot
+                if tuning.beside and half > _MIN_DEPTH:
+                    return s, min(wanted, half)
+                depth = min(wanted, (limit - self.bytes(s)) // slot)
+                if depth >= _MIN_DEPTH:
+                    return s, depth
+            warps //= 2
         return None
 
 
@@ -97,37 +120,45 @@ def _launch(
     segment: tuple[int, SegmentLike],
     column: int,
     constants: Mapping[str, Any],
+    tuning: Tuning,
 ) -> Launch:
     """The launch for up to 8 rows of x from ``first`` on, and one segment of w, whose first row is ``column``."""
     number, weight = segment
-    n, k, tensor, normed = call["n"], call["k"], _tensor(call, device), "g" in call.arrays
+    n, k, tensor, normed = call["n"], call["k"], _tensor(call, device), "norm" in kernel
     parts = 2 if constants.get("ACT") == "SILU_MUL" else 1
-    rows_of_x = 1 if n - first == 1 else MAX_FEW_ROWS
+    rows_of_x = next(rows for rows in _ROWS if rows >= min(n - first, MAX_FEW_ROWS))
     outs = weight.rows // parts  # columns of y
     units = -(-outs // _BLOCK_ROWS)  # a tile, for silu_mul one of each half
     blocks = min(device.sms, units)
+    step = tuning.steps[rows_of_x > 1]
     levels = 2 if normed and constants.get("U") == "f32" else 1
-    sizes = _Sizes(rows_of_x, parts, -(-units // blocks), (2 * levels if normed else 0) if tensor else 4)
-    block_bytes = weight.format.packing.block_bytes
-    room = device.shared - _RESERVED_BYTES
-    divided = sizes.divide(-(-k // _BLOCK_COLUMNS), block_bytes, tensor, normed, room)
+    packing = weight.format.packing
+    sums = packing.groups if {"offset", "super_least"} & dict(packing.parts).keys() else 0
+    sizes = _Sizes(rows_of_x, parts, -(-units // blocks), 2 * levels if tensor else 4, sums, step)
+    if not tensor:
+        tuning = replace(tuning, warps=min(tuning.warps, _STAGED_WARPS))
+    divided = sizes.divide(-(-k // _BLOCK_COLUMNS), packing.block_bytes, tuning, device)
     if divided is None:
         raise OpError(f"{call.op.name}: {device.shared} bytes of shared memory are too few for {weight.format.name}")
-    slices, depth = divided
-    shared = depth * slices.warps * slices.blocks * block_bytes + sizes.bytes(slices)
+    shape, depth = divided
+    shared = depth * shape.warps * packing.block_bytes + sizes.bytes(shape)
+    # Never three in a multiprocessor: the GPU blocks of the next kernel should be dealt out evenly.
+    shared = max(shared, device.shared // (3 if tuning.beside else 2))
     return Launch(
         f"linear_packed.cu:{kernel}_packed",
         (blocks,),
-        (32 * slices.warps,),
-        max(shared, device.shared // 2) if _ALONE else shared,
+        (32 * shape.warps,),
+        shared,
         constants={
+            "ACT": "NO_ACT",
             **constants,
-            "W": weight.format.packing.type,
+            "W": packing.type,
             "ROWS": rows_of_x,
-            "WARPS": slices.warps,
-            "BLOCKS": slices.blocks,
-            "PHASES": slices.phases,
+            "WARPS": shape.warps,
+            "BLOCKS": shape.blocks,
+            "PHASES": shape.phases,
             "DEPTH": depth,
+            "STEP": step,
             "ORDERED": weight.order is not None,
             "first": first,
             "rows": outs,
@@ -138,7 +169,12 @@ def _launch(
 
 
 def plan_packed(
-    kernel: str, call: Call, device: Device, segments: Sequence[SegmentLike], constants: Mapping[str, Any]
+    kernel: str,
+    call: Call,
+    device: Device,
+    segments: Sequence[SegmentLike],
+    constants: Mapping[str, Any],
+    tuning: Tuning = TUNING,
 ) -> Plan:
     """Launches of a kernel of linear_packed.cu: for each 8 rows of x, one for each segment of w.
 
@@ -146,22 +182,40 @@ def plan_packed(
     ``silu_mul`` whose halves do not begin with a packed block, or that has several segments, is a launch of its own
     behind a product into scratch.
     """
-    n, m = call["n"], call["m"]
+    n, m, T = call["n"], call["m"], dtype_name(call.dtypes["T"])
+    launches = []
+    scratch: dict[str, tuple[tuple[int, ...], str]] = {}
+    names = {}
+    if normed := _norm(kernel, call, constants, tuning):
+        launches.append(normed)
+        scratch[_NORMED] = ((n, call["k"]), T)
+        names["x"] = _NORMED
+        kernel = "linear"
     apart = constants.get("ACT") == "SILU_MUL" and (m % _BLOCK_ROWS != 0 or len(segments) > 1)
     if apart:
         constants = {**constants, "ACT": "NO_ACT", "m": 2 * m}
-    launches = []
+        scratch[_PRODUCTS] = ((n, 2 * m), T)
+        names["y"] = _PRODUCTS
     for first in range(0, n, MAX_FEW_ROWS):
         column = 0
         for i, segment in enumerate(segments):
-            launch = _launch(kernel, call, device, first, (i, segment), column, constants)
-            launches.append(replace(launch, names={**launch.names, "y": _PRODUCTS}) if apart else launch)
+            launch = _launch(kernel, call, device, first, (i, segment), column, constants, tuning)
+            launches.append(replace(launch, names={**launch.names, **names}))
             column += segment.rows
-    if not apart:
-        return Plan(tuple(launches))
-    grid = (n, -(-m // (8 * _ACTIVATION_THREADS)))
-    names = {"x": _PRODUCTS}
-    launches.append(
-        Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), constants={"f": m}, names=names)
-    )
-    return Plan(tuple(launches), {_PRODUCTS: ((n, 2 * m), dtype_name(call.dtypes["T"]))})
+    if apart:
+        grid = (n, -(-m // (8 * _ACTIVATION_THREADS)))
+        constants = {"f": m}
+        launches.append(Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), 0, constants, {"x": _PRODUCTS}))
+    return Plan(tuple(launches), scratch)
+
+
+def _norm(kernel: str, call: Call, constants: Mapping[str, Any], tuning: Tuning) -> Launch | None:
+    """The launch of the norm of a kernel that begins with one, if there are so many rows that it is one of its own. It
+    rounds to T, so sums in float32 are not for it."""
+    n, k = call["n"], call["k"]
+    name = kernel.removesuffix("_linear")
+    if name == kernel or n <= tuning.norm_rows or constants.get("U") == "f32" or k > MAX_NORM_ELEMENTS:
+        return None
+    launch = row_launch(name, n, k)
+    names = {"w": "g", "y": _NORMED, **({"b": "h"} if "h" in call.arrays else {})}
+    return replace(launch, constants={**launch.constants, "d": k}, names=names)

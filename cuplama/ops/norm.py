@@ -16,7 +16,7 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
 
-__all__ = ["layer_norm", "qk_norm", "rms_norm"]
+__all__ = ["MAX_NORM_ELEMENTS", "layer_norm", "qk_norm", "rms_norm", "row_launch"]
 
 _CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120), (1, 12288))]
 
@@ -43,6 +43,8 @@ def _qk_norm(x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_h
 _WIDTH = 8  # elements that a thread takes at once, as in the kernels
 _MAX_THREADS = 1024  # of a block, which has one row
 _MAX_CHUNKS = 2  # times _WIDTH elements that a thread of so large a block holds without spilling registers
+MAX_NORM_ELEMENTS = _WIDTH * _MAX_THREADS * _MAX_CHUNKS
+"""Elements of a row that ``rms_norm`` and ``layer_norm`` take on a GPU."""
 _BLOCK_HEADS = 4  # heads that a block of qk_norm takes, one for each warp
 
 
@@ -50,15 +52,18 @@ def _head_sizes(draw: Draw) -> dict[str, Any]:
     return dict(n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(1, 300), eps=1e-6)
 
 
-def _row_kernels(call: Call, device: Device) -> Plan:
-    vectors = -(-call["d"] // _WIDTH)
+def row_launch(kernel: str, rows: int, d: int) -> Launch:
+    """The launch of ``rms_norm`` or ``layer_norm`` for that many rows of d elements; OpError if they are too long."""
+    vectors = -(-d // _WIDTH)
     threads = min(_MAX_THREADS, -(-vectors // 32) * 32)
     chunks = -(-vectors // threads)
-    if chunks > _MAX_CHUNKS:
-        raise OpError(
-            f"{call.op.name}: d is {call['d']}; the kernel takes at most {_WIDTH * _MAX_THREADS * _MAX_CHUNKS}"
-        )
-    return Plan((Launch(f"norm.cu:{call.op.name}", (call["n"],), (threads,), constants={"CHUNKS": chunks}),))
+    if d > MAX_NORM_ELEMENTS:
+        raise OpError(f"{kernel}: d is {d}; the kernel takes at most {MAX_NORM_ELEMENTS}")
+    return Launch(f"norm.cu:{kernel}", (rows,), (threads,), constants={"CHUNKS": chunks})
+
+
+def _row_kernels(call: Call, device: Device) -> Plan:
+    return Plan((row_launch(call.op.name, call["n"], call["d"]),))
 
 
 def _qk_kernels(call: Call, device: Device) -> Plan:

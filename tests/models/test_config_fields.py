@@ -144,7 +144,6 @@ def test_a_field_of_another_family_is_named(family: str, field: str, caplog: pyt
     ("field", "value"),
     [
         ("quantization", {"group_size": 64, "bits": 4}),
-        ("quantization_config", {"quant_method": "gptq"}),
         ("compression_config", {"format": "pack-quantized"}),
         ("dual_chunk_attention_config", {"chunk_size": 262144}),
         ("vision_config", {}),

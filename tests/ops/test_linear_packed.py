@@ -22,8 +22,12 @@ def run(op: str, dtype: str, device: Device = SMALL, seed: int = 0, **case: Any)
     check(workload, arrays, run_guarded(workload, arrays, EmulatedDevice(device)), expected(workload, arrays))
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize("name", CATALOG)
+FEW = ("int4 g128", "Q4_K")  # formats of the short tests: each takes a second to compile
+NAMES = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in CATALOG]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("f16", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_format(name: str, dtype: str) -> None:
     """Rows and columns that end within a block, one row of x and several."""
     for n in (1, 3):
@@ -33,7 +37,7 @@ def test_every_format(name: str, dtype: str) -> None:
 NORMED = [op for op in OPS if op.startswith(("rms_norm_linear", "layer_norm_linear"))]
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("f32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("op", [*NORMED, "linear_add"])
 def test_every_kernel(op: str, dtype: str) -> None:
     for n in (1, 2, 8):
@@ -47,6 +51,7 @@ def test_sums_in_float32(op: str) -> None:
         run(op, "bf16", W="int8 g128", n=n, m=20, k=300, U="f32", b=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4])
 def test_long_rows_go_in_phases(n: int) -> None:
     small = Device(sms=1, shared=101376)
@@ -54,7 +59,7 @@ def test_long_rows_go_in_phases(n: int) -> None:
     run("rms_norm_linear", "f16", small, W="int4 g64", n=n, m=70, k=4800)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", [pytest.param("f32", marks=pytest.mark.slow), "f16"])
 def test_segments_and_orders(dtype: str) -> None:
     """A stack of formats, some with their columns in an order of their own."""
     for op in ("linear", "rms_norm_linear", "rms_norm_linear_silu_mul"):
@@ -70,6 +75,7 @@ def test_more_rows_go_eight_by_eight() -> None:
     run("linear", "f16", W="fp8", n=17, m=30, k=128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "shared"), [(75, 65536), (80, 166912), (86, 101376)])
 def test_other_gpus(arch: int, shared: int) -> None:
     device = Device(arch=arch, sms=3, shared=shared)

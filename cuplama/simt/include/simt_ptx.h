@@ -144,16 +144,20 @@ template <class Format> SIMT_TEMPLATE void warpgroup_scores(float (&d)[64], u64 
     }
   }
 }
+// The rows of A that a thread's sums need, out of the registers of the lanes that have them.
+template <class Format> SIMT_TEMPLATE void warpgroup_left(float (&left)[2][16], const unsigned (&a)[4]) {
+  for (unsigned q = 0; q < 4; ++q)
+    for (unsigned i = 0; i < 4; ++i) {
+      unsigned both = __shfl_sync(0xffffffffu, a[i], int(threadIdx.x % 32 / 4 * 4 + q));
+      for (unsigned e = 0; e < 2; ++e)
+        left[i % 2][i / 2 * 8 + 2 * q + e] = Format::widen((unsigned short)(both >> 16 * e));
+    }
+}
 template <class Format, int N>
 SIMT_TEMPLATE void warpgroup_sum(float (&d)[N], const unsigned (&a)[4], u64 b) {
   unsigned lane = threadIdx.x % 32;
   float left[2][16];
-  for (unsigned q = 0; q < 4; ++q)
-    for (unsigned i = 0; i < 4; ++i) {
-      unsigned both = __shfl_sync(0xffffffffu, a[i], int(lane / 4 * 4 + q));
-      for (unsigned e = 0; e < 2; ++e)
-        left[i % 2][i / 2 * 8 + 2 * q + e] = Format::widen((unsigned short)(both >> 16 * e));
-    }
+  warpgroup_left<Format>(left, a);
   for (unsigned i = 0; i < N / 2; ++i) {
     unsigned column = i / 2 * 8 + lane % 4 * 2 + i % 2;
     double total[2] = {d[i / 2 * 4 + i % 2], d[i / 2 * 4 + 2 + i % 2]};
@@ -164,8 +168,25 @@ SIMT_TEMPLATE void warpgroup_sum(float (&d)[N], const unsigned (&a)[4], u64 b) {
     d[i / 2 * 4 + i % 2] = float(total[0]), d[i / 2 * 4 + 2 + i % 2] = float(total[1]);
   }
 }
+template <class Format, int N>
+SIMT_TEMPLATE void warpgroup_rows(float (&d)[N], const unsigned (&a)[4], u64 b, bool add) {
+  float left[2][16];
+  warpgroup_left<Format>(left, a);
+  for (unsigned i = 0; i < N / 2; ++i) {
+    unsigned column = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    float& low = d[i / 2 * 4 + i % 2];
+    float& high = d[i / 2 * 4 + 2 + i % 2];
+    double total[2] = {add ? low : 0.f, add ? high : 0.f};
+    for (unsigned k = 0; k < 16; ++k) {
+      float right = element<Format>(b, column * 128 + 2 * k);
+      total[0] += double(left[0][k]) * right, total[1] += double(left[1][k]) * right;
+    }
+    low = float(total[0]), high = float(total[1]);
+  }
+}
 }  // namespace simt
 
+SIMT_FN void keep(int& x) {}
 SIMT_FN void fence_proxy_async() {}
 SIMT_FN void wgmma_fence() {}
 SIMT_FN void wgmma_commit() {}
@@ -199,6 +220,31 @@ SIMT_FN void wgmma_bf16(float (&d)[48], const unsigned (&a)[4], unsigned long lo
 }
 SIMT_FN void wgmma_bf16(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
   simt::warpgroup_sum<simt::BfloatFormat>(d, a, b);
+}
+
+SIMT_FN void wgmma_rows_bf16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[16], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[16], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[24], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[24], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
 }
 
 #endif

@@ -1,0 +1,246 @@
+// What the kernels for 9 to 64 rows of x on packed weights share: who computes what, the way of the weights to shared
+// memory, and what becomes of the sums. linear_packed_many.cu tells the whole.
+#ifndef CUPLAMA_LINEAR_PACKED_MANY_CUH
+#define CUPLAMA_LINEAR_PACKED_MANY_CUH
+
+#include "formats.cuh"
+#include "mma.cuh"
+
+// How the threads share a unit of work, which is BAND tiles of 16 rows of w by BLOCK_COLUMNS columns.
+// NTILES: groups of 8 rows of x; TILES: of w, of a warp; SLICES: warps that share their tiles, each with a part of the
+// columns; DEPTH: units in the ring.
+template <int NTILES_, int TILES_, int WARPS_, int SLICES_, int DEPTH_>
+struct Shape {
+    static constexpr int NTILES = NTILES_, TILES = TILES_, WARPS = WARPS_, SLICES = SLICES_, DEPTH = DEPTH_;
+    static constexpr int THREADS = WARPS * WARP, TEAMS = WARPS / SLICES, BAND = TEAMS * TILES, ROWS = 8 * NTILES;
+    static constexpr int SUMS = TILES * NTILES * 4;  // of a thread: of (tile, group of rows, half, row) the sum
+};
+
+// ---- the division of the work ---------------------------------------------------------------------------------------
+
+// The units, band after band and along k within a band, are dealt to the blocks in equal contiguous runs. A run may
+// begin and end within a band: then several blocks have a part of its sums.
+struct Work {
+    int blocks;  // of a tile along k
+    int tiles;
+    u32 units;
+    int begin, end;  // of this block
+
+    __device__ __forceinline__ Work(int rows, int k, int band)
+        : blocks((k + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), tiles((rows + BLOCK_ROWS - 1) / BLOCK_ROWS) {
+        units = u32((tiles + band - 1) / band) * blocks;
+        begin = start(blockIdx.x), end = start(blockIdx.x + 1);
+    }
+    __device__ __forceinline__ int start(u32 block) const { return units * block / gridDim.x; }
+    __device__ __forceinline__ int owner(u32 unit) const { return ((unit + 1) * gridDim.x - 1) / units; }
+};
+
+// ---- to shared memory -----------------------------------------------------------------------------------------------
+
+// A warp's share of the weights: of its team's tiles, the pieces that are its slice's. It goes through the block's
+// units in their order.
+template <typename S, typename W>
+struct Weights {
+    static constexpr int BYTES = sizeof(W), PIECES = BYTES / 16, STEP = S::SLICES * WARP;
+    const unsigned char* from;  // of the next unit, this lane's first piece of the team's first tile
+    i64 stride;                 // from a tile to the next
+    int first, tile, tiles, block, blocks;
+
+    __device__ __forceinline__ Weights(const W* w, const Work& work)
+        : stride(i64(work.blocks) * BYTES), tiles(work.tiles), blocks(work.blocks) {
+        const int warp = threadIdx.x / WARP;
+        first = warp % S::SLICES * WARP + threadIdx.x % WARP;
+        tile = work.begin / blocks * S::BAND + warp / S::SLICES * S::TILES;
+        block = work.begin % blocks;
+        from = reinterpret_cast<const unsigned char*>(w + i64(tile) * blocks + block) + first * 16;
+        keep(first);
+    }
+
+    // Where the first piece of this lane goes, from where a stage's tiles begin.
+    __device__ __forceinline__ int place() const {
+        return int(threadIdx.x) / WARP / S::SLICES * (S::TILES * BYTES) + first * 16;
+    }
+
+    // Asks for the next unit. to: the place in a stage.
+    __device__ __forceinline__ void fetch(unsigned char* to) {
+#pragma unroll
+        for (int t = 0; t < S::TILES; t++) {
+            const bool there = tile + t < tiles;
+#pragma unroll
+            for (int i = 0; i < PIECES; i += STEP)
+                if (i + STEP <= PIECES || i + first < PIECES)
+                    cp_async_16(to + t * BYTES + i * 16, from + t * stride + i * 16, there);
+        }
+        from += BYTES;
+        if (++block == blocks) block = 0, tile += S::BAND, from += (S::BAND - 1) * stride;
+    }
+};
+
+// Whether scales come in group by group. Else they come in at the end, if there are any.
+template <typename W>
+constexpr bool GROUPED = W::GROUP != 0 && W::SCALED;
+
+// The codes of four chunks of a block, the first half or the second: a lane's share, as that of chunks 0 .. 3.
+template <typename W>
+__device__ __forceinline__ typename W::Words half_lane(const W& block, int half) {
+    typedef typename W::Words Words;
+    Words words;
+    const uint4* vectors = reinterpret_cast<const uint4*>(&block) + half * (Words::LOW / 8 * WARP);
+#pragma unroll
+    for (int v = 0; v < Words::LOW / 8; v++) {
+        const uint4 bits = vectors[v * WARP + threadIdx.x % WARP];
+        memcpy(words.low + 4 * v, &bits, 16);
+    }
+    if constexpr (Words::HIGH > 0) {
+        const u32* high = reinterpret_cast<const u32*>(&block) + W::LOW_BYTES / 4;
+#pragma unroll
+        for (int i = 0; i < Words::HIGH / 2; i++)
+            words.high[i] = high[threadIdx.x % WARP * Words::HIGH + half * (Words::HIGH / 2) + i];
+    }
+    return words;
+}
+
+// ---- what becomes of the sums ---------------------------------------------------------------------------------------
+
+// What is added to the sums, and where they go. b, a, y: from this launch's first column and row on; partial [blocks of
+// the grid][2][TEAMS][SUMS][WARP]; arrivals [bands][TEAMS].
+template <typename T, typename U>
+struct Output {
+    const f32* scales;  // of whole rows, or null
+    const T* b;
+    const f32* a;
+    U* y;
+    f32* partial;
+    u32* arrivals;
+    int n, m, rows;
+};
+
+// Adds up the slices of each team: its first warp gets the sums. room: of this team, in shared
+// memory [SLICES - 1][SUMS][WARP].
+template <typename S>
+__device__ __forceinline__ void add_slices(float (&total)[S::SUMS], f32* room) {
+    constexpr int SLICE = S::SUMS * WARP;
+    const int warp = threadIdx.x / WARP, slice = warp % S::SLICES;
+    f32* mine = room + threadIdx.x % WARP * 4;
+    if (slice > 0) {
+#pragma unroll
+        for (int i = 0; i < S::SUMS; i += 4)
+            store<4>(mine + (slice - 1) * SLICE + i * WARP,
+                     Pack<f32, 4>{total[i], total[i + 1], total[i + 2], total[i + 3]});
+    }
+    __syncthreads();
+    if (slice > 0) return;
+#pragma unroll
+    for (int s = 0; s < S::SLICES - 1; s++)
+#pragma unroll
+        for (int i = 0; i < S::SUMS; i += 4) {
+            const Pack<f32, 4> more = load<4>(mine + s * SLICE + i * WARP);
+#pragma unroll
+            for (int e = 0; e < 4; e++) total[i + e] += more.v[e];
+        }
+}
+
+// A warp leaves its sums of a part of a band for the others that have a part of it. True for the last one to come: it
+// has then the sums of all, added in the order of k.
+template <typename S>
+__device__ __forceinline__ bool add_parts(float (&total)[S::SUMS], const Work& work, int band, f32* partial,
+                                          u32* arrivals) {
+    constexpr int SIZE = S::SUMS * WARP;
+    const int team = threadIdx.x / WARP / S::SLICES, lane = threadIdx.x % WARP;
+    const int first = work.owner(band * work.blocks), last = work.owner((band + 1) * work.blocks - 1);
+    // A block has at most two parts of bands: one where its run begins, one where it ends.
+    const auto place = [&](int block) {
+        const int part = work.start(block) / work.blocks == band ? 0 : 1;
+        return partial + (i64(block * 2 + part) * S::TEAMS + team) * SIZE + lane * 4;
+    };
+    f32* mine = place(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < S::SUMS; i += 4)
+        store<4>(mine + i * WARP, Pack<f32, 4>{total[i], total[i + 1], total[i + 2], total[i + 3]});
+    __threadfence();
+    __syncwarp();
+    int arrived = 0;
+    if (lane == 0) {
+        u32* counter = arrivals + band * S::TEAMS + team;
+        arrived = atomicAdd(counter, 1u);
+        if (arrived == last - first) *counter = 0;
+    }
+    arrived = __shfl_sync(ALL_LANES, arrived, 0);
+    if (arrived < last - first) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;
+#pragma unroll 1
+    for (int block = first; block <= last; block++) {
+        const f32* from = place(block);
+#pragma unroll
+        for (int i = 0; i < S::SUMS; i += 4) {
+            const Pack<f32, 4> more = load<4>(from + i * WARP);
+#pragma unroll
+            for (int e = 0; e < 4; e++) total[i + e] += more.v[e];
+        }
+    }
+    return true;
+}
+
+// Of a row of x the sums of a tile, in shared memory: what the lanes of a warp write at a time meets all banks once.
+constexpr int TILE_STRIDE = BLOCK_ROWS + 4;
+
+// A warp's sums to y, by way of its own shared memory: so a lane has 8 columns side by side. tile: its first.
+template <typename S, typename T, typename U>
+__device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const Output<T, U>& out, int tile,
+                                           f32* room) {
+    const int lane = threadIdx.x % WARP, r = lane / 4, t = lane % 4;
+    const bool vectorized = out.m % 8 == 0 && aligned(out.y, out.a);
+#pragma unroll
+    for (int i = 0; i < S::TILES; i++) {
+        const int column = (tile + i) * BLOCK_ROWS + lane % 2 * 8;  // from here on this lane's
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < S::NTILES; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                room[(8 * j + 2 * t + e % 2) * TILE_STRIDE + r + e / 2 * 8] = total[(i * S::NTILES + j) * 4 + e];
+        __syncwarp();
+        Pack<f32, 8> scale, bias = {};
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            scale.v[c] = 1.f;
+            if (out.scales != nullptr && column + c < out.rows) scale.v[c] = out.scales[column + c];
+            if (out.b != nullptr && column + c < out.rows) bias.v[c] = to_float(out.b[column + c]);
+        }
+#pragma unroll 1
+        for (int row = lane / 2; row < min(out.n, S::ROWS); row += WARP / 2) {
+            const Pack<f32, 8> sum = load<8>(room + row * TILE_STRIDE + lane % 2 * 8);
+            Pack<f32, 8> residual = {};
+            if (out.a != nullptr) residual = load_row<8>(out.a + i64(row) * out.m, column, out.rows, vectorized);
+            Pack<U, 8> y;
+#pragma unroll
+            for (int c = 0; c < 8; c++) y.v[c] = from_float<U>(sum.v[c] * scale.v[c] + bias.v[c] + residual.v[c]);
+            store_row<8>(out.y + i64(row) * out.m, column, out.rows, vectorized, y);
+        }
+    }
+}
+
+// Floats of shared memory that a team takes in `finish`: for its slices' sums, and then for a tile.
+template <typename S>
+constexpr int SLICED = (S::SLICES - 1) * S::SUMS * WARP;
+template <typename S>
+constexpr int FINISH = SLICED<S> > S::ROWS* TILE_STRIDE ? SLICED<S> : S::ROWS * TILE_STRIDE;
+
+// The end of a band, or of this block's part of it. room: in shared memory [TEAMS][FINISH].
+template <typename S, typename T, typename U>
+__device__ __forceinline__ void finish(float (&total)[S::SUMS], const Output<T, U>& out, const Work& work, int band,
+                                       f32* room) {
+    room += threadIdx.x / WARP / S::SLICES * FINISH<S>;
+    if (S::SLICES > 1) add_slices<S>(total, room);
+    const int warp = threadIdx.x / WARP, tile = band * S::BAND + warp / S::SLICES * S::TILES;
+    if (warp % S::SLICES == 0 && tile < work.tiles) {
+        const bool whole = work.begin <= band * work.blocks && work.end >= (band + 1) * work.blocks;
+        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals)) write_sums<S>(total, out, tile, room);
+    }
+#pragma unroll
+    for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;
+}
+
+#endif
