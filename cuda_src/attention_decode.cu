@@ -8,7 +8,7 @@
 //                     to slot_mapping[i] of the cache. Each step rounds to T, as the ops do that it stands for.
 //
 //   x           [b, (num_heads+2H)*D] T    query, key and value heads of the new tokens
-//   k, v        [P, H, S, D] T    pages of S tokens; token t of sequence i is on page page_table[i][t / S]
+//   k, v        [P, H, S, D] C    pages of S tokens; token t of sequence i is on page page_table[i][t / S]
 //   seq_lens    [b] i32; page_table [b, M] i32
 //   slot_mapping, rope_rows [b] i32; cos, sin [R, h] f32; q_norm, k_norm [D] T
 //   y           [b, num_heads*D] T
@@ -19,7 +19,7 @@
 // Ops and references: cuplama/ops/attention.py (attention), cuplama/ops/fused.py (append_attention). Test: tests/ops/.
 // Benchmark: cuplama kernels bench attention append_attention.
 //
-// D is a multiple of 8, at most 256. Scores, softmax statistics and sums are f32.
+// C is T, or e4m3 (e4m3.cuh). D is a multiple of 8, at most 256. Scores, softmax statistics and sums are f32.
 //
 // Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8 take several
 // blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many as make max_splits
@@ -34,6 +34,9 @@
 //            columns): which d meets which is free, so a lane reads 16 bytes of a key as its share of two products.
 //            Sums are mma of v^T (16 d) and p^T (8 heads); p enters as two 16-bit numbers, p and what rounding it took
 //            away, so that it loses nothing that shows.
+//            An e4m3 cache is widened to f16 in registers on the way to the products, which then are of f16: from sm_89
+//            on by one instruction for two numbers, and values by half as many exchanges of bytes as 16 bits take. A
+//            lane reads 16 bytes of a row there too if D allows: 16 elements, so which d meets which is another order.
 //   else     (attention_decode_fma.cuh): LANES lanes hold a row of 8*LANES >= D elements, a block reads ROWS keys side
 //            by side, and the products of the Q heads are summed over the lanes by a reduce-scatter.
 //
@@ -64,7 +67,8 @@ struct Preparation {
     float c[EACH], s[EACH], eps;
     int turned, half;  // dims that turn; half of them
 
-    __device__ __forceinline__ Preparation(const NewToken<T>& token) : eps(token.eps), half(token.h) {
+    template <typename C>
+    __device__ __forceinline__ Preparation(const NewToken<T, C>& token) : eps(token.eps), half(token.h) {
         const int lane = threadIdx.x % WARP;
         turned = token.cos != nullptr ? 2 * half : 0;
         const i64 row = token.cos != nullptr ? i64(token.rope_rows[blockIdx.z]) * half : 0;
@@ -111,9 +115,12 @@ struct Preparation {
 
 // The block's queries to q [Q][QUERY] and, if it has the newest token, that one's key and value to shared memory and
 // (part 0) to the cache. A warp takes every WARPS-th of these heads; all are loaded before one is used. wait: for x.
-template <bool APPEND, int D, int S, int WARPS, int QUERY, int Q, typename T, typename Wait>
-__device__ __forceinline__ void prepare_heads(const Arguments<T>& a, const NewToken<T>& token, const Heads<Q>& heads,
-                                              bool newest, T* q, T* fresh_key, T* fresh_value, Wait wait) {
+// M: what products are computed in; queries that are to be something else than T are that, and scaled. rounded_...: the
+// new key and value as the cache holds them, if that is not T; the new token attends to itself as others will to it.
+template <bool APPEND, int D, int S, int WARPS, int QUERY, typename M, int Q, typename T, typename C, typename Wait>
+__device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const NewToken<T, C>& token,
+                                              const Heads<Q>& heads, bool newest, T* q, T* fresh_key, T* fresh_value,
+                                              C* rounded_key, C* rounded_value, Wait wait) {
     constexpr int MINE = (Q + (APPEND ? 2 : 0) + WARPS - 1) / WARPS;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int here = heads.count, count = here + (newest ? 2 : 0);
@@ -139,23 +146,42 @@ __device__ __forceinline__ void prepare_heads(const Arguments<T>& a, const NewTo
         if (j >= count) break;
         T* to = j < here ? q + j * QUERY : j == here ? fresh_key : fresh_value;
         prepare(fetched[i], normed && j <= here, scales[i], j <= here, to);
+        if constexpr (!same_type<M, T>) {
+            if (j < here && lane * 8 < D) scale_query<T, C>(to + lane * 8);
+        }
+        if constexpr (!same_type<C, T>) {
+            if (j >= here && lane * 8 < D)
+                store<8>((j == here ? rounded_key : rounded_value) + lane * 8, narrow<C>(load<8>(to + lane * 8)));
+        }
         if (j >= here && heads.part == 0 && lane * 8 < D) {
             const int slot = token.slot_mapping[heads.sequence];
             const i64 at = ((i64(slot / S) * a.H + heads.kv_head) * S + slot % S) * D + lane * 8;
-            store<8>((j == here ? token.k : token.v) + at, load<8>(to + lane * 8));
+            store<8>((j == here ? token.k : token.v) + at, narrow<C>(load<8>(to + lane * 8)));
         }
     }
 }
 
+// Of a new key or value, the copy that the tokens attend to: what the cache holds.
+template <typename C>
+__device__ __forceinline__ const C* stored(const C* fresh, const C*) {
+    return fresh;
+}
+template <typename T, typename C>
+__device__ __forceinline__ const C* stored(const T*, const C* rounded) {
+    return rounded;
+}
+
 // ---- the kernels ----------------------------------------------------------------------------------------------------
 
-template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, typename T, typename Wait>
-__device__ __forceinline__ void decode(const Arguments<T>& a, const NewToken<T>& token, Wait wait) {
-    using Numbers = Decode<T, D, Q, WARPS, TENSOR>;
+template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, typename T, typename C, typename Wait>
+__device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<T, C>& token, Wait wait) {
+    using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
+    using Product = Products<T, C>;
     constexpr int THREADS = Numbers::THREADS, PARTS = Numbers::PARTS, STRIDE = Numbers::STRIDE;
     constexpr int QUERY = Numbers::QUERY;
     __shared__ alignas(16) T q[Numbers::QUERIES * QUERY];
     __shared__ alignas(16) T fresh_key[D], fresh_value[D];
+    __shared__ alignas(16) C rounded_key[D], rounded_value[D];
     __shared__ alignas(16) float room[Numbers::ROOM];  // [PARTS][Q][STRIDE]
     __shared__ float largest[PARTS][Q], sum[PARTS][Q];
 
@@ -173,13 +199,16 @@ __device__ __forceinline__ void decode(const Arguments<T>& a, const NewToken<T>&
     }
     const int fresh = APPEND ? span.length - 1 : 0x7fffffff;
     const i32* table = a.page_table + i64(heads.sequence) * a.M;
-    const History<T> past{a.k, a.v, table, heads.kv_head, a.H, span.low, fresh, fresh_key, fresh_value};
+    const C *key = stored(fresh_key, rounded_key), *value = stored(fresh_value, rounded_value);
+    const History<C> past{a.k, a.v, table, heads.kv_head, a.H, span.low, fresh, key, value};
 
     // The first keys are on their way while the queries are prepared.
-    WarpTile<T, D, TENSOR ? S : 1> tiles[Numbers::TILES];
+    WarpTile<T, C, D, TENSOR ? S : 1> tiles[Numbers::TILES];
     if constexpr (TENSOR) fetch_tiles<WARPS>(tiles, past, span.begin(blockIdx.x), min(span.end(blockIdx.x), fresh));
     const bool newest = APPEND && (span.count - 1) % taking == int(blockIdx.x);
-    prepare_heads<APPEND, D, S, WARPS, QUERY>(a, token, heads, newest, q, fresh_key, fresh_value, wait);
+    using Query = typename Choose<TENSOR, typename Product::Type, T>::Type;
+    prepare_heads<APPEND, D, S, WARPS, QUERY, Query>(a, token, heads, newest, q, fresh_key, fresh_value, rounded_key,
+                                                     rounded_value, wait);
     if constexpr (TENSOR) {
         for (int i = threadIdx.x; i < 8 * QUERY; i += THREADS)
             if (i / QUERY >= here || i % QUERY >= D) q[i] = from_float<T>(0.f);
@@ -190,7 +219,8 @@ __device__ __forceinline__ void decode(const Arguments<T>& a, const NewToken<T>&
         const int begin = span.begin(split), end = span.end(split);
         if constexpr (TENSOR) {
             if (split != int(blockIdx.x)) fetch_tiles<WARPS>(tiles, past, begin, min(end, fresh));
-            attend_warp<QUERY, Q, WARPS, STRIDE>(tiles, q, past, begin, end, a.scale * LOG2_E, room + warp * Q * STRIDE,
+            const float scale = a.scale * (LOG2_E / Product::QUERY_SCALE);
+            attend_warp<QUERY, Q, WARPS, STRIDE>(tiles, q, past, begin, end, scale, room + warp * Q * STRIDE,
                                                  largest[warp], sum[warp]);
             __syncthreads();
         } else {
@@ -208,28 +238,28 @@ __device__ __forceinline__ void decode(const Arguments<T>& a, const NewToken<T>&
     add_up_splits<D, Q, THREADS, Numbers::ROWS>(a, heads, y, span.count, room);
 }
 
-template <typename T, int D, int S, int Q, int WARPS, bool TENSOR>
-__global__ void __launch_bounds__(WARPS* WARP, Decode<T, D, Q, WARPS, TENSOR>::BLOCKS)
-    attention_decode(const T* x, const T* k, const T* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR>
+__global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
+    attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
                      f32* stats, u32* arrivals, int num_heads, int H, int M, int window, int min_keys, int max_splits,
                      int splits, float scale) {
     launch_dependents();
     pdl_wait();
-    const Arguments<T> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
-                         num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
-    decode<false, D, S, Q, WARPS, TENSOR>(a, NewToken<T>{}, [] {});
+    const Arguments<T, C> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
+                            num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
+    decode<false, D, S, Q, WARPS, TENSOR>(a, NewToken<T, C>{}, [] {});
 }
 
-template <typename T, int D, int S, int Q, int WARPS, bool TENSOR>
-__global__ void __launch_bounds__(WARPS* WARP, Decode<T, D, Q, WARPS, TENSOR>::BLOCKS)
-    append_attention(const T* x, const i32* slot_mapping, T* k, T* v, const i32* seq_lens, const i32* page_table,
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR>
+__global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
+    append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
                      f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int M, int h, int window,
                      int min_keys, int max_splits, int splits, float scale, float eps) {
     launch_dependents();
     const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
-    const Arguments<T> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
-                         num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
-    const NewToken<T> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps};
+    const Arguments<T, C> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
+                            num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
+    const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps};
     decode<true, D, S, Q, WARPS, TENSOR>(a, token, wait);
 }

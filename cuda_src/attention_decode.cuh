@@ -4,22 +4,32 @@
 #define CUPLAMA_ATTENTION_DECODE_CUH
 
 #include "attention.cuh"
+#include "e4m3.cuh"
 
 constexpr int TILE = 16;  // keys of a warp's mma; windows begin at a multiple
 
 __host__ __device__ constexpr int power_of_two(int x) { return x <= 1 ? 1 : 2 * power_of_two((x + 1) / 2); }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// What a lane reads at once of a row of keys, and of values, on tensor cores: 16 bytes where that divides the row.
+template <typename C, int D>
+constexpr int KEY_EACH = sizeof(C) == 1 && D % 64 == 0 ? 16 : 8;
+template <typename C, int D>
+constexpr int VALUE_EACH = sizeof(C) == 1 && D % 128 == 0 ? 16 : 8;
+
 // The numbers of an instance. Shared memory: queries [Q][QUERY] T, then sums [PARTS][Q][STRIDE] f32.
-template <typename T, int D, int Q, int WARPS, bool TENSOR>
+template <typename T, typename C, int D, int Q, int WARPS, bool TENSOR>
 struct Decode {
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int LANES = D <= 8 ? 2 : power_of_two(D / 8);
     static constexpr int PARTS = TENSOR ? WARPS : 1;  // sums of a block that are added up at the end
     static constexpr int STRIDE = TENSOR ? D + 4 : 8 * LANES;
     static constexpr int CHUNKS = (D + 31) / 32;  // of 4 lanes x 8 elements
-    // Two rows of queries lie 64 bytes apart modulo the 128 of all banks.
-    static constexpr int QUERY = !TENSOR ? D : CHUNKS % 2 ? CHUNKS * 32 : CHUNKS * 32 + 32;
+    // Two rows of queries lie 64 bytes apart modulo the 128 of all banks; or 16, where lanes read 32 bytes apart.
+    static constexpr int QUERY = !TENSOR                ? D
+                                 : KEY_EACH<C, D> == 16 ? D + 8
+                                 : CHUNKS % 2           ? CHUNKS * 32
+                                                        : CHUNKS * 32 + 32;
     static constexpr int QUERIES = TENSOR ? 8 : Q;
     static constexpr int ROWS = larger(1, THREADS / (Q * D / 4));  // splits that are added up side by side
     static constexpr int ROOM = larger(PARTS * Q * STRIDE, ROWS * Q * D);
@@ -29,9 +39,10 @@ struct Decode {
 };
 
 // The arguments of both kernels, as the head of attention_decode.cu describes them.
-template <typename T>
+template <typename T, typename C>
 struct Arguments {
-    const T *x, *k, *v;
+    const T* x;
+    const C *k, *v;
     const i32 *seq_lens, *page_table;
     T* y;
     f32 *partial, *stats;
@@ -41,10 +52,10 @@ struct Arguments {
 };
 
 // The arguments of append_attention alone; k and v are the cache again, to write to.
-template <typename T>
+template <typename T, typename C>
 struct NewToken {
     const i32* slot_mapping;
-    T *k, *v;
+    C *k, *v;
     const i32* rope_rows;
     const f32 *cos, *sin;
     const T *q_norm, *k_norm;
@@ -81,20 +92,20 @@ struct Heads {
 };
 
 // The keys and values of a key head of a sequence: in the cache from `low` on, but token `fresh` at key and value.
-template <typename T>
+template <typename C>
 struct History {
-    const T *k, *v;
+    const C *k, *v;
     const i32* table;  // the sequence's row of the page table
     int head, H, low, fresh;
-    const T *key, *value;
+    const C *key, *value;
 };
 
 // A split's result from the PARTS sums in room [PARTS][Q][STRIDE]: rows of y if it is the only one, else partial sums.
-template <int D, int Q, int WARPS, bool TENSOR, typename T, int PARTS>
-__device__ __forceinline__ void store_split(const Arguments<T>& a, const Heads<Q>& heads, T* y, int split, bool only,
+template <int D, int Q, int WARPS, bool TENSOR, typename T, typename C, int PARTS>
+__device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Heads<Q>& heads, T* y, int split, bool only,
                                             const float* room, const float (&largest)[PARTS][Q],
                                             const float (&sum)[PARTS][Q]) {
-    using Numbers = Decode<T, D, Q, WARPS, TENSOR>;
+    using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
     const i64 first = i64(heads.sequence) * a.num_heads + heads.first;
     for (int i = threadIdx.x; i < heads.count * D; i += Numbers::THREADS) {
         const int row = i / D, column = i % D;
@@ -172,8 +183,8 @@ struct SplitSums {
 
 // Rows of y from all splits of the block's heads. ROWS threads share 4 columns of a head, each with a softmax of its
 // own over every ROWS-th split. room: [ROWS][Q][D]
-template <int D, int Q, int THREADS, int ROWS, typename T>
-__device__ __forceinline__ void add_up_splits(const Arguments<T>& a, const Heads<Q>& heads, T* y, int count,
+template <int D, int Q, int THREADS, int ROWS, typename T, typename C>
+__device__ __forceinline__ void add_up_splits(const Arguments<T, C>& a, const Heads<Q>& heads, T* y, int count,
                                               float* room) {
     constexpr int ITEMS = Q * D / 4;
     __shared__ float tops[ROWS][Q], totals[ROWS][Q];

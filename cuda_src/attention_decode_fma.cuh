@@ -31,19 +31,19 @@ __device__ __forceinline__ int reduce_scatter(float (&x)[N], int lane) {
 }
 
 // A tile of KEYS keys: thread (row, column) holds 8 elements of every ROWS-th key and value, and of the sums.
-template <typename T, int D, int S, int Q, int WARPS>
+template <typename C, int D, int S, int Q, int WARPS>
 struct BlockTile {
-    static constexpr int THREADS = WARPS * WARP, LANES = Decode<T, D, Q, WARPS, false>::LANES, WIDTH = 8 * LANES;
+    static constexpr int THREADS = WARPS * WARP, LANES = Decode<C, C, D, Q, WARPS, false>::LANES, WIDTH = 8 * LANES;
     static constexpr int ROWS = THREADS / LANES, QP = power_of_two(Q);
-    static constexpr int MAX_STEPS = sizeof(T) == 4 || Q > 4 ? 4 : 8;  // K and V wait in registers, as do 8 Q sums
+    static constexpr int MAX_STEPS = sizeof(C) == 4 || Q > 4 ? 4 : 8;  // K and V wait in registers, as do 8 Q sums
     static constexpr int STEPS = LANES / 2 < MAX_STEPS ? LANES / 2 : MAX_STEPS, KEYS = ROWS * STEPS;
-    Pack<T, 8> keys[STEPS], values[STEPS];
+    Pack<C, 8> keys[STEPS], values[STEPS];
     int column, row;
 
     __device__ __forceinline__ BlockTile() : column(threadIdx.x % LANES * 8), row(threadIdx.x / LANES) {}
 
     // Keys outside low .. end-1 are the next of those; their p is zero.
-    __device__ __forceinline__ void fetch(const History<T>& past, int tile, int end) {
+    __device__ __forceinline__ void fetch(const History<C>& past, int tile, int end) {
         const int from = column < D ? column : 0;  // lanes beyond D read what is there; their q is zero
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
@@ -65,13 +65,14 @@ struct BlockTile {
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
             float dot[QP] = {};
+            const auto& key = readable(keys[u]);
 #pragma unroll
             for (int i = 0; i < 8; i += 4) {
 #pragma unroll
                 for (int h = 0; h < Q; h++) {
                     const Pack<f32, 4> a = load<4>(q + h * WIDTH + column + i);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) dot[h] += a.v[j] * to_float(keys[u].v[i + j]);
+                    for (int j = 0; j < 4; j++) dot[h] += a.v[j] * to_float(key.v[i + j]);
                 }
             }
             const int first = reduce_scatter<QP, LANES>(dot, lane);
@@ -86,9 +87,10 @@ struct BlockTile {
     __device__ __forceinline__ void add(const float (&p)[KEYS][Q], float (&acc)[Q][8]) const {
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
+            const auto& held = readable(values[u]);
             float value[8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) value[i] = to_float(values[u].v[i]);
+            for (int i = 0; i < 8; i++) value[i] = to_float(held.v[i]);
 #pragma unroll
             for (int h = 0; h < Q; h++) {
                 const float weight = p[u * ROWS + row][h];
@@ -153,10 +155,10 @@ __device__ __forceinline__ void weigh(float (&score)[KEYS][Q], float (&shrink)[Q
 }
 
 // The block's share, begin .. end-1. out: [Q][8*LANES], the scaled queries before and the sums after.
-template <int D, int S, int Q, int WARPS, typename T>
-__device__ __forceinline__ void attend_block(const History<T>& past, int begin, int end, float* out, float* largest,
+template <int D, int S, int Q, int WARPS, typename C>
+__device__ __forceinline__ void attend_block(const History<C>& past, int begin, int end, float* out, float* largest,
                                              float* sum) {
-    BlockTile<T, D, S, Q, WARPS> rows;
+    BlockTile<C, D, S, Q, WARPS> rows;
     __shared__ float score[rows.KEYS][Q];  // then p
     __shared__ float shrink[Q];
     if (threadIdx.x < Q) largest[threadIdx.x] = LOWEST, sum[threadIdx.x] = 0.f;

@@ -14,94 +14,156 @@ __device__ __forceinline__ void split_pair(float a, float b, u32& high, u32& low
     high = *reinterpret_cast<u32*>(&x), low = *reinterpret_cast<u32*>(&y);
 }
 
-// Chunks of a row of D elements: of a key 4 lanes x 8 elements, of a value 8 lanes x 8 elements.
-template <int D>
-constexpr int KEY_CHUNKS = (D + 31) / 32;
-template <int D>
-constexpr int VALUE_CHUNKS = (D + 63) / 64;
+// What products are computed in: T; with an e4m3 cache f16, which one instruction makes of two numbers.
+template <typename T, typename C>
+struct Products {
+    typedef T Type;
+    static constexpr float QUERY_SCALE = 1.f;
+};
+// Queries then are multiplied by 2^-6 if they come from bf16, whose range is larger: so f16 holds them up to 4e6, and
+// loses no more of a small one than 2^-19.
+template <typename T>
+struct Products<T, e4m3> {
+    typedef f16 Type;
+    static constexpr float QUERY_SCALE = same_type<T, bf16> ? 1.f / 64.f : 1.f;
+};
 
-// A warp's tile of 16 keys. Lane (g, t) = (lane / 4, lane % 4) holds of keys g and g + 8 the elements 32*c + 8*t .. +7,
-// and of the values of keys 2t, 2t+1, 2t+8, 2t+9 the elements 64*c + 8*g .. +7. Absent ones are zero.
-template <typename T, int D, int S>
+// 8 elements of a query, T in shared memory, become what products are computed in, scaled.
+template <typename T, typename C>
+__device__ __forceinline__ void scale_query(T* q) {
+    typedef typename Products<T, C>::Type M;
+    const Pack<T, 8> x = load<8>(q);
+    Pack<M, 8> out;
+#pragma unroll
+    for (int i = 0; i < 8; i++) out.v[i] = from_float<M>(to_float(x.v[i]) * Products<T, C>::QUERY_SCALE);
+    store<8>(reinterpret_cast<M*>(q), out);
+}
+
+// Chunks of a row of D elements: of a key 4 lanes x KEY_EACH elements, of a value 8 lanes x VALUE_EACH elements.
+template <typename C, int D>
+constexpr int KEY_CHUNKS = (D + 4 * KEY_EACH<C, D> - 1) / (4 * KEY_EACH<C, D>);
+template <typename C, int D>
+constexpr int VALUE_CHUNKS = (D + 8 * VALUE_EACH<C, D> - 1) / (8 * VALUE_EACH<C, D>);
+
+// A warp's tile of 16 keys. Lane (g, t) = (lane / 4, lane % 4) holds of keys g and g + 8 the KE elements from
+// 4*KE*c + KE*t on, and of the values of keys 2t, 2t+1, 2t+8, 2t+9 the VE elements from 8*VE*c + VE*g on. Absent ones
+// are zero.
+template <typename T, typename C, int D, int S>
 struct WarpTile {
-    Pack<u32, 4> keys[2][KEY_CHUNKS<D>], values[4][VALUE_CHUNKS<D>];
+    typedef typename Products<T, C>::Type M;
+    static constexpr int KE = KEY_EACH<C, D>, VE = VALUE_EACH<C, D>;
+    typedef Pack<u32, KE * sizeof(C) / 4> KeyPart;
+    typedef Pack<u32, VE * sizeof(C) / 4> ValuePart;
+    KeyPart keys[2][KEY_CHUNKS<C, D>];
+    ValuePart values[4][VALUE_CHUNKS<C, D>];
 
     static __device__ __forceinline__ int value_row(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }
 
     // The rows from `at` on that lie in low .. high-1. at is a multiple of TILE.
-    __device__ __forceinline__ void fetch_keys(const History<T>& past, int at, int high) {
+    __device__ __forceinline__ void fetch_keys(const History<C>& past, int at, int high) {
         const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-        const T* tile =
+        const C* tile =
             S % TILE == 0 && at < high ? past.k + token_offset<S, D>(past.table, at, past.head, past.H) : past.k;
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             const int token = at + g + 8 * u;
             const bool there = token >= past.low && token < high;
-            const T* row = tile + (g + 8 * u) * D;
+            const C* row = tile + (g + 8 * u) * D;
             if (S % TILE != 0 && there) row = past.k + token_offset<S, D>(past.table, token, past.head, past.H);
 #pragma unroll
-            for (int c = 0; c < KEY_CHUNKS<D>; c++) {
+            for (int c = 0; c < KEY_CHUNKS<C, D>; c++) {
                 keys[u][c] = {};
-                if (there && (D % 32 == 0 || 32 * c + 8 * t < D))
-                    keys[u][c] = *reinterpret_cast<const Pack<u32, 4>*>(row + 32 * c + 8 * t);
+                if (there && (D % (4 * KE) == 0 || 4 * KE * c + KE * t < D))
+                    keys[u][c] = *reinterpret_cast<const KeyPart*>(row + 4 * KE * c + KE * t);
             }
         }
     }
 
-    __device__ __forceinline__ void fetch_values(const History<T>& past, int at, int high) {
+    __device__ __forceinline__ void fetch_values(const History<C>& past, int at, int high) {
         const int g = threadIdx.x % WARP / 4;
-        const T* tile =
+        const C* tile =
             S % TILE == 0 && at < high ? past.v + token_offset<S, D>(past.table, at, past.head, past.H) : past.v;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int token = at + value_row(i);
             const bool there = token >= past.low && token < high;
-            const T* row = tile + value_row(i) * D;
+            const C* row = tile + value_row(i) * D;
             if (S % TILE != 0 && there) row = past.v + token_offset<S, D>(past.table, token, past.head, past.H);
 #pragma unroll
-            for (int c = 0; c < VALUE_CHUNKS<D>; c++) {
+            for (int c = 0; c < VALUE_CHUNKS<C, D>; c++) {
                 values[i][c] = {};
-                if (there && (D % 64 == 0 || 64 * c + 8 * g < D))
-                    values[i][c] = *reinterpret_cast<const Pack<u32, 4>*>(row + 64 * c + 8 * g);
+                if (there && (D % (8 * VE) == 0 || 8 * VE * c + VE * g < D))
+                    values[i][c] = *reinterpret_cast<const ValuePart*>(row + 8 * VE * c + VE * g);
             }
         }
     }
 
     // The new token, number `number` of the tile, is not read from the cache.
-    __device__ __forceinline__ void insert_key(const T* key, int number) {
+    __device__ __forceinline__ void insert_key(const C* key, int number) {
         const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int u = 0; u < 2; u++) {
 #pragma unroll
-            for (int c = 0; c < KEY_CHUNKS<D>; c++)
-                if (g + 8 * u == number && 32 * c + 8 * t < D)
-                    keys[u][c] = *reinterpret_cast<const Pack<u32, 4>*>(key + 32 * c + 8 * t);
+            for (int c = 0; c < KEY_CHUNKS<C, D>; c++)
+                if (g + 8 * u == number && 4 * KE * c + KE * t < D)
+                    keys[u][c] = *reinterpret_cast<const KeyPart*>(key + 4 * KE * c + KE * t);
         }
     }
 
-    __device__ __forceinline__ void insert_value(const T* value, int number) {
+    __device__ __forceinline__ void insert_value(const C* value, int number) {
         const int g = threadIdx.x % WARP / 4;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
-            for (int c = 0; c < VALUE_CHUNKS<D>; c++)
-                if (value_row(i) == number && 64 * c + 8 * g < D)
-                    values[i][c] = *reinterpret_cast<const Pack<u32, 4>*>(value + 64 * c + 8 * g);
+            for (int c = 0; c < VALUE_CHUNKS<C, D>; c++)
+                if (value_row(i) == number && 8 * VE * c + VE * g < D)
+                    values[i][c] = *reinterpret_cast<const ValuePart*>(value + 8 * VE * c + VE * g);
+        }
+    }
+
+    // The lane's elements 8*c .. 8*c + 7 of key g + 8*u, two in a register.
+    __device__ __forceinline__ void key_pairs(int u, int c, u32 (&b)[4]) const {
+        if constexpr (same_type<C, e4m3>) {
+            const KeyPart& part = keys[u][c / (KE / 8)];
+#pragma unroll
+            for (int i = 0; i < 2; i++) widen_e4m3(part.v[c % (KE / 8) * 2 + i], b[2 * i], b[2 * i + 1]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) b[i] = keys[u][c].v[i];
+        }
+    }
+
+    // Of the lane's columns 2*w and 2*w + 1 of chunk c the values of all its keys: v^T as the A of mma.m16n8k16.
+    __device__ __forceinline__ void value_pairs(int c, int w, u32 (&a)[4]) const {
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            if constexpr (same_type<C, e4m3>) {
+                const u32 x = values[2 * pair][c].v[w / 2], y = values[2 * pair + 1][c].v[w / 2];
+                widen_e4m3(__byte_perm(x, y, w % 2 ? 0x7362 : 0x5140), a[2 * pair], a[2 * pair + 1]);
+            } else {
+                const u32 x = values[2 * pair][c].v[w], y = values[2 * pair + 1][c].v[w];
+                a[2 * pair] = (x & 0xffffu) | y << 16;
+                a[2 * pair + 1] = x >> 16 | (y & 0xffff0000u);
+            }
         }
     }
 
     // score[u][i]: of head g with key 8*u + 2*t + i. q: [8][QUERY]
     template <int QUERY>
-    __device__ __forceinline__ void dot(const T* q, float (&score)[2][2]) const {
+    __device__ __forceinline__ void dot(const M* q, float (&score)[2][2]) const {
         const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
         float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll
-        for (int c = 0; c < KEY_CHUNKS<D>; c++) {
-            const Pack<u32, 4> a = *reinterpret_cast<const Pack<u32, 4>*>(q + g * QUERY + 32 * c + 8 * t);
+        for (int c = 0; c < KEY_CHUNKS<C, D> * (KE / 8); c++) {  // 8 elements of a lane
+            const int chunk = c / (KE / 8), part = c % (KE / 8);
+            const M* from = q + g * QUERY + (4 * KE * chunk + 8 * part) + KE * t;
+            const Pack<u32, 4> a = *reinterpret_cast<const Pack<u32, 4>*>(from);
 #pragma unroll
             for (int u = 0; u < 2; u++) {
-                multiply(even[u], {a.v[0], 0, a.v[1], 0}, {keys[u][c].v[0], keys[u][c].v[1]}, T());
-                multiply(odd[u], {a.v[2], 0, a.v[3], 0}, {keys[u][c].v[2], keys[u][c].v[3]}, T());
+                u32 b[4];
+                key_pairs(u, c, b);
+                multiply(even[u], {a.v[0], 0, a.v[1], 0}, {b[0], b[1]}, M());
+                multiply(odd[u], {a.v[2], 0, a.v[3], 0}, {b[2], b[3]}, M());
             }
         }
 #pragma unroll
@@ -113,10 +175,11 @@ struct WarpTile {
 };
 
 // A warp's softmax of up to 8 heads and their sums over the values. Lane (g, t) has the statistics of head g, and
-// acc[c][w][j] is of column 64*c + 8*g + 2*w + j/2 and head 2*t + j%2.
-template <int D>
+// acc[c][w][j] is of column 8*VE*c + VE*g + 2*w + j/2 and head 2*t + j%2.
+template <typename C, int D>
 struct WarpSums {
-    float acc[VALUE_CHUNKS<D>][4][4] = {}, most = LOWEST, total = 0.f;
+    static constexpr int VE = VALUE_EACH<C, D>, CHUNKS = VALUE_CHUNKS<C, D>;
+    float acc[CHUNKS][VE / 2][4] = {}, most = LOWEST, total = 0.f;
 
     // Scores of the keys from `at` on, as `dot` gives them, to weights p; the sums so far go with the new maximum.
     __device__ __forceinline__ void weigh(float (&p)[2][2], int at, int low, int end, float scale) {
@@ -142,9 +205,9 @@ struct WarpSums {
         }
         const float shrinks[2] = {__shfl_sync(ALL_LANES, shrink, 8 * t), __shfl_sync(ALL_LANES, shrink, 8 * t + 4)};
 #pragma unroll
-        for (int c = 0; c < VALUE_CHUNKS<D>; c++) {
+        for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
-            for (int w = 0; w < 4; w++) {
+            for (int w = 0; w < VE / 2; w++) {
 #pragma unroll
                 for (int j = 0; j < 4; j++) acc[c][w][j] *= shrinks[j % 2];
             }
@@ -153,23 +216,19 @@ struct WarpSums {
 
     // Adds the tile's values with the weights p.
     template <typename T, int S>
-    __device__ __forceinline__ void add(const WarpTile<T, D, S>& tile, const float (&p)[2][2]) {
+    __device__ __forceinline__ void add(const WarpTile<T, C, D, S>& tile, const float (&p)[2][2]) {
+        typedef typename Products<T, C>::Type M;
         u32 high[2], low[2];
 #pragma unroll
-        for (int u = 0; u < 2; u++) split_pair<T>(p[u][0], p[u][1], high[u], low[u]);
+        for (int u = 0; u < 2; u++) split_pair<M>(p[u][0], p[u][1], high[u], low[u]);
 #pragma unroll
-        for (int c = 0; c < VALUE_CHUNKS<D>; c++) {
+        for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
-            for (int w = 0; w < 4; w++) {
+            for (int w = 0; w < VE / 2; w++) {
                 u32 a[4];
-#pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    const u32 x = tile.values[2 * pair][c].v[w], y = tile.values[2 * pair + 1][c].v[w];
-                    a[2 * pair] = (x & 0xffffu) | y << 16;
-                    a[2 * pair + 1] = x >> 16 | (y & 0xffff0000u);
-                }
-                multiply(acc[c][w], a, high, T());
-                multiply(acc[c][w], a, low, T());
+                tile.value_pairs(c, w, a);
+                multiply(acc[c][w], a, high, M());
+                multiply(acc[c][w], a, low, M());
             }
         }
     }
@@ -184,10 +243,10 @@ struct WarpSums {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
 #pragma unroll
-            for (int c = 0; c < VALUE_CHUNKS<D>; c++) {
+            for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
-                for (int w = 0; w < 4; w += 2) {
-                    const int column = 64 * c + 8 * g + 2 * w;
+                for (int w = 0; w < VE / 2; w += 2) {
+                    const int column = 8 * VE * c + VE * g + 2 * w;
                     Pack<f32, 4> four;
                     four.v[0] = acc[c][w][j], four.v[1] = acc[c][w][j + 2];
                     four.v[2] = acc[c][w + 1][j], four.v[3] = acc[c][w + 1][j + 2];
@@ -199,8 +258,8 @@ struct WarpSums {
 };
 
 // A warp's first tiles of a split that begins at `begin`: tokens before `high`.
-template <int WARPS, typename T, int D, int S, int TILES>
-__device__ __forceinline__ void fetch_tiles(WarpTile<T, D, S> (&tiles)[TILES], const History<T>& past, int begin,
+template <int WARPS, typename T, typename C, int D, int S, int TILES>
+__device__ __forceinline__ void fetch_tiles(WarpTile<T, C, D, S> (&tiles)[TILES], const History<C>& past, int begin,
                                             int high) {
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
@@ -212,18 +271,19 @@ __device__ __forceinline__ void fetch_tiles(WarpTile<T, D, S> (&tiles)[TILES], c
 
 // One warp's share of the keys begin .. end-1: sums to out [Q][STRIDE], the softmax's to largest and sum [Q]. `tiles`
 // hold the first keys.
-template <int QUERY, int Q, int WARPS, int STRIDE, typename T, int D, int S, int TILES>
-__device__ __forceinline__ void attend_warp(WarpTile<T, D, S> (&tiles)[TILES], const T* q, const History<T>& past,
+template <int QUERY, int Q, int WARPS, int STRIDE, typename T, typename C, int D, int S, int TILES>
+__device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES], const T* rows, const History<C>& past,
                                             int begin, int end, float scale, float* out, float* largest, float* sum) {
     constexpr int STEP = WARPS * TILE;
     const int high = min(end, past.fresh);
-    WarpSums<D> sums;
+    const auto* q = reinterpret_cast<const typename Products<T, C>::Type*>(rows);
+    WarpSums<C, D> sums;
     for (int next = begin + threadIdx.x / WARP * TILE; next < end; next += TILES * STEP) {
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
             const int at = next + n * STEP;
             if (at >= end) break;
-            WarpTile<T, D, S>& tile = tiles[n];
+            WarpTile<T, C, D, S>& tile = tiles[n];
             const bool newest = past.fresh - at < TILE && past.fresh >= at;
             if (newest) tile.insert_key(past.key, past.fresh - at);
             float p[2][2];

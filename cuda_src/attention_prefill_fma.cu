@@ -5,13 +5,13 @@
 //
 //   x           [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are the new tokens of sequence i, the
 //                                          last of its seq_lens[i] tokens; the query heads come first in a row
-//   k, v        [P, H, S, D] T             pages of S tokens
+//   k, v        [P, H, S, D] C             pages of S tokens
 //   cu_seqlens  [b+1] i32
 //   seq_lens    [b] i32
 //   page_table  [b, M] i32                 token t of sequence i lies on page page_table[i][t / S]
 //   y           [n, num_heads*D] T
 //
-// D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and sums are f32.
+// C is T, or e4m3. D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and sums are f32.
 // Exponentials are powers of two: the factor log2(e) is part of the scaled query.
 //
 // Mapping: grid (tiles, H), 256 threads. The rows of a tile are (token, head of the group) pairs of one sequence, so
@@ -25,17 +25,18 @@
 // Benchmark: `cuplama kernels bench`.
 // Tried: scores unrolled by 4, which spilled registers.
 #include "attention.cuh"
+#include "e4m3.cuh"
 
 constexpr int PREFILL_THREADS = 256;
 
 // A tile of K or V on its way from the pages to shared memory: each thread moves vectors of 8 elements.
-template <typename T, int D, int S, int KEYS, int STRIDE>
+template <typename C, int D, int S, int KEYS, int STRIDE>
 struct PageTile {
     static constexpr int COUNT = KEYS * D / 8, VECTORS = (COUNT + PREFILL_THREADS - 1) / PREFILL_THREADS;
-    Pack<T, 8> held[VECTORS];
+    Pack<C, 8> held[VECTORS];
 
     // Tokens first .. first+KEYS-1; those from `high` on repeat the last (their scores are masked).
-    __device__ __forceinline__ void fetch(const T* cache, const i32* table, int first, int high, int head, int H) {
+    __device__ __forceinline__ void fetch(const C* cache, const i32* table, int first, int high, int head, int H) {
 #pragma unroll
         for (int u = 0; u < VECTORS; u++) {
             const int vector = threadIdx.x + u * PREFILL_THREADS;
@@ -51,11 +52,12 @@ struct PageTile {
         for (int u = 0; u < VECTORS; u++) {
             const int vector = threadIdx.x + u * PREFILL_THREADS;
             if (COUNT % PREFILL_THREADS == 0 || vector < COUNT) {
+                const auto& x = readable(held[u]);
 #pragma unroll
                 for (int half = 0; half < 8; half += 4) {
                     Pack<f32, 4> four;
 #pragma unroll
-                    for (int i = 0; i < 4; i++) four.v[i] = to_float(held[u].v[half + i]);
+                    for (int i = 0; i < 4; i++) four.v[i] = to_float(x.v[half + i]);
                     store<4>(tile + vector / (D / 8) * STRIDE + vector % (D / 8) * 8 + half, four);
                 }
             }
@@ -178,9 +180,9 @@ struct ThreadRows {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int S, int ROWS, int KEYS>
+template <typename T, typename C, int D, int S, int ROWS, int KEYS>
 __global__ void __launch_bounds__(PREFILL_THREADS, 2)
-    attention_prefill_fma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
+    attention_prefill_fma(const T* __restrict__ x, const C* __restrict__ k, const C* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
                           int window, float scale) {
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     const i32* table = page_table + i64(part.sequence) * M;
     ThreadRows<D, ROWS, KEYS, STRIDE> rows(part, group);
     const Band<ROWS, KEYS> band(part, group, window);
-    PageTile<T, D, S, KEYS, STRIDE> tile;
+    PageTile<C, D, S, KEYS, STRIDE> tile;
     tile.fetch(k, table, band.low, band.high, kv_head, H);
     for (int i = threadIdx.x; i < ROWS * D; i += PREFILL_THREADS) {
         const int row = part.first + i / D, token = row / group, head = kv_head * group + row % group;

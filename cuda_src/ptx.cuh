@@ -130,6 +130,22 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// ---- 8-bit floats (sm_89); e4m3.cuh has what older GPUs do ----------------------------------------------------------
+
+// Four e4m3 numbers as f16, the first in the lower half of `low`.
+__device__ __forceinline__ void e4m3x4_to_f16(unsigned x, unsigned& low, unsigned& high) {
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+        : "=r"(low), "=r"(high)
+        : "r"(x));
+}
+
+// Two numbers rounded to e4m3 in 16 bits, the first in the lower half. What is too large becomes 448.
+__device__ __forceinline__ unsigned e4m3x2_from_f32(float low, float high) {
+    unsigned short both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(both) : "f"(low), "f"(high));
+    return both;
+}
+
 // ---- barriers in shared memory (sm_80 for arrivals, sm_90 for waiting), 8 bytes each --------------------------------
 
 // A phase ends when `count` arrivals have come. One thread calls, before a block barrier.

@@ -24,6 +24,7 @@ __all__ = ["FIRST_ALONE", "fast_cases", "launched", "mark_slow"]
 # Tests whose cases compile kernels of their own: files, or functions of a file. The first case of a function is fast.
 FIRST_ALONE = (
     "ops/test_attention.py",
+    "ops/test_e4m3.py",
     "ops/test_ops.py::test_a_row_of_a_product_does_not_depend_on_the_others",
     "ops/test_ops.py::test_unaligned_arrays",
     "ops/test_sampling_statistics.py",

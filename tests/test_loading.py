@@ -31,6 +31,8 @@ def test_a_context_beyond_the_trained_one_is_noticed(caplog: pytest.LogCaptureFi
 def test_load_options() -> None:
     with pytest.raises(ParameterError, match="dtype = 'int8' is not supported; supported: auto, float32"):
         load(CHARS, dtype="int8")
+    with pytest.raises(ParameterError, match=r"^kv_cache_dtype = 'int8' is not supported; supported: auto, fp8$"):
+        load(CHARS, kv_cache_dtype="int8")
     with pytest.raises(ParameterError, match="device = 'tpu' is not supported"):
         cuplama.load(CHARS, device="tpu")
     wrong: tuple[tuple[dict[str, Any], str], ...] = (

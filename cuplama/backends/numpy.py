@@ -30,7 +30,7 @@ class _Prepared:
 
     reference: Callable[..., Any]
     ins: tuple[str, ...]
-    outs: tuple[tuple[str, np.dtype[Any]], ...]
+    outs: tuple[tuple[str, np.dtype[Any] | None], ...]
     attrs: Mapping[str, Any]
     dead: tuple[str, ...]
 
@@ -105,7 +105,7 @@ class NumPyBackend:
     def call(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         out = op.reference(*ins, **attrs)
         outs = out if isinstance(out, tuple) else (out,)
-        return tuple(o.astype(d, copy=False) for o, d in zip(outs, self._dtypes(op, attrs), strict=True))
+        return tuple(map(_cast, outs, self._dtypes(op, attrs)))
 
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         # What overflows in float16 shows in the logits; the sampler refuses those.
@@ -117,7 +117,7 @@ class NumPyBackend:
         for ready in self._prepare(nodes, keep):
             out = ready.reference(*[values[name] for name in ready.ins], **ready.attrs)
             for (name, dtype), array in zip(ready.outs, out if isinstance(out, tuple) else (out,), strict=True):
-                values[name] = array.astype(dtype, copy=False)
+                values[name] = _cast(array, dtype)
             for name in ready.dead:
                 del values[name]
         return {name: values[name] for name in keep}
@@ -138,9 +138,10 @@ class NumPyBackend:
     def close(self) -> None:
         self._prepared.clear()
 
-    def _dtypes(self, op: Op, attrs: Mapping[str, Any]) -> list[np.dtype[Any]]:
+    def _dtypes(self, op: Op, attrs: Mapping[str, Any]) -> list[np.dtype[Any] | None]:
+        """What each output is to be; None for one that keeps its own, as the cache does (``C``)."""
         letters = [attrs.get(spec.dtype, spec.dtype) for spec in op.signature.outs]
-        return [self.dtype if letter == "T" else DTYPES[letter] for letter in letters]
+        return [self.dtype if letter == "T" else DTYPES.get(letter) for letter in letters]
 
     def _prepare(self, nodes: Sequence[Node], keep: Sequence[str]) -> list[_Prepared]:
         """The nodes of a list made ready; worked out once per list."""
@@ -165,6 +166,10 @@ class NumPyBackend:
 def _settled(weight: Weight) -> Weight:
     """The weight, whose parts are not quantised again each time they are read."""
     return replace(weight, parts=tuple(p.settled() if isinstance(p, Rounded) else p for p in weight.parts))
+
+
+def _cast(array: Array, dtype: np.dtype[Any] | None) -> Array:
+    return array if dtype is None else array.astype(dtype, copy=False)
 
 
 _DECODED = 1 << 18  # numbers that a thread decodes at a time: what it makes on the way stays in its cache

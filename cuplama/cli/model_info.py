@@ -94,6 +94,7 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
         "bytes_by_part": parts,
         "cache_bytes_per_token": per_token,
         "cache_bytes": per_token * context,
+        "eight_bit_cache_bytes": per_token * context // T.itemsize,
         "gpu_bytes": _gpu_bytes(config, sum(device[name] for name in sizes), context),
         "numpy_bytes": 4 * sum(sizes.values()) + cache_bytes(config, DTYPES["f32"], context),
         **text_facts(folder, config),
@@ -123,7 +124,8 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
             f"{name}: {p['elements']:,} of {p['bits']:.4g} bits" for name, p in facts["weight_formats"].items()
         ],
         "memory by part": [f"{part.replace('_', '-')} {size_text(n)}" for part, n in facts["bytes_by_part"].items()],
-        "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens",
+        "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens;"
+        f" {size_text(facts['eight_bit_cache_bytes'])} with --kv-cache-dtype fp8",
         "memory needed": f"{gpu}, {size_text(facts['numpy_bytes'])} on NumPy, with that cache",
         **text_view(facts),
     }

@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..device import ACTIVATIONS, DEVICES
+from ..engine.kv_cache import KV_CACHE_DTYPES
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..quant.grid import GRIDS
@@ -22,6 +23,7 @@ __all__ = [
     "ACTIVATIONS_OPTION",
     "DEBUG",
     "DEVICE",
+    "KV_CACHE_DTYPE",
     "OFFLINE",
     "OR_A_SHAPE",
     "QUANTIZE",
@@ -51,6 +53,13 @@ DEVICE = click.option(
     callback=device_word,
     metavar=f"[{'|'.join(DEVICES)}]",
     help="Where to run; cpu is numpy, gpu is cuda.",
+)
+KV_CACHE_DTYPE = click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(list(KV_CACHE_DTYPES)),
+    default="auto",
+    metavar="DTYPE",
+    help="Of keys and values: fp8 for half the bytes of 16 bits, or auto, the model's.",
 )
 
 

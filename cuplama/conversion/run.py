@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..arguments import checked, one_of, whole_number
-from ..device import DEVICES, open_backend
+from ..device import DEVICES, Setup, open_backend
 from ..dtypes import Array, upcast
 from ..errors import ParameterError
 from ..quant.compressed import config_of, read_tensors, tensor_specs, tensors_of
@@ -194,7 +194,7 @@ class _Calibrated:
         # One layer's weights are on the device at a time, and its cache: as of a model with a single layer.
         one = replace(config, layers=config.layers[:1])
         few = {name: weight for name, weight in weights.items() if (layer_of(name) or 0) == 0 and name != "lm_head"}
-        self._backend = open_backend(options.device, "auto", one, few, length, length)
+        self._backend = open_backend(Setup(options.device, "auto", length, length), one, few)
         try:
             self._calibration = Calibration(self._backend, config, samples, work.target.path)
             self._calibration.embed(self._load(["embed_tokens", *{"position_table"} & weights.keys()]))

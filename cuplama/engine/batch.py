@@ -119,15 +119,20 @@ class Batch:
 
 
 def abstract_values(
-    config: ModelConfig, T: np.dtype[Any], shapes: Mapping[str, tuple[int, ...]], pages: int, positions: int
+    config: ModelConfig,
+    T: np.dtype[Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    pages: int,
+    positions: int,
+    cache: np.dtype[Any] | None = None,
 ) -> dict[str, AbstractArray]:
     """Descriptions of everything that a model's graph reads, by name: weights, cache, rotation tables and inputs.
 
     shapes: of the inputs, by ``input_shapes``; pages: of the cache, the padding page included; positions: that the
-    rotation tables cover.
+    rotation tables cover; cache: what keys and values are stored in, ``T`` by default.
     """
     found = {name: abstract(shape, T) for name, shape in config.weight_shapes().items()}
-    pool = abstract((pages, config.num_kv_heads, PAGE, config.head_dim), T)
+    pool = abstract((pages, config.num_kv_heads, PAGE, config.head_dim), cache or T)
     found |= {f"{i}.cache.{part}": pool for i in range(config.num_layers) for part in "kv"}
     for name, rope in config.ropes.items():
         table = abstract((table_rows(rope, positions), rope.dim // 2), DTYPES["f32"])

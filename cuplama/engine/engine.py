@@ -45,14 +45,20 @@ class Engine:
     """Runs one model on one backend.
 
     weights: canonical name -> device array; context: tokens a sequence may have; cache_tokens: tokens that all
-    sequences together may have in the cache.
+    sequences together may have in the cache; kv_cache_dtype: what that holds, one of ``KV_CACHE_DTYPES``.
     """
 
     def __init__(
-        self, backend: Backend, config: ModelConfig, weights: Mapping[str, Array], context: int, cache_tokens: int
+        self,
+        backend: Backend,
+        config: ModelConfig,
+        weights: Mapping[str, Array],
+        context: int,
+        cache_tokens: int,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.backend, self.config, self.context = backend, config, context
-        self.cache = PagedCache(backend, config, pages_for(max(cache_tokens, context)))
+        self.cache = PagedCache(backend, config, pages_for(max(cache_tokens, context)), kv_cache_dtype)
         self.runner = Runner(backend, config, weights, self.cache, context)
         self.scheduler = Scheduler(self.runner, context)
         self.sharing = self.scheduler.sharing

@@ -6,15 +6,19 @@ Kwon et al., "Efficient Memory Management for Large Language Model Serving with 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from ..backends import Backend
-from ..dtypes import Array
+from ..dtypes import DTYPES, Array
 from ..models.config import ModelConfig
 
-__all__ = ["PAGE", "PagedCache", "page_table", "pages_for"]
+__all__ = ["KV_CACHE_DTYPES", "PAGE", "PagedCache", "cache_dtype", "page_table", "pages_for"]
 
+# What a caller may ask for -> the short name of what keys and values are stored in; "T" is the model's dtype.
+KV_CACHE_DTYPES: Mapping[str, str] = {"auto": "T", "fp8": "e4m3"}
 PAGE = 64  # tokens per page: 16 KB of one bf16 head of 128, a good size for one bulk copy
 
 
@@ -23,15 +27,24 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-class PagedCache:
-    """The pool. ``arrays``: "<layer>.cache.k" and ".v" [pages + 1, kv_heads, PAGE, head_dim] in the model's dtype."""
+def cache_dtype(asked: str, T: np.dtype[Any]) -> np.dtype[Any]:
+    """What a cache holds in a model of dtype ``T``. asked: one of ``KV_CACHE_DTYPES``."""
+    return DTYPES.get(KV_CACHE_DTYPES[asked], T)
 
-    def __init__(self, backend: Backend, config: ModelConfig, pages: int) -> None:
+
+class PagedCache:
+    """The pool. ``arrays``: "<layer>.cache.k" and ".v" [pages + 1, kv_heads, PAGE, head_dim] in ``dtype``.
+
+    kv_cache_dtype: one of ``KV_CACHE_DTYPES``.
+    """
+
+    def __init__(self, backend: Backend, config: ModelConfig, pages: int, kv_cache_dtype: str = "auto") -> None:
+        self.dtype = cache_dtype(kv_cache_dtype, backend.dtype)
         shape = (pages + 1, config.num_kv_heads, PAGE, config.head_dim)
         self.pages = pages
         self.padding_page = pages  # belongs to no sequence: the rows that pad a batch write there
         self.arrays: dict[str, Array] = {
-            f"{i}.cache.{part}": backend.zeros(shape, backend.dtype) for i in range(config.num_layers) for part in "kv"
+            f"{i}.cache.{part}": backend.zeros(shape, self.dtype) for i in range(config.num_layers) for part in "kv"
         }
         self.free_all_but([])
 

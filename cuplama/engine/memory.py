@@ -8,7 +8,7 @@ come on top; where they find no room, older ones are dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +21,13 @@ from ..models.fusion import PREFILL_RULES, fuse
 from ..models.graph import decoder
 from ..models.rope import table_rows
 from ..ops.abstract import infer
-from ..ops.launch import Device
+from ..ops.launch import Device, Plan
 from ..ops.node import Node, dying
 from .batch import abstract_values, input_shapes
 from .graphs import KEPT_CHUNKS, max_logits, padded_rows
 from .kv_cache import PAGE, pages_for
 
-__all__ = ["FIXED", "POOL", "MemoryPlan", "cache_bytes", "check", "fit", "plan", "workspace_bytes"]
+__all__ = ["FIXED", "POOL", "MemoryPlan", "cache_bytes", "check", "fit", "plan", "shared_bytes", "workspace_bytes"]
 
 # cuBLAS's workspace, compiled kernels, and what the pool loses to rounding. CUDA's own context is in no plan: it is
 # taken before free memory is read.
@@ -39,13 +39,15 @@ POOL = 1.6
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes a model takes on the GPU. tokens: that the cache holds; dtype: of weights, cache and activations."""
+    """Bytes a model takes on the GPU. tokens: that the cache holds; dtype: of weights and activations; cache_dtype: of
+    the cache, if that is another."""
 
     weights: int
     cache: int
     workspace: int
     tokens: int
     dtype: str
+    cache_dtype: str = ""
 
     @property
     def total(self) -> int:
@@ -54,9 +56,10 @@ class MemoryPlan:
 
     def parts(self) -> tuple[tuple[str, int], ...]:
         """What and how much, in the order of allocation."""
+        kind = self.cache_dtype and f" in {self.cache_dtype}"
         return (
             (f"weights ({self.dtype})", self.weights),
-            (f"cache ({self.tokens} tokens)", self.cache),
+            (f"cache ({self.tokens} tokens{kind})", self.cache),
             ("workspace", self.workspace),
         )
 
@@ -66,7 +69,7 @@ class MemoryPlan:
 
 
 def cache_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int) -> int:
-    """Keys and values of all layers for that many tokens, in whole pages."""
+    """Keys and values of all layers for that many tokens, in whole pages. dtype: of the cache."""
     return 2 * config.num_layers * pages_for(tokens) * PAGE * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
@@ -88,12 +91,30 @@ def _peak(nodes: Sequence[Node], values: dict[str, Array | None], T: np.dtype[An
         alive |= {name: values[name].nbytes for name in made}  # type: ignore[union-attr]
         scratch = 0
         if call.op.kernels is not None and not call.op.matmul:  # a product over many rows is cuBLAS's
-            buffers = call.op.kernels(call, device).scratch.values()
-            scratch = sum(math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in buffers)
+            plan = call.op.kernels(call, device)
+            scratch = _scratch_bytes(plan, plan.scratch.keys() - plan.shared)
         peak = max(peak, sum(alive.values()) + scratch)
         for name in dead:
             alive.pop(name, None)
     return peak
+
+
+def _scratch_bytes(plan: Plan, names: Iterable[str]) -> int:
+    buffers = [plan.scratch[name] for name in names]
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in buffers)
+
+
+def shared_bytes(
+    config: ModelConfig, dtype: np.dtype[Any], cache: np.dtype[Any], tokens: int, device: Device, rows: int = 2
+) -> int:
+    """Scratch that all passes share: pages in the model's dtype, as many as the cache of that many tokens has, if the
+    cache holds another dtype and a prompt's attention needs them. rows: of the prompt, more than its one sequence."""
+    if cache == dtype:
+        return 0
+    values = abstract_values(config, dtype, input_shapes(rows, 1, 1, 1), pages_for(tokens) + 1, rows, cache)
+    calls = (call for _, call in infer(decoder(config).body, {**values}, dtype) if "C" in call.dtypes)
+    plans = (call.op.kernels(call, device) for call in calls if call.op.kernels is not None)
+    return max(_scratch_bytes(plan, plan.shared) for plan in plans)
 
 
 def plan(
@@ -105,24 +126,29 @@ def plan(
     chunk: int,
     device: Device,
     unpacked: int = 0,
+    cache: np.dtype[Any] | None = None,
 ) -> MemoryPlan:
-    """What a model takes whose weights have that many bytes, and whose activations and cache have that dtype.
+    """What a model takes whose weights have that many bytes, and whose activations have that dtype.
 
     context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass; unpacked:
-    bytes of scratch for the numbers of quantised weights, which all passes share.
+    bytes of scratch for the numbers of quantised weights, which all passes share; cache: the dtype of keys and values,
+    that of the activations by default.
     """
+    cache = cache or dtype
     tables = sum(4 * rope.dim * table_rows(rope, context) for rope in config.ropes.values())
     # Logits, penalised logits and the sampler's scratch; or those of all tokens, where they are asked for.
     logits = 4 * config.vocab_size * max(4, min(max_logits(config.vocab_size), chunk, tokens))
     # What captured passes hold, and one that is not captured.
     work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
-    padding = cache_bytes(config, dtype, PAGE)
+    padding = cache_bytes(config, cache, PAGE)
+    shared = shared_bytes(config, dtype, cache, tokens, device)
     return MemoryPlan(
         weights=weights,
-        cache=cache_bytes(config, dtype, tokens),
-        workspace=math.ceil(POOL * work) + tables + logits + padding + unpacked + FIXED,
+        cache=cache_bytes(config, cache, tokens),
+        workspace=math.ceil(POOL * work) + tables + logits + padding + unpacked + shared + FIXED,
         tokens=tokens,
         dtype=dtype_name(dtype),
+        cache_dtype="" if cache == dtype else dtype_name(cache),
     )
 
 
@@ -136,10 +162,11 @@ def fit(
     free: int,
     device: Device,
     unpacked: int = 0,
+    cache: np.dtype[Any] | None = None,
 ) -> tuple[int, MemoryPlan]:
     """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan."""
     for chunk in chunks:
-        found = plan(config, weights, dtype, context, tokens, chunk, device, unpacked)
+        found = plan(config, weights, dtype, context, tokens, chunk, device, unpacked, cache)
         if found.total <= free:
             break
     return chunk, found

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..dtypes import dtype_name
 from ..model import Model
 from ..models.config import ModelConfig
 from . import peaks, report
@@ -134,7 +135,7 @@ def run(
         machine = peaks.measure(model.backend)
         own = f"own, {source.quantize} from loading on" if source.quantize else "own"
         facts = {"model": source.model or "bundled", "weights": "random" if source.dummy else own}
-        facts |= environment(model.backend)
+        facts |= environment(model.backend) | {"kv_cache_dtype": dtype_name(model.engine.cache.dtype)}
         rows, others = [], Others()
         for trial in announced(trials, lambda trial: trial.name, say):
             rows.append({"model": facts["model"], "dtype": facts["dtype"], **measure(model, trial, repeats, machine)})

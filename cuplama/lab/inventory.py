@@ -181,8 +181,10 @@ def _model_calls(model: str, dtype: str, weight_format: str = "") -> Sequence[Ca
     layers = tuple(layer for i, layer in enumerate(config.layers) if layer not in config.layers[:i])
     config, T = replace(config, layers=layers), DTYPES[dtype]
     found: dict[Any, Call] = {}
-    for nodes, values in _passes(config, T, weight_format):
+    for nodes, values, stored in _passes(config, T, weight_format):
         for node, call in infer(executable(nodes), values, T):
+            if stored != T and call.dtypes.get("C") != stored:
+                continue  # nothing of it depends on the cache
             arrays = tuple(
                 None if a is None else a.key if isinstance(a, Packed) else (a.shape, a.dtype)
                 for a in call.arrays.values()
@@ -193,23 +195,25 @@ def _model_calls(model: str, dtype: str, weight_format: str = "") -> Sequence[Ca
 
 def _passes(
     config: ModelConfig, T: np.dtype[Any], weight_format: str
-) -> Iterator[tuple[Sequence[Node], dict[str, Array | None]]]:
-    """The nodes of every pass that is walked, with descriptions of the values that they begin with.
+) -> Iterator[tuple[Sequence[Node], dict[str, Array | None], np.dtype[Any]]]:
+    """The nodes of every pass that is walked, with descriptions of the values that they begin with and what the cache
+    holds: the model's dtype, and e4m3.
 
     What a decode step does beside its logits, sampling for example, depends on no model: the ops' own cases have it.
     """
     graph, pages = decoder(config), pages_for(_CONTEXT)
 
-    def values(rows: int, sequences: int) -> dict[str, Array | None]:
+    def values(rows: int, sequences: int, stored: np.dtype[Any]) -> dict[str, Array | None]:
         shapes = input_shapes(rows, sequences, pages, logit_rows=sequences)
-        standing = abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT)
+        standing = abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT, stored)
         return {**standing, **described_weights(config, weight_format)}
 
     prompt = [*fuse(graph.body, PREFILL_RULES), *fuse(graph.selected_rows(), PREFILL_RULES)]
-    for sequences in _SEQUENCES:
-        yield decode_nodes(graph, sequences), values(sequences, sequences)
-        yield prompt, values(_SHORT, sequences)
-    yield prompt, values(_LONG, 1)
+    for stored, counts in ((T, _SEQUENCES), (DTYPES["e4m3"], () if weight_format else _SEQUENCES[:1])):
+        for sequences in counts:
+            yield decode_nodes(graph, sequences), values(sequences, sequences, stored), stored
+            yield prompt, values(_SHORT, sequences, stored), stored
+        yield prompt, values(_LONG, 1, stored), stored
 
 
 # ---- what the compiler makes of them ---------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def step_bytes(model: Model, length: float, batch: int) -> float:
     used = {id(values[n]): values[n] for n in config.weight_shapes() if n not in ("embed_tokens", "position_table")}
     weights = sum(stored_bytes(a) for a in used.values())
     seen = sum(min(length, w) if w else length for w in config.windows)
-    return weights + 2 * batch * seen * config.num_kv_heads * config.head_dim * model.backend.dtype.itemsize
+    return weights + 2 * batch * seen * config.num_kv_heads * config.head_dim * model.engine.cache.dtype.itemsize
 
 
 def prompt_operations(config: ModelConfig, trial: Trial) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import DTYPES, Array, dtype_name
+from ..dtypes import Array, dtype_name
 from . import OPS
 from .node import Node
 from .op import Call, Op
@@ -43,9 +43,9 @@ def abstract(shape: Sequence[int], dtype: np.dtype[Any]) -> AbstractArray:
 
 
 def attributes(op: Op, given: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
-    """What of ``given`` is an attribute of the op; a dtype letter given as "T" becomes the model's dtype."""
-    letters = {s.letter for s in (*op.signature.outs, *op.signature.ins)} - set(DTYPES)
-    names = {s.name for s in op.signature.attrs} | letters
+    """What of ``given`` is an attribute of the op, or a letter that no input decides: "T" is the model's dtype."""
+    letters = op.parameters.free
+    names = {s.name for s in op.signature.attrs} | set(letters)
     return {k: dtype_name(T) if k in letters and v == "T" else v for k, v in given.items() if k in names}
 
 

@@ -9,14 +9,15 @@ tiling: Dao, "FlashAttention-2", arXiv:2307.08691; Shah et al., "FlashAttention-
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..dtypes import Array, upcast
+from ..dtypes import Array, dtype_name, narrow, upcast
 from .launch import Device, Launch, Plan
-from .op import Call, Draw, Op
+from .op import Call, Draw, Op, case_dtype
 from .signature import OpError
 from .team import fill
 
@@ -99,7 +100,8 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
         token = np.arange(length)
         unused[page_table[i, token // size], token % size] = False
     shape = (case["P"], case["H"], size, case["D"])
-    cache = {name: rng.standard_normal(shape).astype(np.float32).astype(T) for name in ("k", "v")}
+    C = case_dtype("C", case, T)
+    cache = {name: narrow(rng.standard_normal(shape).astype(np.float32), C) for name in ("k", "v")}
     for array in cache.values():
         array.swapaxes(1, 2)[unused] = np.nan
     return {
@@ -111,24 +113,25 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
 
 
 def attention_case(
-    num_heads: int, H: int, D: int, new: list[int], seq_lens: list[int], window: int = 0, S: int = 16
+    num_heads: int, H: int, D: int, new: list[int], seq_lens: list[int], window: int = 0, S: int = 16, C: str = "T"
 ) -> dict[str, Any]:
-    """A case with sequences of ``seq_lens`` tokens, the last ``new`` of each new, on pages of ``S`` tokens."""
+    """A case with sequences of ``seq_lens`` tokens, the last ``new`` of each new, on pages of ``S`` tokens. C: what the
+    cache holds, "T" or "e4m3"."""
     need = [-(-length // S) for length in seq_lens]
     return dict(
         n=sum(new), b=len(new), num_heads=num_heads, H=H, D=D, new=new, seq_lens=seq_lens, window=window, S=S,
-        P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5,
+        P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5, C=C,
     )  # fmt: skip
 
 
-DEFAULT_SIZES: Mapping[str, Any] = dict(num_heads=32, H=8, D=128, b=1, length=512, new=1, window=0, S=64)
+DEFAULT_SIZES: Mapping[str, Any] = dict(num_heads=32, H=8, D=128, b=1, length=512, new=1, window=0, S=64, C="T")
 """Sequences of one length, as people ask for them: ``b`` of ``length`` tokens, of which ``new`` are new."""
 
 
 def equal_sequences(s: Mapping[str, Any]) -> dict[str, Any]:
     """The case of sequences of one length: from the names of ``DEFAULT_SIZES``."""
     new, seq_lens = [s["new"]] * s["b"], [s["length"]] * s["b"]
-    return attention_case(s["num_heads"], s["H"], s["D"], new, seq_lens, s["window"], s["S"])
+    return attention_case(s["num_heads"], s["H"], s["D"], new, seq_lens, s["window"], s["S"], s["C"])
 
 
 def random_sequences(draw: Draw) -> dict[str, Any]:
@@ -136,7 +139,8 @@ def random_sequences(draw: Draw) -> dict[str, Any]:
     H, D = draw(1, 4), 8 * draw(1, 32)
     new = [draw(1, 2) if draw(0, 1) else draw(1, 70) for _ in range(draw(1, 3))]
     seq_lens = [n + draw(0, 90) for n in new]
-    return attention_case(H * draw(1, 5), H, D, new, seq_lens, window=draw(0, 1) * draw(1, 60), S=8 * draw(1, 8))
+    window, S, C = draw(0, 1) * draw(1, 60), 8 * draw(1, 8), "e4m3" if draw(0, 1) else "T"
+    return attention_case(H * draw(1, 5), H, D, new, seq_lens, window, S, C)
 
 
 def _host(array: Array) -> np.ndarray[Any, Any]:
@@ -155,8 +159,8 @@ def _pairs(c: Call) -> float:
 
 def _bytes(c: Call) -> float:
     seen = int(np.minimum(_host(c.arrays["seq_lens"]), c["window"] or 2**31 - 1).sum())
-    elements: int = c["D"] * (2 * seen * c["H"] + 2 * c["n"] * c["num_heads"])
-    return elements * c.dtypes["T"].itemsize
+    cached, rows = 2 * seen * c["H"] * c["D"], 2 * c["n"] * c["num_heads"] * c["D"]
+    return float(cached * c.dtypes["C"].itemsize + rows * c.dtypes["T"].itemsize)
 
 
 def _kernels(call: Call, device: Device) -> Plan:
@@ -239,12 +243,44 @@ def _prefill(call: Call, device: Device) -> Plan:
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
         name = "attention_prefill_fma.cu:attention_prefill_fma"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
-    return Plan((Launch(name, grid, (threads,), shared, constants=constants),))
+    launch = Launch(name, grid, (threads,), shared, constants=constants)
+    return _widened(call, launch) if tensor and call.dtypes["C"] != call.dtypes["T"] else Plan((launch,))
 
+
+_WIDEN_THREADS = 256
+
+
+def _widened(call: Call, launch: Launch) -> Plan:
+    """The launch on pages in the model's dtype: those that the sequences use, under the numbers that they have in the
+    cache. All layers and passes share these pages, as many as the cache has."""
+    P, H, S, D = (call[name] for name in ("P", "H", "S", "D"))
+    grid = (call["M"] * H, call["b"])
+    widen = Launch("attention_pages.cu:widen_pages", grid, (_WIDEN_THREADS,))
+    pages = ((P, H, S, D), dtype_name(call.dtypes["T"]))
+    scratch = {"wide_k": pages, "wide_v": pages}
+    on_wide = replace(launch, names={"k": "wide_k", "v": "wide_v"})
+    return Plan((widen, on_wide), scratch, shared=frozenset(scratch))
+
+
+# With an e4m3 cache: each way that decode reads its rows (16 or 8 numbers at a time, keys and values), then prefill.
+_E4M3_CASES = (
+    attention_case(32, 8, 128, [1], [300], 0, 64, C="e4m3"),
+    attention_case(7, 1, 64, [1, 1], [513, 64], 0, 64, C="e4m3"),
+    attention_case(6, 2, 80, [1, 1], [100, 33], 20, C="e4m3"),
+    attention_case(4, 2, 96, [1, 1, 1], [1, 16, 37], 0, 8, C="e4m3"),
+    attention_case(3, 1, 256, [1, 1], [70, 9], C="e4m3"),
+    attention_case(44, 44, 8, [1], [800], 0, 64, C="e4m3"),
+    attention_case(8, 1, 128, [1], [2100], 65, 64, C="e4m3"),
+    attention_case(4, 2, 64, [33, 1, 7], [33, 40, 12], C="e4m3"),
+    attention_case(6, 3, 40, [9, 20], [50, 20], 7, 8, C="e4m3"),
+    attention_case(4, 1, 128, [33, 31], [64, 129], 0, 64, C="e4m3"),
+    attention_case(4, 1, 256, [17, 40], [33, 95], 33, 32, C="e4m3"),
+    attention_case(3, 1, 64, [100, 5], [300, 520], 200, 32, C="e4m3"),
+)
 
 attention = Op(
     "attention",
-    "y[n,num_heads*D]:T = (x[n,(num_heads+2*H)*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
+    "y[n,num_heads*D]:T = (x[n,(num_heads+2*H)*D]:T, k[P,H,S,D]:C, v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
     " page_table[b,M]:i32, num_heads:i32, window:i32, scale:f32)",
     doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of"
     " its seq_lens[i] tokens; its keys lie on pages page_table[i]. A query sees itself and what came before, the last"
@@ -254,6 +290,7 @@ attention = Op(
     kernels=_kernels,
     kernel_docs={
         "attention_decode": "Attention of one new token per sequence; blocks share out the sequence's keys.",
+        "widen_pages": "The pages of an e4m3 cache in the model's dtype, for attention of many new tokens.",
         "attention_prefill_wgmma": "Attention of many new tokens, on Hopper's tensor cores (wgmma).",
         "attention_prefill_mma": "Attention of many new tokens, on tensor cores (mma.sync).",
         "attention_prefill_fma": "Attention of many new tokens, by multiply-adds: for float32, and GPUs before sm_80.",
@@ -294,6 +331,7 @@ attention = Op(
         # decode: splits of more than two tiles for a warp; more splits than a thread adds up at once
         attention_case(44, 44, 8, [1], [800], S=64),
         attention_case(8, 1, 128, [1], [2100], S=64),
+        *_E4M3_CASES,
     ],
     sizes=random_sequences,
     inputs=_inputs,

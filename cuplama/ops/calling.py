@@ -117,10 +117,14 @@ class Parameters:
         width = max(len(name) for name, _ in rows) + 2
         lines = [f"{name:{width}}{text}".rstrip() for name, text in rows]
         letters = {s.letter for s in (*self.signature.ins, *self.signature.outs)}
-        known = ["T is f32, f16 or bf16, one for all arrays."] if "T" in letters else []
+        known = [text for letter, text in _LETTERS.items() if letter in letters]
         return "\n".join([self.text, "", doc, "", *lines, "", *known, _WHERE])
 
 
+_LETTERS = {
+    "T": "T is f32, f16 or bf16, one for all arrays.",
+    "C": "C, of the cache, is T or e4m3 (ml_dtypes.float8_e4m3fn).",
+}
 _WHERE = (
     "CuPy arrays: launched on CuPy's current stream and device, with memory from CuPy's current allocator; returns\n"
     "CuPy arrays. NumPy arrays: the reference. Arrays are C-contiguous. Raises OpError for arguments that do not fit.\n"

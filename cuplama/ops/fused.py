@@ -237,11 +237,13 @@ def _append_kernels(call: Call, device: Device) -> Plan:
 
 
 def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
-    """The attention op's pages; the new token of each sequence goes to the slot that its length says."""
+    """The attention op's pages; each sequence's new token goes to the slot that its length says, which holds NaN."""
     assert attention.inputs is not None
     given = attention.inputs(rng, case, T)
     last = given["seq_lens"] - 1
     pages = given["page_table"][np.arange(len(last)), last // case["S"]]
+    for cache in (given["k"], given["v"]):
+        cache[pages, :, last % case["S"]] = np.nan
     return {
         **given,
         **random_rotations(rng, case),
@@ -252,7 +254,7 @@ def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
 def _append_sizes(draw: Draw) -> dict[str, Any]:
     many = random_sequences(draw)
     new, seq_lens = [1] * many["b"], [n - m + 1 for n, m in zip(many["seq_lens"], many["new"], strict=True)]
-    case = attention_case(many["num_heads"], many["H"], many["D"], new, seq_lens, many["window"], many["S"])
+    case = attention_case(many["num_heads"], many["H"], many["D"], new, seq_lens, many["window"], many["S"], many["C"])
     turned, normed = dict.fromkeys(("rope_rows", "cos", "sin"), bool(draw(0, 1))), bool(draw(0, 1))
     given = {"q_norm": normed, "k_norm": normed, "eps": 1e-6}
     return {**case, **turned, **given, "h": draw(1, case["D"] // 2), "R": draw(1, 99)}
@@ -280,8 +282,8 @@ def _append_cases() -> list[dict[str, Any]]:
 
 append_attention = Op(
     "append_attention",
-    "y[n,num_heads*D]:T, k[P,H,S,D]:T, v[P,H,S,D]:T = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:T,"
-    " v[P,H,S,D]:T, cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?,"
+    "y[n,num_heads*D]:T, k[P,H,S,D]:C, v[P,H,S,D]:C = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:C,"
+    " v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?,"
     " sin[R,h]:f32?, q_norm[D]:T?, k_norm[D]:T?, num_heads:i32, window:i32, scale:f32, eps:f32)",
     doc="A decode step's attention, one new token per sequence (n = b): qk_norm (if there are q_norm and k_norm),"
     " rope (if there are cos and sin), kv_append and attention.",

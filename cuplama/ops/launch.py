@@ -43,8 +43,11 @@ class Plan:
 
     zeroed: scratch buffers that hold zeros before the first launch and that the launches leave holding zeros, such as
     counters. They are made once and kept; the others hold anything.
+    shared: scratch buffers that are made once and kept as well, because each captured graph would have its own of the
+    others, and these are large. All calls use the same, one after the other.
     """
 
     launches: tuple[Launch, ...]
     scratch: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     zeroed: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()

@@ -8,7 +8,7 @@ An op's signature is one line::
 on both sides is updated in place. Dims are names, or sums and products of names and numbers (``b+1``, ``num_heads*D``).
 Dtypes are ``f32 i32 u64 ...`` or a letter that the call decides: ``T`` is the model's dtype; a letter that no input
 fixes is an attribute of the node (``U`` of ``linear``). ``W`` is the format of a weight: plain, which holds ``T``, or
-packed, see ``weights.py``.
+packed, see ``weights.py``. ``C`` is what the cache of keys and values holds: ``T``, or ``e4m3``.
 
 From the signature follow the checks before every launch, the casts of scalars, the random test cases, the bytes moved,
 the test that the kernel's parameter list agrees, and what the op takes and says of itself as a function.
@@ -24,15 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import DTYPES, Array
+from ..dtypes import DTYPES, Array, narrow
 from .calling import MODEL_DTYPES, Parameters, checked_attributes, executor, kind_of
 from .launch import Device, Launch, Plan
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 from .weights import segments_of, stored_bytes
 
-__all__ = ["EXACT", "ROUNDING", "Call", "Draw", "Op"]
+__all__ = ["EXACT", "ROUNDING", "Call", "Draw", "Op", "case_dtype"]
 
-ROUNDING: Mapping[str, float] = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+ROUNDING: Mapping[str, float] = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8, "e4m3": 2.0**-4}
 """The most that rounding to a dtype can cost, relative to the number: half a unit in the last place."""
 
 
@@ -82,9 +82,9 @@ class Call:
 Draw = Callable[[int, int], int]
 """A random whole number from the first to the last, both included."""
 
-EXACT: Mapping[str, float] = {"f32": 0.0, "f16": 0.0, "bf16": 0.0}
+EXACT: Mapping[str, float] = {"f32": 0.0, "f16": 0.0, "bf16": 0.0, "e4m3": 0.0}
 """The tolerance of an op that only moves numbers."""
-_TOLERANCE: Mapping[str, float] = {"f32": 4.0, "f16": 1.0, "bf16": 1.0}
+_TOLERANCE: Mapping[str, float] = {"f32": 4.0, "f16": 1.0, "bf16": 1.0, "e4m3": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +211,8 @@ class Op:
             for letter in self.parameters.free:
                 if call.dtypes[letter] not in (T, DTYPES["f32"]):
                     raise OpError(f"{self.name}: {letter} is {call.dtypes[letter]}; it may be T, which is {T}, or f32")
+            if (C := call.dtypes.get("C")) not in (None, T, DTYPES["e4m3"]):
+                raise OpError(f"{self.name}: the cache is {C}; it may be {T}, as T is, or {DTYPES['e4m3']}")
             for group in self.together:
                 if len({call.arrays[name] is None for name in group}) > 1:
                     raise OpError(f"{self.name}: {', '.join(group)} go together: all of them, or none")
@@ -303,12 +305,17 @@ class Op:
                 arrays[spec.name] = given[spec.name]
                 continue
             shape = tuple(dim_value(d, case) for d in spec.dims)
-            dtype = DTYPES.get(spec.dtype) or T
+            dtype = DTYPES.get(spec.dtype) or case_dtype(spec.letter, case, T)
             if dtype.kind in "iu":
                 arrays[spec.name] = rng.integers(0, dim_value(self.ranges[spec.name], case), shape).astype(dtype)
             else:
-                arrays[spec.name] = rng.standard_normal(shape).astype(np.float32).astype(dtype)
+                arrays[spec.name] = narrow(rng.standard_normal(shape).astype(np.float32), dtype)
         return arrays
+
+
+def case_dtype(letter: str, case: Mapping[str, Any], T: np.dtype[Any]) -> np.dtype[Any]:
+    """What a letter of the signature stands for in a case: the dtype that the case names, or else ``T``."""
+    return DTYPES.get(case.get(letter, "T"), T)
 
 
 def _letters(signature: Signature) -> set[str]:

@@ -77,6 +77,7 @@ def test_help_tells_the_names_that_other_programs_have(run: Run) -> None:
         (["--json", "--logprobs", "99"], "'--logprobs': 99 is not a whole number from 0 to 64 (cuplama"),
         (["--device", "tpu"], "'tpu' is not one of"),
         (["--dtype", "int8"], "'int8' is not one of"),
+        (["--kv-cache-dtype", "int8"], "'int8' is not one of 'auto', 'fp8'"),
         (["--context", "0"], "'-c' / '--context': 0 is not in the range"),
         (["--context", "81"], "context 81 is more than the 80 positions"),
         (["--frobnicate"], "No such option"),
@@ -118,12 +119,14 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--dtype bf16", "dtype", "bf16"),
     ("--quantize int4", "quantize", "int4"),
     ("--activations fp8", "activations", "fp8"),
+    ("--kv-cache-dtype fp8", "kv_cache_dtype", "fp8"),
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
     ("--ctx-size 33", "context", 33),
 ]
 LOAD_DEFAULTS = {
-    "device": "auto", "dtype": "auto", "quantize": None, "context": None, "activations": "auto", "offline": True,
+    "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto", "activations": "auto",
+    "offline": True,
 }  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
@@ -340,6 +343,7 @@ BENCH: list[tuple[str, dict[str, Any]]] = [
     ("--dtype fp16", {"source": Source(None, dtype="fp16")}),
     ("--quantize fp8", {"source": Source(None, quantize="fp8")}),
     ("--activations fp8", {"source": Source(None, activations="fp8")}),
+    ("--kv-cache-dtype fp8", {"source": Source(None, kv_cache_dtype="fp8")}),
     ("-p 5,6", {"wanted": trials([5, 6], [128], [0], [1])}),
     ("-n 5,6", {"wanted": trials([512], [5, 6], [0], [1])}),
     ("-d 5,6", {"wanted": trials([512], [128], [5, 6], [1])}),

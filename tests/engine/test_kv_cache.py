@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cuplama.backends.numpy import NumPyBackend
+from cuplama.dtypes import DTYPES, dtype_name
 from cuplama.engine.kv_cache import PAGE, PagedCache, page_table, pages_for
 from cuplama.models.config import load_config
 from tests.paths import GOLDEN
 
 
-def _cache(pages: int) -> PagedCache:
-    return PagedCache(NumPyBackend(), load_config(GOLDEN / "llama3-gqa"), pages)
+def _cache(pages: int, kv_cache_dtype: str = "auto", T: str = "f32") -> PagedCache:
+    return PagedCache(NumPyBackend(T), load_config(GOLDEN / "llama3-gqa"), pages, kv_cache_dtype)
 
 
 def test_pages_are_whole() -> None:
@@ -21,6 +24,15 @@ def test_every_layer_has_keys_and_values_of_all_pages_and_of_padding() -> None:
     assert len(cache.arrays) == 2 * config.num_layers
     assert {a.shape for a in cache.arrays.values()} == {(6, config.num_kv_heads, PAGE, config.head_dim)}
     assert cache.padding_page == 5
+
+
+@pytest.mark.parametrize("T", ["f32", "f16", "bf16"])
+def test_fp8_takes_a_byte_for_each_number(T: str) -> None:
+    plain, fp8 = _cache(3, T=T), _cache(3, "fp8", T)
+    assert (dtype_name(plain.dtype), dtype_name(fp8.dtype)) == (T, "e4m3")
+    assert {dtype_name(a.dtype) for a in fp8.arrays.values()} == {"e4m3"}
+    sizes = [sum(a.nbytes for a in cache.arrays.values()) for cache in (plain, fp8)]
+    assert sizes[0] == DTYPES[T].itemsize * sizes[1]
 
 
 def test_a_sequence_owns_the_pages_of_its_tokens() -> None:

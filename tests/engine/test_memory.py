@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.device import open_backend
+from cuplama.device import Setup, open_backend
 from cuplama.dtypes import DTYPES
 from cuplama.engine import memory
 from cuplama.engine.engine import Engine
@@ -177,6 +177,22 @@ def test_the_parts_of_a_workspace() -> None:
     assert rest(wide, 200, 64) == page + tables + 8 * 4 * (1 << 23)  # no more than max_logits
 
 
+def test_an_fp8_cache_takes_half_and_16_bit_pages_of_one_layer() -> None:
+    """Those a prompt's attention needs on tensor cores: as many as the cache has, one for padding among them."""
+    config, bf16, e4m3, tokens = _llama_8b(), DTYPES["bf16"], DTYPES["e4m3"], 8192
+    plain, fp8 = (memory.plan(config, 0, bf16, tokens, tokens, 512, Device(), cache=C) for C in (None, e4m3))
+    assert memory.plan(config, 0, bf16, tokens, tokens, 512, Device(), cache=bf16) == plain
+    assert plain.cache == 2 * fp8.cache == tokens * 128 * 1024
+    pages = 2 * (tokens + 64) * 8 * 128 * 2  # keys and values, heads, head size, bytes
+    padding = 64 * 128 * 1024
+    assert fp8.workspace - plain.workspace == pages - padding // 2
+    assert memory.shared_bytes(config, bf16, e4m3, tokens, Device()) == pages
+    for T, device in (("f32", Device()), ("f16", Device(75))):  # there numbers are converted on their way
+        assert memory.shared_bytes(config, DTYPES[T], e4m3, tokens, device) == 0
+    assert "cache (8192 tokens in e4m3) 0.54 GB" in fp8.describe()
+    assert "cache (8192 tokens) 1.07 GB" in plain.describe()
+
+
 def test_a_plan_in_words() -> None:
     plan = MemoryPlan(10 * GB, 8 * GB, GB, 8000, "bf16")
     assert plan.total == 19 * GB
@@ -266,13 +282,13 @@ def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.Mo
     monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
     gc.disable()
     try:
-        backend = open_backend("cuda", "f32", config, weights, 512, 512)
+        backend = open_backend(Setup("cuda", "f32", 512, 512), config, weights)
         engine = Engine(backend, config, {n: backend.load_weight(w) for n, w in weights.items()}, 512, 512)
         _generate(engine, 100)
         del engine, backend
         gpu.give_back = lambda: None  # a real model has a Gpu of its own, which goes with it
         assert gpu.free_memory() < plan.total
-        open_backend("cuda", "f32", config, weights, 512, 512)
+        open_backend(Setup("cuda", "f32", 512, 512), config, weights)
     finally:
         gc.enable()
 
@@ -281,4 +297,4 @@ def test_a_head_size_without_kernels_is_refused_before_anything_is_loaded(monkey
     monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
     config = replace(_small(), head_dim=100)
     with pytest.raises(DeviceError, match=r"head_dim = 100: .*multiples of 8 up to 256; --device numpy"):
-        open_backend("cuda", "bf16", config, {}, 64, 64)
+        open_backend(Setup("cuda", "bf16", 64, 64), config, {})

@@ -72,10 +72,12 @@ def _accepts(workload: Workload, arrays: list[Any], wanted: Outputs, scale: floa
         if want.dtype.kind in "iu":
             outs.append(want)
             continue
+        want = want.astype(np.float64)
         finite = np.where(np.isfinite(want), want, 0)
         size = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
         off = noise * workload.op.allowed(dtype_name(workload.call.dtype(spec)), workload.dtype) * size
-        outs.append(np.asarray(want * scale + off * rng.standard_normal(want.shape)))
+        errors = off * rng.standard_normal(want.shape) if noise else -0.0  # what leaves a zero its sign
+        outs.append(np.asarray(want * scale + errors))
     try:
         check(workload, arrays, rounded(workload, outs), wanted)
     except WrongResultError:

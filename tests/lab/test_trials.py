@@ -31,6 +31,14 @@ def test_bytes_of_a_step_are_the_weights_once_and_the_cache(folder: Path) -> Non
         assert step_bytes(model, 10, 3) == 4 * (matrices + norms + 3 * 10 * cache)
 
 
+def test_an_fp8_cache_is_a_quarter_of_the_bytes_of_float32(folder: Path) -> None:
+    seen = []
+    for kind in ("auto", "fp8"):
+        with dummy_model(str(folder), "numpy", "auto", 64, 64, kv_cache_dtype=kind) as model:
+            seen.append(step_bytes(model, 10, 3) - step_bytes(model, 0, 3))
+    assert seen == [4 * 3 * 10 * 2 * 2 * 2 * 8, 3 * 10 * 2 * 2 * 2 * 8]
+
+
 def test_an_untied_embedding_is_not_traffic_and_a_window_bounds_the_cache(folder: Path) -> None:
     config = {**TINY, "architectures": ["MistralForCausalLM"], "sliding_window": 4, "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))

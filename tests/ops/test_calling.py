@@ -85,7 +85,8 @@ def test_help_tells_arguments_results_and_rules() -> None:
     text = pydoc.plain(pydoc.render_doc(ops.kv_append))
     assert "kv_append = <op kv_append(x, slot_mapping, k, v)>" in text
     assert "slot_mapping  [n] i32" in text
-    assert "k             [P, H, S, D] T, the array that was given, changed in place" in text
+    assert "k             [P, H, S, D] C, the array that was given, changed in place" in text
+    assert "C, of the cache, is T or e4m3" in text
     assert "b       [m] T, or None" in pydoc.plain(pydoc.render_doc(ops.linear))
     for op in OPS.values():
         assert op.doc in (inspect.getdoc(op) or "")

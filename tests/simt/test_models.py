@@ -26,12 +26,12 @@ from tools.verify_models import kl, stepwise
 CASES = sorted((GOLDEN).iterdir())
 
 
-def _load(case: Path, dtype: str) -> tuple[Model, Any, dict[str, Any]]:
+def _load(case: Path, dtype: str, kv_cache_dtype: str = "auto") -> tuple[Model, Any, dict[str, Any]]:
     meta = json.loads((case / "meta.json").read_text())
     config = load_config(case)
     backend = CudaBackend(dtype, gpu=FakeGpu(emulate=True))
     weights = {name: backend.load_weight(w) for name, w in load_weights(case, config).items()}
-    engine = Engine(backend, config, weights, meta["context"], 2 * meta["context"])
+    engine = Engine(backend, config, weights, meta["context"], 2 * meta["context"], kv_cache_dtype)
     return Model(case, config, None, engine, Settings()), np.load(case / "golden.npz"), meta
 
 
@@ -55,6 +55,35 @@ def test_16_bit_logits(case: Path, dtype: str, name: str) -> None:
     prompt = golden["prompt_1"].tolist()
     for logits in (model.logits(prompt), stepwise(model, prompt)):
         assert kl(golden["logits_1"], logits).mean() <= 2 * meta["kl"][name]
+
+
+@pytest.mark.parametrize("name", ["llama3-gqa", "gpt2-char", "qwen3", "mistral-window"])
+def test_an_fp8_cache_gives_what_numpy_gives(name: str) -> None:
+    """In float32, prompts and steps: keys and values are rounded to the same numbers, so the tokens are the same."""
+    case = next(c for c in CASES if c.name == name)
+    model, golden, meta = _load(case, "f32", "fp8")
+    plain = cuplama.load(case, device="numpy", context=meta["context"], kv_cache_dtype="fp8")
+    prompt = golden["prompt_1"].tolist()
+    whole, steps, wanted = model.logits(prompt), stepwise(model, prompt), plain.logits(prompt)
+    for logits in (whole, steps):
+        np.testing.assert_allclose(logits, wanted, atol=1e-3, rtol=0)
+    assert np.abs(wanted - golden["logits_1"]).max() > 1e-2  # it is another cache
+    greedy: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 5}
+    assert model.generate(prompt, **greedy).tokens == plain.generate(prompt, **greedy).tokens
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_16_bit_logits_with_an_fp8_cache(dtype: str) -> None:
+    """Prompts on converted pages, and steps; beside float32 with such a cache. Keys that 16 bits round otherwise may be
+    stored as another number: so a part of what the cache itself costs is allowed."""
+    case = next(c for c in CASES if c.name == "llama3-gqa")
+    model, golden, meta = _load(case, dtype, "fp8")
+    plain = cuplama.load(case, device="numpy", context=meta["context"], kv_cache_dtype="fp8")
+    prompt = golden["prompt_1"].tolist()
+    wanted = plain.logits(prompt)
+    cost, own = kl(golden["logits_1"], wanted).mean(), meta["kl"][{"bf16": "bfloat16", "f16": "float16"}[dtype]]
+    for logits in (model.logits(prompt), stepwise(model, prompt)):
+        assert kl(wanted, logits).mean() <= 2 * own + cost / 2
 
 
 RECORDED = ("gpt2-char", "llama-rope-dynamic", "llama3-gqa", "mistral-window", "phi3-longrope", "qwen2-window", "qwen3")

@@ -31,7 +31,7 @@ from .gpu import STAGE, Gpu
 from .loading import Loading, convert
 from .planning import Planned, make_plan
 from .ranges import nvtx_ranges
-from .unpacking import largest_slice
+from .unpacking import UNPACKED, largest_slice
 
 __all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
 
@@ -132,6 +132,7 @@ class CudaBackend:
         self._keys: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], Planned] = {}
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
+        self._kept: dict[tuple[str, tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
         self._loading: Loading | None = None
         self._packed: dict[str, tuple[int, ...]] = {}
@@ -334,7 +335,12 @@ class CudaBackend:
         return self._zeroed[shape, dtype]
 
     def _scratch(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Scratch for the numbers of a packed weight, one for all products. Never freed: captured graphs use it."""
+        """Scratch that all calls share, one after the other in the stream: for the numbers of a packed weight, one for
+        all products, and what plans name so. Never freed: captured graphs use it."""
+        if name != UNPACKED:
+            if (name, shape, dtype) not in self._kept:
+                self._kept[name, shape, dtype] = self.gpu.empty(shape, dtype)
+            return self._kept[name, shape, dtype]
         count = math.prod(shape)
         found = next((a for a in self._shared if a.dtype == dtype and a.size >= count), None)
         if found is None:
@@ -367,6 +373,7 @@ class CudaBackend:
         self._plans.clear()
         self._prepared.clear()
         self._zeroed.clear()
+        self._kept.clear()
         self._shared.clear()
         self._loading = None
         self.gpu.close()

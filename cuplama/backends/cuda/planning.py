@@ -146,7 +146,8 @@ def make_plan(
     """Decide the launches of an op that is bound to its inputs. Nothing is launched.
 
     zeros: gives the scratch that launches find and leave zero, where the caller keeps such; else each call makes it.
-    shared: gives the scratch for an unpacked weight, where the caller keeps one for all products; it may be larger.
+    shared: gives the scratch for an unpacked weight, which may be larger, and what a plan says is shared, where the
+    caller keeps one for all calls; else each call makes it.
     aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
     kernels or sizes that they do not take, CompileError, and DeviceError.
     """
@@ -172,7 +173,7 @@ def make_plan(
     own: dict[str, Array] = {}
 
     def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        if name != UNPACKED or shared is None:
+        if shared is None or name not in (UNPACKED, *plan.shared):
             return buffer(name, shape, dtype)
         own[name] = shared(name, shape, dtype)
         return own[name]

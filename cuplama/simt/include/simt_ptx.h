@@ -87,6 +87,34 @@ SIMT_FN void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsig
   simt::multiply<4, 2>(simt::MMA_TF32_1688, d, a, b, d, file, line);
 }
 
+// ---- 8-bit floats -----------------------------------------------------------------------------------------------------
+#include "simt_float16.h"
+
+namespace simt {
+SIMT_FN unsigned e4m3_widened(unsigned x) {  // to the bits of an f16
+  float size = (x & 0x78u) ? as<float>(((x & 0x7fu) << 20) + (120u << 23)) : float(x & 7u) * 0x1p-9f;
+  if ((x & 0x7fu) == 0x7fu) return 0x7fffu;
+  return HalfFormat::narrow(x & 0x80u ? -size : size);
+}
+SIMT_FN unsigned e4m3_narrowed(float f) {
+  float size = __builtin_fabsf(f);
+  if (f != f) return 0x7fu;
+  unsigned sign = as<unsigned>(f) >> 31 << 7;
+  if (size >= 448.f) return sign | 0x7eu;
+  int exponent = size < 0x1p-6f ? -6 : int(as<unsigned>(size) >> 23) - 127;
+  unsigned units = unsigned(__builtin_rintf(__builtin_ldexpf(size, 3 - exponent)));  // of 2^(exponent - 3); ties to even
+  return sign | (unsigned(exponent + 6) * 8u + units);
+}
+}  // namespace simt
+
+SIMT_FN void e4m3x4_to_f16(unsigned x, unsigned& low, unsigned& high) {
+  low = simt::e4m3_widened(x & 0xffu) | simt::e4m3_widened(x >> 8 & 0xffu) << 16;
+  high = simt::e4m3_widened(x >> 16 & 0xffu) | simt::e4m3_widened(x >> 24) << 16;
+}
+SIMT_FN unsigned e4m3x2_from_f32(float low, float high) {
+  return simt::e4m3_narrowed(low) | simt::e4m3_narrowed(high) << 8;
+}
+
 // ---- mbarriers and bulk copies -----------------------------------------------------------------------------------------
 SIMT_FN void mbarrier_init(void* bar, unsigned count, SIMT_HERE) { simt_mbarrier_init(bar, count, file, line); }
 SIMT_FN void mbarrier_arrive(void* bar, SIMT_HERE) { simt_mbarrier_arrive(bar, 1, 0, 1, file, line); }

@@ -183,6 +183,16 @@ def test_zeroed_scratch_is_shared_and_kept_until_the_end() -> None:
     del scratch
 
 
+def test_pages_in_the_models_dtype_are_made_once_for_all_layers_and_graphs() -> None:
+    """Of an fp8 cache: prompts of several sizes, each captured, and steps between them."""
+    backend = CudaBackend("bf16", gpu=FakeGpu())
+    scratch: Any = backend._scratch("wide_k", (3, 2), DTYPES["bf16"])
+    assert backend._scratch("wide_k", (3, 2), DTYPES["bf16"]) is scratch
+    assert backend._scratch("wide_v", (3, 2), DTYPES["bf16"]) is not scratch
+    backend.close()
+    assert not backend._kept
+
+
 def test_close_drops_everything_and_closes_the_gpu(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
     monkeypatch.setattr(backend.gpu, "close", lambda: closed.append(True))
