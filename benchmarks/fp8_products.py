@@ -428,7 +428,8 @@ def main() -> int:
             rows.append(row)
             print(json.dumps(row), flush=True)
 
-    assert (library := load_cublas()) is not None
+    library = load_cublas()
+    assert library is not None
     library.cublasLtGetVersion.restype = ctypes.c_size_t
     take(iter([{"cublasLt": library.cublasLtGetVersion(), "gpu": bench.backend.describe()}]))
     take(probe(bench))

@@ -8,14 +8,11 @@ from typing import Any
 import click
 
 from .options import (
-    ACTIVATIONS_OPTION,
     DEBUG,
-    DEVICE,
-    QUANTIZE,
     QUIET,
     Decorator,
     complete_model,
-    dtype_option,
+    loading_options,
     options,
     picture_option,
     weight_format_option,

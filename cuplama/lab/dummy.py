@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from ..device import Setup
@@ -47,10 +49,10 @@ class Source:
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
-            setup = Setup(
-                self.device, DTYPE_NAMES[self.dtype], context, cache_tokens, self.kv_cache_dtype, self.activations
+            how = {"kv_cache_dtype": self.kv_cache_dtype, "activations": self.activations}
+            return dummy_model(
+                self.model, self.device, self.dtype, context, cache_tokens, self.weight_format, **how
             )
-            return dummy_model(self.model, setup, self.weight_format)
         if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
         return load(
@@ -84,14 +86,16 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
     }
 
 
-def dummy_model(model: str, setup: Setup, form: str = "") -> Model:
-    """A model of that shape with random weights and without a tokenizer.
+def dummy_model(
+    model: str, device: str, dtype: str, context: int, cache_tokens: int, form: str = "", **more: str
+) -> Model:
+    """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states.
 
-    setup: how it runs; dtype "auto" is what the config states; its context is cut to what the model takes. form: of the
-    layers' matrices.
+    form: of the layers' matrices; more: other fields of a ``Setup``.
     """
     name, config = find_shape(model)
     weights = dummy_weights(config, DTYPES[config.stored], form)
-    length = context_length(config, setup.context)
-    engine = start_engine(config, weights, replace(setup, context=length, tokens=max(length, setup.tokens)))
+    length = context_length(config, context)
+    setup = Setup(device, DTYPE_NAMES[dtype], length, max(length, cache_tokens), **more)
+    engine = start_engine(config, weights, setup)
     return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None))

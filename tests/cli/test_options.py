@@ -125,8 +125,8 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--ctx-size 33", "context", 33),
 ]
 LOAD_DEFAULTS = {
-    "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto", "activations": "auto",
-    "offline": True,
+    "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto",
+    "activations": "auto", "offline": True,
 }  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
