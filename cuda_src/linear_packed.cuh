@@ -165,14 +165,17 @@ struct Factors {
     typedef typename S::W W;
     static constexpr bool SPREAD = S::ROWS == 1 && W::GROUP > 0 && W::GROUP_CHUNKS <= 2;
     static constexpr int STRIDE = STRIDE_OF<S, T>;
-    const T* x;                           // of this lane, at its warp's first block
-    f32* sums;                            // of this warp's groups [group][ROWS]
-    u32 mine[SPREAD ? BLOCK_CHUNKS : 1];  // 1 for the chunk of this lane's column
+    const T* x;  // of this lane, at its warp's first block
+    f32* sums;   // of this warp's groups [group][ROWS]
+    u32 mine
+        [SPREAD
+             ? BLOCK_CHUNKS
+             : 1];  // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe
 
     __device__ __forceinline__ Factors() {
         if constexpr (SPREAD)
 #pragma unroll
-            for (int c = 0; c < BLOCK_CHUNKS; c++) mine[c] = lane_row() == c;
+            for (int c = 0; c < BLOCK_CHUNKS; c++) mine[c] = hidden(lane_row() == c);
     }
 
     template <typename Rows>

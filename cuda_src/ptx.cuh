@@ -23,6 +23,12 @@ __device__ __forceinline__ unsigned not_and_or(unsigned x, unsigned mask, unsign
 // Takes x for a value that only this place knows: the compiler keeps it in its register and does not compute it again.
 __device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
 
+// The same number, of which the compiler then knows nothing.
+__device__ __forceinline__ unsigned hidden(unsigned x) {
+    asm("mov.b32 %0, %0;" : "+r"(x));
+    return x;
+}
+
 // ---- copies from global to shared memory that the thread does not wait for (sm_80; plain copies before) -------------
 
 // 16 bytes, or 16 zero bytes if not `valid`; the global address is not read then. Both addresses on 16-byte boundaries.

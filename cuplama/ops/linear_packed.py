@@ -39,8 +39,8 @@ class Tuning:
     flight: int = 48 << 10
     steps: tuple[int, int] = (4, 1)
     beside: bool = True
-    # Each GPU block normalises all rows for itself, 0.4 microseconds a row. A launch before it takes 2 for all rows, and
-    # the product asks for its weights meanwhile.
+    # Each GPU block normalises all rows for itself, 0.4 microseconds a row. A launch before it takes 2 for all of
+    # them, and the product asks for its weights meanwhile.
     norm_rows: int = 2
 
 
@@ -71,8 +71,11 @@ def _shape(columns: int, most: int, phases: int) -> _Shape:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What shared memory holds. rows: of x; parts: tiles of a unit; units: of a GPU block, at most; element: bytes of one
-    of x; sums: of a row of x in a block, for offsets; step: units between two barriers."""
+    """What shared memory holds.
+
+    rows: of x; parts: tiles of a unit; units: of a GPU block, at most; element: bytes of one of x; sums: of a row of x
+    in a packed block, for offsets; step: units between two barriers.
+    """
 
     rows: int
     parts: int

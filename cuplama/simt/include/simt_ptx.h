@@ -25,6 +25,7 @@ SIMT_FN unsigned long long globaltimer() { return simt_clock(1); }
 // ---- bits ---------------------------------------------------------------------------------------------------------------
 SIMT_FN unsigned and_or(unsigned x, unsigned mask, unsigned bits) { return (x & mask) | bits; }
 SIMT_FN unsigned not_and_or(unsigned x, unsigned mask, unsigned bits) { return (~x & mask) | bits; }
+SIMT_FN unsigned hidden(unsigned x) { return x; }
 
 // ---- asynchronous copies: the bytes arrive in the wait, not before ------------------------------------------------------
 SIMT_FN void cp_async_16(void* shared, const void* global) { simt_cp_async(shared, global, 16, 16); }
