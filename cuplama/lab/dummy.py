@@ -50,9 +50,7 @@ class Source:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
             how = {"kv_cache_dtype": self.kv_cache_dtype, "activations": self.activations}
-            return dummy_model(
-                self.model, self.device, self.dtype, context, cache_tokens, self.weight_format, **how
-            )
+            return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, self.weight_format, **how)
         if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
         return load(
