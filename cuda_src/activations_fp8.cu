@@ -19,7 +19,7 @@
 // as fast, and one kernel more.
 #include "activation.cuh"
 #include "common.cuh"
-#include "ptx.cuh"
+#include "e4m3.cuh"
 
 constexpr int THREADS = 512;  // of a block at most; _MAX_THREADS in eight_bit.py
 

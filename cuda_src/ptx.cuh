@@ -77,32 +77,6 @@ __device__ __forceinline__ void pdl_wait() {
 #endif
 }
 
-// ---- 8-bit floats ---------------------------------------------------------------------------------------------------
-
-#if __CUDA_ARCH__ < 890
-// The bits of the e4m3 number nearest to x, ties to even; 448 where x is beyond it, with x's sign.
-__device__ __forceinline__ unsigned e4m3_bits(float x) {
-    const unsigned sign = unsigned(__float_as_int(x)) >> 24 & 0x80, nan = 0x7f;
-    if (x != x) return sign | nan;
-    const float size = fminf(fabsf(x), 448.f);
-    // Below 2^-6 the numbers are multiples of 2^-9, as those of float32 are between 2^14 and 2^15.
-    if (size < 0.015625f) return sign | unsigned(__float_as_int(size + 16384.f) - __float_as_int(16384.f));
-    const unsigned bits = __float_as_int(size);  // 20 bits of the mantissa are rounded off, the exponent's bias is less
-    return sign | ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - ((127 - 7) << 3);
-}
-#endif
-
-// Two floats as 8-bit floats (e4m3): the nearest, ties to even, 448 for what is beyond; the first is the low byte.
-__device__ __forceinline__ unsigned e4m3_pair(float first, float second) {
-#if __CUDA_ARCH__ >= 890
-    unsigned short pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
-    return pair;
-#else
-    return e4m3_bits(first) | e4m3_bits(second) << 8;
-#endif
-}
-
 // ---- matrices (sm_80); fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16" -----------------------------
 
 // Four 8x8 matrices of 16-bit elements; lanes 8i .. 8i+7 bring the addresses of the rows (16 bytes each) of matrix i.

@@ -34,16 +34,6 @@ SIMT_FN void cp_async_commit() { simt_cp_async_commit(); }
 template <int N> SIMT_TEMPLATE void cp_async_wait() { simt_cp_async_wait(N); }
 SIMT_FN void cp_async_wait_all() { simt_cp_async_wait(-1); }
 
-// ---- 8-bit floats ---------------------------------------------------------------------------------------------------
-SIMT_FN unsigned e4m3_bits(float x) {
-  unsigned sign = simt::as<simt::u32>(x) >> 24 & 0x80;
-  if (x != x) return sign | 0x7f;
-  float size = __builtin_fabsf(x) < 448 ? __builtin_fabsf(x) : 448;
-  int exponent = size < 0x1p-6f ? -6 : __builtin_ilogbf(size);  // below 2^-6 the steps stay 2^-9
-  return sign | unsigned((exponent + 6) * 8 + int(__builtin_nearbyintf(__builtin_ldexpf(size, 3 - exponent))));
-}
-SIMT_FN unsigned e4m3_pair(float first, float second) { return e4m3_bits(first) | e4m3_bits(second) << 8; }
-
 // ---- matrices -------------------------------------------------------------------------------------------------------
 namespace simt {
 SIMT_FN void matrix_load(Op op, unsigned* r, int count, const void* row, const char* file, int line) {
