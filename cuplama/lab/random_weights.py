@@ -45,6 +45,7 @@ class _RandomWeight:
     centre: float = 0.0
 
     packed = False
+    parts = ()
 
     @property
     def formats(self) -> tuple[Format, ...]:

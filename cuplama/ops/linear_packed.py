@@ -36,9 +36,9 @@ class Tuning:
     """
 
     warps: int = 16
-    flight: int = 48 << 10
+    flight: int = 24 << 10
     steps: tuple[int, int] = (4, 1)
-    beside: bool = True
+    beside: bool = False
     # Each GPU block normalises all rows for itself, 0.4 microseconds a row. A launch before it takes 2 for all of
     # them, and the product asks for its weights meanwhile.
     norm_rows: int = 2
