@@ -55,10 +55,13 @@ ROTATED_BYTES = 200 << 20
 MAX_COPIES = 512
 SWEEP = {
     "as planned": TUNING,
-    "no kernel beside": replace(TUNING, beside=False),
-    "24 KB ahead": replace(TUNING, flight=24 << 10),
-    "72 KB ahead": replace(TUNING, flight=72 << 10),
-    "8 warps": replace(TUNING, warps=8),
+    "x in registers": replace(TUNING, held=(2, 2)),
+    "24 warps": replace(TUNING, warps=(24, 24)),
+    "32 warps": replace(TUNING, warps=(32, 32)),
+    "32 warps, x in registers": replace(TUNING, warps=(32, 32), held=(2, 2)),
+    "24 KB ahead, 24 KB behind x": replace(TUNING, more=24 << 10),
+    "16 KB ahead, 48 KB behind x": replace(TUNING, flight=16 << 10, more=48 << 10),
+    "8 steps, or 2": replace(TUNING, steps=(8, 2)),
     "norm apart": replace(TUNING, norm_rows=0),
 }
 """Ways to share the work, by what is said of them."""

@@ -16,8 +16,7 @@
 // has a ring of DEPTH packed blocks, which it fills with cp.async, 16 bytes a lane, and reads without any barrier but its
 // own: scales lie in other lanes' copies.
 //
-// Registers and shared memory leave room for a second GPU block in a multiprocessor, never for a third: with
-// programmatic dependent launch that is one of the next kernel, which fills its rings while this one works.
+// A GPU block has a multiprocessor to itself, so that those of the next kernel are dealt out evenly.
 //
 // Codes become 16-bit floats, exactly but for nf4; tensor cores add up a group of columns in f32, and only then comes the
 // scale: total += scale * sum. An offset takes the sum of x over the group, which is computed once a phase by a product
@@ -25,11 +24,14 @@
 // floats.
 //
 // After every STEP units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those
-// of an element of y in the order of the warps: results are the same in every run. There are two places for the sums,
+// of an element of y in a fixed order: results are the same in every run. There are two places for the sums,
 // which take turns: one barrier every STEP units. Before the wait for earlier kernels only weights are read.
 //
-// Tried and worse: x in registers, whose loads and whose room the 4-bit kernels paid with 3 microseconds each; slices of
-// several packed blocks as slots of the ring, for all of which a warp then waits.
+// With HELD, for k in one phase, a warp's part of x is read from shared memory once, and then lies in registers.
+//
+// Tried and worse: slices of several packed blocks as slots of the ring, for all of which a warp then waits; room for a
+// GPU block of the next kernel beside this one's (436 instead of 620 tokens a second of an 8B model in 4 bits): blocks are
+// dealt out unevenly then, and some multiprocessors get two of one kernel.
 //
 // order: where the columns of w lie in x (act-order), read with ORDERED only.
 //
@@ -57,10 +59,11 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
     typedef typename S::W W;
     constexpr int OUTS = S::STEP * S::TILE;  // elements of y between two barriers
     constexpr int EACH = (OUTS + S::THREADS - 1) / S::THREADS;
+    constexpr int CHAINS = 4;  // of sums over the warps: short ones
     int turn = 0;
 #pragma unroll 1
     for (int phase = 0; phase < S::PHASES; phase++) {
-        factors.fill(rows, phase);
+        factors.fill(stream, rows, phase);
         const int count = stream.blocks_of(phase);
 #pragma unroll 1
         for (int first = stream.begin; first < stream.end; first += S::STEP) {
@@ -98,10 +101,11 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
 #pragma unroll
                 for (int p = 0; p < S::PARTS; p++) {
                     const int at = (i / S::TILE * S::PARTS + p) * S::TILE + i % S::TILE;
-                    total[p] = 0.f;
+                    float chains[CHAINS] = {};
 #pragma unroll
                     for (int warp = 0; warp < S::WARPS; warp++)
-                        total[p] += partial[warp * (S::STEP * S::PARTS * S::TILE) + at];
+                        chains[warp % CHAINS] += partial[warp * (S::STEP * S::PARTS * S::TILE) + at];
+                    total[p] = (chains[0] + chains[1]) + (chains[2] + chains[3]);
                     if constexpr (S::PHASES > 1) {
                         f32& earlier = stream.sums()[(first - stream.begin) * (S::PARTS * S::TILE) + at];
                         if (phase > 0) total[p] += earlier;
@@ -133,61 +137,62 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
         SharedRows<S, NORM, 1, ROUNDED, X, f32> rows(x, g, h, order, k, out.count, stream.staged());
         FloatFactors<S> factors;
         wait();
-        rows.measure(eps);
+        rows.measure(stream, eps);
         multiply_rows(stream, rows, factors, out);
     } else {
         SharedRows<S, NORM, LEVELS, false, X, T> rows(x, g, h, order, k, out.count, stream.staged());
         Factors<S, LEVELS> factors;
         wait();
-        rows.measure(eps);
+        rows.measure(stream, eps);
         multiply_rows(stream, rows, factors, out);
     }
 }
 
-template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
-          bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+          int EARLY, int STEP, bool ORDERED, bool HELD>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed(const T* x, const W* __restrict__ w, const T* __restrict__ b, const i32* __restrict__ order, U* y,
                   int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP, bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
+template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int EARLY, int STEP,
+          bool ORDERED, bool HELD>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b,
                       const i32* __restrict__ order, f32* y, int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
     const i64 at = i64(first) * m + column;
     const Output<T, f32> out = {y + at, a + at, b == nullptr ? b : b + column, min(n - first, 8), m, rows};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, NO_NORM>(
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
-          bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+          int EARLY, int STEP, bool ORDERED, bool HELD>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_linear_packed(const f32* x, const T* __restrict__ g, const W* __restrict__ w, const T* __restrict__ b,
                            const i32* __restrict__ order, U* y, int n, int first, int m, int rows, int column, int k,
                            f32 eps) {
     const T* h = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, RMS_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, RMS_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }
 
-template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int STEP,
-          bool ORDERED>
-__global__ void __launch_bounds__(WARPS* WARP, BESIDE<T, W, ROWS>)
+template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
+          int EARLY, int STEP, bool ORDERED, bool HELD>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     layer_norm_linear_packed(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const W* __restrict__ w,
                              const T* __restrict__ b, const i32* __restrict__ order, U* y, int n, int first, int m,
                              int rows, int column, int k, f32 eps) {
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, STEP, ORDERED>, LAYER_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, LAYER_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }

@@ -15,26 +15,23 @@ constexpr bool TENSOR = false;
 #endif
 
 // The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
-// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; STEP: units of
-// tiles between two barriers; ORDERED: x is read in another order.
-template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int STEP_,
-          bool ORDERED_>
+// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks that it asks for
+// before x; STEP: units of
+// tiles between two barriers; ORDERED: x is read in another order; HELD: x lies in registers while tiles are multiplied.
+template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
+          int STEP_, bool ORDERED_, bool HELD_>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
-                         STEP = STEP_;
-    static constexpr bool ORDERED = ORDERED_;
+                         EARLY = EARLY_, STEP = STEP_;
+    static constexpr bool ORDERED = ORDERED_, HELD = HELD_;
+    static_assert(!HELD || PHASES == 1, "registers hold x of one phase");
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = ACT == SILU_MUL ? 2 : 1;        // sums for an element of y, and tiles of a unit
     static constexpr int TILE = BLOCK_ROWS * ROWS;               // sums of a tile
     static constexpr int SPAN = WARPS * BLOCKS * BLOCK_COLUMNS;  // columns of a phase
 };
-
-// GPU blocks that registers should leave room for: two, so that those of the next kernel fill their rings beside this
-// one's. Wide codes, several rows and multiply-adds take too many registers, and many rows too much shared memory.
-template <typename T, typename W, int ROWS>
-constexpr int BESIDE = TENSOR<T> && W::BITS <= 8 && ROWS == 1 ? 2 : 1;
 
 // Elements from a row of x to the next in shared memory: with 16 bits 64 bytes more than they take, so that the lanes of
 // two rows meet different banks.
@@ -79,13 +76,21 @@ struct Stream {
         from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(0)) * PIECES + lane;
         filling = 0, reading = 0, phase = 0;
         begin_phase();
+        fill<S::EARLY>();
+        launch_dependents();
+    }
+
+    // Asks for that many blocks, for empty slots.
+    template <int COUNT>
+    __device__ __forceinline__ void fill() {
 #pragma unroll 1
-        for (int slot = 0; slot < S::DEPTH - 1; slot++) {
+        for (int slot = 0; slot < COUNT; slot++) {
             fetch();
             filling += PIECES;
         }
-        launch_dependents();
     }
+    // Fills the ring, once x has been asked for.
+    __device__ __forceinline__ void fill_rest() { fill<S::DEPTH - 1 - S::EARLY>(); }
 
     // Where this warp's runs begin in a row of blocks in a phase, and how many blocks they have: none in a later phase if
     // there are none in an earlier one.
@@ -167,10 +172,11 @@ struct Factors {
     static constexpr int STRIDE = STRIDE_OF<S, T>;
     const T* x;  // of this lane, at its warp's first block
     f32* sums;   // of this warp's groups [group][ROWS]
-    u32 mine
-        [SPREAD
-             ? BLOCK_CHUNKS
-             : 1];  // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe
+    // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe.
+    u32 mine[SPREAD ? BLOCK_CHUNKS : 1];
+    static constexpr int HELD_CHUNKS = SPREAD ? 1 : BLOCK_CHUNKS;
+    typedef u32 Held[HELD_CHUNKS][LEVELS][2];  // x of a block, with HELD
+    Held held[S::HELD ? S::BLOCKS : 1];
 
     __device__ __forceinline__ Factors() {
         if constexpr (SPREAD)
@@ -179,8 +185,8 @@ struct Factors {
     }
 
     template <typename Rows>
-    __device__ __forceinline__ void fill(const Rows& rows, int phase) {
-        rows.stage(phase);
+    __device__ __forceinline__ void fill(Stream<S>& stream, const Rows& rows, int phase) {
+        rows.stage(stream, phase);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
         sums =
@@ -205,6 +211,12 @@ struct Factors {
             }
             __syncwarp();
         }
+        if constexpr (S::HELD)
+#pragma unroll
+            for (int c = 0; c < S::BLOCKS * HELD_CHUNKS; c++)
+#pragma unroll
+                for (int l = 0; l < LEVELS; l++)
+                    read(x, SPREAD ? c * BLOCK_CHUNKS + lane_row() : c, l, held[c / HELD_CHUNKS][c % HELD_CHUNKS][l]);
     }
 
     // The B of a chunk.
@@ -219,15 +231,17 @@ struct Factors {
         float total[4] = {};
         const T* at = x;
         const f32* of = sums;
+        if constexpr (S::HELD) {
+#pragma unroll
+            for (int b = 0; b < S::BLOCKS; b++)
+                if (b < count) add(stream.take(), at, of + b * (W::GROUPS * S::ROWS), held[b], total);
+        } else {
 #pragma unroll 1
-        for (int b = 0; b < count; b++) {
-            const W& block = stream.take();
-            if constexpr (SPREAD)
-                add_spread(block, at, of, total);
-            else
-                add_block(block, at, of, total);
-            at += BLOCK_COLUMNS;
-            of += W::GROUPS * S::ROWS;
+            for (int b = 0; b < count; b++) {
+                add(stream.take(), at, of, held[0], total);
+                at += BLOCK_COLUMNS;
+                of += W::GROUPS * S::ROWS;
+            }
         }
         const int r = lane_row(), t = threadIdx.x % 4;
         if constexpr (S::ROWS == 1) {
@@ -244,7 +258,17 @@ struct Factors {
         }
     }
 
-    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
+    // A block's sums, added to those of its tile.
+    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, const Held& held,
+                                        float (&total)[4]) const {
+        if constexpr (SPREAD)
+            add_spread(block, x, sums, held, total);
+        else
+            add_block(block, x, sums, held, total);
+    }
+
+    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, const Held& held,
+                                              float (&total)[4]) const {
         constexpr int CHAINS = W::GROUP_CHUNKS > 4 ? 2 : 1;  // of products: short ones
         const int r = lane_row();
         const typename W::Words words = block.lane(threadIdx.x % WARP);
@@ -262,7 +286,9 @@ struct Factors {
                 W::template fragment<T>(words, chunk, minus, a);
 #pragma unroll
                 for (int l = 0; l < LEVELS; l++) {
-                    if (W::GROUP_CHUNKS == 1) {
+                    if (S::HELD) {
+                        memcpy(b[l][c % 2], held[chunk % HELD_CHUNKS][l], 8);
+                    } else if (W::GROUP_CHUNKS == 1) {
                         read(x, chunk, l, b[l][0]);
                     } else if (c % 2 == 0) {
                         const Pack<T, 8> two = load<8>(x + l * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS));
@@ -294,12 +320,18 @@ struct Factors {
     }
 
     // The same where a lane has the sums of chunks 2 t and 2 t + 1.
-    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
+    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, const Held& held,
+                                               float (&total)[4]) const {
         const int r = lane_row(), t = threadIdx.x % 4;
         const typename W::Words words = block.lane(threadIdx.x % WARP);
         u32 own[LEVELS][2];
 #pragma unroll
-        for (int l = 0; l < LEVELS; l++) read(x, r, l, own[l]);
+        for (int l = 0; l < LEVELS; l++) {
+            if constexpr (S::HELD)
+                memcpy(own[l], held[0][l], 8);
+            else
+                read(x, r, l, own[l]);
+        }
         float sum[2][4] = {};  // chains of products
         u32 minus[2];
 #pragma unroll
