@@ -57,11 +57,14 @@ SWEEP = {
     "as planned": TUNING,
     "x in registers": replace(TUNING, held=(2, 2)),
     "24 warps": replace(TUNING, warps=(24, 24)),
-    "32 warps": replace(TUNING, warps=(32, 32)),
-    "32 warps, x in registers": replace(TUNING, warps=(32, 32), held=(2, 2)),
+    "32 warps, or 24": replace(TUNING, warps=(32, 24)),
+    "32 warps, or 24, x in registers": replace(TUNING, warps=(32, 24), held=(2, 2)),
     "24 KB ahead, 24 KB behind x": replace(TUNING, more=24 << 10),
     "16 KB ahead, 48 KB behind x": replace(TUNING, flight=16 << 10, more=48 << 10),
     "8 steps, or 2": replace(TUNING, steps=(8, 2)),
+    "k split where x is more than 64 KB": replace(TUNING, part=64 << 10),
+    "k split where x is more than 32 KB": replace(TUNING, part=32 << 10),
+    "k never split": replace(TUNING, part=1 << 30),
     "norm apart": replace(TUNING, norm_rows=0),
 }
 """Ways to share the work, by what is said of them."""

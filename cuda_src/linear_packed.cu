@@ -49,7 +49,60 @@ struct Output {
     const T* b;
     int count, m, rows;  // rows of x; columns of y in all, and of this launch
     const f32* scales;   // of whole rows of w
+    f32* parts;          // with SPLIT, sums [SPLIT][units][PARTS][TILE]
+    u32* arrivals;       // and of each group of GPU blocks how many have left theirs
 };
+
+// An element of y, whose sums are total.
+template <typename S, typename U>
+__device__ __forceinline__ void finish(float (&total)[S::PARTS], int row, int column,
+                                       const Output<typename S::T, U>& out) {
+    const i64 at = i64(row) * out.m + column;
+    const float residual = out.a != nullptr ? out.a[at] : 0.f;
+#pragma unroll
+    for (int p = 0; p < S::PARTS; p++) {
+        if (S::W::ROW_SCALES) total[p] *= out.scales[p * out.m + column];
+        if (out.b != nullptr) total[p] += to_float(out.b[p * out.m + column]);
+    }
+    out.y[at] = from_float<U>(residual + activated<S::ACT, typename S::T>(total));
+}
+
+// Leaves this GPU block's sums in memory. The last of the SPLIT that share tiles adds them up, in the order of their
+// parts of k.
+template <typename S, typename U>
+__device__ __forceinline__ void add_parts(const Stream<S>& stream, const Output<typename S::T, U>& out) {
+    __shared__ u32 arrived;
+    constexpr int UNIT = S::PARTS * S::TILE;
+    const int units = stream.end - stream.begin;
+    const i64 part = i64(stream.units) * UNIT;  // elements
+    f32* from = out.parts + i64(stream.begin) * UNIT;
+    __syncthreads();
+    for (int i = threadIdx.x; i < units * UNIT; i += S::THREADS) {
+        const int row = i % S::ROWS, column = (stream.begin + i / UNIT) * BLOCK_ROWS + i % S::TILE / S::ROWS;
+        if (row < out.count && column < out.rows) from[blockIdx.x % S::SPLIT * part + i] = stream.sums()[i];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32* counter = out.arrivals + blockIdx.x / S::SPLIT;
+        arrived = atomicAdd(counter, 1u) + 1;
+        if (arrived == S::SPLIT) *counter = 0;
+    }
+    __syncthreads();
+    if (arrived < S::SPLIT) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < units * S::TILE; i += S::THREADS) {
+        const int row = i % S::ROWS, column = stream.begin * BLOCK_ROWS + i / S::ROWS;
+        if (row >= out.count || column >= out.rows) continue;
+        float total[S::PARTS] = {};
+#pragma unroll
+        for (int p = 0; p < S::PARTS; p++)
+#pragma unroll
+            for (int s = 0; s < S::SPLIT; s++)
+                total[p] += from[s * part + (i / S::TILE * S::PARTS + p) * S::TILE + i % S::TILE];
+        finish<S>(total, row, column, out);
+    }
+}
 
 // y = a + act(x w^T + b). factors: x of this lane, which `rows` fills.
 template <typename S, typename Rows, typename Factors, typename U>
@@ -62,7 +115,8 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
     constexpr int CHAINS = 4;  // of sums over the warps: short ones
     int turn = 0;
 #pragma unroll 1
-    for (int phase = 0; phase < S::PHASES; phase++) {
+    for (int phase = stream.first; phase < stream.first + S::PHASES; phase++) {
+        const bool whole = S::SPLIT == 1 && phase == S::PHASES - 1;  // sums are, from here on
         factors.fill(stream, rows, phase);
         const int count = stream.blocks_of(phase);
 #pragma unroll 1
@@ -74,7 +128,7 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
                 const int i = threadIdx.x + e * S::THREADS, row = i % S::ROWS,
                           column = first * BLOCK_ROWS + i / S::ROWS;
                 if (i >= OUTS || row >= out.count || column >= min(out.rows, stream.end * BLOCK_ROWS)) continue;
-                if (phase < S::PHASES - 1) continue;
+                if (!whole) continue;
                 if (out.a != nullptr) residual[e] = out.a[i64(row) * out.m + column];
 #pragma unroll
                 for (int p = 0; p < S::PARTS; p++) {
@@ -106,19 +160,20 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
                     for (int warp = 0; warp < S::WARPS; warp++)
                         chains[warp % CHAINS] += partial[warp * (S::STEP * S::PARTS * S::TILE) + at];
                     total[p] = (chains[0] + chains[1]) + (chains[2] + chains[3]);
-                    if constexpr (S::PHASES > 1) {
+                    if constexpr (S::WAITING) {
                         f32& earlier = stream.sums()[(first - stream.begin) * (S::PARTS * S::TILE) + at];
-                        if (phase > 0) total[p] += earlier;
+                        if (phase > stream.first) total[p] += earlier;
                         earlier = total[p];
                     }
                     if (W::ROW_SCALES) total[p] *= scale[e][p];
                     total[p] += bias[e][p];
                 }
-                if (phase < S::PHASES - 1) continue;
+                if (!whole) continue;
                 out.y[i64(row) * out.m + column] = from_float<U>(residual[e] + activated<S::ACT, T>(total));
             }
         }
     }
+    if constexpr (S::SPLIT > 1) add_parts(stream, out);
 }
 
 // All of a kernel. x: the launch's first row; wait: pdl_wait, which the kernels themselves call so that they are known
@@ -149,26 +204,35 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
 }
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
-          int EARLY, int STEP, bool ORDERED, bool HELD>
+          int EARLY, int STEP, int SPLIT, bool ORDERED, bool HELD>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed(const T* x, const W* __restrict__ w, const T* __restrict__ b, const i32* __restrict__ order, U* y,
-                  int n, int first, int m, int rows, int column, int k) {
+                  f32* parts, u32* arrivals, int n, int first, int m, int rows, int column, int k) {
     const T* g = nullptr;
-    const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
-                              min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, NO_NORM>(
+    const Output<T, U> out = {y + i64(first) * m + column,
+                              nullptr,
+                              b == nullptr ? b : b + column,
+                              min(n - first, 8),
+                              m,
+                              rows,
+                              nullptr,
+                              parts,
+                              arrivals};
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED, HELD>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int EARLY, int STEP,
-          bool ORDERED, bool HELD>
+          int SPLIT, bool ORDERED, bool HELD>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b,
-                      const i32* __restrict__ order, f32* y, int n, int first, int m, int rows, int column, int k) {
+                      const i32* __restrict__ order, f32* y, f32* parts, u32* arrivals, int n, int first, int m,
+                      int rows, int column, int k) {
     const T* g = nullptr;
     const i64 at = i64(first) * m + column;
-    const Output<T, f32> out = {y + at, a + at, b == nullptr ? b : b + column, min(n - first, 8), m, rows};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, NO_NORM>(
+    const Output<T, f32> out = {y + at, a + at,  b == nullptr ? b : b + column, min(n - first, 8), m, rows, nullptr,
+                                parts,  arrivals};
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED, HELD>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
@@ -181,7 +245,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     const T* h = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, RMS_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED, HELD>, RMS_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }
 
@@ -193,6 +257,6 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
                              int rows, int column, int k, f32 eps) {
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, ORDERED, HELD>, LAYER_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED, HELD>, LAYER_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }

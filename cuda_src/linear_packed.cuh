@@ -19,17 +19,18 @@ constexpr bool TENSOR = false;
 // before x; STEP: units of
 // tiles between two barriers; ORDERED: x is read in another order; HELD: x lies in registers while tiles are multiplied.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
-          int STEP_, bool ORDERED_, bool HELD_>
+          int STEP_, int SPLIT_, bool ORDERED_, bool HELD_>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
-                         EARLY = EARLY_, STEP = STEP_;
+                         EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
     static constexpr bool ORDERED = ORDERED_, HELD = HELD_;
     static_assert(!HELD || PHASES == 1, "registers hold x of one phase");
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = ACT == SILU_MUL ? 2 : 1;        // sums for an element of y, and tiles of a unit
     static constexpr int TILE = BLOCK_ROWS * ROWS;               // sums of a tile
+    static constexpr bool WAITING = PHASES > 1 || SPLIT > 1;     // sums of tiles stay in shared memory for a while
     static constexpr int SPAN = WARPS * BLOCKS * BLOCK_COLUMNS;  // columns of a phase
 };
 
@@ -55,26 +56,28 @@ template <typename S>
 struct Stream {
     typedef typename S::W W;
     static constexpr int PIECES = sizeof(W) / 16;
-    uint4* ring;           // of this lane, in its warp's
-    const uint4* from;     // of this lane: what to ask for next
-    int begin, end;        // units of this GPU block
-    int columns;           // blocks of a row of blocks
-    i64 half;              // from a unit's first tile to its second, in pieces
-    i64 on, next;          // from a run's end to where the next begins, and so for the run after it, in pieces
-    int phase, remaining;  // what to ask for: phase, and its blocks that are left
-    int run, left;         // blocks of a run, and those of this one that are left
-    int filling, reading;  // slots, in pieces
+    uint4* ring;            // of this lane, in its warp's
+    const uint4* from;      // of this lane: what to ask for next
+    int begin, end, units;  // of this GPU block, and of the weight
+    int first;              // phase of this GPU block
+    int columns;            // blocks of a row of blocks
+    i64 half;               // from a unit's first tile to its second, in pieces
+    i64 on, next;           // from a run's end to where the next begins, and so for the run after it, in pieces
+    int phase, remaining;   // what to ask for: phase, and its blocks that are left
+    int run, left;          // blocks of a run, and those of this one that are left
+    int filling, reading;   // slots, in pieces
 
     // rows: of the weight, for silu_mul of half of it
     __device__ __forceinline__ Stream(const W* weight, int rows, int k) {
         DYNAMIC_SHARED(uint4, memory);
-        const int lane = threadIdx.x % WARP, units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        const int lane = threadIdx.x % WARP, group = blockIdx.x / S::SPLIT, groups = gridDim.x / S::SPLIT;
+        units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % S::SPLIT * S::PHASES;
         ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES) + lane;
-        begin = u32(units) * blockIdx.x / gridDim.x, end = u32(units) * (blockIdx.x + 1) / gridDim.x;
+        begin = units * group / groups, end = units * (group + 1) / groups;
         columns = W::columns(k);
         half = i64(units) * columns * PIECES;
-        from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(0)) * PIECES + lane;
-        filling = 0, reading = 0, phase = 0;
+        from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(first)) * PIECES + lane;
+        filling = 0, reading = 0, phase = first;
         begin_phase();
         fill<S::EARLY>();
         launch_dependents();
@@ -102,7 +105,7 @@ struct Stream {
     }
 
     // Shared memory behind the rings: sums of the tiles between two barriers, twice [2][WARPS][STEP][PARTS][TILE]; with
-    // several phases those of all tiles of the block [units][PARTS][TILE]; x (SharedRows); with offsets the sums of x over
+    // several phases or parts those of all tiles of the block [units][PARTS][TILE]; x (SharedRows); with offsets the sums of x over
     // groups [groups of SPAN][ROWS].
     static constexpr int PARTIAL = S::WARPS * S::STEP * S::PARTS * S::TILE;
     static __device__ __forceinline__ f32* partials() {
@@ -111,7 +114,7 @@ struct Stream {
     }
     static __device__ __forceinline__ f32* sums() { return partials() + 2 * PARTIAL; }
     __device__ __forceinline__ f32* staged() const {
-        return sums() + (S::PHASES > 1 ? (end - begin) * S::PARTS * S::TILE : 0);
+        return sums() + (S::WAITING ? (end - begin) * S::PARTS * S::TILE : 0);
     }
 
     // What there is to ask for in a phase. A unit's tiles are half of the weight apart.
@@ -136,7 +139,7 @@ struct Stream {
                     const i64 other = on;
                     on = next, next = other;
                 }
-                if (S::PHASES > 1 && remaining == 0 && phase + 1 < S::PHASES) {
+                if (S::PHASES > 1 && remaining == 0 && phase + 1 < first + S::PHASES) {
                     from += (i64(begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
                     phase++;
                     begin_phase();

@@ -43,8 +43,7 @@ struct SharedRows {
     static constexpr int LEVELS = LEVELS_, EACH = S::BLOCKS;  // EACH: fours of a thread, of a row in a phase
     static constexpr bool NORMED = NORM != NO_NORM, KEPT = NORMED && S::PHASES == 1 && S::ROWS * EACH <= 4;
     static constexpr int SOME = EACH <= 4 ? EACH : 4, ENTRIES = (EACH + SOME - 1) / SOME;  // fours read together
-    static constexpr int LOADS = S::WARPS > 16 ? 4 : 8;  // of a thread that are on their way together: registers
-    static constexpr int TOGETHER = SOME * S::ROWS <= LOADS ? S::ROWS : LOADS / SOME;  // rows
+    static constexpr int TOGETHER = SOME * S::ROWS <= 8 ? S::ROWS : 8 / SOME;              // rows
     static constexpr int STRIDE = STRIDE_OF<S, Y>;
     const X* x;
     const T *g, *h;
@@ -151,7 +150,8 @@ struct SharedRows {
 #pragma unroll
                 for (int i = 0; i < TOGETHER; i++)
                     if constexpr (!KEPT) read(v[i], x + i64(base + i) * k, phase, first, base + i < count);
-                if (!KEPT && phase == 0 && base + TOGETHER == S::ROWS && first + SOME >= EACH) stream.fill_rest();
+                if (!KEPT && phase % S::PHASES == 0 && base + TOGETHER == S::ROWS && first + SOME >= EACH)
+                    stream.fill_rest();
 #pragma unroll
                 for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
