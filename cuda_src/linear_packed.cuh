@@ -57,26 +57,27 @@ struct Stream {
     typedef typename S::W W;
     static constexpr int PIECES = sizeof(W) / 16;
     uint4* ring;            // of this lane, in its warp's
-    const uint4* from;      // of this lane: what to ask for next
+    const uint4* weight;    // of this lane
+    int from;               // what to ask for next, in pieces of 16 bytes: fewer than 2^31, as 32 GiB
     int begin, end, units;  // of this GPU block, and of the weight
     int first;              // phase of this GPU block
     int columns;            // blocks of a row of blocks
-    i64 half;               // from a unit's first tile to its second, in pieces
-    i64 on, next;           // from a run's end to where the next begins, and so for the run after it, in pieces
+    int half;               // from a unit's first tile to its second, in pieces
+    int on, next;           // from a run's end to where the next begins, and so for the run after it, in pieces
     int phase, remaining;   // what to ask for: phase, and its blocks that are left
     int run, left;          // blocks of a run, and those of this one that are left
     int filling, reading;   // slots, in pieces
 
     // rows: of the weight, for silu_mul of half of it
-    __device__ __forceinline__ Stream(const W* weight, int rows, int k) {
+    __device__ __forceinline__ Stream(const W* blocks, int rows, int k) {
         DYNAMIC_SHARED(uint4, memory);
         const int lane = threadIdx.x % WARP, group = blockIdx.x / S::SPLIT, groups = gridDim.x / S::SPLIT;
         units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % S::SPLIT * S::PHASES;
         ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES) + lane;
         begin = units * group / groups, end = units * (group + 1) / groups;
         columns = W::columns(k);
-        half = i64(units) * columns * PIECES;
-        from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(first)) * PIECES + lane;
+        half = units * columns * PIECES;
+        weight = reinterpret_cast<const uint4*>(blocks) + lane, from = (begin * columns + column_of(first)) * PIECES;
         filling = 0, reading = 0, phase = first;
         begin_phase();
         fill<S::EARLY>();
@@ -122,7 +123,7 @@ struct Stream {
         run = left = blocks_of(phase);
         remaining = run * (end - begin) * S::PARTS;
         next = on = (columns - run) * PIECES;
-        if constexpr (S::PARTS > 1) on += half - i64(columns) * PIECES, next -= half;
+        if constexpr (S::PARTS > 1) on += half - columns * PIECES, next -= half;
     }
 
     // Asks for the next block, or for nothing at the end: a group of copies in any case.
@@ -131,16 +132,16 @@ struct Stream {
 #pragma unroll
             for (int i = 0; i < PIECES; i += WARP)
                 if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP)
-                    cp_async_16(ring + filling + i, from + i, true);
+                    cp_async_16(ring + filling + i, weight + from + i, true);
             from += PIECES, remaining--, left--;
             if (left == 0) {
                 left = run, from += on;
                 if constexpr (S::PARTS > 1) {
-                    const i64 other = on;
+                    const int other = on;
                     on = next, next = other;
                 }
                 if (S::PHASES > 1 && remaining == 0 && phase + 1 < first + S::PHASES) {
-                    from += (i64(begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
+                    from += ((begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
                     phase++;
                     begin_phase();
                 }
