@@ -174,6 +174,7 @@ struct Factors {
     typedef typename S::W W;
     static constexpr bool SPREAD = S::ROWS == 1 && W::GROUP > 0 && W::GROUP_CHUNKS <= 2;
     static constexpr int STRIDE = STRIDE_OF<S, T>;
+    static constexpr float RAW = W::template RAW<T>;
     const T* x;  // of this lane, at its warp's first block
     f32* sums;   // of this warp's groups [group][ROWS]
     // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe.
@@ -280,14 +281,14 @@ struct Factors {
 #pragma unroll
         for (int g = 0; g < W::GROUPS; g++) {
             u32 minus[2];
-            block.template minus<T>(g, r, minus);
+            block.template raw_minus<T>(g, r, minus);
             float sum[CHAINS][4] = {};
             u32 b[LEVELS][2][2];
 #pragma unroll
             for (int c = 0; c < W::GROUP_CHUNKS; c++) {
                 const int chunk = g * W::GROUP_CHUNKS + c;
                 u32 a[4];
-                W::template fragment<T>(words, chunk, minus, a);
+                W::template raw<T>(words, chunk, minus, a);
 #pragma unroll
                 for (int l = 0; l < LEVELS; l++) {
                     if (S::HELD) {
@@ -302,7 +303,7 @@ struct Factors {
                 }
             }
             Two32 scale = {{1.f, 1.f}}, offset;
-            if (W::GROUP > 0) scale = block.inner(g, r);
+            if (W::GROUP > 0) scale = inner_scale(block, g);
             Pack<f32, 2> of;
             if constexpr (W::OFFSET) {
                 offset = block.inner_offset(g, r);
@@ -315,7 +316,7 @@ struct Factors {
             for (int i = 0; i < 4; i++) {
                 float more = sum[0][i];
                 if (CHAINS > 1) more += sum[CHAINS - 1][i];
-                if (W::GROUP == 0) total[i] += more;
+                if (W::GROUP == 0) total[i] = fmaf(RAW, more, total[i]);
                 if (W::GROUP > 0) inner[i] = fmaf(scale.v[i / 2], more, inner[i]);
                 if (W::OFFSET) least[i] = fmaf(offset.v[i / 2], of.v[i % 2], least[i]);
             }
@@ -340,9 +341,9 @@ struct Factors {
         u32 minus[2];
 #pragma unroll
         for (int c = 0; c < BLOCK_CHUNKS; c++) {
-            if (c % W::GROUP_CHUNKS == 0) block.template minus<T>(c / W::GROUP_CHUNKS, r, minus);
+            if (c % W::GROUP_CHUNKS == 0) block.template raw_minus<T>(c / W::GROUP_CHUNKS, r, minus);
             u32 a[4];
-            W::template fragment<T>(words, c, minus, a);
+            W::template raw<T>(words, c, minus, a);
 #pragma unroll
             for (int l = 0; l < LEVELS; l++)
                 multiply(sum[c % 2], a, {own[l][0] * mine[SPREAD ? c : 0], own[l][1] * mine[SPREAD ? c : 0]}, T());
@@ -353,7 +354,7 @@ struct Factors {
 #pragma unroll
         for (int g = 0; g < 2 / W::GROUP_CHUNKS; g++) {
             const int group = 2 / W::GROUP_CHUNKS * t + g;
-            const Two32 scale = block.inner(group, r);
+            const Two32 scale = inner_scale(block, group);
             Two32 offset;
             if constexpr (W::OFFSET) offset = block.inner_offset(group, r);
 #pragma unroll
@@ -367,11 +368,20 @@ struct Factors {
         add_inner(block, inner, least, total);
     }
 
+    // The scale of a group, or of nested ones its inner factor. What `raw` leaves off goes with the other factor then.
+    static __device__ __forceinline__ Two32 inner_scale(const W& block, int group) {
+        const Two32 scale = block.inner(group, lane_row());
+        return W::NESTED ? scale : times_raw(scale);
+    }
+    static __device__ __forceinline__ Two32 times_raw(const Two32& scale) {
+        return {{scale.v[0] * RAW, scale.v[1] * RAW}};
+    }
+
     // What the groups of a block add up to, times what they have in common.
     static __device__ __forceinline__ void add_inner(const W& block, const float (&inner)[4], const float (&least)[4],
                                                      float (&total)[4]) {
         Two32 scale = {{1.f, 1.f}}, offset = {{1.f, 1.f}};
-        if constexpr (W::NESTED) scale = block.outer(lane_row());
+        if constexpr (W::NESTED) scale = times_raw(block.outer(lane_row()));
         if constexpr (W::NESTED && W::OFFSET) offset = block.outer_offset(lane_row());
 #pragma unroll
         for (int i = 0; i < 4; i++) {
