@@ -44,6 +44,7 @@ struct SharedRows {
     static constexpr bool NORMED = NORM != NO_NORM, KEPT = NORMED && S::PHASES == 1 && S::ROWS * EACH <= 4;
     static constexpr int SOME = EACH <= 4 ? EACH : 4, ENTRIES = (EACH + SOME - 1) / SOME;  // fours read together
     static constexpr int TOGETHER = SOME * S::ROWS <= 8 ? S::ROWS : 8 / SOME;              // rows
+    static constexpr int UNROLLED = NORMED ? S::ROWS / TOGETHER : S::PHASES > 1 ? 1 : 2;   // more would spill
     static constexpr int STRIDE = STRIDE_OF<S, Y>;
     const X* x;
     const T *g, *h;
@@ -144,7 +145,7 @@ struct SharedRows {
             Pack<T, 4> by[SOME], shift[SOME];
             if constexpr (NORMED && !KEPT) read(by, g, phase, first);
             if constexpr (NORM == LAYER_NORM) read(shift, h, phase, first);
-#pragma unroll
+#pragma unroll(UNROLLED)
             for (int base = 0; base < S::ROWS; base += TOGETHER) {
                 Pack<X, 4> v[TOGETHER][SOME];
 #pragma unroll

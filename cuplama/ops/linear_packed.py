@@ -158,7 +158,7 @@ def _launch(
     levels = 2 if normed and constants.get("U") == "f32" else 1
     packing = weight.format.packing
     sums = packing.groups if {"offset", "super_least"} & dict(packing.parts).keys() else 0
-    split = _split(2 * rows_of_x * k, tuning.part, device) if tensor and not normed else 1
+    split = _split(2 * rows_of_x * k, min(tuning.part, device.shared * 5 // 8), device) if tensor and not normed else 1
     groups = min(device.sms // split, units)
     sizes = _Sizes(rows_of_x, parts, -(-units // groups), 2 * levels if tensor else 4, sums, step, split)
     if not tensor:
