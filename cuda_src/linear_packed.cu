@@ -11,10 +11,15 @@
 //
 // The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not need
 // more than some 150 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is dealt to
-// them in contiguous slices of BLOCKS packed blocks. x lies in shared memory, where all warps read it. Where it is too
-// long for that, k goes in PHASES, each through all tiles of the GPU block, whose sums wait in shared memory. Each warp
-// has a ring of DEPTH packed blocks, which it fills with cp.async, 16 bytes a lane, and reads without any barrier but its
-// own: scales lie in other lanes' copies.
+// them in contiguous slices of BLOCKS packed blocks. x lies in shared memory, where all warps read it; with HELD, for few
+// packed blocks, a warp's part of it lies in registers from then on. Each warp has a ring of DEPTH packed blocks, which it
+// fills with cp.async, 16 bytes a lane, and reads without any barrier but its own: scales lie in other lanes' copies. It
+// asks for EARLY of them at once, and for the rest behind x, which would wait for them otherwise.
+//
+// Every multiprocessor copies x from L2: eight rows of 14336 columns are 229 KB for each, 30 MB in all, as much as a
+// weight of 4 bits. Where they are too long, SPLIT neighbouring GPU blocks share k and have more tiles for it: each leaves
+// its sums in memory, and the last one adds them up. Where that is not possible or not enough, k goes in PHASES, each
+// through all tiles of the GPU block, whose sums wait in shared memory.
 //
 // A GPU block has a multiprocessor to itself, so that those of the next kernel are dealt out evenly.
 //
@@ -26,8 +31,6 @@
 // After every STEP units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those
 // of an element of y in a fixed order: results are the same in every run. There are two places for the sums,
 // which take turns: one barrier every STEP units. Before the wait for earlier kernels only weights are read.
-//
-// With HELD, for k in one phase, a warp's part of x is read from shared memory once, and then lies in registers.
 //
 // Tried and worse: slices of several packed blocks as slots of the ring, for all of which a warp then waits; room for a
 // GPU block of the next kernel beside this one's (436 instead of 620 tokens a second of an 8B model in 4 bits): blocks are
@@ -52,6 +55,15 @@ struct Output {
     f32* parts;          // with SPLIT, sums [SPLIT][units][PARTS][TILE]
     u32* arrivals;       // and of each group of GPU blocks how many have left theirs
 };
+
+// What the warps have of an element of y, added up in four short chains.
+template <typename S>
+__device__ __forceinline__ float add_warps(const f32* partial) {
+    float chains[4] = {};
+#pragma unroll
+    for (int warp = 0; warp < S::WARPS; warp++) chains[warp % 4] += partial[warp * (S::STEP * S::PARTS * S::TILE)];
+    return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+}
 
 // An element of y, whose sums are total.
 template <typename S, typename U>
@@ -112,7 +124,6 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
     typedef typename S::W W;
     constexpr int OUTS = S::STEP * S::TILE;  // elements of y between two barriers
     constexpr int EACH = (OUTS + S::THREADS - 1) / S::THREADS;
-    constexpr int CHAINS = 4;  // of sums over the warps: short ones
     int turn = 0;
 #pragma unroll 1
     for (int phase = stream.first; phase < stream.first + S::PHASES; phase++) {
@@ -155,11 +166,7 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
 #pragma unroll
                 for (int p = 0; p < S::PARTS; p++) {
                     const int at = (i / S::TILE * S::PARTS + p) * S::TILE + i % S::TILE;
-                    float chains[CHAINS] = {};
-#pragma unroll
-                    for (int warp = 0; warp < S::WARPS; warp++)
-                        chains[warp % CHAINS] += partial[warp * (S::STEP * S::PARTS * S::TILE) + at];
-                    total[p] = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+                    total[p] = add_warps<S>(partial + at);
                     if constexpr (S::WAITING) {
                         f32& earlier = stream.sums()[(first - stream.begin) * (S::PARTS * S::TILE) + at];
                         if (phase > stream.first) total[p] += earlier;
