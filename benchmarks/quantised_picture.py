@@ -1,4 +1,6 @@
-"""Draw tokens per second over the bytes of a token: ``python -m benchmarks.quantised_picture FILE... [--out PICTURE]``.
+"""Draw tokens per second over the bytes of a token, a point for each format of weights.
+
+    python -m benchmarks.quantised_picture FILE ... [--out docs/quantised.png]
 
 Each FILE is what ``cuplama bench -o json`` wrote for one format, all of one model on one GPU; ``int4=FILE`` gives it
 another name than its format's. Of its rows the one is drawn in which one sequence generates, after the fewest tokens. A
