@@ -66,7 +66,7 @@ def write(folder: Path) -> None:
         at |= {
             f"{layer}.{name}.weight": np.ones(d, np.float16) for name in ("input_layernorm", "post_attention_layernorm")
         }
-    where = {}
+    where: dict[str, str] = {}
     for shard, tensors in shards.items():
         save_file(tensors, folder / f"model-{shard}.safetensors")
         where |= dict.fromkeys(tensors, f"model-{shard}.safetensors")
