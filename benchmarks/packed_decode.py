@@ -74,7 +74,8 @@ REPEATS = 20
 def check_small(backend: CudaBackend, form: str, n: int) -> None:
     """Raises WrongResultError if small products are wrong."""
     executor = BackendExecutor(backend)
-    for name, m, k in (("linear", 300, 1416), (_DOWN, 700, 5000), (_DOWN, 270, 12000), (_QKV, 530, 2048), (_UP, 304, 1416)):
+    shapes = (("linear", 300, 1416), (_DOWN, 700, 5000), (_DOWN, 270, 12000), (_QKV, 530, 2048), (_UP, 304, 1416))
+    for name, m, k in shapes:
         case = {"n": n, "m": m, "k": k, "b": True, "W": form, "eps": 1e-5, "U": "T"}
         workload = case_workload(OPS[name], case, "bf16")
         arrays = workload.arrays()
