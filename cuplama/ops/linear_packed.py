@@ -50,7 +50,7 @@ class Tuning:
 
 TUNING = Tuning()
 _STAGED_WARPS = 8  # at most, without tensor cores
-_REGISTERS, _OTHER_REGISTERS = 65536, 44  # of a multiprocessor; of a thread, beside x (measured: no spills)
+_REGISTERS, _OTHER_REGISTERS = 65536, 44  # of a multiprocessor; of a thread, beside x: no instance spills
 _HELD_REGISTERS = 16  # of a thread for a packed block of x
 _MAX_PHASES = 16
 _MAX_SPLIT = 8  # GPU blocks that share k
