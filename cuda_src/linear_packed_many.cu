@@ -6,7 +6,7 @@
 //
 //   x [n,k], b [m] (may be null): T, f16 or bf16; y: U (T or f32)
 //   w         blocks of the `rows` rows of a segment, which make the columns of y from `column` on
-//   partial   [blocks of the grid][2][TEAMS][SUMS][WARP] f32: sums of bands that blocks share
+//   partial   [blocks of the grid][TEAMS][SUMS][WARP] f32: sums of bands that blocks share
 //   arrivals  [bands][TEAMS] u32: zero before and after
 //   A launch takes the rows first .. first + 8 NTILES - 1 of x, as far as there are so many.
 //
@@ -14,8 +14,10 @@
 // so each is made once and multiplied with all rows of x.
 //
 // Mapping: a unit of work is a band of BAND tiles of 16 rows of w, by one packed block of 128 columns. The units, band
-// after band, are dealt to one block a multiprocessor in equal runs (Work). Where a band is shared, each block leaves
-// its sums, and the warp that comes last adds them up in the order of k: the result is the same in every run.
+// after band, are dealt to one block a multiprocessor in equal runs (Work). Where a band is shared, all blocks but that
+// with its first part leave their sums, and that one waits and adds them in the order of k: the result is the same in
+// every run. A block so leaves one part, at the beginning of its run, and waits at the end of it. Tried: all leave their
+// sums, and who comes last adds them.
 //
 // mma.m16n8k16 has w as A, in the order in which formats.cuh gives it, and x as B: a lane reads the columns 4t .. 4t+3
 // of a chunk of 16, which are 8 bytes side by side. A ring in shared memory, DEPTH units deep, has x (for all warps)

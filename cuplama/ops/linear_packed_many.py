@@ -65,10 +65,9 @@ class Shape:
 
     def other_bytes(self) -> int:
         """Shared memory beside the ring: what the sums go through at the end, and the Hopper kernel's stages of x."""
-        rows = 8 * self.groups
-        end = max((self.slices - 1) * self.sums * 32, rows * _TILE_STRIDE)
+        end = max((self.slices - 1) * self.sums * 32, 16 * _TILE_STRIDE)
         stages = _BRINGERS if self.wgmma else 0
-        return 4 * self.teams * end + stages * 2 * _BLOCK_COLUMNS * rows
+        return 4 * self.teams * end + stages * 2 * _BLOCK_COLUMNS * 8 * self.groups
 
 
 # For up to that many groups of 8 rows of x: what is tried, the first that shared memory allows.
@@ -159,12 +158,13 @@ def _launch(
     units = _bands(shape, segment.rows) * -(-k // _BLOCK_COLUMNS)
     depth = _depth(shape, segment, device)
     used = depth * shape.stage_bytes(packing.block_bytes) + shape.other_bytes() + _RESERVED_BYTES // 2
-    constants = {"W": packing.type, "NTILES": shape.groups, "WARPS": shape.warps, "DEPTH": depth, **place}
+    constants = {"W": packing.type, "NTILES": shape.groups, "TILES": shape.tiles, "WARPS": shape.warps}
+    constants |= {"DEPTH": depth, **place}
     if shape.wgmma:
         name = f"linear_packed_many_wgmma.cu:{kernel}_packed_many_wgmma"
     else:
         name = f"linear_packed_many.cu:{kernel}_packed_many"
-        constants |= {"TILES": shape.tiles, "SLICES": shape.slices}
+        constants["SLICES"] = shape.slices
     warps = shape.warps + (_BRINGERS if shape.wgmma else 0)
     # Two blocks do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
     shared = max(used, device.shared // 2)
@@ -177,5 +177,5 @@ def _bands(shape: Shape, rows: int) -> int:
 
 def _scratch(shape: Shape, launch: Launch, rows: int) -> Iterator[tuple[str, int]]:
     """Elements of the scratch buffers that a launch needs."""
-    yield "partial", launch.grid[0] * 2 * shape.teams * shape.sums * 32
+    yield "partial", launch.grid[0] * shape.teams * shape.sums * 32
     yield "arrivals", _bands(shape, rows) * shape.teams
