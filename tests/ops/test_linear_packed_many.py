@@ -137,6 +137,17 @@ def test_what_goes_another_way() -> None:
     assert many_rows_plan("linear", call(16, "int4 g128"), replace(HOPPER, shared=16384)) is None
 
 
+def test_a_large_weight_is_taken_in_wider_bands_on_hopper() -> None:
+    """x is read once for each band, and a part of its sums is left by each multiprocessor."""
+
+    def band(m: int, k: int) -> int:
+        plan = many_rows_plan("linear", call(64, "fp8", m=m, k=k), Device(90, 132))
+        assert plan is not None
+        return int(plan.launches[0].constants["TILES"] * plan.launches[0].constants["WARPS"])
+
+    assert band(28672, 4096) > band(4096, 4096)
+
+
 def test_segments_and_rows_are_launched_one_after_the_other() -> None:
     plan = many_rows_plan("linear", call(100, "fp8", m=1024, parts=2), HOPPER)
     assert plan is not None
