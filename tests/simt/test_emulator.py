@@ -389,20 +389,6 @@ def test_mma_and_ldmatrix(bfloat: bool) -> None:
     np.testing.assert_allclose(C, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("n", "bfloat", "add"), [(16, True, True), (32, False, True), (48, True, False), (64, False, False)]
-)
-def test_warpgroup_products_with_rows_along_the_sum(n: int, bfloat: bool, add: bool) -> None:
-    dtype = np.dtype(ml_dtypes.bfloat16 if bfloat else np.float16)
-    rng = np.random.default_rng(7)
-    A, B = (rng.standard_normal(s).astype(np.float32).astype(dtype) for s in ((64, 16), (n, 16)))
-    D = rng.standard_normal((64, n)).astype(np.float32)
-    wanted = A.astype(np.float64) @ B.astype(np.float64).T + add * D
-    expression = f"multiply_rows<{str(bfloat).lower()}, {n}, {str(add).lower()}>"
-    launch("ptx.cu", expression, A.view(np.uint16), B.view(np.uint16), D, block=128)
-    np.testing.assert_allclose(D, wanted, rtol=1e-6, atol=1e-6)
-
-
 def test_mma_tf32_drops_the_low_bits() -> None:
     rng = np.random.default_rng(6)
     A, B = rng.standard_normal((16, 8)).astype(np.float32), rng.standard_normal((8, 8)).astype(np.float32)
