@@ -132,21 +132,20 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* 
     }
 }
 
-// y = a + x w^T + b for one launch. x, out: from its first row on. wait: pdl_wait, which the kernels themselves call.
+// y = a + x w^T + b for one launch. x: from its first row on. wait: pdl_wait, which the kernels themselves call.
 template <typename S, typename W, typename T, typename U, typename Wait>
-__device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, U> out, int k, const Wait& wait) {
+__device__ __forceinline__ void multiply_rows(const T* x, const Output<W, T, U>& out, const Wait& wait) {
     typedef Room<S, W> Place;
     DYNAMIC_SHARED(unsigned char, memory);
     f32* room = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
-    const Work work(out.rows, k, S::BAND);
-    Weights<S, W> weights(w, work);
+    const Work work(out.rows, out.k, S::BAND);
+    Weights<S, W> weights(out.w, work);
     unsigned char* to = memory + Place::X + weights.place();
 #pragma unroll 1
     for (int i = 0; i < min(S::DEPTH - 1, work.end - work.begin); i++) weights.fetch(to + i * Place::STAGE);
     launch_dependents();
-    if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     wait();
-    Rows<S, T> rows(x, out.n, k, work);
+    Rows<S, T> rows(x, out.n - out.first, out.k, work);
     T* columns = reinterpret_cast<T*>(memory) + rows.place();
 #pragma unroll 1
     for (int i = 0; i < S::DEPTH - 1; i++) {
@@ -182,20 +181,16 @@ template <typename T, typename U, typename W, int NTILES, int TILES, int WARPS, 
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed_many(const T* x, const W* __restrict__ w, const T* __restrict__ b, U* y, f32* partial, u32* arrivals,
                        int n, int first, int column, int rows, int m, int k) {
-    const Output<T, U> out = {
-        nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column), partial, arrivals, n - first, m,
-        rows};
-    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+    const Output<W, T, U> out = {w, nullptr, b, nullptr, y, partial, arrivals, first, column, n, m, rows, k};
+    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename W, int NTILES, int TILES, int WARPS, int SLICES, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed_many(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y,
                            f32* partial, u32* arrivals, int n, int first, int column, int rows, int m, int k) {
-    const i64 from = i64(first) * m + column;
-    const Output<T, f32> out = {
-        nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals, n - first, m, rows};
-    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+    const Output<W, T, f32> out = {w, nullptr, b, a, y, partial, arrivals, first, column, n, m, rows, k};
+    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, out, [] { pdl_wait(); });
 }
 
 // gathered[n,k]: the columns of x in the order in which a weight has them, for a weight whose columns were sorted.

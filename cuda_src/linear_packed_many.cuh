@@ -136,17 +136,32 @@ __device__ __forceinline__ typename W::Words half_lane(const W& block, int half)
 
 // ---- what becomes of the sums ---------------------------------------------------------------------------------------
 
-// What is added to the sums, and where they go. b, a, y: from this launch's first column and row on; partial [blocks of
-// the grid][TEAMS][SUMS][WARP]; arrivals [bands][TEAMS].
-template <typename T, typename U>
+// What is added to the sums, and where they go, as a launch was given it. partial [blocks of the
+// grid][TEAMS][SUMS][WARP]; arrivals [bands][TEAMS].
+template <typename W, typename T, typename U>
 struct Output {
+    const W* w;
     const f32* scales;  // of whole rows, or null
     const T* b;
     const f32* a;
     U* y;
     f32* partial;
     u32* arrivals;
-    int n, m, rows;
+    int first, column, n, m, rows, k;
+
+    // scales; b, a and y from the launch's first column and row on, n of the rows that are left. Made where it is used: else the
+    // pointers take registers of the products.
+    __device__ __forceinline__ Output here() const {
+        Output found = *this;
+        int at = column, of = rows;
+        keep(at);
+        if (W::ROW_SCALES) keep(of), found.scales = W::row_scales(w, of, k);
+        const i64 from = i64(first) * m + at;
+        if (b != nullptr) found.b = b + at;
+        if (a != nullptr) found.a = a + from;
+        found.y = y + from, found.n = n - first;
+        return found;
+    }
 };
 
 // Adds up the slices of each team: its first warp gets the sums. room: of this team, in shared
@@ -226,8 +241,8 @@ constexpr int TILE_STRIDE = BLOCK_ROWS + 4;
 
 // A warp's sums to y, by way of its own shared memory, 16 rows of x at a time: so a lane has 8 columns side by side.
 // tile: its first.
-template <typename S, typename T, typename U>
-__device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const Output<T, U>& out, int tile,
+template <typename S, typename W, typename T, typename U>
+__device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const Output<W, T, U>& out, int tile,
                                            f32* room) {
     constexpr int AT_ONCE = S::SUMS > 32 ? 1 : S::NTILES == 6 ? 2 : S::NTILES / 2;  // residuals, as registers allow
     const int lane = threadIdx.x % WARP, r = lane / 4, t = lane % 4;
@@ -278,15 +293,16 @@ template <typename S>
 constexpr int FINISH = SLICED<S> > 16 * TILE_STRIDE ? SLICED<S> : 16 * TILE_STRIDE;
 
 // The end of a band, or of this block's part of it. room: in shared memory [TEAMS][FINISH].
-template <typename S, typename T, typename U>
-__device__ __forceinline__ void finish(float (&total)[S::SUMS], const Output<T, U>& out, const Work& work, int band,
+template <typename S, typename W, typename T, typename U>
+__device__ __forceinline__ void finish(float (&total)[S::SUMS], const Output<W, T, U>& out, const Work& work, int band,
                                        f32* room) {
     room += threadIdx.x / WARP / S::SLICES * FINISH<S>;
     if (S::SLICES > 1) add_slices<S>(total, room);
     const int warp = threadIdx.x / WARP, tile = band * S::BAND + warp / S::SLICES * S::TILES;
     if (warp % S::SLICES == 0 && tile < work.tiles) {
         const bool whole = work.begin <= band * work.blocks && work.end >= (band + 1) * work.blocks;
-        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals)) write_sums<S>(total, out, tile, room);
+        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals))
+            write_sums<S>(total, out.here(), tile, room);
     }
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;

@@ -2,9 +2,9 @@
 // linear_add_packed_many_wgmma. Parameters, units of work and scratch are as there.
 //
 // wgmma takes A from registers, in the same shares per warp as mma.m16n8k16: so a warp still makes the numbers of its
-// own tiles of w, a warpgroup has 64 rows for each of a warp, and all rows of x are the N of one product. What is gained: x is read from
-// shared memory by the tensor cores, once for 64 rows of w, and the products of 64 columns run while the numbers of
-// the next 64 are made: two sets of registers, and one group of products always on its way.
+// own tiles of w, four warps have 64 rows of w at a time, and all rows of x are the N of one product. What is gained: x
+// is read from shared memory by the tensor cores, once for 64 rows of w, and the products of 64 columns run while the
+// numbers of the next 64 are made: two sets of registers, and one group of products always on its way.
 //
 // No warp waits for the whole block. The weights come by bulk copies, a ring for each warp, which asks for its own
 // tiles. x comes by way of four more warps: it lies in shared memory in panels of 64 columns (rows of 128 bytes,
@@ -251,15 +251,15 @@ struct Multiplier {
     }
 };
 
-// y = a + x w^T + b for one launch. x, out: from its first row on. wait: pdl_wait, which the kernels themselves call.
+// y = a + x w^T + b for one launch. x: from its first row on. wait: pdl_wait, which the kernels themselves call.
 template <typename S, typename W, typename T, typename U, typename Wait>
-__device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, U> out, int k, const Wait& wait) {
+__device__ __forceinline__ void multiply_rows(const T* x, const Output<W, T, U>& out, const Wait& wait) {
     typedef Room<S, W> Place;
     DYNAMIC_SHARED(unsigned char, raw);
     unsigned char* memory = raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024;
     unsigned char* ring = memory + BRINGERS * Place::X;
     f32* room = reinterpret_cast<f32*>(ring + S::DEPTH * Place::STAGE);
-    const Work work(out.rows, k, S::BAND);
+    const Work work(out.rows, out.k, S::BAND);
     __shared__ Stages barriers;
     __shared__ u64 full[S::WARPS * S::DEPTH];
     const bool bringing = threadIdx.x >= S::THREADS;
@@ -270,7 +270,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
         }
         fence_proxy_async();
     }
-    Tiles<S, W> tiles(w, reinterpret_cast<W*>(ring), full, work);
+    Tiles<S, W> tiles(out.w, reinterpret_cast<W*>(ring), full, work);
     const int ahead = min(S::DEPTH, work.end - work.begin);
     if (!bringing) {
         tiles.begin();
@@ -283,11 +283,10 @@ __device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, 
     typedef Registers<S> Share;
     if (bringing) {
         if (Share::SHARED_OUT) registers_fewer<Share::FEWER>();
-        bring_rows<S, W>(x, out.n, k, work, reinterpret_cast<T*>(memory), barriers);
+        bring_rows<S, W>(x, out.n - out.first, out.k, work, reinterpret_cast<T*>(memory), barriers);
         return;
     }
     if (Share::SHARED_OUT) registers_more<Share::MORE>();
-    if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     Multiplier<S, W> multiplier = {tiles, barriers, wgmma_matrix(memory, 1), work.end - work.begin - ahead};
     float total[S::SUMS] = {};
     int unit = work.begin;
@@ -304,18 +303,14 @@ template <typename T, typename U, typename W, int NTILES, int TILES, int WARPS, 
 __global__ void __launch_bounds__(WARPS* WARP + BRINGERS * WARP, 1)
     linear_packed_many_wgmma(const T* x, const W* __restrict__ w, const T* __restrict__ b, U* y, f32* partial,
                              u32* arrivals, int n, int first, int column, int rows, int m, int k) {
-    const Output<T, U> out = {
-        nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column), partial, arrivals, n - first, m,
-        rows};
-    multiply_rows<Shape<NTILES, TILES, WARPS, 1, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+    const Output<W, T, U> out = {w, nullptr, b, nullptr, y, partial, arrivals, first, column, n, m, rows, k};
+    multiply_rows<Shape<NTILES, TILES, WARPS, 1, DEPTH>>(x + i64(first) * k, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename W, int NTILES, int TILES, int WARPS, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP + BRINGERS * WARP, 1)
     linear_add_packed_many_wgmma(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y,
                                  f32* partial, u32* arrivals, int n, int first, int column, int rows, int m, int k) {
-    const i64 from = i64(first) * m + column;
-    const Output<T, f32> out = {
-        nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals, n - first, m, rows};
-    multiply_rows<Shape<NTILES, TILES, WARPS, 1, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+    const Output<W, T, f32> out = {w, nullptr, b, a, y, partial, arrivals, first, column, n, m, rows, k};
+    multiply_rows<Shape<NTILES, TILES, WARPS, 1, DEPTH>>(x + i64(first) * k, out, [] { pdl_wait(); });
 }
