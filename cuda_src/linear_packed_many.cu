@@ -32,8 +32,8 @@
 // comes element by element.
 //
 // Launch and tuning: cuplama/ops/linear_packed_many.py. Ops: cuplama/ops/linear.py, cuplama/ops/fused.py. Tests:
-// tests/ops/test_linear_packed_many.py. Benchmark: python -m benchmarks.packed_batch. On Hopper more than 16 rows are
-// linear_packed_many_wgmma.cu's.
+// tests/ops/test_linear_packed_many.py. Benchmark: python -m benchmarks.packed_batch. On Hopper more than 16 rows, and
+// with codes of 4 bits all, are linear_packed_many_wgmma.cu's.
 #include "linear_packed_many.cuh"
 
 constexpr int STRIDE =

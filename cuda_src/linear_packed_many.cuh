@@ -149,8 +149,8 @@ struct Output {
     u32* arrivals;
     int first, column, n, m, rows, k;
 
-    // scales; b, a and y from the launch's first column and row on, n of the rows that are left. Made where it is used: else the
-    // pointers take registers of the products.
+    // With the scales; b, a and y from the launch's first column and row on; n of the rows that are left. Made where it is
+    // used: else the pointers take registers of the products.
     __device__ __forceinline__ Output here() const {
         Output found = *this;
         int at = column, of = rows;
