@@ -16,16 +16,16 @@
 // Mapping: a unit of work is a band of BAND tiles of 16 rows of w, by one packed block of 128 columns. The units, band
 // after band, are dealt to one block a multiprocessor in equal runs (Work). Where a band is shared, all blocks but that
 // with its first part leave their sums, and that one waits and adds them in the order of k: the result is the same in
-// every run. A block so leaves one part, at the beginning of its run, and waits at the end of it. Tried: all leave their
-// sums, and who comes last adds them.
+// every run. A block so leaves one part, at the beginning of its run, and waits at the end of it. Tried: all leave
+// their sums, and who comes last adds them.
 //
 // mma.m16n8k16 has w as A, in the order in which formats.cuh gives it, and x as B: a lane reads the columns 4t .. 4t+3
 // of a chunk of 16, which are 8 bytes side by side. A ring in shared memory, DEPTH units deep, has x (for all warps)
 // and w (each warp's own tiles); both come by cp.async, and one barrier a unit guards it. A warp has TILES tiles, so
 // what it reads of x serves as many products; SLICES warps have the same tiles and each a part of the columns.
 //
-// Scales and offsets are folded into A: a number of w is rounded to T, as a weight is that a program keeps in 16 bits. So
-// sums run over all of k. Scales of whole rows come in at the end, in float32. Tried: sums of each group without its
+// Scales and offsets are folded into A: a number of w is rounded to T, as a weight is that a program keeps in 16 bits.
+// So sums run over all of k. Scales of whole rows come in at the end, in float32. Tried: sums of each group without its
 // scale, then total += scale * sum + offset * (sum of x): most of the instructions were not those of products.
 //
 // The ring is filled with weights before the wait for the kernel ahead. An x that does not lie on 16-byte boundaries

@@ -149,8 +149,8 @@ struct Output {
     u32* arrivals;
     int first, column, n, m, rows, k;
 
-    // With the scales; b, a and y from the launch's first column and row on; n of the rows that are left. Made where it is
-    // used: else the pointers take registers of the products.
+    // With the scales; b, a and y from the launch's first column and row on; n of the rows that are left. Made where it
+    // is used: else the pointers take registers of the products.
     __device__ __forceinline__ Output here() const {
         Output found = *this;
         int at = column, of = rows;
@@ -189,8 +189,9 @@ __device__ __forceinline__ void add_slices(float (&total)[S::SUMS], f32* room) {
         }
 }
 
-// Sums of a band that several blocks have parts of. The block with the first part, which is the end of its run, waits for
-// the others and adds them in the order of k; it gets true. The others, at the beginning of their runs, leave their sums.
+// Sums of a band that several blocks have parts of. The block with the first part, which is the end of its run, waits
+// for the others and adds them in the order of k; it gets true. The others, at the beginning of their runs, leave their
+// sums.
 template <typename S>
 __device__ __forceinline__ bool add_parts(float (&total)[S::SUMS], const Work& work, int band, f32* partial,
                                           u32* arrivals) {

@@ -12,9 +12,9 @@
 // copy can make. Each of the four has a stage of its own and takes every fourth unit: a fence between a store and the
 // tensor cores waits for the loads of its warp as well, so a warp that loaded ahead would gain nothing.
 //
-// What a unit takes, fitted to times on an H200 with one tile a warp: 0.2 us, 28 ns for each KB of w, and 20 ns for each
-// KB of x, which comes from L2 once for each band. So a warp has two tiles where a multiprocessor has many units; where
-// it has few, the sums that blocks leave for others weigh more (Cost in the file of the launch).
+// What a unit takes, fitted to times on an H200 with one tile a warp: 0.2 us, 28 ns for each KB of w, and 20 ns for
+// each KB of x, which comes from L2 once for each band. So a warp has two tiles where a multiprocessor has many units;
+// where it has few, the sums that blocks leave for others weigh more (Cost in the file of the launch).
 //
 // E4m3 to bf16 takes 18 instructions of a warp for a chunk, of which 10 are the compiler's logic and shifts by addition
 // (LEA.HI) at half rate; shifts to the left are products, in another pipe. No other placing of bits needed fewer.
@@ -90,8 +90,8 @@ struct Registers {
     static constexpr int CHUNKS = FEWER >= 152 ? 16 : FEWER >= 88 ? 8 : 4;
 };
 
-// What a warp does that brings x: BLOCK_COLUMNS columns of the rows at a time, and in a chunk the pairs of columns 0, 2,
-// 4, 6, 1, 3, 5, 7, as the lanes have them of w. Rows beyond n are copies of the last one, whose sums go nowhere.
+// What a warp does that brings x: BLOCK_COLUMNS columns of the rows at a time, and in a chunk the pairs of columns 0,
+// 2, 4, 6, 1, 3, 5, 7, as the lanes have them of w. Rows beyond n are copies of the last one, whose sums go nowhere.
 template <typename S, typename T>
 struct Bringer {
     // Chunks of a lane, in rounds so that registers hold them. Four lanes have chunks side by side, and the next four
