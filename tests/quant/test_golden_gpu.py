@@ -47,8 +47,8 @@ def _gpu() -> None:
 class Case:
     """A model, and what NumPy and the golden file say of it in float32.
 
-    prompts, logits: those of the golden file, and a longer one; tokens, continued: 20 short prompts, and
-    what follows each.
+    prompts, logits: those of the golden file, and a longer one; tokens, continued: 20 short prompts, and what follows
+    each.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,9 +73,10 @@ class Case:
 
     def limit(self, dtype: str, numpy: list[Array]) -> float:
         """The divergence that the golden prompts may have in a dtype: of transformers' bfloat16 run, where it is known,
-        else twice NumPy's. float16 has three bits more, so about 1/64 of it; a quarter of that is demanded."""
+        else three times NumPy's, which rounds no weights. float16 has three bits more, so about 1/64 of it; a quarter
+        of that is demanded."""
         if not self.path.is_dir():
-            return 2 * float(np.concatenate(numpy[:3]).mean())
+            return 3 * float(np.concatenate(numpy[:3]).mean())
         known: float = json.loads((self.path / "meta.json").read_text())["kl"]["bfloat16"]
         return known if dtype == "bfloat16" else known / 16
 
@@ -126,7 +127,7 @@ def check_divergence(case: Case, dtype: str) -> None:
     whole = np.concatenate(found[:3]).mean()
     assert 0 < whole <= limit, f"{text}; {whole:.2e} in all"
     assert max(few.mean(), steps.mean()) <= 2 * limit, text  # of 7 and 9 tokens: fewer, so that they scatter more
-    assert found[3].mean() <= 2 * max(limit, long), text
+    assert found[3].mean() <= 3 * max(limit, long), text
 
 
 def test_bfloat16(case: Case) -> None:
