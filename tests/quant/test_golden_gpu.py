@@ -73,8 +73,8 @@ class Case:
 
     def limit(self, dtype: str, numpy: list[Array]) -> float:
         """The divergence that the golden prompts may have in a dtype: of transformers' bfloat16 run, where it is known,
-        else three times NumPy's, which rounds no weights. float16 has three bits more, so about 1/64 of it; a quarter
-        of that is demanded."""
+        else three times NumPy's, which rounds a weight once and attention's weights not at all. float16 has three bits
+        more, so about 1/64 of it; a quarter of that is demanded."""
         if not self.path.is_dir():
             return 3 * float(np.concatenate(numpy[:3]).mean())
         known: float = json.loads((self.path / "meta.json").read_text())["kl"]["bfloat16"]
