@@ -16,6 +16,7 @@ from cuplama.models.config import load_config
 from cuplama.models.rounding import linear_weights, round_weights
 from cuplama.quant.rtn import Rounded
 from tests.conversion.made import write_model
+from tests.gguf_models import write_converted
 from tests.tiny import CHARS, LLAMA
 
 
@@ -36,7 +37,7 @@ def test_a_matrix_that_no_group_divides_stays(caplog: pytest.LogCaptureFixture) 
     config = load_config(LLAMA)
     with caplog.at_level(logging.WARNING, "cuplama"):
         found = round_weights(load_weights(LLAMA, config), config, "int4")
-    assert caplog.messages == ["0.down_proj and 1 more stay as they are: none of 128, 64, 32 divides 40"]
+    assert caplog.messages == ["0.down_proj and 1 more stay unquantised: none of 128, 64, 32 divides 40"]
     assert not found["0.down_proj"].packed
     part = found["0.o_proj"].parts[0]
     assert isinstance(part, Rounded)
@@ -59,6 +60,20 @@ def test_a_loaded_model_computes_with_the_rounded_numbers(quantize: str, folder:
             assert np.array_equal(values[name], rounded[name].stored(np.dtype(np.float32)).numbers())
         off = np.linalg.norm(model.logits(prompt) - expected) / np.linalg.norm(expected)
     assert 0 < off < {"int4": 0.6, "int8": 0.04, "fp8": 0.15}[quantize]
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8", "fp8"])
+def test_a_plain_gguf_file_is_quantised_as_its_folder_is(quantize: str, tmp_path: Path) -> None:
+    """Its heads' rows lie in another order, so that queries and keys are no arrays but views of reordered rows."""
+    path = write_converted(LLAMA, tmp_path / "model.gguf")
+    (config, expected), (turned, found) = (
+        (c, round_weights(load_weights(p, c), c, quantize)) for p, c in ((p, load_config(p)) for p in (LLAMA, path))
+    )
+    assert linear_weights(config) == linear_weights(turned)
+    for name in linear_weights(config):
+        assert found[name].shape == expected[name].shape
+        loaded = [NumPyBackend().load_weight(weights[name]) for weights in (expected, found)]
+        assert np.array_equal(*loaded)
 
 
 def test_where_memory_is_short_weights_are_quantised_once_and_stay_so(tmp_path: Path) -> None:
