@@ -67,10 +67,10 @@ def weight_format_option(needs: str) -> Decorator:
     """--weight-format for random weights. needs: the option without which it has no meaning."""
 
     def known(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-        from ..quant.catalog import CATALOG
+        from ..lab.quantised import WEIGHT_FORMATS
 
-        if value and value not in CATALOG:
-            raise click.BadParameter(f"{value!r} is not one of {', '.join(CATALOG)}")
+        if value and value not in WEIGHT_FORMATS:
+            raise click.BadParameter(f"{value!r} is not one of {', '.join(WEIGHT_FORMATS)}")
         return value
 
     return click.option(
@@ -78,7 +78,7 @@ def weight_format_option(needs: str) -> Decorator:
         metavar="FORMAT",
         default="",
         callback=known,
-        help=f'With {needs}: quantised matrices in the layers, such as "int4 g128", "fp8" or "Q4_K".',
+        help=f'With {needs}: quantised matrices in the layers, such as "int4 g128", "fp8" or "Q4_K_M".',
     )
 
 

@@ -16,8 +16,8 @@ from ..loading import DTYPE_NAMES, context_length, load, start_engine
 from ..model import Model
 from ..models.config import ModelConfig
 from ..models.presets import find_shape, is_shape
-from ..quant.catalog import CATALOG
 from ..quant.weight import Weight
+from .quantised import layer_formats, layer_matrices
 from .random_weights import random_quantised, random_weight
 
 __all__ = ["Source", "dummy_model", "dummy_weights"]
@@ -28,7 +28,7 @@ class Source:
     """Which model runs and how.
 
     model: folder, hub id or a known shape, None for the bundled one; dummy: random weights from its config alone;
-    weight_format: one of ``quant/catalog.py`` for the layers' matrices of random ones, "" for the dtype of the config;
+    weight_format: one of ``WEIGHT_FORMATS`` for the layers' matrices of random ones, "" for the dtype of the config;
     the others: as of ``load``.
     """
 
@@ -68,12 +68,11 @@ class Source:
 def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> dict[str, Weight]:
     """Random weights by canonical name, as a checkpoint would give them. Scales of norms are near 1, the rest near 0.
 
-    form: a packed format for the matrices of the layers. The head shares the embedding's array if the config ties them.
+    form: of ``WEIGHT_FORMATS`` for the matrices of the layers, or "". The head shares the embedding's array if the
+    config ties them.
     """
-    return {
-        name: random_quantised(name, (shape[0], shape[1]), CATALOG[form])
-        if form and "." in name and len(shape) == 2
-        else random_weight(
+    found = {
+        name: random_weight(
             name,
             shape,
             dtype,
@@ -82,6 +81,9 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
         )
         for name, shape in config.weight_shapes().items()
     }
+    for name, (_, k) in layer_matrices(config) if form else ():
+        found[name] = random_quantised(name, k, layer_formats(config, name, form))
+    return found
 
 
 def dummy_model(

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
 from ..dtypes import Array
 from ..models.config import ModelConfig
+from ..ops.signature import dim_value
 from ..ops.weights import segments_of
 from ..quant.catalog import CATALOG, random_stored
+from ..quant.format import Format
 from ..quant.packed import Packed
 from ..quant.stored import Stack, Stored, described
 
-__all__ = ["described_weights", "filled", "random_packed"]
+__all__ = [
+    "WEIGHT_FORMATS",
+    "described_weights",
+    "filled",
+    "layer_formats",
+    "layer_matrices",
+    "random_packed",
+]
 
 
 def random_packed(formats: str, m: int, k: int, rng: np.random.Generator, deviation: float = 1.0) -> Stored | Stack:
@@ -26,15 +37,48 @@ def random_packed(formats: str, m: int, k: int, rng: np.random.Generator, deviat
     return parts[0] if len(parts) == 1 else Stack(parts)
 
 
+MIXTURES: Mapping[str, tuple[str, str]] = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
+"""What llama.cpp makes of a model under such a name: the format of most matrices, and that of the values of attention
+and of the products behind the activation in half of the layers. Embedding and head are quantised there, too; here they
+stay plain."""
+
+WEIGHT_FORMATS = (*CATALOG, *MIXTURES)
+"""The names of formats that the matrices of random layers may have."""
+
+
+def layer_formats(config: ModelConfig, name: str, weight_format: str) -> list[tuple[int, Format]]:
+    """(rows, format) of each run of equal rows of a layer's matrix. weight_format: one of ``WEIGHT_FORMATS``."""
+    base, wide = MIXTURES.get(weight_format, (weight_format, weight_format))
+    layer, layers, dims = int(name.split(".")[0]), config.num_layers, config.dims()
+    eighth = layers // 8
+    more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
+    found: list[tuple[int, Format]] = []
+    for shape, tensor in config.recipes()[name].parts:
+        rows, module = dim_value(shape.split(",")[0], dims), tensor.split(".")[-2]
+        form = CATALOG[wide if more and module in ("v_proj", "down_proj") else base]
+        if found and found[-1][1] == form:
+            rows += found.pop()[0]
+        found.append((rows, form))
+    return found
+
+
 def described_weights(config: ModelConfig, weight_format: str) -> dict[str, Packed]:
     """The matrices of the layers by canonical name, described as packed in that format; nothing for ""."""
     if not weight_format:
         return {}
     return {
-        name: Packed((shape[0], shape[1]), (described(shape[0], shape[1], CATALOG[weight_format]),))
-        for name, shape in config.weight_shapes().items()
-        if "." in name and len(shape) == 2
+        name: Packed(
+            (m, k), tuple(described(rows, k, form) for rows, form in layer_formats(config, name, weight_format))
+        )
+        for name, (m, k) in layer_matrices(config)
     }
+
+
+def layer_matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Canonical name and shape of every matrix of the layers."""
+    for name, shape in config.weight_shapes().items():
+        if "." in name and len(shape) == 2:
+            yield name, (shape[0], shape[1])
 
 
 def filled(weight: Array, rng: np.random.Generator) -> Stored | Stack:

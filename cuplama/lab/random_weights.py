@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
@@ -91,12 +91,17 @@ def random_weight(
 _ROWS = 512  # of a quantised weight that are made once and repeated
 
 
-def random_quantised(name: str, shape: tuple[int, ...], form: Format) -> Weight:
-    """A quantised weight of random values of deviation 0.02: the same rows over and over."""
-    m, k = shape
-    few = random_stored(form, min(m, _ROWS), k, np.random.default_rng(0), deviation=0.02)
-    fields = {part: _repeated(field, m) for part, field in few.fields.items()}
-    return Weight(name, (name,), (Stored((m, k), form, fields, few.nbytes * m // few.shape[0]),))
+def random_quantised(name: str, k: int, formats: Sequence[tuple[int, Format]]) -> Weight:
+    """A quantised weight of random values of deviation 0.02: in each part the same rows over and over.
+
+    k: columns; formats: (rows, format) of each part.
+    """
+    parts = []
+    for m, form in formats:
+        few = random_stored(form, min(m, _ROWS), k, np.random.default_rng(0), deviation=0.02)
+        fields = {part: _repeated(field, m) for part, field in few.fields.items()}
+        parts.append(Stored((m, k), form, fields, few.nbytes * m // few.shape[0]))
+    return Weight(name, tuple(f"{name}.{i}" for i in range(len(parts))), tuple(parts))
 
 
 def _repeated(field: Field, m: int) -> Field:
