@@ -278,17 +278,23 @@ def open_gguf(path: Path) -> GGUF:
         if number == 0:
             metadata = own
         for key, wanted in (("split.no", number), ("split.count", len(parts))):
-            found = own.get(key, 1 if key == "split.count" and len(parts) == 1 else wanted)
-            if found != wanted:
+            found = _whole(part, own, key, wanted)
+            merged = found == 0 and len(parts) == 1  # gguf-split leaves a count of 0 when it puts files together
+            if found != wanted and not merged:
                 raise CheckpointError(f"{part}: {key} is {found}, but by the file's name it must be {wanted}")
         for name, tensor in listed.items():
             if name in tensors:
                 raise CheckpointError(f"{part}: tensor {name} is in {tensors[name].file.name}, too")
             tensors[name] = tensor
-    total = metadata.get("split.tensors.count", len(tensors))
+    total = _whole(parts[0], metadata, "split.tensors.count", len(tensors))
     if total != len(tensors):
         raise CheckpointError(f"{parts[0]}: split.tensors.count is {total}, but the files have {len(tensors)} tensors")
     return GGUF(parts, metadata, tensors)
+
+
+def _whole(path: Path, metadata: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number of the metadata."""
+    return int(GGUF((path,), metadata, {}).get(key, int, default))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
@@ -308,9 +314,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if key in metadata:
             header.refuse(f"{key!r:.200}", "is there twice")
         metadata[key] = header.value(f"{key!r:.200}".strip("'"))
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        header.refuse("general.alignment", f"is {alignment!r:.80}; it must be a power of two")
+    alignment = _whole(path, metadata, "general.alignment", _ALIGNMENT)
+    if alignment < 1 or alignment & (alignment - 1):
+        header.refuse("general.alignment", f"is {alignment}; it must be a power of two")
     entries = [_entry(header, i) for i in range(num_tensors)]
     start = -(-header.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}

@@ -102,7 +102,7 @@ def test_an_alignment_of_its_own(opened: Callable[[bytes], GGUF], refused: Calla
     """The writer of these tests aligns to 32 bytes, which 8 divides."""
     gguf = opened(gguf_bytes({"general.alignment": 32, "pad": "x" * 9}, TENSORS))
     assert np.array_equal(gguf.tensors["w"].data.view(np.float32).reshape(2, 32), WEIGHT)
-    for wrong in (0, 24, 0.5, "32"):
+    for wrong in (0, 24, 0.5, "32", np.ones(65)):
         assert refused(gguf_bytes({"general.alignment": wrong}, {})).startswith("general.alignment is ")
 
 
@@ -236,6 +236,9 @@ def test_a_file_of_a_split_model_is_missing(tmp_path: Path) -> None:
     [
         ({"split__no": 0}, r"m-00003-of-00003\.gguf: split\.no is 0, but by the file's name it must be 2"),
         ({"split__count": 4}, r"m-00003-of-00003\.gguf: split\.count is 4, but by the file's name it must be 3"),
+        ({"split__count": 0}, r"m-00003-of-00003\.gguf: split\.count is 0, but by the file's name it must be 3"),
+        ({"split__no": 2.0}, r"m-00003-of-00003\.gguf: split\.no is a number; it must be a whole number"),
+        ({"split__no": np.ones(65)}, r"m-00003-of-00003\.gguf: split\.no is an array of numbers; it must be a whole n"),
     ],
 )
 def test_split_files_that_do_not_belong_together(wrong: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -252,6 +255,17 @@ def test_a_tensor_of_a_split_model_is_lost_or_twice(tmp_path: Path) -> None:
     write_gguf(paths[2], {"split.no": 2, "split.count": 3}, {"t0": ("F32", (2,), np.zeros(2, np.float32))})
     with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf: tensor t0 is in m-00001-of-00003\.gguf, too"):
         open_gguf(paths[0])
+
+
+def test_a_model_that_was_merged_again(tmp_path: Path) -> None:
+    """As gguf-split --merge writes it: one file, whose count is 0."""
+    keys = {"split.no": 0, "split.count": 0, "split.tensors.count": 1}
+    path = write_gguf(tmp_path / "merged.gguf", keys, {"t": ("F32", (2,), np.zeros(2, np.float32))})
+    assert list(open_gguf(path).tensors) == ["t"]
+    for wrong in (2, np.ones(3, np.int32)):
+        write_gguf(path, {**keys, "split.tensors.count": wrong}, {"t": ("F32", (2,), np.zeros(2, np.float32))})
+        with pytest.raises(CheckpointError, match=r"merged\.gguf: split\.tensors\.count is (2, but|an array of num)"):
+            open_gguf(path)
 
 
 def test_one_file_of_several_under_another_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -68,6 +69,8 @@ def quantize(
     text = "" if calibrate is None else read_file(calibrate)
     if calibrate is not None and not text:
         raise click.UsageError(f"--calibrate: {calibrate} is empty")
+    if not 1 <= shard_size * 1e9 < math.inf:  # nor is NaN
+        raise click.UsageError(f"--shard-size = {shard_size:g} is out of range; it must be a number of GB")
     folder = find_folder(model, offline)
     options = Options(form, group_size, method, text, samples, length, device, int(shard_size * 1e9))
     try:
