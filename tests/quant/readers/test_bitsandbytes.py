@@ -122,7 +122,7 @@ def test_settings_that_are_refused(change: dict[str, Any], line: str) -> None:
         (
             STATE,
             text(shape=[M, K], blocksize=64, nested_blocksize=2**62, nested_offset=0),
-            f"{STATE} says shape [6, 128], blocksize 64 and nested_blocksize 4611686018427387904; expected: whole numbers",
+            f"{STATE} says shape [6, 128], blocksize 64 and nested_blocksize 4611686018427387904; expected: whole",
         ),
         (
             STATE,
