@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from .source import Source, layer_of
 
 __all__ = ["METHODS", "Options", "quantise"]
 
+_log = logging.getLogger("cuplama")
 METHODS = ("rtn", "gptq")
 _LENGTH = 512  # tokens of a sample
 Progress = Callable[[int, int], None]  # (layers that are done, layers in all)
@@ -84,11 +86,12 @@ def quantise(folder: Path, out: Path, options: Options, progress: Progress | Non
     options = replace(options, length=options.length or min(_LENGTH, source.config.context))
     group = source.group(grid, options.group_size)
     shards = make_shards(source.specs(grid, group), options.shard_bytes)
+    samples = _samples(source, options) if options.method == "gptq" else []
     target = OutputFolder(out, _recipe(source, options, group), shards)
     if target.finished:
         return False
     work = _Work(source, target, grid, group)
-    quantiser: _Quantiser = _Rounding(work) if options.method == "rtn" else _Calibrated(work, options)
+    quantiser: _Quantiser = _Rounding(work) if options.method == "rtn" else _Calibrated(work, options, samples)
     quantised = {tensor for name in source.linear for tensor in source.names[name]}
     try:
         for part, names in enumerate(source.parts()):
@@ -103,6 +106,17 @@ def quantise(folder: Path, out: Path, options: Options, progress: Progress | Non
     if progress is not None:
         progress(source.config.num_layers, source.config.num_layers)
     return True
+
+
+def _samples(source: Source, options: Options) -> list[list[int]]:
+    """What gptq calibrates on, tokens; fewer than were asked for, of which the log tells, if the text is short."""
+    length = options.length or _LENGTH
+    found = samples_of(options.text, Tokenizer.load(source.folder), options.samples, length)
+    tokens = sum(map(len, found))
+    if tokens < options.samples * length // 2:
+        asked = f"{options.samples} samples of {length} tokens were asked for"
+        _log.warning("the calibration text is short: it gives %d tokens, where %s", tokens, asked)
+    return found
 
 
 def _recipe(source: Source, options: Options, group: int) -> dict[str, Any]:
@@ -186,11 +200,10 @@ class _Rounding:
 class _Calibrated:
     """By GPTQ. Every matrix is calibrated on what the quantised matrices before it give it."""
 
-    def __init__(self, work: _Work, options: Options) -> None:
+    def __init__(self, work: _Work, options: Options, samples: Sequence[Sequence[int]]) -> None:
         self._work, self._source = work, work.source
         config, weights = self._source.config, self._source.weights
         length = options.length or _LENGTH
-        samples = samples_of(options.text, Tokenizer.load(self._source.folder), options.samples, length)
         # One layer's weights are on the device at a time, and its cache: as of a model with a single layer.
         one = replace(config, layers=config.layers[:1])
         few = {name: weight for name, weight in weights.items() if (layer_of(name) or 0) == 0 and name != "lm_head"}
