@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..conversion.run import METHODS, Options, quantise
+from ..conversion import METHODS
 from ..errors import ParameterError
 from ..quant.grid import GRIDS
 from .options import DEBUG, DEVICE, OFFLINE, QUIET, complete_model
@@ -64,6 +64,8 @@ def quantize(
     gptq reads a text like those that the model is for, and looks for numbers that change little of what the layers make
     of it.
     """
+    from ..conversion.run import Options, quantise  # here, so that no other command waits for it
+
     if (method == "gptq") != (calibrate is not None):
         raise click.UsageError("--method gptq needs --calibrate FILE, and nothing else takes it")
     text = "" if calibrate is None else read_file(calibrate)

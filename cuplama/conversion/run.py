@@ -22,15 +22,15 @@ from ..quant.gptq import Matrix, gptq
 from ..quant.grid import GRIDS, Grid
 from ..quant.rtn import GROUPS, Quantised, round_to_nearest
 from ..text.tokenizer import Tokenizer
+from . import METHODS
 from .calibration import Calibration, samples_of
 from .folder import OutputFolder
 from .shards import make_shards
 from .source import Source, layer_of
 
-__all__ = ["METHODS", "Options", "quantise"]
+__all__ = ["Options", "quantise"]
 
 _log = logging.getLogger("cuplama")
-METHODS = ("rtn", "gptq")
 _LENGTH = 512  # tokens of a sample
 Progress = Callable[[int, int], None]  # (layers that are done, layers in all)
 
