@@ -62,7 +62,8 @@ _rows_options = options(
     "--model",
     metavar="MODEL",
     shell_complete=complete_model,
-    help="Folder, hub id, or with --dummy-weights a known shape such as llama-3.2-1b.  [default: the story model]",
+    help="Folder, GGUF file or hub id; or a known shape such as llama-3.2-1b, with --dummy-weights.  "
+    "[default: the bundled story model]",
 )
 @_rows_options
 @click.option(

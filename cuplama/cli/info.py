@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .options import DEBUG, OFFLINE, OR_A_SHAPE, QUANTIZE, QUIET, model_option
+from .options import DEBUG, OFFLINE, OR_A_SHAPE, QUIET, model_option, quantize_option
 from .streams import print_json
 
 __all__ = ["info"]
@@ -13,12 +13,15 @@ __all__ = ["info"]
 @click.command(short_help="What a model is: parameters, memory, context, tokenizer.")
 @model_option(OR_A_SHAPE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@QUANTIZE
+@quantize_option("What the model would be with this option of generate and chat.")
 @OFFLINE
 @QUIET
 @DEBUG
 def info(model: str | None, offline: bool, quantize: str | None, as_json: bool) -> None:
-    """What a model is: parameters, memory, context, tokenizer, template, sampling defaults. Reads no weights."""
+    """What a model is: parameters, formats of weights, memory, context, tokenizer, template, sampling defaults.
+
+    Reads no weights.
+    """
     from .model_info import facts, find_config, view
 
     found = facts(*find_config(model, offline), quantize)

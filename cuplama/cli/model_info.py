@@ -125,7 +125,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "vocabulary": facts["vocabulary"],
         "weights": size if facts["weights_found"] else f"none here; by the config {size}",
         "formats": [
-            f"{name}: {p['elements']:,} of {p['bits']:.4g} bits" for name, p in facts["weight_formats"].items()
+            f"{name}: {p['elements']:,} weights of {p['bits']:.4g} bits" for name, p in facts["weight_formats"].items()
         ],
         "memory by part": [f"{part.replace('_', '-')} {size_text(n)}" for part, n in facts["bytes_by_part"].items()],
         "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens;"

@@ -37,6 +37,7 @@ __all__ = [
     "model_option",
     "options",
     "picture_option",
+    "quantize_option",
     "run_options",
     "sampling_options",
     "weight_format_option",
@@ -59,7 +60,7 @@ KV_CACHE_DTYPE = click.option(
     type=click.Choice(list(KV_CACHE_DTYPES)),
     default="auto",
     metavar="DTYPE",
-    help="Of keys and values: fp8 for half the bytes of 16 bits, or auto, the model's.",
+    help="How keys and values are kept: auto is the model's dtype; fp8 takes 8 bits, less memory and less exact.",
 )
 
 
@@ -82,14 +83,19 @@ def weight_format_option(needs: str) -> Decorator:
     )
 
 
-QUANTIZE = click.option(
-    "--quantize", type=click.Choice(list(GRIDS)), help="Quantise the layers' matrices while they are loaded."
+def quantize_option(text: str) -> Decorator:
+    """``--quantize``. text: what it does, for --help."""
+    return click.option("--quantize", type=click.Choice(list(GRIDS)), help=text)
+
+
+QUANTIZE = quantize_option(
+    "Turn the layers' weights into 4 or 8 bits while they are loaded: less memory and faster on a GPU, less exact."
 )
 ACTIVATIONS_OPTION = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
     default="auto",
-    help="fp8: with fp8 weights, read prompts in fp8 as well.",
+    help="fp8: if the weights are fp8, multiply prompts in fp8 as well: faster on a GPU with sm_90, less exact.",
 )
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 
@@ -132,7 +138,7 @@ def complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> li
 
 def model_option(also: str = "") -> Decorator:
     """``-m``. also: what the option takes beside a folder, a GGUF file and a hub id."""
-    text = f"Folder, GGUF file or hub id (org/name){also}.  [default: the bundled story model]"
+    text = f"Folder, GGUF file or hub id (org/name, org/name:Q4_K_M){also}.  [default: the bundled story model]"
     return click.option("-m", "--model", metavar="MODEL", shell_complete=complete_model, help=text)
 
 

@@ -18,27 +18,47 @@ from .streams import notice, progress_bar
 __all__ = ["quantize"]
 
 
-@click.command(short_help="Write a model with weights of 4 or 8 bits to the folder OUT.")
+@click.command(short_help="Write a copy of a model with weights of 4 or 8 bits.")
 @click.argument("model", shell_complete=complete_model)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(list(GRIDS)), required=True, help="What weights become.")
+@click.option(
+    "--format", "form", type=click.Choice(list(GRIDS)), required=True, help="What the layers' matrices become."
+)
 @click.option(
     "--group-size",
     type=int,
     metavar="N",
-    help="Neighbours that share a scale: 128, 64, 32, or 0: a row.  [default: 0; int4: the most that divides rows]",
+    help="How many neighbours in a row share a scale: 128, 64, 32, or 0 for the whole row. Fewer are more exact, and "
+    "take more bytes.  [default: 0; for int4 the largest that divides every row]",
 )
 @click.option(
     "--method",
     type=click.Choice(METHODS),
     default="rtn",
     show_default=True,
-    help="To the nearest numbers, or by GPTQ: slow, and closer.",
+    help="rtn: each number to the nearest. gptq: closer to the model, and slow; needs --calibrate.",
 )
-@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="Text that gptq goes by.")
-@click.option("--samples", type=int, default=128, show_default=True, metavar="N", help="Pieces of that text.")
-@click.option("--length", type=int, metavar="N", help="Tokens of each piece.  [default: 512, or the context]")
-@click.option("--shard-size", type=float, default=5, show_default=True, metavar="GB", help="Of a file at most.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="For gptq: a text like those that the model is for.",
+)
+@click.option("--samples", type=int, default=128, show_default=True, metavar="N", help="For gptq: pieces of that text.")
+@click.option(
+    "--length",
+    type=int,
+    metavar="N",
+    help="For gptq: tokens of each piece.  [default: 512, or the context if that is less]",
+)
+@click.option(
+    "--shard-size",
+    type=float,
+    default=5,
+    show_default=True,
+    metavar="GB",
+    help="Size that a file of weights has at most.",
+)
 @DEVICE
 @OFFLINE
 @QUIET
@@ -56,12 +76,15 @@ def quantize(
     device: str,
     offline: bool,
 ) -> None:
-    """Write MODEL, a folder or hub id, to the new folder OUT, with the layers' matrices in 4 or 8 bits.
+    """Write a copy of MODEL, a folder or hub id, to the new folder OUT, with the layers' matrices in 4 or 8 bits.
 
-    Embedding and head stay as they are. The folder is in the layout of compressed-tensors, which transformers and vLLM
-    read, too. A run that was stopped goes on when the same command is given again.
+    OUT is a model folder like any other: give it to -m. Its layout is that of compressed-tensors, which transformers
+    and vLLM read, too. Embedding, head and norms stay as they are. A run that was stopped goes on when the same command
+    is given again.
 
-    gptq reads a text like those that the model is for, and looks for numbers that change little of what the layers make
+    To try a format without a copy, give --quantize to generate or chat.
+
+    gptq runs a text through the model, layer by layer, and chooses numbers that change little of what the layers make
     of it.
     """
     from ..conversion.run import Options, quantise  # here, so that no other command waits for it
