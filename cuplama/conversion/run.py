@@ -15,8 +15,8 @@ import numpy as np
 
 from ..arguments import checked, one_of, whole_number
 from ..device import DEVICES, Setup, open_backend
-from ..dtypes import Array, upcast
-from ..errors import ParameterError
+from ..dtypes import Array, dtype_name, upcast
+from ..errors import CheckpointError, ParameterError
 from ..quant.compressed import config_of, read_tensors, tensor_specs, tensors_of
 from ..quant.gptq import Matrix, gptq
 from ..quant.grid import GRIDS, Grid
@@ -160,6 +160,15 @@ class _Work:
         """Whether the layer is written."""
         return layer + 1 < self.target.done
 
+    def checked(self, tensor: str, q: Quantised) -> Quantised:
+        """A matrix that was quantised. Raises CheckpointError for one that held what no scale can stand for."""
+        if not np.isfinite(q.scales).all():
+            raise CheckpointError(
+                f"{self.source.folder}: tensor {tensor} holds numbers that are not finite, or too large for scales in"
+                f" {dtype_name(q.dtype)}"
+            )
+        return q
+
     def read(self, tensor: str) -> Quantised:
         """A matrix that is written."""
         plain = self.source.tensors[tensor]
@@ -190,8 +199,9 @@ class _Rounding:
             return dict(zip(tensors, threads.map(self._rounded, tensors), strict=True))
 
     def _rounded(self, tensor: str) -> Quantised:
-        array = self._work.source.tensors[tensor]
-        return round_to_nearest(array, self._work.grid, self._work.group, array.dtype)
+        work, array = self._work, self._work.source.tensors[tensor]
+        with np.errstate(all="ignore"):  # what is not finite is refused
+            return work.checked(tensor, round_to_nearest(array, work.grid, work.group, array.dtype))
 
     def close(self) -> None:
         pass
@@ -237,10 +247,11 @@ class _Calibrated:
         work = self._work
         arrays = {tensor: self._source.tensors[tensor] for tensor in self._source.names[name]}
         stacked = np.concatenate([np.asarray(upcast(a), np.float32) for a in arrays.values()])
-        q = gptq(stacked, hessian, work.grid, work.group, next(iter(arrays.values())).dtype)
+        with np.errstate(all="ignore"):  # what is not finite is refused
+            q = gptq(stacked, hessian, work.grid, work.group, next(iter(arrays.values())).dtype)
         found, at = {}, 0
         for tensor, array in arrays.items():
-            found[tensor] = q[at : at + len(array)]
+            found[tensor] = work.checked(tensor, q[at : at + len(array)])
             at += len(array)
         return found
 

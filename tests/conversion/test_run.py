@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import cuplama
 from cuplama.conversion.folder import RECORD, OutputFolder
 from cuplama.conversion.run import Options, quantise
 from cuplama.conversion.shards import make_shards
 from cuplama.errors import CheckpointError, ConfigError, CuplamaError, ParameterError
-from cuplama.models.checkpoint import load_weights
+from cuplama.models.checkpoint import load_weights, open_tensors
 from cuplama.models.config import load_config
 from cuplama.quant.compressed import TensorSpec
 from cuplama.quant.grid import GRIDS
@@ -167,6 +168,21 @@ def test_a_disk_that_is_full_is_named_and_the_run_goes_on(
     quantise(model, out, INT4)
     quantise(model, other, INT4)
     assert _files(out) == _files(other)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("options", [INT4, Options("int8"), Options("fp8"), GPTQ], ids=["int4", "int8", "fp8", "gptq"])
+def test_weights_that_are_not_finite(model: Path, tmp_path: Path, options: Options, value: float) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(model, source)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors = {n: np.array(t.data) for n, t in open_tensors(source).items()}
+    tensors[name][3, 5] = value
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"source: tensor {name} holds numbers that are not finite"):
+        quantise(source, out, options)
+    assert not (out / "config.json").exists()
 
 
 def test_a_text_that_is_short(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,9 @@ from cuplama.errors import ParameterError
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.models.rounding import linear_weights, round_weights
+from cuplama.quant.grid import GRIDS
 from cuplama.quant.rtn import Rounded
+from cuplama.quant.weight import Weight
 from tests.conversion.made import write_model
 from tests.gguf_models import write_converted
 from tests.tiny import CHARS, LLAMA
@@ -82,6 +84,18 @@ def test_where_memory_is_short_weights_are_quantised_once_and_stay_so(tmp_path: 
     kept = NumPyBackend(convert=False).load_weight(weight)
     assert not any(isinstance(part, Rounded) for part in kept.parts)
     assert np.array_equal(kept[3:90].numbers(), NumPyBackend().load_weight(weight)[3:90])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("quantize", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("convert", [True, False])
+def test_a_weight_that_is_not_finite_shows_in_the_logits_alone(quantize: str, convert: bool) -> None:
+    plain = np.ones((8, 128), np.float32)
+    plain[1, 5], plain[2, 3] = np.inf, np.nan
+    weight = Weight("w", ("w",), (Rounded(plain, GRIDS[quantize], GRIDS[quantize].group),))
+    loaded = NumPyBackend(convert=convert).load_weight(weight)
+    assert convert or np.isfinite(loaded[[0, 3]].numbers()).all()
+    assert not convert or (~np.isfinite(loaded)).any(1).tolist() == [False, True, True, *[False] * 5]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
