@@ -6,6 +6,7 @@ import mmap
 import random
 import struct
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from cuplama.errors import CheckpointError
-from cuplama.gguf import GGUF, gguf_parts, is_gguf, open_gguf
+from cuplama.gguf import GGUF, gguf_parts, held_open, is_gguf, open_gguf
 from tests.gguf_files import Raw, Tensor, gguf_bytes, write_gguf
 
 WEIGHT = np.arange(64, dtype=np.float32).reshape(2, 32)
@@ -272,6 +273,24 @@ def test_one_file_of_several_under_another_name(tmp_path: Path) -> None:
     part = split(tmp_path)[0].rename(tmp_path / "renamed.gguf")
     with pytest.raises(CheckpointError, match=r"renamed\.gguf: split\.count is 3, but by the file's name it must be 1"):
         open_gguf(part)
+
+
+def test_a_file_that_is_held_open_is_read_once(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {"n": 5}, {"w": TENSORS["w"]})
+    with held_open(path):
+        first = open_gguf(path)
+        assert open_gguf(path) is first
+        other = write_gguf(tmp_path / "other.gguf", {"n": 6, "more": 1}, {"w": TENSORS["w"]})
+        other.replace(path)
+        assert open_gguf(path).get("n", int) == 6  # another file by now
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None
+    with held_open(tmp_path):  # a folder is no such file
+        pass
+    path.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="cut off"), held_open(path):
+        pass
 
 
 def test_what_is_a_gguf_file(tmp_path: Path) -> None:
