@@ -164,8 +164,13 @@ def test_several_models_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, reads, read = write_chars(tmp_path / "model.gguf"), [], gguf._read
-    monkeypatch.setattr(gguf, "_read", lambda part: (reads.append(part), read(part))[1])
+    path, reads, read = write_chars(tmp_path / "model.gguf"), list[Path](), gguf._read
+
+    def counted(part: Path) -> Any:
+        reads.append(part)
+        return read(part)
+
+    monkeypatch.setattr(gguf, "_read", counted)
     with cuplama.load(path, device="numpy") as model:
         assert model.generate("a", max_tokens=1).tokens
     assert reads == [path]
