@@ -11,6 +11,7 @@
 typedef float f32;
 typedef __half f16;
 typedef __nv_bfloat16 bf16;  // below sm_80 it exists for storage only, and the loader does not use it
+typedef unsigned char u8;
 typedef int i32;
 typedef unsigned u32;
 typedef long long i64;

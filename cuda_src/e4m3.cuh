@@ -1,4 +1,5 @@
-// e4m3, the 8-bit float of a cache of keys and values: a sign, 4 bits of exponent (bias 7), 3 of mantissa.
+// e4m3, the 8-bit float of weights, of activations, and of a cache of keys and values: a sign, 4 bits of exponent (bias
+// 7), 3 of mantissa. How products read weights of it is in formats_codes.cuh.
 //
 //     s eeee mmm = (-1)^s 2^(e-7) 1.mmm; with e = 0, 2^-6 0.mmm; s 1111 111 is NaN; no infinities, at most 448
 //

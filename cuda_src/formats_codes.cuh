@@ -5,7 +5,6 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-typedef unsigned char u8;
 typedef signed char i8;
 
 constexpr int BLOCK_ROWS = 16, BLOCK_COLUMNS = 128, CHUNK_COLUMNS = 16, BLOCK_CHUNKS = BLOCK_COLUMNS / CHUNK_COLUMNS;

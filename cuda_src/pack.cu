@@ -18,8 +18,6 @@
 // Tried: nothing else yet.
 #include "common.cuh"
 
-typedef unsigned char u8;
-
 // A field of the weight: where its numbers lie, and what they are made of. widths: the bits of each plane, 8 bits for
 // each, the lowest plane first; flip, add: as in fields.py.
 struct Field {

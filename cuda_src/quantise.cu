@@ -12,8 +12,7 @@
 // Launched by cuplama/backends/cuda/rounding.py. Test: tests/backends/cuda/test_rounding.py.
 // Tried: nothing else yet.
 #include "common.cuh"
-
-typedef unsigned char u8;
+#include "e4m3.cuh"
 
 // Codes stand for numbers from `least` to `most`; the largest number of a group becomes `far`, with its sign if `is_signed`,
 // under the first of the scales that are tried: those of the shares that are not 0.
@@ -133,17 +132,10 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// The 8-bit float nearest to a number that is none of theirs beyond 448: 4 bits of exponent, 3 of mantissa; ties to even.
-__device__ __forceinline__ u32 e4m3_code(float x) {
-    const u32 bits = __float_as_uint(x), sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
-    if (size < 0x3c800000u) return sign | u32(rintf(fabsf(x) * 512.f));  // below 2^-6: a multiple of 2^-9
-    return sign | (((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3));
-}
-
 template <bool FLOATS>
 __device__ __forceinline__ u32 code_of(float ratio, const Grid& grid) {
     const float in = clipped(ratio, grid);
-    if constexpr (FLOATS) return e4m3_code(in);
+    if constexpr (FLOATS) return e4m3_bits(in);
     return u32(int(rintf(in) - grid.least));
 }
 

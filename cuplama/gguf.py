@@ -9,18 +9,30 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from .errors import CheckpointError
 from .files import not_opened, not_understood
 
-__all__ = ["GGUF", "TENSOR_TYPES", "GGUFTensor", "Strings", "TensorType", "gguf_parts", "is_gguf", "open_gguf"]
+__all__ = [
+    "GGUF",
+    "TENSOR_TYPES",
+    "GGUFTensor",
+    "Strings",
+    "TensorType",
+    "gguf_parts",
+    "held_open",
+    "is_gguf",
+    "open_gguf",
+]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -262,12 +274,35 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
     return tuple(path.with_name(f"{split['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
 
 
+_held: WeakValueDictionary[tuple[Any, ...], GGUF] = WeakValueDictionary()
+
+
+@contextmanager
+def held_open(path: Path) -> Iterator[None]:
+    """Inside, a GGUF file is read once, however often it is opened: a large vocabulary takes 60 ms each time. Any other
+    path is left alone. Raises CheckpointError as ``open_gguf``."""
+    gguf = open_gguf(path) if is_gguf(path) else None
+    yield
+    del gguf
+
+
 def open_gguf(path: Path) -> GGUF:
     """Map a model's file, or all files of one that was split, whichever of them is named.
 
     Raises CheckpointError naming the file and the field that is missing, cut off, unknown, or lies.
     """
     parts = gguf_parts(path)
+    try:
+        key = tuple((part, s.st_ino, s.st_size, s.st_mtime_ns) for part in parts for s in (part.stat(),))
+    except OSError:
+        return _open(path, parts)  # which says what it is
+    found = _held.get(key)
+    if found is None:
+        found = _held[key] = _open(path, parts)
+    return found
+
+
+def _open(path: Path, parts: Sequence[Path]) -> GGUF:
     if missing := [part.name for part in parts if not part.exists() and part != path]:
         names = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         raise CheckpointError(f"{path} is one of {len(parts)} files of a model; missing beside it: {names}")
@@ -278,17 +313,23 @@ def open_gguf(path: Path) -> GGUF:
         if number == 0:
             metadata = own
         for key, wanted in (("split.no", number), ("split.count", len(parts))):
-            found = own.get(key, 1 if key == "split.count" and len(parts) == 1 else wanted)
-            if found != wanted:
+            found = _whole(part, own, key, wanted)
+            merged = found == 0 and len(parts) == 1  # gguf-split leaves a count of 0 when it puts files together
+            if found != wanted and not merged:
                 raise CheckpointError(f"{part}: {key} is {found}, but by the file's name it must be {wanted}")
         for name, tensor in listed.items():
             if name in tensors:
                 raise CheckpointError(f"{part}: tensor {name} is in {tensors[name].file.name}, too")
             tensors[name] = tensor
-    total = metadata.get("split.tensors.count", len(tensors))
+    total = _whole(parts[0], metadata, "split.tensors.count", len(tensors))
     if total != len(tensors):
         raise CheckpointError(f"{parts[0]}: split.tensors.count is {total}, but the files have {len(tensors)} tensors")
-    return GGUF(parts, metadata, tensors)
+    return GGUF(tuple(parts), metadata, tensors)
+
+
+def _whole(path: Path, metadata: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number of the metadata."""
+    return int(GGUF((path,), metadata, {}).get(key, int, default))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
@@ -308,9 +349,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if key in metadata:
             header.refuse(f"{key!r:.200}", "is there twice")
         metadata[key] = header.value(f"{key!r:.200}".strip("'"))
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        header.refuse("general.alignment", f"is {alignment!r:.80}; it must be a power of two")
+    alignment = _whole(path, metadata, "general.alignment", _ALIGNMENT)
+    if alignment < 1 or alignment & (alignment - 1):
+        header.refuse("general.alignment", f"is {alignment}; it must be a power of two")
     entries = [_entry(header, i) for i in range(num_tensors)]
     start = -(-header.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}

@@ -59,7 +59,7 @@ def file_of_folder(folder: Path) -> Path | None:
 
     Raises ConfigError listing them where there are several.
     """
-    names = [p.name for p in folder.glob("*.gguf")]
+    names = [p.name for p in folder.iterdir() if p.suffix.lower() == ".gguf"]
     if not names or any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
         return None
     models = gguf_models(names)
@@ -70,7 +70,7 @@ def file_of_folder(folder: Path) -> Path | None:
 
 def _means(tag: str, first: str) -> bool:
     """Whether a tag names a model by its first file."""
-    stem = _PART.sub("", first.removesuffix(".gguf"))
+    stem = _PART.sub("", first.removesuffix(PurePosixPath(first).suffix))
     names = (first, stem, PurePosixPath(first).name)
     if tag.lower() in (name.lower() for name in names):
         return True
@@ -79,7 +79,7 @@ def _means(tag: str, first: str) -> bool:
 
 def _short(first: str) -> str:
     """A tag for a model: how its weights are stored, as its name ends, or the name."""
-    stem = _PART.sub("", PurePosixPath(first).name.removesuffix(".gguf"))
+    stem = _PART.sub("", PurePosixPath(first).stem)
     kind = re.search(r"(?:UD-)?(?:I?Q\d\w*|F16|BF16|F32|FP16)$", stem, re.IGNORECASE)
     return kind[0] if kind else PurePosixPath(first).name
 

@@ -15,6 +15,7 @@ from .engine.engine import Engine
 from .engine.kv_cache import KV_CACHE_DTYPES
 from .errors import ConfigError
 from .generation_config import Settings
+from .gguf import held_open
 from .hub import BUNDLED, find_model
 from .model import Model
 from .models.checkpoint import load_weights
@@ -81,14 +82,17 @@ def load(
     one_of("activations", activations, ACTIVATIONS)
     one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
-    config = load_config(folder)
-    length = context_length(config, context)
-    tokens = _cache_tokens(length, cache_tokens)
-    if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
-        _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
-    tokenizer = Tokenizer.find(folder)
-    settings = Settings.read(folder, config, tokenizer)
-    weights = load_weights(folder, config)
+    with held_open(folder):
+        config = load_config(folder)
+        length = context_length(config, context)
+        tokens = _cache_tokens(length, cache_tokens)
+        if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
+            _log.warning(
+                "a context of %d tokens is more than the %d that the model was made for", length, config.context
+            )
+        tokenizer = Tokenizer.find(folder)
+        settings = Settings.read(folder, config, tokenizer)
+        weights = load_weights(folder, config)
     if quantize is not None:
         weights = round_weights(weights, config, quantize)
     setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)

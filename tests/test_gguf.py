@@ -6,6 +6,7 @@ import mmap
 import random
 import struct
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from cuplama.errors import CheckpointError
-from cuplama.gguf import GGUF, gguf_parts, is_gguf, open_gguf
+from cuplama.gguf import GGUF, gguf_parts, held_open, is_gguf, open_gguf
 from tests.gguf_files import Raw, Tensor, gguf_bytes, write_gguf
 
 WEIGHT = np.arange(64, dtype=np.float32).reshape(2, 32)
@@ -102,7 +103,7 @@ def test_an_alignment_of_its_own(opened: Callable[[bytes], GGUF], refused: Calla
     """The writer of these tests aligns to 32 bytes, which 8 divides."""
     gguf = opened(gguf_bytes({"general.alignment": 32, "pad": "x" * 9}, TENSORS))
     assert np.array_equal(gguf.tensors["w"].data.view(np.float32).reshape(2, 32), WEIGHT)
-    for wrong in (0, 24, 0.5, "32"):
+    for wrong in (0, 24, 0.5, "32", np.ones(65)):
         assert refused(gguf_bytes({"general.alignment": wrong}, {})).startswith("general.alignment is ")
 
 
@@ -236,6 +237,9 @@ def test_a_file_of_a_split_model_is_missing(tmp_path: Path) -> None:
     [
         ({"split__no": 0}, r"m-00003-of-00003\.gguf: split\.no is 0, but by the file's name it must be 2"),
         ({"split__count": 4}, r"m-00003-of-00003\.gguf: split\.count is 4, but by the file's name it must be 3"),
+        ({"split__count": 0}, r"m-00003-of-00003\.gguf: split\.count is 0, but by the file's name it must be 3"),
+        ({"split__no": 2.0}, r"m-00003-of-00003\.gguf: split\.no is a number; it must be a whole number"),
+        ({"split__no": np.ones(65)}, r"m-00003-of-00003\.gguf: split\.no is an array of numbers; it must be a whole n"),
     ],
 )
 def test_split_files_that_do_not_belong_together(wrong: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -254,10 +258,39 @@ def test_a_tensor_of_a_split_model_is_lost_or_twice(tmp_path: Path) -> None:
         open_gguf(paths[0])
 
 
+def test_a_model_that_was_merged_again(tmp_path: Path) -> None:
+    """As gguf-split --merge writes it: one file, whose count is 0."""
+    keys = {"split.no": 0, "split.count": 0, "split.tensors.count": 1}
+    path = write_gguf(tmp_path / "merged.gguf", keys, {"t": ("F32", (2,), np.zeros(2, np.float32))})
+    assert list(open_gguf(path).tensors) == ["t"]
+    for wrong in (2, np.ones(3, np.int32)):
+        write_gguf(path, {**keys, "split.tensors.count": wrong}, {"t": ("F32", (2,), np.zeros(2, np.float32))})
+        with pytest.raises(CheckpointError, match=r"merged\.gguf: split\.tensors\.count is (2, but|an array of num)"):
+            open_gguf(path)
+
+
 def test_one_file_of_several_under_another_name(tmp_path: Path) -> None:
     part = split(tmp_path)[0].rename(tmp_path / "renamed.gguf")
     with pytest.raises(CheckpointError, match=r"renamed\.gguf: split\.count is 3, but by the file's name it must be 1"):
         open_gguf(part)
+
+
+def test_a_file_that_is_held_open_is_read_once(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {"n": 5}, {"w": TENSORS["w"]})
+    with held_open(path):
+        first = open_gguf(path)
+        assert open_gguf(path) is first
+        other = write_gguf(tmp_path / "other.gguf", {"n": 6, "more": 1}, {"w": TENSORS["w"]})
+        other.replace(path)
+        assert open_gguf(path).get("n", int) == 6  # another file by now
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None
+    with held_open(tmp_path):  # a folder is no such file
+        pass
+    path.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="cut off"), held_open(path):
+        pass
 
 
 def test_what_is_a_gguf_file(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_tags_find_their_files() -> None:
         assert choose_file(NAMES, tag, "org/big") == parts
 
 
+def test_endings_in_upper_case(tmp_path: Path) -> None:
+    (tmp_path / "A-Q8_0.GGUF").touch()
+    assert file_of_folder(tmp_path) == tmp_path / "A-Q8_0.GGUF"
+    assert choose_file(["A-Q8_0.GGUF", "A-Q4_0.GGUF"], "Q4_0", "org/a") == ("A-Q4_0.GGUF",)
+    assert list(gguf_tags(["A-Q8_0.GGUF"])) == ["Q8_0"]
+
+
 def test_a_folder_that_holds_one(tmp_path: Path) -> None:
     assert file_of_folder(tmp_path) is None
     for name in ("mmproj.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "config.json"):

@@ -11,6 +11,7 @@ import pytest
 
 import cuplama
 import cuplama.loading as load_module
+from cuplama import gguf
 from cuplama.errors import ConfigError, DeviceError, ParameterError, TokenizerError
 from cuplama.hub import find_model
 from cuplama.models.config import load_config
@@ -160,3 +161,16 @@ def test_several_models_in_a_folder(tmp_path: Path) -> None:
         write_chars(tmp_path / f"{name}.gguf")
     with pytest.raises(ConfigError, match=r"holds 2 models; name one of the files: a\.gguf, b\.gguf"):
         load(tmp_path)
+
+
+def test_a_gguf_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reads, read = write_chars(tmp_path / "model.gguf"), list[Path](), gguf._read
+
+    def counted(part: Path) -> Any:
+        reads.append(part)
+        return read(part)
+
+    monkeypatch.setattr(gguf, "_read", counted)
+    with cuplama.load(path, device="numpy") as model:
+        assert model.generate("a", max_tokens=1).tokens
+    assert reads == [path]

@@ -165,7 +165,8 @@ class NumPyBackend:
 
 def _settled(weight: Weight) -> Weight:
     """The weight, whose parts are not quantised again each time they are read."""
-    return replace(weight, parts=tuple(p.settled() if isinstance(p, Rounded) else p for p in weight.parts))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return replace(weight, parts=tuple(p.settled() if isinstance(p, Rounded) else p for p in weight.parts))
 
 
 def _cast(array: Array, dtype: np.dtype[Any] | None) -> Array:
@@ -191,4 +192,5 @@ def _decode(weight: Weight, array: np.ndarray[Any, Any]) -> None:
 
 def _numbers(part: np.ndarray[Any, Any] | Stored, rows: slice) -> np.ndarray[Any, Any]:
     found = part[rows]
-    return found.numbers() if isinstance(found, Stored) else plain_format(found.dtype).decode(found)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a thread's own; damage shows in the logits
+        return found.numbers() if isinstance(found, Stored) else plain_format(found.dtype).decode(found)

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..backends.cuda.unpacking import largest_slice
 from ..device import stored_dtype
 from ..dtypes import DTYPES
 from ..engine.memory import cache_bytes, plan
@@ -58,10 +61,11 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
         formats = {name: w.formats for name, w in weights.items()}
         memory = {name: w.nbytes for name, w in weights.items()}
         device = {name: w.device_bytes(T) for name, w in weights.items()}
+        packed = {name: w.shape for name, w in weights.items() if w.packed}
     else:
         tied = bool(config.tied)
         shapes = config.weight_shapes()
-        formats = dict.fromkeys(shapes, (PLAIN[config.stored],))
+        formats, packed = dict.fromkeys(shapes, (PLAIN[config.stored],)), {}
         memory = device = {name: math.prod(shape) * T.itemsize for name, shape in shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "lm_head" or not tied}
     parts = _by_part({name: memory[name] for name in sizes})
@@ -95,7 +99,7 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
         "cache_bytes_per_token": per_token,
         "cache_bytes": per_token * context,
         "eight_bit_cache_bytes": per_token * context // T.itemsize,
-        "gpu_bytes": _gpu_bytes(config, sum(device[name] for name in sizes), context),
+        "gpu_bytes": _gpu_bytes(config, sum(device[name] for name in sizes), T, context, packed),
         "numpy_bytes": 4 * sum(sizes.values()) + cache_bytes(config, DTYPES["f32"], context),
         **text_facts(folder, config),
     }
@@ -154,15 +158,17 @@ def _bits(
     return dict(sorted(found.items(), key=lambda item: -item[1]["elements"]))
 
 
-def _gpu_bytes(config: ModelConfig, weights: int, context: int) -> int | None:
-    """What the model takes on a GPU, in the config's dtype, with the smallest workspace; None if no GPU runs it."""
+def _gpu_bytes(
+    config: ModelConfig, weights: int, T: np.dtype[Any], context: int, packed: Mapping[str, tuple[int, ...]]
+) -> int | None:
+    """What the model takes on a GPU, in T, with the smallest workspace; None if no GPU runs it. packed: the shapes of
+    quantised weights, whose numbers have room in it."""
     from ..backends.cuda.backend import CudaBackend
 
     if config.head_dim not in HEAD_DIMS:
         return None
-    return plan(
-        config, weights, DTYPES[config.stored], context, context, CudaBackend.prefill_chunks[-1], Device()
-    ).total
+    chunk, unpacked = CudaBackend.prefill_chunks[-1], largest_slice(packed, T.itemsize)
+    return plan(config, weights, T, context, context, chunk, Device(), unpacked).total
 
 
 def _is_attention(name: str) -> bool:

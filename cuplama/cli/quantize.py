@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
 
-from ..conversion.run import METHODS, Options, quantise
+from ..conversion import METHODS
 from ..errors import ParameterError
 from ..quant.grid import GRIDS
 from .options import DEBUG, DEVICE, OFFLINE, QUIET, complete_model
@@ -86,11 +87,15 @@ def quantize(
     gptq runs a text through the model, layer by layer, and chooses numbers that change little of what the layers make
     of it.
     """
+    from ..conversion.run import Options, quantise  # here, so that no other command waits for it
+
     if (method == "gptq") != (calibrate is not None):
         raise click.UsageError("--method gptq needs --calibrate FILE, and nothing else takes it")
     text = "" if calibrate is None else read_file(calibrate)
     if calibrate is not None and not text:
         raise click.UsageError(f"--calibrate: {calibrate} is empty")
+    if not 1 <= shard_size * 1e9 < math.inf:  # nor is NaN
+        raise click.UsageError(f"--shard-size = {shard_size:g} is out of range; it must be a number of GB")
     folder = find_folder(model, offline)
     options = Options(form, group_size, method, text, samples, length, device, int(shard_size * 1e9))
     try:

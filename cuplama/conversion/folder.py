@@ -6,12 +6,14 @@ what, and how many parts are done, so that the same command goes on where anothe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -42,16 +44,16 @@ class OutputFolder:
         """Opens or makes the folder; nothing of the weights is written yet.
 
         Raises CheckpointError for a folder that holds anything else, or what another recipe made, and where the disk
-        has no room.
+        has no room. Every method raises CheckpointError naming a file that cannot be written.
         """
         self.path, self.recipe, self._shards = path, json.loads(json.dumps(recipe)), shards
         self.done, self.finished = 0, False
         self._places = {name: place for shard in shards for name, place in shard.tensors.items()}
-        if not self._continues():
-            self._check_room()
-            path.mkdir(parents=True, exist_ok=True)
-            self._record()
-        if not self.finished:
+        with _writing(path):
+            if not self._continues():
+                self._check_room()
+                path.mkdir(parents=True, exist_ok=True)
+                self._record()
             self._open()
 
     def _continues(self) -> bool:
@@ -71,6 +73,11 @@ class OutputFolder:
         if not isinstance(done, int) or not isinstance(recipe, dict):
             raise CheckpointError(f"{self.path / RECORD} says neither a recipe nor what is done")
         other = [name for name in {**self.recipe, **recipe} if recipe.get(name) != self.recipe.get(name)]
+        ours = {name for name in names if name == RECORD or name.endswith(_UNFINISHED)}
+        if other and not done and names == ours:  # nothing is lost
+            for name in ours:
+                (self.path / name).unlink()
+            return False
         if other:
             words = ", ".join(f"{n} = {_shown(recipe.get(n))}, not {_shown(self.recipe.get(n))}" for n in other)
             raise CheckpointError(f"{self.path} holds a model, or a part of one, that was made with {words}")
@@ -92,7 +99,8 @@ class OutputFolder:
                 continue
             if self.done:
                 raise CheckpointError(
-                    f"{file} is missing or of another size, though {RECORD} counts parts of it as done"
+                    f"{file if not self.finished else self.path / shard.file} is missing or of another size, though"
+                    f" {RECORD} counts parts of it as done; delete the folder and start again"
                 )
             with file.open("wb") as out:
                 out.write(shard.head)
@@ -118,7 +126,13 @@ class OutputFolder:
 
     def write(self, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """One more part, which counts once all of it is on the disk."""
-        files = {}
+        with _writing(self.path):
+            self._write(tensors)
+            self.done += 1
+            self._record()
+
+    def _write(self, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        files: dict[str, BinaryIO] = {}
         try:
             for name, array in tensors.items():
                 place = self._places[name]
@@ -133,8 +147,6 @@ class OutputFolder:
         finally:
             for file in files.values():
                 file.close()
-        self.done += 1
-        self._record()
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """A tensor that was written; 8-bit floats as their bytes."""
@@ -146,6 +158,10 @@ class OutputFolder:
 
     def finish(self, config: Mapping[str, Any], copies: Sequence[tuple[Path, str]]) -> None:
         """Give the weights their names, and the folder the rest of a model. copies: (file, its name in the folder)."""
+        with _writing(self.path):
+            self._finish(config, copies)
+
+    def _finish(self, config: Mapping[str, Any], copies: Sequence[tuple[Path, str]]) -> None:
         for source, name in copies:
             target = self.path / name
             target.parent.mkdir(exist_ok=True)
@@ -158,6 +174,16 @@ class OutputFolder:
         self._write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         self.finished = True
         self._record()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Inside, what the system says of a file becomes a CheckpointError. path: named where the system names none."""
+    try:
+        yield
+    except OSError as e:
+        hint = "; the same command goes on when there is room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise CheckpointError(f"{e.filename or path}: {e.strerror or e}{hint}") from None
 
 
 def _shown(value: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,21 +15,22 @@ import numpy as np
 
 from ..arguments import checked, one_of, whole_number
 from ..device import DEVICES, Setup, open_backend
-from ..dtypes import Array, upcast
-from ..errors import ParameterError
+from ..dtypes import Array, dtype_name, upcast
+from ..errors import CheckpointError, ParameterError
 from ..quant.compressed import config_of, read_tensors, tensor_specs, tensors_of
 from ..quant.gptq import Matrix, gptq
 from ..quant.grid import GRIDS, Grid
 from ..quant.rtn import GROUPS, Quantised, round_to_nearest
 from ..text.tokenizer import Tokenizer
+from . import METHODS
 from .calibration import Calibration, samples_of
 from .folder import OutputFolder
 from .shards import make_shards
 from .source import Source, layer_of
 
-__all__ = ["METHODS", "Options", "quantise"]
+__all__ = ["Options", "quantise"]
 
-METHODS = ("rtn", "gptq")
+_log = logging.getLogger("cuplama")
 _LENGTH = 512  # tokens of a sample
 Progress = Callable[[int, int], None]  # (layers that are done, layers in all)
 
@@ -84,11 +86,12 @@ def quantise(folder: Path, out: Path, options: Options, progress: Progress | Non
     options = replace(options, length=options.length or min(_LENGTH, source.config.context))
     group = source.group(grid, options.group_size)
     shards = make_shards(source.specs(grid, group), options.shard_bytes)
+    samples = _samples(source, options) if options.method == "gptq" else []
     target = OutputFolder(out, _recipe(source, options, group), shards)
     if target.finished:
         return False
     work = _Work(source, target, grid, group)
-    quantiser: _Quantiser = _Rounding(work) if options.method == "rtn" else _Calibrated(work, options)
+    quantiser: _Quantiser = _Rounding(work) if options.method == "rtn" else _Calibrated(work, options, samples)
     quantised = {tensor for name in source.linear for tensor in source.names[name]}
     try:
         for part, names in enumerate(source.parts()):
@@ -103,6 +106,17 @@ def quantise(folder: Path, out: Path, options: Options, progress: Progress | Non
     if progress is not None:
         progress(source.config.num_layers, source.config.num_layers)
     return True
+
+
+def _samples(source: Source, options: Options) -> list[list[int]]:
+    """What gptq calibrates on, tokens; fewer than were asked for, of which the log tells, if the text is short."""
+    length = options.length or _LENGTH
+    found = samples_of(options.text, Tokenizer.load(source.folder), options.samples, length)
+    tokens = sum(map(len, found))
+    if tokens < options.samples * length // 2:
+        asked = f"{options.samples} samples of {length} tokens were asked for"
+        _log.warning("the calibration text is short: it gives %d tokens, where %s", tokens, asked)
+    return found
 
 
 def _recipe(source: Source, options: Options, group: int) -> dict[str, Any]:
@@ -146,6 +160,15 @@ class _Work:
         """Whether the layer is written."""
         return layer + 1 < self.target.done
 
+    def checked(self, tensor: str, q: Quantised) -> Quantised:
+        """A matrix that was quantised. Raises CheckpointError for one that held what no scale can stand for."""
+        if not np.isfinite(q.scales).all():
+            raise CheckpointError(
+                f"{self.source.folder}: tensor {tensor} holds numbers that are not finite, or too large for scales in"
+                f" {dtype_name(q.dtype)}"
+            )
+        return q
+
     def read(self, tensor: str) -> Quantised:
         """A matrix that is written."""
         plain = self.source.tensors[tensor]
@@ -176,8 +199,9 @@ class _Rounding:
             return dict(zip(tensors, threads.map(self._rounded, tensors), strict=True))
 
     def _rounded(self, tensor: str) -> Quantised:
-        array = self._work.source.tensors[tensor]
-        return round_to_nearest(array, self._work.grid, self._work.group, array.dtype)
+        work, array = self._work, self._work.source.tensors[tensor]
+        with np.errstate(all="ignore"):  # what is not finite is refused
+            return work.checked(tensor, round_to_nearest(array, work.grid, work.group, array.dtype))
 
     def close(self) -> None:
         pass
@@ -186,11 +210,10 @@ class _Rounding:
 class _Calibrated:
     """By GPTQ. Every matrix is calibrated on what the quantised matrices before it give it."""
 
-    def __init__(self, work: _Work, options: Options) -> None:
+    def __init__(self, work: _Work, options: Options, samples: Sequence[Sequence[int]]) -> None:
         self._work, self._source = work, work.source
         config, weights = self._source.config, self._source.weights
         length = options.length or _LENGTH
-        samples = samples_of(options.text, Tokenizer.load(self._source.folder), options.samples, length)
         # One layer's weights are on the device at a time, and its cache: as of a model with a single layer.
         one = replace(config, layers=config.layers[:1])
         few = {name: weight for name, weight in weights.items() if (layer_of(name) or 0) == 0 and name != "lm_head"}
@@ -224,10 +247,11 @@ class _Calibrated:
         work = self._work
         arrays = {tensor: self._source.tensors[tensor] for tensor in self._source.names[name]}
         stacked = np.concatenate([np.asarray(upcast(a), np.float32) for a in arrays.values()])
-        q = gptq(stacked, hessian, work.grid, work.group, next(iter(arrays.values())).dtype)
+        with np.errstate(all="ignore"):  # what is not finite is refused
+            q = gptq(stacked, hessian, work.grid, work.group, next(iter(arrays.values())).dtype)
         found, at = {}, 0
         for tensor, array in arrays.items():
-            found[tensor] = q[at : at + len(array)]
+            found[tensor] = work.checked(tensor, q[at : at + len(array)])
             at += len(array)
         return found
 

@@ -39,8 +39,8 @@ _ADVANCED = ("input_ids", "positions", "slot_mapping", "seq_lens", "rope.rows", 
 def decode_nodes(graph: Graph, sequences: int) -> list[Node]:
     """The nodes from the last tokens of so many sequences to their logits, fused where that is faster.
 
-    For more than ``MAX_STREAMED_ROWS`` sequences a library computes the products, and it fuses neither norms nor
-    activations with them.
+    For more than ``MAX_STREAMED_ROWS`` sequences other kernels or a library compute the products, and neither fuses
+    norms or activations with them.
     """
     rules = FEW_ROWS_RULES if sequences <= MAX_STREAMED_ROWS else BATCH_RULES
     return fuse([*graph.body, *graph.every_row()], rules)

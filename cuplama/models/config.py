@@ -26,6 +26,7 @@ _log = logging.getLogger("cuplama")
 # What a folder without a config.json may hold, and what to do about it.
 _INSTEAD = {
     "adapter_config.json": "an adapter, which has to be merged into its base model first",
+    "quantize.json": "the model is not finished; run the same cuplama quantize again",
     "params.json": "a checkpoint in the layout of its makers; look for the one in Hugging Face layout",
     "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",

@@ -260,6 +260,8 @@ def _value(gguf: GGUF, key: str, kind: type[Any]) -> Any:
     """A value, or the one value of an array that has one for each layer; None for one that is absent."""
     value = gguf.get(key, kind if kind is bool else (kind, np.ndarray))
     if isinstance(value, np.ndarray):
+        if kind is int and value.dtype.kind not in "iu":
+            raise CheckpointError(f"{gguf.path}: {key} is an array of floats; it must be one of whole numbers")
         distinct = np.unique(value)
         if len(distinct) != 1:
             raise ConfigError(f"{gguf.path}: {key} differs from layer to layer; supported: one value for all")

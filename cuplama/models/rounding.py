@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from ..errors import ParameterError
 from ..quant.grid import GRIDS
 from ..quant.rtn import GROUPS, Rounded, dividing_group
@@ -43,9 +41,10 @@ def round_weights(weights: Mapping[str, Weight], config: ModelConfig, quantize: 
         if group is None:
             left.append(name)
             continue
-        plain = [p for p in weight.parts if isinstance(p, np.ndarray) and not isinstance(p, Stored)]
+        plain = [p for p in weight.parts if not isinstance(p, Stored)]
         found[name] = replace(weight, parts=tuple(Rounded(p, grid, group) for p in plain))
     if left:
         width, sizes = weights[left[0]].shape[1], ", ".join(map(str, GROUPS))
-        _log.warning("%s and %d more stay as they are: none of %s divides %d", left[0], len(left) - 1, sizes, width)
+        which = f"{left[0]} and {len(left) - 1} more stay" if len(left) > 1 else f"{left[0]} stays"
+        _log.warning("%s unquantised: none of %s divides %d", which, sizes, width)
     return found

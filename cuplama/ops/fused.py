@@ -1,4 +1,4 @@
-"""Fused ops of the decode step: what cuplama/models/fusion.py puts in place of several nodes. Kernels:
+"""Fused ops: what cuplama/models/fusion.py puts in place of several nodes. Kernels:
 cuda_src/linear.cu and linear_mma.cu (weights streamed once, with the norm before and the activation or residual after),
 attention_decode.cu.
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from .fields import Field, Plane, element_plane
-from .format import E4M3, NF4, PART_DTYPES, PLAIN_CODES, Format, grouped, nested, plain_code_format, whole
+from .format import E4M3, NF4, PART_DTYPES, PLAIN_CODES, Format, grouped, plain_code_format, whole
+from .gguf import GGUF_FORMATS
 from .stored import Stored
 
 __all__ = ["CATALOG", "QUANTISED", "random_stored"]
@@ -27,14 +28,7 @@ QUANTISED: Mapping[str, Format] = {
         grouped("fp8", E4M3, 0),
         grouped("fp8 g128", E4M3, 128),
         grouped("nf4", NF4, 64),
-        grouped("Q4_0", whole(4, 8), 32, "f16"),
-        grouped("Q4_1", whole(4), 32, "f16", offset=True),
-        grouped("Q5_0", whole(5, 16), 32, "f16"),
-        grouped("Q5_1", whole(5), 32, "f16", offset=True),
-        grouped("Q8_0", whole(8, 128), 32, "f16"),
-        nested("Q4_K", whole(4), 32, "u8", least=True),
-        nested("Q5_K", whole(5), 32, "u8", least=True),
-        nested("Q6_K", whole(6, 32), 16, "i8", least=False),
+        *GGUF_FORMATS.values(),
     )
 }
 """Formats of quantised checkpoints."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..dtypes import Array
 
-__all__ = ["Field", "Plane", "element_plane", "word_plane"]
+__all__ = ["Field", "Plane", "bytes_of", "element_plane", "word_plane"]
 
 Rows = Array | slice
 

@@ -7,7 +7,7 @@ neighbours along a row have in common::
     w = scale * (number(code) - zero) + offset
 
 ``number`` is the code's own (a whole number less a constant, an 8-bit float, a place in a table); zero, offset and the
-parts of a scale are there or not. cuda_src/formats.cuh has the same once more for kernels, ``Format.type`` names it
+parts of a scale are there or not. cuda_src/formats.cuh has the same once more for kernels, ``Packing.type`` names it
 there, and ``quant/packed.py`` writes the blocks that it reads.
 """
 
@@ -28,11 +28,14 @@ __all__ = [
     "BLOCK_ROWS",
     "E4M3",
     "NF4",
+    "NF4_NUMBERS",
+    "PART_DTYPES",
     "PLAIN",
     "PLAIN_CODES",
     "Code",
     "Format",
     "Packing",
+    "decode",
     "grouped",
     "nested",
     "plain_code_format",

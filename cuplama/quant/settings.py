@@ -83,7 +83,7 @@ class Settings:
             if name.startswith(begin):
                 try:
                     found[name] = re.compile(name.removeprefix(begin))
-                except re.error as e:
+                except (re.error, OverflowError, RecursionError) as e:
                     self.refuse(key, f"regular expressions ({e})", name)
         return found
 

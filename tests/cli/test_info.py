@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 
 import cuplama
+from cuplama.backends.cuda.unpacking import largest_slice
 from cuplama.cli.model_info import facts
+from cuplama.dtypes import DTYPES
+from cuplama.hub import find_model
 from cuplama.lab.shapes import LETTERS
+from cuplama.models.checkpoint import load_weights
+from cuplama.models.config import load_config
+from cuplama.models.rounding import linear_weights, round_weights
 from tests.gguf_models import write_chars
 from tests.paths import DATA, GOLDEN
 from tests.tiny import CHARS as CHARS_FOLDER
@@ -111,6 +117,17 @@ def test_info_says_what_memory_a_model_needs(run: Run) -> None:
     assert known["numpy_bytes"] == 2 * (known["weight_bytes"] + known["cache_bytes"])  # float32 of bfloat16
     extra = known["gpu_bytes"] - known["weight_bytes"] - known["cache_bytes"]
     assert 160 << 20 < extra < 1 << 30
+
+
+def test_the_numbers_of_quantised_weights_need_room_on_a_gpu(run: Run) -> None:
+    """That of the largest matrix, which is unpacked for a product over many rows."""
+    plain, int8 = (json.loads(run("info", "--json", *more)[1])["gpu_bytes"] for more in ((), ("--quantize", "int8")))
+    config = load_config(find_model(None))
+    weights = load_weights(find_model(None), config)
+    rounded = round_weights(weights, config, "int8")
+    names, bf16 = linear_weights(config), DTYPES["bf16"]
+    less = sum(weights[n].device_bytes(bf16) - rounded[n].device_bytes(bf16) for n in names)
+    assert int8 - plain + less == largest_slice({n: weights[n].shape for n in names}, 2) > 10**6
 
 
 def test_info_shows_the_stop_tokens_that_the_model_uses(tmp_path: Path) -> None:

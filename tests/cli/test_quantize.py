@@ -58,6 +58,10 @@ def test_what_is_refused(model: str, fails: Fails, tmp_path: Path) -> None:
     assert "--method gptq needs --calibrate FILE" in fails(*quantize, "--calibrate", "x")
     assert "empty is empty" in fails(*quantize, "--method", "gptq", "--calibrate", str(tmp_path / "empty"))
     assert "--group-size = 64 does not divide the rows of model.layers.0" in fails(*quantize, "--group-size", "64")
+    for size in ("nan", "inf", "0", "-1"):
+        assert f"--shard-size = {size} is out of range; it must be a number of GB" in fails(
+            *quantize, "--shard-size", size
+        )
     assert "there' does not exist" in fails("quantize", str(tmp_path / "there"), out, "--format", "int4")
     assert "'int5' is not one of 'int4', 'int8', 'fp8'" in fails("quantize", model, out, "--format", "int5")
     (tmp_path / "out").mkdir()

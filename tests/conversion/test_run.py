@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -11,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import cuplama
 from cuplama.conversion.folder import RECORD, OutputFolder
 from cuplama.conversion.run import Options, quantise
+from cuplama.conversion.shards import make_shards
 from cuplama.errors import CheckpointError, ConfigError, CuplamaError, ParameterError
-from cuplama.models.checkpoint import load_weights
+from cuplama.models.checkpoint import load_weights, open_tensors
 from cuplama.models.config import load_config
+from cuplama.quant.compressed import TensorSpec
 from cuplama.quant.grid import GRIDS
 from cuplama.quant.rtn import Rounded
 from tests.conversion.made import TEXT, write_model
@@ -138,10 +142,74 @@ def test_what_is_in_the_way_is_left_alone(model: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "no").exists()
 
 
+def test_what_holds_nothing_yet_is_begun_anew(model: Path, tmp_path: Path) -> None:
+    """A run that failed before its first part, and another with other options."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    OutputFolder(out, {"format": "int8"}, make_shards({"a": TensorSpec("F32", (2,))}, 10**6))
+    assert {p.name for p in out.iterdir()} == {RECORD, "model.safetensors.unfinished"}
+    quantise(model, out, INT4)
+    quantise(model, other, INT4)
+    assert _files(out) == _files(other)
+
+
+def test_a_disk_that_is_full_is_named_and_the_run_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+
+    def full(self: OutputFolder, tensors: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "_write", full)
+        with pytest.raises(CheckpointError, match=r"out: No space left on device; the same command goes on"):
+            quantise(model, out, INT4)
+    assert json.loads((out / RECORD).read_text())["done"] == 0
+    quantise(model, out, INT4)
+    quantise(model, other, INT4)
+    assert _files(out) == _files(other)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("options", [INT4, Options("int8"), Options("fp8"), GPTQ], ids=["int4", "int8", "fp8", "gptq"])
+def test_weights_that_are_not_finite(model: Path, tmp_path: Path, options: Options, value: float) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(model, source)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors = {n: np.array(t.data) for n, t in open_tensors(source).items()}
+    tensors[name][3, 5] = value
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"source: tensor {name} holds numbers that are not finite"):
+        quantise(source, out, options)
+    assert not (out / "config.json").exists()
+
+
+def test_a_text_that_is_short(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quantise(model, tmp_path / "out", replace(GPTQ, text="To be"))
+    assert caplog.messages == [
+        "the calibration text is short: it gives 5 tokens, where 6 samples of 50 tokens were asked for"
+    ]
+    caplog.clear()
+    quantise(model, tmp_path / "long", GPTQ)
+    assert caplog.messages == []
+
+
+def test_a_model_without_a_tokenizer_leaves_no_folder(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(CuplamaError, match=r"tokenizer.json does not exist"):
+        quantise(source, tmp_path / "out", GPTQ)
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_that_are_gone_are_noticed(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantise(model, out, INT4)
     (out / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"out/model.safetensors is missing or of another size"):
+        quantise(model, out, INT4)
     (out / RECORD).write_text((out / RECORD).read_text().replace("true", "false"))
     with pytest.raises(CheckpointError, match=r"model.safetensors.unfinished is missing or of another size"):
         quantise(model, out, INT4)

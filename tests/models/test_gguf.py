@@ -169,6 +169,11 @@ WRONG = [
     ({"llama__block_count": "2"}, "llama.block_count is text; it must be a whole number or an array of numbers"),
     ({"llama__attention__head_count": 0}, "num_attention_heads = 0 is not a positive whole number"),
     ({"llama__attention__head_count_kv": np.array([2, 1], np.int32)}, "head_count_kv differs from layer to layer"),
+    (
+        {"llama__block_count": np.array([np.nan, np.nan])},
+        "llama.block_count is an array of floats; it must be one of wh",
+    ),
+    ({"llama__block_count": np.array([2.0, 2.0])}, "llama.block_count is an array of floats; it must be one of whole"),
     ({"llama__attention__value_length": 12}, "llama.attention.value_length is 12; supported: 8, as of keys"),
     ({"llama__attention__layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps = NaN is not supported"),
     ({"llama__expert_count": 8}, "num_local_experts = 8 is not supported"),

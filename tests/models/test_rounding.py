@@ -14,8 +14,11 @@ from cuplama.errors import ParameterError
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.models.rounding import linear_weights, round_weights
+from cuplama.quant.grid import GRIDS
 from cuplama.quant.rtn import Rounded
+from cuplama.quant.weight import Weight
 from tests.conversion.made import write_model
+from tests.gguf_models import write_converted
 from tests.tiny import CHARS, LLAMA
 
 
@@ -36,7 +39,7 @@ def test_a_matrix_that_no_group_divides_stays(caplog: pytest.LogCaptureFixture) 
     config = load_config(LLAMA)
     with caplog.at_level(logging.WARNING, "cuplama"):
         found = round_weights(load_weights(LLAMA, config), config, "int4")
-    assert caplog.messages == ["0.down_proj and 1 more stay as they are: none of 128, 64, 32 divides 40"]
+    assert caplog.messages == ["0.down_proj and 1 more stay unquantised: none of 128, 64, 32 divides 40"]
     assert not found["0.down_proj"].packed
     part = found["0.o_proj"].parts[0]
     assert isinstance(part, Rounded)
@@ -61,12 +64,38 @@ def test_a_loaded_model_computes_with_the_rounded_numbers(quantize: str, folder:
     assert 0 < off < {"int4": 0.6, "int8": 0.04, "fp8": 0.15}[quantize]
 
 
+@pytest.mark.parametrize("quantize", ["int4", "int8", "fp8"])
+def test_a_plain_gguf_file_is_quantised_as_its_folder_is(quantize: str, tmp_path: Path) -> None:
+    """Its heads' rows lie in another order, so that queries and keys are no arrays but views of reordered rows."""
+    path = write_converted(LLAMA, tmp_path / "model.gguf")
+    (config, expected), (turned, found) = (
+        (c, round_weights(load_weights(p, c), c, quantize)) for p, c in ((p, load_config(p)) for p in (LLAMA, path))
+    )
+    assert linear_weights(config) == linear_weights(turned)
+    for name in linear_weights(config):
+        assert found[name].shape == expected[name].shape
+        loaded = [NumPyBackend().load_weight(weights[name]) for weights in (expected, found)]
+        assert np.array_equal(*loaded)
+
+
 def test_where_memory_is_short_weights_are_quantised_once_and_stay_so(tmp_path: Path) -> None:
     config = load_config(write_model(tmp_path))
     weight = round_weights(load_weights(tmp_path, config), config, "int4")["0.qkv_proj"]
     kept = NumPyBackend(convert=False).load_weight(weight)
     assert not any(isinstance(part, Rounded) for part in kept.parts)
     assert np.array_equal(kept[3:90].numbers(), NumPyBackend().load_weight(weight)[3:90])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("quantize", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("convert", [True, False])
+def test_a_weight_that_is_not_finite_shows_in_the_logits_alone(quantize: str, convert: bool) -> None:
+    plain = np.ones((8, 128), np.float32)
+    plain[1, 5], plain[2, 3] = np.inf, np.nan
+    weight = Weight("w", ("w",), (Rounded(plain, GRIDS[quantize], GRIDS[quantize].group),))
+    loaded = NumPyBackend(convert=convert).load_weight(weight)
+    assert convert or np.isfinite(loaded[[0, 3]].numbers()).all()
+    assert not convert or (~np.isfinite(loaded)).any(1).tolist() == [False, True, True, *[False] * 5]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_rows_in_another_order(kind: str, blocks: dict[str, Array]) -> None:
 
 @pytest.mark.parametrize("kind", GGUF_FORMATS)
 def test_a_format_is_that_which_kernels_know(kind: str, blocks: dict[str, Array]) -> None:
-    assert GGUF_FORMATS[kind].packing == CATALOG[kind].packing
+    assert CATALOG[kind] is GGUF_FORMATS[kind]
     weight = stored(kind, blocks)
     packing = weight.format.packing
     assert packing is not None

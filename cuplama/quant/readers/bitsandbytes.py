@@ -27,6 +27,7 @@ __all__ = ["READER"]
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _STORAGE = ("U8", "BF16", "F16", "F32")  # the bytes of codes may be called any of these
+_MOST = 2**31 - 1  # of a size
 _COMPANIONS = {
     **{f".weight.{x}": _STATE + "nf4" for x in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
     ".weight_format": ".SCB",
@@ -64,10 +65,12 @@ def _state(module: Module) -> _State:
         m, k = raw["shape"]
         nested = raw.get("nested_blocksize")
         state = _State(m, k, raw["blocksize"], nested or 0, float(raw["nested_offset"]) if nested else None)
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         module.refuse(end, f"is no JSON with shape, blocksize and nested_offset ({type(e).__name__}: {e})")
-    if not all(type(x) is int and x > 0 for x in (m, k, state.block)) or type(state.nested) is not int:
-        module.refuse(end, f"says shape {raw['shape']} and blocksize {state.block}; expected: positive whole numbers")
+    sizes = (m, k, state.block, state.nested or 1)
+    if not all(type(x) is int and 0 < x <= _MOST for x in sizes):
+        said = f"shape {raw['shape']}, blocksize {state.block} and nested_blocksize {state.nested}"
+        module.refuse(end, f"says {said:.160}; expected: whole numbers from 1 to {_MOST}")
     if state.block % 64 or k % state.block:
         module.refuse(end, f"says blocks of {state.block} and rows of {k}; expected: whole blocks of a multiple of 64")
     return state

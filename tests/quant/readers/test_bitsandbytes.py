@@ -113,7 +113,27 @@ def test_settings_that_are_refused(change: dict[str, Any], line: str) -> None:
         (STATE, text(shape=[M, K]), f"{STATE} is no JSON with shape, blocksize and nested_offset (KeyError: 'block"),
         (STATE, np.frombuffer(b"[" * 100_000, np.uint8), f"{STATE} is no JSON with shape"),
         (STATE, text(shape=[M], blocksize=64), f"{STATE} is no JSON with shape"),
-        (STATE, text(shape=[M, -K], blocksize=64), f"{STATE} says shape [6, -128] and blocksize 64; expected: posi"),
+        (STATE, text(shape=[M, -K], blocksize=64), f"{STATE} says shape [6, -128], blocksize 64 and nested_blocksize"),
+        (
+            STATE,
+            text(shape=[10**400, K], blocksize=64),
+            f"{STATE} says shape [1000000000000000000000000000000000000000",
+        ),
+        (
+            STATE,
+            text(shape=[M, K], blocksize=64, nested_blocksize=2**62, nested_offset=0),
+            f"{STATE} says shape [6, 128], blocksize 64 and nested_blocksize 4611686018427387904; expected: whole",
+        ),
+        (
+            STATE,
+            text(shape=[M, K], blocksize=64, nested_blocksize=-1, nested_offset=0),
+            f"{STATE} says shape [6, 128], blocksize 64 and nested_blocksize -1; expected: whole numbers from 1 to",
+        ),
+        (
+            STATE,
+            text(shape=[M, K], blocksize=64, nested_blocksize=256, nested_offset=10**400),
+            f"{STATE} is no JSON with shape, blocksize and nested_offset (OverflowError: ",
+        ),
         (STATE, text(shape=[M, K], blocksize=32), f"{STATE} says blocks of 32 and rows of 128; expected: whole bl"),
         (STATE, text(shape=[2 * M, K // 2], blocksize=128), f"{STATE} says blocks of 128 and rows of 64; expected"),
         (STATE.replace("nf4", "fp4"), text(), "x.weight.quant_state.bitsandbytes__fp4 says that the weight is in fp4"),
@@ -123,6 +143,7 @@ def test_tensors_that_are_refused(name: str, value: np.ndarray[Any, Any] | None,
     arrays: dict[str, Any] = made()[0] | {name: value}
     found = refusal(FOUR, {k: a for k, a in arrays.items() if a is not None})
     assert found.startswith(f"CheckpointError: F: tensor {line}")
+    assert len(found) < 500
 
 
 def test_quantised_scales_that_are_refused() -> None:

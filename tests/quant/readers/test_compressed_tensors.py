@@ -270,6 +270,10 @@ def test_settings_that_are_refused(change: dict[str, Any], line: str) -> None:
         ({"config_groups": {"W4A16": ["Linear"]}}, 'config_groups.W4A16 is ["Linear"]; supported: an object'),
         ({"ignore": "lm_head"}, 'ignore is "lm_head"; supported: a list of names'),
         ({"ignore": ["re:("]}, 'ignore is "re:("; supported: regular expressions ('),
+        (
+            {"ignore": [f"re:a{{{10**20}}}"]},
+            'ignore is "re:a{100000000000000000000}"; supported: regular expressions (',
+        ),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, 'sparsity_config.format is "sparse-24-bitmask"; sup'),
         ({"transform_config": {"config_groups": {"u": {}}}}, 'transform_config is {"config_groups": {"u": {}}}; sup'),
         ({"quant_method": "quark"}, 'quant_method is "quark"; supported: awq, bitsandbytes'),
