@@ -30,9 +30,9 @@ _RESERVED_BYTES = 5 << 10  # of shared memory: the kernels' static arrays, and w
 class Tuning:
     """What decides how fast the kernels are.
 
-    warps: of a GPU block, at most, for one row of x and for several; fewer where shared memory is short. flight: bytes
-    that a GPU block has asked for ahead of what it multiplies; more: those that it asks for only behind x, which does
-    not wait for them then. steps: units of tiles between two barriers, for one row of x and for several. held: packed
+    warps: of a GPU block, at most, for one row of x and for several; fewer where shared memory is short. ahead: packed
+    blocks that a warp has asked for ahead of the one that it multiplies; behind: further ones, which it asks for only
+    behind x where x is short, so that x does not wait for them. steps: units of tiles between two barriers, for one row of x and for several. held: packed
     blocks of x that the registers of a warp may hold while tiles are multiplied, for one row of x and for several.
     part: bytes of x that a GPU block should take, at most: several blocks share k if there are more, unless the kernel
     computes a norm. norm_rows: rows of x up to which it does that itself; for more a launch before it does, and the
@@ -40,8 +40,8 @@ class Tuning:
     """
 
     warps: tuple[int, int] = (16, 16)
-    flight: int = 24 << 10
-    more: int = 0
+    ahead: int = 2
+    behind: int = 1
     steps: tuple[int, int] = (4, 1)
     held: tuple[int, int] = (0, 0)
     part: int = 160 << 10
@@ -54,7 +54,8 @@ _REGISTERS, _OTHER_REGISTERS = 65536, 44  # of a multiprocessor; of a thread, be
 _HELD_REGISTERS = 16  # of a thread for a packed block of x
 _MAX_PHASES = 16
 _MAX_SPLIT = 8  # GPU blocks that share k
-_MIN_DEPTH, _MAX_DEPTH = 2, 12  # blocks in a warp's ring
+_MIN_DEPTH = 2  # blocks in a warp's ring
+_SHORT_BYTES = 64 << 10  # of x in a GPU block: for more, what is asked for behind it comes late
 _PRODUCTS = "products"  # scratch: what silu_mul takes, where it is a launch of its own
 _PARTS, _ARRIVALS = "parts", "arrivals"  # scratch: sums of GPU blocks that share k, and how many have left theirs
 _NORMED = "normed"  # scratch: rows behind a norm, where that is a launch of its own
@@ -102,9 +103,8 @@ class _Sizes:
         return sums + self.rows * (self.element * (blocks * _BLOCK_COLUMNS + 32) + 4 * self.sums * blocks)
 
     def divide(self, columns: int, block_bytes: int, tuning: Tuning, device: Device) -> tuple[_Shape, int, int] | None:
-        """The division of rows of blocks that leaves room for a ring, the blocks that a warp has there, and those
-        that it asks for first: in as few
-        phases as possible, but rather that than fewer than 16 warps."""
+        """The division of rows of blocks that leaves room for a ring, the blocks that a warp has there, and those that it
+        asks for first: in as few phases as possible, but rather that than fewer than 16 warps."""
         limit = device.shared - _RESERVED_BYTES
         most = tuning.warps[self.rows > 1]
         some = [most, *(warps for warps in (16, 8, 4, 2, 1) if warps < most)]
@@ -112,10 +112,11 @@ class _Sizes:
         for phases, warps in (pair for which in tried for pair in product(range(1, _MAX_PHASES + 1), which)):
             s = _shape(-(-columns // self.split), warps, phases)
             slot = s.warps * block_bytes
-            early = max(1, -(-tuning.flight // slot))
-            depth = min(early + 1 + tuning.more // slot, _MAX_DEPTH, (limit - self.bytes(s)) // slot)
+            short = self.rows * self.element * s.warps * s.blocks * s.phases * _BLOCK_COLUMNS <= _SHORT_BYTES
+            wanted = tuning.ahead + 1 + tuning.behind * short
+            depth = min(wanted, (limit - self.bytes(s)) // slot)
             if depth >= _MIN_DEPTH:
-                return s, depth, min(early, depth - 1)
+                return s, depth, min(tuning.ahead, depth - 1)
         return None
 
 

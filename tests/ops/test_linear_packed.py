@@ -127,7 +127,7 @@ def test_rows_of_x_in_registers(name: str) -> None:
 
 
 def test_a_ring_that_is_filled_behind_x() -> None:
-    tuning = Tuning(flight=1, more=1 << 16, warps=(2, 2))
+    tuning = Tuning(ahead=1, behind=3, warps=(2, 2))
     for n in (1, 3):
         run("linear_add", "bf16", tuning=tuning, W="int4 g128", n=n, m=40, k=1800)
         run("rms_norm_linear", "bf16", tuning=tuning, W="int4 g128", n=n, m=40, k=450)
