@@ -400,10 +400,9 @@ def probe(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def others(bench: Bench, n: int) -> Iterator[dict[str, Any]]:
     """Other kernels of a layer, whose time a budget needs."""
-    up = bench.up
-    hidden = up(bench.rng.standard_normal((n, 4096), dtype=np.float32))
-    gate_up = up(bench.rng.standard_normal((n, 28672), dtype=np.float32).astype(DTYPES["bf16"]))
-    norm = up(np.ones(4096, DTYPES["bf16"]))
+    hidden = bench.up(bench.rng.standard_normal((n, 4096), dtype=np.float32))
+    gate_up = bench.up(bench.rng.standard_normal((n, 28672), dtype=np.float32).astype(DTYPES["bf16"]))
+    norm = bench.up(np.ones(4096, DTYPES["bf16"]))
     for name, ins, attrs in (("rms_norm", (hidden, norm), {"eps": 1e-5}), ("silu_mul", (gate_up,), {})):
         seconds = bench.seconds([partial(bench.backend.call, OPS[name], ins, attrs)])
         yield {"op": name, "n": n, "microseconds": round(seconds * 1e6, 2)}

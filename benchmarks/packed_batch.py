@@ -39,8 +39,10 @@ SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "dow
 ROWS = (16, 32, 64)
 FORMATS = ("int4 g128", "fp8", "fp8 g128", "Q4_K")
 SWEEP = [
-    Shape(2, 1, 8), Shape(2, 1, 8, wgmma=True), Shape(2, 1, 12, wgmma=True),
-    Shape(4, 2, 8), Shape(4, 1, 8, wgmma=True), Shape(8, 1, 8, wgmma=True),
+    Shape(2, 2, 8), Shape(2, 1, 12, wgmma=True), Shape(2, 2, 12, wgmma=True),
+    Shape(4, 1, 12, wgmma=True), Shape(4, 2, 12, wgmma=True),
+    Shape(8, 1, 8, wgmma=True), Shape(8, 1, 12, wgmma=True), Shape(8, 1, 12, wgmma=True, depth=3),
+    Shape(8, 2, 8, wgmma=True), Shape(8, 2, 12, wgmma=True),
 ]  # fmt: skip
 ROTATED_BYTES = 200 << 20
 REPEATS = 20

@@ -55,10 +55,16 @@ ROTATED_BYTES = 200 << 20
 MAX_COPIES = 512
 SWEEP = {
     "as planned": TUNING,
-    "no kernel beside": replace(TUNING, beside=False),
-    "24 KB ahead": replace(TUNING, flight=24 << 10),
-    "72 KB ahead": replace(TUNING, flight=72 << 10),
-    "8 warps": replace(TUNING, warps=8),
+    "x in registers": replace(TUNING, held=(2, 2)),
+    "24 warps": replace(TUNING, warps=(24, 24)),
+    "32 warps, or 24": replace(TUNING, warps=(32, 24)),
+    "32 warps, or 24, x in registers": replace(TUNING, warps=(32, 24), held=(2, 2)),
+    "24 KB ahead, 24 KB behind x": replace(TUNING, more=24 << 10),
+    "16 KB ahead, 48 KB behind x": replace(TUNING, flight=16 << 10, more=48 << 10),
+    "8 steps, or 2": replace(TUNING, steps=(8, 2)),
+    "k split where x is more than 64 KB": replace(TUNING, part=64 << 10),
+    "k split where x is more than 32 KB": replace(TUNING, part=32 << 10),
+    "k never split": replace(TUNING, part=1 << 30),
     "norm apart": replace(TUNING, norm_rows=0),
 }
 """Ways to share the work, by what is said of them."""
@@ -68,7 +74,8 @@ REPEATS = 20
 def check_small(backend: CudaBackend, form: str, n: int) -> None:
     """Raises WrongResultError if small products are wrong."""
     executor = BackendExecutor(backend)
-    for name, m, k in (("linear", 300, 1416), (_DOWN, 700, 5000), (_QKV, 530, 2048), (_UP, 304, 1416)):
+    shapes = (("linear", 300, 1416), (_DOWN, 700, 5000), (_DOWN, 270, 12000), (_QKV, 530, 2048), (_UP, 304, 1416))
+    for name, m, k in shapes:
         case = {"n": n, "m": m, "k": k, "b": True, "W": form, "eps": 1e-5, "U": "T"}
         workload = case_workload(OPS[name], case, "bf16")
         arrays = workload.arrays()

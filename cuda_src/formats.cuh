@@ -13,15 +13,17 @@
 //
 //     fragment<T>   the A of mma.m16n8k16 in f16 or bf16: registers i = (row r + 8 (i % 2); columns 4 t + i / 2 * 2, + 1).
 //                   So k is permuted: B has the columns 4 t .. 4 t + 3 of the chunk, in that order, in its two registers.
+//     raw           the same, but numbers are to be multiplied by RAW<T> still.
 //     floats        the same eight as f32: columns 4 t .. 4 t + 3 of row r, then of row r + 8.
 //
-// Both give number(code) - zero, before the scale. fragment is exact where T holds the number: all of Whole and E4m3
+// They give number(code) - zero, before the scale. fragment is exact where T holds the number: all of Whole and E4m3
 // is; Nf4 is rounded to T. Nearly all of the work is in the 16-bit path, so it is counted: instructions a chunk of 8
 // codes in bf16, and 8 bits of an f16's mantissa, where they are fewer:
 //
 //     Whole<4>  3 shifts, 4 logic, 4 packed subtractions (f16: 1 shift)     Whole<8>  2, 8, 4 (f16: 2, 4, 4)
 //     Whole<6>  6, 8, 4 (f16: 5)                                            E4m3      6, 8, 4 packed products
 //     Nf4       about 4, 9, and 18 byte permutations
+//     raw: Whole<4> in bf16 1 shift, 4 logic, 4 packed multiply-adds; all others as above
 //
 // Shifts, logic and permutations run at half the rate of the packed arithmetic on sm_80 to sm_90.
 //
@@ -129,6 +131,25 @@ struct alignas(16) Packed : Code, Scales {
     __device__ __forceinline__ void minus(int group, int r, u32 (&of)[2]) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) of[half] = Code::template minus<T>(Scales::zero(group, r, half), half);
+    }
+
+    // The same and `fragment` for numbers that are multiplied by RAW<T> later: with it a sum of products is what it
+    // would be with `fragment`.
+    template <typename T>
+    __device__ __forceinline__ void raw_minus(int group, int r, u32 (&of)[2]) const {
+        if constexpr (Code::template RAW<T> == 1.f) {
+            minus<T>(group, r, of);
+        } else {
+#pragma unroll
+            for (int half = 0; half < 2; half++) of[half] = Code::raw_minus(Scales::zero(group, r, half));
+        }
+    }
+    template <typename T>
+    static __device__ __forceinline__ void raw(const Words& words, int chunk, const u32 (&minus)[2], u32 (&a)[4]) {
+        if constexpr (Code::template RAW<T> == 1.f)
+            Code::template fragment<T>(words, chunk, minus, a);
+        else
+            Code::raw(words, chunk, minus, a);
     }
 
     // number(code) - zero of a chunk, as f32: columns 4 t .. 4 t + 3 of row r, then of row r + 8.

@@ -207,6 +207,22 @@ struct Whole : Codes<BITS_> {
         }
     }
 
+    // The same over 64, for 4 bits and bf16, with fewer shifts: up to 8 bits, alone in a half of a register, are that number
+    // times 2^-133, from bf16's subnormal numbers into its smallest normal ones. One multiply-add takes off the zero point.
+    template <typename T>
+    static constexpr float RAW = BITS == 4 && (BIAS == 0 || BIAS == 8) && !IS_F16<T> ? 64.f : 1.f;
+    static __device__ __forceinline__ u32 raw_minus(u32 zero) {
+        if (BIAS == 8) return 0xbe00be00u;                        // -8 / 64
+        return multiply_two<bf16>(zero * 0x10001u, 0xff00ff00u);  // by -2^127
+    }
+    static __device__ __forceinline__ void raw(const Words& words, int chunk, const u32 (&minus)[2], u32 (&a)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 bits = words.low[chunk] >> (i / 2 * 8) & (i % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+            a[i] = multiply_add_two<bf16>(bits, i % 2 == 0 ? 0x7f007f00u : 0x7d007d00u, minus[i % 2]);  // 2^127, 2^123
+        }
+    }
+
     template <typename T>
     static __device__ __forceinline__ void fragment(const Words& words, int chunk, const u32 (&minus)[2], u32 (&a)[4]) {
         if constexpr (BITS == 8)
@@ -219,6 +235,8 @@ struct Whole : Codes<BITS_> {
 // What is not whole has no zero point.
 struct NoMinus {
     static constexpr bool ZEROS = false;
+    template <typename T>
+    static constexpr float RAW = 1.f;
     template <typename T>
     static __device__ __forceinline__ u32 minus(u32, int) {
         return 0;

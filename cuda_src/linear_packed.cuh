@@ -15,26 +15,24 @@ constexpr bool TENSOR = false;
 #endif
 
 // The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
-// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; STEP: units of
-// tiles between two barriers; ORDERED: x is read in another order.
-template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int STEP_,
-          bool ORDERED_>
+// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks that it asks for
+// before x; STEP: units of
+// tiles between two barriers; ORDERED: x is read in another order; HELD: x lies in registers while tiles are multiplied.
+template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
+          int STEP_, int SPLIT_, bool ORDERED_, bool HELD_>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
-                         STEP = STEP_;
-    static constexpr bool ORDERED = ORDERED_;
+                         EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
+    static constexpr bool ORDERED = ORDERED_, HELD = HELD_;
+    static_assert(!HELD || PHASES == 1, "registers hold x of one phase");
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = ACT == SILU_MUL ? 2 : 1;        // sums for an element of y, and tiles of a unit
     static constexpr int TILE = BLOCK_ROWS * ROWS;               // sums of a tile
+    static constexpr bool WAITING = PHASES > 1 || SPLIT > 1;     // sums of tiles stay in shared memory for a while
     static constexpr int SPAN = WARPS * BLOCKS * BLOCK_COLUMNS;  // columns of a phase
 };
-
-// GPU blocks that registers should leave room for: two, so that those of the next kernel fill their rings beside this
-// one's. Wide codes, several rows and multiply-adds take too many registers, and many rows too much shared memory.
-template <typename T, typename W, int ROWS>
-constexpr int BESIDE = TENSOR<T> && W::BITS <= 8 && ROWS == 1 ? 2 : 1;
 
 // Elements from a row of x to the next in shared memory: with 16 bits 64 bytes more than they take, so that the lanes of
 // two rows meet different banks.
@@ -58,34 +56,45 @@ template <typename S>
 struct Stream {
     typedef typename S::W W;
     static constexpr int PIECES = sizeof(W) / 16;
-    uint4* ring;           // of this lane, in its warp's
-    const uint4* from;     // of this lane: what to ask for next
-    int begin, end;        // units of this GPU block
-    int columns;           // blocks of a row of blocks
-    i64 half;              // from a unit's first tile to its second, in pieces
-    i64 on, next;          // from a run's end to where the next begins, and so for the run after it, in pieces
-    int phase, remaining;  // what to ask for: phase, and its blocks that are left
-    int run, left;         // blocks of a run, and those of this one that are left
-    int filling, reading;  // slots, in pieces
+    uint4* ring;            // of this lane, in its warp's
+    const uint4* weight;    // of this lane
+    int from;               // what to ask for next, in pieces of 16 bytes: fewer than 2^31, as 32 GiB
+    int begin, end, units;  // of this GPU block, and of the weight
+    int first;              // phase of this GPU block
+    int columns;            // blocks of a row of blocks
+    int half;               // from a unit's first tile to its second, in pieces
+    int on, next;           // from a run's end to where the next begins, and so for the run after it, in pieces
+    int phase, remaining;   // what to ask for: phase, and its blocks that are left
+    int run, left;          // blocks of a run, and those of this one that are left
+    int filling, reading;   // slots, in pieces
 
     // rows: of the weight, for silu_mul of half of it
-    __device__ __forceinline__ Stream(const W* weight, int rows, int k) {
+    __device__ __forceinline__ Stream(const W* blocks, int rows, int k) {
         DYNAMIC_SHARED(uint4, memory);
-        const int lane = threadIdx.x % WARP, units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        const int lane = threadIdx.x % WARP, group = blockIdx.x / S::SPLIT, groups = gridDim.x / S::SPLIT;
+        units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % S::SPLIT * S::PHASES;
         ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES) + lane;
-        begin = u32(units) * blockIdx.x / gridDim.x, end = u32(units) * (blockIdx.x + 1) / gridDim.x;
+        begin = units * group / groups, end = units * (group + 1) / groups;
         columns = W::columns(k);
-        half = i64(units) * columns * PIECES;
-        from = reinterpret_cast<const uint4*>(weight) + (i64(begin) * columns + column_of(0)) * PIECES + lane;
-        filling = 0, reading = 0, phase = 0;
+        half = units * columns * PIECES;
+        weight = reinterpret_cast<const uint4*>(blocks) + lane, from = (begin * columns + column_of(first)) * PIECES;
+        filling = 0, reading = 0, phase = first;
         begin_phase();
+        fill<S::EARLY>();
+        launch_dependents();
+    }
+
+    // Asks for that many blocks, for empty slots.
+    template <int COUNT>
+    __device__ __forceinline__ void fill() {
 #pragma unroll 1
-        for (int slot = 0; slot < S::DEPTH - 1; slot++) {
+        for (int slot = 0; slot < COUNT; slot++) {
             fetch();
             filling += PIECES;
         }
-        launch_dependents();
     }
+    // Fills the ring, once x has been asked for.
+    __device__ __forceinline__ void fill_rest() { fill<S::DEPTH - 1 - S::EARLY>(); }
 
     // Where this warp's runs begin in a row of blocks in a phase, and how many blocks they have: none in a later phase if
     // there are none in an earlier one.
@@ -97,7 +106,7 @@ struct Stream {
     }
 
     // Shared memory behind the rings: sums of the tiles between two barriers, twice [2][WARPS][STEP][PARTS][TILE]; with
-    // several phases those of all tiles of the block [units][PARTS][TILE]; x (SharedRows); with offsets the sums of x over
+    // several phases or parts those of all tiles of the block [units][PARTS][TILE]; x (SharedRows); with offsets the sums of x over
     // groups [groups of SPAN][ROWS].
     static constexpr int PARTIAL = S::WARPS * S::STEP * S::PARTS * S::TILE;
     static __device__ __forceinline__ f32* partials() {
@@ -106,7 +115,7 @@ struct Stream {
     }
     static __device__ __forceinline__ f32* sums() { return partials() + 2 * PARTIAL; }
     __device__ __forceinline__ f32* staged() const {
-        return sums() + (S::PHASES > 1 ? (end - begin) * S::PARTS * S::TILE : 0);
+        return sums() + (S::WAITING ? (end - begin) * S::PARTS * S::TILE : 0);
     }
 
     // What there is to ask for in a phase. A unit's tiles are half of the weight apart.
@@ -114,7 +123,7 @@ struct Stream {
         run = left = blocks_of(phase);
         remaining = run * (end - begin) * S::PARTS;
         next = on = (columns - run) * PIECES;
-        if constexpr (S::PARTS > 1) on += half - i64(columns) * PIECES, next -= half;
+        if constexpr (S::PARTS > 1) on += half - columns * PIECES, next -= half;
     }
 
     // Asks for the next block, or for nothing at the end: a group of copies in any case.
@@ -123,16 +132,16 @@ struct Stream {
 #pragma unroll
             for (int i = 0; i < PIECES; i += WARP)
                 if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP)
-                    cp_async_16(ring + filling + i, from + i, true);
+                    cp_async_16(ring + filling + i, weight + from + i, true);
             from += PIECES, remaining--, left--;
             if (left == 0) {
                 left = run, from += on;
                 if constexpr (S::PARTS > 1) {
-                    const i64 other = on;
+                    const int other = on;
                     on = next, next = other;
                 }
-                if (S::PHASES > 1 && remaining == 0 && phase + 1 < S::PHASES) {
-                    from += (i64(begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
+                if (S::PHASES > 1 && remaining == 0 && phase + 1 < first + S::PHASES) {
+                    from += ((begin - end) * columns + S::WARPS * S::BLOCKS) * PIECES;
                     phase++;
                     begin_phase();
                 }
@@ -165,12 +174,14 @@ struct Factors {
     typedef typename S::W W;
     static constexpr bool SPREAD = S::ROWS == 1 && W::GROUP > 0 && W::GROUP_CHUNKS <= 2;
     static constexpr int STRIDE = STRIDE_OF<S, T>;
+    static constexpr float RAW = W::template RAW<T>;
     const T* x;  // of this lane, at its warp's first block
     f32* sums;   // of this warp's groups [group][ROWS]
-    u32 mine
-        [SPREAD
-             ? BLOCK_CHUNKS
-             : 1];  // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe
+    // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe.
+    u32 mine[SPREAD ? BLOCK_CHUNKS : 1];
+    static constexpr int HELD_CHUNKS = SPREAD ? 1 : BLOCK_CHUNKS;
+    typedef u32 Held[HELD_CHUNKS][LEVELS][2];  // x of a block, with HELD
+    Held held[S::HELD ? S::BLOCKS : 1];
 
     __device__ __forceinline__ Factors() {
         if constexpr (SPREAD)
@@ -179,8 +190,8 @@ struct Factors {
     }
 
     template <typename Rows>
-    __device__ __forceinline__ void fill(const Rows& rows, int phase) {
-        rows.stage(phase);
+    __device__ __forceinline__ void fill(Stream<S>& stream, const Rows& rows, int phase) {
+        rows.stage(stream, phase);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
         sums =
@@ -205,6 +216,12 @@ struct Factors {
             }
             __syncwarp();
         }
+        if constexpr (S::HELD)
+#pragma unroll
+            for (int c = 0; c < S::BLOCKS * HELD_CHUNKS; c++)
+#pragma unroll
+                for (int l = 0; l < LEVELS; l++)
+                    read(x, SPREAD ? c * BLOCK_CHUNKS + lane_row() : c, l, held[c / HELD_CHUNKS][c % HELD_CHUNKS][l]);
     }
 
     // The B of a chunk.
@@ -219,15 +236,17 @@ struct Factors {
         float total[4] = {};
         const T* at = x;
         const f32* of = sums;
+        if constexpr (S::HELD) {
+#pragma unroll
+            for (int b = 0; b < S::BLOCKS; b++)
+                if (b < count) add(stream.take(), at, of + b * (W::GROUPS * S::ROWS), held[b], total);
+        } else {
 #pragma unroll 1
-        for (int b = 0; b < count; b++) {
-            const W& block = stream.take();
-            if constexpr (SPREAD)
-                add_spread(block, at, of, total);
-            else
-                add_block(block, at, of, total);
-            at += BLOCK_COLUMNS;
-            of += W::GROUPS * S::ROWS;
+            for (int b = 0; b < count; b++) {
+                add(stream.take(), at, of, held[0], total);
+                at += BLOCK_COLUMNS;
+                of += W::GROUPS * S::ROWS;
+            }
         }
         const int r = lane_row(), t = threadIdx.x % 4;
         if constexpr (S::ROWS == 1) {
@@ -244,7 +263,17 @@ struct Factors {
         }
     }
 
-    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
+    // A block's sums, added to those of its tile.
+    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, const Held& held,
+                                        float (&total)[4]) const {
+        if constexpr (SPREAD)
+            add_spread(block, x, sums, held, total);
+        else
+            add_block(block, x, sums, held, total);
+    }
+
+    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, const Held& held,
+                                              float (&total)[4]) const {
         constexpr int CHAINS = W::GROUP_CHUNKS > 4 ? 2 : 1;  // of products: short ones
         const int r = lane_row();
         const typename W::Words words = block.lane(threadIdx.x % WARP);
@@ -252,17 +281,19 @@ struct Factors {
 #pragma unroll
         for (int g = 0; g < W::GROUPS; g++) {
             u32 minus[2];
-            block.template minus<T>(g, r, minus);
+            block.template raw_minus<T>(g, r, minus);
             float sum[CHAINS][4] = {};
             u32 b[LEVELS][2][2];
 #pragma unroll
             for (int c = 0; c < W::GROUP_CHUNKS; c++) {
                 const int chunk = g * W::GROUP_CHUNKS + c;
                 u32 a[4];
-                W::template fragment<T>(words, chunk, minus, a);
+                W::template raw<T>(words, chunk, minus, a);
 #pragma unroll
                 for (int l = 0; l < LEVELS; l++) {
-                    if (W::GROUP_CHUNKS == 1) {
+                    if (S::HELD) {
+                        memcpy(b[l][c % 2], held[chunk % HELD_CHUNKS][l], 8);
+                    } else if (W::GROUP_CHUNKS == 1) {
                         read(x, chunk, l, b[l][0]);
                     } else if (c % 2 == 0) {
                         const Pack<T, 8> two = load<8>(x + l * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS));
@@ -272,7 +303,7 @@ struct Factors {
                 }
             }
             Two32 scale = {{1.f, 1.f}}, offset;
-            if (W::GROUP > 0) scale = block.inner(g, r);
+            if (W::GROUP > 0) scale = inner_scale(block, g);
             Pack<f32, 2> of;
             if constexpr (W::OFFSET) {
                 offset = block.inner_offset(g, r);
@@ -285,7 +316,7 @@ struct Factors {
             for (int i = 0; i < 4; i++) {
                 float more = sum[0][i];
                 if (CHAINS > 1) more += sum[CHAINS - 1][i];
-                if (W::GROUP == 0) total[i] += more;
+                if (W::GROUP == 0) total[i] = fmaf(RAW, more, total[i]);
                 if (W::GROUP > 0) inner[i] = fmaf(scale.v[i / 2], more, inner[i]);
                 if (W::OFFSET) least[i] = fmaf(offset.v[i / 2], of.v[i % 2], least[i]);
             }
@@ -294,19 +325,25 @@ struct Factors {
     }
 
     // The same where a lane has the sums of chunks 2 t and 2 t + 1.
-    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
+    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, const Held& held,
+                                               float (&total)[4]) const {
         const int r = lane_row(), t = threadIdx.x % 4;
         const typename W::Words words = block.lane(threadIdx.x % WARP);
         u32 own[LEVELS][2];
 #pragma unroll
-        for (int l = 0; l < LEVELS; l++) read(x, r, l, own[l]);
+        for (int l = 0; l < LEVELS; l++) {
+            if constexpr (S::HELD)
+                memcpy(own[l], held[0][l], 8);
+            else
+                read(x, r, l, own[l]);
+        }
         float sum[2][4] = {};  // chains of products
         u32 minus[2];
 #pragma unroll
         for (int c = 0; c < BLOCK_CHUNKS; c++) {
-            if (c % W::GROUP_CHUNKS == 0) block.template minus<T>(c / W::GROUP_CHUNKS, r, minus);
+            if (c % W::GROUP_CHUNKS == 0) block.template raw_minus<T>(c / W::GROUP_CHUNKS, r, minus);
             u32 a[4];
-            W::template fragment<T>(words, c, minus, a);
+            W::template raw<T>(words, c, minus, a);
 #pragma unroll
             for (int l = 0; l < LEVELS; l++)
                 multiply(sum[c % 2], a, {own[l][0] * mine[SPREAD ? c : 0], own[l][1] * mine[SPREAD ? c : 0]}, T());
@@ -317,7 +354,7 @@ struct Factors {
 #pragma unroll
         for (int g = 0; g < 2 / W::GROUP_CHUNKS; g++) {
             const int group = 2 / W::GROUP_CHUNKS * t + g;
-            const Two32 scale = block.inner(group, r);
+            const Two32 scale = inner_scale(block, group);
             Two32 offset;
             if constexpr (W::OFFSET) offset = block.inner_offset(group, r);
 #pragma unroll
@@ -331,11 +368,20 @@ struct Factors {
         add_inner(block, inner, least, total);
     }
 
+    // The scale of a group, or of nested ones its inner factor. What `raw` leaves off goes with the other factor then.
+    static __device__ __forceinline__ Two32 inner_scale(const W& block, int group) {
+        const Two32 scale = block.inner(group, lane_row());
+        return W::NESTED ? scale : times_raw(scale);
+    }
+    static __device__ __forceinline__ Two32 times_raw(const Two32& scale) {
+        return {{scale.v[0] * RAW, scale.v[1] * RAW}};
+    }
+
     // What the groups of a block add up to, times what they have in common.
     static __device__ __forceinline__ void add_inner(const W& block, const float (&inner)[4], const float (&least)[4],
                                                      float (&total)[4]) {
         Two32 scale = {{1.f, 1.f}}, offset = {{1.f, 1.f}};
-        if constexpr (W::NESTED) scale = block.outer(lane_row());
+        if constexpr (W::NESTED) scale = times_raw(block.outer(lane_row()));
         if constexpr (W::NESTED && W::OFFSET) offset = block.outer_offset(lane_row());
 #pragma unroll
         for (int i = 0; i < 4; i++) {

@@ -11,8 +11,8 @@ struct FloatFactors {
     const f32* x;  // of this lane's columns
 
     template <typename Rows>
-    __device__ __forceinline__ void fill(const Rows& rows, int phase) {
-        rows.stage(phase);
+    __device__ __forceinline__ void fill(Stream<S>& stream, const Rows& rows, int phase) {
+        rows.stage(stream, phase);
         x = rows.staged + threadIdx.x / WARP * (S::BLOCKS * BLOCK_COLUMNS) + threadIdx.x % 4 * 4;
     }
 

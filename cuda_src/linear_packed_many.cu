@@ -6,7 +6,7 @@
 //
 //   x [n,k], b [m] (may be null): T, f16 or bf16; y: U (T or f32)
 //   w         blocks of the `rows` rows of a segment, which make the columns of y from `column` on
-//   partial   [blocks of the grid][2][TEAMS][SUMS][WARP] f32: sums of bands that blocks share
+//   partial   [blocks of the grid][TEAMS][SUMS][WARP] f32: sums of bands that blocks share
 //   arrivals  [bands][TEAMS] u32: zero before and after
 //   A launch takes the rows first .. first + 8 NTILES - 1 of x, as far as there are so many.
 //
@@ -14,24 +14,26 @@
 // so each is made once and multiplied with all rows of x.
 //
 // Mapping: a unit of work is a band of BAND tiles of 16 rows of w, by one packed block of 128 columns. The units, band
-// after band, are dealt to one block a multiprocessor in equal runs (Work). Where a band is shared, each block leaves
-// its sums, and the warp that comes last adds them up in the order of k: the result is the same in every run.
+// after band, are dealt to one block a multiprocessor in equal runs (Work). Where a band is shared, all blocks but that
+// with its first part leave their sums, and that one waits and adds them in the order of k: the result is the same in
+// every run. A block so leaves one part, at the beginning of its run, and waits at the end of it. Tried: all leave
+// their sums, and who comes last adds them.
 //
 // mma.m16n8k16 has w as A, in the order in which formats.cuh gives it, and x as B: a lane reads the columns 4t .. 4t+3
 // of a chunk of 16, which are 8 bytes side by side. A ring in shared memory, DEPTH units deep, has x (for all warps)
 // and w (each warp's own tiles); both come by cp.async, and one barrier a unit guards it. A warp has TILES tiles, so
 // what it reads of x serves as many products; SLICES warps have the same tiles and each a part of the columns.
 //
-// Scales and offsets are folded into A: a number of w is rounded to T, as a weight is that a program keeps in 16 bits. So
-// sums run over all of k. Scales of whole rows come in at the end, in float32. Tried: sums of each group without its
+// Scales and offsets are folded into A: a number of w is rounded to T, as a weight is that a program keeps in 16 bits.
+// So sums run over all of k. Scales of whole rows come in at the end, in float32. Tried: sums of each group without its
 // scale, then total += scale * sum + offset * (sum of x): most of the instructions were not those of products.
 //
 // The ring is filled with weights before the wait for the kernel ahead. An x that does not lie on 16-byte boundaries
 // comes element by element.
 //
 // Launch and tuning: cuplama/ops/linear_packed_many.py. Ops: cuplama/ops/linear.py, cuplama/ops/fused.py. Tests:
-// tests/ops/test_linear_packed_many.py. Benchmark: python -m benchmarks.packed_batch. On Hopper more than 16 rows are
-// linear_packed_many_wgmma.cu's.
+// tests/ops/test_linear_packed_many.py. Benchmark: python -m benchmarks.packed_batch. On Hopper more than 16 rows, and
+// with codes of 4 bits all, are linear_packed_many_wgmma.cu's.
 #include "linear_packed_many.cuh"
 
 constexpr int STRIDE =
@@ -130,21 +132,20 @@ __device__ __forceinline__ void multiply_unit(float (&total)[S::SUMS], const W* 
     }
 }
 
-// y = a + x w^T + b for one launch. x, out: from its first row on. wait: pdl_wait, which the kernels themselves call.
+// y = a + x w^T + b for one launch. x: from its first row on. wait: pdl_wait, which the kernels themselves call.
 template <typename S, typename W, typename T, typename U, typename Wait>
-__device__ __forceinline__ void multiply_rows(const T* x, const W* w, Output<T, U> out, int k, const Wait& wait) {
+__device__ __forceinline__ void multiply_rows(const T* x, const Output<W, T, U>& out, const Wait& wait) {
     typedef Room<S, W> Place;
     DYNAMIC_SHARED(unsigned char, memory);
     f32* room = reinterpret_cast<f32*>(memory + S::DEPTH * Place::STAGE);
-    const Work work(out.rows, k, S::BAND);
-    Weights<S, W> weights(w, work);
+    const Work work(out.rows, out.k, S::BAND);
+    Weights<S, W> weights(out.w, work);
     unsigned char* to = memory + Place::X + weights.place();
 #pragma unroll 1
     for (int i = 0; i < min(S::DEPTH - 1, work.end - work.begin); i++) weights.fetch(to + i * Place::STAGE);
     launch_dependents();
-    if (W::ROW_SCALES) out.scales = W::row_scales(w, out.rows, k);
     wait();
-    Rows<S, T> rows(x, out.n, k, work);
+    Rows<S, T> rows(x, out.n - out.first, out.k, work);
     T* columns = reinterpret_cast<T*>(memory) + rows.place();
 #pragma unroll 1
     for (int i = 0; i < S::DEPTH - 1; i++) {
@@ -180,20 +181,16 @@ template <typename T, typename U, typename W, int NTILES, int TILES, int WARPS, 
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed_many(const T* x, const W* __restrict__ w, const T* __restrict__ b, U* y, f32* partial, u32* arrivals,
                        int n, int first, int column, int rows, int m, int k) {
-    const Output<T, U> out = {
-        nullptr, b == nullptr ? b : b + column, nullptr, y + (i64(first) * m + column), partial, arrivals, n - first, m,
-        rows};
-    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+    const Output<W, T, U> out = {w, nullptr, b, nullptr, y, partial, arrivals, first, column, n, m, rows, k};
+    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename W, int NTILES, int TILES, int WARPS, int SLICES, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed_many(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b, f32* y,
                            f32* partial, u32* arrivals, int n, int first, int column, int rows, int m, int k) {
-    const i64 from = i64(first) * m + column;
-    const Output<T, f32> out = {
-        nullptr, b == nullptr ? b : b + column, a + from, y + from, partial, arrivals, n - first, m, rows};
-    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, w, out, k, [] { pdl_wait(); });
+    const Output<W, T, f32> out = {w, nullptr, b, a, y, partial, arrivals, first, column, n, m, rows, k};
+    multiply_rows<Shape<NTILES, TILES, WARPS, SLICES, DEPTH>>(x + i64(first) * k, out, [] { pdl_wait(); });
 }
 
 // gathered[n,k]: the columns of x in the order in which a weight has them, for a weight whose columns were sorted.

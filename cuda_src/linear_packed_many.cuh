@@ -19,19 +19,21 @@ struct Shape {
 // ---- the division of the work ---------------------------------------------------------------------------------------
 
 // The units, band after band and along k within a band, are dealt to the blocks in equal contiguous runs. A run may
-// begin and end within a band: then several blocks have a part of its sums.
+// begin and end within a band: then several blocks have a part of its sums. Runs are dealt from the last block on: so a
+// block waits only for blocks that were started before it.
 struct Work {
     int blocks;  // of a tile along k
     int tiles;
     u32 units;
-    int begin, end;  // of this block
+    int run, begin, end;  // of this block
 
     __device__ __forceinline__ Work(int rows, int k, int band)
-        : blocks((k + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), tiles((rows + BLOCK_ROWS - 1) / BLOCK_ROWS) {
+        : blocks((k + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), tiles((rows + BLOCK_ROWS - 1) / BLOCK_ROWS),
+          run(gridDim.x - 1 - blockIdx.x) {
         units = u32((tiles + band - 1) / band) * blocks;
-        begin = start(blockIdx.x), end = start(blockIdx.x + 1);
+        begin = start(run), end = start(run + 1);
     }
-    __device__ __forceinline__ int start(u32 block) const { return units * block / gridDim.x; }
+    __device__ __forceinline__ int start(u32 run) const { return units * run / gridDim.x; }
     __device__ __forceinline__ int owner(u32 unit) const { return ((unit + 1) * gridDim.x - 1) / units; }
 };
 
@@ -134,17 +136,32 @@ __device__ __forceinline__ typename W::Words half_lane(const W& block, int half)
 
 // ---- what becomes of the sums ---------------------------------------------------------------------------------------
 
-// What is added to the sums, and where they go. b, a, y: from this launch's first column and row on; partial [blocks of
-// the grid][2][TEAMS][SUMS][WARP]; arrivals [bands][TEAMS].
-template <typename T, typename U>
+// What is added to the sums, and where they go, as a launch was given it. partial [blocks of the
+// grid][TEAMS][SUMS][WARP]; arrivals [bands][TEAMS].
+template <typename W, typename T, typename U>
 struct Output {
+    const W* w;
     const f32* scales;  // of whole rows, or null
     const T* b;
     const f32* a;
     U* y;
     f32* partial;
     u32* arrivals;
-    int n, m, rows;
+    int first, column, n, m, rows, k;
+
+    // With the scales; b, a and y from the launch's first column and row on; n of the rows that are left. Made where it
+    // is used: else the pointers take registers of the products.
+    __device__ __forceinline__ Output here() const {
+        Output found = *this;
+        int at = column, of = rows;
+        keep(at);
+        if (W::ROW_SCALES) keep(of), found.scales = W::row_scales(w, of, k);
+        const i64 from = i64(first) * m + at;
+        if (b != nullptr) found.b = b + at;
+        if (a != nullptr) found.a = a + from;
+        found.y = y + from, found.n = n - first;
+        return found;
+    }
 };
 
 // Adds up the slices of each team: its first warp gets the sums. room: of this team, in shared
@@ -172,49 +189,50 @@ __device__ __forceinline__ void add_slices(float (&total)[S::SUMS], f32* room) {
         }
 }
 
-// A warp leaves its sums of a part of a band for the others that have a part of it. True for the last one to come: it
-// has then the sums of all, added in the order of k.
+// Sums of a band that several blocks have parts of. The block with the first part, which is the end of its run, waits
+// for the others and adds them in the order of k; it gets true. The others, at the beginning of their runs, leave their
+// sums.
 template <typename S>
 __device__ __forceinline__ bool add_parts(float (&total)[S::SUMS], const Work& work, int band, f32* partial,
                                           u32* arrivals) {
     constexpr int SIZE = S::SUMS * WARP;
+    constexpr int AT_ONCE = S::SUMS >= 64 ? 1 : S::SUMS >= 32 ? 2 : 4;  // parts: fewer waits for memory
     const int team = threadIdx.x / WARP / S::SLICES, lane = threadIdx.x % WARP;
-    const int first = work.owner(band * work.blocks), last = work.owner((band + 1) * work.blocks - 1);
-    // A block has at most two parts of bands: one where its run begins, one where it ends.
-    const auto place = [&](int block) {
-        const int part = work.start(block) / work.blocks == band ? 0 : 1;
-        return partial + (i64(block * 2 + part) * S::TEAMS + team) * SIZE + lane * 4;
-    };
-    f32* mine = place(blockIdx.x);
+    u32* counter = arrivals + band * S::TEAMS + team;
+    partial += team * SIZE + lane * 4;
+    if (work.begin > band * work.blocks) {
+        f32* mine = partial + i64(work.run) * (S::TEAMS * SIZE);
 #pragma unroll
-    for (int i = 0; i < S::SUMS; i += 4)
-        store<4>(mine + i * WARP, Pack<f32, 4>{total[i], total[i + 1], total[i + 2], total[i + 3]});
-    __threadfence();
-    __syncwarp();
-    int arrived = 0;
-    if (lane == 0) {
-        u32* counter = arrivals + band * S::TEAMS + team;
-        arrived = atomicAdd(counter, 1u);
-        if (arrived == last - first) *counter = 0;
+        for (int i = 0; i < S::SUMS; i += 4)
+            store<4>(mine + i * WARP, Pack<f32, 4>{total[i], total[i + 1], total[i + 2], total[i + 3]});
+        __syncwarp();
+        if (lane == 0) {  // for all lanes
+            fence_gpu();
+            atomicAdd(counter, 1u);
+        }
+        return false;
     }
-    arrived = __shfl_sync(ALL_LANES, arrived, 0);
-    if (arrived < last - first) return false;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;
+    const int last = work.owner((band + 1) * work.blocks - 1);
+    if (lane == 0) {
+        while (ld_acquire(counter) < u32(last - work.run)) {
+        }
+        *counter = 0;
+    }
+    __syncwarp();
 #pragma unroll 1
-    for (int block = first; block <= last; block += 2) {  // two at a time: half the waits
-        const f32* from[2] = {place(block), place(min(block + 1, last))};
-        Pack<f32, 4> more[2][S::SUMS / 4];
+    for (int run = work.run + 1; run <= last; run += AT_ONCE) {
+        Pack<f32, 4> more[AT_ONCE][S::SUMS / 4];
 #pragma unroll
-        for (int b = 0; b < 2; b++)
+        for (int b = 0; b < AT_ONCE; b++) {
+            const f32* from = partial + i64(min(run + b, last)) * (S::TEAMS * SIZE);
 #pragma unroll
-            for (int i = 0; i < S::SUMS / 4; i++) more[b][i] = load<4>(from[b] + i * 4 * WARP);
+            for (int i = 0; i < S::SUMS / 4; i++) more[b][i] = load<4>(from + i * 4 * WARP);
+        }
 #pragma unroll
-        for (int b = 0; b < 2; b++)
+        for (int b = 0; b < AT_ONCE; b++)
 #pragma unroll
             for (int i = 0; i < S::SUMS; i++)
-                if (block + b <= last) total[i] += more[b][i / 4].v[i % 4];
+                if (run + b <= last) total[i] += more[b][i / 4].v[i % 4];
     }
     return true;
 }
@@ -222,37 +240,48 @@ __device__ __forceinline__ bool add_parts(float (&total)[S::SUMS], const Work& w
 // Of a row of x the sums of a tile, in shared memory: what the lanes of a warp write at a time meets all banks once.
 constexpr int TILE_STRIDE = BLOCK_ROWS + 4;
 
-// A warp's sums to y, by way of its own shared memory: so a lane has 8 columns side by side. tile: its first.
-template <typename S, typename T, typename U>
-__device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const Output<T, U>& out, int tile,
+// A warp's sums to y, by way of its own shared memory, 16 rows of x at a time: so a lane has 8 columns side by side.
+// tile: its first.
+template <typename S, typename W, typename T, typename U>
+__device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const Output<W, T, U>& out, int tile,
                                            f32* room) {
+    constexpr int AT_ONCE = S::SUMS > 32 ? 1 : S::NTILES == 6 ? 2 : S::NTILES / 2;  // residuals, as registers allow
     const int lane = threadIdx.x % WARP, r = lane / 4, t = lane % 4;
     const bool vectorized = out.m % 8 == 0 && aligned(out.y, out.a);
 #pragma unroll
     for (int i = 0; i < S::TILES; i++) {
         const int column = (tile + i) * BLOCK_ROWS + lane % 2 * 8;  // from here on this lane's
-        __syncwarp();
+        float scale[2] = {1.f, 1.f}, bias[2] = {};                  // of rows r and r + 8 of the tile
 #pragma unroll
-        for (int j = 0; j < S::NTILES; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                room[(8 * j + 2 * t + e % 2) * TILE_STRIDE + r + e / 2 * 8] = total[(i * S::NTILES + j) * 4 + e];
-        __syncwarp();
-        Pack<f32, 8> scale, bias = {};
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-            scale.v[c] = 1.f;
-            if (out.scales != nullptr && column + c < out.rows) scale.v[c] = out.scales[column + c];
-            if (out.b != nullptr && column + c < out.rows) bias.v[c] = to_float(out.b[column + c]);
+        for (int half = 0; half < 2; half++) {
+            const int at = (tile + i) * BLOCK_ROWS + r + 8 * half;
+            if (out.scales != nullptr && at < out.rows) scale[half] = out.scales[at];
+            if (out.b != nullptr && at < out.rows) bias[half] = to_float(out.b[at]);
         }
-#pragma unroll 1
-        for (int row = lane / 2; row < min(out.n, S::ROWS); row += WARP / 2) {
-            const Pack<f32, 8> sum = load<8>(room + row * TILE_STRIDE + lane % 2 * 8);
-            Pack<f32, 8> residual = {};
-            if (out.a != nullptr) residual = load_row<8>(out.a + i64(row) * out.m, column, out.rows, vectorized);
+        Pack<f32, 8> residual[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < S::NTILES; j += 2) {
+            if (j / 2 % AT_ONCE == 0) {
+#pragma unroll
+                for (int e = 0; e < AT_ONCE; e++) {
+                    const int row = (j + 2 * e) * 8 + lane / 2;
+                    residual[e] = {};
+                    if (out.a != nullptr && row < min(out.n, S::ROWS))
+                        residual[e] = load_row<8>(out.a + i64(row) * out.m, column, out.rows, vectorized);
+                }
+            }
+            __syncwarp();
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                room[(e / 4 * 8 + 2 * t + e % 2) * TILE_STRIDE + r + e / 2 % 2 * 8] =
+                    total[(i * S::NTILES + j) * 4 + e] * scale[e / 2 % 2] + bias[e / 2 % 2];
+            __syncwarp();
+            const int row = j * 8 + lane / 2;
+            if (row >= out.n) continue;
+            const Pack<f32, 8> sum = load<8>(room + lane / 2 * TILE_STRIDE + lane % 2 * 8);
             Pack<U, 8> y;
 #pragma unroll
-            for (int c = 0; c < 8; c++) y.v[c] = from_float<U>(sum.v[c] * scale.v[c] + bias.v[c] + residual.v[c]);
+            for (int c = 0; c < 8; c++) y.v[c] = from_float<U>(sum.v[c] + residual[j / 2 % AT_ONCE].v[c]);
             store_row<8>(out.y + i64(row) * out.m, column, out.rows, vectorized, y);
         }
     }
@@ -262,18 +291,19 @@ __device__ __forceinline__ void write_sums(const float (&total)[S::SUMS], const 
 template <typename S>
 constexpr int SLICED = (S::SLICES - 1) * S::SUMS * WARP;
 template <typename S>
-constexpr int FINISH = SLICED<S> > S::ROWS* TILE_STRIDE ? SLICED<S> : S::ROWS * TILE_STRIDE;
+constexpr int FINISH = SLICED<S> > 16 * TILE_STRIDE ? SLICED<S> : 16 * TILE_STRIDE;
 
 // The end of a band, or of this block's part of it. room: in shared memory [TEAMS][FINISH].
-template <typename S, typename T, typename U>
-__device__ __forceinline__ void finish(float (&total)[S::SUMS], const Output<T, U>& out, const Work& work, int band,
+template <typename S, typename W, typename T, typename U>
+__device__ __forceinline__ void finish(float (&total)[S::SUMS], const Output<W, T, U>& out, const Work& work, int band,
                                        f32* room) {
     room += threadIdx.x / WARP / S::SLICES * FINISH<S>;
     if (S::SLICES > 1) add_slices<S>(total, room);
     const int warp = threadIdx.x / WARP, tile = band * S::BAND + warp / S::SLICES * S::TILES;
     if (warp % S::SLICES == 0 && tile < work.tiles) {
         const bool whole = work.begin <= band * work.blocks && work.end >= (band + 1) * work.blocks;
-        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals)) write_sums<S>(total, out, tile, room);
+        if (whole || add_parts<S>(total, work, band, out.partial, out.arrivals))
+            write_sums<S>(total, out.here(), tile, room);
     }
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++) total[i] = 0.f;

@@ -42,8 +42,9 @@ struct SharedRows {
     typedef typename S::T T;
     static constexpr int LEVELS = LEVELS_, EACH = S::BLOCKS;  // EACH: fours of a thread, of a row in a phase
     static constexpr bool NORMED = NORM != NO_NORM, KEPT = NORMED && S::PHASES == 1 && S::ROWS * EACH <= 4;
-    static constexpr int SOME = EACH <= 4 ? EACH : 4, ENTRIES = (EACH + SOME - 1) / SOME;      // fours read together
-    static constexpr int TOGETHER = SOME * S::ROWS <= 8 ? S::ROWS : SOME <= 4 ? 8 / SOME : 1;  // rows
+    static constexpr int SOME = EACH <= 4 ? EACH : 4, ENTRIES = (EACH + SOME - 1) / SOME;  // fours read together
+    static constexpr int TOGETHER = SOME * S::ROWS <= 8 ? S::ROWS : 8 / SOME;              // rows
+    static constexpr int UNROLLED = NORMED ? S::ROWS / TOGETHER : S::PHASES > 1 ? 1 : 2;   // more would spill
     static constexpr int STRIDE = STRIDE_OF<S, Y>;
     const X* x;
     const T *g, *h;
@@ -117,13 +118,14 @@ struct SharedRows {
     }
 
     // Reads x, for what the rows are multiplied with.
-    __device__ __forceinline__ void measure(f32 eps) {
+    __device__ __forceinline__ void measure(Stream<S>& stream, f32 eps) {
         if constexpr (NORMED) {
 #pragma unroll
             for (int row = 0; row < S::ROWS; row++) {
                 if constexpr (KEPT) read(kept[KEPT ? row : 0], x + i64(row) * k, 0, 0, row < count);
                 mean[row] = 0.f;
             }
+            if constexpr (KEPT) stream.fill_rest();
             if constexpr (NORM == LAYER_NORM) {
                 sum(mean, [](float v, int) { return v; });
 #pragma unroll
@@ -137,18 +139,20 @@ struct SharedRows {
     }
 
     // Leaves the rows of a phase in shared memory. Whoever reads them there has passed a barrier before the next phase.
-    __device__ __forceinline__ void stage(int phase) const {
+    __device__ __forceinline__ void stage(Stream<S>& stream, int phase) const {
 #pragma unroll 1
         for (int first = 0; first < EACH; first += SOME) {
             Pack<T, 4> by[SOME], shift[SOME];
             if constexpr (NORMED && !KEPT) read(by, g, phase, first);
             if constexpr (NORM == LAYER_NORM) read(shift, h, phase, first);
-#pragma unroll
+#pragma unroll(UNROLLED)
             for (int base = 0; base < S::ROWS; base += TOGETHER) {
                 Pack<X, 4> v[TOGETHER][SOME];
 #pragma unroll
                 for (int i = 0; i < TOGETHER; i++)
                     if constexpr (!KEPT) read(v[i], x + i64(base + i) * k, phase, first, base + i < count);
+                if (!KEPT && phase % S::PHASES == 0 && base + TOGETHER == S::ROWS && first + SOME >= EACH)
+                    stream.fill_rest();
 #pragma unroll
                 for (int i = 0; i < TOGETHER; i++)
 #pragma unroll

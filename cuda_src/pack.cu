@@ -1,5 +1,5 @@
-// pack_codes   the codes of a quantised weight [m,k]: out of a checkpoint's bytes, into blocks of 16 rows x 128 columns
-// pack_part    what goes with them (scale, zero, ...), a number for each row and group of columns, into the same blocks
+// pack_codes  blocks = the codes of a quantised weight [m,k], from a checkpoint's bytes; a block: 16 rows, 128 columns
+// pack_part   blocks = what goes with them (scale, zero, ...), a number for each row and group of columns
 //
 // cuplama/quant/packed.py says what a block holds, and its `pack` is what both compute, bit for bit. Where a number
 // lies is a sum, as cuplama/quant/fields.py has it: that of (row, column) begins at bit rows[row] + columns[column] of

@@ -58,6 +58,30 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// ---- order in memory ------------------------------------------------------------------------------------------------
+
+// What this thread wrote, and what others wrote before a barrier with it, is seen by those that see what it writes from
+// here on; and the other way round. Cheaper than __threadfence, which keeps one order for all threads.
+__device__ __forceinline__ void fence_gpu() {
+#if __CUDA_ARCH__ >= 700
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+    __threadfence();
+#endif
+}
+
+// A number that another block writes: what that one wrote before a fence, and before the number, is seen after this.
+__device__ __forceinline__ unsigned ld_acquire(const unsigned* p) {
+    unsigned found;
+#if __CUDA_ARCH__ >= 700
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(p) : "memory");
+#else
+    found = *static_cast<const volatile unsigned*>(p);
+    __threadfence();
+#endif
+    return found;
+}
+
 // ---- programmatic dependent launch (sm_90; nothing before) ----------------------------------------------------------
 // The next kernel of the stream may start once every block of this one has called launch_dependents or ended, if it is
 // launched so; it is if its own text calls pdl_wait (cuplama/ops/launch.py). Until that call returns it must not touch

@@ -1,5 +1,5 @@
-// quantise_scales  the scale of each group of columns of a plain weight w [m,k], or of each row (GROUP = 0)
-// quantise_codes   the code of each number: that nearest to it over its scale
+// quantise_scales  scales = those of the groups of columns of a plain weight w [m,k], or of its rows (GROUP = 0)
+// quantise_codes   blocks = the code of each number: that nearest to it over its scale
 //
 // A weight is quantised while it is loaded, straight into the blocks of 16 rows x 128 columns that products read
 // (cuplama/quant/packed.py). cuplama/quant/grid.py says which scale a group gets, and both compute the same bits: every

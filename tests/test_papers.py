@@ -23,7 +23,7 @@ PAPERS = sorted(
     [*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md") if "cases" not in p.parts)]
 )
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp", ".md", ".json", ".toml", ".txt", ".csv", ".png", ".npz", ".yml")
-PLACEHOLDER = re.compile(r"\b(?:NAME|DATE)\b")
+PLACEHOLDER = re.compile(r"(?<![A-Za-z])(?:NAME|DATE)\b")
 # This paper names files that are gone.
 HISTORY = (ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "results" / "README.md")
 

@@ -72,6 +72,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("activation.cuh", "over_one_plus_exp<T>(x, x);", "over_one_plus_exp<T>(x, -x);"),
     ("activation.cuh", "0.044715f * x * x * x", "0.044715f * x * x"),
     ("activation.cuh", "x * -0.7071067812f", "x * 0.7071067812f"),
+    ("activation.cuh", "silu_of<T>(total[0]) * total[1]", "silu_of<T>(total[1]) * total[0]"),
     # linear.cu: the stream of weights
     ("linear.cu", "at + i * WARP * W < k &&", "at + i * WARP * W <= k &&"),
     ("linear.cu", "&& row + o % NEW < m);", "&& row + o % NEW <= m);"),
@@ -140,7 +141,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_mma.cu", "r >= count || column >= end) continue;", "r >= count || column > end) continue;"),
     ("linear_mma.cu", "for (int warp = 0; warp < WARPS; warp++)", "for (int warp = 1; warp < WARPS; warp++)"),
     ("linear_mma.cu", "if (phase > 0) total[p] += earlier;", ";"),
-    ("linear_mma.cu", "silu_of<T>(total[0]) * total[1]", "silu_of<T>(total[1]) * total[0]"),
     ("linear_mma.cu", "to_float(b[p * m + column])", "to_float(b[column])"),
     ("linear_mma.cu", "from_float<U>(residual[e] + activated<ACT, T>(total))",
      "from_float<U>(activated<ACT, T>(total))"),

@@ -138,7 +138,8 @@ def relative_error(out: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> flo
 
 
 def _check_floats(workload: Workload, name: str, out: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> None:
-    tolerance = workload.op.allowed(dtype_name(out.dtype), workload.dtype) + _rounded_weights(workload)
+    own = workload.op.allowed(dtype_name(out.dtype), workload.dtype)
+    tolerance = own + _rounded_weights(workload)
     out, want = out.astype(np.float64), want.astype(np.float64)
     finite = np.isfinite(want)
     size = np.where(finite, np.abs(want), 0)
@@ -151,7 +152,7 @@ def _check_floats(workload: Workload, name: str, out: np.ndarray[Any, Any], want
     relative = relative_error(out, want)
     if not relative <= tolerance:
         raise WrongResultError(f"{where} the error is {relative:.1e} of the result's norm; {tolerance:.1e} is allowed")
-    factor, allowed = _common_factor(np.where(finite, out, 0), np.where(finite, want, 0), tolerance)
+    factor, allowed = _common_factor(np.where(finite, out, 0), np.where(finite, want, 0), own, tolerance)
     if abs(factor) > allowed:
         raise WrongResultError(
             f"{where} all of it is too {'large' if factor > 0 else 'small'} by {abs(factor):.1e} of its size;"
@@ -173,16 +174,21 @@ def _rounded_weights(workload: Workload) -> float:
     return ROUNDING[workload.dtype] * any(s.format.packing.code.name == "nf4" for s in segments)
 
 
-def _common_factor(out: np.ndarray[Any, Any], want: np.ndarray[Any, Any], tolerance: float) -> tuple[float, float]:
+def _common_factor(
+    out: np.ndarray[Any, Any], want: np.ndarray[Any, Any], own: float, tolerance: float
+) -> tuple[float, float]:
     """How much too large the output is as a whole (of the factors that bring ``want`` near it the best, less one), and
-    how much it may be. Where few elements make up the norm, chance may bring about more."""
+    how much it may be. Where few elements make up the norm, chance may bring about more.
+
+    own: the op's tolerance, without that of rounded weights: those are too large as often as too small.
+    """
     squares = want * want
     total = float(squares.sum())
     if not total:
         return 0.0, tolerance
     factor = float(((out - want) * want).sum()) / total
     elements = total * total / float((squares * squares).sum())  # those that count: all of them if they are alike
-    return factor, tolerance * max(_MAX_FACTOR, _FACTOR_DEVIATIONS / math.sqrt(elements))
+    return factor, max(own * _MAX_FACTOR, tolerance * _FACTOR_DEVIATIONS / math.sqrt(elements))
 
 
 def _check_untouched(workload: Workload, name: str, old: Any, out: Any, want: Any) -> None:

@@ -171,7 +171,7 @@ _activated = _inner(activation.silu_mul, "f", {})
 
 def _activated_kernels(call: Call, device: Device) -> Plan:
     plan = stream_rows("linear_add", call, device)
-    products = tuple(replace(launch, names={**launch.names, "x": "inner"}) for launch in plan.launches)
+    products = tuple(replace(launch, names={"x": "inner", **launch.names}) for launch in plan.launches)
     scratch = {**plan.scratch, "inner": ((call["n"], call["k"]), dtype_name(call.dtypes["T"]))}
     return replace(plan, launches=(_activated(call), *products), scratch=scratch)
 
@@ -182,7 +182,8 @@ silu_mul_linear_add = Op(
     doc="y = a + silu_mul(x) w^T + b",
     reference=_silu_mul_linear_add,
     kernels=_activated_kernels,
-    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES],
+    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES]
+    + [dict(n=n, m=33, k=136, b=True, W="fp8 ordered") for n in (3, 16)],
     sizes=_sizes,
     shape={"n": 512, "m": 4096, "k": 14336},
     # Beside the product's, the rounding of what the activation gives.
@@ -192,8 +193,7 @@ silu_mul_linear_add = Op(
     inner=_activated,
     kernel_docs={
         "silu_mul": "silu_mul(x), which the product then takes",
-        "linear_add": "y = a + x w^T + b for up to 8 rows of x, by multiply-adds",
-        "linear_add_mma": "y = a + x w^T + b for two to eight rows of x, on tensor cores",
+        **linear_add.kernel_docs,
     },
 )
 

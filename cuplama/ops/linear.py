@@ -233,6 +233,6 @@ linear = Op(
         "linear_mma": "y = x w^T + b for two to eight rows of x, on tensor cores",
         "linear_packed": "y = act(x w^T + b) for up to 8 rows of x and a packed weight",
         **many_rows_docs("linear", "y = x w^T + b"),
-        "gather_columns": "rows of x with their columns in the order of a packed weight's",
+        "gather_columns": "gathered[i,j] = x[i,order[j]], for a packed weight whose columns were sorted",
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from ..dtypes import dtype_name
@@ -29,26 +30,33 @@ _RESERVED_BYTES = 5 << 10  # of shared memory: the kernels' static arrays, and w
 class Tuning:
     """What decides how fast the kernels are.
 
-    warps: of a GPU block, at most; fewer where shared memory is short. flight: bytes that a GPU block has asked for
-    ahead of what it multiplies. steps: units of tiles between two barriers, for one row of x and for several. beside:
-    whether a GPU block leaves room for one more in its multiprocessor, if it can: then the next kernel's begins to
-    read weights while this one works. norm_rows: rows of x up to which a kernel computes a norm itself.
+    warps: of a GPU block, at most, for one row of x and for several; fewer where shared memory is short. flight: bytes
+    that a GPU block has asked for ahead of what it multiplies; more: those that it asks for only behind x, which does
+    not wait for them then. steps: units of tiles between two barriers, for one row of x and for several. held: packed
+    blocks of x that the registers of a warp may hold while tiles are multiplied, for one row of x and for several.
+    part: bytes of x that a GPU block should take, at most: several blocks share k if there are more, unless the kernel
+    computes a norm. norm_rows: rows of x up to which it does that itself; for more a launch before it does, and the
+    product asks for its weights meanwhile.
     """
 
-    warps: int = 16
+    warps: tuple[int, int] = (16, 16)
     flight: int = 24 << 10
+    more: int = 0
     steps: tuple[int, int] = (4, 1)
-    beside: bool = False
-    # Each GPU block normalises all rows for itself, 0.4 microseconds a row. A launch before it takes 2 for all of
-    # them, and the product asks for its weights meanwhile.
+    held: tuple[int, int] = (0, 0)
+    part: int = 160 << 10
     norm_rows: int = 2
 
 
 TUNING = Tuning()
 _STAGED_WARPS = 8  # at most, without tensor cores
+_REGISTERS, _OTHER_REGISTERS = 65536, 44  # of a multiprocessor; of a thread, beside x: no instance spills
+_HELD_REGISTERS = 16  # of a thread for a packed block of x
 _MAX_PHASES = 16
+_MAX_SPLIT = 8  # GPU blocks that share k
 _MIN_DEPTH, _MAX_DEPTH = 2, 12  # blocks in a warp's ring
 _PRODUCTS = "products"  # scratch: what silu_mul takes, where it is a launch of its own
+_PARTS, _ARRIVALS = "parts", "arrivals"  # scratch: sums of GPU blocks that share k, and how many have left theirs
 _NORMED = "normed"  # scratch: rows behind a norm, where that is a launch of its own
 _ACTIVATION_THREADS = 128
 
@@ -74,7 +82,8 @@ class _Sizes:
     """What shared memory holds.
 
     rows: of x; parts: tiles of a unit; units: of a GPU block, at most; element: bytes of one of x; sums: of a row of x
-    in a packed block, for offsets; step: units between two barriers.
+    in a packed block, for offsets; step: units between two barriers;
+    split: GPU blocks that share k.
     """
 
     rows: int
@@ -83,32 +92,45 @@ class _Sizes:
     element: int
     sums: int
     step: int
+    split: int
 
     def bytes(self, s: _Shape) -> int:
         """Bytes beside the ring."""
         unit = _BLOCK_ROWS * self.rows * 4 * self.parts
-        sums = 2 * s.warps * self.step * unit + (self.units * unit if s.phases > 1 else 0)
+        sums = 2 * s.warps * self.step * unit + (self.units * unit if s.phases > 1 or self.split > 1 else 0)
         blocks = s.warps * s.blocks
         return sums + self.rows * (self.element * (blocks * _BLOCK_COLUMNS + 32) + 4 * self.sums * blocks)
 
-    def divide(self, columns: int, block_bytes: int, tuning: Tuning, device: Device) -> tuple[_Shape, int] | None:
-        """The division of rows of blocks that leaves room for a ring, and the blocks that a warp has there: in as few
-        phases as possible, and in half of the shared memory if tuning wants that and three blocks fit."""
+    def divide(self, columns: int, block_bytes: int, tuning: Tuning, device: Device) -> tuple[_Shape, int, int] | None:
+        """The division of rows of blocks that leaves room for a ring, the blocks that a warp has there, and those
+        that it asks for first: in as few
+        phases as possible, but rather that than fewer than 16 warps."""
         limit = device.shared - _RESERVED_BYTES
-        warps = tuning.warps
-        while warps >= 1:
-            for phases in range(1, _MAX_PHASES + 1):
-                s = _shape(columns, warps, phases)
-                slot = s.warps * block_bytes
-                wanted = min(max(_MIN_DEPTH, 1 + -(-tuning.flight // slot)), _MAX_DEPTH)
-                half = (device.shared // 2 - _RESERVED_BYTES - self.bytes(s)) // slot
-                if tuning.beside and half > _MIN_DEPTH:
-                    return s, min(wanted, half)
-                depth = min(wanted, (limit - self.bytes(s)) // slot)
-                if depth >= _MIN_DEPTH:
-                    return s, depth
-            warps //= 2
+        most = tuning.warps[self.rows > 1]
+        some = [most, *(warps for warps in (16, 8, 4, 2, 1) if warps < most)]
+        tried = [warps for warps in some if warps >= min(most, 16)], some
+        for phases, warps in (pair for which in tried for pair in product(range(1, _MAX_PHASES + 1), which)):
+            s = _shape(-(-columns // self.split), warps, phases)
+            slot = s.warps * block_bytes
+            early = max(1, -(-tuning.flight // slot))
+            depth = min(early + 1 + tuning.more // slot, _MAX_DEPTH, (limit - self.bytes(s)) // slot)
+            if depth >= _MIN_DEPTH:
+                return s, depth, min(early, depth - 1)
         return None
+
+
+def _split(x_bytes: int, part: int, device: Device) -> int:
+    """GPU blocks that share k: a power of two, of which many fit the multiprocessors."""
+    split = 1
+    while x_bytes > part * split and 2 * split <= min(_MAX_SPLIT, device.sms):
+        split *= 2
+    return split
+
+
+def _held(shape: _Shape, blocks: int, most: int) -> bool:
+    """Whether registers hold the blocks of x of a warp."""
+    free = _REGISTERS // (32 * shape.warps) - _OTHER_REGISTERS
+    return shape.phases == 1 and blocks <= min(most, free // _HELD_REGISTERS)
 
 
 def _tensor(call: Call, device: Device) -> bool:
@@ -132,24 +154,25 @@ def _launch(
     rows_of_x = next(rows for rows in _ROWS if rows >= min(n - first, MAX_FEW_ROWS))
     outs = weight.rows // parts  # columns of y
     units = -(-outs // _BLOCK_ROWS)  # a tile, for silu_mul one of each half
-    blocks = min(device.sms, units)
     step = tuning.steps[rows_of_x > 1]
     levels = 2 if normed and constants.get("U") == "f32" else 1
     packing = weight.format.packing
     sums = packing.groups if {"offset", "super_least"} & dict(packing.parts).keys() else 0
-    sizes = _Sizes(rows_of_x, parts, -(-units // blocks), 2 * levels if tensor else 4, sums, step)
+    split = _split(2 * rows_of_x * k, min(tuning.part, device.shared * 5 // 8), device) if tensor and not normed else 1
+    groups = min(device.sms // split, units)
+    sizes = _Sizes(rows_of_x, parts, -(-units // groups), 2 * levels if tensor else 4, sums, step, split)
     if not tensor:
-        tuning = replace(tuning, warps=min(tuning.warps, _STAGED_WARPS))
+        tuning = replace(tuning, warps=(_STAGED_WARPS, _STAGED_WARPS))
     divided = sizes.divide(-(-k // _BLOCK_COLUMNS), packing.block_bytes, tuning, device)
     if divided is None:
         raise OpError(f"{call.op.name}: {device.shared} bytes of shared memory are too few for {weight.format.name}")
-    shape, depth = divided
+    shape, depth, early = divided
     shared = depth * shape.warps * packing.block_bytes + sizes.bytes(shape)
-    # Never three in a multiprocessor: the GPU blocks of the next kernel should be dealt out evenly.
-    shared = max(shared, device.shared // (3 if tuning.beside else 2))
+    # Two GPU blocks do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
+    shared = max(shared, device.shared // 2)
     return Launch(
         f"linear_packed.cu:{kernel}_packed",
-        (blocks,),
+        (groups * split,),
         (32 * shape.warps,),
         shared,
         constants={
@@ -161,14 +184,24 @@ def _launch(
             "BLOCKS": shape.blocks,
             "PHASES": shape.phases,
             "DEPTH": depth,
+            "EARLY": early,
             "STEP": step,
+            **({} if normed else {"SPLIT": split}),
             "ORDERED": weight.order is not None,
+            "HELD": tensor and _held(shape, shape.blocks * levels, tuning.held[rows_of_x > 1]),
             "first": first,
             "rows": outs,
             "column": column,
         },
         names={"w": f"w.{number}", "order": f"w.{number}.order"},
     )
+
+
+def _parts(launch: Launch) -> int:
+    """Sums that the GPU blocks of a launch leave for each other."""
+    of = launch.constants
+    parts = 2 if of["ACT"] == "SILU_MUL" else 1
+    return int(of["SPLIT"] * -(-of["rows"] // _BLOCK_ROWS) * parts * _BLOCK_ROWS * of["ROWS"])
 
 
 def plan_packed(
@@ -205,11 +238,15 @@ def plan_packed(
             launch = _launch(kernel, call, device, first, (i, segment), column, constants, tuning)
             launches.append(replace(launch, names={**launch.names, **names}))
             column += segment.rows
+    if "norm" not in kernel:
+        shared = [launch for launch in launches if launch.constants.get("SPLIT", 1) > 1]
+        scratch[_PARTS] = ((max((_parts(launch) for launch in shared), default=1),), "f32")
+        scratch[_ARRIVALS] = ((max((launch.grid[0] for launch in shared), default=1),), "u32")
     if apart:
         grid = (n, -(-m // (8 * _ACTIVATION_THREADS)))
         constants = {"f": m}
         launches.append(Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), 0, constants, {"x": _PRODUCTS}))
-    return Plan(tuple(launches), scratch)
+    return Plan(tuple(launches), scratch, frozenset({_ARRIVALS} & scratch.keys()))
 
 
 def _norm(kernel: str, call: Call, constants: Mapping[str, Any], tuning: Tuning) -> Launch | None:

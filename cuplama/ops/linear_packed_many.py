@@ -27,7 +27,7 @@ _TILE_STRIDE = 20  # floats of a row of x and a tile of w, where sums go through
 _RESERVED_BYTES = 2048  # of shared memory: what the driver keeps for itself, and the alignment of the Hopper kernel
 _MAX_DEPTH = 6  # units in the ring
 _MIN_DEPTH = 2
-_WGMMA_GROUPS = 4  # groups of 8 rows of x from which on Hopper's warpgroups are faster than single warps
+_WGMMA_FEW_BYTES = 1280  # of a block: up to that, Hopper's warpgroups are faster than single warps for 9 to 16 rows too
 _BRINGERS = 4  # of the Hopper kernel: warps that bring x, and stages of it
 _GATHER_THREADS = 256
 
@@ -36,7 +36,8 @@ _GATHER_THREADS = 256
 class Shape:
     """How the warps of a block share a unit of work: tiles of 16 rows of w by 128 columns.
 
-    groups: of 8 rows of x; tiles: of a warp; slices: warps that share their tiles, each with a part of the columns.
+    groups: of 8 rows of x; tiles: of a warp; slices: warps that share their tiles, each with a part of the columns;
+    wgmma: the kernel for Hopper; depth: units in the ring at most.
     """
 
     groups: int
@@ -44,6 +45,7 @@ class Shape:
     warps: int
     slices: int = 1
     wgmma: bool = False
+    depth: int = _MAX_DEPTH
 
     @property
     def teams(self) -> int:
@@ -65,10 +67,9 @@ class Shape:
 
     def other_bytes(self) -> int:
         """Shared memory beside the ring: what the sums go through at the end, and the Hopper kernel's stages of x."""
-        rows = 8 * self.groups
-        end = max((self.slices - 1) * self.sums * 32, rows * _TILE_STRIDE)
+        end = max((self.slices - 1) * self.sums * 32, 16 * _TILE_STRIDE)
         stages = _BRINGERS if self.wgmma else 0
-        return 4 * self.teams * end + stages * 2 * _BLOCK_COLUMNS * rows
+        return 4 * self.teams * end + stages * 2 * _BLOCK_COLUMNS * 8 * self.groups
 
 
 # For up to that many groups of 8 rows of x: what is tried, the first that shared memory allows.
@@ -78,7 +79,30 @@ _SHAPES: Mapping[int, tuple[Shape, ...]] = {
     6: (Shape(6, 2, 8, 2), Shape(6, 1, 4), Shape(6, 1, 2)),
     8: (Shape(8, 2, 8, 2), Shape(8, 1, 4), Shape(8, 1, 2)),
 }
-_WGMMA_SHAPES = {groups: tuple(Shape(groups, 1, warps, wgmma=True) for warps in (12, 8)) for groups in (4, 6, 8)}
+# The same for Hopper's warpgroups: (tiles of a warp, warps), of which the cheapest is taken.
+_WGMMA_SHAPES: Mapping[int, tuple[tuple[int, int], ...]] = {
+    2: ((1, 12),),
+    4: ((1, 12), (1, 8)),
+    6: ((1, 12), (1, 8)),
+    8: ((1, 12), (1, 8), (2, 8), (2, 12)),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of a Hopper launch, fitted to times on an H200: most of a unit's are those of its bytes."""
+
+    unit: float = 0.2
+    weight_kilobyte: float = 0.028  # of a unit: from memory
+    x_kilobyte: float = 0.02  # of a unit: from L2
+    sums: float = 0.003  # for each tile of a unit and row of x: of sums that blocks leave for others
+
+    def of(self, shape: Shape, block_bytes: int, units: float) -> float:
+        """units: of a multiprocessor."""
+        rows = 8 * shape.groups
+        weight, x = shape.band * block_bytes / 1024, rows * _BLOCK_COLUMNS * 2 / 1024
+        each = self.unit + weight * self.weight_kilobyte + x * self.x_kilobyte
+        return units * each + self.sums * shape.band * rows
 
 
 def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Shape] = ()) -> Plan | None:
@@ -101,7 +125,7 @@ def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Sha
             launches.append(_gather(call, i))
             names["x"] = "gathered"
         for first in range(0, n, _LAUNCH_ROWS):
-            wanted = shapes or _wanted(min(n - first, _LAUNCH_ROWS), device)
+            wanted = shapes or _wanted(min(n - first, _LAUNCH_ROWS), call["k"], segment, device)
             shape = next((s for s in wanted if _depth(s, segment, device) >= _MIN_DEPTH), None)
             if shape is None:
                 return None
@@ -132,17 +156,23 @@ def _gather(call: Call, segment: int) -> Launch:
     )
 
 
-def _wanted(rows: int, device: Device) -> Sequence[Shape]:
+def _wanted(rows: int, k: int, segment: SegmentLike, device: Device) -> Sequence[Shape]:
     """How the warps of a block may share the work for that many rows of x, best first."""
     groups = next(g for g in _SHAPES if 8 * g >= rows)
-    if device.arch == 90 and groups >= _WGMMA_GROUPS:
-        return (*_WGMMA_SHAPES[groups], *_SHAPES[groups])
-    return _SHAPES[groups]
+    block_bytes = segment.format.packing.block_bytes
+    if device.arch != 90 or (groups == 2 and block_bytes > _WGMMA_FEW_BYTES):
+        return _SHAPES[groups]
+
+    def cost(shape: Shape) -> float:
+        return Cost().of(shape, block_bytes, _units(shape, segment.rows, k) / device.sms)
+
+    hopper = (Shape(groups, tiles, warps, wgmma=True) for tiles, warps in _WGMMA_SHAPES[groups])
+    return (*sorted(hopper, key=cost), *_SHAPES[groups])
 
 
 def _depth(shape: Shape, segment: SegmentLike, device: Device) -> int:
     room = device.shared - _RESERVED_BYTES - shape.other_bytes()
-    return min(_MAX_DEPTH, room // shape.stage_bytes(segment.format.packing.block_bytes))
+    return min(shape.depth, room // shape.stage_bytes(segment.format.packing.block_bytes))
 
 
 def _launch(
@@ -156,19 +186,24 @@ def _launch(
 ) -> Launch:
     """One launch: 64 rows of x at most, with a segment."""
     packing = segment.format.packing
-    units = _bands(shape, segment.rows) * -(-k // _BLOCK_COLUMNS)
+    units = _units(shape, segment.rows, k)
     depth = _depth(shape, segment, device)
     used = depth * shape.stage_bytes(packing.block_bytes) + shape.other_bytes() + _RESERVED_BYTES // 2
-    constants = {"W": packing.type, "NTILES": shape.groups, "WARPS": shape.warps, "DEPTH": depth, **place}
+    constants = {"W": packing.type, "NTILES": shape.groups, "TILES": shape.tiles, "WARPS": shape.warps}
+    constants |= {"DEPTH": depth, **place}
     if shape.wgmma:
         name = f"linear_packed_many_wgmma.cu:{kernel}_packed_many_wgmma"
     else:
         name = f"linear_packed_many.cu:{kernel}_packed_many"
-        constants |= {"TILES": shape.tiles, "SLICES": shape.slices}
+        constants["SLICES"] = shape.slices
     warps = shape.warps + (_BRINGERS if shape.wgmma else 0)
     # Two blocks do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
     shared = max(used, device.shared // 2)
     return Launch(name, (min(device.sms, units),), (32 * warps,), shared, constants, names)
+
+
+def _units(shape: Shape, rows: int, k: int) -> int:
+    return _bands(shape, rows) * -(-k // _BLOCK_COLUMNS)
 
 
 def _bands(shape: Shape, rows: int) -> int:
@@ -177,5 +212,5 @@ def _bands(shape: Shape, rows: int) -> int:
 
 def _scratch(shape: Shape, launch: Launch, rows: int) -> Iterator[tuple[str, int]]:
     """Elements of the scratch buffers that a launch needs."""
-    yield "partial", launch.grid[0] * 2 * shape.teams * shape.sums * 32
+    yield "partial", launch.grid[0] * shape.teams * shape.sums * 32
     yield "arrivals", _bands(shape, rows) * shape.teams

@@ -41,7 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
 def command_gpu(gpu: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     """The commands find the stand-in as the machine's GPU."""
 
-    def opened(*_: Any) -> CudaBackend:
+    def opened(*_: Any, **__: Any) -> CudaBackend:
         return gpu
 
     for place in ("cuplama.backends.cuda.driver", "cuplama.device"):

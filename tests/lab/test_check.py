@@ -29,6 +29,7 @@ from cuplama.ops import OPS
 from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.launch import Device
 from cuplama.ops.op import ROUNDING, Op
+from cuplama.ops.weights import segments_of
 from tests.fakes import FakeGpu, HostCublas
 
 Outputs = list[np.ndarray[Any, Any]]
@@ -45,17 +46,22 @@ def right(name: str, dtype: str = "f32", **shape: Any) -> tuple[Workload, list[A
     return workload, arrays, rounded(workload, expected(workload, arrays))
 
 
+def content(array: Any) -> bytes | None:
+    """The bytes of an array, or of a quantised weight's numbers."""
+    if array is None:
+        return None
+    return bytes((array if segments_of(array) is None else array.numbers()).tobytes())
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("name", list(OPS))
 def test_the_reference_is_right(name: str, dtype: str) -> None:
     """The judge accepts the reference's own result, rounded to the dtypes of the signature, for every case."""
     for workload in case_workloads(OPS[name], dtype):
         arrays = workload.arrays()
-        before = [None if a is None else a.copy() for a in arrays]
+        before = [content(a) for a in arrays]
         check(workload, arrays, rounded(workload, expected(workload, arrays)))
-        for a, b in zip(arrays, before, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or b is None or a.tobytes() == b.tobytes(), "the check changed its inputs"
+        assert [content(a) for a in arrays] == before, "the check changed its inputs"
 
 
 # ---- a result that is wrong everywhere by a little -------------------------------------------------------------------
@@ -326,10 +332,12 @@ def test_an_op_without_kernels_cannot_be_planned() -> None:
 
 @pytest.mark.parametrize("name", list(OPS))
 def test_tolerances_are_few_roundings(name: str) -> None:
-    """16-bit outputs have at most three roundings' error; nothing is looser than 2e-5 in float32."""
+    """16-bit outputs have at most three roundings' error; nothing is looser than 2e-5 in float32, but where what is
+    multiplied was rounded to 16 bits within the op: once."""
     op = OPS[name]
     for T in ("f32", "f16", "bf16"):
-        assert op.allowed("f32", T) <= 2e-5
+        rounds = name == "silu_mul_linear_add" and T != "f32"
+        assert op.allowed("f32", T) <= (ROUNDING[T] if rounds else 2e-5)
         assert op.allowed(T, T) <= 3 * ROUNDING[T] or T == "f32"
     assert op.allowed("bf16", "bf16") < 9e-3
     assert {k.split(":")[-1] for k in op.tolerance} <= set(ROUNDING) <= set(DTYPES)

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from cuplama.dtypes import dtype_name
 from cuplama.lab.check import check, expected, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
-from cuplama.ops.launch import Device
+from cuplama.ops.launch import Device, Plan
+from cuplama.ops.linear_packed import Tuning, plan_packed
+from cuplama.ops.op import Call, Op
+from cuplama.ops.weights import segments_of
 from cuplama.quant.catalog import CATALOG
 
 SMALL = Device(sms=2)  # each block has several tiles
 
 
-def run(op: str, dtype: str, device: Device = SMALL, seed: int = 0, **case: Any) -> None:
+def run(op: str, dtype: str, device: Device = SMALL, seed: int = 0, tuning: Tuning | None = None, **case: Any) -> None:
     workload = case_workload(OPS[op], {"b": False, "U": "T", "eps": 1e-5, **case}, dtype, seed)
+    if tuning is not None:
+        workload = replace(workload, op=tuned(op, tuning))
     arrays = workload.arrays()
     check(workload, arrays, run_guarded(workload, arrays, EmulatedDevice(device)), expected(workload, arrays))
+
+
+def tuned(name: str, tuning: Tuning) -> Op:
+    """The op, its launches planned so."""
+
+    def kernels(call: Call, device: Device) -> Plan:
+        segments = segments_of(call.arrays["w"])
+        assert segments is not None
+        silu_mul = name.endswith("_silu_mul")
+        constants = {"U": dtype_name(call.dtypes["T"]), "ACT": "SILU_MUL"} if silu_mul else {}
+        return plan_packed(name.removesuffix("_silu_mul"), call, device, segments, constants, tuning)
+
+    return replace(OPS[name], kernels=kernels)
 
 
 FEW = ("int4 g128", "Q4_K")  # formats of the short tests: each takes a second to compile
@@ -82,3 +102,32 @@ def test_other_gpus(arch: int, shared: int) -> None:
     for name in ("int4 g128 zero", "Q5_K", "fp8"):
         run("linear_add", "f16", device, W=name, n=5, m=60, k=1100)
     run("rms_norm_linear_silu_mul", "f16", device, W="int8", n=8, m=48, k=2200)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_blocks_that_share_k_add_up_their_sums(n: int) -> None:
+    """The last to arrive writes y, for all; some may have no part of k."""
+    run("linear_add", "bf16", Device(sms=5), tuning=Tuning(part=256), W="fp8", n=n, m=70, k=400, b=True)
+    run(
+        "rms_norm_linear_silu_mul",
+        "bf16",
+        Device(sms=4),
+        tuning=Tuning(part=512, norm_rows=0),
+        W="Q4_K",
+        n=n,
+        m=32,
+        k=700,
+    )
+
+
+@pytest.mark.parametrize("name", ["int4 g128", "Q4_K"])
+def test_rows_of_x_in_registers(name: str) -> None:
+    for n in (1, 3):
+        run("rms_norm_linear", "bf16", tuning=Tuning(held=(2, 2), warps=(2, 2)), W=name, n=n, m=40, k=450)
+
+
+def test_a_ring_that_is_filled_behind_x() -> None:
+    tuning = Tuning(flight=1, more=1 << 16, warps=(2, 2))
+    for n in (1, 3):
+        run("linear_add", "bf16", tuning=tuning, W="int4 g128", n=n, m=40, k=1800)
+        run("rms_norm_linear", "bf16", tuning=tuning, W="int4 g128", n=n, m=40, k=450)

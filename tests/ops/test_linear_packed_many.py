@@ -83,7 +83,7 @@ def test_more_products(arch: int, case: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
-    [Shape(2, 1, 8, 2), Shape(2, 2, 4), Shape(4, 1, 16, 2), Shape(2, 1, 8, wgmma=True), Shape(4, 1, 12, wgmma=True)],
+    [Shape(2, 1, 8, 2), Shape(2, 2, 4), Shape(4, 1, 16, 2), Shape(2, 1, 8, wgmma=True), Shape(4, 2, 12, wgmma=True)],
     ids=str,
 )
 def test_other_shapes(shape: Shape) -> None:
@@ -108,11 +108,11 @@ def call(n: int, form: str, T: str = "bf16", m: int = 4096, k: int = 4096, parts
 def shared_used(constants: Mapping[str, int], block_bytes: int) -> int:
     """Bytes of shared memory that the kernels of linear_packed_many.cu address, counted as they do."""
     rows, depth, warps = 8 * constants["NTILES"], constants["DEPTH"], constants["WARPS"]
-    tiles, slices = constants.get("TILES", 1), constants.get("SLICES", 1)
+    tiles, slices = constants["TILES"], constants.get("SLICES", 1)
     teams = warps // slices
-    finish = max((slices - 1) * tiles * constants["NTILES"] * 4 * 32, rows * 20) * 4 * teams
+    finish = max((slices - 1) * tiles * constants["NTILES"] * 4 * 32, 16 * 20) * 4 * teams
     ring = depth * teams * tiles * block_bytes
-    x = depth * rows * 288 if "TILES" in constants else 4 * rows * 256 + 1024
+    x = depth * rows * 288 if "SLICES" in constants else 4 * rows * 256 + 1024
     return ring + x + finish
 
 
@@ -135,6 +135,17 @@ def test_what_goes_another_way() -> None:
     assert many_rows_plan("linear", call(16, "int4 g128", "f32"), HOPPER) is None
     assert many_rows_plan("linear", call(16, "int4 g128", "f16"), Device(75, 40, 65536)) is None
     assert many_rows_plan("linear", call(16, "int4 g128"), replace(HOPPER, shared=16384)) is None
+
+
+def test_a_large_weight_is_taken_in_wider_bands_on_hopper() -> None:
+    """x is read once for each band, and a part of its sums is left by each multiprocessor."""
+
+    def band(m: int, k: int) -> int:
+        plan = many_rows_plan("linear", call(64, "fp8", m=m, k=k), Device(90, 132))
+        assert plan is not None
+        return int(plan.launches[0].constants["TILES"] * plan.launches[0].constants["WARPS"])
+
+    assert band(28672, 4096) > band(4096, 4096)
 
 
 def test_segments_and_rows_are_launched_one_after_the_other() -> None:

@@ -52,9 +52,9 @@ SIMT_FN float round_to_odd(double d) {
   return as<float>(x | 1u);
 }
 // a * b + c in double, the product being exact, with the sum rounded to odd.
-SIMT_FN double fma_to_odd(float a, float b, float c) {
-  double p = double(a) * double(b), s = p + double(c), t = s - p;
-  double error = (p - (s - t)) + (double(c) - t);
+SIMT_FN double fma_to_odd(double a, double b, double c) {
+  double p = a * b, s = p + c, t = s - p;
+  double error = (p - (s - t)) + (c - t);
   if (error == 0 || s != s || __builtin_isinf(s)) return s;
   unsigned long long x = as<unsigned long long>(s);
   if ((x & 1u) == 0) x += ((error > 0) == (s > 0)) ? 1ull : -1ull;
@@ -69,6 +69,7 @@ template <class Format> struct Float16 {
   SIMT_METHOD Float16(int i) : __x(Format::narrow(round_to_odd(double(i)))) {}
   SIMT_METHOD Float16(unsigned i) : __x(Format::narrow(round_to_odd(double(i)))) {}
   SIMT_METHOD operator float() const { return Format::widen(__x); }
+  SIMT_METHOD double wide() const { return Format::wide(__x); }
   SIMT_METHOD explicit operator int() const { return int(Format::widen(__x)); }
   SIMT_METHOD static Float16 from_bits(unsigned short bits) { Float16 h; h.__x = bits; return h; }
 
@@ -107,7 +108,7 @@ template <class Format> struct alignas(4) Float16x2 {
   SIMT_FN H __hdiv(H a, H b) { return a / b; }                                                                   \
   SIMT_FN H __hneg(H a) { return -a; }                                                                           \
   SIMT_FN H __habs(H a) { return H::from_bits((unsigned short)(a.__x & 0x7fffu)); }                              \
-  SIMT_FN H __hfma(H a, H b, H c) { return H(simt::fma_to_odd(float(a), float(b), float(c))); }                  \
+  SIMT_FN H __hfma(H a, H b, H c) { return H(simt::fma_to_odd(a.wide(), b.wide(), c.wide())); }                  \
   SIMT_FN H __hmax(H a, H b) { return H(__builtin_fmaxf(float(a), float(b))); }                                  \
   SIMT_FN H __hmin(H a, H b) { return H(__builtin_fminf(float(a), float(b))); }                                  \
   SIMT_FN bool __heq(H a, H b) { return a == b; }                                                                \

@@ -9,11 +9,13 @@
 // Kernels run one after the other here.
 SIMT_FN void launch_dependents() {}
 SIMT_FN void pdl_wait() {}
+SIMT_FN void fence_gpu() { __threadfence(); }
 
 // Volatile, acquire and relaxed loads are how threads wait for one another, so they let the others run first. Memory is
 // sequentially consistent here: that an acquire or a release is missing is not found.
 template <class T> SIMT_TEMPLATE T ld_volatile(const T* p) { return simt::from_bits<T>(simt_load(p, sizeof(T), 1)); }
 template <class T> SIMT_TEMPLATE T ld_acquire(const T* p) { return simt::from_bits<T>(simt_load(p, sizeof(T), 1)); }
+SIMT_FN unsigned ld_acquire(const unsigned* p) { return simt_load(p, 4, 1); }
 template <class T> SIMT_TEMPLATE T ld_relaxed(const T* p) { return simt::from_bits<T>(simt_load(p, sizeof(T), 1)); }
 template <class T> SIMT_TEMPLATE void st_volatile(T* p, simt::same<T> v) { simt_store(p, sizeof(T), simt::to_bits(v)); }
 template <class T> SIMT_TEMPLATE void st_release(T* p, simt::same<T> v) { simt_store(p, sizeof(T), simt::to_bits(v)); }
