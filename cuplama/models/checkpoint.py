@@ -26,7 +26,6 @@ from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
-from .gguf import gguf_name, gguf_tensors
 
 __all__ = ["INDEX", "has_weights", "load_weights", "open_tensors"]
 
@@ -46,6 +45,8 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
     """
     dims = config.dims()
     if is_gguf(folder):
+        from .gguf import gguf_name, gguf_tensors
+
         gguf = open_gguf(folder)
         layout = _Layout(folder, gguf_tensors(gguf, dims), "its metadata", partial(gguf_name, gguf))
     else:
