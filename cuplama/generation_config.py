@@ -17,7 +17,6 @@ from .errors import ConfigError, ParameterError
 from .files import read_optional_json
 from .gguf import is_gguf, open_gguf
 from .models.config import ModelConfig, token_ids
-from .models.gguf import gguf_generation
 from .sampling_params import SamplingParams, read_parameter
 from .text.tokenizer import Tokenizer
 
@@ -118,6 +117,8 @@ class Settings:
 def _read(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     """(the file that says it, for errors; the content of a generation_config.json)."""
     if is_gguf(folder):
+        from .models.gguf import gguf_generation
+
         return folder, gguf_generation(open_gguf(folder))
     where = folder / "generation_config.json"
     return where, read_optional_json(where)

@@ -25,6 +25,7 @@ from ..models.rounding import round_weights
 from ..ops.attention import HEAD_DIMS
 from ..ops.launch import Device
 from ..quant.format import PLAIN, Format
+from ..quant.weight import Weight
 from .running import find_folder
 from .streams import size_text
 from .text_info import text_facts, text_view
@@ -52,9 +53,7 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
     if quantize is not None and not found:
         raise ParameterError("--quantize needs a model's weights, and there are none")
     if folder is not None and found:
-        weights = load_weights(folder, config)
-        if quantize is not None:
-            weights = round_weights(weights, config, quantize)
+        weights = _weights(folder, config, quantize)
         T = DTYPES[stored_dtype(config, weights)]
         tied = weights["lm_head"].source == weights["embed_tokens"].source
         shapes = {name: w.shape for name, w in weights.items()}
@@ -103,6 +102,11 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
         "numpy_bytes": 4 * sum(sizes.values()) + cache_bytes(config, DTYPES["f32"], context),
         **text_facts(folder, config),
     }
+
+
+def _weights(folder: Path, config: ModelConfig, quantize: str | None) -> dict[str, Weight]:
+    weights = load_weights(folder, config)
+    return weights if quantize is None else round_weights(weights, config, quantize)
 
 
 def view(facts: Mapping[str, Any]) -> dict[str, Any]:

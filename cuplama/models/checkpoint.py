@@ -26,7 +26,6 @@ from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
-from .gguf import gguf_name, gguf_tensors
 
 __all__ = ["INDEX", "has_weights", "load_weights", "open_tensors"]
 
@@ -46,6 +45,8 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
     """
     dims = config.dims()
     if is_gguf(folder):
+        from .gguf import gguf_name, gguf_tensors
+
         gguf = open_gguf(folder)
         layout = _Layout(folder, gguf_tensors(gguf, dims), "its metadata", partial(gguf_name, gguf))
     else:
@@ -58,13 +59,21 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
         weights[name] = weight
         used.update(weight.source)
     for name in sorted(tensors.keys() - used):
-        if not any(re.fullmatch(pattern, name) for pattern in HARMLESS_TENSORS):
-            t = tensors[name]
+        t = tensors[name]
+        if not any(re.fullmatch(pattern, name) for pattern in HARMLESS_TENSORS) and not _adds_nothing(name, tensors):
             raise CheckpointError(
                 f"{t.file}: tensor {t.name} {list(t.shape)} has no place in {config.architecture} as"
                 f" {layout.described} describes it; refusing to ignore it"
             )
     return weights
+
+
+def _adds_nothing(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is the bias of a quantised matrix and all of it is 0: GPTQ's writers gave every layer one."""
+    module, _, kind = name.rpartition(".")
+    weight, data = tensors.get(f"{module}.weight"), tensors[name].data
+    quantised = kind == "bias" and weight is not None and isinstance(weight.data, Stored)
+    return quantised and isinstance(data, np.ndarray) and not data.any()
 
 
 def _safetensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:

@@ -17,7 +17,6 @@ from ..ops.signature import dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
-from .gguf import gguf_config
 from .rope import Rope
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
@@ -159,6 +158,8 @@ def load_config(folder: Path) -> ModelConfig:
     Raises ConfigError naming the field, its value and what is supported, and CheckpointError for a damaged GGUF file.
     """
     if is_gguf(folder):
+        from .gguf import gguf_config  # here, as wherever files are told apart: folders do not wait for it
+
         return parse_config(gguf_config(open_gguf(folder)), str(folder))
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")

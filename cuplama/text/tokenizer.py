@@ -21,7 +21,6 @@ from ..gguf import is_gguf, open_gguf
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
-from .gguf_tokenizer import has_tokenizer, read_gguf
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_folder
 
@@ -68,7 +67,12 @@ class Tokenizer:
     @classmethod
     def find(cls, folder: Path) -> Tokenizer | None:
         """The tokenizer of a folder or a GGUF file as of `load`, or None if it has none."""
-        has = has_tokenizer(open_gguf(folder)) if is_gguf(folder) else not is_missing(folder / "tokenizer.json")
+        if is_gguf(folder):
+            from .gguf_tokenizer import has_tokenizer
+
+            has = has_tokenizer(open_gguf(folder))
+        else:
+            has = not is_missing(folder / "tokenizer.json")
         return cls.load(folder) if has else None
 
     @classmethod
@@ -78,7 +82,12 @@ class Tokenizer:
         Raises TokenizerError, naming the file, if there is none or any of the files is unusable.
         """
         folder = Path(folder)
-        files = read_gguf(open_gguf(folder)) if is_gguf(folder) else read_folder(folder)
+        if is_gguf(folder):
+            from .gguf_tokenizer import read_gguf
+
+            files = read_gguf(open_gguf(folder))
+        else:
+            files = read_folder(folder)
         try:
             return cls(files.backend, files.special_tokens, files.chat_templates)
         except TokenizerError as error:

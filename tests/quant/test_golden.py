@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import cuplama
 from cuplama.config import load_config
-from cuplama.errors import ConfigError
+from cuplama.errors import CheckpointError, ConfigError
 from cuplama.models.checkpoint import load_weights
 from cuplama.quant.readers import READERS
 from tests.paths import GOLDEN
@@ -43,6 +43,26 @@ def test_matrices_stay_as_they_are_stored(folder: Path) -> None:
 def test_every_reader_has_a_golden_model() -> None:
     methods = {load_config(folder).raw["quantization_config"]["quant_method"] for folder in FOLDERS}
     assert {READERS[method] for method in methods} == set(READERS.values())
+
+
+def test_biases_of_zeros_that_no_layer_has(tmp_path: Path) -> None:
+    """As AutoGPTQ writes them for every layer. Others are not ignored."""
+    folder = GOLDEN.parent / "quantised" / "gptq"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    name, tensors = "model.layers.0.mlp.down_proj.bias", load_file(folder / "model.safetensors")
+    assert name not in tensors
+    bias = np.zeros(tensors["model.norm.weight"].shape, np.float16)
+    save_file({**tensors, name: bias}, tmp_path / "model.safetensors")
+    wanted, found = (load_weights(f, load_config(f)).keys() for f in (folder, tmp_path))
+    assert wanted == found
+    bias[3] = 1
+    save_file({**tensors, name: bias}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"tensor {name} \[\d+\] has no place in LlamaForCausalLM"):
+        load_weights(tmp_path, load_config(tmp_path))
+    plain = "model.norm.bias"
+    save_file({**tensors, plain: np.zeros_like(bias)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"tensor {plain} \[\d+\] has no place"):
+        load_weights(tmp_path, load_config(tmp_path))
 
 
 def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
