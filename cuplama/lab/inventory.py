@@ -57,11 +57,14 @@ _ADMITTED: Mapping[str, tuple[int, str]] = {k: v for op in OPS.values() for k, v
 # Of a known model a decode step and a short prompt are walked for each of these numbers of sequences; each has a row of
 # logits. Up to 8 rows every number of rows has instances of its own. More rows a library computes, or where there is
 # none our kernels, 8 at a time: of the engine's larger steps 12 alone leaves a rest, and 64 stands for the others.
-# Packed formats that a known model is walked with; the ops' own cases have the others.
-_QUANTISED: tuple[str, ...] = ()
-_QUANTISED_MODEL = "llama-3.1-8b"
 _EIGHT_BIT = ("fp8", "fp8 g128")  # formats whose products of many rows may round the other side to 8 bits too
 _SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 64)
+# Packed formats that a known model is walked with, one of each kind of code and scale; the ops' own cases have more. Of
+# the instances for 1, 2, 4 and 8 rows the first and the last stand for the others, so that all kernels compile in
+# minutes.
+_QUANTISED = ("int4 g128", "int4 g128 zero", "int8", "fp8", "fp8 g128", "Q4_K", "Q6_K")
+_QUANTISED_SEQUENCES = (1, 8, 64)
+_QUANTISED_MODEL = "llama-3.1-8b"
 _SHORT = 512  # tokens of the prompts together
 _LONG = 4096  # tokens of one prompt, for which attention has larger tiles: those of the CUDA backend's largest pass
 _CONTEXT = 4096  # tokens that a page table has room for
@@ -209,7 +212,8 @@ def _passes(
         return {**standing, **described_weights(config, weight_format)}
 
     prompt = [*fuse(graph.body, PREFILL_RULES), *fuse(graph.selected_rows(), PREFILL_RULES)]
-    for stored, counts in ((T, _SEQUENCES), (DTYPES["e4m3"], () if weight_format else _SEQUENCES[:1])):
+    walked = (_QUANTISED_SEQUENCES, ()) if weight_format else (_SEQUENCES, _SEQUENCES[:1])
+    for stored, counts in zip((T, DTYPES["e4m3"]), walked, strict=True):
         for sequences in counts:
             yield decode_nodes(graph, sequences), values(sequences, sequences, stored), stored
             yield prompt, values(_SHORT, sequences, stored), stored
