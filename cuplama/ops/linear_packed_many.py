@@ -79,12 +79,13 @@ _SHAPES: Mapping[int, tuple[Shape, ...]] = {
     6: (Shape(6, 2, 8, 2), Shape(6, 1, 4), Shape(6, 1, 2)),
     8: (Shape(8, 2, 8, 2), Shape(8, 1, 4), Shape(8, 1, 2)),
 }
-# The same for Hopper's warpgroups: (tiles of a warp, warps), of which the cheapest is taken.
+# The same for Hopper's warpgroups, with a tile for each warp: (warps, depth), of which the cheapest is taken. Two tiles
+# for each lost at every size: bands are then so few and so tall that blocks leave each other more sums.
 _WGMMA_SHAPES: Mapping[int, tuple[tuple[int, int], ...]] = {
-    2: ((1, 12),),
-    4: ((1, 12), (1, 8)),
-    6: ((1, 12), (1, 8)),
-    8: ((1, 12), (1, 8), (2, 8), (2, 12)),
+    2: ((12, 6),),
+    4: ((12, 6), (8, 6)),
+    6: ((12, 6), (8, 6)),
+    8: ((12, 3), (8, 6)),
 }
 
 
@@ -95,7 +96,7 @@ class Cost:
     unit: float = 0.2
     weight_kilobyte: float = 0.028  # of a unit: from memory
     x_kilobyte: float = 0.02  # of a unit: from L2
-    sums: float = 0.003  # for each tile of a unit and row of x: of sums that blocks leave for others
+    sums: float = 0.009  # for each tile of a unit and row of x: of sums that blocks leave for others
 
     def of(self, shape: Shape, block_bytes: int, units: float) -> float:
         """units: of a multiprocessor."""
@@ -166,7 +167,7 @@ def _wanted(rows: int, k: int, segment: SegmentLike, device: Device) -> Sequence
     def cost(shape: Shape) -> float:
         return Cost().of(shape, block_bytes, _units(shape, segment.rows, k) / device.sms)
 
-    hopper = (Shape(groups, tiles, warps, wgmma=True) for tiles, warps in _WGMMA_SHAPES[groups])
+    hopper = (Shape(groups, 1, warps, wgmma=True, depth=depth) for warps, depth in _WGMMA_SHAPES[groups])
     return (*sorted(hopper, key=cost), *_SHAPES[groups])
 
 
