@@ -32,11 +32,11 @@ class Tuning:
 
     warps: of a GPU block, at most, for one row of x and for several; fewer where shared memory is short. ahead: packed
     blocks that a warp has asked for ahead of the one that it multiplies; behind: further ones, which it asks for only
-    behind x where x is short, so that x does not wait for them. steps: units of tiles between two barriers, for one row of x and for several. held: packed
-    blocks of x that the registers of a warp may hold while tiles are multiplied, for one row of x and for several.
-    part: bytes of x that a GPU block should take, at most: several blocks share k if there are more, unless the kernel
-    computes a norm. norm_rows: rows of x up to which it does that itself; for more a launch before it does, and the
-    product asks for its weights meanwhile.
+    behind x where x is short, so that x does not wait for them. steps: units of tiles between two barriers, for one row
+    of x and for several. held: packed blocks of x that the registers of a warp may hold while tiles are multiplied, for
+    one row of x and for several. part: bytes of x that a GPU block should take, at most: several blocks share k if
+    there are more, unless the kernel computes a norm. norm_rows: rows of x up to which it does that itself; for more a
+    launch before it does, and the product asks for its weights meanwhile.
     """
 
     warps: tuple[int, int] = (16, 16)
@@ -103,8 +103,8 @@ class _Sizes:
         return sums + self.rows * (self.element * (blocks * _BLOCK_COLUMNS + 32) + 4 * self.sums * blocks)
 
     def divide(self, columns: int, block_bytes: int, tuning: Tuning, device: Device) -> tuple[_Shape, int, int] | None:
-        """The division of rows of blocks that leaves room for a ring, the blocks that a warp has there, and those that it
-        asks for first: in as few phases as possible, but rather that than fewer than 16 warps."""
+        """The division of rows of blocks that leaves room for a ring, the blocks that a warp has there, and those that
+        it asks for first: in as few phases as possible, but rather that than fewer than 16 warps."""
         limit = device.shared - _RESERVED_BYTES
         most = tuning.warps[self.rows > 1]
         some = [most, *(warps for warps in (16, 8, 4, 2, 1) if warps < most)]
