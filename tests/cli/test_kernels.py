@@ -309,15 +309,15 @@ def test_list_shows_every_kernel() -> None:
     assert "norm.cu" in lines["rms_norm"]
     assert "f32 f16 bf16" in lines["rms_norm"]
     assert "sqrt(mean(x^2) + eps)" in lines["rms_norm"]
-    assert re.search(r"embedding +f32 f16 bf16 +sm_75\+  x = table\[input_ids\] of a plain table$", lines["embedding"])
+    assert re.search(r"embedding +f32 f16 bf16 +sm_75\+ +x = table\[input_ids\] of a plain table$", lines["embedding"])
     # one of an op's several kernels: what the op says of it
     assert "  y = act(layer_norm(x) w^T + b) for two to eight rows of x" in lines["layer_norm_linear_mma"]
     # a kernel of no op's own: what the head of its file says
     assert lines["fill_rows"].endswith("  y[i,j] = a[i,j] + b[j]")
-    assert re.search(r"  f32 +sm_75\+  The maximum of each chunk of the logits", lines["sample_max"])
+    assert re.search(r"  f32 +sm_75\+ +The maximum of each chunk of the logits", lines["sample_max"])
     assert re.search(r"  f32 f16 +sm_75\+  ", lines["attention_prefill_fma"])  # where there are no tensor cores for it
     assert re.search(r"  f16 bf16 +sm_80\+  ", lines["attention_prefill_mma"])
-    assert re.search(r"  f16 bf16 +sm_90  ", lines["attention_prefill_wgmma"])
+    assert re.search(r"  f16 bf16 +sm_90 +", lines["attention_prefill_wgmma"])
     assert re.search(r"  - +sm_75\+  ", lines["advance"])  # integers only
     for line in lines.values():  # a formula, or a sentence
         text = re.split(r"  +", line)[-1]
