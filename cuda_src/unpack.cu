@@ -9,8 +9,9 @@
 // halves between two chunks of 16 columns: each then has eight columns of one of them. In an order of their own,
 // numbers are stored one by one: the L2 cache gathers the lines, as all of a row is written at about the same time.
 //
-// unpack_codes  dense[end - first, k] = the codes themselves, of 8-bit floats, w_scale = their scales: one for each row,
-//               or for 128 columns of each row, [ceil(k / 128), end - first]: f32
+// unpack_codes  dense[end - first, k] = the codes themselves, of 8-bit floats; w_scale = their scales
+//
+// w_scale has one f32 for each row, or [ceil(k / 128), end - first] of them for 128 columns of each row.
 //
 // For products of 8-bit floats; T says no more than what the scratch is otherwise. A block of the weight goes through
 // shared memory, so that rows are written in pieces of 128 bytes. k is a multiple of 16, `first` of the rows of a block.
