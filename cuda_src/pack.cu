@@ -110,7 +110,7 @@ __device__ __forceinline__ u32 chunk_above(const u32 (&codes)[2][4]) {
 }
 
 template <int BITS>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 4)
     pack_codes(u8* __restrict__ blocks, const u8* __restrict__ raw, i64 rows, i64 columns, i64 part, u32 widths,
                u32 flip, u32 add, int m, int k, int parts, int block_bytes) {
     constexpr int EACH = BITS <= 6 ? 1 : BITS / 4;  // words of a chunk
