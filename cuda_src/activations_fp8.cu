@@ -23,9 +23,9 @@
 
 constexpr int THREADS = 512;  // of a block at most; _MAX_THREADS in eight_bit.py
 
-// The bound that gives a kernel its registers: of twice the 448 threads that four chunks of a row of 14,336 are, so that
-// two blocks fit, or of one block. (A bound of one block and a minimum of two blocks means the same; with it there are
-// spills.) MOST: chunks for which two blocks fit.
+// The bound that gives a kernel its registers: of twice the 448 threads that four chunks of a row of 14,336 are, so
+// that two blocks fit, or of one block. (A bound of one block and a minimum of two blocks means the same; with it there
+// are spills.) MOST: chunks for which two blocks fit.
 template <int CHUNKS, int MOST>
 constexpr int bound = CHUNKS <= MOST ? 896 : THREADS;
 

@@ -11,8 +11,8 @@
 //   page_table  [b, M] i32                 token t of sequence i lies on page page_table[i][t / S]
 //   y           [n, num_heads*D] T
 //
-// C is T, or e4m3. D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and sums are f32.
-// Exponentials are powers of two: the factor log2(e) is part of the scaled query.
+// C is T, or e4m3. D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and
+// sums are f32. Exponentials are powers of two: the factor log2(e) is part of the scaled query.
 //
 // Mapping: grid (tiles, H), 256 threads. The rows of a tile are (token, head of the group) pairs of one sequence, so
 // the group shares K and V and a sequence with one token wastes little. Thread (ty, tx) of 16 x 16 computes

@@ -69,8 +69,8 @@ __device__ __forceinline__ Pack<C, W> narrow(const Pack<T, W>& x) {
 
 // ---- from e4m3, exactly ---------------------------------------------------------------------------------------------
 
-// Two numbers, in the upper byte of each half, as f16: its exponent has a bias of 15, so shifted bits are 2^8 too small,
-// denormals too.
+// Two numbers, in the upper byte of each half, as f16: its exponent has a bias of 15, so shifted bits are 2^8 too
+// small, denormals too.
 __device__ __forceinline__ u32 shifted_e4m3(u32 x) {
     const u32 bits = (x & 0x80008000u) | (x & 0x7f007f00u) >> 1;
     const __half2 scaled = __hmul2(*reinterpret_cast<const __half2*>(&bits), __float2half2_rn(256.f));

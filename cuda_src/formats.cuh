@@ -11,8 +11,9 @@
 // A lane 4 r + t of a warp owns the codes of rows r and r + 8, of each chunk of 16 columns those at 4 t .. 4 t + 3. It
 // takes its share of a block with one call of `lane`, and from that, chunk by chunk,
 //
-//     fragment<T>   the A of mma.m16n8k16 in f16 or bf16: registers i = (row r + 8 (i % 2); columns 4 t + i / 2 * 2, + 1).
-//                   So k is permuted: B has the columns 4 t .. 4 t + 3 of the chunk, in that order, in its two registers.
+//     fragment<T>   the A of mma.m16n8k16 in f16 or bf16: register i has columns 4 t + i / 2 * 2 and the next of row
+//                   r + 8 (i % 2). So k is permuted: B has columns 4 t .. 4 t + 3 of the chunk, in that order, in its
+//                   two registers.
 //     raw           the same, but numbers are to be multiplied by RAW<T> still.
 //     floats        the same eight as f32: columns 4 t .. 4 t + 3 of row r, then of row r + 8.
 //

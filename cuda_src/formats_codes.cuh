@@ -70,8 +70,8 @@ __device__ __forceinline__ u32 moved(u32 bits, int by) { return by >= 0 ? bits <
 __device__ __forceinline__ float whole_float(u32 number) { return __int_as_float(0x4b000000u | number) - 8388608.f; }
 
 // ---- the codes of a block -------------------------------------------------------------------------------------------
-// A lane's share, as it lies in memory: word c of `low` is that of chunk c (two words of 8 bits, four of 16, eight of 32).
-// Of 5 and 6 bits `high` has what is above the fourth.
+// A lane's share, as it lies in memory: word c of `low` is that of chunk c (two words of 8 bits, four of 16, eight of
+// 32). Of 5 and 6 bits `high` has what is above the fourth.
 template <int BITS>
 struct LaneWords {
     static constexpr int LOW = BITS <= 6 ? 8 : 2 * BITS, HIGH = BITS == 6 ? 4 : BITS == 5 ? 2 : 0;
@@ -168,9 +168,10 @@ struct Whole : Codes<BITS_> {
         return 0x43004300u + number * 0x10001u;
     }
 
-    // A code in the mantissa of 2^p, whose last bit is worth 1 where the code's is, is 2^p + code: one logical operation,
-    // and one exact subtraction of 2^p + zero. Of f16, with 10 bits, two codes fit beside each other: those of row r
-    // lie at bit 0 behind 1024, those of row r + 8 at bit 4 behind 64. Of bf16, with 7 bits, one at bit 0 behind 128.
+    // A code in the mantissa of 2^p, whose last bit is worth 1 where the code's is, is 2^p + code: one logical
+    // operation, and one exact subtraction of 2^p + zero. Of f16, with 10 bits, two codes fit beside each other: those
+    // of row r lie at bit 0 behind 1024, those of row r + 8 at bit 4 behind 64. Of bf16, with 7 bits, one at bit 0
+    // behind 128.
     template <typename T>
     static __device__ __forceinline__ void nibbles(const Words& words, int chunk, const u32 (&minus)[2], u32 (&a)[4]) {
 #pragma unroll
@@ -188,8 +189,8 @@ struct Whole : Codes<BITS_> {
         }
     }
 
-    // Of a byte the mantissa of bf16 holds 7 bits: 128 + those, less 128 if the eighth is set, else less 256, is the byte
-    // less 128. These two differ in the eighth bit alone.
+    // Of a byte the mantissa of bf16 holds 7 bits: 128 + those, less 128 if the eighth is set, else less 256, is the
+    // byte less 128. These two differ in the eighth bit alone.
     template <typename T>
     static __device__ __forceinline__ void bytes(const Words& words, int chunk, const u32 (&minus)[2], u32 (&a)[4]) {
 #pragma unroll
@@ -207,8 +208,9 @@ struct Whole : Codes<BITS_> {
         }
     }
 
-    // The same over 64, for 4 bits and bf16, with fewer shifts: up to 8 bits, alone in a half of a register, are that number
-    // times 2^-133, from bf16's subnormal numbers into its smallest normal ones. One multiply-add takes off the zero point.
+    // The same over 64, for 4 bits and bf16, with fewer shifts: up to 8 bits, alone in a half of a register, are that
+    // number times 2^-133, from bf16's subnormal numbers into its smallest normal ones. One multiply-add takes off the
+    // zero point.
     template <typename T>
     static constexpr float RAW = BITS == 4 && (BIAS == 0 || BIAS == 8) && !IS_F16<T> ? 64.f : 1.f;
     static __device__ __forceinline__ u32 raw_minus(u32 zero) {
@@ -295,8 +297,8 @@ struct Nf4 : Codes<4>, NoMinus {
     static __device__ __forceinline__ float number(u32 code) { return NF4_NUMBERS[code]; }
 
     // The numbers of four codes, rounded to T: their lower bytes and their upper ones. The table is in eight registers:
-    // lower bytes of the numbers 0 .. 7, upper ones, and both of 8 .. 15. codes, upper: at bits 0, 4, 8 and 12 three bits
-    // of a code, and 1 where its fourth is set.
+    // lower bytes of the numbers 0 .. 7, upper ones, and both of 8 .. 15. codes, upper: at bits 0, 4, 8 and 12 three
+    // bits of a code, and 1 where its fourth is set.
     template <typename T>
     static __device__ __forceinline__ void look_up(u32 codes, u32 upper, u32 (&number)[2]) {
         constexpr u32 TABLE[2][2][4] = {{{0x52339200u, 0x00d4ea8du, 0xb6b8b9bcu, 0x00adb1b4u},

@@ -4,37 +4,38 @@
 // linear_add_packed         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_packed    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
 // layer_norm_linear_packed  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
-//                           act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m+i)
+//                           act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows:
+//                           y = silu(row i) * (row m+i)
 //                           A launch takes the rows first .. first + 7 of x, as far as there are so many, and one
 //                           segment of w: `rows` rows, which are the columns of y from `column` on. For silu_mul m is a
 //                           multiple of 16, and there is one segment.
 //
-// The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not need
-// more than some 150 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is dealt to
-// them in contiguous slices of BLOCKS packed blocks. x lies in shared memory, where all warps read it; with HELD, for few
-// packed blocks, a warp's part of it lies in registers from then on. Each warp has a ring of DEPTH packed blocks, which it
-// fills with cp.async, 16 bytes a lane, and reads without any barrier but its own: scales lie in other lanes' copies. It
-// asks for EARLY of them at once, and for the rest behind x, which would wait for them otherwise.
+// The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not
+// need more than some 150 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is
+// dealt to them in contiguous slices of BLOCKS packed blocks. x lies in shared memory, where all warps read it; with
+// HELD, for few packed blocks, a warp's part of it lies in registers from then on. Each warp has a ring of DEPTH packed
+// blocks, which it fills with cp.async, 16 bytes a lane, and reads without any barrier but its own: scales lie in other
+// lanes' copies. It asks for EARLY of them at once, and for the rest behind x, which would wait for them otherwise.
 //
 // Every multiprocessor copies x from L2: eight rows of 14336 columns are 229 KB for each, 30 MB in all, as much as a
-// weight of 4 bits. Where they are too long, SPLIT neighbouring GPU blocks share k and have more tiles for it: each leaves
-// its sums in memory, and the last one adds them up. Where that is not possible or not enough, k goes in PHASES, each
-// through all tiles of the GPU block, whose sums wait in shared memory.
+// weight of 4 bits. Where they are too long, SPLIT neighbouring GPU blocks share k and have more tiles for it: each
+// leaves its sums in memory, and the last one adds them up. Where that is not possible or not enough, k goes in PHASES,
+// each through all tiles of the GPU block, whose sums wait in shared memory.
 //
 // A GPU block has a multiprocessor to itself, so that those of the next kernel are dealt out evenly.
 //
-// Codes become 16-bit floats, exactly but for nf4; tensor cores add up a group of columns in f32, and only then comes the
-// scale: total += scale * sum. An offset takes the sum of x over the group, which is computed once a phase by a product
-// with ones. The scale of a whole row comes last of all. With T = f32, or before sm_80, the same goes by multiply-adds on
-// floats.
+// Codes become 16-bit floats, exactly but for nf4; tensor cores add up a group of columns in f32, and only then comes
+// the scale: total += scale * sum. An offset takes the sum of x over the group, which is computed once a phase by a
+// product with ones. The scale of a whole row comes last of all. With T = f32, or before sm_80, the same goes by
+// multiply-adds on floats.
 //
-// After every STEP units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up those
-// of an element of y in a fixed order: results are the same in every run. There are two places for the sums,
+// After every STEP units of tiles the warps leave their sums in shared memory, and behind a barrier threads add up
+// those of an element of y in a fixed order: results are the same in every run. There are two places for the sums,
 // which take turns: one barrier every STEP units. Before the wait for earlier kernels only weights are read.
 //
 // Tried and worse: slices of several packed blocks as slots of the ring, for all of which a warp then waits; room for a
-// GPU block of the next kernel beside this one's (436 instead of 620 tokens a second of an 8B model in 4 bits): blocks are
-// dealt out unevenly then, and some multiprocessors get two of one kernel.
+// GPU block of the next kernel beside this one's (436 instead of 620 tokens a second of an 8B model in 4 bits): blocks
+// are dealt out unevenly then, and some multiprocessors get two of one kernel.
 //
 // order: where the columns of w lie in x (act-order), read with ORDERED only.
 //
@@ -44,7 +45,8 @@
 #include "linear_packed_fma.cuh"
 #include "linear_packed_rows.cuh"
 
-// Where a product goes. y, a (may be null) and b (may be null) begin at the launch's first row of x and first column of y.
+// Where a product goes. y, a (may be null) and b (may be null) begin at the launch's first row of x and first column of
+// y.
 template <typename T, typename U>
 struct Output {
     U* y;

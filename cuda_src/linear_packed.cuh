@@ -15,9 +15,9 @@ constexpr bool TENSOR = false;
 #endif
 
 // The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
-// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks that it asks for
-// before x; STEP: units of
-// tiles between two barriers; ORDERED: x is read in another order; HELD: x lies in registers while tiles are multiplied.
+// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks
+// that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order; HELD: x
+// lies in registers while tiles are multiplied.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
           int STEP_, int SPLIT_, bool ORDERED_, bool HELD_>
 struct Shape {
@@ -34,8 +34,8 @@ struct Shape {
     static constexpr int SPAN = WARPS * BLOCKS * BLOCK_COLUMNS;  // columns of a phase
 };
 
-// Elements from a row of x to the next in shared memory: with 16 bits 64 bytes more than they take, so that the lanes of
-// two rows meet different banks.
+// Elements from a row of x to the next in shared memory: with 16 bits 64 bytes more than they take, so that the lanes
+// of two rows meet different banks.
 template <typename S, typename Y>
 constexpr int STRIDE_OF = S::SPAN + (sizeof(Y) == 2 ? 32 : 0);
 
@@ -49,9 +49,9 @@ __device__ __forceinline__ int staged_at(int column) {
 
 __device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
 
-// A warp's share of the weight on its way through its ring, packed block by packed block. What it has of a tile in a phase
-// is a run of at most BLOCKS that lie one behind the other. The order is phase, unit, tile of the unit. Making one starts
-// it; it reads nothing but weights.
+// A warp's share of the weight on its way through its ring, packed block by packed block. What it has of a tile in a
+// phase is a run of at most BLOCKS that lie one behind the other. The order is phase, unit, tile of the unit. Making
+// one starts it; it reads nothing but weights.
 template <typename S>
 struct Stream {
     typedef typename S::W W;
@@ -96,8 +96,8 @@ struct Stream {
     // Fills the ring, once x has been asked for.
     __device__ __forceinline__ void fill_rest() { fill<S::DEPTH - 1 - S::EARLY>(); }
 
-    // Where this warp's runs begin in a row of blocks in a phase, and how many blocks they have: none in a later phase if
-    // there are none in an earlier one.
+    // Where this warp's runs begin in a row of blocks in a phase, and how many blocks they have: none in a later phase
+    // if there are none in an earlier one.
     static __device__ __forceinline__ int column_of(int phase) {
         return (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS;
     }
@@ -106,8 +106,8 @@ struct Stream {
     }
 
     // Shared memory behind the rings: sums of the tiles between two barriers, twice [2][WARPS][STEP][PARTS][TILE]; with
-    // several phases or parts those of all tiles of the block [units][PARTS][TILE]; x (SharedRows); with offsets the sums of x over
-    // groups [groups of SPAN][ROWS].
+    // several phases or parts those of all tiles of the block [units][PARTS][TILE]; x (SharedRows); with offsets the
+    // sums of x over groups [groups of SPAN][ROWS].
     static constexpr int PARTIAL = S::WARPS * S::STEP * S::PARTS * S::TILE;
     static __device__ __forceinline__ f32* partials() {
         DYNAMIC_SHARED(uint4, memory);
@@ -165,9 +165,9 @@ struct Stream {
 // ---- tiles on tensor cores ------------------------------------------------------------------------------------------
 // Products with the rows of x in shared memory.
 //
-// One row of x has the eight columns of an mma's B for itself. With small groups it is put there chunk by chunk: column c
-// has chunk c of a packed block, and zeros elsewhere (SPREAD). So the sums of all groups come from one chain of products,
-// a lane has those of chunks 2 t and 2 t + 1 alone, and needs the scales of these alone: a quarter.
+// One row of x has the eight columns of an mma's B for itself. With small groups it is put there chunk by chunk: column
+// c has chunk c of a packed block, and zeros elsewhere (SPREAD). So the sums of all groups come from one chain of
+// products, a lane has those of chunks 2 t and 2 t + 1 alone, and needs the scales of these alone: a quarter.
 template <typename S, int LEVELS>
 struct Factors {
     typedef typename S::T T;

@@ -1,5 +1,6 @@
-// linear_packed.cu by multiply-adds on floats: T = f32, and GPUs whose tensor cores have no mma.m16n8k16 (before sm_80).
-// The rows of x lie in shared memory, as f32, those of a phase at a time; a lane has the same codes as on tensor cores.
+// linear_packed.cu by multiply-adds on floats: T = f32, and GPUs whose tensor cores have no mma.m16n8k16 (before
+// sm_80). The rows of x lie in shared memory, as f32, those of a phase at a time; a lane has the same codes as on
+// tensor cores.
 #ifndef CUPLAMA_LINEAR_PACKED_FMA_CUH
 #define CUPLAMA_LINEAR_PACKED_FMA_CUH
 

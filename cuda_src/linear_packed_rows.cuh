@@ -33,10 +33,10 @@ __device__ __forceinline__ void read_fours(Pack<X, 4> (&v)[N], const X* row, con
     }
 }
 
-// The GPU block computes the rows of a phase together and leaves them in shared memory, [LEVELS][ROWS][STRIDE] of Y. X: of
-// x in memory. Y: T, an element being a number or, where y is f32 and a norm comes first, the sum of two (LEVELS); or f32,
-// rounded to T if ROUNDED. The loads of several rows are on their way together. What few registers hold is read once
-// (KEPT), and the norm's scale before the wait for earlier kernels.
+// The GPU block computes the rows of a phase together and leaves them in shared memory, [LEVELS][ROWS][STRIDE] of Y. X:
+// of x in memory. Y: T, an element being a number or, where y is f32 and a norm comes first, the sum of two (LEVELS);
+// or f32, rounded to T if ROUNDED. The loads of several rows are on their way together. What few registers hold is read
+// once (KEPT), and the norm's scale before the wait for earlier kernels.
 template <typename S, int NORM, int LEVELS_, bool ROUNDED, typename X, typename Y>
 struct SharedRows {
     typedef typename S::T T;

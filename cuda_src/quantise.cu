@@ -6,16 +6,16 @@
 // operation is rounded on its own, and sums are of halves, of their halves, and so on. The numbers of a Grid come from
 // there. Codes are whole numbers, or 8-bit floats (FLOATS). Rows and columns beyond the matrix are zero bytes.
 //
-// Mapping: quantise_scales: a warp takes a row of a block, lane l its columns l, l + 32, l + 64 and l + 96; of whole rows
-// (GROUP = 0) a warp walks along one. quantise_codes: a warp writes a block, lane by lane as a product reads it.
+// Mapping: quantise_scales: a warp takes a row of a block, lane l its columns l, l + 32, l + 64 and l + 96; of whole
+// rows (GROUP = 0) a warp walks along one. quantise_codes: a warp writes a block, lane by lane as a product reads it.
 //
 // Launched by cuplama/backends/cuda/rounding.py. Test: tests/backends/cuda/test_rounding.py.
 // Tried: nothing else yet.
 #include "common.cuh"
 #include "e4m3.cuh"
 
-// Codes stand for numbers from `least` to `most`; the largest number of a group becomes `far`, with its sign if `is_signed`,
-// under the first of the scales that are tried: those of the shares that are not 0.
+// Codes stand for numbers from `least` to `most`; the largest number of a group becomes `far`, with its sign if
+// `is_signed`, under the first of the scales that are tried: those of the shares that are not 0.
 struct Grid {
     float least, most, far;
     bool is_signed;

@@ -14,9 +14,9 @@
 // w_scale has one f32 for each row, or [ceil(k / 128), end - first] of them for 128 columns of each row.
 //
 // For products of 8-bit floats; T says no more than what the scratch is otherwise. A block of the weight goes through
-// shared memory, so that rows are written in pieces of 128 bytes. k is a multiple of 16, `first` of the rows of a block.
-// The codes of an 8B model take 3.6 ms on an H200: 3.9 TB/s, where reading alone has 4.5.
-// Test: tests/backends/cuda/test_eight_bit.py. Benchmark: python -m benchmarks.fp8_products.
+// shared memory, so that rows are written in pieces of 128 bytes. k is a multiple of 16, `first` of the rows of a
+// block. The codes of an 8B model take 3.6 ms on an H200: 3.9 TB/s, where reading alone has 4.5. Test:
+// tests/backends/cuda/test_eight_bit.py. Benchmark: python -m benchmarks.fp8_products.
 //
 // Launched as cuplama/backends/cuda/unpacking.py says. Test: tests/backends/cuda/test_unpacking.py. Benchmark:
 // benchmarks/packed_loading.py.
