@@ -55,7 +55,6 @@ ROTATED_BYTES = 200 << 20
 MAX_COPIES = 512
 SWEEP = {
     "as planned": TUNING,
-    "x in registers": replace(TUNING, held=(2, 2)),
     "24 warps": replace(TUNING, warps=(24, 24)),
     "2 blocks ahead, none behind x": replace(TUNING, behind=0),
     "3 blocks ahead": replace(TUNING, ahead=3),

@@ -12,10 +12,10 @@
 //
 // The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not
 // need more than some 150 instructions for them. A tile is 16 rows of w; the WARPS warps of a GPU block share it: k is
-// dealt to them in contiguous slices of BLOCKS packed blocks. x lies in shared memory, where all warps read it; with
-// HELD, for few packed blocks, a warp's part of it lies in registers from then on. Each warp has a ring of DEPTH packed
-// blocks, which it fills with cp.async, 16 bytes a lane, and reads without any barrier but its own: scales lie in other
-// lanes' copies. It asks for EARLY of them at once, and for the rest behind x, which would wait for them otherwise.
+// dealt to them in contiguous slices of BLOCKS packed blocks. x lies in shared memory, where all warps read it. Each
+// warp has a ring of DEPTH packed blocks, which it fills with cp.async, 16 bytes a lane, and reads without any barrier
+// but its own: scales lie in other lanes' copies. It asks for EARLY of them at once, and for the rest behind x, which
+// would wait for them otherwise.
 //
 // Every multiprocessor copies x from L2: eight rows of 14336 columns are 229 KB for each, 30 MB in all, as much as a
 // weight of 4 bits. Where they are too long, SPLIT neighbouring GPU blocks share k and have more tiles for it: each
@@ -35,7 +35,8 @@
 //
 // Tried and worse: slices of several packed blocks as slots of the ring, for all of which a warp then waits; room for a
 // GPU block of the next kernel beside this one's (436 instead of 620 tokens a second of an 8B model in 4 bits): blocks
-// are dealt out unevenly then, and some multiprocessors get two of one kernel.
+// are dealt out unevenly then, and some multiprocessors get two of one kernel. No gain: x in registers while tiles are
+// multiplied (one row in 4 bits: 17.1 us in place of 16.9 for w[28672,4096], 5.6 in place of 5.4 for w[6144,4096]).
 //
 // order: where the columns of w lie in x (act-order), read with ORDERED only.
 //
@@ -213,7 +214,7 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
 }
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
-          int EARLY, int STEP, int SPLIT, bool ORDERED, bool HELD>
+          int EARLY, int STEP, int SPLIT, bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_packed(const T* x, const W* __restrict__ w, const T* __restrict__ b, const i32* __restrict__ order, U* y,
                   f32* parts, u32* arrivals, int n, int first, int m, int rows, int column, int k) {
@@ -227,12 +228,12 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
                               nullptr,
                               parts,
                               arrivals};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED, HELD>, NO_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int EARLY, int STEP,
-          int SPLIT, bool ORDERED, bool HELD>
+          int SPLIT, bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     linear_add_packed(const T* x, const W* __restrict__ w, const f32* a, const T* __restrict__ b,
                       const i32* __restrict__ order, f32* y, f32* parts, u32* arrivals, int n, int first, int m,
@@ -241,12 +242,12 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     const i64 at = i64(first) * m + column;
     const Output<T, f32> out = {y + at, a + at,  b == nullptr ? b : b + column, min(n - first, 8), m, rows, nullptr,
                                 parts,  arrivals};
-    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED, HELD>, NO_NORM>(
+    product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED>, NO_NORM>(
         x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
-          int EARLY, int STEP, bool ORDERED, bool HELD>
+          int EARLY, int STEP, bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_linear_packed(const f32* x, const T* __restrict__ g, const W* __restrict__ w, const T* __restrict__ b,
                            const i32* __restrict__ order, U* y, int n, int first, int m, int rows, int column, int k,
@@ -254,18 +255,18 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     const T* h = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED, HELD>, RMS_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED>, RMS_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
-          int EARLY, int STEP, bool ORDERED, bool HELD>
+          int EARLY, int STEP, bool ORDERED>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     layer_norm_linear_packed(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const W* __restrict__ w,
                              const T* __restrict__ b, const i32* __restrict__ order, U* y, int n, int first, int m,
                              int rows, int column, int k, f32 eps) {
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
-    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED, HELD>, LAYER_NORM>(
+    product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED>, LAYER_NORM>(
         x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
 }

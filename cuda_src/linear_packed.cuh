@@ -16,17 +16,15 @@ constexpr bool TENSOR = false;
 
 // The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
 // warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks
-// that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order; HELD: x
-// lies in registers while tiles are multiplied.
+// that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
-          int STEP_, int SPLIT_, bool ORDERED_, bool HELD_>
+          int STEP_, int SPLIT_, bool ORDERED_>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
                          EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
-    static constexpr bool ORDERED = ORDERED_, HELD = HELD_;
-    static_assert(!HELD || PHASES == 1, "registers hold x of one phase");
+    static constexpr bool ORDERED = ORDERED_;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = ACT == SILU_MUL ? 2 : 1;        // sums for an element of y, and tiles of a unit
     static constexpr int TILE = BLOCK_ROWS * ROWS;               // sums of a tile
@@ -179,9 +177,6 @@ struct Factors {
     f32* sums;   // of this warp's groups [group][ROWS]
     // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe.
     u32 mine[SPREAD ? BLOCK_CHUNKS : 1];
-    static constexpr int HELD_CHUNKS = SPREAD ? 1 : BLOCK_CHUNKS;
-    typedef u32 Held[HELD_CHUNKS][LEVELS][2];  // x of a block, with HELD
-    Held held[S::HELD ? S::BLOCKS : 1];
 
     __device__ __forceinline__ Factors() {
         if constexpr (SPREAD)
@@ -216,12 +211,6 @@ struct Factors {
             }
             __syncwarp();
         }
-        if constexpr (S::HELD)
-#pragma unroll
-            for (int c = 0; c < S::BLOCKS * HELD_CHUNKS; c++)
-#pragma unroll
-                for (int l = 0; l < LEVELS; l++)
-                    read(x, SPREAD ? c * BLOCK_CHUNKS + lane_row() : c, l, held[c / HELD_CHUNKS][c % HELD_CHUNKS][l]);
     }
 
     // The B of a chunk.
@@ -236,17 +225,11 @@ struct Factors {
         float total[4] = {};
         const T* at = x;
         const f32* of = sums;
-        if constexpr (S::HELD) {
-#pragma unroll
-            for (int b = 0; b < S::BLOCKS; b++)
-                if (b < count) add(stream.take(), at, of + b * (W::GROUPS * S::ROWS), held[b], total);
-        } else {
 #pragma unroll 1
-            for (int b = 0; b < count; b++) {
-                add(stream.take(), at, of, held[0], total);
-                at += BLOCK_COLUMNS;
-                of += W::GROUPS * S::ROWS;
-            }
+        for (int b = 0; b < count; b++) {
+            add(stream.take(), at, of, total);
+            at += BLOCK_COLUMNS;
+            of += W::GROUPS * S::ROWS;
         }
         const int r = lane_row(), t = threadIdx.x % 4;
         if constexpr (S::ROWS == 1) {
@@ -264,16 +247,14 @@ struct Factors {
     }
 
     // A block's sums, added to those of its tile.
-    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, const Held& held,
-                                        float (&total)[4]) const {
+    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
         if constexpr (SPREAD)
-            add_spread(block, x, sums, held, total);
+            add_spread(block, x, sums, total);
         else
-            add_block(block, x, sums, held, total);
+            add_block(block, x, sums, total);
     }
 
-    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, const Held& held,
-                                              float (&total)[4]) const {
+    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
         constexpr int CHAINS = W::GROUP_CHUNKS > 4 ? 2 : 1;  // of products: short ones
         const int r = lane_row();
         const typename W::Words words = block.lane(threadIdx.x % WARP);
@@ -291,9 +272,7 @@ struct Factors {
                 W::template raw<T>(words, chunk, minus, a);
 #pragma unroll
                 for (int l = 0; l < LEVELS; l++) {
-                    if (S::HELD) {
-                        memcpy(b[l][c % 2], held[chunk % HELD_CHUNKS][l], 8);
-                    } else if (W::GROUP_CHUNKS == 1) {
+                    if (W::GROUP_CHUNKS == 1) {
                         read(x, chunk, l, b[l][0]);
                     } else if (c % 2 == 0) {
                         const Pack<T, 8> two = load<8>(x + l * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS));
@@ -325,18 +304,12 @@ struct Factors {
     }
 
     // The same where a lane has the sums of chunks 2 t and 2 t + 1.
-    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, const Held& held,
-                                               float (&total)[4]) const {
+    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
         const int r = lane_row(), t = threadIdx.x % 4;
         const typename W::Words words = block.lane(threadIdx.x % WARP);
         u32 own[LEVELS][2];
 #pragma unroll
-        for (int l = 0; l < LEVELS; l++) {
-            if constexpr (S::HELD)
-                memcpy(own[l], held[0][l], 8);
-            else
-                read(x, r, l, own[l]);
-        }
+        for (int l = 0; l < LEVELS; l++) read(x, r, l, own[l]);
         float sum[2][4] = {};  // chains of products
         u32 minus[2];
 #pragma unroll

@@ -33,25 +33,21 @@ class Tuning:
     warps: of a GPU block, at most, for one row of x and for several; fewer where shared memory is short. ahead: packed
     blocks that a warp has asked for ahead of the one that it multiplies; behind: further ones, which it asks for only
     behind x where x is short, so that x does not wait for them. steps: units of tiles between two barriers, for one row
-    of x and for several. held: packed blocks of x that the registers of a warp may hold while tiles are multiplied, for
-    one row of x and for several. part: bytes of x that a GPU block should take, at most: several blocks share k if
-    there are more, unless the kernel computes a norm. norm_rows: rows of x up to which it does that itself; for more a
-    launch before it does, and the product asks for its weights meanwhile.
+    of x and for several. part: bytes of x that a GPU block should take, at most: several blocks share k if there are
+    more, unless the kernel computes a norm. norm_rows: rows of x up to which it does that itself; for more a launch
+    before it does, and the product asks for its weights meanwhile.
     """
 
     warps: tuple[int, int] = (16, 16)
     ahead: int = 2
     behind: int = 1
     steps: tuple[int, int] = (4, 1)
-    held: tuple[int, int] = (0, 0)
     part: int = 160 << 10
     norm_rows: int = 2
 
 
 TUNING = Tuning()
 _STAGED_WARPS = 8  # at most, without tensor cores
-_REGISTERS, _OTHER_REGISTERS = 65536, 44  # of a multiprocessor; of a thread, beside x: no instance spills
-_HELD_REGISTERS = 16  # of a thread for a packed block of x
 _MAX_PHASES = 16
 _MAX_SPLIT = 8  # GPU blocks that share k
 _MIN_DEPTH = 2  # blocks in a warp's ring
@@ -128,12 +124,6 @@ def _split(x_bytes: int, part: int, device: Device) -> int:
     return split
 
 
-def _held(shape: _Shape, blocks: int, most: int) -> bool:
-    """Whether registers hold the blocks of x of a warp."""
-    free = _REGISTERS // (32 * shape.warps) - _OTHER_REGISTERS
-    return shape.phases == 1 and blocks <= min(most, free // _HELD_REGISTERS)
-
-
 def _tensor(call: Call, device: Device) -> bool:
     return call.dtypes["T"].itemsize == 2 and device.arch >= 80
 
@@ -189,7 +179,6 @@ def _launch(
             "STEP": step,
             **({} if normed else {"SPLIT": split}),
             "ORDERED": weight.order is not None,
-            "HELD": tensor and _held(shape, shape.blocks * levels, tuning.held[rows_of_x > 1]),
             "first": first,
             "rows": outs,
             "column": column,

@@ -120,12 +120,6 @@ def test_blocks_that_share_k_add_up_their_sums(n: int) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["int4 g128", "Q4_K"])
-def test_rows_of_x_in_registers(name: str) -> None:
-    for n in (1, 3):
-        run("rms_norm_linear", "bf16", tuning=Tuning(held=(2, 2), warps=(2, 2)), W=name, n=n, m=40, k=450)
-
-
 def test_a_ring_that_is_filled_behind_x() -> None:
     tuning = Tuning(ahead=1, behind=3, warps=(2, 2))
     for n in (1, 3):
