@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array, dtype_name, upcast
-from .attention import attention, prefill_launch
+from .attention import attention, check_head, prefill_launch
 from .gradient import Gradient
-from .launch import Device, Plan
+from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 
 __all__ = ["self_attention", "self_attention_backward"]
@@ -24,8 +25,7 @@ _ATTRIBUTES = ("num_heads", "H", "D", "window", "scale")
 
 
 def _sequences(cu_seqlens: Array) -> Iterator[slice]:
-    bounds = cu_seqlens.tolist()
-    return (slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a)
+    return (slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if b > a)
 
 
 def _parts(x: Array, num_heads: int, H: int, D: int) -> tuple[Array, Array, Array]:
@@ -159,8 +159,8 @@ self_attention = Op(
     "y[n,num_heads*D]:T, lse[n,num_heads]:f32 = (x[n,(num_heads+2*H)*D]:T, cu_seqlens[b+1]:i32, num_heads:i32, H:i32,"
     " D:i32, window:i32, scale:f32)",
     doc="y = softmax(q k^T * scale) v per head, and lse = log(sum(exp(q k^T * scale))). Sequence i is rows"
-    " cu_seqlens[i]..cu_seqlens[i+1] of x, which hold queries, keys and values; every row belongs to one, and a sequence"
-    " may be empty. A token sees itself and what came before, the last `window` tokens only if window > 0."
+    " cu_seqlens[i]..cu_seqlens[i+1] of x, which hold queries, keys and values; every row belongs to one, and a"
+    " sequence may be empty. A token sees itself and what came before, the last `window` tokens only if window > 0."
     " D: a multiple of 8 up to 256.",
     reference=_self_attention,
     kernels=_kernels,
@@ -177,12 +177,50 @@ self_attention = Op(
     gradient=_gradient,
 )
 
+_DELTA_THREADS = 256
+
+
+def _delta(call: Call) -> Launch:
+    """The launch of attention_delta.cu."""
+    rows, D = call["n"] * call["num_heads"], call["D"]
+    lanes = 1 << (D // 8 - 1).bit_length()  # that share a row, 8 elements each
+    grid = -(-rows // (_DELTA_THREADS // lanes))
+    constants = {"rows": rows, "LANES": lanes}
+    return Launch("attention_delta.cu:attention_delta", (grid,), (_DELTA_THREADS,), constants=constants)
+
+
+def _fma(call: Call, device: Device) -> Iterator[Launch]:
+    """attention_backward_fma.cu: a kernel per tile of keys, and one per tile of rows."""
+    n, b, group, H, D = call["n"], call["b"], call["num_heads"] // call["H"], call["H"], call["D"]
+    # At most 64 KiB of shared memory on GPUs that have no more; two blocks of 84 KiB where there is room for them.
+    large = D <= 64 or (D <= 128 and device.shared >= 2 * 84 * 1024)
+    kept, passing = (64, 32) if large else (32, 32) if D <= 128 else (16, 16)
+    shared = 4 * ((2 * kept + passing) * (-(-D // 32) * 32 + 4) + kept * (passing + 4))
+    for kernel, rows, sizes in (("keys", n, ("KEYS", "ROWS")), ("queries", n * group, ("ROWS", "KEYS"))):
+        yield Launch(
+            f"attention_backward_fma.cu:attention_backward_{kernel}_fma", (rows // kept + b, H), (256,), shared,
+            constants=dict(zip(sizes, (kept, passing), strict=True)),
+        )  # fmt: skip
+
+
+def _backward_kernels(call: Call, device: Device) -> Plan:
+    check_head(call["D"])
+    scratch = {"delta": ((call["n"], call["num_heads"]), "f32")}
+    return Plan((_delta(call), *_fma(call, device)), scratch)
+
+
 self_attention_backward = Op(
     "self_attention_backward",
     "dx[n,(num_heads+2*H)*D]:T = (x[n,(num_heads+2*H)*D]:T, y[n,num_heads*D]:T, lse[n,num_heads]:f32,"
     " dy[n,num_heads*D]:T, cu_seqlens[b+1]:i32, num_heads:i32, H:i32, D:i32, window:i32, scale:f32)",
     doc="The gradient of self_attention for queries, keys and values, which lie as in x",
     reference=_self_attention_backward,
+    kernels=_backward_kernels,
+    kernel_docs={
+        "attention_delta": "A row of attention's output times its gradient, for the softmax's backward pass.",
+        "attention_backward_keys_fma": "Gradients of keys and values, by multiply-adds.",
+        "attention_backward_queries_fma": "Gradients of queries, by multiply-adds.",
+    },
     cases=_CASES,
     sizes=_random_sizes,
     inputs=_backward_inputs,
