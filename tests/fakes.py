@@ -326,7 +326,7 @@ class LateNumPyBackend(NumPyBackend):
         self._rings.append((host, host.copy()))
         return self._rings[-1]
 
-    def capture(self, body: Callable[[], None]) -> Any:
+    def capture(self, body: Callable[[], None], sharing: object = None) -> Any:
         def replay() -> QueueEvent:
             body()
             for host, device in self._rings:
