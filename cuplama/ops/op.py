@@ -27,6 +27,7 @@ import numpy as np
 from ..dtypes import DTYPES, Array, narrow
 from .calling import MODEL_DTYPES, Parameters, checked_attributes, executor, kind_of
 from .launch import Device, Launch, Plan
+from .matmul import Matmul
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 from .weights import segments_of, stored_bytes
 
@@ -108,7 +109,7 @@ class Op:
                  unit in the last place). Dtypes left out have 1; f32, whose results come from more than one operation,
                  has 4. "bf16:f32" is for float32 outputs of a model in bf16 alone.
     bytes, flops: ``f(call)``: what the call moves and computes; by default every array once, and nothing.
-    matmul:      a product x[n,k] w[m,k]^T, which a library computes where there are many rows.
+    matmul:      the product of matrices that the op is or ends in, if a library may compute it.
     inner:       of such a product behind another op: ``f(call) -> launch``, which writes the x[n,k] of the product, in
                  T, to the scratch "inner".
     library:     ``f(y, *inputs)``: a call of CuPy that computes the op into ``y``, to compare times with.
@@ -133,7 +134,7 @@ class Op:
     tolerance: Mapping[str, float] = field(default_factory=dict)
     bytes: Callable[[Call], float] | None = None
     flops: Callable[[Call], float] | None = None
-    matmul: bool = False
+    matmul: Matmul | None = None
     inner: Callable[[Call], Launch] | None = None
     library: Callable[..., object] | None = None
     unaligned: bool = True

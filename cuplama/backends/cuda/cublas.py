@@ -143,14 +143,14 @@ class Cublas:
 
     def product(
         self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0,
-        form: str = "nt", line: int = 0,
+        form: str = "nt",
     ) -> Product | None:  # fmt: skip
         """Plan y[n,m]:U = x[n,k]:T w[m,k]^T:T (+ b[m]:U) (+ c[n,m]:U). None if the library has no algorithm for it.
 
-        width: elements from one row of y, and of c, to the next, where they are columns of wider matrices; line: the
-        same of x. form: one of ``FORMS``; "nn" has w[k,m] instead, "tn" x[k,n] and w[k,m].
+        width: elements from one row of y, and of c, to the next, where they are columns of wider matrices. form: one of
+        ``FORMS``; "nn" has w[k,m] instead, "tn" x[k,n] and w[k,m].
         """
-        product = Product(self, n, m, k, T, U, bias, add, width or m, form=form, line=line)
+        product = Product(self, n, m, k, T, U, bias, add, width or m, form=form)
         return product if product.algorithm is not None else None
 
     def scaled_product(
@@ -225,7 +225,7 @@ class Product:
 
     def __init__(
         self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool, width: int,
-        scales: Scales | None = None, fast: bool = False, form: str = "nt", line: int = 0,
+        scales: Scales | None = None, fast: bool = False, form: str = "nt",
     ) -> None:  # fmt: skip
         turned = FORMS[form]  # x and w
         stored = [size[::-1] if turn else size for size, turn in zip(((n, k), (k, m)), turned, strict=True)]
@@ -246,8 +246,12 @@ class Product:
                 # The heuristic reads from the address only how biases are aligned.
                 cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(_ALIGNMENT))
             self._x, self._w, self._y = (
-                cublas.make("MatrixLayout", owned, _TYPES[dtype], columns, rows, step or columns)
-                for dtype, (rows, columns), step in zip((T, T, U), (*stored, (n, m)), (line, 0, width), strict=True)
+                cublas.make("MatrixLayout", owned, _TYPES[dtype], columns, rows, step)
+                for dtype, (rows, columns), step in (
+                    (T, stored[0], stored[0][1]),
+                    (T, stored[1], stored[1][1]),
+                    (U, (n, m), width),
+                )  # fmt: skip
             )
             known = scales is None or self._scale(scales, fast)
             self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y) if known else None

@@ -228,15 +228,6 @@ def test_the_forms_of_a_backward_pass(
     np.testing.assert_allclose(y.astype(np.float64), want, atol=1e-5 if U == "f32" else 0.1, rtol=0)
 
 
-def test_x_may_be_columns_of_a_wider_matrix(library: Library) -> None:
-    rng = np.random.default_rng(4)
-    wide, w, y = (_aligned(shape, DTYPES["f32"], rng) for shape in ((9, 12), (4, 8), (9, 8)))
-    product = _cublas(library).product(9, 8, 4, "f32", "f32", form="nn", line=12)
-    assert product is not None
-    product(wide.ctypes.data + 16, w.ctypes.data, y.ctypes.data)
-    np.testing.assert_allclose(y, wide[:, 4:8] @ w, atol=1e-5)
-
-
 def test_where_there_is_no_algorithm_less_alignment_is_told(library: Library) -> None:
     seen: list[int] = []
 
