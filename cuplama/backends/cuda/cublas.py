@@ -229,6 +229,7 @@ class Product:
     ) -> None:  # fmt: skip
         turned = FORMS[form]  # x and w
         stored = [size[::-1] if turn else size for size, turn in zip(((n, k), (k, m)), turned, strict=True)]
+        steps = (stored[0][1], stored[1][1], width)  # from row to row
         left, right = (f"[{rows},{columns}]" for rows, columns in stored)
         product = f"x{left}{'^T' * turned[0]}:{T} w{right}{'^T' * turned[1]}"
         self.text = f"cuBLAS: y[{n},{m}]:{U} = {product}{' + b' * bias}{' + c' * add}"
@@ -247,11 +248,7 @@ class Product:
                 cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(_ALIGNMENT))
             self._x, self._w, self._y = (
                 cublas.make("MatrixLayout", owned, _TYPES[dtype], columns, rows, step)
-                for dtype, (rows, columns), step in (
-                    (T, stored[0], stored[0][1]),
-                    (T, stored[1], stored[1][1]),
-                    (U, (n, m), width),
-                )  # fmt: skip
+                for dtype, (rows, columns), step in zip((T, T, U), (*stored, (n, m)), steps, strict=True)
             )
             known = scales is None or self._scale(scales, fast)
             self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y) if known else None
