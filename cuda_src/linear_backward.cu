@@ -1,6 +1,6 @@
 // linear_backward_x  dx[n,k] = dy w (+ a)       dy[n,m], w[m,k], a[n,k], dx: T; the sum is in f32, rounded once
 // linear_backward_w  dw[m,k] += dy^T x          dy[n,m], x[n,k]: T   dw: f32
-// column_sums        partial[p,j] = sum of dy[i,j] over the i of piece p, `rows` rows long        partial: f32
+// column_sums        partial[p,j] = sum of dy[i,j] over the i of piece p, of `rows` rows        partial: f32
 // linear_backward_b  db[m] += sum of partial[p,:] over p        db: f32
 //
 // The products are cuBLAS's where it is there, for any number of rows; these take its place where it is not. A packed
