@@ -3,7 +3,7 @@
 Every product of GPT-2 124M (16,384 tokens) and of Llama-3.2-1B (4,096 tokens), the head 2,048 rows at a time, in its
 three forms: y = x w^T, dx = dy w, dw += dy^T x (in float32). Each is checked with 64 rows first, then timed as the op
 of the model: microseconds and TFLOP/s, beside torch.matmul's (which gives dy^T x in the dtype of dy, and adds it to
-nothing), where PyTorch is there. GPT-2's head comes twice: with its 50,257 rows, so that 16 bytes do not divide the rows
+nothing), where PyTorch is there. GPT-2's head comes twice: with its 50,257 rows, so that 16 bytes do not divide a row
 of logits, and padded to 50,304. Inputs come from memory: they rotate through copies that exceed the L2 cache.
 """
 
