@@ -23,6 +23,7 @@ from ...ops.abstract import attributes
 from ...ops.node import Node, dying, executable
 from ...ops.op import Op
 from ...ops.signature import OpError
+from ...ops.unpacking import UNPACKED
 from ...ops.weights import segments_of
 from ...quant.packed import packed
 from ...quant.stored import Segment
@@ -31,7 +32,7 @@ from .gpu import STAGE, Gpu
 from .loading import Loading, convert
 from .planning import Planned, make_plan
 from .ranges import nvtx_ranges
-from .unpacking import UNPACKED, largest_slice
+from .unpacking import largest_slice
 
 __all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
 
