@@ -1,9 +1,9 @@
 // From logits to a loss and to the gradient of the logits. A row is a token's V logits, f32.
 //
-//   cross_entropy    loss[n]:f32     = weights (lse - (1 - alpha) logits[targets] - alpha sum(mixture logits))
-//                    dlogits[n,V]:T  = weights (softmax - (1 - alpha) onehot(targets) - alpha mixture)
-//                    where lse = ln sum exp(logits); targets[n]: i32, in [0, V); weights[n]: f32; mixture[n,V]: f32 or
-//                    absent: other probabilities, as of a teacher, that count by alpha
+//   cross_entropy    loss[r]:f32     = w (lse - (1 - alpha) logits[t] - alpha sum(mixture logits))
+//                    dlogits[r,V]:U  = w (softmax - (1 - alpha) onehot(t) - alpha mixture)
+//                    where lse = ln sum exp(logits); t and w: of targets[n]: i32, in [0, V), and weights[n]: f32, that
+//                    of the row + first; mixture[r,V]: f32 or absent: probabilities, as a teacher's, that count by alpha
 //   softmax_mixture  p[n,V]:f32      = a + share softmax(logits)        a[n,V]: f32 or absent
 //   add_sum          total[1]:f32   += sum of x[n]:f32
 //
@@ -44,7 +44,9 @@ struct Share {
         : V(V), offset(int(i64(blockIdx.x) * V % W)), stride(int(blockDim.x) * W), vectorized(vectorized) {}
 
     __device__ __forceinline__ int iterations() const { return (V + offset + stride - 1) / stride; }
-    __device__ __forceinline__ int at(int iteration) const { return iteration * stride + int(threadIdx.x) * W - offset; }
+    __device__ __forceinline__ int at(int iteration) const {
+        return iteration * stride + int(threadIdx.x) * W - offset;
+    }
     __device__ __forceinline__ bool whole(int at) const { return vectorized && at >= 0 && at + W <= V; }
 };
 
@@ -144,23 +146,23 @@ __device__ __forceinline__ Softmax see_row(const f32* row, const f32* mixture, c
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------
 
-template <typename T>
+template <typename U>
 __global__ void __launch_bounds__(1024)
     cross_entropy(const f32* __restrict__ logits, const i32* __restrict__ targets, const f32* __restrict__ weights,
-                  const f32* __restrict__ mixture, f32* __restrict__ loss, T* __restrict__ dlogits, int V, f32 alpha,
-                  int held) {
+                  const f32* __restrict__ mixture, f32* __restrict__ loss, U* __restrict__ dlogits, int V, f32 alpha,
+                  int first, int held) {
     DYNAMIC_SHARED(f32, memory);
-    const int target = targets[blockIdx.x];
-    const float weight = weights[blockIdx.x];
+    const int target = targets[first + blockIdx.x];
+    const float weight = weights[first + blockIdx.x];
     const f32* row = logits + i64(blockIdx.x) * V;
     const f32* other = mixture == nullptr ? nullptr : mixture + i64(blockIdx.x) * V;
-    T* out = dlogits + i64(blockIdx.x) * V;
+    U* out = dlogits + i64(blockIdx.x) * V;
     const Share share(V, aligned(logits, mixture, dlogits));
     const Held kept = {memory, held};
     float largest = 0.f, factor = 0.f;
     if (weight != 0.f) {
         float dot = 0.f;
-        const Softmax seen = see_row<T>(row, other, share, kept, dot);
+        const Softmax seen = see_row<U>(row, other, share, kept, dot);
         largest = seen.largest;
         factor = weight / seen.sum;
         if (threadIdx.x == 0) {
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(1024)
         if (weight != 0.f) {
             x = iteration < held ? kept.get(iteration) : load_some(row, at, share, LOWEST);
 #pragma unroll
-            for (int i = 0; i < W; i++) x.v[i] = factor * exponential<T>(x.v[i] - largest);
+            for (int i = 0; i < W; i++) x.v[i] = factor * exponential<U>(x.v[i] - largest);
             if (other != nullptr) {
                 const Eight wanted = load_some(other, at, share, 0.f);
 #pragma unroll

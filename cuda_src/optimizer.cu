@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(256) square_sum(const f32* __restrict__ g, f32
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(1024) square_sum_total(const f32* __restrict__ partial, f32* __restrict__ total,
-                                                         int blocks) {
+__global__ void __launch_bounds__(1024)
+    square_sum_total(const f32* __restrict__ partial, f32* __restrict__ total, int blocks) {
     const float sum = block_sum(int(threadIdx.x) < blocks ? partial[threadIdx.x] : 0.f);
     if (threadIdx.x == 0) total[0] = sum;
 }
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(256)
     const float norm = sqrtf(norm_squared[0]), lr = schedule[0];
     const bool usable = norm < infinity();  // not NaN either
     const float scale = clip > 0.f ? fminf(1.f, clip / (norm + 1e-6f)) : 1.f;
-    const Rates rates = {scale, 1.f - lr * weight_decay, lr * schedule[1], sqrtf(schedule[2]), rest1, beta2, rest2, eps};
+    const Rates rates = {scale, 1.f - lr * weight_decay, lr * schedule[1], sqrtf(schedule[2]), rest1, beta2, rest2,
+                         eps};
     const int offset = offset_of(g);
     const bool alike = aligned(g - offset, m - offset, v - offset, master - offset) &&
                        reinterpret_cast<u64>(p - offset) % sizeof(Pack<T, W>) == 0;

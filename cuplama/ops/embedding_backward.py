@@ -1,4 +1,8 @@
-"""The gradient of the table of tokens. Kernels: cuda_src/embedding_backward.cu."""
+"""The gradient of an embedding. Kernels: cuda_src/embedding_backward.cu.
+
+A token that occurs more than once gets the sum over its occurrences, in their order: ``order`` sorts the tokens, so
+that those of one id stand together and no two threads add to the same row.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import Array
+from ..dtypes import Array, upcast
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 
 __all__ = ["embedding_backward"]
 
-_PIECE, _THREADS, _COLUMNS = 32, 64, 4  # as in the kernels
+_PIECE, _THREADS, _COLUMNS = (
+    32,
+    64,
+    4,
+)  # positions of a piece; threads of a block, columns of a thread: as in the kernels
 
 
 def _embedding_backward(dtable: Array, ids: Array, order: Array, dx: Array) -> Array:
-    np.add.at(dtable, ids[order], dx[order])
+    rows = ids[order]
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    if len(starts):
+        dtable[rows[starts]] += np.add.reduceat(upcast(dx)[order], starts, axis=0)
     return dtable
 
 
@@ -50,7 +61,7 @@ def _bytes(call: Call) -> float:
 embedding_backward = Op(
     "embedding_backward",
     "dtable[V,d]:f32 = (dtable[V,d]:f32, ids[n]:i32, order[n]:i32, dx[n,d]:f32)",
-    doc="dtable[ids[i]] += dx[i]; order sorts the ids, and leaves equal ones in their order",
+    doc="dtable[ids[i]] += dx[i] for every i. order: the stable argsort of ids.",
     reference=_embedding_backward,
     kernels=_kernels,
     kernel_docs={
@@ -68,6 +79,7 @@ embedding_backward = Op(
     ],
     sizes=_sizes,
     inputs=_inputs,
+    ranges={"ids": "V", "order": "n"},
     shape=dict(n=16384, V=50257, d=768),
     # Units of float32's rounding: the sum of a run of L numbers of either sign, added one after the other, is off by
     # about sqrt(L / 6), which is 15 for the longest run of the cases.

@@ -1,6 +1,6 @@
-"""What a training step does with the gradients of all weights at once. Kernels: cuda_src/optimizer.cu.
+"""The optimizer's arithmetic over flat arrays. Kernels: cuda_src/optimizer.cu.
 
-adamw: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
+AdamW: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
 """
 
 from __future__ import annotations
@@ -22,33 +22,21 @@ _WAVES = 16  # blocks of adamw for each multiprocessor
 
 
 def _square_sum(g: Array) -> Array:
-    return np.dot(g, g).reshape(1)
+    return np.dot(g, g)[None]
 
 
 def _adamw(
-    p: Array,
-    g: Array,
-    m: Array,
-    v: Array,
-    master: Array,
-    norm_squared: Array,
-    schedule: Array,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    clip: float,
-) -> tuple[Array, Array, Array, Array, Array]:
+    p: Array, g: Array, m: Array, v: Array, master: Array, norm_squared: Array, schedule: Array,
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, clip: float,
+) -> tuple[Array, ...]:  # fmt: skip
     if np.isfinite(norm_squared[0]):
-        lr, correction1, correction2 = schedule
-        if clip:
-            g *= min(1, clip / (np.sqrt(norm_squared[0]) + 1e-6))
-        m += (1 - beta1) * (g - m)
+        lr, unbias1, unbias2 = schedule
+        grad = g * min(1.0, clip / (np.sqrt(norm_squared[0]) + 1e-6)) if clip else g
+        m += (grad - m) * (1 - beta1)
         v *= beta2
-        v += (1 - beta2) * g * g
+        v += (1 - beta2) * grad * grad
         master *= 1 - lr * weight_decay
-        master -= lr * correction1 * m / (np.sqrt(v * correction2) + eps)
+        master -= lr * unbias1 * m / (np.sqrt(v * unbias2) + eps)
         p[...] = narrow(master, p.dtype)
     g[...] = 0
     return p, g, m, v, master
@@ -77,7 +65,7 @@ def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any])
     """A model some steps after its start: the moments are of gradients, and its weights the masters, rounded."""
     n, gradients = case["n"], rng.standard_normal((3, case["n"])).astype(np.float32)
     master = rng.standard_normal(n).astype(np.float32)
-    norm_squared = np.array([case.get("norm", 4.0)], np.float32)
+    norm_squared = np.array([case.get("norm_squared", 4.0)], np.float32)
     correction = [1 / (1 - case[beta] ** 7) for beta in ("beta1", "beta2")]
     return {
         "p": narrow(master, T),
@@ -129,8 +117,8 @@ adamw = Op(
         _case(5, clip=0.0),
         _case(1027, weight_decay=0.0),
         _case(4096, clip=3.0),  # more than the norm: nothing is scaled
-        _case(300, norm=np.inf),
-        _case(300, norm=np.nan),
+        _case(300, norm_squared=np.inf),
+        _case(300, norm_squared=np.nan),
     ],
     sizes=_sizes,
     inputs=_inputs,
