@@ -1,4 +1,4 @@
-"""Low-rank adapters of a product. Kernels: cuda_src/lora.cu. Hu et al., "LoRA", arXiv:2106.09685.
+"""Low-rank adapters of a product. Kernels: cuda_src/lora.cu, lora_mma.cu. Hu et al., "LoRA", arXiv:2106.09685.
 
 An adapter adds scale * B (A x) to a product y = W x. h = A x is a product like any other; this is what comes behind.
 A stacked matrix, such as that of q, k and v, has an adapter for each part: their A's are stacked, so h has r columns
@@ -23,7 +23,9 @@ __all__ = ["lora_add", "lora_backward_b", "lora_backward_h"]
 
 _FEW = 64  # rows up to which lora_add takes them eight at a time, without tiles
 _FEW_THREADS, _FEW_RANK = 128, 256  # a row of b has at most 32 lanes, 8 elements each
-_TILE, _SIDE = 64, 16  # rows of a tile, and its threads side by side
+_THREADS, _TILE, _SIDE = 256, 64, 16  # lora.cu: of a block, rows of its tile, threads side by side in it
+_MMA_TILE = 128  # lora_mma.cu: rows of dh, or of db, of a block
+_MMA_WIDTHS = (16, 32, 64, 128)  # ... and elements of r that it has
 _BLOCKS = 512  # that a sum is cut into pieces for: a few for each multiprocessor, the same on every GPU
 _PIECE = 512  # elements of a piece of a sum at least
 
@@ -74,13 +76,15 @@ def _gradient(g: Gradient) -> None:
 
 
 def _add_kernels(call: Call, device: Device) -> Plan:
-    n, m, r = call["n"], call["m"], call["r"]
+    n, m, r = (call[name] for name in "nmr")
     if n <= _FEW and r <= _FEW_RANK:
         lanes, rows = _power(-(-r // 8)), _power(min(n, 8))
         grid = (-(-m * lanes // _FEW_THREADS), -(-n // rows))
         return Plan((Launch("lora.cu:lora_add_few", grid, (_FEW_THREADS,), constants={"LANES": lanes, "ROWS": rows}),))
-    grid = (-(-m // (4 * _SIDE)), -(-n // _TILE))
-    return Plan((Launch("lora.cu:lora_add", grid, (_SIDE * _SIDE,)),))
+    grid = (-(-m // 64), -(-n // 64))
+    if _on_tensor_cores(call, device):
+        return Plan((Launch("lora_mma.cu:lora_add_mma", grid, (128,)),))
+    return Plan((Launch("lora.cu:lora_add", grid, (_THREADS,)),))
 
 
 def _power(x: int) -> int:
@@ -88,28 +92,38 @@ def _power(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def _on_tensor_cores(call: Call, device: Device) -> bool:
+    return call.dtypes["T"].itemsize == 2 and device.arch >= 80
+
+
 def _backward_h_kernels(call: Call, device: Device) -> Plan:
     n, m, q, r = (call[name] for name in "nmqr")
-    columns = 1 if r <= _SIDE else 2 if r <= 2 * _SIDE else 4
-    grid = (-(-n // _TILE), -(-r // (_SIDE * columns)) * (q // r))
-    return _in_pieces(call, "lora_backward_h", "lora_sum_h", grid, columns, (n, q), m * r // q)
+    return _in_pieces(call, device, rows=n, parts=q // r, shape=(n, q), length=m * r // q)
 
 
 def _backward_b_kernels(call: Call, device: Device) -> Plan:
     n, m, r = (call[name] for name in "nmr")
-    columns = 1 if r <= _SIDE else 2 if r <= 2 * _SIDE else 4
-    grid = (-(-m // _TILE), -(-r // (_SIDE * columns)))
-    return _in_pieces(call, "lora_backward_b", "lora_sum_b", grid, columns, (m, r), n)
+    return _in_pieces(call, device, rows=m, parts=1, shape=(m, r), length=n)
 
 
-def _in_pieces(
-    call: Call, kernel: str, adding: str, tiles: tuple[int, int], columns: int, shape: tuple[int, int], length: int
-) -> Plan:
-    """A product whose tiles have few blocks and long sums, and the sum of its pieces. length: of a sum."""
-    pieces = max(1, min(_BLOCKS // math.prod(tiles), length // _PIECE))
-    first = Launch(f"lora.cu:{kernel}", (*tiles, pieces), (_SIDE * _SIDE,), constants={"C": columns})
-    second = Launch(f"lora.cu:{adding}", (-(-math.prod(shape) // 1024),), (256,), constants={"pieces": pieces})
-    return Plan((first, second), {"partial": ((pieces, *shape), "f32")})
+def _in_pieces(call: Call, device: Device, rows: int, parts: int, shape: tuple[int, int], length: int) -> Plan:
+    """A product with few tiles and long sums, and the sum of its pieces. rows: of tiles; length: of a sum."""
+    r, kernel = call["r"], call.op.name
+    if _on_tensor_cores(call, device):
+        tile, width = _MMA_TILE, next((w for w in _MMA_WIDTHS if r <= w), _MMA_WIDTHS[-1])
+        kernel, constants = f"lora_mma.cu:{kernel}_mma", {"NEW": width // 8}
+    else:
+        tile, width = _TILE, _SIDE * min(4, _power(-(-r // _SIDE)))
+        kernel, constants = f"lora.cu:{kernel}", {"C": width // _SIDE}
+    grid = (-(-rows // tile), -(-r // width) * parts)
+    pieces = max(1, min(_BLOCKS // math.prod(grid), length // _PIECE))
+    adding = f"lora.cu:lora_sum_{call.op.name[-1]}"
+    blocks = -(-math.prod(shape) // (4 * _THREADS))
+    launches = (
+        Launch(kernel, (*grid, pieces), (_THREADS,), constants=constants),
+        Launch(adding, (blocks,), (_THREADS,), constants={"pieces": pieces}),
+    )
+    return Plan(launches, {"partial": ((pieces, *shape), "f32")})
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -150,6 +164,7 @@ lora_add = Op(
     kernel_docs={
         "lora_add_few": "y = a + scale * b h for few rows of h: lanes share a row of b.",
         "lora_add": "y = a + scale * b h for many rows of h, in tiles of y.",
+        "lora_add_mma": "The same on tensor cores.",
     },
     shape=dict(n=1, m=6144, q=48, r=16, scale=2.0, U="T"),
     flops=_flops,
@@ -170,6 +185,7 @@ lora_backward_h = Op(
     tolerance=PRODUCT_TOLERANCE,
     kernel_docs={
         "lora_backward_h": "Pieces of the sums of dh, in tiles.",
+        "lora_backward_h_mma": "The same on tensor cores.",
         "lora_sum_h": "Adds up the pieces of dh.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),
@@ -189,6 +205,7 @@ lora_backward_b = Op(
     tolerance=PRODUCT_TOLERANCE,
     kernel_docs={
         "lora_backward_b": "Pieces of the sums of db, in tiles.",
+        "lora_backward_b_mma": "The same on tensor cores.",
         "lora_sum_b": "Adds up the pieces of db.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),
