@@ -257,7 +257,7 @@ struct GroupKeys {
     static constexpr int STAGE = M * D / 8, STEP = 16 * PANEL / 8;  // a stage, 16 rows along a sum; of 16 bytes
     static constexpr bool EXACT = M == 64;  // p in f32 stays until ds is computed; else it is read as it was rounded
     const int part, thread, lane, here;
-    float dk[D / 2] = {}, dv[D / 2] = {}, score[M / 2], dp[M / 2], dq[32];
+    float dk[D / 2] = {}, dv[D / 2] = {}, score[M / 2];
     u32 p[M / 16][4], ds[M / 16][4];
 
     __device__ __forceinline__ GroupKeys()
@@ -287,7 +287,7 @@ struct GroupKeys {
     }
 
     // Begins this warpgroup's half of dq = ds k: columns of D = 128, rows of D = 64.
-    __device__ __forceinline__ void multiply_keys(u64 ds_columns, u64 k_columns, int stage) {
+    __device__ __forceinline__ void multiply_keys(float (&dq)[32], u64 ds_columns, u64 k_columns, int stage) {
         const int rows = M == 128 ? part : 0, columns = M == 128 ? 0 : part;
         wgmma_fence();
 #pragma unroll
@@ -336,7 +336,7 @@ struct GroupKeys {
     }
 
     // ds = p (dp - delta), to registers and to shared memory.
-    __device__ __forceinline__ void differ(const float* delta, T* to) {
+    __device__ __forceinline__ void differ(const float (&dp)[M / 2], const float* delta, T* to) {
 #pragma unroll
         for (int j = 0; j < M / 8; j++) {
             const Pack<float, 2> less = load<2>(delta + j * 8 + lane % 4 * 2);
@@ -356,7 +356,7 @@ struct GroupKeys {
     }
 
     // Adds dq to the sums of a tile and head, or begins them. They lie as the registers do: 8 times 4 of a thread.
-    __device__ __forceinline__ void add_queries(float* sums, bool begin) const {
+    __device__ __forceinline__ void add_queries(const float (&dq)[32], float* sums, bool begin) const {
         float* to = sums + part * (M * D / 2) + thread * 4;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -404,18 +404,19 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         const int stage = step % 2, phase = step / 2 % 2;
+        float dp[M / 2], dq[32];  // begin anew each time: what they held before is nobody's
         mbarrier_wait(bar.dy_full + stage, phase);
-        keys.multiply_rows(keys.dp, at.v_rows, at.dy_rows, stage);
+        keys.multiply_rows(dp, at.v_rows, at.dy_rows, stage);
         wgmma_wait<1>();
         wgmma_done(keys.score);
         keys.weigh(lse + stage * M, t * M - work.key, work.window, factor);
         keys.add_rows(keys.dv, keys.p, at.dy_columns, stage);
         wgmma_wait<1>();
-        wgmma_done(keys.dp);
-        keys.differ(delta + stage * M, ds + stage * (KEYS * M));
+        wgmma_done(dp);
+        keys.differ(dp, delta + stage * M, ds + stage * (KEYS * M));
         fence_proxy_async();
         bar_sync(1, 2 * GROUP);
-        keys.multiply_keys(at.ds_columns, at.k_columns, stage);
+        keys.multiply_keys(dq, at.ds_columns, at.k_columns, stage);
         keys.add_rows(keys.dk, keys.ds, at.q_columns, stage);
         if (step + 1 < steps) {
             wgmma_wait<2>();  // p is free
@@ -426,10 +427,10 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
             wgmma_wait<0>();
         }
         wgmma_done(keys.dv);
-        wgmma_done(keys.dq);
+        wgmma_done(dq);
         release(bar.dy_empty + stage);
         mbarrier_wait(bar.turn + stage, phase);
-        keys.add_queries(sums + (i64(work.number + t) * num_heads + head) * (M * D), work.turn(t) == 0);
+        keys.add_queries(dq, sums + (i64(work.number + t) * num_heads + head) * (M * D), work.turn(t) == 0);
         release(bar.added + stage);
         wgmma_wait<1>();
         wgmma_done(keys.dk);
@@ -486,7 +487,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
     __syncthreads();
 
     if (threadIdx.x / GROUP == 0) {
-        registers_fewer<24>();
+        registers_fewer<40>();
         const int warp = threadIdx.x / WARP;
         const i64 numbers = i64(work.start) * num_heads + first_head;
         if (warp == 0)
@@ -498,7 +499,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         else if (threadIdx.x % WARP == 0)
             take_turns(bar, turns + first_head, num_heads, group, work, warp == 3);
     } else {
-        registers_more<240>();
+        registers_more<232>();
         const i64 at = i64(work.start + work.key) * width + (num_heads + kv_head) * D;
         fetch_keys<T, D>(k, v, x + at, x + (at + H * D), width, work.length - work.key);
         bar_sync(1, 2 * GROUP);
