@@ -39,9 +39,6 @@ struct Product;
 template <>
 struct Product<f16> {
     static __device__ __forceinline__ void rows(float (&d)[32], u64 a, u64 b, bool add) { wgmma_n64_f16(d, a, b, add); }
-    static __device__ __forceinline__ void rows(float (&d)[64], u64 a, u64 b, bool add) {
-        wgmma_n128_f16(d, a, b, add);
-    }
     static __device__ __forceinline__ void columns(float (&d)[32], u64 a, u64 b, bool add) {
         wgmma_columns_f16(d, a, b, add);
     }
@@ -54,9 +51,6 @@ template <>
 struct Product<bf16> {
     static __device__ __forceinline__ void rows(float (&d)[32], u64 a, u64 b, bool add) {
         wgmma_n64_bf16(d, a, b, add);
-    }
-    static __device__ __forceinline__ void rows(float (&d)[64], u64 a, u64 b, bool add) {
-        wgmma_n128_bf16(d, a, b, add);
     }
     static __device__ __forceinline__ void columns(float (&d)[32], u64 a, u64 b, bool add) {
         wgmma_columns_bf16(d, a, b, add);
@@ -176,6 +170,8 @@ __device__ __forceinline__ int place(int rows, int row, int vector) {
 
 struct Barriers {
     u64 q_full[2], q_empty[2], dy_full[2], dy_empty[2], turn[2], added[2], passed[2];
+    float* sums[2];  // where to add this block's part of dq
+    int begin[2];    // nothing is there yet
 };
 
 // One warp brings the tiles of q or of dy, each with a number for each of its rows: times `factor`; `beyond` for rows
@@ -218,25 +214,27 @@ __device__ __forceinline__ void produce(T* stages, float* numbers_of, u64* full,
 }
 
 // One thread waits for the block's turns to add to dq, one after the other; another (`pass`) gives them to the next.
-template <int M>
-__device__ __forceinline__ void take_turns(Barriers& bar, u32* turns, int num_heads, int group, const Work<M>& work,
-                                           bool pass) {
+// sums, turns: those of the group's first head.
+template <int D, int M>
+__device__ __forceinline__ void take_turns(Barriers& bar, float* sums, u32* turns, int num_heads, int group,
+                                           const Work<M>& work, bool pass) {
     int step = 0;
     for (int head = 0; head < group; head++) {
 #pragma unroll 1
         for (int t = work.first; t < work.last; t++, step++) {
-            u32* turn = turns + i64(work.number + t) * num_heads + head;
+            const i64 tile = i64(work.number + t) * num_heads + head;
             const u32 mine = work.turn(t);
             const int stage = step % 2, phase = step / 2 % 2;
             if (pass) {
                 mbarrier_wait(bar.added + stage, phase);
                 fence_gpu();
-                atomicExch(turn, mine + 1);
+                atomicExch(turns + tile, mine + 1);
                 mbarrier_arrive(bar.passed + stage);
             } else {
                 if (step >= 2) mbarrier_wait(bar.passed + stage, phase ^ 1);
-                while (ld_acquire(turn) != mine) {
+                while (ld_acquire(turns + tile) != mine) {
                 }
+                bar.sums[stage] = sums + tile * (M * D), bar.begin[stage] = mine == 0;
                 mbarrier_arrive(bar.turn + stage);
             }
         }
@@ -245,20 +243,31 @@ __device__ __forceinline__ void take_turns(Barriers& bar, u32* turns, int num_he
 
 // ---- a warpgroup's keys ---------------------------------------------------------------------------------------------
 
-// Where a block's matrices lie, for products: `rows` with rows across the sum, `columns` with rows along it.
-struct Matrices {
-    u64 k_rows, v_rows, q_rows, dy_rows, q_columns, dy_columns, k_columns, ds_columns;
+// Where a block's matrices lie, one behind the other: k and v [D/64][KEYS][64], q and dy [2][D/64][M][64], and ds
+// [2][M/64][KEYS][64], transposed.
+template <typename T, int D, int M>
+struct Shared {
+    static constexpr int K = 0, V = KEYS * D, Q = 2 * KEYS * D, DY = Q + 2 * M * D, DS = DY + 2 * M * D;  // elements
+    u64 rows;                   // the first as wgmma_matrix has it, with rows across the sum
+    u64 key_panel, tile_panel;  // added to it: with rows along the sum, for a matrix of KEYS or of M rows
+
+    __device__ __forceinline__ Shared(const T* first)
+        : rows(wgmma_matrix(first, 1)),
+          key_panel(wgmma_matrix(first, KEYS * PANEL * sizeof(T)) - rows),
+          tile_panel(wgmma_matrix(first, M * PANEL * sizeof(T)) - rows) {}
+    __device__ __forceinline__ u64 matrix(int element) const { return rows + element / 8; }
 };
 
 // 64 keys of a block. A thread has the rows `here` and here + 8 of them, and columns 8*j + 2*(lane%4) and the next:
-// queries in the scores, dimensions in the sums.
+// queries in the scores, dimensions in the sums. Queries are taken by 64.
 template <typename T, int D, int M>
 struct GroupKeys {
     static constexpr int STAGE = M * D / 8, STEP = 16 * PANEL / 8;  // a stage, 16 rows along a sum; of 16 bytes
-    static constexpr bool EXACT = M == 64;  // p in f32 stays until ds is computed; else it is read as it was rounded
+    using Sums = float[D / 2];
+    using Square = float[32];  // 64 x 64
+    using Left = u32[4][4];    // the same rounded, as a left operand
     const int part, thread, lane, here;
-    float dk[D / 2] = {}, dv[D / 2] = {}, score[M / 2];
-    u32 p[M / 16][4], ds[M / 16][4];
+    Sums dk = {}, dv = {};
 
     __device__ __forceinline__ GroupKeys()
         : part(threadIdx.x / GROUP - 1),
@@ -266,44 +275,44 @@ struct GroupKeys {
           lane(threadIdx.x % WARP),
           here(part * MINE + thread / WARP * 16 + lane / 4) {}
 
-    // Begins d = a b^T over D columns: a has the block's keys as rows, b the M queries of stage `stage`.
-    __device__ __forceinline__ void multiply_rows(float (&d)[M / 2], u64 a, u64 b, int stage) {
+    // Begins d = a b^T over D columns: a has the block's keys as rows, b the queries.
+    __device__ __forceinline__ void multiply_rows(Square& d, u64 a, u64 b) const {
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {  // 32 bytes further, or a panel; in units of 16 bytes
             const int column = i % 4 * 2;
-            Product<T>::rows(d, a + (part * (MINE * 8) + i / 4 * (KEYS * 8) + column),
-                             b + (stage * STAGE + i / 4 * (M * 8) + column), i > 0);
+            Product<T>::rows(d, a + (part * (MINE * 8) + i / 4 * (KEYS * 8) + column), b + (i / 4 * (M * 8) + column),
+                             i > 0);
         }
         wgmma_commit();
     }
 
-    // Begins sums += left b: left are weights of this warpgroup's keys and the queries of stage `stage`.
-    __device__ __forceinline__ void add_rows(float (&sums)[D / 2], const u32 (&left)[M / 16][4], u64 b, int stage) {
+    // Begins sums += left b: left are weights of this warpgroup's keys and the 64 queries of b.
+    __device__ __forceinline__ void add_rows(Sums& sums, const Left& left, u64 b) const {
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < M / 16; i++) Product<T>::sum(sums, left[i], b + (stage * STAGE + i * STEP));
+        for (int i = 0; i < 4; i++) Product<T>::sum(sums, left[i], b + i * STEP);
         wgmma_commit();
     }
 
     // Begins this warpgroup's half of dq = ds k: columns of D = 128, rows of D = 64.
-    __device__ __forceinline__ void multiply_keys(float (&dq)[32], u64 ds_columns, u64 k_columns, int stage) {
+    __device__ __forceinline__ void multiply_keys(Square& dq, u64 ds_columns, u64 k_columns) const {
         const int rows = M == 128 ? part : 0, columns = M == 128 ? 0 : part;
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < KEYS / 16; i++)
-            Product<T>::columns(dq, ds_columns + (stage * (KEYS * M / 8) + rows * (KEYS * 8) + i * STEP),
+            Product<T>::columns(dq, ds_columns + (rows * (KEYS * 8) + i * STEP),
                                 k_columns + (columns * (KEYS * 8) + i * STEP), i > 0);
         wgmma_commit();
     }
 
     // Shuts out the pairs of which the query does not see the key. at: the first query less the block's first key.
-    __device__ __forceinline__ void mask(int at, int window) {
+    __device__ __forceinline__ void mask(Square& score, int at, int window) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int ahead = at + lane % 4 * 2 - here - 8 * half;
 #pragma unroll
-            for (int j = 0; j < M / 8; j++) {
+            for (int j = 0; j < 8; j++) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int distance = ahead + (j * 8 + e);
@@ -313,50 +322,56 @@ struct GroupKeys {
         }
     }
 
-    // Scores to weights. lse: of the tile's queries, in powers of two; infinite for those past the sequence.
-    __device__ __forceinline__ void weigh(const float* lse, int at, int window, float factor) {
+    // Scores to weights. lse: of the queries, in powers of two; infinite for those past the sequence.
+    __device__ __forceinline__ void weigh(Square& score, const float* lse, int at, int window, float factor) const {
         const int near = at - part * MINE;
-        if (near < MINE - 1 || (window > 0 && near + M - 1 >= window)) {
+        if (near < MINE - 1 || (window > 0 && near + 63 >= window)) {
             if (window > 0)
-                mask(at, window);
+                mask(score, at, window);
             else
-                mask(at, 0);  // a copy that does not look for windows
+                mask(score, at, 0);  // a copy that does not look for windows
         }
 #pragma unroll
-        for (int j = 0; j < M / 8; j++) {
+        for (int j = 0; j < 8; j++) {
             const Pack<float, 2> shift = load<2>(lse + j * 8 + lane % 4 * 2);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float& low = score[4 * j + 2 * half];
                 float& high = score[4 * j + 2 * half + 1];
                 low = exp2f(low * factor - shift.v[0]), high = exp2f(high * factor - shift.v[1]);
-                p[j / 2][half + j % 2 * 2] = pack<T>(low, high);
             }
         }
     }
 
-    // ds = p (dp - delta), to registers and to shared memory.
-    __device__ __forceinline__ void differ(const float (&dp)[M / 2], const float* delta, T* to) {
+    // ds = weights (dp - delta), and p = weights, rounded.
+    __device__ __forceinline__ void differ(Left& p, Left& ds, const Square& weights, const Square& dp,
+                                           const float* delta) const {
 #pragma unroll
-        for (int j = 0; j < M / 8; j++) {
+        for (int j = 0; j < 8; j++) {
             const Pack<float, 2> less = load<2>(delta + j * 8 + lane % 4 * 2);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = 4 * j + 2 * half;
-                float low = score[i], high = score[i + 1];
-                if (!EXACT) {
-                    const Pack<T, 2> weights = *reinterpret_cast<const Pack<T, 2>*>(&p[j / 2][half + j % 2 * 2]);
-                    low = to_float(weights.v[0]), high = to_float(weights.v[1]);
-                }
-                const u32 both = pack<T>(low * (dp[i] - less.v[0]), high * (dp[i + 1] - less.v[1]));
-                ds[j / 2][half + j % 2 * 2] = both;
-                *reinterpret_cast<u32*>(to + place(KEYS, here + 8 * half, j) + lane % 4 * 2) = both;
+                const float low = weights[i], high = weights[i + 1];
+                p[j / 2][half + j % 2 * 2] = pack<T>(low, high);
+                ds[j / 2][half + j % 2 * 2] = pack<T>(low * (dp[i] - less.v[0]), high * (dp[i + 1] - less.v[1]));
             }
         }
     }
 
+    // The differences to shared memory, where the other warpgroup reads them too.
+    __device__ __forceinline__ void store_differences(T* to, const Left& ds) const {
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *reinterpret_cast<u32*>(to + place(KEYS, here + 8 * half, j) + lane % 4 * 2) =
+                    ds[j / 2][half + j % 2 * 2];
+        }
+    }
+
     // Adds dq to the sums of a tile and head, or begins them. They lie as the registers do: 8 times 4 of a thread.
-    __device__ __forceinline__ void add_queries(const float (&dq)[32], float* sums, bool begin) const {
+    __device__ __forceinline__ void add_queries(const Square& dq, float* sums, bool begin) const {
         float* to = sums + part * (M * D / 2) + thread * 4;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -368,7 +383,7 @@ struct GroupKeys {
     }
 
     // Rows of dk or dv, through shared memory, so that whole rows are written. left: keys from the block's first on.
-    __device__ __forceinline__ void store_rows(T* stage, const float (&sums)[D / 2], float factor, T* to, int width,
+    __device__ __forceinline__ void store_rows(T* stage, const Sums& sums, float factor, T* to, int width,
                                                int left) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -390,53 +405,89 @@ struct GroupKeys {
 
 // One warpgroup's part of all steps, tile after tile and head after head.
 template <typename T, int D, int M>
-__device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar, const Matrices& at, T* ds,
-                                        const float* lse, const float* delta, float* sums, int num_heads, int group,
-                                        const Work<M>& work, float factor) {
+__device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar, T* first, const float* lse,
+                                        const float* delta, const Work<M>& work, int group, float factor) {
+    using S = Shared<T, D, M>;
+    constexpr int HALF = 64 * PANEL, PARTS = M / 64;  // HALF: elements to 64 rows further
+    constexpr bool AHEAD = D == 64;  // the next tile's scores beside this one's dk, where registers allow it
+    const S shared(first);
     const auto release = [&](u64* empty) {
         __syncwarp();
         if (keys.lane == 0) mbarrier_arrive(empty);
     };
-    const int tiles = work.last - work.first, steps = tiles * group;
-    int t = work.first, head = 0;
-    mbarrier_wait(bar.q_full, 0);
-    keys.multiply_rows(keys.score, at.k_rows, at.q_rows, 0);
+    const int near = work.first * M - work.key, far = work.last * M - work.key;
+    const int steps = (work.last - work.first) * group;
+    float score[PARTS][32];
+    const auto multiply_queries = [&](int stage) {
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            keys.multiply_rows(score[i], shared.matrix(S::K), shared.matrix(S::Q + stage * (M * D) + i * HALF));
+    };
+    const auto scores_done = [&] {
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) wgmma_done(score[i]);
+    };
+    if (AHEAD) {
+        mbarrier_wait(bar.q_full, 0);
+        multiply_queries(0);
+        wgmma_wait<0>();
+        scores_done();
+    }
 #pragma unroll 1
-    for (int step = 0; step < steps; step++) {
+    for (int step = 0, at = near; step < steps; step++) {
         const int stage = step % 2, phase = step / 2 % 2;
-        float dp[M / 2], dq[32];  // begin anew each time: what they held before is nobody's
+        const u64 q = shared.matrix(S::Q + stage * (M * D)) + shared.tile_panel;
+        float dq[32];
+        u32 p[4][4], ds[4][4];
+        if (!AHEAD) {
+            mbarrier_wait(bar.q_full + stage, phase);
+            multiply_queries(stage);
+        }
         mbarrier_wait(bar.dy_full + stage, phase);
-        keys.multiply_rows(dp, at.v_rows, at.dy_rows, stage);
-        wgmma_wait<1>();
-        wgmma_done(keys.score);
-        keys.weigh(lse + stage * M, t * M - work.key, work.window, factor);
-        keys.add_rows(keys.dv, keys.p, at.dy_columns, stage);
-        wgmma_wait<1>();
-        wgmma_done(dp);
-        keys.differ(dp, delta + stage * M, ds + stage * (KEYS * M));
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) {
+            float dp[32];
+            const int row = stage * M + i * 64;
+            const u64 dy = shared.matrix(S::DY + stage * (M * D) + i * HALF);
+            keys.multiply_rows(dp, shared.matrix(S::V), dy);
+            if (!AHEAD) {
+                wgmma_wait<1>();
+                scores_done();
+            }
+            keys.weigh(score[i], lse + row, at + i * 64, work.window, factor);
+            wgmma_wait<0>();
+            wgmma_done(dp);
+            keys.differ(p, ds, score[i], dp, delta + row);
+            keys.add_rows(keys.dv, p, dy + shared.tile_panel);
+            keys.store_differences(first + S::DS + row * KEYS, ds);
+            if (i + 1 < PARTS) keys.add_rows(keys.dk, ds, q + i * (HALF / 8));
+        }
         fence_proxy_async();
         bar_sync(1, 2 * GROUP);
-        keys.multiply_keys(dq, at.ds_columns, at.k_columns, stage);
-        keys.add_rows(keys.dk, keys.ds, at.q_columns, stage);
-        if (step + 1 < steps) {
+        keys.multiply_keys(dq, shared.matrix(S::DS + stage * (KEYS * M)) + shared.key_panel,
+                           shared.matrix(S::K) + shared.key_panel);
+        keys.add_rows(keys.dk, ds, q + (PARTS - 1) * (HALF / 8));
+        if (AHEAD) {
+            const int next = step + 1 < steps ? stage ^ 1 : stage;  // past the last step nobody reads the scores
+            if (next != stage) mbarrier_wait(bar.q_full + next, (step + 1) / 2 % 2);
             wgmma_wait<2>();  // p is free
-            mbarrier_wait(bar.q_full + (step + 1) % 2, (step + 1) / 2 % 2);
-            keys.multiply_rows(keys.score, at.k_rows, at.q_rows, (step + 1) % 2);
-            wgmma_wait<2>();
+            multiply_queries(next);
+            wgmma_wait<PARTS + 1>();
         } else {
-            wgmma_wait<0>();
+            wgmma_wait<1>();
         }
-        wgmma_done(keys.dv);
         wgmma_done(dq);
         release(bar.dy_empty + stage);
         mbarrier_wait(bar.turn + stage, phase);
-        keys.add_queries(dq, sums + (i64(work.number + t) * num_heads + head) * (M * D), work.turn(t) == 0);
+        keys.add_queries(dq, bar.sums[stage], bar.begin[stage]);
         release(bar.added + stage);
-        wgmma_wait<1>();
-        wgmma_done(keys.dk);
+        wgmma_wait<0>();
+        if (AHEAD) scores_done();
         release(bar.q_empty + stage);
-        if (++t == work.last) t = work.first, head++;
+        at = at + M == far ? near : at + M;
     }
+    wgmma_done(keys.dk);
+    wgmma_done(keys.dv);
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
@@ -462,12 +513,9 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
                              const T* __restrict__ dy, const i32* __restrict__ cu_seqlens,
                              const i32* __restrict__ order, T* __restrict__ dx, float* sums, u32* turns, int num_heads,
                              int H, int window, float scale) {
+    using S = Shared<T, D, M>;
     DYNAMIC_SHARED(unsigned char, raw);
-    T* k = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
-    T* v = k + KEYS * D;  // k, v [D/64][KEYS][64]; q, dy [2][D/64][M][64]; ds [2][M/64][KEYS][64], transposed
-    T* q = v + KEYS * D;
-    T* dys = q + 2 * M * D;
-    T* ds = dys + 2 * M * D;
+    T* first = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
     __shared__ __align__(16) float lse_of[2 * M], delta_of[2 * M];
     __shared__ Barriers bar;
 
@@ -491,29 +539,23 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         const int warp = threadIdx.x / WARP;
         const i64 numbers = i64(work.start) * num_heads + first_head;
         if (warp == 0)
-            produce<T, D>(q, lse_of, bar.q_full, bar.q_empty, x + (i64(work.start) * width + first_head * D), width,
+            produce<T, D>(first + S::Q, lse_of, bar.q_full, bar.q_empty, x + (i64(work.start) * width + first_head * D), width,
                           lse + numbers, num_heads, group, work, LOG2_E, infinity());
         else if (warp == 1)
-            produce<T, D>(dys, delta_of, bar.dy_full, bar.dy_empty, dy + numbers * D, num_heads * D, delta + numbers,
+            produce<T, D>(first + S::DY, delta_of, bar.dy_full, bar.dy_empty, dy + numbers * D, num_heads * D, delta + numbers,
                           num_heads, group, work, 1.f, 0.f);
         else if (threadIdx.x % WARP == 0)
-            take_turns(bar, turns + first_head, num_heads, group, work, warp == 3);
+            take_turns<D>(bar, sums + i64(first_head) * (M * D), turns + first_head, num_heads, group, work, warp == 3);
     } else {
         registers_more<232>();
         const i64 at = i64(work.start + work.key) * width + (num_heads + kv_head) * D;
-        fetch_keys<T, D>(k, v, x + at, x + (at + H * D), width, work.length - work.key);
+        fetch_keys<T, D>(first + S::K, first + S::V, x + at, x + (at + H * D), width, work.length - work.key);
         bar_sync(1, 2 * GROUP);
         GroupKeys<T, D, M> keys;
-        const unsigned panel = KEYS * PANEL * sizeof(T), stage_panel = M * PANEL * sizeof(T);
-        const Matrices matrices{wgmma_matrix(k, 1),           wgmma_matrix(v, 1),
-                                wgmma_matrix(q, 1),           wgmma_matrix(dys, 1),
-                                wgmma_matrix(q, stage_panel), wgmma_matrix(dys, stage_panel),
-                                wgmma_matrix(k, panel),       wgmma_matrix(ds, panel)};
-        consume(keys, bar, matrices, ds, lse_of, delta_of, sums + i64(first_head) * (M * D), num_heads, group, work,
-                scale * LOG2_E);
+        consume(keys, bar, first, lse_of, delta_of, work, group, scale * LOG2_E);
         bar_sync(2 + keys.part, GROUP);  // no product of another warp may still read v, which takes the results
-        keys.store_rows(v, keys.dv, 1.f, dx + (at + H * D), width, work.length - work.key);
-        keys.store_rows(v, keys.dk, scale, dx + at, width, work.length - work.key);
+        keys.store_rows(first + S::V, keys.dv, 1.f, dx + (at + H * D), width, work.length - work.key);
+        keys.store_rows(first + S::V, keys.dk, scale, dx + at, width, work.length - work.key);
     }
 }
 
