@@ -2,10 +2,10 @@
 
     python -m tools.make_training_goldens [case ...]
 
-Needs the `golden` extra (torch, transformers). tests/golden/README.md says what each file holds, tools/goldens/training.py
-which cases there are. The numbers are those of torch autograd in float64 through transformers' eager attention, with the
-two places where transformers goes to float32 whatever the model is in (norms, softmax) kept in float64 as well; the angles
-of rope stay float32, since they are so by definition.
+Needs the `golden` extra (torch, transformers). tests/golden/README.md says what each file holds,
+tools/goldens/training.py which cases there are. The numbers are those of torch autograd in float64 through
+transformers' eager attention, with the two places where transformers goes to float32 whatever the model is in (norms,
+softmax) kept in float64 as well; the angles of rope stay float32, since they are so by definition.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def whole_error(found: Tensors, truth: Tensors) -> float:
 
 
 def calm(model: Any) -> None:
-    """Logits of less than a unit and attention that is not sharp, as they are in training: else rounding is amplified."""
+    """Make logits less than a unit and attention not sharp, as in training: else rounding is amplified."""
     for name, p in model.named_parameters():
         if p is model.get_output_embeddings().weight:
             p *= 0.25

@@ -6,6 +6,8 @@ one and three KV heads, a head size of its own, biases, tied heads, a window sho
 
 from __future__ import annotations
 
+from typing import Any
+
 from tools.goldens.cases import Case, Config, rope
 
 __all__ = ["ADAMW", "CASES", "ROWS", "STEPS", "TOKENS"]
@@ -74,7 +76,7 @@ CASES: dict[str, Case] = {
     "gpt2": Case("gpt2", {}, GPT2),
 }
 
-ADAMW = {
+ADAMW: dict[str, Any] = {
     "case": "llama-tied",
     "learning_rate": 3e-3,
     "warmup": 3,
