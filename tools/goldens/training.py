@@ -1,6 +1,6 @@
 """The golden models of training: a row per case, with what its config says beside the sizes that all share.
 
-Sizes are odd where a family allows it, so that no kernel's tile is full. A case is a model that trains: every family,
+Sizes are odd where a family and the kernels allow it (a head has a multiple of 8 elements), so that no tile is full. A case is a model that trains: every family,
 one and three KV heads, a head size of its own, biases, tied heads, a window shorter than the text, three rope scalings.
 """
 
@@ -23,7 +23,7 @@ SMALL: Config = {
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
-    "head_dim": 10,
+    "head_dim": 16,
     "vocab_size": 61,
     "max_position_embeddings": 64,
     "rms_norm_eps": 2e-3,
@@ -32,7 +32,7 @@ SMALL: Config = {
     "eos_token_id": 2,
 }
 GPT2: Config = {
-    "n_embd": 30,
+    "n_embd": 24,
     "n_layer": 2,
     "n_head": 3,
     "n_inner": 41,
@@ -45,17 +45,17 @@ GPT2: Config = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-WHOLE: Config = {key: value for key, value in SMALL.items() if key != "head_dim"} | {"hidden_size": 30}
+WHOLE: Config = {key: value for key, value in SMALL.items() if key != "head_dim"} | {"hidden_size": 24}
 """Of families whose heads have hidden_size / num_attention_heads elements."""
 PHI3: Config = {**WHOLE, "num_key_value_heads": 3, "original_max_position_embeddings": 64, "pad_token_id": None}
 
 CASES: dict[str, Case] = {
     "llama-1-kv-head": Case("llama", {}, SMALL),
     "llama-3-kv-heads": Case(
-        "llama", {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6}, SMALL
+        "llama", {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, SMALL
     ),
     "llama-biases": Case("llama", {"attention_bias": True, "mlp_bias": True}, SMALL),
-    "llama-tied": Case("llama", {"tie_word_embeddings": True, "head_dim": 14}, SMALL),
+    "llama-tied": Case("llama", {"tie_word_embeddings": True, "head_dim": 24}, SMALL),
     "llama-rope-linear": Case("llama", rope("linear", factor=4.0), SMALL),
     "llama-rope-llama3": Case(
         "llama",
