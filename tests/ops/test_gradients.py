@@ -18,7 +18,7 @@ from cuplama.dtypes import DTYPES
 from cuplama.lab.check import model_dtypes
 from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
-from cuplama.ops.abstract import AbstractArray, abstract, attributes, infer
+from cuplama.ops.abstract import abstract, infer
 from cuplama.ops.node import Node
 from cuplama.ops.op import Op
 
@@ -42,6 +42,7 @@ class Tape:
     before: inputs that have a gradient already, "before.x".
     """
 
+    op: str
     node: Node
     letters: Mapping[str, str]  # dtypes of the node's arrays, by name: "T", "f32", ...
     before: frozenset[str] = frozenset()
@@ -51,12 +52,8 @@ class Tape:
     sums: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)  # by ``so_far``
     choices: set[str] = field(default_factory=set)  # asked by ``wants``
-    in_T: set[str] = field(default_factory=set)  # gradients in T of values in float32
+    in_model_dtype: set[str] = field(default_factory=set)  # gradients of float32 values
     outputs: set[str] = field(default_factory=set)
-
-    @property
-    def op(self) -> str:
-        return self.node.op
 
     def __getitem__(self, name: str) -> str:
         names = {s.name for s in (*OPS[self.op].signature.ins, *OPS[self.op].signature.outs)}
@@ -104,7 +101,7 @@ class Tape:
 
     def give(self, name: str, gradient: str, in_T: bool = False) -> None:
         assert name not in self.given
-        self.in_T |= {name} if in_T else set()
+        self.in_model_dtype |= {name} if in_T else set()
         self.given[name] = gradient
 
 
@@ -136,7 +133,7 @@ class Differentiated:
         ins = tuple(s.name if s.name in self.ins else "" for s in signature.ins)
         node = Node(self.op.name, tuple(s.name for s in signature.outs), ins, {**self.attrs, **self.free})
         floats = frozenset(k for k, x in self.ins.items() if is_float(x)) if before else frozenset()
-        tape = Tape(node, letters, floats, wanted)
+        tape = Tape(self.op.name, node, letters, floats, wanted)
         assert self.op.gradient is not None
         self.op.gradient(tape)
         return tape
@@ -272,7 +269,7 @@ def test_nodes_of_a_gradient_fit_their_ops(op: Op, case: Case) -> None:
                 pass
             for name, gradient in tape.given.items():
                 value = described(it, T)[name]
-                dtype = DTYPES[T] if name in tape.in_T else value.dtype
+                dtype = DTYPES[T] if name in tape.in_model_dtype else value.dtype
                 assert (values[gradient].shape, values[gradient].dtype) == (value.shape, dtype), name
 
 

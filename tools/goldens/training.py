@@ -1,7 +1,8 @@
 """The golden models of training: a row per case, with what its config says beside the sizes that all share.
 
-Sizes are odd where a family and the kernels allow it (a head has a multiple of 8 elements), so that no tile is full. A case is a model that trains: every family,
-one and three KV heads, a head size of its own, biases, tied heads, a window shorter than the text, three rope scalings.
+Sizes are odd where a family and the kernels allow it (a head has a multiple of 8 elements), so that no tile is full. A
+case is a model that trains: every family, one and three KV heads, a head size of its own, biases, tied heads, a window
+shorter than the text, three rope scalings.
 """
 
 from __future__ import annotations
