@@ -50,8 +50,8 @@ def check(case: Golden, loss: float, found: Mapping[str, Array]) -> None:
 def check_bf16(case: Golden, loss: float, found: Mapping[str, Array]) -> None:
     """Of a run in bfloat16: it is no further from the truth than transformers' own is.
 
-    That is said of all gradients as one vector, and of the tensors in the middle of the order. A single small tensor, or
-    the loss, may be nearer to the truth by chance in either of the two.
+    That is said of all gradients as one vector, and of the tensor in the middle. A single small tensor, or the loss,
+    may be nearer to the truth by chance in either of the two.
     """
     assert abs(loss - case.loss) <= BF16_LOSS_TOLERANCE
     assert whole_error(found, case.gradients) <= case.bf16_error
