@@ -21,7 +21,7 @@ from cuplama.models.config import load_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5)

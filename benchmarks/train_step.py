@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.training import PEERS, Job, agree, run_job, write_checkpoint, write_results
 from cuplama.models.presets import find_shape
+from cuplama.train.backward import RECOMPUTE
 
 ROWS = {"gpt2": 16, "llama-3.2-1b": 4}
 CONTEXT = 1024
@@ -32,7 +33,17 @@ def measure_shape(shape: str, args: argparse.Namespace, found: dict[str, Any]) -
         for peer in PEERS:
             if args.only and args.only not in peer:
                 continue
-            job = Job(peer, name, "cuda", "bfloat16", ROWS.get(shape, args.rows), CONTEXT, args.warm, args.steps)
+            job = Job(
+                peer,
+                name,
+                "cuda",
+                "bfloat16",
+                ROWS.get(shape, args.rows),
+                CONTEXT,
+                args.warm,
+                args.steps,
+                recompute=args.recompute,
+            )
             result = {"shape": shape, "rows": job.rows, "context": CONTEXT, **run_job(job, args.timeout)}
             if peer == "ours" and known and "error" not in result and not agree(result, known[0]):
                 result["error"] = f"loss {result['losses'][0]:.4f}, norm {result['grad_norm']:.4f}: not torch's"
@@ -56,13 +67,14 @@ def line(result: dict[str, Any], known: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(ROWS))
     parser.add_argument("--rows", type=int, default=4, help="of a batch, for other shapes")
     parser.add_argument("--only", choices=["ours", "torch"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=7)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each program")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="nothing", help="of our program")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     print(f"{'shape':<13} {'program':<14} {'tokens/s':>9} {'/comp.':>6} {'GB':>6} {'of card':>6} {'norm':>8}  losses")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from cuplama.backends import Backend
+from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
-from cuplama.models.config import ModelConfig
+from cuplama.models.checkpoint import load_weights
+from cuplama.models.config import ModelConfig, load_config
 from cuplama.ops.signature import dim_value
 
 __all__ = ["PEERS", "Job", "agree", "batches", "measure", "run_job", "write_checkpoint", "write_results"]
@@ -38,7 +42,7 @@ class Job:
 
     peer: one of ``PEERS``; folder: of the checkpoint; device: "cuda", or "cpu", where our program is NumPy; dtype:
     "float32" or "bfloat16"; rows, context: of a batch, in texts and in tokens of each; warm: steps before those that
-    are timed; threads: of the CPU.
+    are timed; threads: of the CPU; recompute: as of ``TrainingSettings``, for our program.
     """
 
     peer: str
@@ -50,6 +54,7 @@ class Job:
     warm: int
     steps: int
     threads: int = 2
+    recompute: str = "nothing"
     learning_rate: float = 1e-4
 
 
@@ -96,7 +101,7 @@ def batches(vocab_size: int, job: Job, distinct: int = 4) -> list[np.ndarray[Any
 
 
 def measure(job: Job, step: Callable[[int], float], wait: Callable[[], None]) -> dict[str, Any]:
-    """Take the steps of a job. step: number -> loss, or NaN where the loss is not asked for; wait: until all is done."""
+    """Take the steps of a job. step: number -> loss, or NaN where nobody asks for it; wait: until all is done."""
     losses = [step(i) for i in range(CHECKED)]
     for i in range(job.warm):
         step(CHECKED + i)
@@ -127,6 +132,7 @@ def torch_steps(job: Job) -> dict[str, Any]:
 
     torch.set_num_threads(job.threads)
     cuda = job.device == "cuda"
+    context = torch.zeros(1, device=job.device)
     before = torch.cuda.mem_get_info()[0] if cuda else 0
     model = torch_model(job.folder, job.dtype, job.device)
     run = torch.compile(model) if job.peer == "torch.compile" else model
@@ -140,12 +146,15 @@ def torch_steps(job: Job) -> dict[str, Any]:
         loss = run(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         if number == 0:
-            norms.append(math.sqrt(sum(float(p.grad.double().norm()) ** 2 for p in model.parameters())))
+            norms.append(math.sqrt(sum(float(p.grad.float().norm()) ** 2 for p in model.parameters())))
+        if number == CHECKED and cuda:
+            torch.cuda.reset_peak_memory_stats()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()) if number < CHECKED else math.nan
 
     found = measure(job, step, torch.cuda.synchronize if cuda else lambda: None)
+    del context
     found |= {"grad_norm": norms[0], "torch": torch.__version__, "transformers": transformers.__version__}
     if cuda:
         found |= {
@@ -184,16 +193,67 @@ def torch_optimizer(model: Any, learning_rate: float, fused: bool) -> Any:
 
 def our_steps(job: Job) -> dict[str, Any]:
     """The steps of cuplama: weights and activations in the job's dtype, masters and moments in float32."""
-    raise NotImplementedError
+    from cuplama.train import Batch, Trainer, TrainingSettings
+
+    folder, memory, facts = Path(job.folder), Memory(job.device), {}
+    backend = open_backend(job)
+    config = load_config(folder)
+    settings = TrainingSettings(
+        steps=1 << 20, schedule="constant", lr=job.learning_rate, batch_size=job.rows, weight_decay=WEIGHT_DECAY,
+        beta1=BETAS[0], beta2=BETAS[1], eps=EPS, grad_clip=0, recompute=job.recompute,
+    )  # fmt: skip
+    trainer = Trainer(config, load_weights(folder, config), settings, backend, job.context)
+    ready = [Batch.of_rows(ids) for ids in batches(config.vocab_size, job)]
+
+    def step(number: int) -> float:
+        loss, norm = trainer.step([ready[number % len(ready)]], job.learning_rate).wait()
+        facts.setdefault("grad_norm", norm)
+        memory.look()
+        return loss
+
+    found = measure(job, step, lambda: None)  # a step waits for its loss
+    facts |= {"device": backend.describe(), "recompute": job.recompute}
+    if job.device == "cuda":
+        facts |= {"allocated_bytes": memory.most, "device_bytes": memory.most}
+    return found | facts
+
+
+def open_backend(job: Job) -> Backend:
+    """Ours for a job."""
+    if job.device == "cpu":
+        return NumPyBackend()
+    from cuplama.backends.cuda.backend import CudaBackend
+
+    return CudaBackend(_SAFETENSORS[job.dtype][1])
+
+
+class Memory:
+    """Bytes that this process takes of the card, its context aside. most: the largest number that ``look`` saw."""
+
+    def __init__(self, device: str) -> None:
+        self.most, self._runtime = 0, None
+        if device == "cuda":
+            import cupy
+
+            self._runtime = cupy.cuda.runtime
+            cupy.zeros(1)  # makes the context
+            self._before = self._runtime.memGetInfo()[0]
+
+    def look(self) -> None:
+        if self._runtime is not None:
+            self.most = max(self.most, self._before - self._runtime.memGetInfo()[0])
 
 
 def run_job(job: Job, timeout: float) -> dict[str, Any]:
     """The result of a job in a process of its own; of one that fails the reason, as "error"."""
     command = [sys.executable, "-m", "benchmarks.training", json.dumps(asdict(job))]
     root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {name: str(job.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     start = time.perf_counter()
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"peer": job.peer, "error": f"took more than {timeout:g} s"}
     lines = done.stdout.strip().splitlines()

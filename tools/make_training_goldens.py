@@ -164,11 +164,12 @@ def versions() -> dict[str, str]:
 
 
 def rate_of(step: int, settings: dict[str, Any] = ADAMW, steps: int = STEPS) -> float:
-    """The learning rate of a step, from 1: linear warm-up, then half a cosine that would be 0 a step after the last."""
-    warmup, peak = settings["warmup"], settings["learning_rate"]
+    """The learning rate of a step, from 1: linear warm-up, then half a cosine that ends at ``floor`` of the highest."""
+    warmup, peak, floor = settings["warmup"], settings["lr"], settings["floor"]
     if step <= warmup:
         return float(peak * step / warmup)
-    return float(peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return float(peak * (floor + (1 - floor) * falling))
 
 
 def optimizer_of(model: Any) -> Any:

@@ -79,7 +79,8 @@ CASES: dict[str, Case] = {
 
 ADAMW: dict[str, Any] = {
     "case": "llama-tied",
-    "learning_rate": 3e-3,
+    "lr": 3e-3,
+    "floor": 0.1,
     "warmup": 3,
     "schedule": "cosine",
     "weight_decay": 0.1,
