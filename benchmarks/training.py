@@ -195,7 +195,8 @@ def our_steps(job: Job) -> dict[str, Any]:
     """The steps of cuplama: weights and activations in the job's dtype, masters and moments in float32."""
     from cuplama.train import Batch, Trainer, TrainingSettings
 
-    folder, memory, facts = Path(job.folder), Memory(job.device), {}
+    folder, memory = Path(job.folder), Memory(job.device)
+    facts: dict[str, Any] = {}
     backend = open_backend(job)
     config = load_config(folder)
     settings = TrainingSettings(
