@@ -179,8 +179,8 @@ def torch_model(folder: str, dtype: str, device: str) -> Any:
     return model.to(device).train()
 
 
-def torch_optimizer(model: Any, learning_rate: float, fused: bool) -> Any:
-    """torch's AdamW, which decays what has two and more dimensions."""
+def torch_optimizer(model: Any, learning_rate: float, fused: bool, betas: tuple[float, float] = BETAS) -> Any:
+    """The AdamW of torch, which decays what has two and more dimensions."""
     import torch
 
     parameters = list(model.parameters())
@@ -188,7 +188,7 @@ def torch_optimizer(model: Any, learning_rate: float, fused: bool) -> Any:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=EPS, fused=fused)
 
 
 def our_steps(job: Job) -> dict[str, Any]:
