@@ -178,12 +178,16 @@ def smallest(op: Op) -> list[Case]:
     def elements(case: Case) -> int:
         return sum(math.prod(x.shape) for x in case_workload(op, case, "f32").ins if x is not None)
 
-    plain = sorted((case for case in op.cases if not case.get("W")), key=elements)
-    kinds: dict[Any, list[Case]] = {}
-    for case in plain:
-        kinds.setdefault(tuple((k, v) for k, v in sorted(case.items()) if isinstance(v, bool)), []).append(case)
-    first = [cases[0] for cases in kinds.values()]
-    return first + [case for case in plain if case not in first][: max(0, CASES - len(first))]
+    order = sorted((case for case in op.cases if not case.get("W")), key=elements)
+    kinds = [tuple((k, v) for k, v in sorted(case.items()) if isinstance(v, bool)) for case in order]
+    first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    others = [i for i in range(len(order)) if i not in first][: max(0, CASES - len(first))]
+    return [order[i] for i in (*first, *others) if is_finite(op, order[i])]
+
+
+def is_finite(op: Op, case: Case) -> bool:
+    """Whether the outputs are: some cases are there to show that what is not a number stays none."""
+    return all(np.isfinite(x).all() for x in Differentiated(op, case).outs.values())
 
 
 def all_cases() -> Iterator[tuple[Op, Case]]:
