@@ -84,8 +84,10 @@ def test_on_the_emulator(name: str, dtype: str) -> None:
     """The kernels' own text, planned and fused as on a GPU without cuBLAS."""
     case, gpu = golden(name), FakeGpu(emulate=True)
     backend, config = CudaBackend(dtype, gpu=gpu), load_config(case.folder)
-    weights = {key: backend.load_weight(w) for key, w in load_weights(case.folder, config).items()}
-    model = Model(case.folder, config, None, Engine(backend, config, weights, 64, 64), Settings())
+    weights = load_weights(case.folder, config)
+    loaded = {w.source: backend.load_weight(w) for w in {w.source: w for w in weights.values()}.values()}
+    arrays = {key: loaded[w.source] for key, w in weights.items()}
+    model = Model(case.folder, config, None, Engine(backend, config, arrays, 64, 64), Settings())
     (check if dtype == "f32" else check_bf16)(case, *gradients(model, case.ids))
     assert gpu.launches
 
