@@ -21,6 +21,7 @@ from .streams import QUIET_KEY, no_warnings
 
 __all__ = [
     "ACTIVATIONS_OPTION",
+    "ADAPTER",
     "DEBUG",
     "DEVICE",
     "KV_CACHE_DTYPE",
@@ -148,7 +149,13 @@ def dtype_option(auto: str = "") -> Decorator:
     return click.option("--dtype", type=choices, default="auto", metavar="DTYPE", help=text)
 
 
-_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context")
+ADAPTER = click.option(
+    "--adapter",
+    metavar="ADAPTER",
+    shell_complete=complete_model,
+    help="Folder or hub id of a LoRA adapter for the model, as PEFT saves it.",
+)
+_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context", "adapter")
 CONTEXT = click.option(
     "-c",
     "--context",
@@ -179,7 +186,7 @@ def loading_options(auto: str = "", *more: Decorator) -> Decorator:
 
 # What every command has that runs a model.
 run_options = options(
-    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT),
+    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT, ADAPTER),
     OFFLINE,
     QUIET,
     DEBUG,

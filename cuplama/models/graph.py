@@ -1,8 +1,8 @@
 """A model as a plain list of nodes, from its config alone. This is the only place where a model's layers are written.
 
-Values are names: weights ("3.qkv_proj"), inputs of a pass ("input_ids", "page_table", ...: engine/batch.py lists them),
-cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are concatenated: every activation is
-[n, ...] for n new tokens.
+Values are names: weights ("3.qkv_proj"; lora.py has those of an adapter), inputs of a pass ("input_ids", "page_table",
+...: engine/batch.py lists them), cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are
+concatenated: every activation is [n, ...] for n new tokens.
 """
 
 from __future__ import annotations
@@ -77,7 +77,13 @@ class _Nodes:
         return self.emit(self.config.family.norm, f"{weight}.out", x, weight, *bias, eps=self.config.eps)
 
     def linear(self, x: str, weight: str, U: str, out: str = "") -> str:
-        return self.emit("linear", out or f"{weight}.out", x, weight, *self.present(f"{weight}.bias"), U=U)
+        """A product with a weight, and with what an adapter adds to it."""
+        added, out, ins = self.config.low_ranks.get(weight), out or f"{weight}.out", (x, weight)
+        base = self.emit("linear", f"{weight}.base" if added else out, *ins, *self.present(f"{weight}.bias"), U=U)
+        if added is None:
+            return base
+        h = self.emit("linear", f"{weight}.lora", x, f"{weight}.lora_a", U="T")
+        return self.emit("lora_add", out, base, h, f"{weight}.lora_b", f"{weight}.lora_part", scale=added.scale)
 
     def attention(self, i: int, x: str) -> str:
         """Layer i's attention, and its sum with x."""
