@@ -1,0 +1,5 @@
+"""Training: a model's node list differentiated, an optimizer, data and a loop."""
+
+from .gradients import gradients
+
+__all__ = ["gradients"]
