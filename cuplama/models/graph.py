@@ -67,7 +67,7 @@ class _Nodes:
     """Collects nodes. A method appends the nodes of a part of the model and returns the name of their result."""
 
     def __init__(self, config: ModelConfig, cached: bool, dropout: float) -> None:
-        self.config, self.weights = config, config.weight_shapes().keys()
+        self.config, self.weights = config, config.weight_shapes()
         self.cached, self.dropout, self.streams = cached, dropout, itertools.count()
         self.found: list[Node] = []
 
@@ -96,7 +96,8 @@ class _Nodes:
         if added is None:
             return base
         h = self.emit("linear", f"{weight}.lora", x, f"{weight}.lora_a", U="T")
-        return self.emit("lora_add", out, base, h, f"{weight}.lora_b", f"{weight}.lora_part", scale=added.scale)
+        ins, q = (base, h, f"{weight}.lora_b", f"{weight}.lora_part"), self.weights[f"{weight}.lora_a"][0]
+        return self.emit("lora_add", out, *ins, q=q, scale=added.scale, U=U)
 
     def attention(self, i: int, x: str) -> str:
         """Layer i's attention, and its sum with x."""

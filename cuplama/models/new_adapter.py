@@ -11,8 +11,8 @@ import numpy as np
 
 from ..arguments import checked, items, need_type, real, shown, whole_number
 from ..errors import ParameterError
-from ..ops.signature import dim_value
 from .config import ModelConfig
+from .export import checkpoint_tensors
 from .lora import ALL_LINEAR, Adapter, LowRank, ends_in, linear_modules, lora_name, modules_of
 
 __all__ = ["adapter_files", "initial_weights", "new_adapter"]
@@ -76,29 +76,22 @@ def adapter_files(
     config: of a model with an adapter; arrays: its weights by canonical name (``X.lora_a``, ``X.lora_b``), of which the
     tensors are views; base_name: the folder or hub id of the model without it.
     """
-    adapter, own, dims = config.adapter, config.own_recipes(), config.dims()
+    adapter, own = config.adapter, config.own_recipes()
     assert adapter is not None
-    tensors = {}
-    for name, added in config.low_ranks.items():
-        a, b, row = arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], 0
-        for i, (shape, module) in enumerate(linear_modules(name, own[name])):
-            rows = dim_value(shape.split(",")[0], dims)
-            if module in adapter.modules:
-                tensors[lora_name(module, "A")] = a[i * added.rank : (i + 1) * added.rank]
-                tensors[lora_name(module, "B")] = b[row : row + rows]
-            row += rows
+    names = {lora_name(module, which) for module in adapter.modules for which in "AB"}
+    tensors = {name: array for name, array in checkpoint_tensors(config, arrays) if name in names}
     kinds = list(adapter.modules.values())
     ((rank, _),) = Counter(kind.rank for kind in kinds).most_common(1)
     ((alpha, _),) = Counter(kind.alpha for kind in kinds).most_common(1)
-    names = sorted({module.rpartition(".")[2] for module in adapter.modules})
-    alike = all(module in adapter.modules for module in modules_of(config.own_recipes())[0] if ends_in(module, names))
+    ends = sorted({module.rpartition(".")[2] for module in adapter.modules})
+    alike = all(module in adapter.modules for module in modules_of(own)[0] if ends_in(module, ends))
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "target_modules": names if alike else sorted(adapter.modules),
+        "target_modules": ends if alike else sorted(adapter.modules),
         "rank_pattern": {m: k.rank for m, k in adapter.modules.items() if k.rank != rank},
         "alpha_pattern": {m: k.alpha for m, k in adapter.modules.items() if k.alpha != alpha},
         "use_rslora": kinds[0].rslora,
