@@ -2,7 +2,7 @@
 
     python -m tools.make_lora_goldens [case ...]
 
-Needs the `golden` extra and `pip install peft`. tests/golden/README.md says what each file holds. Everything follows
+Needs the `golden` extra. tests/golden/README.md says what each file holds. Everything follows
 from the seed. What cuplama itself writes of an adapter is given to PEFT as well, which must compute the same with it.
 """
 

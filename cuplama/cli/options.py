@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "quantize_option",
     "run_options",
     "sampling_options",
+    "shard_size_option",
     "weight_format_option",
 ]
 
@@ -190,6 +192,24 @@ run_options = options(
     OFFLINE,
     QUIET,
     DEBUG,
+)
+
+
+def _bytes(_: click.Context, __: click.Parameter, size: float) -> int:
+    if not 1 <= size * 1e9 < math.inf:  # nor is NaN
+        raise click.UsageError(f"--shard-size = {size:g} is out of range; it must be a number of GB")
+    return int(size * 1e9)
+
+
+# For commands that write a model; they get a number of bytes.
+shard_size_option = click.option(
+    "--shard-size",
+    type=float,
+    callback=_bytes,
+    default=5,
+    show_default=True,
+    metavar="GB",
+    help="Size that a file of weights has at most.",
 )
 
 

@@ -91,13 +91,13 @@ class _Nodes:
 
     def linear(self, x: str, weight: str, U: str, out: str = "") -> str:
         """A product with a weight, and with what an adapter adds to it."""
-        added, out, ins = self.config.low_ranks.get(weight), out or f"{weight}.out", (x, weight)
-        base = self.emit("linear", f"{weight}.base" if added else out, *ins, *self.present(f"{weight}.bias"), U=U)
+        added, out, bias = self.config.low_ranks.get(weight), out or f"{weight}.out", self.present(f"{weight}.bias")
+        base = self.emit("linear", f"{weight}.base" if added else out, x, weight, *bias, U=U)
         if added is None:
             return base
         h = self.emit("linear", f"{weight}.lora", x, f"{weight}.lora_a", U="T")
-        ins, q = (base, h, f"{weight}.lora_b", f"{weight}.lora_part"), self.weights[f"{weight}.lora_a"][0]
-        return self.emit("lora_add", out, *ins, q=q, scale=added.scale, U=U)
+        ins, attrs = (f"{weight}.lora_b", f"{weight}.lora_part"), {"scale": added.scale, "U": U}
+        return self.emit("lora_add", out, base, h, *ins, q=self.weights[f"{weight}.lora_a"][0], **attrs)
 
     def attention(self, i: int, x: str) -> str:
         """Layer i's attention, and its sum with x."""
