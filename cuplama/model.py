@@ -40,8 +40,8 @@ class Model:
     After close() everything that computes raises ClosedError; encode, decode and params go on.
 
     name, adapter: the folders or hub ids as they were given to ``load``; folder: where its files are; config:
-    ModelConfig; backend: where it runs; context: tokens a sequence may have; num_parameters: numbers in its weights, a
-    head that is tied to the embedding not counted; defaults: the sampling parameters that its generation_config.json
+    ModelConfig; backend: where it runs; context: tokens a sequence may have; num_parameters: numbers in its weights, an
+    adapter and a head that is tied to the embedding not counted; defaults: the sampling parameters that its generation_config.json
     sets; stop_ids: token ids that end a text; bos: the id that an empty prompt becomes, or None.
     """
 
@@ -61,7 +61,8 @@ class Model:
         self._engine: Engine | None = engine
         self.context = engine.context
         self.defaults, self.stop_ids, self.bos = settings.defaults, settings.stop_ids, settings.bos
-        shapes = {id(engine.runner.values[weight]): shape for weight, shape in config.weight_shapes().items()}
+        own = replace(config, adapter=None).weight_shapes()
+        shapes = {id(engine.runner.values[weight]): shape for weight, shape in own.items()}
         self.num_parameters = sum(map(math.prod, shapes.values()))
 
     def __repr__(self) -> str:

@@ -66,6 +66,15 @@ class Adapter:
                 found[name] = added[0]
         return found
 
+    def parameters(self, recipes: Mapping[str, Recipe], dims: Mapping[str, int]) -> int:
+        """How many numbers it has. recipes: as of ``matrices``; dims: ``ModelConfig.dims``."""
+        every = (part for name, recipe in recipes.items() for part in linear_modules(name, recipe))
+        return sum(
+            self.modules[module].rank * sum(dim_value(size, dims) for size in shape.split(","))
+            for shape, module in every
+            if module in self.modules
+        )
+
     def recipes(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
         """The recipes of ``X.lora_a`` and ``X.lora_b``, with the names that PEFT stores tensors under."""
         found: dict[str, Recipe] = {}
