@@ -41,8 +41,8 @@ class Model:
 
     name, adapter: the folders or hub ids as they were given to ``load``; folder: where its files are; config:
     ModelConfig; backend: where it runs; context: tokens a sequence may have; num_parameters: numbers in its weights, an
-    adapter and a head that is tied to the embedding not counted; defaults: the sampling parameters that its generation_config.json
-    sets; stop_ids: token ids that end a text; bos: the id that an empty prompt becomes, or None.
+    adapter and a head that is tied to the embedding not counted; defaults: the sampling parameters that its
+    generation_config.json sets; stop_ids: token ids that end a text; bos: the id that an empty prompt becomes, or None.
     """
 
     def __init__(

@@ -66,6 +66,11 @@ class Adapter:
                 found[name] = added[0]
         return found
 
+    def stores(self, tensor: str) -> bool:
+        """Whether a tensor of a recipe is in a file: those of parts that are not adapted are in none."""
+        module = tensor.removeprefix(_PREFIX).rpartition(".lora_")[0]
+        return not module or module in self.modules
+
     def parameters(self, recipes: Mapping[str, Recipe], dims: Mapping[str, int]) -> int:
         """How many numbers it has. recipes: as of ``matrices``; dims: ``ModelConfig.dims``."""
         every = (part for name, recipe in recipes.items() for part in linear_modules(name, recipe))

@@ -13,23 +13,23 @@ from ..arguments import checked, items, need_type, real, shown, whole_number
 from ..errors import ParameterError
 from .config import ModelConfig
 from .export import checkpoint_tensors
-from .lora import ALL_LINEAR, Adapter, LowRank, ends_in, linear_modules, lora_name, modules_of
+from .lora import ALL_LINEAR, Adapter, LowRank, ends_in, linear_modules, modules_of
 
 __all__ = ["adapter_files", "initial_weights", "new_adapter"]
 
 
 def new_adapter(
-    config: ModelConfig, rank: int, alpha: float | None = None, targets: Sequence[str] | str = ALL_LINEAR
+    config: ModelConfig, rank: int, alpha: float | None = None, targets: Sequence[str] | str = ()
 ) -> ModelConfig:
     """The model with a new adapter; ``initial_weights`` makes its weights.
 
-    rank: r; alpha: r by default, so that the scale is 1; targets: names of linear layers as Hugging Face calls them
-    ("q_proj"), or "all-linear": all but the head. Raises ParameterError naming what is wrong.
+    rank: r; alpha: twice the rank by default, so that the scale is 2; targets: names of linear layers as Hugging Face
+    calls them ("q_proj"); none, or "all-linear", for all but the head. Raises ParameterError naming what is wrong.
     """
     rank = checked("rank", rank, whole_number(1), "a whole number >= 1")
-    alpha = float(rank) if alpha is None else checked("alpha", alpha, real(-1e30, 1e30), "a number")
+    alpha = 2.0 * rank if alpha is None else checked("alpha", alpha, real(-1e30, 1e30), "a number")
     linear = modules_of(config.own_recipes())[0]
-    if targets == ALL_LINEAR:
+    if not targets or targets == ALL_LINEAR:
         targets = [module for module in linear if module != "lm_head"]
     need = "names of linear layers, or all-linear"
     targets = [targets] if isinstance(targets, str) else checked("targets", targets, _names, need)
@@ -78,8 +78,8 @@ def adapter_files(
     """
     adapter, own = config.adapter, config.own_recipes()
     assert adapter is not None
-    names = {lora_name(module, which) for module in adapter.modules for which in "AB"}
-    tensors = {name: array for name, array in checkpoint_tensors(config, arrays) if name in names}
+    own_arrays = {f"{name}.lora_{which}": arrays[f"{name}.lora_{which}"] for name in config.low_ranks for which in "ab"}
+    tensors = dict(checkpoint_tensors(config, own_arrays))
     kinds = list(adapter.modules.values())
     ((rank, _),) = Counter(kind.rank for kind in kinds).most_common(1)
     ((alpha, _),) = Counter(kind.alpha for kind in kinds).most_common(1)

@@ -74,6 +74,7 @@ def plan(
     for name, rope in config.ropes.items():
         table = abstract((table_rows(rope, context), rope.dim // 2), f32)
         values |= {f"{name}.cos": table, f"{name}.sin": table}
+    values |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
     values |= _inputs(rows)
     own = [name for name in trained if not (config.tied and name == "lm_head")]
     per_element = 4 * 4 + (0 if f32 == T else T.itemsize)  # gradient, master and two moments, and the weight itself
