@@ -70,7 +70,7 @@ def merge(
             target.write({name: _merged(source, name, terms.get(name)) for name in names})
     target.finish(source.config.raw, source.copies())
     if progress is not None:
-        progress(1, 1)
+        progress(len(source.parts()), len(source.parts()))
     return True
 
 

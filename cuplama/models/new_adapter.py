@@ -35,7 +35,7 @@ def new_adapter(
     targets = [targets] if isinstance(targets, str) else checked("targets", targets, _names, need)
     for name in targets:
         if not any(ends_in(module, [name]) for module in linear):
-            known = ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in linear))
+            known = ", ".join(sorted({module.rpartition(".")[2] for module in linear}))
             raise ParameterError(f"targets: {shown(name)} is no linear layer of {config.architecture}; known: {known}")
     modules = {module: LowRank(rank, alpha) for module in linear if ends_in(module, targets)}
     return replace(config, adapter=Adapter(modules))

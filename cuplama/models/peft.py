@@ -174,7 +174,7 @@ def _targeted(settings: Settings, config: ModelConfig) -> list[str]:
         if not (isinstance(excluded, str) or _are_names(excluded)):
             settings.refuse("exclude_modules", "a list of names, or a regular expression")
         found -= _matching(settings, "exclude_modules", excluded, found)
-    names = ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in linear))
+    names = ", ".join(sorted({module.rpartition(".")[2] for module in linear}))
     for module in others:
         if module in found:
             settings.refuse("target_modules", f"linear layers: {names}", module)
