@@ -26,6 +26,7 @@ import numpy as np
 
 from ..dtypes import DTYPES, Array, narrow
 from .calling import MODEL_DTYPES, Parameters, checked_attributes, executor, kind_of
+from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 from .weights import segments_of, stored_bytes
@@ -111,6 +112,9 @@ class Op:
     matmul:      a product x[n,k] w[m,k]^T, which a library computes where there are many rows.
     inner:       of such a product behind another op: ``f(call) -> launch``, which writes the x[n,k] of the product, in
                  T, to the scratch "inner".
+    gradient:    ``f(gradient)``: emits the nodes that compute the gradients of the inputs, see gradient.py.
+    recompute:   from which policy of training on a result is computed again in the backward pass and not kept till
+                 then: "cheap", for what costs little, or "layers"; "" for results that are always kept.
     library:     ``f(y, *inputs)``: a call of CuPy that computes the op into ``y``, to compare times with.
     unaligned:   whether arrays may begin anywhere; else at multiples of 16 bytes, where allocators begin them.
     admitted_spills: "kernel@arch" -> (bytes of registers that an instance may spill at most, why).
@@ -135,6 +139,8 @@ class Op:
     flops: Callable[[Call], float] | None = None
     matmul: bool = False
     inner: Callable[[Call], Launch] | None = None
+    gradient: Callable[[Gradient], None] | None = None
+    recompute: str = ""
     library: Callable[..., object] | None = None
     unaligned: bool = True
     admitted_spills: Mapping[str, tuple[int, str]] = field(default_factory=dict)

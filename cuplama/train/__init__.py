@@ -1,1 +1,5 @@
-"""Training: a model's own node list with its gradients, and everything from files of text to a saved model."""
+"""Training: a model's node list differentiated, an optimizer, data and a loop."""
+
+from .gradients import gradients
+
+__all__ = ["gradients"]

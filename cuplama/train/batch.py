@@ -1,77 +1,77 @@
-"""What a step is given: the tokens of a few rows in one, with their documents, targets and weights."""
+"""The inputs of a training pass: tokens of several documents, one behind the other, and what is learned of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..dtypes import Array
+from ..models.rope import RopeTables, Span
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "padded_bounds"]
 
-Ints = np.ndarray[tuple[int], np.dtype[np.int32]]
-Floats = np.ndarray[tuple[int], np.dtype[np.float32]]
+_Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Batch:
-    """A packed batch of n tokens: documents are sequences of their own, and none attends to another.
+    """n tokens of some documents, which do not see each other.
 
-    input_ids, positions, targets: int32 [n]; positions begin at 0 with each document and each row. weights: float32
-    [n], what the loss of each target counts: 0, or 1 / (learned targets of the whole step), so that the losses of all
-    batches of a step add up to the mean. cu_seqlens: int32, where the documents begin, and n, which is repeated up to a
-    power of two: empty sequences, so that few sizes occur. learned: targets that count.
+    input_ids, positions, targets [n] int32: a token, its position in its document, and the token that follows; weights
+    [n] float32: what the loss of the token counts, 0 for one that is not learned; bounds [b+1] int32: where documents
+    begin, and n at the end; a document may be empty, so that batches of many numbers of documents have one shape.
     """
 
-    input_ids: Ints
-    positions: Ints
-    targets: Ints
-    weights: Floats
-    cu_seqlens: Ints
-    learned: int
+    input_ids: _Ints
+    positions: _Ints
+    targets: _Ints
+    weights: np.ndarray[Any, np.dtype[np.float32]]
+    bounds: _Ints
 
     @property
-    def tokens(self) -> int:
-        """n."""
+    def rows(self) -> int:
+        """Tokens."""
         return len(self.input_ids)
 
-    def arrays(self) -> dict[str, Array]:
-        """The inputs of the step's nodes by name.
+    @classmethod
+    def of_rows(cls, token_ids: np.ndarray[Any, Any]) -> Batch:
+        """From token_ids [B, T+1]: each row is a document, all of whose tokens but the first are learned alike."""
+        count, width = token_ids.shape
+        n = count * (width - 1)
+        return cls(
+            input_ids=token_ids[:, :-1].astype(np.int32).reshape(-1),
+            positions=np.tile(np.arange(width - 1, dtype=np.int32), count),
+            targets=token_ids[:, 1:].astype(np.int32).reshape(-1),
+            weights=np.full(n, 1 / n, np.float32),
+            bounds=(np.arange(count + 1) * (width - 1)).astype(np.int32),
+        )
 
-        ``input_ids.order`` and ``positions.order``, int32 [n], sort ids and positions, equal ones in their order: the
-        gradients of embeddings add up their rows in it.
-        """
-        found: dict[str, Array] = {
+    def arrays(self, rope: RopeTables | None) -> dict[str, np.ndarray[Any, Any]]:
+        """What the nodes read, by name. rope: the model's rotation tables, None for a model without."""
+        lengths = np.diff(self.bounds)
+        rows: np.ndarray[Any, Any] = self.positions
+        if rope is not None:
+            rows = rope.lookup([Span(0, int(n), int(n)) for n in lengths if n])[2]
+        return {
             "input_ids": self.input_ids,
+            "input_ids.order": np.argsort(self.input_ids, kind="stable").astype(np.int32),
             "positions": self.positions,
+            "positions.order": np.argsort(self.positions, kind="stable").astype(np.int32),
+            "rope.rows": rows,
             "targets": self.targets,
             "weights": self.weights,
-            "cu_seqlens": self.cu_seqlens,
+            "cu_seqlens": self.bounds,
         }
-        return {**found, **{f"{name}.order": _order(found[name]) for name in ("input_ids", "positions")}}
-
-    @classmethod
-    def pack(cls, rows: Any, begins: Any, targets: Any, learned: Any, total: int) -> Batch:
-        """Of rows of equal length: token ids, targets [B, T] of any integers, whether a token begins a document and
-        whether a target counts, bool [B, T]. total: targets that count in the whole step."""
-        begins = np.array(begins, bool)
-        begins[:, 0] = True
-        begins = begins.reshape(-1)
-        n = begins.size
-        starts = np.flatnonzero(begins)
-        size = 1 << len(starts).bit_length()  # the first power of two that has room for the starts and an n
-        cu_seqlens = np.full(size, n, np.int32)
-        cu_seqlens[: len(starts)] = starts
-        positions = np.arange(n) - np.repeat(starts, np.diff(np.append(starts, n)))
-        weights = np.where(np.reshape(learned, -1), np.float32(1.0 / max(1, total)), np.float32(0))
-        return cls(_ints(rows), _ints(positions), _ints(targets), weights, cu_seqlens, int(np.count_nonzero(learned)))
 
 
-def _ints(values: Any) -> Ints:
-    return np.ascontiguousarray(np.reshape(values, -1), np.int32)
+def padded_bounds(starts: Sequence[int], rows: int) -> _Ints:
+    """The bounds of documents that begin at ``starts``, the last of which ends at ``rows``.
 
-
-def _order(values: Ints) -> Ints:
-    return np.argsort(values, kind="stable").astype(np.int32)
+    Empty documents behind them make their number a power of two, so that few shapes occur.
+    """
+    size = 1 << (len(starts) - 1).bit_length()
+    found = np.full(size + 1, rows, np.int32)
+    found[: len(starts)] = starts
+    return found
