@@ -10,14 +10,13 @@ from typing import Any
 from ..arguments import checked, in_range, items, need_type, one_of, real, whole_number
 from ..device import DEVICES
 from ..errors import ParameterError
+from .backward import RECOMPUTE
 from .schedule import SCHEDULES, learning_rate
 
-__all__ = ["DTYPES", "RECOMPUTE", "TrainingSettings"]
+__all__ = ["DTYPES", "TrainingSettings"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 """What a model may be trained in. auto: bfloat16 on CUDA, float32 on NumPy."""
-RECOMPUTE = ("nothing", "cheap", "layers")
-"""What the backward pass computes again, so that the forward pass need not keep it."""
 _DEFAULT_CONTEXT = 1024  # tokens of a row, of a model that allows more
 _MAX_SEED = 2**64 - 1  # Philox takes a key of 64 bits
 # Settings that may change from one run to the next that goes on: they decide where and when, not what is computed.

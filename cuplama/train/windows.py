@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PromptError
-from .batch import Batch
+from .batch import Batch, padded_bounds
 from .data import TokenData
 from .documents import BEGINS, LEARNED
 
@@ -91,9 +91,20 @@ def _batches(data: TokenData, starts: Sequence[int], length: int, rows: int) -> 
 
 
 def _packed(data: TokenData, starts: Sequence[int], length: int, total: int) -> Batch:
-    """The batch of rows from these places on; behind the end of the data there are tokens 0 that do not count."""
+    """The batch of rows from these places on; behind the end of the data there are tokens 0 that do not count.
+
+    total: targets that count in the whole step, each by 1 / total.
+    """
     ids, flags = (np.stack([_row(array, s, length) for s in starts]) for array in (data.tokens, data.flags))
-    return Batch.pack(ids[:, :-1], flags[:, :-1] & BEGINS != 0, ids[:, 1:], flags[:, 1:] & LEARNED != 0, total)
+    begins = flags[:, :-1] & BEGINS != 0
+    begins[:, 0] = True  # a row sees nothing of the one before it
+    first, n = np.flatnonzero(begins), begins.size
+    positions = np.arange(n) - np.repeat(first, np.diff(np.append(first, n)))
+    weights = np.where(flags[:, 1:] & LEARNED != 0, np.float32(1 / total), np.float32(0)).reshape(-1)
+    inputs, places, targets = (
+        np.ascontiguousarray(x, np.int32).reshape(-1) for x in (ids[:, :-1], positions, ids[:, 1:])
+    )
+    return Batch(inputs, places, targets, weights, padded_bounds(first.tolist(), n))
 
 
 def _row(array: Any, start: int, length: int) -> Any:
