@@ -20,7 +20,14 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def _cross_entropy(
-    logits: Array, targets: Array, weights: Array, mixture: Array | None = None, *, alpha: float, first: int
+    logits: Array,
+    targets: Array,
+    weights: Array,
+    mixture: Array | None = None,
+    *,
+    alpha: float,
+    first: int,
+    U: str = "",
 ) -> tuple[Array, Array]:
     rows = np.arange(len(logits))
     targets, weights = targets[first + rows], weights[first + rows]
@@ -62,7 +69,7 @@ def _gradient(g: Gradient) -> None:
 
 cross_entropy = Op(
     "cross_entropy",
-    "loss[r]:f32, dlogits[r,V]:T = (logits[r,V]:f32, targets[n]:i32, weights[n]:f32, mixture[r,V]:f32?, alpha:f32,"
+    "loss[r]:f32, dlogits[r,V]:U = (logits[r,V]:f32, targets[n]:i32, weights[n]:f32, mixture[r,V]:f32?, alpha:f32,"
     " first:i32)",
     doc="The loss of rows first .. first + r - 1 of a batch, and the gradient of their sum, with t and w the target"
     " and weight of a row and lse = log(sum(exp(logits))):"
@@ -71,7 +78,7 @@ cross_entropy = Op(
     " mixture: probabilities to learn from (Hinton et al., arXiv:1503.02531). A row of weight 0 has no part in it.",
     reference=_cross_entropy,
     cases=[
-        dict(n=n, r=r, first=first, V=V, mixture=mixture, alpha=0.75 if mixture else 0.0)
+        dict(n=n, r=r, first=first, V=V, mixture=mixture, alpha=0.75 if mixture else 0.0, U="T")
         for n, r, first, V, mixture in (
             (1, 1, 0, 8, False),
             (4, 3, 1, 33, True),
@@ -80,7 +87,7 @@ cross_entropy = Op(
             (9, 9, 0, 260, True),
         )
     ],
-    sizes=lambda draw: dict(n=9, r=draw(1, 5), first=draw(0, 4), V=draw(2, 3000), alpha=0.0, mixture=False),
+    sizes=lambda draw: dict(n=9, r=draw(1, 5), first=draw(0, 4), V=draw(2, 3000), alpha=0.0, mixture=False, U="T"),
     rules=("first + r <= n",),
     inputs=_inputs,
     ranges={"targets": "V"},

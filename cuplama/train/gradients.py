@@ -48,7 +48,7 @@ def gradients(
             values[name] = backend.zeros((batch.rows, config.hidden_size), backend.dtype)
     if tables is not None:
         values |= {"rope.cos": backend.upload(tables.cos), "rope.sin": backend.upload(tables.sin)}
-    passes = Passes(backend, lambda rows: plan.nodes, {**weights, **values}, tables)
+    passes = Passes(backend, lambda rows: (plan.nodes, {**weights, **values}), tables)
     passes.run(batch)
     loss = float(backend.download(values[LOSS])[0])
     own = {id(weights[name]): name for name in reversed(names)}  # the first of the names of an array

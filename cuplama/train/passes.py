@@ -31,18 +31,17 @@ def rope_tables(config: ModelConfig, context: int) -> RopeTables | None:
 
 
 class Passes:
-    """Runs a node list on batches. values: arrays by name that the nodes read besides the batch's."""
+    """Runs a node list on batches, whatever their sizes."""
 
     def __init__(
         self,
         backend: Backend,
-        nodes: Callable[[int], Sequence[Node]],
-        values: Mapping[str, Array],
+        prepare: Callable[[int], tuple[Sequence[Node], Mapping[str, Array]]],
         rope: RopeTables | None,
     ) -> None:
-        """nodes: rows of a batch -> the list."""
-        self._backend, self._nodes, self._values, self._rope = backend, nodes, values, rope
-        self._lists: dict[int, Sequence[Node]] = {}
+        """prepare: tokens of a batch -> (the list for it, arrays by name that it reads besides the batch's)."""
+        self._backend, self._prepare, self._rope = backend, prepare, rope
+        self._prepared: dict[int, tuple[Sequence[Node], Mapping[str, Array]]] = {}
         self._ready: dict[tuple[int, int], tuple[InputBuffer, CapturedGraph]] = {}
 
     def run(self, batch: Batch, **more: np.ndarray[Any, Any]) -> None:
@@ -59,8 +58,10 @@ class Passes:
         graph.replay()
 
     def _body(self, rows: int, inputs: InputBuffer) -> Callable[[], None]:
-        nodes = self._lists.setdefault(rows, self._nodes(rows))
-        values = {**self._values, **inputs.device}
+        if rows not in self._prepared:
+            self._prepared[rows] = self._prepare(rows)
+        nodes, values = self._prepared[rows]
+        values = {**values, **inputs.device}
 
         def body() -> None:
             self._backend.run(nodes, values, ())
