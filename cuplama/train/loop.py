@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -82,30 +82,26 @@ class Loop:
     def run(self, done: int) -> Outcome:
         """All steps that are left after ``done`` of them.
 
-        The numbers of a step are read when the next one is queued, so that the device never waits for the host. Raises
-        DeviceError that names the step whose loss or gradient is not finite: nothing is saved then, and the checkpoint
-        before stays.
+        While the device computes a step, the host makes the batches of the next one. Raises DeviceError that names the
+        step whose loss or gradient is not finite: nothing is saved then, and the checkpoint before stays.
         """
         self._saved, self._seconds = done, 0.0
         self._eval_loss: float | None = None
         self._clock = time.perf_counter()
-        pending: _Pending | None = None
         steps = self.settings.steps
+        batches = self.batches(done + 1) if done < steps else []
         for step in range(done + 1, steps + 1):
-            batches, lr = self.batches(step), self.settings.learning_rate(step)
-            result = self.trainer.step(batches, lr)
-            if pending is not None:
-                self._finish(pending)
-            pending = _Pending(step, lr, batches, result)
+            lr = self.settings.learning_rate(step)
+            queued = _Queued(step, lr, batches, self.trainer.step(batches, lr))
             last = step == steps or self.stop()
-            evaluate = self.evaluation is not None and self._due(step, self.settings.eval_every, step == steps)
-            save = self._due(step, self.settings.save_every, last)
-            if evaluate or save:
-                self._finish(pending, evaluate)
-                pending = None
-                if save:
-                    self._save(step)
-                self._clock = time.perf_counter()
+            batches = [] if last else self.batches(step + 1)
+            evaluate = self._due(step, self.settings.eval_every, step == steps)
+            self._finish(queued, self.evaluation if evaluate else None)
+            if self._due(step, self.settings.save_every, last):
+                self.log.sync()
+                self.save(step)
+                self._saved = step
+            self._clock = time.perf_counter()
             if last:
                 return Outcome(step, step < steps)
         return Outcome(done, False)
@@ -113,26 +109,26 @@ class Loop:
     def _due(self, step: int, every: int, end: bool) -> bool:
         return end or (every > 0 and step % every == 0)
 
-    def _finish(self, pending: _Pending, evaluate: bool = False) -> None:
+    def _finish(self, queued: _Queued, evaluation: Callable[[], Iterable[Batch]] | None) -> None:
         """Read what a step gave, and log it."""
-        step, settings = pending.step, self.settings
-        loss, norm = float(pending.result.loss), float(pending.result.grad_norm)
+        step, settings = queued.step, self.settings
+        loss, norm = float(queued.result.loss), float(queued.result.grad_norm)
         now = time.perf_counter()
-        seconds, self._clock = max(now - self._clock, 1e-9), now
+        seconds = max(now - self._clock, 1e-9)
         self._check(step, "the loss", loss)
         self._check(step, "the norm of the gradients", norm)
         self._seconds += (seconds - self._seconds) * (_SMOOTH if self._seconds else 1)
-        rate = sum(b.rows for b in pending.batches) / seconds
+        rate = sum(b.rows for b in queued.batches) / seconds
         row = {
             "step": step,
             "loss": loss,
-            "lr": pending.lr,
+            "lr": queued.lr,
             "grad_norm": norm,
             "tokens_per_second": round(rate, 1),
-            "positions": sum(int(np.count_nonzero(b.weights)) for b in pending.batches),
+            "positions": sum(int(np.count_nonzero(b.weights)) for b in queued.batches),
         }
-        if evaluate and self.evaluation is not None:
-            row["eval_loss"] = self._eval_loss = measured = float(self.trainer.evaluate(self.evaluation()))
+        if evaluation is not None:
+            row["eval_loss"] = self._eval_loss = measured = float(self.trainer.evaluate(evaluation()))
             self._check(step, "the loss of the evaluation", measured)
         self.log.add(row)
         left = self._seconds * (settings.steps - step)
@@ -143,17 +139,12 @@ class Loop:
             kept = f"the checkpoint of step {self._saved} stays" if self._saved else "nothing was saved"
             raise DeviceError(f"step {step}: {name} is {value}; {kept} (a smaller --lr or a --warmup may help)")
 
-    def _save(self, step: int) -> None:
-        self.log.sync()
-        self.save(step)
-        self._saved = step
-
 
 @dataclass(frozen=True)
-class _Pending:
+class _Queued:
     """A step whose numbers were not read yet."""
 
     step: int
     lr: float
     batches: Sequence[Batch]
-    result: Any
+    result: StepResult
