@@ -28,6 +28,7 @@ from .pull import pull
 from .quantize import quantize
 from .streams import say
 from .tokenize import tokenize
+from .train import train
 
 __all__ = ["cli", "main"]
 
@@ -46,7 +47,7 @@ def cli() -> None:
 
 _COMMANDS = (
     bench, chat, completion, doctor, generate, graph, info, kernels, models, perplexity, pull, quantize,
-    tokenize,
+    tokenize, train,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -44,7 +44,8 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """How far a training has come. left: seconds that the rest will take; eval_loss: the last that was measured."""
+    """How far a training has come. left: seconds that the rest will take; evaluated: whether ``eval_loss``, the last
+    that was measured, is of this step."""
 
     step: int
     steps: int
@@ -52,6 +53,7 @@ class Report:
     tokens_per_second: float
     left: float
     eval_loss: float | None
+    evaluated: bool
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Loop:
             self._check(step, "the loss of the evaluation", measured)
         self.log.add(row)
         left = self._seconds * (settings.steps - step)
-        self.report(Report(step, settings.steps, loss, rate, left, self._eval_loss))
+        self.report(Report(step, settings.steps, loss, rate, left, self._eval_loss, evaluation is not None))
 
     def _check(self, step: int, name: str, value: float) -> None:
         if not math.isfinite(value):

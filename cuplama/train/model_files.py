@@ -30,8 +30,8 @@ _DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """config: the content of config.json but for the dtype; copies: (file, its name in the folder); texts: JSON files by
-    name."""
+    """config: the content of config.json but for the dtype; copies: (file, its name in the folder); texts: the content
+    of JSON files by name."""
 
     config: Mapping[str, Any]
     copies: tuple[tuple[Path, str], ...]

@@ -27,8 +27,8 @@ __all__ = ["Origin", "new_model", "trained_model"]
 
 @dataclass(frozen=True)
 class Origin:
-    """config: whose ``tied`` is known; weights: by canonical name; files: of the folder that the model is saved to, None
-    where only adapters can be; fingerprint: of config and weights; name: how the model was named."""
+    """config: whose ``tied`` is known; weights: by canonical name; files: of the folder that the model is saved to, or
+    None where only adapters are trained; fingerprint: of config and weights; name: how the model was named."""
 
     config: ModelConfig
     weights: Mapping[str, Weight]
