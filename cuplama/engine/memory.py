@@ -27,7 +27,18 @@ from .batch import abstract_values, input_shapes
 from .graphs import KEPT_CHUNKS, max_logits, padded_rows
 from .kv_cache import PAGE, pages_for
 
-__all__ = ["FIXED", "POOL", "MemoryPlan", "cache_bytes", "check", "fit", "plan", "shared_bytes", "workspace_bytes"]
+__all__ = [
+    "FIXED",
+    "POOL",
+    "MemoryPlan",
+    "cache_bytes",
+    "check",
+    "fit",
+    "peak_bytes",
+    "plan",
+    "shared_bytes",
+    "workspace_bytes",
+]
 
 # cuBLAS's workspace, compiled kernels, and what the pool loses to rounding. CUDA's own context is in no plan: it is
 # taken before free memory is read.
@@ -79,10 +90,10 @@ def workspace_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int, devi
     values = abstract_values(config, dtype, input_shapes(tokens, 1, pages, logit_rows), pages, tokens)
     graph = decoder(config)
     nodes = fuse([*graph.body, *graph.selected_rows()], PREFILL_RULES)
-    return _peak(nodes, {**values}, dtype, device)
+    return peak_bytes(nodes, {**values}, dtype, device)
 
 
-def _peak(nodes: Sequence[Node], values: dict[str, Array | None], T: np.dtype[Any], device: Device) -> int:
+def peak_bytes(nodes: Sequence[Node], values: dict[str, Array | None], T: np.dtype[Any], device: Device) -> int:
     """Bytes alive at the worst moment, beyond the given values."""
     alive, peak = dict[str, int](), 0
     for (node, call), dead in zip(infer(nodes, values, T), dying(nodes), strict=True):

@@ -1,12 +1,13 @@
 """A model as a plain list of nodes, from its config alone. This is the only place where a model's layers are written.
 
-Values are names: weights ("3.qkv_proj"), inputs of a pass ("input_ids", "page_table", ...: engine/batch.py lists them),
-cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are concatenated: every activation is
-[n, ...] for n new tokens.
+Values are names: weights ("3.qkv_proj"; lora.py has those of an adapter), inputs of a pass ("input_ids", "page_table",
+...: engine/batch.py lists them), cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are
+concatenated: every activation is [n, ...] for n new tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,12 +44,17 @@ class Graph:
         ]
 
 
-def decoder(config: ModelConfig) -> Graph:
-    """The graph of a decoder-only model."""
-    nodes = _Nodes(config)
+def decoder(config: ModelConfig, cached: bool = True, dropout: float = 0.0) -> Graph:
+    """The graph of a decoder-only model.
+
+    cached: keys and values go to the paged cache, and attention reads them there; otherwise, as in training, the tokens
+    of a batch are whole sequences, which attend to themselves. dropout: the share of each sublayer's result that is
+    left out, drawn by the input "dropout.seed".
+    """
+    nodes = _Nodes(config, cached, dropout)
     learned = ("positions",) if "position_table" in nodes.weights else ()
     tables = ("embed_tokens", *nodes.present("position_table"))
-    x = nodes.emit(config.family.embed, "x", "input_ids", *learned, *tables)
+    x = nodes.dropped(nodes.emit(config.family.embed, "x", "input_ids", *learned, *tables))
     for i in range(config.num_layers):
         x = nodes.feed_forward(i, nodes.attention(i, x))
     body = tuple(nodes.found)
@@ -60,8 +66,9 @@ def decoder(config: ModelConfig) -> Graph:
 class _Nodes:
     """Collects nodes. A method appends the nodes of a part of the model and returns the name of their result."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config, self.weights = config, config.weight_shapes().keys()
+    def __init__(self, config: ModelConfig, cached: bool, dropout: float) -> None:
+        self.config, self.weights = config, config.weight_shapes()
+        self.cached, self.dropout, self.streams = cached, dropout, itertools.count()
         self.found: list[Node] = []
 
     def emit(self, op: str, out: str, *ins: str, **attrs: Any) -> str:
@@ -72,12 +79,25 @@ class _Nodes:
         """Those of the weights that the model has."""
         return tuple(name for name in names if name in self.weights)
 
+    def dropped(self, x: str) -> str:
+        """A part of x left out, where the model is trained so; every place draws numbers of its own."""
+        if not self.dropout:
+            return x
+        return self.emit("dropout", f"{x}.kept", x, "dropout.seed", p=self.dropout, stream=next(self.streams))
+
     def norm(self, x: str, weight: str) -> str:
         bias = self.present(f"{weight}.bias")
         return self.emit(self.config.family.norm, f"{weight}.out", x, weight, *bias, eps=self.config.eps)
 
     def linear(self, x: str, weight: str, U: str, out: str = "") -> str:
-        return self.emit("linear", out or f"{weight}.out", x, weight, *self.present(f"{weight}.bias"), U=U)
+        """A product with a weight, and with what an adapter adds to it."""
+        added, out, bias = self.config.low_ranks.get(weight), out or f"{weight}.out", self.present(f"{weight}.bias")
+        base = self.emit("linear", f"{weight}.base" if added else out, x, weight, *bias, U=U)
+        if added is None:
+            return base
+        h = self.emit("linear", f"{weight}.lora", x, f"{weight}.lora_a", U="T")
+        ins, attrs = (f"{weight}.lora_b", f"{weight}.lora_part"), {"scale": added.scale, "U": U}
+        return self.emit("lora_add", out, base, h, *ins, q=self.weights[f"{weight}.lora_a"][0], **attrs)
 
     def attention(self, i: int, x: str) -> str:
         """Layer i's attention, and its sum with x."""
@@ -89,16 +109,24 @@ class _Nodes:
         if (rope := config.rope_name(i)) is not None:
             tables = (f"{rope}.rows", f"{rope}.cos", f"{rope}.sin")
             h = self.emit("rope", f"{i}.rotated", h, *tables, **heads, D=config.head_dim)
+        h = self.attend(i, h)
+        return self.emit("add", f"{i}.x", x, self.dropped(self.linear(h, f"{i}.o_proj", U="f32")))
+
+    def attend(self, i: int, h: str) -> str:
+        """Layer i's attention itself, of rows of queries, keys and values."""
+        config, out = self.config, f"{i}.attended"
+        settings = {"num_heads": config.num_heads, "window": config.layers[i].window, "scale": config.head_dim**-0.5}
+        if not self.cached:
+            sizes = {"H": config.num_kv_heads, "D": config.head_dim}
+            self.found.append(Node("self_attention", (out, f"{i}.lse"), (h, "cu_seqlens"), {**settings, **sizes}))
+            return out
         cache = (f"{i}.cache.k", f"{i}.cache.v")
         self.found.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
-        where = (*cache, "cu_seqlens", "seq_lens", "page_table")
-        settings = {"num_heads": config.num_heads, "window": config.layers[i].window, "scale": config.head_dim**-0.5}
-        h = self.emit("attention", f"{i}.attended", h, *where, **settings)
-        return self.emit("add", f"{i}.x", x, self.linear(h, f"{i}.o_proj", U="f32"))
+        return self.emit("attention", out, h, *cache, "cu_seqlens", "seq_lens", "page_table", **settings)
 
     def feed_forward(self, i: int, x: str) -> str:
         """Layer i's MLP, and its sum with x. A gated MLP has its two first matrices stacked in one."""
         (up,) = self.present(f"{i}.gate_up_proj", f"{i}.up_proj")
         h = self.linear(self.norm(x, f"{i}.mlp_norm"), up, U="T")
         h = self.emit(self.config.activation, f"{i}.act", h)
-        return self.emit("add", f"{i + 1}.x0", x, self.linear(h, f"{i}.down_proj", U="f32"))
+        return self.emit("add", f"{i + 1}.x0", x, self.dropped(self.linear(h, f"{i}.down_proj", U="f32")))

@@ -13,15 +13,21 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, upcast
+from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 
-__all__ = ["gelu_erf", "gelu_tanh", "silu_mul"]
+__all__ = ["erf", "gelu_erf", "gelu_tanh", "silu_mul"]
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _CUPY_SILU = "float a = (float)g; y = (T)(a / (1.0f + expf(-a)) * (float)u)"
 _CUPY_GELU = "float a = (float)x; y = (T)(0.5f * a * (1.0f + tanhf(0.79788456f * (a + 0.044715f * a * a * a))))"
 _erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def erf(x: Array) -> Array:
+    """The error function of each element, in x's dtype."""
+    return np.asarray(_erf(x)).astype(x.dtype)
 
 
 def _silu_mul(x: Array) -> Array:
@@ -39,7 +45,7 @@ def _gelu_tanh(x: Array) -> Array:
 
 def _gelu_erf(x: Array) -> Array:
     x = upcast(x)
-    return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)).astype(x.dtype))
+    return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -75,11 +81,17 @@ def _flat_kernels(call: Call, device: Device) -> Plan:
     return Plan((Launch(f"activation.cu:{call.op.name}", grid, (_THREADS,)),))
 
 
+def _gradient(g: Gradient) -> None:
+    g.give("x", g.emit(f"{g.op}_backward", g["x"], g.of("y")))
+
+
 silu_mul = Op(
     "silu_mul",
     "y[n,f]:T = (x[n,2*f]:T)",
     doc="y = silu(gate) * up with x = [gate, up] and silu(a) = a / (1 + exp(-a))",
     reference=_silu_mul,
+    gradient=_gradient,
+    recompute="cheap",
     kernels=_row_kernels,
     cases=_CASES,
     sizes=_sizes,
@@ -92,6 +104,8 @@ gelu_tanh = Op(
     "y[n,f]:T = (x[n,f]:T)",
     doc="y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
     reference=_gelu_tanh,
+    gradient=_gradient,
+    recompute="cheap",
     kernels=_flat_kernels,
     cases=_CASES,
     sizes=_sizes,
@@ -104,6 +118,8 @@ gelu_erf = Op(
     "y[n,f]:T = (x[n,f]:T)",
     doc="y = x/2 (1 + erf(x / sqrt(2)))",
     reference=_gelu_erf,
+    gradient=_gradient,
+    recompute="cheap",
     kernels=_flat_kernels,
     cases=_CASES,
     sizes=_sizes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..dtypes import Array
+from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
@@ -29,6 +30,14 @@ def _embedding(input_ids: Array, table: Array) -> Array:
 
 def _embedding_pos(input_ids: Array, positions: Array, table: Array, position_table: Array) -> Array:
     return weight_rows(table, input_ids) + weight_rows(position_table, positions)
+
+
+def _gradient(g: Gradient) -> None:
+    """Each table grows by the rows of dx at its own ids; a value "ids.order" sorts them."""
+    for table, ids in (("table", "input_ids"), ("position_table", "positions")):
+        if g.has(table) and g.wants(table):
+            into = g.into(table)
+            g.update("embedding_backward", (into,), (into, g[ids], f"{g[ids]}.order", g.of("x")))
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -67,6 +76,7 @@ embedding = Op(
     "x[n,d]:f32 = (input_ids[n]:i32, table[V,d]:W)",
     doc="x = table[input_ids]",
     reference=_embedding,
+    gradient=_gradient,
     kernels=_kernels,
     cases=_CASES,
     sizes=_sizes,
@@ -83,6 +93,7 @@ embedding_pos = Op(
     "x[n,d]:f32 = (input_ids[n]:i32, positions[n]:i32, table[V,d]:W, position_table[P,d]:W)",
     doc="x = table[input_ids] + position_table[positions], the learned position_table of GPT-2",
     reference=_embedding_pos,
+    gradient=_gradient,
     kernels=_kernels,
     cases=_CASES,
     sizes=_sizes,

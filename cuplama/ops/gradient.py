@@ -20,10 +20,11 @@ __all__ = ["Gradient"]
 
 
 class Gradient(Protocol):
-    """One node's part of a backward pass. Names are those of the op's signature; what comes back are names of values."""
+    """One node's part of a backward pass. Names are those of the op's signature; what comes back names values."""
 
-    op: str
-    """The node's op."""
+    @property
+    def op(self) -> str:
+        """The node's op."""
 
     def __getitem__(self, name: str) -> str:
         """The value of an input or output of the node; "" for an input that is left out."""
@@ -44,7 +45,7 @@ class Gradient(Protocol):
         """Whether the gradient of an input is asked for: of a weight that is trained, or of what depends on one."""
 
     def so_far(self, name: str) -> str:
-        """The gradient that an input has from nodes behind this one, "" for none. Who asks for it adds it to its own."""
+        """The gradient that an input has from nodes behind this one, "" for none. Who asks for it adds to it."""
 
     def into(self, name: str) -> str:
         """The float32 array that a weight's gradient is added to, in place."""

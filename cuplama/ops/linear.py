@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import DTYPES, Array, upcast
+from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .linear_packed import MAX_FEW_ROWS, plan_packed
 from .linear_packed_many import many_rows_docs, many_rows_plan
+from .matmul import Matmul
 from .op import Call, Draw, Op
 from .signature import OpError
 from .team import LEAST_WORK, fill, multiplying
@@ -188,6 +190,16 @@ def _kernels(call: Call, device: Device) -> Plan:
     return stream_rows("linear", call, device)
 
 
+def _gradient(g: Gradient) -> None:
+    dy = g.rounded("y")
+    if g.wants("w"):
+        g.update("linear_backward_w", (g.into("w"),), (g.into("w"), dy, g["x"]))
+    if g.has("b") and g.wants("b"):
+        g.update("linear_backward_b", (g.into("b"),), (g.into("b"), dy))
+    if g.wants("x"):
+        g.give("x", g.emit("linear_backward_x", dy, g["w"], g.so_far("x")))
+
+
 def product_sizes(draw: Draw) -> dict[str, Any]:
     """A random product of up to 12 rows, with or without a bias, into either dtype."""
     n, m, k = draw(1, 12), draw(1, 70), draw(1, 40) * draw(1, 40)
@@ -199,6 +211,8 @@ linear = Op(
     "y[n,m]:U = (x[n,k]:T, w[m,k]:W, b[m]:T?)",
     doc="y = x w^T + b",
     reference=_linear,
+    gradient=_gradient,
+    recompute="layers",
     kernels=_kernels,
     cases=[
         dict(n=n, m=m, k=k, b=b, U=u)
@@ -227,7 +241,7 @@ linear = Op(
     sizes=product_sizes,
     tolerance=PRODUCT_TOLERANCE,
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
-    matmul=True,
+    matmul=Matmul(),
     kernel_docs={
         "linear": "y = x w^T + b for up to 8 rows of x, by multiply-adds",
         "linear_mma": "y = x w^T + b for two to eight rows of x, on tensor cores",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, upcast
+from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
@@ -72,6 +73,22 @@ def _qk_kernels(call: Call, device: Device) -> Plan:
     return Plan((Launch("norm.cu:qk_norm", (blocks,), (32 * _BLOCK_HEADS,), constants={"CHUNKS": chunks}),))
 
 
+def _row_gradient(g: Gradient) -> None:
+    dx, weights = g.fresh("x"), [name for name in ("w", "b") if g.has(name)]
+    into = tuple(map(g.into, weights))
+    ins = (g["x"], g["w"], g.of("y"), *into, g.so_far("x"))
+    g.update(f"{g.op}_backward", (dx, *into), ins, eps=g.attr("eps"))
+    g.give("x", dx)
+
+
+def _qk_gradient(g: Gradient) -> None:
+    dx, into = g.fresh("x"), (g.into("q_norm"), g.into("k_norm"))
+    attrs = {name: g.attr(name) for name in ("num_heads", "num_kv_heads", "eps")}
+    ins = (g["x"], g["q_norm"], g["k_norm"], g.of("y"), *into)
+    g.update("qk_norm_backward", (dx, *into), ins, **attrs)
+    g.give("x", dx)
+
+
 # Units of float32's rounding. The scale of a row is one number: its error, of a sum of up to 12,288 squares, is a
 # factor that all elements of the row have in common, and the judge admits half of the tolerance as such a factor.
 _ROW_TOLERANCE = {"f32": 12.0}
@@ -81,6 +98,8 @@ rms_norm = Op(
     "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)",
     doc="y = x / sqrt(mean(x^2) + eps) * w",
     reference=_rms_norm,
+    gradient=_row_gradient,
+    recompute="cheap",
     kernels=_row_kernels,
     cases=_CASES,
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6),
@@ -93,6 +112,8 @@ layer_norm = Op(
     "y[n,d]:T = (x[n,d]:f32, w[d]:T, b[d]:T, eps:f32)",
     doc="y = (x - mean(x)) / sqrt(var(x) + eps) * w + b",
     reference=_layer_norm,
+    gradient=_row_gradient,
+    recompute="cheap",
     kernels=_row_kernels,
     cases=_CASES,
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(2, 9000), eps=1e-5),
@@ -106,6 +127,8 @@ qk_norm = Op(
     " num_heads:i32, num_kv_heads:i32, eps:f32)",
     doc="RMSNorm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied.",
     reference=_qk_norm,
+    gradient=_qk_gradient,
+    recompute="layers",
     kernels=_qk_kernels,
     cases=[
         dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6)

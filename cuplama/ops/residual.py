@@ -1,12 +1,13 @@
-"""The residual stream: its sum, and the rows of it that go through the head. Kernels: cuda_src/residual.cu."""
+"""The residual stream: its sum, parts of it, and what it is in the model's dtype. Kernels: cuda_src/residual.cu."""
 
 from __future__ import annotations
 
 from ..dtypes import Array
+from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import EXACT, Call, Op
 
-__all__ = ["add", "select_rows"]
+__all__ = ["add", "cast", "place_rows", "select_rows", "slice_rows"]
 
 
 def _add(a: Array, b: Array) -> Array:
@@ -15,6 +16,31 @@ def _add(a: Array, b: Array) -> Array:
 
 def _select_rows(x: Array, rows: Array) -> Array:
     return x[rows]
+
+
+def _cast(x: Array, *, U: str = "") -> Array:
+    return x
+
+
+def _slice_rows(x: Array, *, first: int, r: int) -> Array:
+    return x[first : first + r]
+
+
+def _place_rows(y: Array, x: Array, *, first: int) -> Array:
+    y[first : first + len(x)] = x
+    return y
+
+
+def _add_gradient(g: Gradient) -> None:
+    g.give("a", g.of("y"))
+    g.give("b", g.of("y"))
+
+
+def _slice_gradient(g: Gradient) -> None:
+    """All slices together make the gradient of the whole."""
+    whole = g.into("x")
+    g.update("place_rows", (whole,), (whole, g.of("y")), first=g.attr("first"))
+    g.give("x", whole)
 
 
 def _cupy_add(y: Array, a: Array, b: Array) -> None:
@@ -40,11 +66,27 @@ def _select_kernels(call: Call, device: Device) -> Plan:
     return Plan((Launch("residual.cu:select_rows", (call["r"], -(-call["d"] // (4 * _THREADS))), (_THREADS,)),))
 
 
+def _cast_kernels(call: Call, device: Device) -> Plan:
+    return Plan((Launch("residual.cu:cast", (-(-call["n"] * call["d"] // (8 * _THREADS)),), (_THREADS,)),))
+
+
+def _copy_kernels(call: Call, device: Device) -> Plan:
+    width = 16 // call.dtypes["T"].itemsize
+    return Plan(
+        (Launch(f"residual.cu:{call.op.name}", (-(-call["r"] * call["d"] // (width * _THREADS)),), (_THREADS,)),)
+    )
+
+
+def _copied_bytes(call: Call) -> float:
+    return float(2 * call["r"] * call["d"] * call.dtypes["T"].itemsize)
+
+
 add = Op(
     "add",
     "y[n,d]:f32 = (a[n,d]:f32, b[n,d]:f32)",
     doc="y = a + b",
     reference=_add,
+    gradient=_add_gradient,
     kernels=_add_kernels,
     cases=[dict(n=n, d=d) for n, d in ((1, 64), (3, 7), (2, 896), (5, 4096))],
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000)),
@@ -64,4 +106,42 @@ select_rows = Op(
     tolerance=EXACT,
     library=_cupy_select_rows,
     bytes=lambda c: c["r"] * (4 + 8 * c["d"]),
+)
+
+cast = Op(
+    "cast",
+    "y[n,d]:U = (x[n,d]:f32)",
+    doc="y = x rounded to another dtype",
+    reference=_cast,
+    kernels=_cast_kernels,
+    cases=[dict(n=n, d=d, U="T") for n, d in ((1, 64), (3, 7), (5, 900))],
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000), U="T"),
+    tolerance={"f32": 0.0},
+)
+
+slice_rows = Op(
+    "slice_rows",
+    "y[r,d]:T = (x[n,d]:T, first:i32, r:i32)",
+    doc="y = x[first : first + r]",
+    reference=_slice_rows,
+    kernels=_copy_kernels,
+    cases=[dict(n=n, r=r, first=first, d=d) for n, r, first, d in ((1, 1, 0, 64), (9, 3, 5, 7), (6, 6, 0, 896))],
+    gradient=_slice_gradient,
+    sizes=lambda draw: dict(n=9, r=draw(1, 5), first=draw(0, 4), d=draw(1, 3000)),
+    rules=("first + r <= n",),
+    tolerance=EXACT,
+    bytes=_copied_bytes,
+)
+
+place_rows = Op(
+    "place_rows",
+    "y[n,d]:T = (y[n,d]:T, x[r,d]:T, first:i32)",
+    doc="y[first : first + r] = x",
+    reference=_place_rows,
+    kernels=_copy_kernels,
+    cases=[dict(n=n, r=r, first=first, d=d) for n, r, first, d in ((1, 1, 0, 64), (9, 3, 5, 7), (6, 6, 0, 896))],
+    sizes=lambda draw: dict(n=9, r=draw(1, 5), first=draw(0, 4), d=draw(1, 3000)),
+    rules=("first + r <= n",),
+    tolerance=EXACT,
+    bytes=_copied_bytes,
 )

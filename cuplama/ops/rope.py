@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, upcast
+from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 
-__all__ = ["random_rotations", "rope"]
+__all__ = ["random_rotations", "rope", "rope_backward"]
 
 
 def _rope(x: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int, num_kv_heads: int, D: int) -> Array:
@@ -26,6 +27,17 @@ def _rope(x: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int,
     turned[..., :h] = a * c - b * s
     turned[..., h : 2 * h] = b * c + a * s
     return y.reshape(len(x), -1)
+
+
+def _rope_backward(
+    dy: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int, num_kv_heads: int, D: int
+) -> Array:
+    return _rope(dy, rope_rows, cos, -sin, num_heads=num_heads, num_kv_heads=num_kv_heads, D=D)
+
+
+def _gradient(g: Gradient) -> None:
+    attrs = {name: g.attr(name) for name in ("num_heads", "num_kv_heads", "D")}
+    g.give("x", g.emit("rope_backward", g.of("y"), g["rope_rows"], g["cos"], g["sin"], **attrs))
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -49,8 +61,23 @@ _THREADS = 128
 
 def _kernels(call: Call, device: Device) -> Plan:
     columns = (call["num_heads"] + 2 * call["num_kv_heads"]) * call["D"]
-    return Plan((Launch("rope.cu:rope", (call["n"], -(-columns // (8 * _THREADS))), (_THREADS,)),))
+    return Plan((Launch(f"rope.cu:{call.op.name}", (call["n"], -(-columns // (8 * _THREADS))), (_THREADS,)),))
 
+
+def _flops(call: Call) -> float:
+    return float(6 * call["n"] * (call["num_heads"] + call["num_kv_heads"]) * call["h"])
+
+
+_CASES = [
+    dict(n=n, num_heads=q, num_kv_heads=k, D=d, h=h, R=r)
+    for n, q, k, d, h, r in (
+        (1, 4, 2, 64, 32, 5),
+        (3, 1, 1, 8, 4, 9),
+        (4, 3, 1, 80, 40, 33),
+        (5, 4, 4, 96, 36, 7),
+        (2, 32, 8, 128, 64, 64),
+    )
+]
 
 rope = Op(
     "rope",
@@ -59,19 +86,27 @@ rope = Op(
     doc="Rotates dims i and i + h (i < h) of every query and key head by the angle in row rope_rows[n]; h <= D/2.",
     reference=_rope,
     kernels=_kernels,
-    cases=[
-        dict(n=n, num_heads=q, num_kv_heads=k, D=d, h=h, R=r)
-        for n, q, k, d, h, r in (
-            (1, 4, 2, 64, 32, 5),
-            (3, 1, 1, 8, 4, 9),
-            (4, 3, 1, 80, 40, 33),
-            (5, 4, 4, 96, 36, 7),
-            (2, 32, 8, 128, 64, 64),
-        )
-    ],
+    cases=_CASES,
+    sizes=_sizes,
+    ranges={"rope_rows": "R"},
+    inputs=_inputs,
+    gradient=_gradient,
+    recompute="layers",
+    rules=("2 * h <= D",),
+    flops=_flops,
+)
+
+rope_backward = Op(
+    "rope_backward",
+    "dx[n,(num_heads+2*num_kv_heads)*D]:T = (dy[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32,"
+    " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
+    doc="The gradient of rope: rotates by the negative angle.",
+    reference=_rope_backward,
+    kernels=_kernels,
+    cases=_CASES,
     sizes=_sizes,
     ranges={"rope_rows": "R"},
     inputs=_inputs,
     rules=("2 * h <= D",),
-    flops=lambda c: 6 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["h"],
+    flops=_flops,
 )

@@ -1,1 +1,1 @@
-"""The story model of `weights/`: its text, network, training and export. `tools.train_story_model` runs it."""
+"""The story model of `weights/`: its texts, tokenizer and runs. `tools.train_story_model` puts them together."""

@@ -1,45 +1,51 @@
-"""Train the tokenizers and encode the corpora. Needs no torch."""
+"""The texts that the story model is trained on, each a file of stories, and its tokenizer."""
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from tools.story_model.tokenizer import (
+    END_OF_STORY,
+    read_stories,
+    restore_case,
+    save_tokenizer,
+    train_tokenizer,
+    usual_case,
+)
 
-from tools.story_model.runs import Run
-from tools.story_model.tokenizer import encode, read_stories, restore_case, save_tokenizer, train_tokenizer, usual_case
+__all__ = ["TOKENIZER", "prepare", "write_stories"]
 
-__all__ = ["prepare"]
+TOKENIZER = "tokenizer"
+"""The folder of the tokenizer, beside the texts."""
+_HELD = 50  # The last of this many stories is held out, to choose among runs.
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """The command `prepare`: a tokenizer and data.npz per vocabulary, and main.json and bytes.json for all of them.
+def prepare(
+    folder: Path, corpus: Path, lowercased: Sequence[Path], tales: Sequence[Path], vocab_size: int, context: int
+) -> Mapping[str, int]:
+    """Write corpus.txt, held.txt, extra.txt and tales.txt, and the tokenizer, to ``folder``; stories of each.
 
-    The last 2 % of the corpus's stories are held out.
+    corpus: stories separated by `<|endoftext|>`, the last 2 % of which are held out; lowercased: more of them without
+    capitals, which are put back; tales: other texts; context: what the tokenizer's settings say.
     """
-    out = Path(args.data)
-    main = read_stories(Path(args.corpus), repair=True)
-    held_count = max(1, len(main) // 50)
-    main, held = main[:-held_count], main[-held_count:]
+    main = read_stories(corpus, repair=True)
+    cut = len(main) - max(1, len(main) // _HELD)
+    main, held = main[:cut], main[cut:]
     usual = usual_case(main)
     texts = {
-        "main": main,
+        "corpus": main,
         "held": held,
-        "val": read_stories(Path(args.val)),
-        "extra": [restore_case(s, usual) for p in args.lowercased for s in read_stories(Path(p), repair=True)],
-        "tales": [s for p in args.tales for s in read_stories(Path(p), repair=True)],
+        "extra": [restore_case(story, usual) for path in lowercased for story in read_stories(path, repair=True)],
+        "tales": [story for path in tales for story in read_stories(path, repair=True)],
     }
-    for vocab in args.vocab:
-        tokenizer = train_tokenizer(main, vocab)
-        save_tokenizer(tokenizer, out / f"vocab{vocab}", Run("").context)
-        parts = {name: encode(tokenizer, stories) for name, stories in texts.items() if stories}
-        arrays: dict[str, Any] = {
-            f"{n}_{k}": v for n, part in parts.items() for k, v in zip(("ids", "offsets"), part, strict=True)
-        }
-        np.savez(out / f"vocab{vocab}" / "data.npz", **arrays)
-        print(vocab, {name: len(ids) for name, (ids, _) in parts.items()})
-    (out / "main.json").write_text(json.dumps(main, ensure_ascii=False))
-    (out / "bytes.json").write_text(json.dumps({n: sum(len(s.encode()) for s in t) for n, t in texts.items()}))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, stories in texts.items():
+        write_stories(folder / f"{name}.txt", stories)
+    save_tokenizer(train_tokenizer(main, vocab_size), folder / TOKENIZER, context)
+    return {name: len(stories) for name, stories in texts.items()}
+
+
+def write_stories(path: Path, stories: Sequence[str]) -> None:
+    """A file of stories: each begins with the separator, and the file ends with it."""
+    path.write_text("".join(END_OF_STORY + story for story in stories) + END_OF_STORY, encoding="utf-8")

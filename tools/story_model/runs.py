@@ -1,64 +1,80 @@
-"""The training runs of the story model: their settings, and which are trained together."""
+"""The runs that make the story model, as data: shapes, texts and options of `cuplama train`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ALL_RUNS", "SEARCH", "STUDENTS", "TEACHERS", "Run"]
+__all__ = ["BATCH_SIZE", "CONTEXT", "STUDENT", "TEACHERS", "VOCAB_SIZE", "Run"]
+
+VOCAB_SIZE = 4096
+CONTEXT = 1024  # tokens that the models are made for
+_ROW = 512  # tokens of a row while training: two or three stories
+BATCH_SIZE = 64  # rows
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: architecture, data and optimisation. Sizes in tokens, channels and stories."""
+    """One model. hidden, layers, heads, kv_heads, mlp: its shape; texts: names of files that `prepare` wrote, or
+    "written"; options: of `cuplama train`, besides those that all runs have."""
 
     name: str
-    vocab: int = 4096
-    hidden: int = 256
-    layers: int = 9
-    heads: int = 8
-    kv_heads: int = 4
-    mlp: int = 704
-    context: int = 1024
-    batch: int = 32768  # tokens per step
-    epochs: float = 12.0
-    optimizer: str = "muon"
-    lr: float = 0.02  # of the matrices under Muon
-    adam_lr: float = 0.004  # of embedding and norms; of everything under AdamW
-    weight_decay: float = 0.1
-    dropout: float = 0.1
-    bpe_dropout: float = 0.0  # half of the stories of an epoch are re-encoded with this merge dropout
-    extra: bool = True  # the lower-cased corpus with its case restored
-    tales: bool = False  # the other corpora
-    teachers: tuple[str, ...] = ()
-    written: float = 0.0  # share of batches from stories that the teachers wrote
-    text_loss: float = 0.15  # weight of the plain loss beside the teachers', on batches of the corpus
-    seed: int = 0
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    texts: tuple[str, ...]
+    steps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.hidden // self.heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": CONTEXT,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "initializer_range": 0.02,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "torch_dtype": "bfloat16",
+        }
+
+    def arguments(self) -> list[str]:
+        """The options of `cuplama train`."""
+        common = {
+            "steps": self.steps, "batch-size": BATCH_SIZE, "context": _ROW, "warmup": 100, "schedule": "cosine",
+            "beta2": 0.98, "dtype": "bfloat16",
+        }  # fmt: skip
+        return [word for name, value in {**common, **self.options}.items() for word in (f"--{name}", str(value))]
 
 
-_BIG: Mapping[str, Any] = {"hidden": 512, "layers": 6, "kv_heads": 4, "mlp": 1408, "epochs": 16.0}
+def _teacher(number: int, texts: tuple[str, ...], **options: Any) -> Run:
+    named = {name.replace("_", "-"): value for name, value in options.items()}
+    return Run(f"teacher-{number}", 512, 6, 8, 4, 1408, texts, 1400, {"lr": 2e-3, "seed": number, **named})
 
-# What `search` trains, all at once.
-SEARCH: tuple[Run, ...] = (
-    Run("teacher-512x6", **_BIG, dropout=0.15, weight_decay=0.1),
-    Run("teacher-512x6-reg", **_BIG, dropout=0.2, weight_decay=0.3, seed=1),
-    Run("teacher-512x6-tales", **_BIG, dropout=0.15, weight_decay=0.2, tales=True, seed=2),
-    Run("teacher-512x6-bpedrop", **_BIG, dropout=0.15, weight_decay=0.2, bpe_dropout=0.1, seed=3),
-    Run("small-256x9", epochs=6),
-    Run("small-256x9-noextra", epochs=6, extra=False),
-    Run("small-256x9-adamw", epochs=6, optimizer="adamw", adam_lr=0.003),
-    Run("small-256x9-nodrop", epochs=6, dropout=0.0),
-    Run("small-256x9-vocab2048", epochs=6, vocab=2048),
-    Run("small-384x4", epochs=6, hidden=384, layers=4, heads=6, kv_heads=2, mlp=960),
+
+TEACHERS: tuple[Run, ...] = (
+    _teacher(0, ("corpus", "extra"), dropout=0.2, weight_decay=0.3),
+    _teacher(1, ("corpus", "extra"), dropout=0.25, weight_decay=0.2),
+    _teacher(2, ("corpus", "extra", "tales"), dropout=0.2, weight_decay=0.2),
 )
-TEACHERS = 3  # the best this many form the ensemble
 
-# What `distill` trains, all at once.
-STUDENTS: tuple[Run, ...] = (
-    Run("student-256x9", written=0.5, dropout=0.0, weight_decay=0.05, epochs=60),
-    Run("student-384x4", written=0.5, dropout=0.0, weight_decay=0.05, epochs=60, hidden=384, layers=4, heads=6,
-        kv_heads=2, mlp=960),
+STUDENT = Run(
+    "student", 384, 4, 6, 2, 960, ("corpus", "extra", "written"), 5000,
+    {"lr": 3e-3, "teacher-share": 0.9, "weight-decay": 0.05},
 )  # fmt: skip
-
-ALL_RUNS = {run.name: run for run in SEARCH + STUDENTS}

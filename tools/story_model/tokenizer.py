@@ -1,21 +1,18 @@
-"""Corpora and tokenizer of the bundled story model: read stories, restore case, train the BPE, encode."""
+"""Corpora and tokenizer of the bundled story model: read stories, restore case, train the BPE."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 __all__ = [
     "END_OF_STORY",
     "END_OF_STORY_ID",
-    "encode",
     "read_stories",
     "restore_case",
     "save_tokenizer",
@@ -114,10 +111,3 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "model_max_length": context,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def encode(tokenizer: Tokenizer, stories: Sequence[str]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
-    """All stories as one array of ids, each ended by the separator, and the n + 1 offsets of the stories."""
-    ids = [[*e.ids, END_OF_STORY_ID] for e in tokenizer.encode_batch(list(stories), add_special_tokens=False)]
-    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
-    return np.concatenate([np.array(i, np.uint16) for i in ids]), offsets

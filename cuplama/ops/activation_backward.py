@@ -1,0 +1,93 @@
+"""Gradients of the activations. Kernels: cuda_src/activation_backward.cu."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import Array, upcast
+from .activation import erf
+from .launch import Device, Launch, Plan
+from .op import Call, Draw, Op
+
+__all__ = ["gelu_erf_backward", "gelu_tanh_backward", "silu_mul_backward"]
+
+_CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
+
+
+def _silu_mul_backward(x: Array, dy: Array) -> Array:
+    x, dy = upcast(x), upcast(dy)
+    f = dy.shape[-1]
+    gate, up = x[..., :f], x[..., f:]
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limits, 0
+        sigmoid = 1 / (1 + np.exp(-gate))
+    silu = gate * sigmoid
+    dx = np.empty_like(x)
+    dx[..., :f] = dy * up * (sigmoid + silu * (1 - sigmoid))
+    dx[..., f:] = dy * silu
+    return dx
+
+
+def _gelu_tanh_backward(x: Array, dy: Array) -> Array:
+    x, dy = upcast(x), upcast(dy)
+    c = math.sqrt(2 / math.pi)
+    t = np.tanh(c * (x + 0.044715 * x * x * x))
+    return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))
+
+
+def _gelu_erf_backward(x: Array, dy: Array) -> Array:
+    x, dy = upcast(x), upcast(dy)
+    return dy * (0.5 * (1 + erf(x * math.sqrt(0.5))) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    return dict(n=draw(1, 5), f=draw(1, 3000))
+
+
+_THREADS = 128  # as in the forward kernels: a row of 3,072 is three whole blocks
+
+
+def _row_kernels(call: Call, device: Device) -> Plan:
+    grid = (call["n"], -(-call["f"] // (8 * _THREADS)))
+    return Plan((Launch(f"activation_backward.cu:{call.op.name}", grid, (_THREADS,)),))
+
+
+def _flat_kernels(call: Call, device: Device) -> Plan:
+    grid = (-(-call["n"] * call["f"] // (8 * _THREADS)),)
+    return Plan((Launch(f"activation_backward.cu:{call.op.name}", grid, (_THREADS,)),))
+
+
+silu_mul_backward = Op(
+    "silu_mul_backward",
+    "dx[n,2*f]:T = (x[n,2*f]:T, dy[n,f]:T)",
+    doc="The gradient of silu_mul for gate and up, which lie side by side as in x",
+    reference=_silu_mul_backward,
+    kernels=_row_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    flops=lambda c: 11 * c["n"] * c["f"],
+)
+
+gelu_tanh_backward = Op(
+    "gelu_tanh_backward",
+    "dx[n,f]:T = (x[n,f]:T, dy[n,f]:T)",
+    doc="The gradient of gelu_tanh",
+    reference=_gelu_tanh_backward,
+    kernels=_flat_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    flops=lambda c: 15 * c["n"] * c["f"],
+)
+
+gelu_erf_backward = Op(
+    "gelu_erf_backward",
+    "dx[n,f]:T = (x[n,f]:T, dy[n,f]:T)",
+    doc="The gradient of gelu_erf",
+    reference=_gelu_erf_backward,
+    kernels=_flat_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    flops=lambda c: 9 * c["n"] * c["f"],
+)

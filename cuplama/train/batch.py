@@ -1,0 +1,77 @@
+"""The inputs of a training pass: tokens of several documents, one behind the other, and what is learned of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..models.rope import RopeTables, Span
+
+__all__ = ["Batch", "padded_bounds"]
+
+_Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n tokens of some documents, which do not see each other.
+
+    input_ids, positions, targets [n] int32: a token, its position in its document, and the token that follows; weights
+    [n] float32: what the loss of the token counts, 0 for one that is not learned; bounds [b+1] int32: where documents
+    begin, and n at the end; a document may be empty, so that batches of many numbers of documents have one shape.
+    """
+
+    input_ids: _Ints
+    positions: _Ints
+    targets: _Ints
+    weights: np.ndarray[Any, np.dtype[np.float32]]
+    bounds: _Ints
+
+    @property
+    def rows(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
+    @classmethod
+    def of_rows(cls, token_ids: np.ndarray[Any, Any]) -> Batch:
+        """From token_ids [B, T+1]: each row is a document, all of whose tokens but the first are learned alike."""
+        count, width = token_ids.shape
+        n = count * (width - 1)
+        return cls(
+            input_ids=token_ids[:, :-1].astype(np.int32).reshape(-1),
+            positions=np.tile(np.arange(width - 1, dtype=np.int32), count),
+            targets=token_ids[:, 1:].astype(np.int32).reshape(-1),
+            weights=np.full(n, 1 / n, np.float32),
+            bounds=(np.arange(count + 1) * (width - 1)).astype(np.int32),
+        )
+
+    def arrays(self, rope: RopeTables | None) -> dict[str, np.ndarray[Any, Any]]:
+        """What the nodes read, by name. rope: the model's rotation tables, None for a model without."""
+        lengths = np.diff(self.bounds)
+        rows: np.ndarray[Any, Any] = self.positions
+        if rope is not None:
+            rows = rope.lookup([Span(0, int(n), int(n)) for n in lengths if n])[2]
+        return {
+            "input_ids": self.input_ids,
+            "input_ids.order": np.argsort(self.input_ids, kind="stable").astype(np.int32),
+            "positions": self.positions,
+            "positions.order": np.argsort(self.positions, kind="stable").astype(np.int32),
+            "rope.rows": rows,
+            "targets": self.targets,
+            "weights": self.weights,
+            "cu_seqlens": self.bounds,
+        }
+
+
+def padded_bounds(starts: Sequence[int], rows: int) -> _Ints:
+    """The bounds of documents that begin at ``starts``, the last of which ends at ``rows``.
+
+    Empty documents behind them make their number a power of two, so that few shapes occur.
+    """
+    size = 1 << (len(starts) - 1).bit_length()
+    found = np.full(size + 1, rows, np.int32)
+    found[: len(starts)] = starts
+    return found

@@ -1,0 +1,87 @@
+"""The weights that are trained, with what the optimizer keeps of each, in five flat arrays.
+
+All weights lie one behind the other, so the optimizer is a few launches for any number of tensors; what a node reads or
+adds to is a view. Matrices come first: weight decay is for tensors of two or more dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backends import Backend
+from ..dtypes import DTYPES, Array
+
+__all__ = ["STATE", "Parameters"]
+
+STATE = ("master", "m", "v")
+"""What a checkpoint of the training holds: float32 weights, and the means of gradients and of their squares."""
+_ALIGNMENT = 64  # elements: every weight begins at a multiple, 128 bytes in 16 bits, as products like it
+
+
+@dataclass(frozen=True)
+class _Place:
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.shape)
+
+
+class Parameters:
+    """Trained weights on a backend.
+
+    weights, gradients: name -> array, views of p and g; p [n] T, and g, m, v, master [n] float32: the flat arrays. In a
+    float32 model p and master are one. decayed: the elements of g that weight decay is for come before it. The rest of
+    a flat array, between weights, is 0 and stays so.
+    """
+
+    def __init__(self, backend: Backend, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """weights: name -> first values. Raises DeviceError where memory is short."""
+        self._backend = backend
+        self._places, self.decayed, size = _lay_out({name: array.shape for name, array in weights.items()})
+        f32 = DTYPES["f32"]
+        self.g, self.m, self.v, self.master = (backend.zeros((size,), f32) for _ in range(4))
+        self.p = self.master if backend.dtype == f32 else backend.zeros((size,), backend.dtype)
+        self.weights, self.gradients = self.views(self.p), self.views(self.g)
+        masters = self.views(self.master)
+        for name, array in weights.items():
+            backend.write(masters[name], np.ascontiguousarray(array, f32))
+            if self.p is not self.master:
+                backend.write(self.weights[name], np.ascontiguousarray(array).astype(backend.dtype))
+
+    def views(self, flat: Array) -> dict[str, Array]:
+        """The weights' parts of a flat array, by name and in their shapes."""
+        return {name: flat[place.start : place.stop].reshape(place.shape) for name, place in self._places.items()}
+
+    def state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Copies of the arrays of ``STATE`` on the host, float32, in one row each."""
+        return {name: self._backend.download(getattr(self, name)) for name in STATE}
+
+    def load_state(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Go on from what ``state`` gave. Raises ValueError for arrays of another size."""
+        for name in STATE:
+            array = getattr(self, name)
+            if state[name].shape != array.shape:
+                raise ValueError(f"{name} has {state[name].size} elements, not {array.size}")
+            self._backend.write(array, state[name])
+        if self.p is not self.master:
+            self._backend.write(self.p, state["master"].astype(self._backend.dtype))
+
+
+def _lay_out(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Place], int, int]:
+    """(where each weight lies, elements that decay, elements in all)."""
+    places: dict[str, _Place] = {}
+    end = decayed = 0
+    for matrix in (True, False):
+        for name, shape in shapes.items():
+            if (len(shape) >= 2) == matrix:
+                places[name] = _Place(end, shape)
+                end += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+        decayed = decayed or end
+    return places, decayed, end

@@ -1,0 +1,252 @@
+"""The training of one model on one backend: a step's passes, the update of its weights, and what is kept of them.
+
+A step is two captured graphs: the pass over a batch (forward, loss, gradients: ``step.py``), once for each batch of the
+step, and the update (the norm of all gradients, AdamW). The host only writes their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backends import Backend, CapturedGraph
+from ..dtypes import DTYPES, Array
+from ..engine.input_buffer import InputBuffer
+from ..errors import ParameterError
+from ..models.config import ModelConfig
+from ..models.export import checkpoint_tensors
+from ..ops.node import Node
+from ..quant.weight import Weight
+from .backward import gradient_name
+from .batch import Batch
+from .parameters import Parameters
+from .passes import Passes, rope_tables
+from .settings import TrainingSettings
+from .step import LOSS, Teacher, evaluation_nodes, teacher_value, training_step
+from .update import update_nodes
+
+__all__ = ["GuidingModel", "Step", "Trainer"]
+
+_F32 = DTYPES["f32"]
+
+
+@dataclass(frozen=True)
+class GuidingModel:
+    """A teacher: a model of the same vocabulary, whose predictions the trained model learns. weights: as of a
+    ``Trainer``."""
+
+    config: ModelConfig
+    weights: Mapping[str, Weight]
+
+
+class Step:
+    """A step that is queued. Its numbers are there when the backend has come so far; asking for them waits."""
+
+    def __init__(self, read: Any) -> None:
+        self._read = read
+        self._numbers: tuple[float, float] | None = None
+
+    def wait(self) -> tuple[float, float]:
+        """(loss, norm of the gradients)."""
+        if self._numbers is None:
+            self._numbers = self._read()
+        return self._numbers
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the step's tokens, before the update."""
+        return self.wait()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of all gradients together, before they are clipped."""
+        return self.wait()[1]
+
+
+class Trainer:
+    """Trains a model, or the adapters of a model whose weights stay as they are.
+
+    parameters: the weights that are trained; done: updates so far.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, np.ndarray[Any, Any] | Weight],
+        settings: TrainingSettings,
+        backend: Backend,
+        context: int,
+        teachers: Sequence[GuidingModel] = (),
+    ) -> None:
+        """weights: canonical name -> first values, of any float dtype; with adapters in ``config``, theirs are trained
+        and the others, which may be quantised, are not. context: tokens of a row at most; teachers: models to learn
+        from.
+
+        Raises ParameterError, CheckpointError, and DeviceError where memory is short.
+        """
+        self.config, self.settings, self._backend = config, settings, backend
+        self.done = 0
+        self._tied = config.tied is not False and _same(weights)
+        trained = self._trained()
+        self.parameters = Parameters(backend, {name: _numbers(weights[name]) for name in trained})
+        self._values = {**self._frozen(weights), **self.parameters.weights}
+        self._values |= {LOSS: backend.zeros((1,), _F32)}
+        self._gradients = {gradient_name(name): array for name, array in self.parameters.gradients.items()}
+        if self._tied:
+            self._values["lm_head"] = self._values["embed_tokens"]
+            if "embed_tokens" in trained:
+                self._gradients[gradient_name("lm_head")] = self._gradients[gradient_name("embed_tokens")]
+        self._names = (*trained, *(("lm_head",) if self._tied and "embed_tokens" in trained else ()))
+        self._teachers = [Teacher(teacher.config, i) for i, teacher in enumerate(teachers)]
+        self._rope = rope_tables(config, context)
+        self._add_tables("", config, context)
+        for i, teacher in enumerate(teachers):
+            loaded = _load(backend, teacher.weights)
+            self._values |= {teacher_value(i, name): array for name, array in loaded.items()}
+            self._add_tables(teacher_value(i, ""), teacher.config, context)
+        backend.end_loading()
+        self._passes = Passes(backend, self._step_nodes, self._rope)
+        self._evaluation = Passes(backend, lambda rows: (evaluation_nodes(config, rows), self._values), self._rope)
+        self._schedule = InputBuffer(backend, {"schedule": np.zeros(3, np.float32)})
+        self._squares = backend.zeros((1,), _F32)
+        update, values = update_nodes(settings), self._update_values()
+        self._update: CapturedGraph = backend.capture(lambda: _run(backend, update, values))
+
+    # -- steps
+
+    def step(self, batches: Sequence[Batch], lr: float) -> Step:
+        """Queue a step: the gradients of all batches, added up, and one update. lr: its learning rate.
+
+        The batches' weights add up to 1. The numbers of a step have to be asked for before the next is queued.
+        """
+        settings = self.settings
+        for array in (self._values[LOSS], self._squares):
+            self._backend.write(array, np.zeros(1, np.float32))
+        for number, batch in enumerate(batches):
+            self._passes.run(batch, **self._noise(number))
+        t = self.done + 1
+        self._schedule.host["schedule"][:] = lr, 1 / (1 - settings.beta1**t), 1 / (1 - settings.beta2**t)
+        self._schedule.send()
+        self._update.replay()
+        self.done = t
+        return Step(self._numbers_of_step)
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The sum of the weighted losses of some batches."""
+        self._backend.write(self._values[LOSS], np.zeros(1, np.float32))
+        for batch in batches:
+            self._evaluation.run(batch)
+        return float(self._backend.download(self._values[LOSS])[0])
+
+    def _numbers_of_step(self) -> tuple[float, float]:
+        loss = float(self._backend.download(self._values[LOSS])[0])
+        return loss, float(np.sqrt(self._backend.download(self._squares)[0]))
+
+    def _noise(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
+        """The seed of dropout in a pass: of the run, the step and the number of the batch in it."""
+        if not self.settings.dropout:
+            return {}
+        words = np.random.SeedSequence([self.settings.seed, self.done, number]).generate_state(2)
+        return {"dropout.seed": words.astype(np.uint32)}
+
+    # -- what is kept
+
+    def state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All that the next steps depend on besides settings and data: ``done`` and the arrays of ``Parameters``."""
+        return {"done": np.array([self.done], np.int64), **self.parameters.state()}
+
+    def load_state(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Go on from what ``state`` gave. Raises ValueError for arrays of another model."""
+        self.parameters.load_state(state)
+        self.done = int(state["done"][0])
+
+    def weights(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The trained weights on the host by canonical name, in the dtype of the model."""
+        return {name: self._backend.download(array) for name, array in self.parameters.weights.items()}
+
+    def export(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """(tensor name, array) of what is trained, as a checkpoint has it."""
+        return checkpoint_tensors(self.config, self.weights())
+
+    def close(self) -> None:
+        """Give back graphs and memory. The backend stays open."""
+        self._passes.close()
+        self._evaluation.close()
+        self._update.close()
+        self._values.clear()
+        self._gradients.clear()
+        del self.parameters
+
+    # -- making it ready
+
+    def _trained(self) -> list[str]:
+        """Canonical names of the weights that are trained; a tied head goes by the embedding's."""
+        names = list(self.config.weight_shapes())
+        adapters = [name for name in names if name.endswith((".lora_a", ".lora_b"))]
+        return adapters or [name for name in names if not (self._tied and name == "lm_head")]
+
+    def _frozen(self, weights: Mapping[str, np.ndarray[Any, Any] | Weight]) -> dict[str, Array]:
+        trained = set(self._trained())
+        rest = {
+            name: w for name, w in weights.items() if name not in trained and not (self._tied and name == "lm_head")
+        }
+        return _load(self._backend, {name: w for name, w in rest.items() if isinstance(w, Weight)}) | {
+            name: self._backend.upload(w) for name, w in rest.items() if not isinstance(w, Weight)
+        }
+
+    def _add_tables(self, prefix: str, config: ModelConfig, context: int) -> None:
+        tables, upload = rope_tables(config, context), self._backend.upload
+        self._values |= {f"{prefix}{name}": upload(part) for name, part in config.lora_parts().items()}
+        if tables is not None:
+            self._values |= {f"{prefix}rope.cos": upload(tables.cos), f"{prefix}rope.sin": upload(tables.sin)}
+
+    def _step_nodes(self, rows: int) -> tuple[Sequence[Node], Mapping[str, Array]]:
+        settings, shapes = self.settings, self.config.weight_shapes()
+        alpha = settings.teacher_share if self._teachers else 0.0
+        plan = training_step(
+            self.config, rows, self._names, settings.recompute, settings.dropout, self._teachers, alpha
+        )
+        more = {}
+        for name in plan.arrays:
+            if name not in self._gradients:
+                # Of a norm that is not trained, or of the rows that go through the head in slices.
+                shape = shapes.get(name.removeprefix(gradient_name("")))
+                width = (rows, self.config.hidden_size)
+                more[name] = self._backend.zeros(shape or width, _F32 if shape else self._backend.dtype)
+        return plan.nodes, {**self._values, **self._gradients, **more}
+
+    def _update_values(self) -> dict[str, Array]:
+        flat = self.parameters
+        parts = {"matrices": slice(flat.decayed), "vectors": slice(flat.decayed, None)}
+        found = {f"{part}.{x}": getattr(flat, x)[cut] for part, cut in parts.items() for x in (*"pgmv", "master")}
+        return {**found, "g": flat.g, "squares": self._squares, "schedule": self._schedule.device["schedule"]}
+
+
+def _run(backend: Backend, nodes: Sequence[Node], values: dict[str, Array]) -> None:
+    backend.run(nodes, values, ())
+
+
+def _same(weights: Mapping[str, np.ndarray[Any, Any] | Weight]) -> bool:
+    """Whether head and embedding are one matrix."""
+    head, table = weights.get("lm_head"), weights["embed_tokens"]
+    if isinstance(head, Weight) and isinstance(table, Weight):
+        return head.source == table.source
+    return head is None or head is table
+
+
+def _numbers(weight: np.ndarray[Any, Any] | Weight) -> np.ndarray[Any, Any]:
+    """All of a weight, float32."""
+    if not isinstance(weight, Weight):
+        return weight
+    if weight.packed:
+        raise ParameterError(f"{weight.name} is quantised; train adapters of it (lora), which leave it as it is")
+    return weight.array().astype(np.float32)
+
+
+def _load(backend: Backend, weights: Mapping[str, Weight]) -> dict[str, Array]:
+    """Weights on the device, each once, however many names it has."""
+    loaded = {w.source: backend.load_weight(w) for w in {w.source: w for w in weights.values()}.values()}
+    return {name: loaded[w.source] for name, w in weights.items()}
