@@ -190,9 +190,9 @@ def _write(
                 done += part.size
                 if progress is not None:
                     progress(min(done, total - 1), total)
-        for file in (tokens, flags):
-            file.flush()
-            os.fsync(file.fileno())
+        for written in (tokens, flags):
+            written.flush()
+            os.fsync(written.fileno())
     if progress is not None:
         progress(total, total)
     if not counts["tokens"]:
