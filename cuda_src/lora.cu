@@ -75,7 +75,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[HEIGHT][C], int from,
             rights[depth][column] = k + depth < to ? right(column, k + depth) : 0.f;
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll 8
         for (int depth = 0; depth < DEPTH; depth++) {
             const Pack<f32, HEIGHT> l = load<HEIGHT>(&lefts[depth][y * HEIGHT]);
             const Pack<f32, C> other = load<C>(&rights[depth][x * C]);

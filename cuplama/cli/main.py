@@ -29,6 +29,7 @@ from .pull import pull
 from .quantize import quantize
 from .streams import say
 from .tokenize import tokenize
+from .train import train
 
 __all__ = ["cli", "main"]
 
@@ -47,7 +48,7 @@ def cli() -> None:
 
 _COMMANDS = (
     bench, chat, completion, doctor, generate, graph, info, kernels, merge, models, perplexity, pull,
-    quantize, tokenize,
+    quantize, tokenize, train,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -7,12 +7,11 @@ was stopped.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import read_json
+from ..files import read_json, writing
 from ..models.checkpoint import INDEX
 from .shards import Shard, index_of
 
@@ -178,14 +177,8 @@ class OutputFolder:
         self._record()
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Inside, what the system says of a file becomes a CheckpointError. path: named where the system names none."""
-    try:
-        yield
-    except OSError as e:
-        hint = "; the same command goes on when there is room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise CheckpointError(f"{e.filename or path}: {e.strerror or e}{hint}") from None
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return writing(path, CheckpointError, "the same command goes on when there is room")
 
 
 def _shown(value: Any) -> str:
