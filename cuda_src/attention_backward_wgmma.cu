@@ -1,12 +1,14 @@
 // The backward of causal grouped-query attention over ragged sequences, on Hopper's tensor cores (sm_90a alone).
 //
+//     delta = rowsum(dy y)                per token and query head
 //     p  = exp(scale q k^T - lse)         per query head; a query at position i sees the keys max(0, i-window+1) .. i
 //     dv = p^T dy                         summed over the query heads of the key/value head
 //     ds = p (dy v^T - delta)
 //     dq = scale ds k,  dk = scale ds^T q
 //
 //   x     [n, (num_heads + 2*H) * D]:T  rows of queries, keys and values;  dx: the same of their gradients
-//   dy    [n, num_heads * D]:T, lse and delta [n, num_heads]:f32, delta = rowsum(dy y)
+//   y, dy [n, num_heads * D]:T          the outputs, and their gradient
+//   lse, delta [n, num_heads]:f32
 //   cu_seqlens [b + 1]:i32              sequence i has the rows cu_seqlens[i] .. cu_seqlens[i+1]-1; it may be empty
 //   T is f16 or bf16, D is 64 or 128
 //
@@ -19,7 +21,8 @@
 // dq is summed over the blocks in `sums` (f32), in an order that never changes: a counter for each tile of queries and
 // head says how many tiles of keys have added their part. One warp waits for this block's turn, another passes it on. A
 // block waits only for blocks of smaller numbers, which are running or done. The sums lie as the registers of the
-// products do; convert_dq makes rows of them. order_keys sorts the tiles of keys: see there.
+// products do; convert_dq makes rows of them. prepare_backward sorts the tiles of keys, see
+// order_keys, and computes delta.
 //
 // Grid ((n / KEYS + b) * H), 384 threads.
 //
@@ -95,10 +98,9 @@ __device__ __forceinline__ int from_low(int from, int to, int low) { return max(
 // that the block before has just left, so nobody waits, and the last ends first. The next round is then started one
 // after the other and goes up: all of them end together. Blocks of many sequences come heavy ones first by this.
 //
-// order[e] = (sequence, tile, longest - tiles, levels of a round) for block e / H; sequence -1: none. One thread an
+// order[e] = (sequence, tile, longest - tiles, levels of a round) for block e * H and the H - 1 behind it; sequence -1: none. One thread an
 // entry.
-__global__ void __launch_bounds__(256)
-    order_keys(const i32* __restrict__ cu_seqlens, i32* __restrict__ order, int n, int b, int H, int sms) {
+__device__ __forceinline__ void order_keys(const i32* cu_seqlens, i32* order, int n, int b, int H, int sms) {
     __shared__ int longest_of[8], total_of[8];
     int longest = 0, total = 0;
     for (int i = threadIdx.x; i < b; i += 256) {
@@ -130,6 +132,27 @@ __global__ void __launch_bounds__(256)
         place += i < mine.number && level >= low;
     }
     store<4>(order + place * 4, Pack<i32, 4>{{mine.number, tile, longest - tiles, round}});
+}
+
+// What the blocks need: their order, by the first n / 256 / KEYS + 1 blocks or more, and delta, D / 8 threads a row.
+template <typename T, int D>
+__global__ void __launch_bounds__(256)
+    prepare_backward(const T* __restrict__ y, const T* __restrict__ dy, const i32* __restrict__ cu_seqlens,
+                     float* __restrict__ delta, i32* __restrict__ order, int n, int b, int num_heads, int H, int sms) {
+    constexpr int LANES = D / 8;
+    const int ordering = (n / KEYS + b + 255) / 256;
+    if (blockIdx.x < ordering) return order_keys(cu_seqlens, order, n, b, H, sms);
+    const i64 row = i64(blockIdx.x - ordering) * (256 / LANES) + threadIdx.x / LANES;
+    const int vector = threadIdx.x % LANES;
+    float sum = 0.f;
+    if (row < i64(n) * num_heads) {
+        const Pack<T, 8> a = load<8>(y + row * D + vector * 8), c = load<8>(dy + row * D + vector * 8);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += to_float(a.v[i]) * to_float(c.v[i]);
+    }
+#pragma unroll
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+    if (row < i64(n) * num_heads && vector == 0) delta[row] = sum;
 }
 
 // What a block does: its tile of keys, and the tiles first .. last-1 of M queries that see it.

@@ -18,6 +18,7 @@ from .attention import attention, check_head, prefill_launch
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
+from .self_attention_hopper import hopper_plan
 
 __all__ = ["self_attention", "self_attention_backward"]
 
@@ -118,7 +119,7 @@ def _random_sizes(draw: Draw) -> dict[str, Any]:
 
 def _pairs(c: Call) -> float:
     """Query-key pairs that the mask lets through. Needs the lengths, so it reads them from the device."""
-    array = c.arrays["cu_seqlens"]
+    array: Any = c.arrays["cu_seqlens"]
     bounds = np.asarray(array.get() if hasattr(array, "get") else array).astype(np.float64)
     length = np.diff(bounds)
     seen = np.minimum(length, c["window"] or np.inf)  # of the last token
@@ -205,6 +206,8 @@ def _fma(call: Call, device: Device) -> Iterator[Launch]:
 
 def _backward_kernels(call: Call, device: Device) -> Plan:
     check_head(call["D"])
+    if (plan := hopper_plan(call, device)) is not None:
+        return plan
     scratch = {"delta": ((call["n"], call["num_heads"]), "f32")}
     return Plan((_delta(call), *_fma(call, device)), scratch)
 
@@ -217,6 +220,9 @@ self_attention_backward = Op(
     reference=_self_attention_backward,
     kernels=_backward_kernels,
     kernel_docs={
+        "prepare_backward": "Rows of attention's output times its gradient, and the order of the blocks to come.",
+        "attention_backward_wgmma": "Gradients of queries, keys and values, on Hopper's tensor cores (wgmma).",
+        "convert_dq": "Gradients of queries, rounded to the model's dtype.",
         "attention_delta": "A row of attention's output times its gradient, for the softmax's backward pass.",
         "attention_backward_keys_fma": "Gradients of keys and values, by multiply-adds.",
         "attention_backward_queries_fma": "Gradients of queries, by multiply-adds.",
