@@ -106,6 +106,11 @@ class Trainer:
         self._rope = rope_tables(config, context)
         self._add_tables("", config, context)
         for i, teacher in enumerate(teachers):
+            ropes = teacher.config.ropes.values()
+            if any(rope.regime(context) for rope in ropes):
+                raise ParameterError(
+                    f"a teacher of rope type longrope sees at most {min(r.original for r in ropes)} tokens"
+                )
             loaded = _load(backend, teacher.weights)
             self._values |= {teacher_value(i, name): array for name, array in loaded.items()}
             self._add_tables(teacher_value(i, ""), teacher.config, context)
