@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     T* values = keys + KEYS * WIDTH;
     T* queries = values + KEYS * WIDTH;  // [2][ROWS][WIDTH], as are the rows of dy
     T* outs = queries + 2 * STAGE;
-    __shared__ f32 stats[2][2 * ROWS];
+    __shared__ __align__(16) f32 stats[2][2 * ROWS];
 
     const int group = num_heads / H, warp = threadIdx.x / WARP;
     // The first keys are seen by the most rows: start them first.

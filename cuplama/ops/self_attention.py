@@ -245,7 +245,7 @@ def _fma(call: Call, device: Device) -> Iterator[Launch]:
         ("keys", n, ("KEYS", "ROWS"), 96),  # of 64 keys more sums than this do not fit into registers
         ("queries", n * group, ("ROWS", "KEYS"), 128),
     ):
-        large = D <= 64 or (D <= widest and roomy)
+        large = D <= 64 or (widest >= D and roomy)
         kept, passing = (64, 32) if large else (32, 32) if D <= 128 else (16, 16)
         shared = 4 * ((2 * kept + passing) * (-(-D // 32) * 32 + 4) + kept * (passing + 4))
         yield Launch(
