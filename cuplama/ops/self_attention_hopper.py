@@ -1,4 +1,4 @@
-"""Where the backward of self_attention runs on Hopper's warpgroup products. Kernels: cuda_src/attention_backward_wgmma.cu.
+"""The launches of self_attention_backward on Hopper. Kernels: cuda_src/attention_backward_wgmma.cu.
 
 cuplama/ops/self_attention.py asks here first.
 """
