@@ -8,7 +8,7 @@
 //
 //   x     [n, (num_heads + 2*H) * D]:T  rows of queries, keys and values;  dx: the same of their gradients
 //   y, dy [n, num_heads * D]:T          the outputs, and their gradient
-//   lse, delta [n, num_heads]:f32
+//   lse [n, num_heads]:f32
 //   cu_seqlens [b + 1]:i32              sequence i has the rows cu_seqlens[i] .. cu_seqlens[i+1]-1; it may be empty
 //   T is f16 or bf16, D is 64 or 128
 //
@@ -22,7 +22,7 @@
 // head says how many tiles of keys have added their part. One warp waits for this block's turn, another passes it on. A
 // block waits only for blocks of smaller numbers, which are running or done. The sums lie as the registers of the
 // products do; convert_dq makes rows of them. prepare_backward sorts the tiles of keys, see
-// order_keys, and computes delta.
+// order_keys, and makes delta.
 //
 // Grid ((n / KEYS + b) * H), 384 threads.
 //
@@ -134,25 +134,35 @@ __device__ __forceinline__ void order_keys(const i32* cu_seqlens, i32* order, in
     store<4>(order + place * 4, Pack<i32, 4>{{mine.number, tile, longest - tiles, round}});
 }
 
-// What the blocks need: their order, by the first n / 256 / KEYS + 1 blocks or more, and delta, D / 8 threads a row.
-template <typename T, int D>
+// What the blocks need: their order, by the first blocks of the grid, and of each tile of queries and head, one a block,
+// stats = (lse in powers of two, delta) [2][M]; zeros past the sequence. D / 8 threads take a row.
+template <typename T, int D, int M>
 __global__ void __launch_bounds__(256)
-    prepare_backward(const T* __restrict__ y, const T* __restrict__ dy, const i32* __restrict__ cu_seqlens,
-                     float* __restrict__ delta, i32* __restrict__ order, int n, int b, int num_heads, int H, int sms) {
+    prepare_backward(const T* __restrict__ y, const T* __restrict__ dy, const float* __restrict__ lse,
+                     const i32* __restrict__ cu_seqlens, float* __restrict__ stats, i32* __restrict__ order, int n,
+                     int b, int num_heads, int H, int sms) {
     constexpr int LANES = D / 8;
-    const int ordering = (n / KEYS + b + 255) / 256;
-    if (blockIdx.x < ordering) return order_keys(cu_seqlens, order, n, b, H, sms);
-    const i64 row = i64(blockIdx.x - ordering) * (256 / LANES) + threadIdx.x / LANES;
-    const int vector = threadIdx.x % LANES;
-    float sum = 0.f;
-    if (row < i64(n) * num_heads) {
-        const Pack<T, 8> a = load<8>(y + row * D + vector * 8), c = load<8>(dy + row * D + vector * 8);
+    const int ordering = (n / KEYS + b + 255) / 256, block = blockIdx.x - ordering;
+    if (block < 0) return order_keys(cu_seqlens, order, n, b, H, sms);
+    const int head = block % num_heads, vector = threadIdx.x % LANES;
+    const Sequence sequence(cu_seqlens, b, M, block / num_heads);
+    const int start = cu_seqlens[sequence.number], left = cu_seqlens[sequence.number + 1] - start - sequence.tile * M;
+    if (left <= 0) return;
+    const i64 first = i64(start + sequence.tile * M) * num_heads + head;
+#pragma unroll 2
+    for (int row = threadIdx.x / LANES; row < M; row += 256 / LANES) {
+        const i64 at = first + i64(row) * num_heads;
+        float sum = 0.f;
+        if (row < left) {
+            const Pack<T, 8> a = load<8>(y + at * D + vector * 8), c = load<8>(dy + at * D + vector * 8);
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum += to_float(a.v[i]) * to_float(c.v[i]);
+            for (int i = 0; i < 8; i++) sum += to_float(a.v[i]) * to_float(c.v[i]);
+        }
+#pragma unroll
+        for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+        if (vector < 2)
+            stats[(i64(block) * 2 + vector) * M + row] = vector ? sum : row < left ? lse[at] * LOG2_E : 0.f;
     }
-#pragma unroll
-    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
-    if (row < i64(n) * num_heads && vector == 0) delta[row] = sum;
 }
 
 // What a block does: its tile of keys, and the tiles first .. last-1 of M queries that see it.
@@ -197,42 +207,48 @@ struct Barriers {
     int begin[2];    // nothing is there yet
 };
 
-// One warp brings the tiles of q or of dy, each with a number for each of its rows: times `factor`; `beyond` for rows
-// past the sequence, which are zeros. rows, numbers: those of the sequence's first token and the group's first head.
+// One warp brings the tiles of q or of dy; rows past the sequence are zeros. With q comes what `stats` has of its rows.
+// from: the rows of the first tile and the group's first head; stats: of the same, null for none. It has 24 registers.
 template <typename T, int D, int M>
-__device__ __forceinline__ void produce(T* stages, float* numbers_of, u64* full, u64* empty, const T* rows, int width,
-                                        const float* numbers, int num_heads, int group, const Work<M>& work,
-                                        float factor, float beyond) {
-    const int lane = threadIdx.x % WARP, row = lane / 8, vector = lane % 8;
-    int step = 0;
-    for (int head = 0; head < group; head++) {
+__device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u64* empty, const T* from, int width,
+                                        const float* stats, int num_heads, int group, const Work<M>& work) {
+    const int lane = threadIdx.x % WARP, tiles = work.last - work.first;
+    const int low = place(M, lane / 8, lane % 8);  // of the row lane / 8; 4 rows further `low ^ 32` is its twin
+    from += lane / 8 * width + lane % 8 * 8;
+    if (stats) stats += lane * 4;
+    int left = work.length - work.first * M - lane / 8;
 #pragma unroll 1
-        for (int t = work.first; t < work.last; t++, step++) {
-            if (step >= 2) mbarrier_wait(empty + step % 2, (step / 2 + 1) % 2);
-            const int left = work.length - t * M;
-            float number[M / WARP];
+    for (int step = 0, tile = tiles; step < int(hidden(tiles)) * group; step++) {
+        if (step >= 2) mbarrier_wait(empty + step % 2, (step / 2 + 1) % 2);
+        T* to = stages + step % 2 * (M * D);
+#pragma unroll 1
+        for (int r = 0; r < M; r += 8) {
+            const int four = 4 * int(hidden(width));  // computed here each time: registers are few
 #pragma unroll
-            for (int i = 0; i < M / WARP; i++) {
-                const int r = lane + i * WARP;
-                number[i] = beyond;
-                if (r < left) number[i] = numbers[i64(t * M + r) * num_heads + head] * factor;
-            }
-            T* to = stages + step % 2 * (M * D);
-            const T* from = rows + i64(t * M + row) * width + head * D + vector * 8;
-#pragma unroll 4
-            for (int r = 0; r < M; r += 4) {
+            for (int u = 0; u < D / PANEL; u++)
+                cp_async_16(to + (low + (r + u * M) * PANEL), from + u * PANEL, r < left);
+            from += four;
 #pragma unroll
-                for (int u = 0; u < D / PANEL; u++)
-                    cp_async_16(to + place(M, row + r, vector + u * 8), from + i64(r) * width + u * PANEL,
-                                row + r < left);
-            }
-            cp_async_commit();
-#pragma unroll
-            for (int i = 0; i < M / WARP; i++) numbers_of[step % 2 * M + lane + i * WARP] = number[i];
-            cp_async_wait<0>();
-            fence_proxy_async();
-            mbarrier_arrive(full + step % 2);
+            for (int u = 0; u < D / PANEL; u++)
+                cp_async_16(to + ((low ^ 32) + (r + 4 + u * M) * PANEL), from + u * PANEL, r + 4 < left);
+            from += four;
         }
+        if (stats) {
+#pragma unroll
+            for (int i = 0; i < 2 * M; i += WARP * 4)
+                cp_async_16(stats_of + (step % 2 * (2 * M) + lane * 4 + i), stats + i, true);
+            stats += 2 * M * int(hidden(num_heads));
+        }
+        cp_async_commit();
+        left -= M;
+        if (--tile == 0) {  // the next head
+            tile = tiles, left += tiles * M;
+            from += D - i64(hidden(tiles)) * (M * width);
+            if (stats) stats += 2 * M * (1 - int(hidden(tiles)) * num_heads);
+        }
+        cp_async_wait<0>();
+        fence_proxy_async();
+        mbarrier_arrive(full + step % 2);
     }
 }
 
@@ -345,7 +361,7 @@ struct GroupKeys {
         }
     }
 
-    // Scores to weights. lse: of the queries, in powers of two; infinite for those past the sequence.
+    // Scores to weights. lse: of the queries, in powers of two.
     __device__ __forceinline__ void weigh(Square& score, const float* lse, int at, int window, float factor) const {
         const int near = at - part * MINE;
         if (near < MINE - 1 || (window > 0 && near + 63 >= window)) {
@@ -367,7 +383,14 @@ struct GroupKeys {
     }
 
     // ds = weights (dp - delta), and p = weights, rounded.
-    __device__ __forceinline__ void differ(Left& p, Left& ds, const Square& weights, const Square& dp,
+    __device__ __forceinline__ void round_weights(Left& p, const Square& weights) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) p[i][e] = pack<T>(weights[8 * i + 2 * e], weights[8 * i + 2 * e + 1]);
+        }
+    }
+    __device__ __forceinline__ void differ(Left& ds, const Square& weights, const Square& dp,
                                            const float* delta) const {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -376,7 +399,6 @@ struct GroupKeys {
             for (int half = 0; half < 2; half++) {
                 const int i = 4 * j + 2 * half;
                 const float low = weights[i], high = weights[i + 1];
-                p[j / 2][half + j % 2 * 2] = pack<T>(low, high);
                 ds[j / 2][half + j % 2 * 2] = pack<T>(low * (dp[i] - less.v[0]), high * (dp[i + 1] - less.v[1]));
             }
         }
@@ -397,12 +419,12 @@ struct GroupKeys {
     __device__ __forceinline__ void add_queries(const Square& dq, float* sums, bool begin) const {
         float* to = sums + part * (M * D / 2) + thread * 4;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (begin)
-                store<4>(to + i * (GROUP * 4), Pack<float, 4>{{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]}});
-            else
-                red_add_4(to + i * (GROUP * 4), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-        }
+        for (int i = 0; i < 8; i++)
+            if (begin) store<4>(to + i * (GROUP * 4), Pack<float, 4>{{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]}});
+        if (begin) return;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            red_add_4(to + i * (GROUP * 4), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
     }
 
     // Rows of dk or dv, through shared memory, so that whole rows are written. left: keys from the block's first on.
@@ -428,8 +450,8 @@ struct GroupKeys {
 
 // One warpgroup's part of all steps, tile after tile and head after head.
 template <typename T, int D, int M>
-__device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar, T* first, const float* lse,
-                                        const float* delta, const Work<M>& work, int group, float factor) {
+__device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar, T* first, const float* stats,
+                                        const Work<M>& work, int group, float factor) {
     using S = Shared<T, D, M>;
     constexpr int HALF = 64 * PANEL, PARTS = M / 64;  // HALF: elements to 64 rows further
     constexpr bool AHEAD = D == 64;  // the next tile's scores beside this one's dk, where registers allow it
@@ -470,19 +492,20 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
 #pragma unroll
         for (int i = 0; i < PARTS; i++) {
             float dp[32];
-            const int row = stage * M + i * 64;
+            const float* lse = stats + stage * (2 * M) + i * 64;
             const u64 dy = shared.matrix(S::DY + stage * (M * D) + i * HALF);
             keys.multiply_rows(dp, shared.matrix(S::V), dy);
             if (!AHEAD) {
                 wgmma_wait<1>();
                 scores_done();
             }
-            keys.weigh(score[i], lse + row, at + i * 64, work.window, factor);
-            wgmma_wait<0>();
-            wgmma_done(dp);
-            keys.differ(p, ds, score[i], dp, delta + row);
+            keys.weigh(score[i], lse, at + i * 64, work.window, factor);
+            keys.round_weights(p, score[i]);
             keys.add_rows(keys.dv, p, dy + shared.tile_panel);
-            keys.store_differences(first + S::DS + row * KEYS, ds);
+            wgmma_wait<1>();
+            wgmma_done(dp);
+            keys.differ(ds, score[i], dp, lse + M);
+            keys.store_differences(first + S::DS + (stage * M + i * 64) * KEYS, ds);
             if (i + 1 < PARTS) keys.add_rows(keys.dk, ds, q + i * (HALF / 8));
         }
         fence_proxy_async();
@@ -532,14 +555,13 @@ __device__ __forceinline__ void fetch_keys(T* k, T* v, const T* keys, const T* v
 
 template <typename T, int D, int M>
 __global__ void __launch_bounds__(3 * GROUP, 1)
-    attention_backward_wgmma(const T* __restrict__ x, const float* __restrict__ lse, const float* __restrict__ delta,
-                             const T* __restrict__ dy, const i32* __restrict__ cu_seqlens,
-                             const i32* __restrict__ order, T* __restrict__ dx, float* sums, u32* turns, int num_heads,
+    attention_backward_wgmma(const T* __restrict__ x, const T* __restrict__ dy, const float* __restrict__ stats,
+                             const i32* __restrict__ cu_seqlens, const i32* __restrict__ order, T* __restrict__ dx, float* sums, u32* turns, int num_heads,
                              int H, int window, float scale) {
     using S = Shared<T, D, M>;
     DYNAMIC_SHARED(unsigned char, raw);
     T* first = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
-    __shared__ __align__(16) float lse_of[2 * M], delta_of[2 * M];
+    __shared__ __align__(16) float stats_of[2 * 2 * M];  // [2][lse or delta][M]
     __shared__ Barriers bar;
 
     const Pack<i32, 4> entry = load<4>(order + blockIdx.x / H * 4);
@@ -558,24 +580,25 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
     __syncthreads();
 
     if (threadIdx.x / GROUP == 0) {
-        registers_fewer<40>();
+        registers_fewer<D == 64 ? 40 : 24>();
         const int warp = threadIdx.x / WARP;
-        const i64 numbers = i64(work.start) * num_heads + first_head;
+        const int row = work.start + work.first * M;
         if (warp == 0)
-            produce<T, D>(first + S::Q, lse_of, bar.q_full, bar.q_empty, x + (i64(work.start) * width + first_head * D), width,
-                          lse + numbers, num_heads, group, work, LOG2_E, infinity());
+            produce<T, D>(first + S::Q, stats_of, bar.q_full, bar.q_empty, x + (i64(row) * width + first_head * D), width,
+                          stats + (i64(work.number + work.first) * num_heads + first_head) * (2 * M), num_heads, group,
+                          work);
         else if (warp == 1)
-            produce<T, D>(first + S::DY, delta_of, bar.dy_full, bar.dy_empty, dy + numbers * D, num_heads * D, delta + numbers,
-                          num_heads, group, work, 1.f, 0.f);
+            produce<T, D>(first + S::DY, nullptr, bar.dy_full, bar.dy_empty,
+                          dy + (i64(row) * num_heads + first_head) * D, num_heads * D, nullptr, 0, group, work);
         else if (threadIdx.x % WARP == 0)
             take_turns<D>(bar, sums + i64(first_head) * (M * D), turns + first_head, num_heads, group, work, warp == 3);
     } else {
-        registers_more<232>();
+        registers_more<D == 64 ? 232 : 240>();
         const i64 at = i64(work.start + work.key) * width + (num_heads + kv_head) * D;
         fetch_keys<T, D>(first + S::K, first + S::V, x + at, x + (at + H * D), width, work.length - work.key);
         bar_sync(1, 2 * GROUP);
         GroupKeys<T, D, M> keys;
-        consume(keys, bar, first, lse_of, delta_of, work, group, scale * LOG2_E);
+        consume(keys, bar, first, stats_of, work, group, scale * LOG2_E);
         bar_sync(2 + keys.part, GROUP);  // no product of another warp may still read v, which takes the results
         keys.store_rows(first + S::V, keys.dv, 1.f, dx + (at + H * D), width, work.length - work.key);
         keys.store_rows(first + S::V, keys.dk, scale, dx + at, width, work.length - work.key);
