@@ -28,111 +28,7 @@
 //
 // Op: cuplama/ops/self_attention.py. Tests: the registry's in tests/ops/test_ops.py, and
 // tests/ops/test_self_attention_hopper.py. Benchmark: benchmarks/attention_backward.py.
-#include "attention.cuh"
-#include "mma.cuh"
-
-constexpr int GROUP = 128, MINE = 64;  // threads and keys of a warpgroup
-constexpr int KEYS = 128, PANEL = 64;  // keys of a block, columns of a panel
-constexpr int WARPS = 2 * GROUP / WARP;  // that compute
-
-// ---- per dtype ------------------------------------------------------------------------------------------------------
-
-template <typename T>
-struct Product;
-template <>
-struct Product<f16> {
-    static __device__ __forceinline__ void rows(float (&d)[32], u64 a, u64 b, bool add) { wgmma_n64_f16(d, a, b, add); }
-    static __device__ __forceinline__ void columns(float (&d)[32], u64 a, u64 b, bool add) {
-        wgmma_columns_f16(d, a, b, add);
-    }
-    template <int N>
-    static __device__ __forceinline__ void sum(float (&d)[N], const u32 (&a)[4], u64 b) {
-        wgmma_f16(d, a, b);
-    }
-};
-template <>
-struct Product<bf16> {
-    static __device__ __forceinline__ void rows(float (&d)[32], u64 a, u64 b, bool add) {
-        wgmma_n64_bf16(d, a, b, add);
-    }
-    static __device__ __forceinline__ void columns(float (&d)[32], u64 a, u64 b, bool add) {
-        wgmma_columns_bf16(d, a, b, add);
-    }
-    template <int N>
-    static __device__ __forceinline__ void sum(float (&d)[N], const u32 (&a)[4], u64 b) {
-        wgmma_bf16(d, a, b);
-    }
-};
-
-// ---- which block has which keys -------------------------------------------------------------------------------------
-
-// Tiles of `rows` tokens are numbered over the whole batch as in attention.cuh: sequence i has the numbers from
-// cu_seqlens[i] / rows + i on. This finds the sequence of a number, and the tile in it; it may be one past the last.
-struct Sequence {
-    int number, tile;
-
-    __device__ __forceinline__ Sequence(const i32* cu_seqlens, int b, int rows, int of) {
-        number = 0;
-        for (int last = b; last - number > 1;) {
-            const int middle = (number + last) / 2;
-            if (first_tile(cu_seqlens, middle, 1, rows) <= of)
-                number = middle;
-            else
-                last = middle;
-        }
-        tile = of - first_tile(cu_seqlens, number, 1, rows);
-    }
-};
-
-// Tiles of keys that a sequence has.
-__device__ __forceinline__ int key_tiles(const i32* cu_seqlens, int i) {
-    return (cu_seqlens[i + 1] - cu_seqlens[i] + KEYS - 1) / KEYS;
-}
-
-// Numbers from .. to-1 without those below `low`.
-__device__ __forceinline__ int from_low(int from, int to, int low) { return max(0, to - max(from, low)); }
-
-// The order in which blocks take tiles of keys, and in which they add to dq. Tile j of a sequence of `tiles` tiles has
-// the level longest - tiles + j: the lower, the more queries see it. Levels come in rounds, each about what runs at
-// once. Tiles of a round that start together go from the highest level down: a block's first tile of queries is one
-// that the block before has just left, so nobody waits, and the last ends first. The next round is then started one
-// after the other and goes up: all of them end together. Blocks of many sequences come heavy ones first by this.
-//
-// order[e] = (sequence, tile, longest - tiles, levels of a round) for block e * H and the H - 1 behind it; sequence -1: none. One thread an
-// entry.
-__device__ __forceinline__ void order_keys(const i32* cu_seqlens, i32* order, int n, int b, int H, int sms) {
-    __shared__ int longest_of[8], total_of[8];
-    int longest = 0, total = 0;
-    for (int i = threadIdx.x; i < b; i += 256) {
-        const int tiles = key_tiles(cu_seqlens, i);
-        longest = max(longest, tiles), total += tiles;
-    }
-#pragma unroll
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
-        longest = max(longest, __shfl_xor_sync(ALL_LANES, longest, lanes));
-        total += __shfl_xor_sync(ALL_LANES, total, lanes);
-    }
-    if (threadIdx.x % WARP == 0) longest_of[threadIdx.x / WARP] = longest, total_of[threadIdx.x / WARP] = total;
-    __syncthreads();
-    longest = total = 0;
-    for (int i = 0; i < 8; i++) longest = max(longest, longest_of[i]), total += total_of[i];
-    const int entry = blockIdx.x * 256 + threadIdx.x, entries = n / KEYS + b;
-    if (entry >= entries) return;
-    if (entry >= total) store<4>(order + entry * 4, Pack<i32, 4>{{-1, 0, 0, 0}});
-    const Sequence mine(cu_seqlens, b, KEYS, entry);
-    const int tiles = key_tiles(cu_seqlens, mine.number), tile = mine.tile;
-    if (tile >= tiles) return;
-    const int round = max(1, int(i64(sms) * longest / (i64(total) * H)));  // total is not 0: it has this tile
-    const int level = longest - tiles + tile, begin = level / round * round, end = min(begin + round, longest);
-    const bool down = level / round % 2 == 0;
-    int place = 0;
-    for (int i = 0; i < b; i++) {
-        const int low = longest - key_tiles(cu_seqlens, i);
-        place += from_low(0, begin, low) + (down ? from_low(level + 1, end, low) : from_low(begin, level, low));
-        place += i < mine.number && level >= low;
-    }
-    store<4>(order + place * 4, Pack<i32, 4>{{mine.number, tile, longest - tiles, round}});
-}
+#include "attention_backward_keys.cuh"
 
 // What the blocks need: their order, by the first blocks of the grid, and of each tile of queries and head, one a block,
 // stats = (lse in powers of two, delta) [2][M]; zeros past the sequence. D / 8 threads take a row.
@@ -160,45 +56,8 @@ __global__ void __launch_bounds__(256)
         }
 #pragma unroll
         for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
-        if (vector < 2)
-            stats[(i64(block) * 2 + vector) * M + row] = vector ? sum : row < left ? lse[at] * LOG2_E : 0.f;
+        if (vector < 2) stats[(i64(block) * 2 + vector) * M + row] = vector ? sum : row < left ? lse[at] * LOG2_E : 0.f;
     }
-}
-
-// What a block does: its tile of keys, and the tiles first .. last-1 of M queries that see it.
-template <int M>
-struct Work {
-    int start, length;        // of the sequence: its first row, and its tokens
-    int key, window;          // the first key; 0: no window
-    int first, last, number;  // number: of the sequence's first tile of queries
-    int level, shift, round;  // see order_keys
-
-    __device__ __forceinline__ Work(const i32* cu_seqlens, const Pack<i32, 4>& entry, int window_of_all) {
-        const int sequence = entry.v[0];
-        start = cu_seqlens[sequence], length = cu_seqlens[sequence + 1] - start;
-        window = window_of_all < length ? window_of_all : 0;
-        key = entry.v[1] * KEYS, shift = entry.v[2], round = entry.v[3], level = entry.v[1] + shift;
-        first = key / M;
-        last = ((window > 0 ? min(length, key + KEYS - 1 + window) : length) + M - 1) / M;
-        number = first_tile(cu_seqlens, sequence, 1, M);
-    }
-
-    // How many tiles of keys add to tile t of the queries before this one.
-    __device__ __forceinline__ int turn(int t) const {
-        const int seen = t * M - window + 1, begin = level / round * round;
-        const int low = shift + (window > 0 && seen > 0 ? seen / KEYS : 0);
-        const int high = shift + (min(t * M + M, length) - 1) / KEYS;
-        const int in_round =
-            level / round % 2 == 0 ? min(high, begin + round - 1) - level : level - max(low, begin);
-        return max(0, begin - low) + in_round;
-    }
-};
-
-// ---- shared memory --------------------------------------------------------------------------------------------------
-
-// Element of a vector of 8 columns in a matrix of `rows` rows.
-__device__ __forceinline__ int place(int rows, int row, int vector) {
-    return vector / 8 * (rows * PANEL) + row * PANEL + (vector % 8 ^ row % 8) * 8;
 }
 
 struct Barriers {
@@ -279,174 +138,6 @@ __device__ __forceinline__ void take_turns(Barriers& bar, float* sums, u32* turn
         }
     }
 }
-
-// ---- a warpgroup's keys ---------------------------------------------------------------------------------------------
-
-// Where a block's matrices lie, one behind the other: k and v [D/64][KEYS][64], q and dy [2][D/64][M][64], and ds
-// [2][M/64][KEYS][64], transposed.
-template <typename T, int D, int M>
-struct Shared {
-    static constexpr int K = 0, V = KEYS * D, Q = 2 * KEYS * D, DY = Q + 2 * M * D, DS = DY + 2 * M * D;  // elements
-    u64 rows;                   // the first as wgmma_matrix has it, with rows across the sum
-    u64 key_panel, tile_panel;  // added to it: with rows along the sum, for a matrix of KEYS or of M rows
-
-    __device__ __forceinline__ Shared(const T* first)
-        : rows(wgmma_matrix(first, 1)),
-          key_panel(wgmma_matrix(first, KEYS * PANEL * sizeof(T)) - rows),
-          tile_panel(wgmma_matrix(first, M * PANEL * sizeof(T)) - rows) {}
-    __device__ __forceinline__ u64 matrix(int element) const { return rows + element / 8; }
-};
-
-// 64 keys of a block. A thread has the rows `here` and here + 8 of them, and columns 8*j + 2*(lane%4) and the next:
-// queries in the scores, dimensions in the sums. Queries are taken by 64.
-template <typename T, int D, int M>
-struct GroupKeys {
-    static constexpr int STAGE = M * D / 8, STEP = 16 * PANEL / 8;  // a stage, 16 rows along a sum; of 16 bytes
-    using Sums = float[D / 2];
-    using Square = float[32];  // 64 x 64
-    using Left = u32[4][4];    // the same rounded, as a left operand
-    const int part, thread, lane, here;
-    Sums dk = {}, dv = {};
-
-    __device__ __forceinline__ GroupKeys()
-        : part(threadIdx.x / GROUP - 1),
-          thread(threadIdx.x % GROUP),
-          lane(threadIdx.x % WARP),
-          here(part * MINE + thread / WARP * 16 + lane / 4) {}
-
-    // Begins d = a b^T over D columns: a has the block's keys as rows, b the queries.
-    __device__ __forceinline__ void multiply_rows(Square& d, u64 a, u64 b) const {
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {  // 32 bytes further, or a panel; in units of 16 bytes
-            const int column = i % 4 * 2;
-            Product<T>::rows(d, a + (part * (MINE * 8) + i / 4 * (KEYS * 8) + column), b + (i / 4 * (M * 8) + column),
-                             i > 0);
-        }
-        wgmma_commit();
-    }
-
-    // Begins sums += left b: left are weights of this warpgroup's keys and the 64 queries of b.
-    __device__ __forceinline__ void add_rows(Sums& sums, const Left& left, u64 b) const {
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; i++) Product<T>::sum(sums, left[i], b + i * STEP);
-        wgmma_commit();
-    }
-
-    // Begins this warpgroup's half of dq = ds k: columns of D = 128, rows of D = 64.
-    __device__ __forceinline__ void multiply_keys(Square& dq, u64 ds_columns, u64 k_columns) const {
-        const int rows = M == 128 ? part : 0, columns = M == 128 ? 0 : part;
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < KEYS / 16; i++)
-            Product<T>::columns(dq, ds_columns + (rows * (KEYS * 8) + i * STEP),
-                                k_columns + (columns * (KEYS * 8) + i * STEP), i > 0);
-        wgmma_commit();
-    }
-
-    // Shuts out the pairs of which the query does not see the key. at: the first query less the block's first key.
-    __device__ __forceinline__ void mask(Square& score, int at, int window) const {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int ahead = at + lane % 4 * 2 - here - 8 * half;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int distance = ahead + (j * 8 + e);
-                    if (distance < 0 || (window > 0 && distance >= window)) score[4 * j + 2 * half + e] = -infinity();
-                }
-            }
-        }
-    }
-
-    // Scores to weights. lse: of the queries, in powers of two.
-    __device__ __forceinline__ void weigh(Square& score, const float* lse, int at, int window, float factor) const {
-        const int near = at - part * MINE;
-        if (near < MINE - 1 || (window > 0 && near + 63 >= window)) {
-            if (window > 0)
-                mask(score, at, window);
-            else
-                mask(score, at, 0);  // a copy that does not look for windows
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const Pack<float, 2> shift = load<2>(lse + j * 8 + lane % 4 * 2);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float& low = score[4 * j + 2 * half];
-                float& high = score[4 * j + 2 * half + 1];
-                low = exp2f(low * factor - shift.v[0]), high = exp2f(high * factor - shift.v[1]);
-            }
-        }
-    }
-
-    // ds = weights (dp - delta), and p = weights, rounded.
-    __device__ __forceinline__ void round_weights(Left& p, const Square& weights) const {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) p[i][e] = pack<T>(weights[8 * i + 2 * e], weights[8 * i + 2 * e + 1]);
-        }
-    }
-    __device__ __forceinline__ void differ(Left& ds, const Square& weights, const Square& dp,
-                                           const float* delta) const {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const Pack<float, 2> less = load<2>(delta + j * 8 + lane % 4 * 2);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int i = 4 * j + 2 * half;
-                const float low = weights[i], high = weights[i + 1];
-                ds[j / 2][half + j % 2 * 2] = pack<T>(low * (dp[i] - less.v[0]), high * (dp[i + 1] - less.v[1]));
-            }
-        }
-    }
-
-    // The differences to shared memory, where the other warpgroup reads them too.
-    __device__ __forceinline__ void store_differences(T* to, const Left& ds) const {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *reinterpret_cast<u32*>(to + place(KEYS, here + 8 * half, j) + lane % 4 * 2) =
-                    ds[j / 2][half + j % 2 * 2];
-        }
-    }
-
-    // Adds dq to the sums of a tile and head, or begins them. They lie as the registers do: 8 times 4 of a thread.
-    __device__ __forceinline__ void add_queries(const Square& dq, float* sums, bool begin) const {
-        float* to = sums + part * (M * D / 2) + thread * 4;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (begin) store<4>(to + i * (GROUP * 4), Pack<float, 4>{{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]}});
-        if (begin) return;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            red_add_4(to + i * (GROUP * 4), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-    }
-
-    // Rows of dk or dv, through shared memory, so that whole rows are written. left: keys from the block's first on.
-    __device__ __forceinline__ void store_rows(T* stage, const Sums& sums, float factor, T* to, int width,
-                                               int left) const {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int j = 0; j < D / 8; j++)
-                *reinterpret_cast<u32*>(stage + place(KEYS, here + 8 * half, j) + lane % 4 * 2) =
-                    pack<T>(sums[4 * j + 2 * half] * factor, sums[4 * j + 2 * half + 1] * factor);
-        }
-        __syncwarp();
-        for (int i = lane / 8; i < 16; i += WARP / 8) {
-            const int row = part * MINE + thread / WARP * 16 + i;
-            if (row >= left) break;
-            for (int vector = lane % 8; vector < D / 8; vector += 8)
-                store<8>(to + i64(row) * width + vector * 8, load<8>(stage + place(KEYS, row, vector)));
-        }
-        __syncwarp();
-    }
-};
 
 // One warpgroup's part of all steps, tile after tile and head after head.
 template <typename T, int D, int M>
@@ -556,8 +247,8 @@ __device__ __forceinline__ void fetch_keys(T* k, T* v, const T* keys, const T* v
 template <typename T, int D, int M>
 __global__ void __launch_bounds__(3 * GROUP, 1)
     attention_backward_wgmma(const T* __restrict__ x, const T* __restrict__ dy, const float* __restrict__ stats,
-                             const i32* __restrict__ cu_seqlens, const i32* __restrict__ order, T* __restrict__ dx, float* sums, u32* turns, int num_heads,
-                             int H, int window, float scale) {
+                             const i32* __restrict__ cu_seqlens, const i32* __restrict__ order, T* __restrict__ dx,
+                             float* sums, u32* turns, int num_heads, int H, int window, float scale) {
     using S = Shared<T, D, M>;
     DYNAMIC_SHARED(unsigned char, raw);
     T* first = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
@@ -584,9 +275,9 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         const int warp = threadIdx.x / WARP;
         const int row = work.start + work.first * M;
         if (warp == 0)
-            produce<T, D>(first + S::Q, stats_of, bar.q_full, bar.q_empty, x + (i64(row) * width + first_head * D), width,
-                          stats + (i64(work.number + work.first) * num_heads + first_head) * (2 * M), num_heads, group,
-                          work);
+            produce<T, D>(first + S::Q, stats_of, bar.q_full, bar.q_empty, x + (i64(row) * width + first_head * D),
+                          width, stats + (i64(work.number + work.first) * num_heads + first_head) * (2 * M), num_heads,
+                          group, work);
         else if (warp == 1)
             produce<T, D>(first + S::DY, nullptr, bar.dy_full, bar.dy_empty,
                           dy + (i64(row) * num_heads + first_head) * D, num_heads * D, nullptr, 0, group, work);
@@ -608,8 +299,8 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
 // dx = sums * scale for the queries: a block has one tile and one head. It leaves `turns` zero.
 template <typename T, int D, int M>
 __global__ void __launch_bounds__(256)
-    convert_dq(const float* __restrict__ sums, const i32* __restrict__ cu_seqlens, T* __restrict__ dx, u32* turns, int b,
-               int num_heads, int H, float scale) {
+    convert_dq(const float* __restrict__ sums, const i32* __restrict__ cu_seqlens, T* __restrict__ dx, u32* turns,
+               int b, int num_heads, int H, float scale) {
     constexpr int ROWS = M == 128 ? 64 : M, COLUMNS = M == 128 ? D : D / 2, GROUPS = COLUMNS / 8;  // of a warpgroup
     const int head = blockIdx.y;
     const Sequence sequence(cu_seqlens, b, M, blockIdx.x);
@@ -626,7 +317,8 @@ __global__ void __launch_bounds__(256)
         for (int lane = 0; lane < 4; lane++) {
             const Pack<float, 4> four = load<4>(from + lane * 4);
             low.v[2 * lane] = from_float<T>(four.v[0] * scale), low.v[2 * lane + 1] = from_float<T>(four.v[1] * scale);
-            high.v[2 * lane] = from_float<T>(four.v[2] * scale), high.v[2 * lane + 1] = from_float<T>(four.v[3] * scale);
+            high.v[2 * lane] = from_float<T>(four.v[2] * scale),
+                       high.v[2 * lane + 1] = from_float<T>(four.v[3] * scale);
         }
         const int r = begin + (M == 128 ? part * ROWS : 0) + warp * 16 + row;
         const int column = (M == 128 ? 0 : part * COLUMNS) + columns * 8;
