@@ -67,14 +67,15 @@ struct Barriers {
 };
 
 // One warp brings the tiles of q or of dy; rows past the sequence are zeros. With q comes what `stats` has of its rows.
-// from: the rows of the first tile and the group's first head; stats: of the same, null for none. It has 24 registers.
+// from: the rows of the first tile and the group's first head; first_stats: where theirs begin in stats, null for none.
 template <typename T, int D, int M>
 __device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u64* empty, const T* from, int width,
-                                        const float* stats, int num_heads, int group, const Work<M>& work) {
+                                        const float* stats, unsigned first_stats, int num_heads, int group,
+                                        const Work<M>& work) {
     const int lane = threadIdx.x % WARP, tiles = work.last - work.first;
     const int low = place(M, lane / 8, lane % 8);  // of the row lane / 8; 4 rows further `low ^ 32` is its twin
     from += lane / 8 * width + lane % 8 * 8;
-    if (stats) stats += lane * 4;
+    unsigned at = first_stats + lane * 4;
     int left = work.length - work.first * M - lane / 8;
 #pragma unroll 1
     for (int step = 0, tile = tiles; step < int(hidden(tiles)) * group; step++) {
@@ -95,15 +96,15 @@ __device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u
         if (stats) {
 #pragma unroll
             for (int i = 0; i < 2 * M; i += WARP * 4)
-                cp_async_16(stats_of + (step % 2 * (2 * M) + lane * 4 + i), stats + i, true);
-            stats += 2 * M * int(hidden(num_heads));
+                cp_async_16(stats_of + (step % 2 * (2 * M) + lane * 4 + i), stats + (at + i), true);
+            at += 2 * M * num_heads;
         }
         cp_async_commit();
         left -= M;
         if (--tile == 0) {  // the next head
             tile = tiles, left += tiles * M;
             from += D - i64(hidden(tiles)) * (M * width);
-            if (stats) stats += 2 * M * (1 - int(hidden(tiles)) * num_heads);
+            at += 2 * M * (1 - int(hidden(tiles)) * num_heads);
         }
         cp_async_wait<0>();
         fence_proxy_async();
@@ -276,11 +277,11 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         const int row = work.start + work.first * M;
         if (warp == 0)
             produce<T, D>(first + S::Q, stats_of, bar.q_full, bar.q_empty, x + (i64(row) * width + first_head * D),
-                          width, stats + (i64(work.number + work.first) * num_heads + first_head) * (2 * M), num_heads,
+                          width, stats, ((work.number + work.first) * num_heads + first_head) * (2 * M), num_heads,
                           group, work);
         else if (warp == 1)
             produce<T, D>(first + S::DY, nullptr, bar.dy_full, bar.dy_empty,
-                          dy + (i64(row) * num_heads + first_head) * D, num_heads * D, nullptr, 0, group, work);
+                          dy + (i64(row) * num_heads + first_head) * D, num_heads * D, nullptr, 0, 0, group, work);
         else if (threadIdx.x % WARP == 0)
             take_turns<D>(bar, sums + i64(first_head) * (M * D), turns + first_head, num_heads, group, work, warp == 3);
     } else {
