@@ -57,7 +57,7 @@ def op_for(name: str, shapes: Sequence[Shape] = ()) -> Op:
             raise OpError("no plan: too little shared memory")
         return plan
 
-    return replace(OPS[name], kernels=kernels, matmul=False)
+    return replace(OPS[name], kernels=kernels, matmul=None)
 
 
 def check_small(backend: CudaBackend, form: str, n: int, shapes: Sequence[Shape]) -> None:

@@ -98,7 +98,7 @@ def tuned(name: str, tuning: Tuning) -> Op:
         constants = {"U": "bf16", "ACT": "SILU_MUL" if name == _UP else "NO_ACT"}
         return plan_packed(name.removesuffix("_silu_mul"), call, device, segments, constants, tuning)
 
-    return replace(OPS[name], kernels=kernels, matmul=False)
+    return replace(OPS[name], kernels=kernels, matmul=None)
 
 
 def times(

@@ -3,6 +3,7 @@
 #define CUPLAMA_SAMPLING_CUH
 
 #include "common.cuh"
+#include "philox.cuh"
 
 // ---- keys and ranks -------------------------------------------------------------------------------------------------
 
@@ -55,19 +56,6 @@ __device__ __forceinline__ u64 block_sum(u64 x) {
 }
 
 // ---- noise ----------------------------------------------------------------------------------------------------------
-
-// Philox 4x32-10 (Salmon et al., SC 2011) of the counter (block, position, 0, 0).
-__device__ __forceinline__ void philox(u32 block, u32 position, u64 seed, u32 (&word)[4]) {
-    u32 c0 = block, c1 = position, c2 = 0, c3 = 0, k0 = u32(seed), k1 = u32(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        const u32 high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
-        const u32 high1 = __umulhi(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
-        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
-}
 
 __device__ __forceinline__ float gumbel(u32 word) {
     const float u = (float(word) + 0.5f) * 2.3283064365386963e-10f;  // 2^-32; u can be 1, then the noise is -infinity

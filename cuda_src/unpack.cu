@@ -111,12 +111,12 @@ __global__ void __launch_bounds__(256, W::BITS == 32 ? 2 : 4)
 }
 
 constexpr int CODE_WARPS = 4;
-constexpr int PITCH = 144;  // bytes between the rows of a block in shared memory: no two lanes meet in a bank
 
 template <typename T, typename W>
 __global__ void __launch_bounds__(32 * CODE_WARPS)
     unpack_codes(const W* __restrict__ w, T* __restrict__ dense, f32* __restrict__ w_scale, int rows, int first,
                  int end, int k) {
+    constexpr int PITCH = 144;  // bytes between the rows of a block in shared memory: no two lanes meet in a bank
     static_assert(W::BITS == 8 && (W::ROW_SCALES || W::GROUP == BLOCK_COLUMNS), "bytes that a block has one scale for");
     __shared__ __align__(16) u8 staged[CODE_WARPS][BLOCK_ROWS * PITCH];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, t = lane % 4;

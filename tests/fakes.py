@@ -96,9 +96,11 @@ class HostCublas:
         self.gpu: FakeGpu | None = None
 
     def product(
-        self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0
-    ) -> Any:
+        self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0,
+        form: str = "nt",
+    ) -> Any:  # fmt: skip
         gpu = self.gpu
+        shapes = {"nt": ((n, k), (m, k)), "nn": ((n, k), (k, m)), "tn": ((k, n), (k, m))}[form]
 
         def run(x: int, w: int, y: int, b: int = 0, c: int = 0) -> None:
             if gpu is not None:
@@ -108,8 +110,8 @@ class HostCublas:
 
         def multiply(x: int, w: int, y: int, b: int, c: int) -> None:
             assert (bool(b), bool(c)) == (bias, add)
-            f, g = (_at(p, s, T).astype(np.float32) for p, s in ((x, (n, k)), (w, (m, k))))
-            out = f @ g.T
+            f, g = (_at(p, s, T).astype(np.float32) for p, s in zip((x, w), shapes, strict=True))
+            out = (f.T if form == "tn" else f) @ (g.T if form == "nt" else g)
             for address, shape in ((b, (m,)), (c, (n, width or m))):
                 if address:
                     out += _at(address, shape, U)[..., :m].astype(np.float32)
@@ -326,7 +328,7 @@ class LateNumPyBackend(NumPyBackend):
         self._rings.append((host, host.copy()))
         return self._rings[-1]
 
-    def capture(self, body: Callable[[], None]) -> Any:
+    def capture(self, body: Callable[[], None], sharing: object = None) -> Any:
         def replay() -> QueueEvent:
             body()
             for host, device in self._rings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tools import kernel_edits_training as training
+
 __all__ = ["EDITS", "EQUIVALENT"]
 
 # (file, text that occurs once, replacement). The text may span lines; `...` in a report is cut.
@@ -42,6 +44,27 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("unpack.cu", "if (there && column < k) *", "if (there && column <= k) *"),
     ("unpack.cu", "if (W::OFFSET) offsets =", "if (false) offsets ="),
     ("unpack.cu", "i64(to - first) * k", "i64(to) * k"),
+    # linear_backward.cu
+    ("linear_backward.cu", "line < lines ? size : 0", "line <= lines ? size : 0"),
+    ("linear_backward.cu", "% SIDE == 0 && aligned(data)", "% 2 == 0 && aligned(data)"),
+    ("linear_backward.cu", "l < left.depth; l += STEP", "l + STEP < left.depth; l += STEP"),
+    ("linear_backward.cu", "coming_right = right.load(l + STEP);", "coming_right = right.load(l);"),
+    ("linear_backward.cu", "k % SIDE == 0 && aligned(a, dx)", "aligned(a, dx)"),
+    ("linear_backward.cu", "k % SIDE == 0 && aligned(a, dx)", "k % SIDE == 0"),
+    ("linear_backward.cu", "if (row >= n) break;", "if (row > n) break;"),
+    ("linear_backward.cu", "sum[i][j] + to_float(out.v[j]) :", "sum[i][j] :"),
+    ("linear_backward.cu", "k % SIDE == 0 && aligned(dw)", "aligned(dw)"),
+    ("linear_backward.cu", "if (row >= m) break;", "if (row > m) break;"),
+    ("linear_backward.cu", "out.v[j] += sum[i][j];", "out.v[j] = sum[i][j];"),
+    ("linear_backward.cu", "(dy, m, n, place.row)", "(dy, m, n, place.column)"),
+    ("linear_backward.cu", "min(int(blockIdx.y + 1) * rows, n)", "int(blockIdx.y + 1) * rows"),
+    ("linear_backward.cu", "m % WIDTH == 0 && aligned(dy)", "aligned(dy)"),
+    ("linear_backward.cu", "row < end; row += WARPS", "row <= end; row += WARPS"),
+    ("linear_backward.cu", "total += sums[i][threadIdx.x];", "total += sums[0][threadIdx.x];"),
+    ("linear_backward.cu", "if (first + int(threadIdx.x) < m)", "if (first + int(threadIdx.x) <= m)"),
+    ("linear_backward.cu", "p < pieces; p++", "p < 1; p++"),
+    ("linear_backward.cu", "if (column >= m) return;", "if (column > m) return;"),
+    ("linear_backward.cu", "db[column] += total;", "db[column] = total;"),
     ("residual.cu", "x + i64(rows[blockIdx.x]) * d", "x + i64(rows[blockIdx.x] + 1) * d"),
     ("kv_cache.cu", "at < 2 * H * D; at", "at <= 2 * H * D; at"),
     ("rope.cu", "at < columns; at", "at <= columns; at"),
@@ -65,7 +88,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("advance.cu", "min(at / S, M - 1)] * S", "min(at / S + 1, M - 1)] * S"),
     # factors, operands, lanes
     ("kv_cache.cu", "head < H ? k : v", "head < H ? v : k"),
-    ("rope.cu", "low ? -to_float(partner.v[j])", "low ? to_float(partner.v[j])"),
+    ("rope.cu", "low != BACK ? -to_float(partner.v[j])", "low != BACK ? to_float(partner.v[j])"),
     ("rope.cu", "low ? at + h : at - h", "low ? at + h : at + h"),
     ("norm.cu", "inverse * to_float(scale[c].v[j])", "to_float(scale[c].v[j])"),
     ("activation.cu", "const T* up = gate + f;", "const T* up = gate + f + 1;"),
@@ -414,6 +437,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("lora_mma.cu", "first + at, m, from + i < range.end", "first + at, m, from + i <= range.end"),
     # peaks.cu
     ("peaks.cu", "v[i] = at < n ?", "v[i] = at <= n ?"),
+    *training.EDITS,
 )  # fmt: skip
 
 
@@ -487,4 +511,5 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "__shared__ int count;\n    __syncthreads();",
         "between the read of count and the next gather lie the barriers of find_bin",
     ),
+    *training.EQUIVALENT,
 )

@@ -78,8 +78,12 @@ class Backend(Protocol):
     def run(self, nodes: Sequence[Node], values: dict[str, Array], keep: Sequence[str]) -> dict[str, Array]:
         """Run a node list on named values and return the ones in ``keep``; the rest is freed as soon as it is dead."""
 
-    def capture(self, body: Callable[[], None]) -> CapturedGraph:
-        """Capture the launches of ``body``, so that a replay repeats them without the body's work on the host."""
+    def capture(self, body: Callable[[], None], sharing: Any = None) -> CapturedGraph:
+        """Capture the launches of ``body``, so that a replay repeats them without the body's work on the host.
+
+        sharing: a captured graph whose memory this one uses as well. Of neither anything may be kept that it allocates:
+        a replay of the one overwrites what the other has left.
+        """
 
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
         """An int32 array in host memory that the device can write: as the host sees it, and as ops take it."""

@@ -122,7 +122,7 @@ class NumPyBackend:
                 del values[name]
         return {name: values[name] for name in keep}
 
-    def capture(self, body: Callable[[], None]) -> _CapturedGraph:
+    def capture(self, body: Callable[[], None], sharing: object = None) -> _CapturedGraph:
         return _CapturedGraph(body)
 
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:

@@ -12,10 +12,11 @@ __all__ = ["graph"]
 @click.command(short_help="The list of nodes that a model is, with shapes.")
 @model_option(OR_A_SHAPE)
 @click.option("--fused", is_flag=True, help="The list that a decode step runs, with what each fused node stands for.")
+@click.option("--training", is_flag=True, help="The list of a training step: forward, loss, and every gradient.")
 @OFFLINE
 @QUIET
 @DEBUG
-def graph(model: str | None, offline: bool, fused: bool) -> None:
+def graph(model: str | None, offline: bool, fused: bool, training: bool) -> None:
     """The list of nodes that a model is, one line each.
 
     A value has its shape and dtype where it is first named: x[n,4096]:f32. Sizes that a pass decides are letters.
@@ -28,17 +29,23 @@ def graph(model: str | None, offline: bool, fused: bool) -> None:
     P  pages of the cache
     """
     from ..engine.decode import decode_nodes
-    from ..lab.shapes import shapes
+    from ..lab.shapes import shapes, training_shapes
     from ..models.graph import decoder
     from .model_info import find_config
 
+    if fused and training:
+        raise click.UsageError("--fused is a decode step, and --training is none")
     config = find_config(model, offline)[1]
-    whole, left = decoder(config), shapes(config, every_row=fused)
+    if training:
+        nodes, left = training_shapes(config)
+    else:
+        whole, left = decoder(config), shapes(config, every_row=fused)
+        nodes = decode_nodes(whole, 1) if fused else [*whole.body, *whole.selected_rows()]
 
     def shown(name: str) -> str:
         return name + left.pop(name, "")
 
-    for node in decode_nodes(whole, 1) if fused else (*whole.body, *whole.selected_rows()):
+    for node in nodes:
         click.echo(node.text(shown))
         for part in node.parts:
             click.echo(f"    {part.text(shown)}")

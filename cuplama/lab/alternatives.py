@@ -24,8 +24,8 @@ def alternative(
 ) -> tuple[str, Spread] | None:
     """What else could be used there, and its time; None where nothing is obvious, or where it does not work.
 
-    A matrix product alone by cuBLAS, without the norm, activation or sum that a fused op has; else the op's own
-    ``library`` call. ins: copies of the inputs, which are gone through in turn.
+    A matrix product alone by cuBLAS, without the norm, activation or sum that a fused op has, unless the op always is
+    one; else the op's own ``library`` call. ins: copies of the inputs, which are gone through in turn.
     """
     if backend.name != "cuda":
         return None
@@ -33,7 +33,7 @@ def alternative(
     weight = next(
         (i for i, spec in enumerate(workload.op.signature.ins) if spec.name == "w" and spec.dtype == "W"), None
     )
-    if weight is not None:
+    if weight is not None and (workload.op.matmul is None or workload.op.matmul.streamed):
         return _product(backend, gpu, workload, [given[weight] for given in ins])
     library = workload.op.library
     if library is None:

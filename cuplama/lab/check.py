@@ -169,7 +169,8 @@ def _rounded_weights(workload: Workload) -> float:
     segments = [s for x in workload.call.arrays.values() for s in segments_of(x) or ()]
     if not segments or workload.dtype == "f32":
         return 0.0
-    if workload.call.env.get("n", 0) > MAX_STREAMED_ROWS and "k" in workload.call.env:
+    streamed = workload.op.matmul is None or workload.op.matmul.streamed
+    if not streamed or (workload.call.env.get("n", 0) > MAX_STREAMED_ROWS and "k" in workload.call.env):
         return _ROUNDINGS * ROUNDING[workload.dtype]
     return ROUNDING[workload.dtype] * any(s.format.packing.code.name == "nf4" for s in segments)
 

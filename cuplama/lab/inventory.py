@@ -171,7 +171,7 @@ def _eight_bit_calls(dtype: str) -> Sequence[Call]:
     widths = sorted({shape[1] for name, shape in config.weight_shapes().items() if "." in name and len(shape) == 2})
     found = []
     for op, (k, form) in itertools.product(OPS.values(), [*zip(widths, _EIGHT_BIT, strict=False), (widths[-1], "fp8")]):
-        if op.matmul:
+        if op.matmul and op.matmul.form == "nt":
             case = {**op.cases[0], "n": 8, "m": 16, "k": k, "W": form}
             found.append(case_workload(op, case, dtype).bind())
     return found

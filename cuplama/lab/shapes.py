@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from ..dtypes import DTYPES, Array, dtype_name
 from ..engine.batch import abstract_values, input_shapes
 from ..models.config import ModelConfig
 from ..models.graph import decoder
 from ..ops.abstract import infer
+from ..ops.node import Node
+from ..train.memory import abstract_values as training_values
+from ..train.step import training_step
 
-__all__ = ["LETTERS", "shapes"]
+__all__ = ["LETTERS", "shapes", "training_shapes"]
 
 # Sizes that a pass decides, by ARCHITECTURE.md's letters, and the number that stands for each while shapes are found:
 # primes beyond any size of a model, so that no other size is taken for one of them.
 LETTERS: Mapping[str, int] = {"n": 1_000_003, "b": 1_000_033, "r": 1_000_037, "M": 1_000_039, "P": 1_000_081}
+_TOKENS = 1_009  # stands for the tokens of a batch in a training step: also a prime, and one chunk of the head
 
 
 def shapes(config: ModelConfig, every_row: bool = False) -> dict[str, str]:
@@ -28,9 +33,23 @@ def shapes(config: ModelConfig, every_row: bool = False) -> dict[str, str]:
     graph = decoder(config)
     for _ in infer([*graph.body, *(graph.every_row() if every_row else graph.selected_rows())], found, T):
         pass  # infer adds what each node makes
-    letters = {size: letter for letter, size in LETTERS.items()} | {LETTERS["b"] + 1: "b+1"}
+    return _shown(found)
+
+
+def training_shapes(config: ModelConfig) -> tuple[Sequence[Node], dict[str, str]]:
+    """The nodes of a training step on few enough tokens for one chunk of the head, and the shapes of their values."""
+    T, trained = DTYPES[config.stored], list(config.weight_shapes())
+    step = training_step(config, _TOKENS, trained)
+    found: dict[str, Array | None] = {**training_values(config, step, T, config.context, LETTERS["b"])}
+    for _ in infer(step.nodes, found, T):
+        pass
+    return step.nodes, _shown(found, {_TOKENS: "n"})
+
+
+def _shown(values: Mapping[str, Array | None], more: Mapping[int, str] = MappingProxyType({})) -> dict[str, str]:
+    letters = {size: letter for letter, size in LETTERS.items()} | {LETTERS["b"] + 1: "b+1"} | dict(more)
     return {
         name: f"[{','.join(letters.get(size, str(size)) for size in x.shape)}]:{dtype_name(x.dtype)}"
-        for name, x in found.items()
+        for name, x in values.items()
         if x is not None
     }

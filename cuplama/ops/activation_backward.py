@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array, upcast
 from .activation import erf
-from .op import Op
+from .launch import Device, Launch, Plan
+from .op import Call, Draw, Op
 
 __all__ = ["gelu_erf_backward", "gelu_tanh_backward", "silu_mul_backward"]
 
@@ -40,13 +42,32 @@ def _gelu_erf_backward(x: Array, dy: Array) -> Array:
     return dy * (0.5 * (1 + erf(x * math.sqrt(0.5))) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
 
 
+def _sizes(draw: Draw) -> dict[str, Any]:
+    return dict(n=draw(1, 5), f=draw(1, 3000))
+
+
+_THREADS = 128  # as in the forward kernels: a row of 3,072 is three whole blocks
+
+
+def _row_kernels(call: Call, device: Device) -> Plan:
+    grid = (call["n"], -(-call["f"] // (8 * _THREADS)))
+    return Plan((Launch(f"activation_backward.cu:{call.op.name}", grid, (_THREADS,)),))
+
+
+def _flat_kernels(call: Call, device: Device) -> Plan:
+    grid = (-(-call["n"] * call["f"] // (8 * _THREADS)),)
+    return Plan((Launch(f"activation_backward.cu:{call.op.name}", grid, (_THREADS,)),))
+
+
 silu_mul_backward = Op(
     "silu_mul_backward",
     "dx[n,2*f]:T = (x[n,2*f]:T, dy[n,f]:T)",
     doc="The gradient of silu_mul for gate and up, which lie side by side as in x",
     reference=_silu_mul_backward,
+    kernels=_row_kernels,
     cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 5), f=draw(1, 3000)),
+    sizes=_sizes,
+    flops=lambda c: 11 * c["n"] * c["f"],
 )
 
 gelu_tanh_backward = Op(
@@ -54,8 +75,10 @@ gelu_tanh_backward = Op(
     "dx[n,f]:T = (x[n,f]:T, dy[n,f]:T)",
     doc="The gradient of gelu_tanh",
     reference=_gelu_tanh_backward,
+    kernels=_flat_kernels,
     cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 5), f=draw(1, 3000)),
+    sizes=_sizes,
+    flops=lambda c: 15 * c["n"] * c["f"],
 )
 
 gelu_erf_backward = Op(
@@ -63,6 +86,8 @@ gelu_erf_backward = Op(
     "dx[n,f]:T = (x[n,f]:T, dy[n,f]:T)",
     doc="The gradient of gelu_erf",
     reference=_gelu_erf_backward,
+    kernels=_flat_kernels,
     cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 5), f=draw(1, 3000)),
+    sizes=_sizes,
+    flops=lambda c: 9 * c["n"] * c["f"],
 )

@@ -20,6 +20,7 @@ from .kv_cache import kv_append
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, product_sizes, stream_rows
 from .linear_packed_many import many_rows_docs
+from .matmul import Matmul
 from .norm import qk_norm
 from .op import Call, Draw, Op
 from .rope import random_rotations, rope
@@ -101,7 +102,7 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
         # Two more roundings than a product has: of the normalised x, and of what the activation takes.
         tolerance={**PRODUCT_TOLERANCE, "f16": 1.5, "bf16": 1.25, **tolerance},
         flops=lambda c: 2 * rows * c["n"] * c["m"] * c["k"],
-        matmul=norm_op is norm.rms_norm and act is None,
+        matmul=Matmul() if norm_op is norm.rms_norm and act is None else None,
         inner=_inner(norm_op, "d", {"w": "g"}) if norm_op is norm.rms_norm and act is None else None,
         kernel_docs={
             f"{norm_op.name}_linear": f"{formula} for up to 8 rows of x, by multiply-adds",
@@ -151,7 +152,7 @@ linear_add = Op(
     sizes=_sizes,
     tolerance=PRODUCT_TOLERANCE,
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
-    matmul=True,
+    matmul=Matmul(),
     kernel_docs={
         "linear_add": "y = a + x w^T + b for up to 8 rows of x, by multiply-adds",
         "linear_add_mma": "y = a + x w^T + b for two to eight rows of x, on tensor cores",
@@ -189,7 +190,7 @@ silu_mul_linear_add = Op(
     # Beside the product's, the rounding of what the activation gives.
     tolerance={**PRODUCT_TOLERANCE, "f16:f32": 5000.0, "bf16:f32": 40000.0},
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
-    matmul=True,
+    matmul=Matmul(),
     inner=_activated,
     kernel_docs={
         "silu_mul": "silu_mul(x), which the product then takes",

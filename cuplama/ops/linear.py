@@ -14,6 +14,7 @@ from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .linear_packed import MAX_FEW_ROWS, plan_packed
 from .linear_packed_many import many_rows_docs, many_rows_plan
+from .matmul import Matmul
 from .op import Call, Draw, Op
 from .signature import OpError
 from .team import LEAST_WORK, fill, multiplying
@@ -240,7 +241,7 @@ linear = Op(
     sizes=product_sizes,
     tolerance=PRODUCT_TOLERANCE,
     flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
-    matmul=True,
+    matmul=Matmul(),
     kernel_docs={
         "linear": "y = x w^T + b for up to 8 rows of x, by multiply-adds",
         "linear_mma": "y = x w^T + b for two to eight rows of x, on tensor cores",

@@ -6,14 +6,25 @@ dy * xhat over the rows. For layer_norm x and h lose their means as well.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..dtypes import Array, upcast
-from .op import Op
+from .launch import Device, Launch, Plan
+from .op import Call, Draw, Op
 
 __all__ = ["layer_norm_backward", "qk_norm_backward", "rms_norm_backward"]
 
 _CASES = [
     dict(n=n, d=d, eps=1e-5, a=a)
-    for n, d, a in ((1, 64, False), (3, 8, True), (2, 100, True), (5, 896, False), (7, 333, True), (2, 5120, True))
+    for n, d, a in (
+        (1, 64, False),
+        (3, 8, True),
+        (2, 100, True),
+        (5, 896, False),
+        (7, 333, True),
+        (2, 5120, True),
+        (2, 8200, False),
+    )
 ]
 
 
@@ -65,13 +76,72 @@ def _qk_norm_backward(
     return dx.reshape(len(x), -1), dq_norm, dk_norm
 
 
+_MAX_THREADS = 512  # of a block, which has a row at a time
+_WIDTH = 8  # elements of a piece of a row, as in the kernels
+_COLUMNS = 32  # of a block that adds up the sums of the others
+_MIN_ROWS = 2  # that a block takes if there are more: a row of sums for every row would double the traffic
+_HELD = {"rms_norm_backward": 2, "layer_norm_backward": 1}  # pieces that a thread holds without spilling registers
+_RESIDENT = 768  # threads that a multiprocessor has registers for; half as many where each holds two pieces
+_QK_THREADS = 128  # of a block of qk_norm_backward
+_QK_BLOCKS = 7  # of these that a multiprocessor has registers for
+
+
+def _spread(rows: int, blocks: int) -> int:
+    """How many blocks share the rows, ``blocks`` at most, such that the largest share is as small as it can be."""
+    return -(-rows // max(_MIN_ROWS, -(-rows // blocks)))
+
+
+def _added(call: Call, sums: int, blocks: int, size: int) -> Launch:
+    """The launch that adds up what the blocks have of each of the sums."""
+    grid = (-(-size // _COLUMNS), sums)
+    return Launch(f"norm_backward.cu:{call.op.name}_sums", grid, (1024,), constants={"blocks": blocks})
+
+
+def _row_kernels(call: Call, device: Device) -> Plan:
+    n, d, name, sums = call["n"], call["d"], call.op.name, len(call.op.signature.in_place)
+    pieces = -(-d // (_WIDTH * _MAX_THREADS))
+    held = pieces if pieces <= _HELD[name] else 0
+    threads = -(-d // (_WIDTH * (held or pieces) * 32)) * 32
+    blocks = _spread(n, device.sms * max(1, _RESIDENT // threads // max(1, held)))
+    rows = Launch(f"norm_backward.cu:{name}", (blocks,), (threads,), constants={"HELD": held})
+    return Plan((rows, _added(call, sums, blocks, d)), {"partial": ((sums, blocks, d), "f32")})
+
+
+def _qk_kernels(call: Call, device: Device) -> Plan:
+    D, heads = call["D"], call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"])
+    lanes = next((lanes for lanes in (8, 16) if lanes * _WIDTH >= D), 32)  # that have a head
+    at_once = _QK_THREADS // lanes
+    blocks = _spread(-(-heads // at_once), device.sms * _QK_BLOCKS)
+    constants = {"LANES": lanes, "CHUNKS": -(-D // (lanes * _WIDTH))}
+    rows = Launch("norm_backward.cu:qk_norm_backward", (blocks,), (_QK_THREADS,), constants=constants)
+    return Plan((rows, _added(call, 2, blocks, D)), {"partial": ((2, blocks, D), "f32")})
+
+
+# Units of float32's rounding. Sums over rows are added up one by one in each block, then over the blocks: of 65,536 rows
+# they are off by up to 6 on the emulator. The scale of a row is a factor that all its elements have in common, as in
+# the forward ops.
+_TOLERANCE = {"f32": 12.0}
+_SMALLEST = 16  # Of a row of a few elements dx is a small difference of large numbers.
+
+
+def _row_sizes(draw: Draw) -> dict[str, Any]:
+    return dict(n=draw(1, 9), d=draw(_SMALLEST, 3000), eps=1e-5, a=bool(draw(0, 1)))
+
+
 rms_norm_backward = Op(
     "rms_norm_backward",
     "dx[n,d]:f32, dw[d]:f32 = (x[n,d]:f32, w[d]:T, dy[n,d]:T, dw[d]:f32, a[n,d]:f32?, eps:f32)",
     doc="The gradient of rms_norm: dx, plus a where it is given; what w's gradient grows by is added to dw.",
     reference=_rms_norm_backward,
+    kernels=_row_kernels,
+    kernel_docs={
+        "rms_norm_backward": "dx, and for each block what dw grows by",
+        "rms_norm_backward_sums": "dw: adds up what the blocks have, in a fixed order",
+    },
     cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 9), d=draw(2, 3000), eps=1e-5, a=bool(draw(0, 1))),
+    sizes=_row_sizes,
+    tolerance=_TOLERANCE,
+    flops=lambda c: 13 * c["n"] * c["d"],
 )
 
 layer_norm_backward = Op(
@@ -79,8 +149,15 @@ layer_norm_backward = Op(
     "dx[n,d]:f32, dw[d]:f32, db[d]:f32 = (x[n,d]:f32, w[d]:T, dy[n,d]:T, dw[d]:f32, db[d]:f32, a[n,d]:f32?, eps:f32)",
     doc="The gradient of layer_norm: dx, plus a where it is given; those of w and b are added to dw and db.",
     reference=_layer_norm_backward,
+    kernels=_row_kernels,
+    kernel_docs={
+        "layer_norm_backward": "dx, and for each block what dw and db grow by",
+        "layer_norm_backward_sums": "dw and db: adds up what the blocks have, in a fixed order",
+    },
     cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 9), d=draw(2, 3000), eps=1e-5, a=bool(draw(0, 1))),
+    sizes=_row_sizes,
+    tolerance=_TOLERANCE,
+    flops=lambda c: 17 * c["n"] * c["d"],
 )
 
 qk_norm_backward = Op(
@@ -90,9 +167,18 @@ qk_norm_backward = Op(
     " num_heads:i32, num_kv_heads:i32, eps:f32)",
     doc="The gradient of qk_norm; those of its weights are added to dq_norm and dk_norm.",
     reference=_qk_norm_backward,
+    kernels=_qk_kernels,
+    kernel_docs={
+        "qk_norm_backward": "dx, and for each block what dq_norm and dk_norm grow by",
+        "qk_norm_backward_sums": "dq_norm and dk_norm: adds up what the blocks have, in a fixed order",
+    },
     cases=[
         dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6)
-        for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256))
+        for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256), (9, 5, 1, 260))
     ],
-    sizes=lambda draw: dict(n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(1, 300), eps=1e-6),
+    sizes=lambda draw: dict(
+        n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(_SMALLEST, 300), eps=1e-6
+    ),
+    tolerance=_TOLERANCE,
+    flops=lambda c: 12 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
 )

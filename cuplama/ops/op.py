@@ -28,6 +28,7 @@ from ..dtypes import DTYPES, Array, narrow
 from .calling import MODEL_DTYPES, Parameters, checked_attributes, executor, kind_of
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
+from .matmul import Matmul
 from .signature import OpError, Signature, Spec, dim_names, dim_value
 from .weights import segments_of, stored_bytes
 
@@ -109,7 +110,7 @@ class Op:
                  unit in the last place). Dtypes left out have 1; f32, whose results come from more than one operation,
                  has 4. "bf16:f32" is for float32 outputs of a model in bf16 alone.
     bytes, flops: ``f(call)``: what the call moves and computes; by default every array once, and nothing.
-    matmul:      a product x[n,k] w[m,k]^T, which a library computes where there are many rows.
+    matmul:      the product of matrices that the op is or ends in, if a library may compute it.
     inner:       of such a product behind another op: ``f(call) -> launch``, which writes the x[n,k] of the product, in
                  T, to the scratch "inner".
     gradient:    ``f(gradient)``: emits the nodes that compute the gradients of the inputs, see gradient.py.
@@ -137,7 +138,7 @@ class Op:
     tolerance: Mapping[str, float] = field(default_factory=dict)
     bytes: Callable[[Call], float] | None = None
     flops: Callable[[Call], float] | None = None
-    matmul: bool = False
+    matmul: Matmul | None = None
     inner: Callable[[Call], Launch] | None = None
     gradient: Callable[[Gradient], None] | None = None
     recompute: str = ""

@@ -66,6 +66,21 @@ def _select_kernels(call: Call, device: Device) -> Plan:
     return Plan((Launch("residual.cu:select_rows", (call["r"], -(-call["d"] // (4 * _THREADS))), (_THREADS,)),))
 
 
+def _cast_kernels(call: Call, device: Device) -> Plan:
+    return Plan((Launch("residual.cu:cast", (-(-call["n"] * call["d"] // (8 * _THREADS)),), (_THREADS,)),))
+
+
+def _copy_kernels(call: Call, device: Device) -> Plan:
+    width = 16 // call.dtypes["T"].itemsize
+    return Plan(
+        (Launch(f"residual.cu:{call.op.name}", (-(-call["r"] * call["d"] // (width * _THREADS)),), (_THREADS,)),)
+    )
+
+
+def _copied_bytes(call: Call) -> float:
+    return float(2 * call["r"] * call["d"] * call.dtypes["T"].itemsize)
+
+
 add = Op(
     "add",
     "y[n,d]:f32 = (a[n,d]:f32, b[n,d]:f32)",
@@ -98,6 +113,7 @@ cast = Op(
     "y[n,d]:U = (x[n,d]:f32)",
     doc="y = x rounded to another dtype",
     reference=_cast,
+    kernels=_cast_kernels,
     cases=[dict(n=n, d=d, U="T") for n, d in ((1, 64), (3, 7), (5, 900))],
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000), U="T"),
     tolerance={"f32": 0.0},
@@ -108,11 +124,13 @@ slice_rows = Op(
     "y[r,d]:T = (x[n,d]:T, first:i32, r:i32)",
     doc="y = x[first : first + r]",
     reference=_slice_rows,
+    kernels=_copy_kernels,
     cases=[dict(n=n, r=r, first=first, d=d) for n, r, first, d in ((1, 1, 0, 64), (9, 3, 5, 7), (6, 6, 0, 896))],
     gradient=_slice_gradient,
     sizes=lambda draw: dict(n=9, r=draw(1, 5), first=draw(0, 4), d=draw(1, 3000)),
     rules=("first + r <= n",),
     tolerance=EXACT,
+    bytes=_copied_bytes,
 )
 
 place_rows = Op(
@@ -120,8 +138,10 @@ place_rows = Op(
     "y[n,d]:T = (y[n,d]:T, x[r,d]:T, first:i32)",
     doc="y[first : first + r] = x",
     reference=_place_rows,
+    kernels=_copy_kernels,
     cases=[dict(n=n, r=r, first=first, d=d) for n, r, first, d in ((1, 1, 0, 64), (9, 3, 5, 7), (6, 6, 0, 896))],
     sizes=lambda draw: dict(n=9, r=draw(1, 5), first=draw(0, 4), d=draw(1, 3000)),
     rules=("first + r <= n",),
     tolerance=EXACT,
+    bytes=_copied_bytes,
 )

@@ -61,7 +61,11 @@ _THREADS = 128
 
 def _kernels(call: Call, device: Device) -> Plan:
     columns = (call["num_heads"] + 2 * call["num_kv_heads"]) * call["D"]
-    return Plan((Launch("rope.cu:rope", (call["n"], -(-columns // (8 * _THREADS))), (_THREADS,)),))
+    return Plan((Launch(f"rope.cu:{call.op.name}", (call["n"], -(-columns // (8 * _THREADS))), (_THREADS,)),))
+
+
+def _flops(call: Call) -> float:
+    return float(6 * call["n"] * (call["num_heads"] + call["num_kv_heads"]) * call["h"])
 
 
 _CASES = [
@@ -89,7 +93,7 @@ rope = Op(
     gradient=_gradient,
     recompute="layers",
     rules=("2 * h <= D",),
-    flops=lambda c: 6 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["h"],
+    flops=_flops,
 )
 
 rope_backward = Op(
@@ -98,9 +102,11 @@ rope_backward = Op(
     " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
     doc="The gradient of rope: rotates by the negative angle.",
     reference=_rope_backward,
+    kernels=_kernels,
     cases=_CASES,
     sizes=_sizes,
     ranges={"rope_rows": "R"},
     inputs=_inputs,
     rules=("2 * h <= D",),
+    flops=_flops,
 )

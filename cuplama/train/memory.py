@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,13 @@ from ..engine.memory import FIXED, peak_bytes
 from ..errors import DeviceError
 from ..models.config import ModelConfig
 from ..models.rope import table_rows
-from ..ops.abstract import abstract
+from ..ops.abstract import AbstractArray, abstract
 from ..ops.launch import Device
 from .backward import gradient_name
 from .settings import TrainingSettings
-from .step import LOSS, training_step
+from .step import LOSS, StepPlan, training_step
 
-__all__ = ["TrainingMemory", "check", "plan"]
+__all__ = ["TrainingMemory", "abstract_values", "check", "plan"]
 
 _POOL = 1.1  # What the pool of a step takes for each byte alive at the worst moment: free blocks rarely fit exactly.
 _DOCUMENTS = 1024  # that a batch is taken to have; a number for each is all that they add
@@ -63,18 +63,9 @@ def plan(
 
     trained: canonical names of weights, a tied head by both of its names; frozen: bytes of the weights that are not.
     """
-    rows, f32 = settings.batch_size * context, DTYPES["f32"]
+    shapes, rows, f32 = config.weight_shapes(), settings.batch_size * context, DTYPES["f32"]
     step = training_step(config, rows, trained, settings.recompute, settings.dropout)
-    shapes = config.weight_shapes()
-    values: dict[str, Array | None] = {name: abstract(shape, T) for name, shape in shapes.items()}
-    for name in step.arrays:
-        weight = name.removeprefix(gradient_name(""))
-        found = (shapes[weight], f32) if weight in shapes else ((rows, config.hidden_size), T)
-        values[name] = abstract(*found)
-    for name, rope in config.ropes.items():
-        table = abstract((table_rows(rope, context), rope.dim // 2), f32)
-        values |= {f"{name}.cos": table, f"{name}.sin": table}
-    values |= _inputs(rows)
+    values: dict[str, Array | None] = {**abstract_values(config, step, T, context, _DOCUMENTS)}
     own = [name for name in trained if not (config.tied and name == "lm_head")]
     per_element = 4 * 4 + (0 if f32 == T else T.itemsize)  # gradient, master and two moments, and the weight itself
     return TrainingMemory(
@@ -85,13 +76,25 @@ def plan(
     )
 
 
-def _inputs(rows: int) -> Mapping[str, Array]:
-    i32, f32 = DTYPES["i32"], DTYPES["f32"]
+def abstract_values(
+    config: ModelConfig, step: StepPlan, T: np.dtype[Any], context: int, documents: int
+) -> dict[str, AbstractArray]:
+    """Descriptions of everything that a step reads, by name. context: of the rotation tables; documents: of a batch."""
+    shapes, rows, i32, f32 = config.weight_shapes(), step.rows, DTYPES["i32"], DTYPES["f32"]
+    found = {name: abstract(shape, T) for name, shape in shapes.items()}
+    found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
+    for name in step.arrays:
+        weight = name.removeprefix(gradient_name(""))
+        array = (shapes[weight], f32) if weight in shapes else ((rows, config.hidden_size), T)
+        found[name] = abstract(*array)
+    for name, rope in config.ropes.items():
+        table = abstract((table_rows(rope, context), rope.dim // 2), f32)
+        found |= {f"{name}.cos": table, f"{name}.sin": table}
     names = ("input_ids", "input_ids.order", "positions", "positions.order", "rope.rows", "targets")
-    found = {name: abstract((rows,), i32) for name in names}
+    found |= {name: abstract((rows,), i32) for name in names}
     return found | {
         "weights": abstract((rows,), f32),
-        "cu_seqlens": abstract((_DOCUMENTS + 1,), i32),
+        "cu_seqlens": abstract((documents + 1,), i32),
         "dropout.seed": abstract((2,), DTYPES["u32"]),
         LOSS: abstract((1,), f32),
     }

@@ -50,7 +50,9 @@ class Passes:
         key = batch.rows, len(batch.bounds)
         if key not in self._ready:
             inputs = InputBuffer(self._backend, arrays)
-            self._ready[key] = inputs, self._backend.capture(self._body(batch.rows, inputs))
+            # Batches of another number of documents need the same memory, and nothing of a pass outlives it.
+            other = next((graph for _, graph in self._ready.values()), None)
+            self._ready[key] = inputs, self._backend.capture(self._body(batch.rows, inputs), other)
         inputs, graph = self._ready[key]
         for name, array in arrays.items():
             inputs.host[name][...] = array

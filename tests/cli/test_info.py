@@ -57,6 +57,17 @@ def test_info_and_graph(run: Run) -> None:
     assert out.count("= attention(") == json.loads((LLAMA_FOLDER / "config.json").read_text())["num_hidden_layers"]
 
 
+def test_the_graph_of_a_training_step_has_a_gradient_for_every_weight(run: Run) -> None:
+    status, out, err = run("graph", "-m", LLAMA, "--training")
+    assert (status, err) == (0, "")
+    weights = set(re.findall(r"[ (]((?:\d+\.)?\w+)\[[\d,]+\]:f32", out)) - {"total"}
+    layers = json.loads((LLAMA_FOLDER / "config.json").read_text())["num_hidden_layers"]
+    assert {f"{layers - 1}.down_proj", "embed_tokens", "norm"} <= weights
+    for name in ("embed_tokens", "lm_head", "norm", "0.attn_norm", f"{layers - 1}.gate_up_proj"):
+        assert re.search(rf"^(\S+, )?grad\.{re.escape(name)}[\[ ,]", out, re.M), name
+    assert run("graph", "-m", LLAMA, "--training", "--fused")[0] == 2
+
+
 def test_the_letters_of_graph_are_explained(run: Run) -> None:
     help_ = run("graph", "--help")[1]
     assert re.findall(r"^  ([a-zA-Z])  \w", help_, re.M) == list(LETTERS)

@@ -131,7 +131,7 @@ def test_a_closed_pass_holds_neither_graph_nor_arrays() -> None:
             self.closed += 1
 
     class Backend(NumPyBackend):
-        def capture(self, body: Any) -> Any:
+        def capture(self, body: Any, sharing: object = None) -> Any:
             body()
             return graph
 

@@ -23,6 +23,7 @@ from ...ops.abstract import attributes
 from ...ops.node import Node, dying, executable
 from ...ops.op import Op
 from ...ops.signature import OpError
+from ...ops.unpacking import UNPACKED
 from ...ops.weights import segments_of
 from ...quant.packed import packed
 from ...quant.stored import Segment
@@ -31,7 +32,7 @@ from .gpu import STAGE, Gpu
 from .loading import Loading, convert
 from .planning import Planned, make_plan
 from .ranges import nvtx_ranges
-from .unpacking import UNPACKED, largest_slice
+from .unpacking import largest_slice
 
 __all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
 
@@ -66,12 +67,13 @@ class CapturedGraph:
     """Repeats a body of calls as one CUDA graph.
 
     The first replay runs the body call by call, which compiles kernels and makes plans. The second captures it. Both
-    take memory from a pool of the graph's own, so that nobody else gets what the graph writes to while it is there.
+    take memory from a pool of the graph's own, so that nobody else gets what the graph writes to while it is there;
+    graphs that share memory have one pool.
     """
 
-    def __init__(self, backend: CudaBackend, body: Callable[[], None]) -> None:
+    def __init__(self, backend: CudaBackend, body: Callable[[], None], sharing: CapturedGraph | None) -> None:
         self._backend, self._gpu, self._body = backend, backend.gpu, body
-        self._pool = backend.gpu.new_pool()
+        self._pool: Any = backend.gpu.new_pool() if sharing is None else sharing._pool
         self._graph: Any = None
         self._warm = False
 
@@ -250,9 +252,9 @@ class CudaBackend:
         with self._on_gpu() as gpu:
             return gpu.pinned(shape, DTYPES["i32"])
 
-    def capture(self, body: Callable[[], None]) -> CapturedGraph:
+    def capture(self, body: Callable[[], None], sharing: CapturedGraph | None = None) -> CapturedGraph:
         """A body of calls that runs once as it is and from then on as one CUDA graph."""
-        return CapturedGraph(self, body)
+        return CapturedGraph(self, body, sharing)
 
     def synchronize(self) -> None:
         """Wait for everything queued. Raises DeviceError if some of it failed."""

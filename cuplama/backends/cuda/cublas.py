@@ -1,7 +1,8 @@
-"""Matrix products over many rows: cuBLASLt through ctypes, since CuPy has no binding of it.
+"""Matrix products: cuBLASLt through ctypes, since CuPy has no binding of it.
 
-A product adds a bias and another matrix on its way out, so neither costs a pass over the result. Its algorithm is
-chosen when it is planned and used from then on, with one workspace of fixed size: results repeat bit for bit.
+A product is y = x w^T, as of many rows with a weight; or y = x w or y = x^T w, as in a backward pass: ``FORMS``. It
+adds a bias and another matrix on its way out, so neither costs a pass over the result. Its algorithm is chosen when it
+is planned and used from then on, with one workspace of fixed size: results repeat bit for bit.
 
 8-bit floats (e4m3) come with float32 scales, ``SCALES`` says which. The library multiplies them from sm_89 on.
 """
@@ -20,24 +21,32 @@ from typing import Any
 
 from ...errors import DeviceError
 
-__all__ = ["SCALES", "Cublas", "Heuristic", "Product", "Scales", "load_cublas"]
+__all__ = ["FORMS", "SCALES", "Cublas", "Heuristic", "Product", "Scales", "load_cublas"]
 
 _ALIGNMENT = 16  # bytes: the address of every array must be a multiple of it
+# What the library is told of addresses, in turn until it has an algorithm. It knows how long rows are, too; one that
+# takes them to be aligned as addresses are would find none for odd lengths at first.
+_TOLD_ALIGNMENTS = (_ALIGNMENT, 4, 2)
 _log = logging.getLogger("cuplama")
 # ---- the interface, as in cublasLt.h (CUDA 12 and 13) ----------------------------------------------------------------
 _TYPES: Mapping[str, int] = {"f32": 0, "f16": 2, "bf16": 14, "e4m3": 28}  # cudaDataType
 _COMPUTE_32F = 68  # cublasComputeType_t: float32 throughout, never TF32
 _UNSUPPORTED = (7, 15)  # cublasStatus_t: INVALID_VALUE, NOT_SUPPORTED
-_TRANSPOSE = ctypes.c_int32(1)  # cublasOperation_t
+_OPERATIONS = (ctypes.c_int32(0), ctypes.c_int32(1))  # cublasOperation_t: as it is, transposed
 _ADD_BIAS = ctypes.c_uint32(4)  # cublasLtEpilogue_t
 # cublasLtReductionScheme_t: partial sums are kept in float32 (or there are none), never rounded to 16 bits on the way.
 _REDUCTION = ctypes.c_uint32(2)
 # cublasLtMatmulDescAttributes_t. A is w and B is x. The modes are there from 12.8 on, and mean a scalar where not set.
-_DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 7, 8
+_DESC_TRANSA, _DESC_TRANSB, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 4, 7, 8
 _DESC_SCALE_POINTERS, _DESC_SCALE_MODES, _DESC_FAST_ACCUM = (17, 18), (31, 32), 25
 # cublasLtMatmulMatrixScale_t
 _SCALE_SCALAR, _SCALE_OUTER_VECTOR, _SCALE_VECTOR_128, _SCALE_BLOCK_128 = 0, 3, 4, 5
 _PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t
+
+
+FORMS: Mapping[str, tuple[bool, bool]] = {"nt": (False, True), "nn": (False, False), "tn": (True, False)}
+"""Whether x and w are transposed in a product y[n,m] = x[n,k] w[k,m], by the letters of BLAS: n as it is, t transposed.
+A matrix that is transposed lies in memory as x[k,n], w[m,k]."""
 
 
 class Heuristic(ctypes.Structure):
@@ -122,20 +131,26 @@ class Cublas:
         self.stream, self.workspace, self.size = stream, workspace, size
         self._owned = ExitStack()
         self.handle = self.make("", self._owned)
-        self.preference = self.make("MatmulPreference", self._owned)
-        self.set("MatmulPreference", self.preference, _PREF_WORKSPACE, ctypes.c_uint64(size))
-        self.set("MatmulPreference", self.preference, _PREF_REDUCTION, _REDUCTION)
+        self._preferences = [self._preference(alignment) for alignment in _TOLD_ALIGNMENTS]
+
+    def _preference(self, alignment: int) -> ctypes.c_void_p:
+        made = self.make("MatmulPreference", self._owned)
+        self.set("MatmulPreference", made, _PREF_WORKSPACE, ctypes.c_uint64(self.size))
+        self.set("MatmulPreference", made, _PREF_REDUCTION, _REDUCTION)
         for operand in _PREF_ALIGNMENTS:
-            self.set("MatmulPreference", self.preference, operand, ctypes.c_uint32(_ALIGNMENT))
+            self.set("MatmulPreference", made, operand, ctypes.c_uint32(alignment))
+        return made
 
     def product(
-        self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0
-    ) -> Product | None:
+        self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0,
+        form: str = "nt", line: int = 0,
+    ) -> Product | None:  # fmt: skip
         """Plan y[n,m]:U = x[n,k]:T w[m,k]^T:T (+ b[m]:U) (+ c[n,m]:U). None if the library has no algorithm for it.
 
-        width: elements from one row of y, and of c, to the next, where they are columns of wider matrices.
+        width: elements from one row of y, and of c, to the next, where they are columns of wider matrices; line: the
+        same of x. form: one of ``FORMS``; "nn" has w[k,m] instead, "tn" x[k,n] and w[k,m].
         """
-        product = Product(self, n, m, k, T, U, bias, add, width or m)
+        product = Product(self, n, m, k, T, U, bias, add, width or m, form=form, line=line)
         return product if product.algorithm is not None else None
 
     def scaled_product(
@@ -179,14 +194,21 @@ class Cublas:
         return bool(status == 0)
 
     def choose(self, desc: ctypes.c_void_p, w: ctypes.c_void_p, x: ctypes.c_void_p, y: ctypes.c_void_p) -> Any:
-        """A pointer to the best algorithm for y = w^T x as cuBLAS sees it; None if there is none."""
-        best, count = Heuristic(), ctypes.c_int()
-        status = self._library.cublasLtMatmulAlgoGetHeuristic(
-            self.handle, desc, w, x, y, y, self.preference, 1, ctypes.byref(best), ctypes.byref(count)
-        )
-        if status not in (0, *_UNSUPPORTED):
-            raise DeviceError(f"cublasLtMatmulAlgoGetHeuristic fails with status {status}")
-        return ctypes.byref(best.algorithm) if status == 0 and count.value and best.state == 0 else None
+        """A pointer to the best algorithm for y = w x as cuBLAS sees it; None if there is none.
+
+        It is the first that the library names. Timing several would choose another now and then, and with it the order
+        of additions: results would not repeat.
+        """
+        for preference in self._preferences:
+            best, count = Heuristic(), ctypes.c_int()
+            status = self._library.cublasLtMatmulAlgoGetHeuristic(
+                self.handle, desc, w, x, y, y, preference, 1, ctypes.byref(best), ctypes.byref(count)
+            )
+            if status not in (0, *_UNSUPPORTED):
+                raise DeviceError(f"cublasLtMatmulAlgoGetHeuristic fails with status {status}")
+            if status == 0 and count.value and best.state == 0:
+                return ctypes.byref(best.algorithm)
+        return None
 
     def close(self) -> None:
         """Give back the library's handle. Products cannot be used afterwards."""
@@ -196,15 +218,21 @@ class Cublas:
 class Product:
     """A planned product, called with the addresses of its arrays; ``Cublas.product`` makes it.
 
-    Matrices are row-major here and column-major in cuBLAS, which therefore computes y^T = w x^T. A bias is added to
-    each column of that, as it should be; it has y's dtype, as cublasLt.h demands. c may be y itself.
+    Matrices are row-major here and column-major in cuBLAS, which sees each of them transposed, and therefore computes
+    y^T = w x^T of x w^T, and likewise for other forms. A bias is added to each column of that, as it should be; it has
+    y's dtype, as cublasLt.h demands. c may be y itself.
     """
 
     def __init__(
         self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool, width: int,
-        scales: Scales | None = None, fast: bool = False,
+        scales: Scales | None = None, fast: bool = False, form: str = "nt", line: int = 0,
     ) -> None:  # fmt: skip
-        self.text = f"cuBLAS: y[{n},{m}]:{U} = x[{n},{k}]:{T} w[{m},{k}]^T{' + b' * bias}{' + c' * add}"
+        turned = FORMS[form]  # x and w
+        stored = [size[::-1] if turn else size for size, turn in zip(((n, k), (k, m)), turned, strict=True)]
+        steps = (line or stored[0][1], stored[1][1], width)  # from row to row
+        left, right = (f"[{rows},{columns}]" for rows, columns in stored)
+        product = f"x{left}{'^T' * turned[0]}:{T} w{right}{'^T' * turned[1]}"
+        self.text = f"cuBLAS: y[{n},{m}]:{U} = {product}{' + b' * bias}{' + c' * add}"
         self._cublas, self._bias, self._scaled = cublas, bias, scales is not None
         self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(add)
         self._lock = threading.Lock()
@@ -212,14 +240,15 @@ class Product:
         weakref.finalize(self, owned.close).atexit = False
         try:
             self._desc = cublas.make("MatmulDesc", owned, _COMPUTE_32F, _TYPES["f32"])
-            cublas.set("MatmulDesc", self._desc, _DESC_TRANSA, _TRANSPOSE)
+            for at, turn in zip((_DESC_TRANSB, _DESC_TRANSA), turned, strict=True):
+                cublas.set("MatmulDesc", self._desc, at, _OPERATIONS[turn])
             if bias:
                 cublas.set("MatmulDesc", self._desc, _DESC_EPILOGUE, _ADD_BIAS)
                 # The heuristic reads from the address only how biases are aligned.
                 cublas.set("MatmulDesc", self._desc, _DESC_BIAS_POINTER, ctypes.c_void_p(_ALIGNMENT))
-            self._w, self._x, self._y = (
-                cublas.make("MatrixLayout", owned, _TYPES[dtype], rows, columns, line)
-                for dtype, rows, columns, line in ((T, k, m, k), (T, k, n, k), (U, m, n, width))
+            self._x, self._w, self._y = (
+                cublas.make("MatrixLayout", owned, _TYPES[dtype], columns, rows, step)
+                for dtype, (rows, columns), step in zip((T, T, U), (*stored, (n, m)), steps, strict=True)
             )
             known = scales is None or self._scale(scales, fast)
             self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y) if known else None

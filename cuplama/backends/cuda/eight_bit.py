@@ -9,9 +9,9 @@ from __future__ import annotations
 from ...dtypes import dtype_name
 from ...ops.launch import Launch
 from ...ops.op import Call
+from ...ops.unpacking import UNPACKED
 from ...ops.weights import segments_of
 from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS, E4M3
-from .unpacking import UNPACKED
 
 __all__ = ["FAST", "Scratch", "quantise_launch", "row_scratch", "scale_kind", "unpack_codes_launch", "weight_scratch"]
 

@@ -19,10 +19,11 @@ from ...ops.launch import Device, Launch, Plan
 from ...ops.linear import MAX_STREAMED_ROWS
 from ...ops.op import Call
 from ...ops.signature import OpError
+from ...ops.unpacking import UNPACKED, unpack_launches
 from ...ops.weights import MAX_PACKED_ROWS, segments_of
 from .cublas import Product
 from .eight_bit import FAST, quantise_launch, row_scratch, scale_kind, unpack_codes_launch, weight_scratch
-from .unpacking import UNPACKED, row_slices, unpack_launches
+from .unpacking import row_slices
 
 __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_plan"]
 
@@ -196,7 +197,9 @@ def make_plan(
 # ---- products by a library -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Part:
-    """Columns ``start`` .. ``stop - 1`` of y, whose product follows the first ``launches`` launches."""
+    """The product with rows ``start`` .. ``stop - 1`` of w, which follows the first ``launches`` launches.
+
+    If there are several, each gives those columns of y = x w^T."""
 
     launches: int
     start: int
@@ -221,9 +224,8 @@ class _Way:
 
 def _by_library(compiler: Compiler, call: Call) -> _Way | None:
     """How cuBLAS computes the op; None if our kernels do."""
-    if not call.op.matmul or (cublas := compiler.cublas) is None:
-        return None
-    if call["n"] <= (MAX_STREAMED_ROWS if segments_of(call.arrays["w"]) is None else MAX_PACKED_ROWS):
+    matmul = call.op.matmul
+    if matmul is None or (matmul.streamed and call["n"] <= _streamed_rows(call)) or (cublas := compiler.cublas) is None:
         return None
     for way in _ways(call, compiler.activations == "fp8"):
         found = [(part, product) for part in way.parts if (product := _product(cublas, call, way, part)) is not None]
@@ -232,15 +234,22 @@ def _by_library(compiler: Compiler, call: Call) -> _Way | None:
     return None
 
 
+def _streamed_rows(call: Call) -> int:
+    """Rows of x up to which the op's kernels are faster."""
+    return MAX_STREAMED_ROWS if segments_of(call.arrays["w"]) is None else MAX_PACKED_ROWS
+
+
 def _product(cublas: Any, call: Call, way: _Way, part: _Part) -> Product | None:
-    n, m, k, rows = call["n"], call["m"], call["k"], part.stop - part.start
+    matmul = call.op.matmul
+    assert matmul is not None
+    n, m, k = (call[size] for size in matmul.sizes)
     T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
     terms: dict[str, Any] = {"bias": "b" in way.arrays, "add": "c" in way.arrays}
     if len(way.parts) > 1:
-        terms["width"] = m
+        terms["width"], m = m, part.stop - part.start
     if way.scales:
-        return cublas.scaled_product(n, rows, k, way.scales, U, fast=way.scales in FAST, **terms)  # type: ignore[no-any-return]
-    return cublas.product(n, rows, k, T, U, **terms)  # type: ignore[no-any-return]
+        return cublas.scaled_product(n, m, k, way.scales, U, fast=way.scales in FAST, **terms)  # type: ignore[no-any-return]
+    return cublas.product(n, m, k, T, U, form=matmul.form, **terms)  # type: ignore[no-any-return]
 
 
 def library_plans(call: Call) -> list[Plan]:
@@ -250,7 +259,8 @@ def library_plans(call: Call) -> list[Plan]:
 
 def _ways(call: Call, eight_bit: bool = False) -> Iterator[_Way]:
     """The ways to compute a product, best first. eight_bit: those of 8-bit floats too."""
-    kind = scale_kind(call) if eight_bit else None
+    assert call.op.matmul is not None
+    kind = scale_kind(call) if eight_bit and call.op.matmul.form == "nt" else None
     if kind is not None:
         for before, arrays in _with_bias(call):
             yield _of_codes(call, before, arrays, kind)
@@ -271,16 +281,18 @@ def _of_codes(call: Call, before: Plan, arrays: Mapping[str, str], kind: str) ->
 
 def _of_numbers(call: Call, before: Plan, arrays: Mapping[str, str]) -> _Way:
     """Products of T: what comes before them in T as well, and a packed weight as a plain matrix."""
-    segments, m, k, T = segments_of(call.arrays["w"]), call["m"], call["k"], call.dtypes["T"]
+    w, T = call.arrays[arrays["w"]], call.dtypes["T"]
+    assert w is not None
+    (rows, k), segments = w.shape, segments_of(w)
     launches, scratch, arrays = list(before.launches), dict(before.scratch), dict(arrays)
     if call.op.inner is not None:
         launches.append(call.op.inner(call))
         scratch["inner"] = (call["n"], k), dtype_name(T)
         arrays["x"] = "inner"
     if segments is None:
-        return _Way(Plan(tuple(launches), scratch), arrays, (_Part(len(launches), 0, m),))
-    parts = []
-    for start, stop in row_slices(m, k, T.itemsize):
+        return _Way(Plan(tuple(launches), scratch), arrays, (_Part(len(launches), 0, rows),))
+    parts, summed = [], call.op.matmul is not None and call.op.matmul.form == "nn"
+    for start, stop in [(0, rows)] if summed else row_slices(rows, k, T.itemsize):
         launches += unpack_launches(segments, k, start, stop)
         parts.append(_Part(len(launches), start, stop))
     scratch[UNPACKED] = (parts[0].stop, k), dtype_name(T)
@@ -289,13 +301,17 @@ def _of_numbers(call: Call, before: Plan, arrays: Mapping[str, str]) -> _Way:
 
 def _with_bias(call: Call) -> Iterator[tuple[Plan, Mapping[str, str]]]:
     """Launches before a product that add its bias, and argument -> name of the array that it is."""
-    n, m = call["n"], call["m"]
-    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
-    given, columns = {"x": "x", "w": "w", "y": "y"}, -(-m // 256)
-    residual = {"c": "a"} if "a" in call.arrays else {}
-    if call.arrays["b"] is None:
+    assert call.op.matmul is not None
+    made = {spec.name for spec in call.op.signature.outs}
+    given = {operand: name for operand, name in call.op.matmul.arrays.items()
+             if name in made or call.arrays.get(name) is not None}  # fmt: skip
+    residual = {"c": given.pop("c")} if "c" in given else {}
+    if given.pop("b", None) is None:
         yield Plan(()), given | residual
         return
+    n, m = call["n"], call["m"]
+    T, U = dtype_name(call.dtypes["T"]), dtype_name(call.dtype(call.op.signature.outs[0]))
+    columns = -(-m // 256)
     if T == U:
         yield Plan(()), given | residual | {"b": "b"}
     else:

@@ -1,27 +1,22 @@
 """The numbers of a packed weight, for products over many rows: those cuBLAS computes, from a plain matrix in scratch.
 
 The matrix is written anew for every product (cuda_src/unpack.cu), in slices where the weight is large: a slice is
-unpacked, then its columns of the product are computed. All products share the scratch: a captured pass that kept one of
-its own would keep as much for a few rows as for many.
+unpacked, then its columns of the product are computed. (A product that sums over the rows of the weight, as in a
+backward pass, has it unpacked as a whole: its slices would give sums to be added up, in more precision than the result
+has.) All products share the scratch: a captured pass that kept one of its own would keep as much for a few rows as for
+many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
-from ...ops.launch import Launch
-from ...ops.weights import SegmentLike
-from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS
-
-__all__ = ["SLICE_BYTES", "UNPACKED", "largest_slice", "row_slices", "unpack_launches"]
+__all__ = ["SLICE_BYTES", "largest_slice", "row_slices"]
 
 SLICE_BYTES = 256 << 20
 """Bytes of the unpacked numbers that a slice has at most."""
-UNPACKED = "dense"
-"""The name of the scratch that a slice is written to."""
 _SLICE_ROWS = 256  # A slice has a multiple of these: whole tiles of a product.
 _TABLES = ("embed_tokens", "position_table")  # canonical names
-_WARPS = 8  # of a thread block of unpack.cu, each with a block of the weight
 
 
 def row_slices(m: int, k: int, itemsize: int) -> list[tuple[int, int]]:
@@ -43,20 +38,3 @@ def largest_slice(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
         start, stop = row_slices(m, k, itemsize)[0]
         found = max(found, (stop - start) * k * itemsize)
     return found
-
-
-def unpack_launches(segments: Sequence[SegmentLike], k: int, start: int, stop: int) -> Iterator[Launch]:
-    """The launches that write rows ``start`` .. ``stop - 1`` of the packed weight ``w`` to the scratch ``dense``."""
-    column = 0
-    for i, segment in enumerate(segments):
-        first, end = max(start, column) - column, min(stop, column + segment.rows) - column
-        if first < end:
-            skipped = first % BLOCK_ROWS
-            grid = (-(-k // (_WARPS * BLOCK_COLUMNS)), -(-(end - first + skipped) // BLOCK_ROWS))
-            constants = {
-                "W": segment.format.packing.type, "rows": segment.rows, "first": first, "end": end,
-                "to": first + column - start,
-            }  # fmt: skip
-            names = {"w": f"w.{i}", "order": f"w.{i}.order"}
-            yield Launch("unpack.cu:unpack", grid, (32 * _WARPS,), constants=constants, names=names)
-        column += segment.rows

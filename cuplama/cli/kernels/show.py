@@ -80,7 +80,7 @@ def _show_op(op: Op, shapes: Sequence[str], dtype: str, device: Device) -> Itera
     click.echo(f"{op.name}: {op.doc}\n  {op.text}\n")
     for workload in workloads:
         click.echo(f"  {_workload_line(workload)}")
-        if op.matmul and workload.call["n"] > MAX_STREAMED_ROWS:
+        if op.matmul and (not op.matmul.streamed or workload.call["n"] > MAX_STREAMED_ROWS):
             click.echo("    cuBLAS; without it:")
         launches = planned(workload, workload.ins, device, abstract)[0]
         for text, same in itertools.groupby(map(_launch_line, launches)):

@@ -113,14 +113,15 @@ class Library:
         self, handle: int, desc: int, a: int, b: int, c: int, d: int, preference: int, asked: int, out: int, count: int
     ) -> int:
         assert [self.alive[o]["what"] for o in (handle, desc, a, b, c, d)] == ["handle", "desc", *["layout"] * 4]
+        alignment = self.alive[preference]["MIN_ALIGNMENT_A_BYTES"]
         assert self.alive[preference] == {
             "what": "preference",
             "MAX_WORKSPACE_BYTES": _SIZE,
             "REDUCTION_SCHEME_MASK": 2,
-            **{f"MIN_ALIGNMENT_{o}_BYTES": 16 for o in "ABCD"},
+            **{f"MIN_ALIGNMENT_{o}_BYTES": alignment for o in "ABCD"},
         }
         assert asked == 1
-        status, found, state = self.heuristic(self.alive[desc])
+        status, found, state = self.heuristic({**self.alive[desc], "alignment": alignment})
         # cublasLtMatmulHeuristicResult_t: the algorithm, 64 bytes; size_t workspaceSize; cublasStatus_t state; ...
         assert ctypes.sizeof(Heuristic) == 96
         ctypes.memmove(out, _ALGORITHM, 64)
@@ -202,6 +203,53 @@ def test_a_product_may_be_added_to_what_is_there(library: Library) -> None:
     assert product is not None
     product(x.ctypes.data, w.ctypes.data, y.ctypes.data, c=y.ctypes.data)
     np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "U"), [("f32", "f32"), ("f16", "f16"), ("bf16", "bf16"), ("bf16", "f32")])
+@pytest.mark.parametrize(("form", "x_shape", "w_shape", "formula"), [
+    ("nn", (11, 5), (5, 7), "x[11,5]:{0} w[5,7]"),
+    ("tn", (5, 11), (5, 7), "x[5,11]^T:{0} w[5,7]"),
+])  # fmt: skip
+@pytest.mark.parametrize("add", ["", "another", "itself"])
+def test_the_forms_of_a_backward_pass(
+    library: Library, T: str, U: str, form: str, x_shape: tuple[int, int], w_shape: tuple[int, int], formula: str,
+    add: str,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(3)
+    x, w = (_aligned(shape, DTYPES[T], rng) for shape in (x_shape, w_shape))
+    y, c = (_aligned((11, 7), DTYPES[U], rng) for _ in range(2))
+    product = _cublas(library).product(11, 7, 5, T, U, add=bool(add), form=form)
+    assert product is not None
+    assert product.text == f"cuBLAS: y[11,7]:{U} = {formula.format(T)}{' + c' * bool(add)}"
+    left, right = x.astype(np.float64), w.astype(np.float64)
+    added = {"": np.zeros(()), "another": c, "itself": y}[add]
+    want = (left.T if form == "tn" else left) @ right + added.astype(np.float64)
+    product(x.ctypes.data, w.ctypes.data, y.ctypes.data, c={"another": c, "itself": y}[add].ctypes.data if add else 0)
+    np.testing.assert_allclose(y.astype(np.float64), want, atol=1e-5 if U == "f32" else 0.1, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["nn", "tn"])
+def test_x_may_be_columns_of_a_wider_matrix(library: Library, form: str) -> None:
+    rng = np.random.default_rng(4)
+    wide, w, y = (_aligned(shape, DTYPES["f32"], rng) for shape in ((9, 12), (4 if form == "nn" else 9, 8), (9, 8)))
+    n, k = (9, 4) if form == "nn" else (4, 9)
+    product = _cublas(library).product(n, 8, k, "f32", "f32", form=form, line=12)
+    assert product is not None
+    product(wide.ctypes.data + 16, w.ctypes.data, y.ctypes.data)
+    x = wide[:, 4:8]
+    np.testing.assert_allclose(y[:n], (x if form == "nn" else x.T) @ w, atol=1e-5)
+
+
+def test_where_there_is_no_algorithm_less_alignment_is_told(library: Library) -> None:
+    seen: list[int] = []
+
+    def heuristic(desc: dict[str, Any]) -> tuple[int, int, int]:
+        seen.append(desc["alignment"])
+        return (0, 1, 0) if desc["alignment"] == 2 else (15, 0, 0)
+
+    library.heuristic = heuristic
+    assert _cublas(library).product(9, 7, 5, "bf16", "f32") is not None
+    assert seen == [16, 4, 2]
 
 
 def test_what_was_made_is_given_back(library: Library) -> None:
@@ -315,8 +363,12 @@ def test_the_library_takes_our_descriptors(library: Library) -> None:
     assert seen == [{
         "desc": [68, 0, 1, 0, 4, 16],
         "layouts": [[14, column_major, 40, 24, 40], [14, column_major, 40, 9, 40], *[[0, column_major, 24, 9, 24]] * 2],
-        "preference": [_SIZE, 2, 16, 16, 16, 16],
-    }]  # fmt: skip
+        "preference": [_SIZE, 2, *[alignment] * 4],
+    } for alignment in (16, 4, 2)]  # fmt: skip
+    seen.clear()
+    assert cublas.product(9, 24, 40, "bf16", "f32", form="tn") is None
+    assert seen[0]["desc"][2:] == [0, 1, 1, 0]  # w as it is, x transposed, no epilogue
+    assert seen[0]["layouts"][:2] == [[14, column_major, 24, 40, 24], [14, column_major, 9, 40, 9]]
     cublas.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from cuplama.backends.cuda import planning, unpacking
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.backends.cuda.unpacking import UNPACKED, largest_slice, row_slices
+from cuplama.backends.cuda.unpacking import largest_slice, row_slices
 from cuplama.dtypes import DTYPES
 from cuplama.lab.check import Executor
 from cuplama.lab.emulation import EmulatedDevice
@@ -19,6 +19,7 @@ from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
 from cuplama.ops.binding import bind
 from cuplama.ops.op import ROUNDING
+from cuplama.ops.unpacking import UNPACKED
 from cuplama.ops.weights import MAX_PACKED_ROWS
 from cuplama.quant.catalog import CATALOG, random_stored
 from cuplama.quant.weight import Weight
