@@ -131,8 +131,8 @@ def _sizes(draw: Draw) -> dict[str, Any]:
     return dict(n=draw(1, 20), m=parts * draw(1, 90), q=parts * r, r=r, scale=0.5, U=("T", "f32")[draw(0, 1)])
 
 
-def _flops(call: Call) -> int:
-    return 2 * call["n"] * call["m"] * call["r"]
+def _flops(call: Call) -> float:
+    return 2.0 * call["n"] * call["m"] * call["r"]
 
 
 _CASES = [
@@ -153,7 +153,7 @@ _CASES = [
 lora_add = Op(
     "lora_add",
     "y[n,m]:U = (a[n,m]:U, h[n,q]:T, b[m,r]:T, part[m]:i32, q:i32, scale:f32)",
-    doc="y[i,j] = a[i,j] + scale sum_l h[i, part[j] r + l] b[j,l]",
+    doc="y[i,j] = a[i,j] + scale sum_l h[i, part[j] r + l] b[j,l]. part does not decrease.",
     reference=_lora_add,
     kernels=_add_kernels,
     cases=_CASES,
@@ -175,7 +175,7 @@ lora_add = Op(
 lora_backward_h = Op(
     "lora_backward_h",
     "dh[n,q]:T = (dy[n,m]:T, b[m,r]:T, part[m]:i32, q:i32, scale:f32)",
-    doc="dh[i, p r + l] = scale sum of dy[i,j] b[j,l] over the j with part[j] = p",
+    doc="dh[i, p r + l] = scale sum of dy[i,j] b[j,l] over the j with part[j] = p. part does not decrease.",
     reference=_lora_backward_h,
     kernels=_backward_h_kernels,
     cases=_CASES,
@@ -195,7 +195,7 @@ lora_backward_h = Op(
 lora_backward_b = Op(
     "lora_backward_b",
     "db[m,r]:f32 = (db[m,r]:f32, dy[n,m]:T, h[n,q]:T, part[m]:i32, scale:f32)",
-    doc="db[j,l] += scale sum_i dy[i,j] h[i, part[j] r + l]",
+    doc="db[j,l] += scale sum_i dy[i,j] h[i, part[j] r + l]. part does not decrease.",
     reference=_lora_backward_b,
     kernels=_backward_b_kernels,
     cases=_CASES,

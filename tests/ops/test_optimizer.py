@@ -1,5 +1,5 @@
-"""The kernels of optimizer.cu as a training uses them, on the emulator: step after step, on parts of one flat array, and
-with the weights of a model in float32, which are their own masters."""
+"""The kernels of optimizer.cu as a training uses them, on the emulator: step after step, on parts of one flat array,
+and with the weights of a model in float32, which are their own masters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cuplama.ops.binding import bind_plan
 from cuplama.ops.launch import Device
 
 Floats = np.ndarray[Any, Any]
-_SETTINGS = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, clip=0.5)
+_SETTINGS: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, clip=0.5)
 _LR, _STEPS = 3e-3, 10
 
 
-def _launch(name: str, *ins: Floats, device: Device | None = None, **attrs: float) -> dict[str, Any]:
+def _launch(name: str, *ins: Floats, sms: int = 132, **attrs: float) -> dict[str, Any]:
     """Run an op's kernels on arrays, which are changed in place; the op's arrays by name."""
-    executor, op = EmulatedDevice(device), OPS[name]
+    executor, op = EmulatedDevice(Device(sms=sms)), OPS[name]
     call = op.bind(ins, attrs)
     assert op.kernels is not None
 
@@ -94,7 +94,7 @@ def test_a_part_of_a_flat_array_may_begin_anywhere(T: str) -> None:
 
 def test_the_norm_does_not_depend_on_the_gpu() -> None:
     g = np.random.default_rng(4).standard_normal(30000).astype(np.float32)
-    small, large = (_launch("square_sum", g, device=Device(sms=sms))["total"] for sms in (2, 132))
+    small, large = (_launch("square_sum", g, sms=sms)["total"] for sms in (2, 132))
     assert small.tobytes() == large.tobytes()
 
 
