@@ -131,10 +131,6 @@ def _sizes(draw: Draw) -> dict[str, Any]:
     return dict(n=draw(1, 20), m=parts * draw(1, 90), q=parts * r, r=r, scale=0.5, U=("T", "f32")[draw(0, 1)])
 
 
-def _flops(call: Call) -> float:
-    return 2.0 * call["n"] * call["m"] * call["r"]
-
-
 _CASES = [
     dict(n=n, m=m, q=parts * r, r=r, scale=0.5, U=U)
     for n, m, r, parts, U in (
@@ -167,7 +163,7 @@ lora_add = Op(
         "lora_add_mma": "The same on tensor cores.",
     },
     shape=dict(n=1, m=6144, q=48, r=16, scale=2.0, U="T"),
-    flops=_flops,
+    flops=lambda c: 2 * c["n"] * c["m"] * c["r"],
     gradient=_gradient,
     recompute="layers",
 )
@@ -189,7 +185,7 @@ lora_backward_h = Op(
         "lora_sum_h": "Adds up the pieces of dh.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),
-    flops=_flops,
+    flops=lambda c: 2 * c["n"] * c["m"] * c["r"],
 )
 
 lora_backward_b = Op(
@@ -209,5 +205,5 @@ lora_backward_b = Op(
         "lora_sum_b": "Adds up the pieces of db.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),
-    flops=_flops,
+    flops=lambda c: 2 * c["n"] * c["m"] * c["r"],
 )
