@@ -352,12 +352,13 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("embedding_backward.cu", "parts + i64(i + m) * 2 * d", "parts + i64(i + m) * d"),
     ("embedding_backward.cu", "add_to(sum, before);", ";"),
     # loss.cu: rows that begin anywhere
-    ("loss.cu", "at >= 0 && at + W <= V; }", "at + W <= V; }"),
-    ("loss.cu", "at >= 0 && at + W <= V; }", "at >= 0 && at < V; }"),
-    ("loss.cu", "offset(int(i64(blockIdx.x) * V % W))", "offset(0)"),
-    ("loss.cu", "(V + offset + stride - 1) / stride", "(V + stride - 1) / stride"),
+    ("loss.cu", "at >= 0 && at + W <= end; }", "at + W <= end; }"),
+    ("loss.cu", "at >= 0 && at + W <= end; }", "at >= 0 && at < end; }"),
+    ("loss.cu", "offset(int(i64(blockIdx.x) * width % W))", "offset(0)"),
+    ("loss.cu", "if (share.whole(at, share.V)) return load", "if (share.whole(at, share.width)) return load"),
+    ("loss.cu", "(width + offset + stride - 1) / stride", "(width + stride - 1) / stride"),
     ("loss.cu", "at + i < share.V ? row[at + i]", "at + i <= share.V ? row[at + i]"),
-    ("loss.cu", "at + i < share.V) row[at + i] =", "at + i <= share.V) row[at + i] ="),
+    ("loss.cu", "at + i < share.width) row[at + i] =", "at + i <= share.width) row[at + i] ="),
     ("loss.cu", "aligned(logits, mixture, dlogits)", "true"),
     # loss.cu: what is held, seen and stored
     ("loss.cu", "iteration) * 2 + half) * blockDim.x", "iteration) + half) * blockDim.x"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cuplama.dtypes import DTYPES
+from cuplama.lab.check import Executor
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.ops import OPS
 from cuplama.ops.binding import bind_plan
@@ -19,9 +20,9 @@ _SETTINGS: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=
 _LR, _STEPS = 3e-3, 10
 
 
-def _launch(name: str, *ins: Floats, sms: int = 132, **attrs: float) -> dict[str, Any]:
+def _launch(name: str, *ins: Floats, executor: Executor | None = None, **attrs: float) -> dict[str, Any]:
     """Run an op's kernels on arrays, which are changed in place; the op's arrays by name."""
-    executor, op = EmulatedDevice(Device(sms=sms)), OPS[name]
+    executor, op = executor or EmulatedDevice(), OPS[name]
     call = op.bind(ins, attrs)
     assert op.kernels is not None
 
@@ -73,7 +74,11 @@ def test_ten_steps_are_those_of_torch(T: str) -> None:
 
 @pytest.mark.parametrize("T", ["f32", "bf16"])
 def test_a_part_of_a_flat_array_may_begin_anywhere(T: str) -> None:
-    """Bit for bit what it is at the start of an array, and the elements around it are left alone."""
+    check_parts(EmulatedDevice(), T)
+
+
+def check_parts(executor: Executor, T: str) -> None:
+    """Both ops on parts of larger arrays: bit for bit as at the start of an array, and what lies around is left alone."""
     n = 2050
     rng = np.random.default_rng(2)
     ins = [rng.standard_normal(n).astype(DTYPES[T]), *rng.standard_normal((4, n)).astype(np.float32)]
@@ -82,8 +87,8 @@ def test_a_part_of_a_flat_array_may_begin_anywhere(T: str) -> None:
     for before in (0, 1, 2, 3):
         whole = [np.concatenate([np.full(before, 7, x.dtype), x, np.full(5, 7, x.dtype)]) for x in ins]
         parts = [x[before : before + n] for x in whole]
-        _launch("adamw", *parts, np.ones(1, np.float32), _schedule(3), **_SETTINGS)
-        total = _launch("square_sum", parts[4])["total"]
+        _launch("adamw", *parts, np.ones(1, np.float32), _schedule(3), executor=executor, **_SETTINGS)
+        total = _launch("square_sum", parts[4], executor=executor)["total"]
         for x in whole:
             assert (x[:before] == 7).all()
             assert (x[before + n :] == 7).all()
@@ -94,7 +99,7 @@ def test_a_part_of_a_flat_array_may_begin_anywhere(T: str) -> None:
 
 def test_the_norm_does_not_depend_on_the_gpu() -> None:
     g = np.random.default_rng(4).standard_normal(30000).astype(np.float32)
-    small, large = (_launch("square_sum", g, sms=sms)["total"] for sms in (2, 132))
+    small, large = (_launch("square_sum", g, executor=EmulatedDevice(Device(sms=sms)))["total"] for sms in (2, 132))
     assert small.tobytes() == large.tobytes()
 
 
