@@ -78,7 +78,7 @@ def test_a_part_of_a_flat_array_may_begin_anywhere(T: str) -> None:
 
 
 def check_parts(executor: Executor, T: str) -> None:
-    """Both ops on parts of larger arrays: bit for bit as at the start of an array, and what lies around is left alone."""
+    """Both ops on parts of larger arrays: bit for bit as at the start of an array, and the rest is left alone."""
     n = 2050
     rng = np.random.default_rng(2)
     ins = [rng.standard_normal(n).astype(DTYPES[T]), *rng.standard_normal((4, n)).astype(np.float32)]
