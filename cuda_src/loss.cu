@@ -4,7 +4,7 @@
 //   cross_entropy    loss[r]:f32     = w (lse - (1 - alpha) logits[t] - alpha sum(mixture logits))
 //                    dlogits[r,M]:U  = w (softmax - (1 - alpha) onehot(t) - alpha mixture)
 //                    where lse = ln sum exp(logits); t and w: of targets[n]: i32, in [0, V), and weights[n]: f32, that
-//                    of the row + first; mixture[r,M]: f32 or absent: probabilities, as a teacher's, that count by alpha
+//                    of the row + first; mixture[r,M]: f32 or absent: probabilities, as of a teacher, that count alpha
 //   softmax_mixture  p[n,V]:f32      = a + share softmax(logits)        a[n,V]: f32 or absent
 //   add_sum          total[1]:f32   += sum of x[n]:f32
 //
