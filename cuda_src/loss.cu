@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(1024)
     } else if (threadIdx.x == 0) {
         loss[blockIdx.x] = 0.f;
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int iteration = share.iterations() - 1; iteration >= 0; iteration--) {
         const int at = share.at(iteration);
         Eight x = {};
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(1024) softmax_mixture(const f32* __restrict__ 
     float none = 0.f;
     const Softmax seen = see_row<f32>(row, nullptr, part, kept, none);
     const float factor = share / seen.sum;
-#pragma unroll 2
+#pragma unroll 1
     for (int iteration = part.iterations() - 1; iteration >= 0; iteration--) {
         const int at = part.at(iteration);
         Eight x = iteration < held ? kept.get(iteration) : load_some(row, at, part, LOWEST);
