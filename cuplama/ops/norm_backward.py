@@ -118,8 +118,8 @@ def _qk_kernels(call: Call, device: Device) -> Plan:
     return Plan((rows, _added(call, 2, blocks, D)), {"partial": ((2, blocks, D), "f32")})
 
 
-# Units of float32's rounding. A block adds up its rows one by one, then come the blocks' sums: of 65,536 rows they are off
-# by up to 6. The scale of a row is a factor that all its elements have in common, as in the forward ops.
+# Units of float32's rounding. A block adds up its rows one by one, then the blocks' sums are added up: of 65,536 rows the
+# result is off by up to 6. The scale of a row is a factor that its elements have in common, as in the forward ops.
 _TOLERANCE = {"f32": 12.0}
 _SMALLEST = 16  # Of a row of a few elements dx is a small difference of large numbers.
 
