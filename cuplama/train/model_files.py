@@ -9,18 +9,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..dtypes import dtype_name
 from ..hub import HUB_FILES
 from ..models.checkpoint import INDEX
 from ..models.config import ModelConfig
+from ..models.new_adapter import adapter_files
+from ..models.peft import ADAPTER_CONFIG, ADAPTER_MODEL
 from ..quant.readers import FILES
 from ..text.tokenizer import Tokenizer
 from .marks import Marks
 from .saving import Staging
+from .trainer import Trainer
 
-__all__ = ["ModelFiles", "files_of_folder", "files_of_new_model"]
+__all__ = ["AdapterFiles", "ModelFiles", "files_of_folder", "files_of_new_model"]
 
 _NOT_COPIED = ("config.json", INDEX, "adapter_config.json", *FILES)
 # What a model folder has beside config and weights, and what older libraries read of a tokenizer.
@@ -37,8 +38,9 @@ class ModelFiles:
     copies: tuple[tuple[Path, str], ...]
     texts: Mapping[str, Mapping[str, Any]]
 
-    def write(self, staging: Staging, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """All of the folder. tensors: by the names of the checkpoint."""
+    def write(self, staging: Staging, trainer: Trainer) -> None:
+        """All of the folder."""
+        tensors = dict(trainer.export())
         staging.tensors("model.safetensors", tensors)
         dtype = _DTYPE_NAMES[dtype_name(next(iter(tensors.values())).dtype)]
         key = "dtype" if "dtype" in self.config else "torch_dtype"
@@ -46,6 +48,20 @@ class ModelFiles:
             staging.text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         for source, name in self.copies:
             staging.copy(source, name)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as PEFT saves one. config: of the model with it; base: what the model is called."""
+
+    config: ModelConfig
+    base: str
+
+    def write(self, staging: Staging, trainer: Trainer) -> None:
+        """All of the folder."""
+        settings, tensors = adapter_files(self.config, trainer.weights(), self.base)
+        staging.tensors(ADAPTER_MODEL, tensors)
+        staging.text(ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def files_of_folder(folder: Path, config: ModelConfig, tied: bool) -> ModelFiles:

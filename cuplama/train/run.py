@@ -93,7 +93,7 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
         return Outcome(done, False)
     _note_of_schedule(saved, settings, hooks)
     guides = _guides(job, origin)
-    backend = open_training_backend(settings, origin.config, 0, context)
+    backend = open_training_backend(settings, origin.config, origin.weights, context)
     log = TrainingLog(job.out, done)
     try:
         trainer = Trainer(origin.config, origin.weights, settings, backend, context, guides)
@@ -127,10 +127,8 @@ class _Saver:
 
     def save(self, step: int) -> None:
         """After a step. The picture comes last: what is wrong with it is told once, and nothing more."""
-        files = self.origin.files
-        assert files is not None
-        tensors = dict(self.trainer.export())
-        self.folder.save(step, self.trainer.state(), self.run, lambda staging: files.write(staging, tensors))
+        files, trainer = self.origin.files, self.trainer
+        self.folder.save(step, trainer.state(), self.run, lambda staging: files.write(staging, trainer))
         problem = draw_losses(self.folder.path)
         if problem is not None:
             self.hooks.note(problem)
@@ -139,7 +137,7 @@ class _Saver:
 
 def _origin(job: Job) -> Origin:
     if job.model is not None:
-        return trained_model(job.model, job.model_name or str(job.model), bool(job.settings.lora))
+        return trained_model(job.model, job.model_name or str(job.model), job.settings)
     if job.config is None or job.tokenizer is None:
         raise ParameterError("config and tokenizer are needed for a new model, or the name of a trained one")
     if job.settings.lora:

@@ -149,7 +149,11 @@ def _teacher(teacher: Teacher) -> Graph:
     """A teacher's graph, whose values have names of their own."""
     graph = decoder(teacher.config, cached=False)
     nodes = (*graph.body, *graph.head)
-    names = {v: teacher_value(teacher.number, v) for node in nodes for v in (*node.ins, *node.outs) if v not in _SHARED}
+    values = {v for node in nodes for v in (*node.ins, *node.outs) if v not in _SHARED}
+    names = {v: teacher_value(teacher.number, v) for v in values}
+    # A token's row in a teacher's rotation tables is its position: they are made for documents of a row's length, and
+    # have one table for all of them.
+    names |= {v: "positions" for v in values if v.endswith("rope.rows")}
     body, head = ([_renamed(node, names) for node in part] for part in (graph.body, graph.head))
     head = [replace(node, ins=tuple(_as_hidden(v, names) for v in node.ins)) for node in head]
     return Graph(body, head, names[graph.out])
