@@ -1,4 +1,4 @@
-"""Write the golden adapters: LoRA adapters of golden models as PEFT saves them, and the logits that PEFT computes.
+"""Write the golden adapters: LoRA adapters of golden models as PEFT saves them, with logits or gradients of PEFT.
 
     python -m tools.make_lora_goldens [case ...]
 
@@ -26,8 +26,9 @@ from cuplama.models.new_adapter import adapter_files
 from cuplama.models.peft import load_adapter
 from tools.goldens.model import load, logits_of
 from tools.goldens.spellings import write_json
+from tools.make_training_goldens import all_in_double, loss_of
 
-__all__ = ["main", "make"]
+__all__ = ["main", "make", "make_gradients"]
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 PROMPTS = (1, 9, 29)  # in tokens
@@ -57,14 +58,22 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# The same for the golden models of training: some parts of a stack, transposed matrices, stacks that are one matrix.
+GRADIENTS: Mapping[str, Mapping[str, Any]] = {
+    "llama-3-kv-heads": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj", "lm_head"]},
+    "gpt2": {"r": 3, "lora_alpha": 3, "target_modules": ["c_attn", "c_fc"]},
+    "phi3": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+}
 
-def with_adapter(base: Any, settings: Mapping[str, Any]) -> Any:
+
+def with_adapter(base: Any, settings: Mapping[str, Any], size_of_b: float = 0.4) -> Any:
     """The model with an adapter of random numbers that bfloat16 and float16 hold exactly."""
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.05, **settings))
     rng = torch.Generator().manual_seed(SEED)
     for name, p in model.named_parameters():
         if "lora_" in name:
-            size = p.shape[1] ** -0.5 if "lora_A" in name else 0.4
+            p.requires_grad_()
+            size = p.shape[1] ** -0.5 if "lora_A" in name else size_of_b
             p.data.copy_((size * torch.randn(p.shape, generator=rng)).to(torch.bfloat16).half().float())
     return model.eval()
 
@@ -80,22 +89,49 @@ def make(name: str) -> None:
     logits = [logits_of(model, ids) for ids in prompts]
     change = max(float(np.abs(a - b).max()) for a, b in zip(plain, logits, strict=True))
     assert change > MIN_CHANGE, change
-    model.save_pretrained(folder, save_embedding_layers=False)  # a copy of the head, where the head is adapted
-    (folder / "README.md").unlink(missing_ok=True)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = f"golden/{name}"
-    if isinstance(settings["target_modules"], list):
-        settings["target_modules"].sort()  # PEFT writes a set
-    write_json(folder / "adapter_config.json", settings)
+    save(model, folder)
     ours = [logits_of(peft.PeftModel.from_pretrained(load(case), rewritten(case, folder)), ids) for ids in prompts]
     assert all(np.array_equal(a, b) for a, b in zip(logits, ours, strict=True))
     merged = model.merge_and_unload()
     arrays = {f"prompt_{j}": ids for j, ids in enumerate(prompts)} | {f"logits_{j}": x for j, x in enumerate(logits)}
     arrays |= {f"merged_{j}": logits_of(merged, ids) for j, ids in enumerate(prompts)}
     np.savez_compressed(folder / "golden.npz", **arrays)
-    versions = {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    write_json(folder / "meta.json", {"base": name, "seed": SEED, "change": change, "versions": versions})
+    write_json(folder / "meta.json", {"base": name, "seed": SEED, "change": change, "versions": versions()})
     print(f"{name}: the adapter changes logits by {change:.3g}")
+
+
+def make_gradients(name: str) -> None:
+    """One folder: an adapter, and the gradients of its numbers by torch in float64."""
+    case, folder = GOLDEN / "training" / name, GOLDEN / "lora_training" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = torch.tensor(json.loads((case / "meta.json").read_text())["token_ids"])
+    with torch.enable_grad():
+        model = with_adapter(load(case), GRADIENTS[name], size_of_b=0.1)
+        save(model, folder)
+        model = model.double()
+        with all_in_double(model):
+            loss = loss_of(model, ids)
+        loss.backward()
+    found = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if "lora_" in n}
+    save_file({n: g.numpy() for n, g in found.items()}, folder / "gradients.safetensors")
+    write_json(folder / "meta.json", {"base": name, "seed": SEED, "loss": loss.item(), "versions": versions()})
+    print(f"{name}: {len(found)} gradients")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries."""
+    return {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def save(model: Any, folder: Path) -> None:
+    """The adapter as PEFT writes it, in the same bytes every time."""
+    model.save_pretrained(folder, save_embedding_layers=False)  # a copy of the head, where the head is adapted
+    (folder / "README.md").unlink(missing_ok=True)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = f"golden/{folder.name}"
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"].sort()  # PEFT writes a set
+    write_json(folder / "adapter_config.json", settings)
 
 
 def rewritten(case: Path, folder: Path) -> str:
@@ -113,6 +149,8 @@ def main(names: list[str]) -> None:
     torch.set_grad_enabled(False)
     for name in names or CASES:
         make(name)
+    for name in GRADIENTS:
+        make_gradients(name)
 
 
 if __name__ == "__main__":
