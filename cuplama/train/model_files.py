@@ -80,17 +80,16 @@ def files_of_new_model(
     What a config or a tokenizer leaves open is written down: other libraries would fill in BOS and EOS of another
     model.
     """
-    raw = {**_full(config, tied), "bos_token_id": marks.bos, "eos_token_id": _eos(config, marks)}
+    ids = {"bos_token_id": marks.bos, "eos_token_id": _eos(config, marks)}
+    raw = {**_full(config, tied), **ids}
     copies = [(tokenizer_file, "tokenizer.json")]
     if tokenizer_file.name == "tokenizer.json":
         beside = files_of_folder(tokenizer_file.parent, config, tied).copies
         copies += [(p, n) for p, n in beside if n not in ("tokenizer.json", "generation_config.json")]
-    texts: dict[str, dict[str, Any]] = {
-        "generation_config.json": {"bos_token_id": marks.bos, "eos_token_id": _eos(config, marks)}
-    }
+    texts: dict[str, dict[str, Any]] = {"generation_config.json": ids}
     if not any(name == "tokenizer_config.json" for _, name in copies):
-        ids = {"bos_token": marks.bos, "eos_token": marks.eos}
-        named = {name: None if id is None else tokenizer.piece(id) for name, id in ids.items()}
+        tokens = {"bos_token": marks.bos, "eos_token": marks.eos}
+        named = {name: None if id is None else tokenizer.piece(id) for name, id in tokens.items()}
         texts["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **named,
@@ -108,6 +107,6 @@ def _full(config: ModelConfig, tied: bool) -> dict[str, Any]:
 
 
 def _eos(config: ModelConfig, marks: Marks) -> int | list[int] | None:
-    """All ids of the config, or else the tokenizer's."""
-    ids = list(config.eos) or ([] if marks.eos is None else [marks.eos])
+    """All ids of the config that are special tokens, or else the tokenizer's."""
+    ids = [id for id in config.eos if id in marks.stops] or ([] if marks.eos is None else [marks.eos])
     return ids[0] if len(ids) == 1 else ids or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from .model_files import AdapterFiles, ModelFiles, files_of_folder, files_of_new
 from .settings import TrainingSettings
 
 __all__ = ["Origin", "new_model", "trained_model"]
+
+_log = logging.getLogger("cuplama")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ def new_model(config_file: Path, tokenizer_file: Path, seed: int) -> Origin:
             f" {tokenizer_file}"
         )
     marks = Marks.of(tokenizer, config)
+    for key, id in (("bos_token_id", config.bos), *(("eos_token_id", id) for id in config.eos)):
+        if id is not None and id not in tokenizer.special_ids:
+            shown = tokenizer.token_shown(id)
+            _log.warning("%s: %s = %d is %s, no special token, and is left out", config_file, key, id, shown)
     files = files_of_new_model(config, tied, tokenizer_file, tokenizer, marks)
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
     return Origin(config, initial_weights(config, seed), tokenizer, marks, files, digest)

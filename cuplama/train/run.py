@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import ParameterError
+from ..errors import CheckpointError, ParameterError
 from ..models.checkpoint import load_weights
 from ..models.config import load_config
 from .checkpoint import Run, Saved, TrainingFolder
@@ -98,9 +98,9 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
     try:
         trainer = Trainer(origin.config, origin.weights, settings, backend, context, guides)
         if saved is not None:
-            trainer.load_state(saved.arrays)
+            _go_on(trainer, saved, folder)
         hooks.began(backend.describe(), _described(trainer, data), done)
-        return Loop(
+        outcome = Loop(
             trainer=trainer,
             settings=settings,
             batches=windows.step,
@@ -110,6 +110,8 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
             report=hooks.report,
             stop=hooks.stop,
         ).run(done)
+        trainer.close()
+        return outcome
     finally:
         log.close()
         backend.close()
@@ -162,6 +164,13 @@ def _note_of_schedule(saved: Saved | None, settings: TrainingSettings, hooks: Ho
     before = None if saved is None else saved.run.get("settings", {}).get("steps")
     if before not in (None, settings.steps):
         hooks.note(f"the run had {before} steps and now has {settings.steps}: its learning rates are now those of that")
+
+
+def _go_on(trainer: Trainer, saved: Saved, folder: TrainingFolder) -> None:
+    try:
+        trainer.load_state(saved.arrays)
+    except (KeyError, ValueError) as e:  # as of another version
+        raise CheckpointError(f"{folder.path}: the checkpoint is not of this model: {e}") from None
 
 
 def _guides(job: Job, origin: Origin) -> list[GuidingModel]:
