@@ -107,7 +107,10 @@ def test_which_layers_the_settings_mean(settings: dict[str, Any], wanted: str, t
 
 def test_ranks_and_scales_of_their_own(tmp_path: Path) -> None:
     """The first pattern that fits the end of a name counts; a dot is any character, as in PEFT."""
-    patterns = {"rank_pattern": {"1.mlp.up_proj|1.mlp.gate_proj": 5}, "alpha_pattern": {"down_proj": 9, ".*": 4.5}}
+    patterns: dict[str, Any] = {
+        "rank_pattern": {"1.mlp.up_proj|1.mlp.gate_proj": 5},
+        "alpha_pattern": {"down_proj": 9, ".*": 4.5},
+    }
     write_adapter(tmp_path, LLAMA, ["gate_proj", "up_proj", "down_proj"], **patterns)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
