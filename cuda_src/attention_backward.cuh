@@ -4,8 +4,8 @@
 
 #include "attention.cuh"
 
-// One sequence and one KV head. A row is a (token, head of the group) pair, number token * group + head. Elements of x and
-// dx lie at the same places.
+// One sequence and one KV head. A row is a (token, head of the group) pair, number token * group + head. Elements of x
+// and dx lie at the same places.
 template <int D>
 struct Head {
     int start, kv_head, group, num_heads, H;  // start: row of x of the sequence's first token

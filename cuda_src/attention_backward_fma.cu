@@ -1,7 +1,7 @@
 // The gradient of causal grouped-query self-attention, without tensor cores: for f32, and for GPUs that
 // attention_backward_mma.cu does not take.
 //
-//     p = exp(q k^T * scale - lse)    dv = p^T dy    ds = p (dy v^T - delta)    dk = ds^T q * scale    dq = ds k * scale
+//     p = exp(q k^T * scale - lse)   dv = p^T dy   ds = p (dy v^T - delta)   dk = ds^T q * scale   dq = ds k * scale
 //
 //   x           [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are sequence i; queries, keys, values
 //   dy          [n, num_heads*D] T         the gradient of attention's output
@@ -12,9 +12,9 @@
 // D is a multiple of 8, at most 256; x, dy and dx lie on 16-byte boundaries. Weights p are computed again from q, k and
 // lse, as in FlashAttention-2 (Dao, arXiv:2307.08691). Scores, weights and sums are f32.
 //
-// Two kernels, so that each sum has one owner and its order is fixed: a block of the first has KEYS keys of a KV head and
-// goes over the rows that see them, (token, head of the group) pairs; so the heads of a group are summed in turn. A
-// block of the second has ROWS such rows and goes over their keys. Both have 256 threads, 16 x 16: what a block keeps
+// Two kernels, so that each sum has one owner and its order is fixed: a block of the first has KEYS keys of a KV head
+// and goes over the rows that see them, (token, head of the group) pairs; so the heads of a group are summed in turn.
+// A block of the second has ROWS such rows and goes over their keys. Both have 256 threads, 16 x 16: what a block keeps
 // and the sums' rows along ty, what it goes over along tx. One buffer of shared memory takes the operands of a step in
 // turn. Grids (tiles, H).
 //

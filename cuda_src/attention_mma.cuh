@@ -139,16 +139,19 @@ __device__ __forceinline__ void add_rows(float (&acc)[MT][C][4], const float (&w
 
 // The sums, rounded to T, to rows in shared memory, each row times a factor of its own.
 template <int D, typename T, int MT, int C>
-__device__ __forceinline__ void stash_rows(T* to, const float (&acc)[MT][C][4], const float (&factor)[MT][2]) {
+__device__ __forceinline__ void stash_rows(T* to, const float (&acc)[MT][C][4], const float (&factor)[MT][2],
+                                           int chunks = C / 2) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int j = 0; j < C; j++)
+            for (int j = 0; j < C; j++) {
+                if (j / 2 >= chunks) break;
                 *reinterpret_cast<u32*>(to + Layout<D>::at(m * 16 + half * 8 + lane / 4, j) + lane % 4 * 2) =
                     pack<T>(acc[m][j][2 * half] * factor[m][half], acc[m][j][2 * half + 1] * factor[m][half]);
+            }
         }
     }
 }

@@ -143,10 +143,10 @@ _CASES = [
         (20, 96, 16, 2, "T"),
         (9, 130, 5, 1, "f32"),
         (2, 20, 256, 1, "T"),
-        (66, 200, 40, 3, "f32"),  # more rows than lora_add_few takes; parts that begin inside of tiles
-        (130, 72, 72, 2, "T"),  # more than one tile of r
-        (1100, 40, 16, 1, "T"),  # two pieces of the rows
-        (5, 2200, 8, 2, "f32"),  # ... and of the columns of each part
+        (66, 107, 21, 3, "f32"),  # more rows than lora_add_few takes; parts that begin inside of tiles
+        (70, 72, 72, 2, "T"),
+        (1030, 16, 8, 1, "T"),  # two pieces of the rows
+        (3, 2050, 8, 2, "f32"),  # ... and of the columns of each part
     )
 ]
 

@@ -20,7 +20,7 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .self_attention_hopper import hopper_plan
 
-__all__ = ["self_attention", "self_attention_backward"]
+__all__ = ["self_attention", "self_attention_backward", "self_attention_case"]
 
 _ATTRIBUTES = ("num_heads", "H", "D", "window", "scale")
 
@@ -80,7 +80,9 @@ def _self_attention_backward(
     return dx
 
 
-def _case(num_heads: int, H: int, D: int, lengths: list[int], window: int = 0, empty: int = 0) -> dict[str, Any]:
+def self_attention_case(
+    num_heads: int, H: int, D: int, lengths: list[int], window: int = 0, empty: int = 0
+) -> dict[str, Any]:
     """A case of sequences of those lengths. empty: sequences without a token behind them."""
     return dict(
         n=sum(lengths), b=len(lengths) + empty, num_heads=num_heads, H=H, D=D, lengths=lengths + [0] * empty,
@@ -89,17 +91,17 @@ def _case(num_heads: int, H: int, D: int, lengths: list[int], window: int = 0, e
 
 
 _CASES = [
-    _case(1, 1, 8, [1]),
-    _case(4, 2, 64, [5]),
-    _case(4, 1, 64, [33, 1, 7], empty=2),
-    _case(3, 3, 16, [70], window=16),
-    _case(6, 2, 40, [9, 20, 1], window=7),
-    _case(2, 1, 128, [65, 64]),
-    _case(3, 1, 96, [40, 0, 30], window=33),
-    _case(8, 1, 32, [50], window=3),
-    _case(4, 1, 256, [37, 2]),
-    _case(2, 2, 200, [70]),
-    _case(2, 1, 64, [200], window=130),
+    self_attention_case(1, 1, 8, [1]),
+    self_attention_case(4, 2, 64, [5]),
+    self_attention_case(4, 1, 64, [33, 1, 7], empty=2),
+    self_attention_case(3, 3, 16, [70], window=16),
+    self_attention_case(6, 2, 40, [9, 20, 1], window=7),
+    self_attention_case(2, 1, 128, [65, 64]),
+    self_attention_case(3, 1, 96, [40, 0, 30], window=33),
+    self_attention_case(8, 1, 32, [50], window=3),
+    self_attention_case(4, 1, 256, [37, 2]),
+    self_attention_case(2, 2, 200, [70]),
+    self_attention_case(2, 1, 64, [200], window=130),
 ]
 
 _SHAPE: Mapping[str, Any] = dict(num_heads=32, H=8, D=128, b=1, length=4096, window=0)
@@ -107,14 +109,14 @@ _SHAPE: Mapping[str, Any] = dict(num_heads=32, H=8, D=128, b=1, length=4096, win
 
 def _complete(s: Mapping[str, Any]) -> dict[str, Any]:
     """The case of ``b`` sequences of one length."""
-    return _case(s["num_heads"], s["H"], s["D"], [s["length"]] * s["b"], s["window"])
+    return self_attention_case(s["num_heads"], s["H"], s["D"], [s["length"]] * s["b"], s["window"])
 
 
 def _random_sizes(draw: Draw) -> dict[str, Any]:
     """Up to three sequences, of which some are empty, and up to eight query heads for a key head."""
     H, D, group = draw(1, 2), 8 * draw(1, 20), (1, 3, 4, 8)[draw(0, 3)]
     lengths = [draw(1, 70), *(draw(0, 1) * draw(1, 40) for _ in range(draw(0, 2)))]
-    return _case(H * group, H, D, lengths, draw(0, 1) * draw(1, 50), draw(0, 2))
+    return self_attention_case(H * group, H, D, lengths, draw(0, 1) * draw(1, 50), draw(0, 2))
 
 
 def _pairs(c: Call) -> float:
@@ -193,15 +195,42 @@ def _delta(call: Call) -> Launch:
 def _fma(call: Call, device: Device) -> Iterator[Launch]:
     """attention_backward_fma.cu: a kernel per tile of keys, and one per tile of rows."""
     n, b, group, H, D = call["n"], call["b"], call["num_heads"] // call["H"], call["H"], call["D"]
-    # At most 64 KiB of shared memory on GPUs that have no more; two blocks of 84 KiB where there is room for them.
-    large = D <= 64 or (D <= 128 and device.shared >= 2 * 84 * 1024)
-    kept, passing = (64, 32) if large else (32, 32) if D <= 128 else (16, 16)
-    shared = 4 * ((2 * kept + passing) * (-(-D // 32) * 32 + 4) + kept * (passing + 4))
-    for kernel, rows, sizes in (("keys", n, ("KEYS", "ROWS")), ("queries", n * group, ("ROWS", "KEYS"))):
+    roomy = device.shared >= 2 * 96 * 1024  # for two blocks; others keep to the 64 KiB that sm_75 has
+    for kernel, rows, sizes, widest in (
+        ("keys", n, ("KEYS", "ROWS"), 96),  # of 64 keys more sums than this do not fit into registers
+        ("queries", n * group, ("ROWS", "KEYS"), 128),
+    ):
+        kept, passing = (64, 32) if D <= (widest if roomy else 64) else (32, 32) if D <= 128 else (16, 16)
+        shared = 4 * ((2 * kept + passing) * (-(-D // 32) * 32 + 4) + kept * (passing + 4))
         yield Launch(
             f"attention_backward_fma.cu:attention_backward_{kernel}_fma", (rows // kept + b, H), (256,), shared,
             constants=dict(zip(sizes, (kept, passing), strict=True)),
         )  # fmt: skip
+
+
+def _mma(call: Call, device: Device) -> Iterator[Launch]:
+    """attention_backward_mma.cu, with the largest tiles that registers and shared memory hold."""
+    n, b, group, H, D = call["n"], call["b"], call["num_heads"] // call["H"], call["H"], call["D"]
+    file, row_bytes = "attention_backward_mma.cu", 2 * (-(-D // 16) * 16)
+    if D <= 64:
+        KEYS, ROWS = (128, 32) if device.arch <= 90 else (64, 64)  # later compilers' allotment: 128 keys would spill
+    else:
+        KEYS, ROWS = (64, 32) if D <= 128 else (32, 32)
+    yield Launch(
+        f"{file}:attention_backward_keys_mma", ((n // KEYS + b) * H,), (128,), row_bytes * (2 * KEYS + 4 * ROWS),
+        constants={"KEYS": KEYS, "ROWS": ROWS, "SPLIT": 1 if D <= 128 else 2},
+    )  # fmt: skip
+    ROWS = 128 if D <= 96 else 64
+    # Two blocks for each multiprocessor if they fit with 32 keys, else one.
+    sizes = {
+        keys: row_bytes * (2 * ROWS + 4 * keys) for keys in ((64, 32, 16) if D <= 64 or 96 < D <= 128 else (32, 16))
+    }
+    room = device.shared // 2 if sizes[32] <= device.shared // 2 else device.shared
+    KEYS = next(keys for keys, size in sizes.items() if size <= room)
+    yield Launch(
+        f"{file}:attention_backward_queries_mma", ((n * group // ROWS + b) * H,), (128,),
+        row_bytes * (2 * ROWS + 4 * KEYS), constants={"ROWS": ROWS, "KEYS": KEYS},
+    )  # fmt: skip
 
 
 def _backward_kernels(call: Call, device: Device) -> Plan:
@@ -209,7 +238,8 @@ def _backward_kernels(call: Call, device: Device) -> Plan:
     if (plan := hopper_plan(call, device)) is not None:
         return plan
     scratch = {"delta": ((call["n"], call["num_heads"]), "f32")}
-    return Plan((_delta(call), *_fma(call, device)), scratch)
+    tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2
+    return Plan((_delta(call), *(_mma if tensor else _fma)(call, device)), scratch)
 
 
 self_attention_backward = Op(
@@ -224,6 +254,8 @@ self_attention_backward = Op(
         "attention_backward_wgmma": "Gradients of queries, keys and values, on Hopper's tensor cores (wgmma).",
         "convert_dq": "Gradients of queries, rounded to the model's dtype.",
         "attention_delta": "A row of attention's output times its gradient, for the softmax's backward pass.",
+        "attention_backward_keys_mma": "Gradients of keys and values, on tensor cores (mma.sync).",
+        "attention_backward_queries_mma": "Gradients of queries, on tensor cores (mma.sync).",
         "attention_backward_keys_fma": "Gradients of keys and values, by multiply-adds.",
         "attention_backward_queries_fma": "Gradients of queries, by multiply-adds.",
     },

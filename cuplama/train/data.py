@@ -21,8 +21,9 @@ from ..files import is_missing, not_opened, read_json, writing
 from ..text.tokenizer import Tokenizer
 from .documents import BEGINS, LEARNED, Part, Stream, is_lines, read_documents
 from .marks import Marks
+from .saving import UNFINISHED
 
-__all__ = ["TokenData"]
+__all__ = ["TokenData", "check_files"]
 
 _VERSION = 1  # of these files and of how documents are marked
 _BLOCK = 1 << 22  # bytes that are hashed at a time
@@ -68,6 +69,7 @@ class TokenData:
         Raises PromptError naming file and line for what cannot be read, has no tokens, or tokens beyond the
         vocabulary, and CheckpointError for a disk that is full.
         """
+        check_files(paths)
         sources = [_source(path) for path in paths]
         said = [[(s["bytes"], s["sha256"], s["lines"]) for s in sources], tokenizer.fingerprint()]
         settings = (marks.prefix, marks.bos, marks.eos, sorted(marks.stops), vocab_size)
@@ -115,7 +117,7 @@ class _Place:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write what the tokens are, after them: without it they do not count."""
-        other = self.facts.with_suffix(".json.unfinished")
+        other = self.facts.with_suffix(".json" + UNFINISHED)
         with other.open("w", encoding="utf-8") as file:
             file.write(json.dumps(facts, indent=1) + "\n")
             file.flush()
@@ -125,6 +127,19 @@ class _Place:
     def open(self) -> TokenData:
         facts = read_json(self.facts, CheckpointError)
         return TokenData(np.memmap(self.files[0], self.dtype, "r"), np.memmap(self.files[1], np.uint8, "r"), facts)
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Raises what ``TokenData.build`` would raise at once: for a file that is not there, or whose name is no data's."""
+    for path in paths:
+        is_lines(path)
+        try:
+            with path.open("rb") as file:
+                empty = not file.read(1)
+        except OSError as e:
+            raise PromptError(not_opened(path, e)) from None
+        if empty:
+            raise PromptError(f"{path} is empty")
 
 
 def _source(path: Path) -> dict[str, Any]:
@@ -137,8 +152,6 @@ def _source(path: Path) -> dict[str, Any]:
                 size += len(block)
     except OSError as e:
         raise PromptError(not_opened(path, e)) from None
-    if not size:
-        raise PromptError(f"{path} is empty")
     return {"file": str(path), "bytes": size, "sha256": digest.hexdigest(), "lines": lines}
 
 
@@ -165,7 +178,8 @@ def _write(
     total, done = sum(s["bytes"] for s in sources), 0
     counts = dict(tokens=0, learned=0, documents=0)
     place.facts.unlink(missing_ok=True)
-    with place.files[0].open("wb") as tokens, place.files[1].open("wb") as flags:
+    others = [file.with_suffix(".bin" + UNFINISHED) for file in place.files]
+    with others[0].open("wb") as tokens, others[1].open("wb") as flags:
         for path in paths:
             for part in read_documents(path, tokenizer, stream):
                 _check(part, path, place.vocab_size, tokenizer)
@@ -176,13 +190,15 @@ def _write(
                 done += part.size
                 if progress is not None:
                     progress(min(done, total - 1), total)
-        for file in (tokens, flags):
-            file.flush()
-            os.fsync(file.fileno())
+        for written in (tokens, flags):
+            written.flush()
+            os.fsync(written.fileno())
     if progress is not None:
         progress(total, total)
     if not counts["tokens"]:
         raise PromptError(f"{', '.join(map(str, paths))}: the data has no tokens")
+    for other, file in zip(others, place.files, strict=True):
+        other.replace(file)  # whoever has the old tokens mapped keeps them
     return counts
 
 

@@ -12,7 +12,7 @@ from ..errors import ParameterError
 from ..models.checkpoint import load_weights
 from ..models.config import load_config
 from .checkpoint import Run, Saved, TrainingFolder
-from .data import Progress, TokenData
+from .data import Progress, TokenData, check_files
 from .log import TrainingLog
 from .loop import Loop, Outcome, Report
 from .opening import open_training_backend
@@ -71,6 +71,7 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
     DeviceError, each in one line that names the culprit.
     """
     settings = job.settings
+    check_files([*job.data, *job.evaluation])
     origin = _origin(job)
     context = settings.row_length(origin.config.context, not origin.config.ropes)
     if context > origin.config.context:
