@@ -173,6 +173,7 @@ def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
     assert said.endswith(
         "adapter_model.safetensors does not exist (adapter_model.bin cannot be read; convert to safetensors)"
     )
+    assert refused(tmp_path, ConfigError).endswith(f"adapter_config.json does not exist; {tmp_path / 'a'} has one")
     file.with_suffix(".bin").unlink()
     assert refused(tmp_path / "a", CheckpointError).endswith("adapter_model.safetensors does not exist")
 
