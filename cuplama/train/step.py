@@ -20,7 +20,8 @@ __all__ = ["LOSS", "StepPlan", "Teacher", "chunk_rows", "evaluation_nodes", "tea
 LOSS = "loss"  # [1] float32: the losses of all passes since it was 0 are added to it
 _LOGIT_BYTES = 1 << 30  # of a chunk's logits at most, in float32
 _MAX_CHUNK = 2048  # Rows of a chunk: enough for a product to reach its full speed.
-_SHARED = ("input_ids", "positions", "cu_seqlens")  # what teachers read of the batch under the same name
+# What teachers read of the batch. A token's row in their rotation tables is its position.
+_SHARED = {"input_ids": "input_ids", "positions": "positions", "cu_seqlens": "cu_seqlens", "rope.rows": "positions"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _Chunks:
             nodes.append(Node("softmax_mixture", (mixture,), ins, {"share": 1 / len(self.teachers)}))
         nodes += head.nodes(number, first, rows)
         loss, ins = f"head.{number}.loss", (nodes[-1].outs[0], "targets", "weights", *([mixture] if mixture else []))
-        attrs = {"alpha": self.alpha, "first": first, "U": "T"}
+        attrs = {"V": self.vocab_size, "alpha": self.alpha, "first": first, "U": "T"}
         nodes.append(Node("cross_entropy", (loss, f"head.{number}.dlogits"), ins, attrs))
         nodes.append(Node("add_sum", (LOSS,), (LOSS, loss)))
         return nodes, loss
@@ -149,7 +150,8 @@ def _teacher(teacher: Teacher) -> Graph:
     """A teacher's graph, whose values have names of their own."""
     graph = decoder(teacher.config, cached=False)
     nodes = (*graph.body, *graph.head)
-    names = {v: teacher_value(teacher.number, v) for node in nodes for v in (*node.ins, *node.outs) if v not in _SHARED}
+    values = {v for node in nodes for v in (*node.ins, *node.outs)}
+    names = {v: _SHARED.get(v) or teacher_value(teacher.number, v) for v in values}
     body, head = ([_renamed(node, names) for node in part] for part in (graph.body, graph.head))
     head = [replace(node, ins=tuple(_as_hidden(v, names) for v in node.ins)) for node in head]
     return Graph(body, head, names[graph.out])

@@ -91,7 +91,9 @@ class Trainer:
         self.done = 0
         self._tied = config.tied is not False and _same(weights)
         trained = self._trained()
-        self.parameters = Parameters(backend, {name: _numbers(weights[name]) for name in trained})
+        # Teachers' logits, which go with the model's, are as wide as the vocabulary.
+        rounded = () if teachers else ("embed_tokens", "lm_head")
+        self.parameters = Parameters(backend, {name: _numbers(weights[name]) for name in trained}, rounded)
         self._values = {**self._frozen(weights), **self.parameters.weights}
         self._values |= {LOSS: backend.zeros((1,), _F32)}
         self._gradients = {gradient_name(name): array for name, array in self.parameters.gradients.items()}
@@ -104,6 +106,11 @@ class Trainer:
         self._rope = rope_tables(config, context)
         self._add_tables("", config, context)
         for i, teacher in enumerate(teachers):
+            ropes = teacher.config.ropes.values()
+            if any(rope.regime(context) for rope in ropes):
+                raise ParameterError(
+                    f"a teacher of rope type longrope sees at most {min(r.original for r in ropes)} tokens"
+                )
             loaded = _load(backend, teacher.weights)
             self._values |= {teacher_value(i, name): array for name, array in loaded.items()}
             self._add_tables(teacher_value(i, ""), teacher.config, context)
