@@ -3,8 +3,9 @@
 Every product of GPT-2 124M (16,384 tokens) and of Llama-3.2-1B (4,096 tokens), the head 2,048 rows at a time, in its
 three forms: y = x w^T, dx = dy w, dw += dy^T x (in float32). Each is checked with 64 rows first, then timed as the op
 of the model: microseconds and TFLOP/s, beside torch.matmul's (which gives dy^T x in the dtype of dy, and adds it to
-nothing), where PyTorch is there. GPT-2's head comes twice: with its 50,257 rows, so that 16 bytes do not divide a row
-of logits, and padded to 50,304. Inputs come from memory: they rotate through copies that exceed the L2 cache.
+nothing), where PyTorch is there. GPT-2's head comes three times: with its 50,257 rows, so that 16 bytes do not divide a
+row of logits; padded to 50,304; and at the end with dy in rows of 50,264 elements, of which 50,257 count. Inputs come
+from memory: they rotate through copies that exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import numpy as np
 
 from benchmarks.record import record
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.dtypes import DTYPES, Array
+from cuplama.dtypes import DTYPES, Array, dtype_name
 from cuplama.lab.check import backend_checker
-from cuplama.lab.timing import cache_bytes, rotation, time_workload
-from cuplama.lab.workloads import Workload
+from cuplama.lab.timing import Replay, cache_bytes, rotation, time_workload
+from cuplama.lab.workloads import Workload, normal_values
 from cuplama.ops import OPS
 from cuplama.ops.abstract import abstract
 from cuplama.ops.op import case_dtype
@@ -131,6 +132,47 @@ def measure(backend: CudaBackend, shape: Shape, dtype: str) -> Iterator[dict[str
         yield row
 
 
+def measure_strided(backend: CudaBackend, shape: Shape, dtype: str) -> Iterator[dict[str, Any]]:
+    """The gradients of a head whose dy has rows of a multiple of 8 elements, of which the last ones do not count."""
+    rng, n, m, k, line = np.random.default_rng(1), shape.n, shape.m, shape.k, -(-shape.m // 8) * 8
+    T = DTYPES[dtype]
+    dy = normal_values(rng, (n, m), T, 1.0)
+    x, w = (normal_values(rng, size, T, k**-0.5) for size in ((n, k), (m, k)))
+    dw = np.zeros((m, k), np.float32)
+    wide = backend.upload(np.pad(dy, ((0, 0), (0, line - m)), constant_values=np.nan))
+    for form, op, ins, (rows, columns, summed), kind, add in (
+        ("dx = dy w", "linear_backward_x", (dy, w), (n, k, m), "nn", False),
+        ("dw += dy^T x", "linear_backward_w", (dw, dy, x), (m, k, n), "tn", True),
+    ):
+        device = [backend.upload(a) for a in ins]
+        other = device[1] if op == "linear_backward_x" else device[2]
+        U = DTYPES["f32"] if add else T
+        y = backend.zeros((rows, columns), U)
+        assert backend.gpu.cublas is not None
+        product = backend.gpu.cublas.product(
+            rows, columns, summed, dtype, dtype_name(U), add=add, form=kind, line=line
+        )  # fmt: skip
+        if product is None:
+            yield {"model": shape.model, "product": f"{shape.name} strided", "form": form, "refused": True}
+            continue
+        addresses = {name: backend.gpu.address(a) for name, a in (("x", wide), ("w", other), ("y", y))}
+        addresses |= {"c": addresses["y"]} if add else {}
+
+        def body(product: Any = product, addresses: dict[str, int] = addresses) -> None:
+            with backend.gpu:
+                product(**addresses)
+
+        body()
+        (want,) = (backend.download(a).astype(np.float32) for a in backend.call(OPS[op], device, {}))
+        error = np.linalg.norm(backend.download(y).astype(np.float32) - want) / np.linalg.norm(want)
+        seconds = Replay(backend, [body]).seconds(REPEATS).median
+        yield {
+            "model": shape.model, "product": f"{shape.name} strided", "form": form, "n": n, "m": m, "k": k,
+            "dtype": dtype, "line": line, "error": float(f"{error:.1e}"), "microseconds": round(seconds * 1e6, 1),
+            "teraflops": round(2 * n * m * k / seconds / 1e12, 1),
+        }  # fmt: skip
+
+
 def totals(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Milliseconds of a step's products that belong to one layer, and to all chunks of the head."""
     for model, tokens in dict.fromkeys((r["model"], r["n"]) for r in rows if not r["product"].startswith("head")):
@@ -155,7 +197,8 @@ def main() -> int:
         for row in measure(backend, shape, args.dtype):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    for row in [*totals(rows)]:
+    strided = next(shape for shape in shapes() if shape.m % 8)
+    for row in [*totals(rows), *measure_strided(backend, strided, args.dtype)]:
         rows.append(row)
         print(json.dumps(row), flush=True)
     backend.close()

@@ -19,11 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cuplama.train.data import TokenData
-from cuplama.train.log import read_log
-from cuplama.train.origin import Origin, new_model
-from cuplama.train.run import Hooks, Job, run_training
-from cuplama.train.windows import Windows, evaluation_batches
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -33,6 +28,11 @@ from cuplama.lab import report
 from cuplama.models.export import checkpoint_tensors
 from cuplama.text.tokenizer import Tokenizer as OurTokenizer
 from cuplama.train import Batch, TrainingSettings
+from cuplama.train.data import TokenData
+from cuplama.train.log import read_log
+from cuplama.train.origin import Origin, new_model
+from cuplama.train.run import Hooks, Job, run_training
+from cuplama.train.windows import Windows, evaluation_batches
 
 PROMPT, TOKENS = "ROMEO:", 400
 SMOOTHED = 20  # steps of the curves' running mean

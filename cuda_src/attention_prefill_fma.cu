@@ -11,6 +11,10 @@
 //   page_table  [b, M] i32                 token t of sequence i lies on page page_table[i][t / S]
 //   y           [n, num_heads*D] T
 //
+// S = 0 is training's op self_attention: there is no cache, keys and values are columns of x behind the queries, all
+// tokens are new, and the logarithm of each softmax's sum is kept for the backward pass:
+//   lse         [n, num_heads] f32         ln(sum(exp(q k^T * scale))); nullptr for the paged cache
+//
 // C is T, or e4m3. D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and
 // sums are f32. Exponentials are powers of two: the factor log2(e) is part of the scaled query.
 //
@@ -21,54 +25,16 @@
 //
 // The grid depends on shapes alone (lengths live on the device): tiles beyond a sequence's last row return at once.
 //
-// Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py, and tests/ops/test_attention.py.
+// Ops: cuplama/ops/attention.py and, with S = 0, cuplama/ops/self_attention.py.
+// Tests: the registry's in tests/ops/test_ops.py, tests/ops/test_attention.py, tests/ops/test_self_attention.py.
 // Benchmark: `cuplama kernels bench`.
 // Tried: scores unrolled by 4, which spilled registers.
-#include "attention.cuh"
-#include "e4m3.cuh"
-
-constexpr int PREFILL_THREADS = 256;
-
-// A tile of K or V on its way from the pages to shared memory: each thread moves vectors of 8 elements.
-template <typename C, int D, int S, int KEYS, int STRIDE>
-struct PageTile {
-    static constexpr int COUNT = KEYS * D / 8, VECTORS = (COUNT + PREFILL_THREADS - 1) / PREFILL_THREADS;
-    Pack<C, 8> held[VECTORS];
-
-    // Tokens first .. first+KEYS-1; those from `high` on repeat the last (their scores are masked).
-    __device__ __forceinline__ void fetch(const C* cache, const i32* table, int first, int high, int head, int H) {
-#pragma unroll
-        for (int u = 0; u < VECTORS; u++) {
-            const int vector = threadIdx.x + u * PREFILL_THREADS;
-            if (COUNT % PREFILL_THREADS == 0 || vector < COUNT) {
-                const int token = min(first + vector / (D / 8), high - 1);
-                held[u] = load<8>(cache + token_offset<S, D>(table, token, head, H) + vector % (D / 8) * 8);
-            }
-        }
-    }
-
-    __device__ __forceinline__ void stash(float* tile) const {
-#pragma unroll
-        for (int u = 0; u < VECTORS; u++) {
-            const int vector = threadIdx.x + u * PREFILL_THREADS;
-            if (COUNT % PREFILL_THREADS == 0 || vector < COUNT) {
-                const auto& x = readable(held[u]);
-#pragma unroll
-                for (int half = 0; half < 8; half += 4) {
-                    Pack<f32, 4> four;
-#pragma unroll
-                    for (int i = 0; i < 4; i++) four.v[i] = to_float(x.v[half + i]);
-                    store<4>(tile + vector / (D / 8) * STRIDE + vector % (D / 8) * 8 + half, four);
-                }
-            }
-        }
-    }
-};
+#include "attention_fma.cuh"
 
 // ---- a thread's rows ------------------------------------------------------------------------------------------------
 
 // Thread (ty, tx) has the rows R*ty + i, of scores the keys tx + 16*j, of outputs the columns 2*tx + 32*j and the next.
-template <int D, int ROWS, int KEYS, int STRIDE>
+template <int D, int ROWS, int KEYS>
 struct ThreadRows {
     static constexpr int R = ROWS / 16, C = KEYS / 16, PAIRS = (D + 31) / 32;
     int tx, ty, position[R];                          // of each row's token in its sequence
@@ -79,26 +45,6 @@ struct ThreadRows {
         for (int i = 0; i < R; i++) {
             position[i] = tile.old + (tile.first + R * ty + i) / group;
             largest[i] = LOWEST, sum[i] = 0.f;
-        }
-    }
-
-    // score += the rows of q times the keys, both [][STRIDE].
-    __device__ __forceinline__ void multiply_keys(float (&score)[R][C], const float* q, const float* keys) const {
-#pragma unroll 1
-        for (int d = 0; d < D; d += 4) {
-            Pack<f32, 4> a[R], c[C];
-#pragma unroll
-            for (int i = 0; i < R; i++) a[i] = load<4>(q + (R * ty + i) * STRIDE + d);
-#pragma unroll
-            for (int j = 0; j < C; j++) c[j] = load<4>(keys + (tx + 16 * j) * STRIDE + d);
-#pragma unroll
-            for (int i = 0; i < R; i++) {
-#pragma unroll
-                for (int j = 0; j < C; j++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) score[i][j] += a[i].v[e] * c[j].v[e];
-                }
-            }
         }
     }
 
@@ -129,34 +75,10 @@ struct ThreadRows {
         }
     }
 
-    // acc += the weights times the values [KEYS][STRIDE].
-    __device__ __forceinline__ void add_values(const float* weights, const float* values) {
-#pragma unroll 1
-        for (int key = 0; key < KEYS; key += 4) {
-            Pack<f32, 4> p[R];
-#pragma unroll
-            for (int i = 0; i < R; i++) p[i] = load<4>(weights + (R * ty + i) * (KEYS + 4) + key);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-#pragma unroll
-                for (int j = 0; j < PAIRS; j++) {
-                    const int column = 2 * tx + 32 * j;
-                    if (D % 32 == 0 || column < D) {
-                        const Pack<f32, 2> value = load<2>(values + (key + e) * STRIDE + column);
-#pragma unroll
-                        for (int i = 0; i < R; i++) {
-                            acc[i][j][0] += p[i].v[e] * value.v[0];
-                            acc[i][j][1] += p[i].v[e] * value.v[1];
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    // The rows of y, from that of the sequence's first new token on.
+    // The rows of y, from that of the sequence's first new token on, and of lse, if it is wanted.
     template <typename T>
-    __device__ __forceinline__ void store_rows(const Tile& tile, T* y, int kv_head, int group, int num_heads) {
+    __device__ __forceinline__ void store_rows(const Tile& tile, T* y, f32* lse, int kv_head, int group,
+                                               int num_heads) {
         const int fresh = tile.end / group;
 #pragma unroll
         for (int i = 0; i < R; i++) {
@@ -164,16 +86,9 @@ struct ThreadRows {
             for (int lanes = 8; lanes > 0; lanes /= 2) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], lanes);
             const int row = tile.first + R * ty + i, token = row / group, head = kv_head * group + row % group;
             if (token >= fresh) continue;
-#pragma unroll
-            for (int j = 0; j < PAIRS; j++) {
-                const int column = 2 * tx + 32 * j;
-                if (D % 32 == 0 || column < D) {
-                    Pack<T, 2> out;
-                    out.v[0] = from_float<T>(acc[i][j][0] / sum[i]);
-                    out.v[1] = from_float<T>(acc[i][j][1] / sum[i]);
-                    store<2>(y + (i64(tile.start + token) * num_heads + head) * D + column, out);
-                }
-            }
+            const i64 at = i64(tile.start + token) * num_heads + head;
+            if (lse != nullptr && tx == 0) lse[at] = log_sum(largest[i], sum[i]);
+            store_sums<D>(y + at * D, acc[i], [&](float x) { return x / sum[i]; });
         }
     }
 };
@@ -181,48 +96,56 @@ struct ThreadRows {
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, typename C, int D, int S, int ROWS, int KEYS>
-__global__ void __launch_bounds__(PREFILL_THREADS, 2)
+__global__ void __launch_bounds__(THREADS, 2)
     attention_prefill_fma(const T* __restrict__ x, const C* __restrict__ k, const C* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
-                          const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
-                          int window, float scale) {
-    constexpr int STRIDE = (D + 31) / 32 * 32 + 4;  // floats; 4 more than a multiple of 32 banks: no conflicts
-    DYNAMIC_SHARED(float, q);                       // [ROWS][STRIDE], scaled
-    float* kv = q + ROWS * STRIDE;                  // [KEYS][STRIDE], keys and values in turn
-    float* weights = kv + KEYS * STRIDE;            // [ROWS][KEYS + 4]
+                          const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
+                          int num_heads, int H, int M, int window, float scale) {
+    DYNAMIC_SHARED(float, q);                // [ROWS][STRIDE], scaled
+    float* kv = q + ROWS * STRIDE<D>;        // [KEYS][STRIDE], keys and values in turn
+    float* weights = kv + KEYS * STRIDE<D>;  // [ROWS][KEYS + 4]
 
     const int group = num_heads / H, kv_head = blockIdx.y;
     const int number = gridDim.x - 1 - blockIdx.x;  // the last tiles see the most keys: start them first
-    const Tile part(cu_seqlens, seq_lens, b, group, ROWS, number);
+    const Tile part = Tile::of<S>(cu_seqlens, seq_lens, b, group, ROWS, number);
     const int fresh = part.end / group;
     if (part.first >= part.end) return;
 
     const i32* table = page_table + i64(part.sequence) * M;
-    ThreadRows<D, ROWS, KEYS, STRIDE> rows(part, group);
+    const int heads = num_heads + 2 * H;
+    if constexpr (S == 0) {
+        k = x + (i64(part.start) * heads + num_heads + kv_head) * D;
+        v = k + H * D;
+    }
+    ThreadRows<D, ROWS, KEYS> rows(part, group);
     const Band<ROWS, KEYS> band(part, group, window);
-    PageTile<C, D, S, KEYS, STRIDE> tile;
-    tile.fetch(k, table, band.low, band.high, kv_head, H);
-    for (int i = threadIdx.x; i < ROWS * D; i += PREFILL_THREADS) {
+    RowTile<C, D, KEYS> tile;
+    const auto fetch = [&](const C* from, int at) {
+        tile.fetch(at, band.high,
+                   [&](int token) { return from + token_offset<S, D>(table, token, kv_head, S == 0 ? heads : H); });
+    };
+    fetch(k, band.low);
+    for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
         const int row = part.first + i / D, token = row / group, head = kv_head * group + row % group;
         const bool there = token < fresh;
-        const i64 at = (i64(part.start + token) * (num_heads + 2 * H) + head) * D + i % D;
-        q[i / D * STRIDE + i % D] = there ? to_float(x[at]) * (scale * LOG2_E) : 0.f;
+        const i64 at = (i64(part.start + token) * heads + head) * D + i % D;
+        q[i / D * STRIDE<D> + i % D] = there ? to_float(x[at]) * (scale * LOG2_E) : 0.f;
     }
 
     for (int at = band.low; at < band.high; at += KEYS) {
         __syncthreads();
         tile.stash(kv);
         __syncthreads();
-        tile.fetch(v, table, at, band.high, kv_head, H);
+        fetch(v, at);
         float score[ROWS / 16][KEYS / 16] = {};
-        rows.multiply_keys(score, q, kv);
+        multiply_rows<D>(score, q, kv);
         rows.softmax(score, weights, at, window);
 
         __syncthreads();
         tile.stash(kv);
         __syncthreads();
-        if (at + KEYS < band.high) tile.fetch(k, table, at + KEYS, band.high, kv_head, H);
-        rows.add_values(weights, kv);
+        if (at + KEYS < band.high) fetch(k, at + KEYS);
+        add_rows<D, KEYS / 16>(rows.acc, weights, kv);
     }
-    rows.store_rows(part, y, kv_head, group, num_heads);
+    rows.store_rows(part, y, S == 0 ? lse : nullptr, kv_head, group, num_heads);
 }

@@ -2,9 +2,9 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
-//   x, k, v, cu_seqlens, seq_lens, page_table, y    as in attention_prefill_fma.cu; T is f16 or bf16; D is a multiple
-//                                                   of 8, at most 256; S is a power of two; x, k, v and y lie on
-//                                                   16-byte boundaries
+//   x, k, v, cu_seqlens, seq_lens, page_table, y, lse    as in attention_prefill_fma.cu; T is f16 or bf16; D is a
+//                                                        multiple of 8, at most 256; S is 0 or a power of two; x, k, v
+//                                                        and y lie on 16-byte boundaries
 //
 // FlashAttention-2's forward pass (Dao, arXiv:2307.08691): a block holds ROWS queries and walks over tiles of KEYS keys
 // with an online softmax in f32 (Milakov & Gimelshein, arXiv:1805.02867); products by mma.sync m16n8k16 with f32 sums.
@@ -16,99 +16,55 @@
 // K and V of the next tile are on their way (cp.async, two stages) while this one is computed. Tiles outside the
 // causal band and the window are skipped, by the block or by a warp alone; only tiles on its borders are masked.
 //
-// In shared memory a row is D/8 vectors of 16 bytes (D rounded up to 16, filled with zeros), stored at permuted places
-// so that the 8 rows of an 8x8 matrix always lie in different banks: see Layout.
+// How matrices lie in shared memory: attention_mma.cuh.
 //
 // A row's result depends neither on the rest of the batch nor on ROWS nor on how a prompt is cut into chunks, bit for
 // bit: tiles of keys begin at multiples of KEYS, and a masked tile changes nothing.
 //
-// Op: cuplama/ops/attention.py, which also chooses ROWS and KEYS. Tests: the registry's in tests/ops/test_ops.py, and
-// tests/ops/test_attention.py. Benchmark: `cuplama kernels bench`.
+// Ops: cuplama/ops/attention.py and, with S = 0, cuplama/ops/self_attention.py.
+// Tests: the registry's in tests/ops/test_ops.py, tests/ops/test_attention.py, tests/ops/test_self_attention.py.
+// Benchmark: `cuplama kernels bench`.
 //
 // On an H200, bf16, 32 query and 8 KV heads, D = 128, one causal prompt of 1k, 4k, 16k tokens, 2026-11-20: 225, 310 and
 // 334 TFLOP/s (4 * num_heads * D * pairs), as benchmarks/results/ has it. Tried, in an earlier run (210, 308, 318): 64
 // rows for long prompts (285, 293) and 128 for short ones (164 at 1k); 32 keys a tile (154, 304, 322; for D = 64 at 4k
 // and 16k 222 and 233 instead of 262 and 282).
-#include "attention.cuh"
-#include "mma.cuh"
-
-constexpr int WARPS = 4, THREADS = WARPS * WARP;
-
-// ---- shared memory --------------------------------------------------------------------------------------------------
-
-// Where the 16-byte vectors of a matrix with rows of D elements lie. Eight rows at one column must fall into the eight
-// 16-byte groups of the banks. A row is VECTORS = odd * 2^k vectors, so rows already differ in the upper 3-k bits of
-// the group; the lower k bits are exchanged by an exclusive or with the row's upper bits. TURNS = 2^k, at most 8,
-// vectors change places among themselves; as many threads copy a row, so that a thread's vectors differ by constants.
-template <int D>
-struct Layout {
-    static constexpr int WIDTH = (D + 15) / 16 * 16, VECTORS = WIDTH / 8;
-    static constexpr int TURNS = VECTORS % 8 == 0 ? 8 : VECTORS % 4 == 0 ? 4 : 2;
-
-    static __device__ __forceinline__ int turn(int row) { return row / (8 / TURNS) % TURNS; }
-    static __device__ __forceinline__ int at(int row, int vector) { return row * WIDTH + (vector ^ turn(row)) * 8; }
-};
-
-// The place of a lane's row in an ldmatrix that reads columns 16*i and 16*i + 8 of rows that differ by multiples of 8.
-// first: the lane's row; upper: whether the lane reads column 16*i + 8.
-template <int D>
-struct Lane {
-    int base, turned;
-
-    __device__ __forceinline__ Lane(int first, bool upper)
-        : base(first * Layout<D>::WIDTH), turned((Layout<D>::turn(first % 8) ^ int(upper)) * 8) {}
-
-    __device__ __forceinline__ int at(int row, int i) const {  // row, i: constants once loops are unrolled
-        constexpr int LOW = (Layout<D>::TURNS - 1) * 8;
-        return base + (turned ^ (16 * i & LOW)) + (row * Layout<D>::WIDTH + (16 * i & ~LOW));
-    }
-};
+#include "attention_mma.cuh"
 
 // KEYS tokens of one KV head from the pages into shared memory. Tokens from `high` on are zeros: their scores are
-// masked, but 0 * v must not be NaN.
+// masked, but 0 * v must not be NaN. S = 0: from rows of H heads, of which k and v are columns.
 template <typename T, int D, int S, int KEYS>
-__device__ __forceinline__ void fetch(T* keys, T* values, const T* k, const T* v, const i32* page_table, int table,
-                                      int head, int H, int first, int high) {
+__device__ __forceinline__ void fetch_tile(T* keys, T* values, const T* k, const T* v, const i32* page_table, int table,
+                                           int head, int H, int first, int high) {
     using At = Layout<D>;
     constexpr int PASS = THREADS / At::TURNS;  // rows at once
     const int row = threadIdx.x / At::TURNS, vector = threadIdx.x % At::TURNS, to = At::at(row, vector);
-    // A tile lies on one page, or ...
-    i64 from =
-        S < KEYS ? 0 : i64(page_table[table + first / S] * H + head) * (S * D) + (first % S + row) * D + vector * 8;
+    const int next = S == 0 ? H * D : D;  // elements from one token to the next
+    i64 from = 0;
+    if constexpr (S == 0)
+        from = token_offset<S, D>(nullptr, first + row, 0, H) + vector * 8;
+    else if constexpr (S >= KEYS)  // a tile lies on one page, or ...
+        from = i64(page_table[table + first / S] * H + head) * (S * D) + (first % S + row) * D + vector * 8;
 #pragma unroll
     for (int r = 0; r < KEYS; r += PASS) {
         if (KEYS % PASS != 0 && row + r >= KEYS) break;
         const bool there = row + r < high - first;
-        if (S < KEYS && there) {  // ... each token is looked up
-            const int token = first + row + r;
-            from = i64(page_table[table + token / S] * H + head) * (S * D) + token % S * D + vector * 8 - r * D;
+        if constexpr (S > 0 && S < KEYS) {
+            if (there) {  // ... each token is looked up
+                const int token = first + row + r;
+                from = i64(page_table[table + token / S] * H + head) * (S * D) + token % S * D + vector * 8 - r * D;
+            }
         }
 #pragma unroll
         for (int u = 0; u < At::VECTORS; u += At::TURNS) {
             const bool valid = there && (At::WIDTH == D || (vector + u) * 8 < D);
-            cp_async_16(keys + to + (r * At::WIDTH + u * 8), k + from + (r * D + u * 8), valid);
-            cp_async_16(values + to + (r * At::WIDTH + u * 8), v + from + (r * D + u * 8), valid);
+            cp_async_16(keys + to + (r * At::WIDTH + u * 8), k + from + (r * next + u * 8), valid);
+            cp_async_16(values + to + (r * At::WIDTH + u * 8), v + from + (r * next + u * 8), valid);
         }
     }
 }
 
 // ---- a warp's rows --------------------------------------------------------------------------------------------------
-
-// The queries of the block to shared memory, [ROWS][WIDTH]; rows beyond the tile's are zeros.
-template <int D, int ROWS, typename T>
-__device__ __forceinline__ void fetch_queries(T* queries, const T* x, const Tile& tile, int kv_head, int group,
-                                              int heads) {
-    using At = Layout<D>;
-    for (int r = threadIdx.x / At::TURNS; r < ROWS; r += THREADS / At::TURNS) {
-        const int token = (tile.first + r) / group, head = kv_head * group + (tile.first + r) % group;
-        const T* from = x + (i64(tile.start + token) * heads + head) * D;
-#pragma unroll
-        for (int u = 0; u < At::VECTORS; u += At::TURNS) {
-            const int vector = threadIdx.x % At::TURNS + u;
-            cp_async_16(queries + At::at(r, vector), from + vector * 8, tile.first + r < tile.end && vector * 8 < D);
-        }
-    }
-}
 
 // MT matrices of 16 rows. A lane has rows lane/4 and lane/4 + 8 of each, of every 8 columns 2*(lane%4) and the next.
 template <typename T, int D, int MT, int KEYS>
@@ -117,28 +73,6 @@ struct WarpRows {
     // Of a tile; sums over values; statistics. sum: of the lane's own columns. These are arrays of the kernel and not
     // members: held in a struct they cost up to 11 registers on sm_80, and 240 bytes of spills for D = 128.
     typedef float Scores[MT][KEYS / 8][4], Sums[MT][WIDTH / 8][4], Stats[MT][2];
-
-    // score += the rows q times a tile of keys.
-    static __device__ __forceinline__ void multiply_keys(Scores& score, const T* q, const T* keys, const Lane<D>& down,
-                                                         const Lane<D>& across) {
-#pragma unroll
-        for (int i = 0; i < WIDTH / 16; i++) {
-            u32 a[MT][4];
-#pragma unroll
-            for (int m = 0; m < MT; m++) ldmatrix_x4(a[m], q + down.at(16 * m, i));
-#pragma unroll
-            for (int j = 0; j < KEYS / 16; j++) {
-                u32 both[4];
-                ldmatrix_x4(both, keys + across.at(16 * j, i));
-                const u32 left[2] = {both[0], both[1]}, right[2] = {both[2], both[3]};
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    multiply(score[m][2 * j], a[m], left, T());
-                    multiply(score[m][2 * j + 1], a[m], right, T());
-                }
-            }
-        }
-    }
 
     // Shuts out what a row does not see of the keys from `at` on. mine: the warp's first row; old: tokens before them.
     static __device__ __forceinline__ void mask(Scores& score, int at, int old, int mine, int group, int window) {
@@ -195,36 +129,10 @@ struct WarpRows {
         }
     }
 
-    // acc += the weights times a tile of values.
-    static __device__ __forceinline__ void add_values(Sums& acc, const Scores& score, const T* values,
-                                                      const Lane<D>& down) {
-#pragma unroll
-        for (int i = 0; i < KEYS / 16; i++) {
-            u32 a[MT][4];
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float (&from)[4] = score[m][2 * i + e / 2];
-                    a[m][e] = pack<T>(from[e % 2 * 2], from[e % 2 * 2 + 1]);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < WIDTH / 16; j++) {
-                u32 both[4];
-                ldmatrix_x4_trans(both, values + down.at(16 * i, j));
-                const u32 left[2] = {both[0], both[1]}, right[2] = {both[2], both[3]};
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    multiply(acc[m][2 * j], a[m], left, T());
-                    multiply(acc[m][2 * j + 1], a[m], right, T());
-                }
-            }
-        }
-    }
-
-    // The rows of y, to q in shared memory.
-    static __device__ __forceinline__ void finish(T* q, const Sums& acc, const Stats& sum) {
+    // The lane's sums to what its rows are multiplied with; the logarithms to lse, if it is wanted.
+    template <typename At>
+    static __device__ __forceinline__ void finish(Stats& sum, const Stats& largest, float factor, f32* lse, int mine,
+                                                  int end, At at_row) {
         const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -233,33 +141,14 @@ struct WarpRows {
                 float total = sum[m][half];
                 total += __shfl_xor_sync(ALL_LANES, total, 1);
                 total += __shfl_xor_sync(ALL_LANES, total, 2);
-                const float inverse = 1.f / total;
-                const int row = m * 16 + half * 8 + lane / 4;
-#pragma unroll
-                for (int j = 0; j < WIDTH / 8; j++)
-                    *reinterpret_cast<u32*>(q + Layout<D>::at(row, j) + lane % 4 * 2) =
-                        pack<T>(acc[m][j][2 * half] * inverse, acc[m][j][2 * half + 1] * inverse);
+                sum[m][half] = 1.f / total;
+                const int row = mine + m * 16 + half * 8 + lane / 4;
+                if (lse != nullptr && lane % 4 == 0 && row < end)
+                    lse[at_row(row)] = log_sum(largest[m][half] * factor, total);
             }
         }
     }
 };
-
-// The SIZE rows of a warp, from `mine` of the tile's sequence on, from q in shared memory to y.
-template <int D, int SIZE, typename T>
-__device__ __forceinline__ void store_rows(T* y, const T* q, const Tile& tile, int mine, int kv_head, int group,
-                                           int num_heads) {
-    using At = Layout<D>;
-    const int lane = threadIdx.x % WARP;
-    for (int r = lane / At::TURNS; r < SIZE && mine + r < tile.end; r += WARP / At::TURNS) {
-        const int token = (mine + r) / group, head = kv_head * group + (mine + r) % group;
-        T* to = y + (i64(tile.start + token) * num_heads + head) * D;
-#pragma unroll
-        for (int u = 0; u < At::VECTORS; u += At::TURNS) {
-            const int vector = lane % At::TURNS + u;
-            if (vector * 8 < D) store<8>(to + vector * 8, load<8>(q + At::at(r, vector)));
-        }
-    }
-}
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
@@ -267,8 +156,8 @@ template <typename T, int D, int S, int ROWS, int KEYS>
 __global__ void __launch_bounds__(THREADS, 2)
     attention_prefill_mma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
-                          const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
-                          int window, float scale) {
+                          const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
+                          int num_heads, int H, int M, int window, float scale) {
     constexpr int WIDTH = Layout<D>::WIDTH, STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS, MT = SIZE / 16;
     DYNAMIC_SHARED(T, queries);        // [ROWS][WIDTH]; at the end the outputs
     T* keys = queries + ROWS * WIDTH;  // [2][KEYS][WIDTH]
@@ -276,7 +165,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 
     const int group = num_heads / H, kv_head = blockIdx.x % H;
     const int number = (gridDim.x - 1 - blockIdx.x) / H;  // the last tiles see the most keys: start them first
-    const Tile tile(cu_seqlens, seq_lens, b, group, ROWS, number);
+    const Tile tile = Tile::of<S>(cu_seqlens, seq_lens, b, group, ROWS, number);
     const int old = tile.old, rows = tile.end, table = tile.sequence * M;
     if (tile.first >= rows) return;
     const Band<ROWS, KEYS> band(tile, group, window);
@@ -285,15 +174,25 @@ __global__ void __launch_bounds__(THREADS, 2)
     // Positions of the warp's first and last token; a warp without rows has none.
     const int mine = tile.first + warp * SIZE;
     const int near = old + mine / group, far = mine < rows ? old + (mine + SIZE - 1) / group : -1;
-    fetch_queries<D, ROWS>(queries, x, tile, kv_head, group, num_heads + 2 * H);
-    fetch<T, D, S, KEYS>(keys, values, k, v, page_table, table, kv_head, H, band.low, band.high);
+    const int heads = num_heads + 2 * H;
+    if constexpr (S == 0) {
+        k = x + (i64(tile.start) * heads + num_heads + kv_head) * D;
+        v = k + H * D;
+    }
+    const auto fetch = [&](int stage, int at) {
+        fetch_tile<T, D, S, KEYS>(keys + stage * STAGE, values + stage * STAGE, k, v, page_table, table, kv_head,
+                                  S == 0 ? heads : H, at, band.high);
+    };
+    fetch_rows<D, ROWS>(queries, tile.first, rows, [&](int row) {
+        return x + (i64(tile.start + row / group) * heads + kv_head * group + row % group) * D;
+    });
+    fetch(0, band.low);
     cp_async_commit();
 
     T* q = queries + warp * SIZE * WIDTH;
     const float factor = scale * LOG2_E;
     using Rows = WarpRows<T, D, MT, KEYS>;
-    // ldmatrix reads 2x2 matrices: first down and then to the right, or the other way around.
-    const Lane<D> down(lane % 16, lane / 16), across(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const Lane<D> down = lane_down<D>(), across = lane_across<D>();
     float acc[MT][WIDTH / 8][4] = {}, largest[MT][2], sum[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; m++) largest[m][0] = largest[m][1] = LOWEST, sum[m][0] = sum[m][1] = 0.f;
@@ -301,21 +200,24 @@ __global__ void __launch_bounds__(THREADS, 2)
         cp_async_wait<0>();
         __syncthreads();  // this tile is there, and nobody reads the one before
         if (at + KEYS < band.high) {
-            const int other = (stage ^ 1) * STAGE, next = at + KEYS;
-            fetch<T, D, S, KEYS>(keys + other, values + other, k, v, page_table, table, kv_head, H, next, band.high);
+            fetch(stage ^ 1, at + KEYS);
             cp_async_commit();
         }
         if (at > far || (window > 0 && at + KEYS <= near - window + 1)) continue;
         float score[MT][KEYS / 8][4] = {};
-        Rows::multiply_keys(score, q, keys + stage * STAGE, down, across);
+        multiply_rows<T, D>(score, q, keys + stage * STAGE, down, across);
         if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) Rows::mask(score, at, old, mine, group, window);
         Rows::softmax(score, acc, largest, sum, factor);
-        Rows::add_values(acc, score, values + stage * STAGE, down);
+        add_rows<T, D>(acc, score, values + stage * STAGE, down);
     }
 
+    const auto at_row = [&](int row) {
+        return i64(tile.start + row / group) * num_heads + kv_head * group + row % group;
+    };
+    Rows::finish(sum, largest, factor, S == 0 ? lse : nullptr, mine, rows, at_row);
     // Through the warp's rows of `queries`, so that whole rows are written.
     __syncwarp();  // its last reads of them are done
-    Rows::finish(q, acc, sum);
+    stash_rows<D>(q, acc, sum);
     __syncwarp();
-    store_rows<D, SIZE>(y, q, tile, mine, kv_head, group, num_heads);
+    store_rows<D, SIZE, WARP>(q, lane, mine, rows, [&](int row) { return y + at_row(row) * D; });
 }

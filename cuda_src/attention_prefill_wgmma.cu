@@ -2,7 +2,7 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
-//   x, k, v, cu_seqlens, seq_lens, page_table, y    as in attention_prefill_mma.cu; D is 64, 96 or 128
+//   x, k, v, cu_seqlens, seq_lens, page_table, y, lse    as in attention_prefill_mma.cu; D is 64, 96 or 128
 //
 // FlashAttention-3's plan (Shah et al., arXiv:2407.08608): one block a multiprocessor. GROUPS warpgroups hold 64 rows
 // each, (token, head of the group) pairs; one more, the first, fetches tiles of 128 keys and values, two stages of
@@ -15,7 +15,8 @@
 // host for each cache; four warps are enough to keep up. Layout in shared memory: panels of 64 columns, rows of 128
 // bytes, 16-byte vectors exchanged by ^ (row % 8).
 //
-// Op: cuplama/ops/attention.py. Tests: the registry's in tests/ops/test_ops.py, and tests/ops/test_attention.py.
+// Ops: cuplama/ops/attention.py and, with S = 0, cuplama/ops/self_attention.py.
+// Tests: the registry's in tests/ops/test_ops.py, tests/ops/test_attention.py, tests/ops/test_self_attention.py.
 // Benchmark: `cuplama kernels bench`.
 //
 // On an H200, bf16, 32 query and 8 KV heads, one causal prompt, TFLOP/s (4 * num_heads * D * pairs), 2026-11-20, in one
@@ -71,11 +72,13 @@ struct Barriers {
     u64 k_full[2], k_empty[2], v_full[2], v_empty[2];
 };
 
-// Two warps bring one tile after the other of K or of V. Tokens from `high` on are zeros: 0 * v must not be NaN.
+// Two warps bring one tile after the other of K or of V. Tokens from `high` on are zeros: 0 * v must not be NaN. S = 0:
+// from rows of H heads, of which `cache` is a column.
 template <typename T, int D, int S>
 __device__ __forceinline__ void produce(T* stages, u64* full, u64* empty, const T* cache, const i32* page_table,
                                         int table, int head, int H, int low, int high) {
-    constexpr int SIZE = KEYS * ((D + PANEL - 1) / PANEL * PANEL), RUN = S < KEYS ? S : KEYS;
+    constexpr int SIZE = KEYS * ((D + PANEL - 1) / PANEL * PANEL), RUN = S == 0 ? 32 : S < KEYS ? S : KEYS;
+    const int next = S == 0 ? H * D : D;  // elements from one token to the next
     const int thread = threadIdx.x % 64, row = thread / 8, vector = thread % 8;
     for (int at = low, j = 0; at < high; at += KEYS, j++) {
         if (j >= 2) mbarrier_wait(empty + j % 2, (j / 2 + 1) % 2);
@@ -83,14 +86,19 @@ __device__ __forceinline__ void produce(T* stages, u64* full, u64* empty, const 
 #pragma unroll 2
         for (int r = 0; r < KEYS; r += RUN) {  // tokens of one page
             const int token = at + r, left = high - token - row;
-            const i64 page = token < high ? page_table[table + token / S] * H + head : 0;
-            const T* from = cache + page * (S * D) + (token % S + row) * D + vector * 8;
+            const T* from = cache + vector * 8;
+            if constexpr (S == 0) {
+                from += i64(token + row) * next;
+            } else {
+                const i64 page = token < high ? page_table[table + token / S] * H + head : 0;
+                from += page * (S * D) + (token % S + row) * D;
+            }
 #pragma unroll
             for (int i = 0; i < RUN; i += 8) {
 #pragma unroll
                 for (int u = 0; u < D / 8; u += 8) {
                     if (D % PANEL == 0 || vector + u < D / 8)
-                        cp_async_16(to + (u / 8 * KEYS + r + i) * PANEL, from + (i * D + u * 8), i < left);
+                        cp_async_16(to + (u / 8 * KEYS + r + i) * PANEL, from + (i * next + u * 8), i < left);
                 }
             }
         }
@@ -218,13 +226,17 @@ struct GroupRows {
     }
 
     // Rows of y, through the warp's rows of q, so that whole rows are written.
-    __device__ __forceinline__ void store_rows(T* q, T* y, int kv_head, int num_heads) const {
+    __device__ __forceinline__ void store_rows(T* q, T* y, f32* lse, float factor, int kv_head, int num_heads) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float total = sum[half];
             total += __shfl_xor_sync(ALL_LANES, total, 1);
             total += __shfl_xor_sync(ALL_LANES, total, 2);
             const float inverse = 1.f / total;
+            const int row = mine + here + 8 * half;
+            if (lse != nullptr && lane % 4 == 0 && row < tile.end)
+                lse[i64(tile.start + row / group) * num_heads + kv_head * group + row % group] =
+                    log_sum(largest[half] * factor, total);
 #pragma unroll
             for (int j = 0; j < D / 8; j++)
                 *reinterpret_cast<u32*>(q + place(MINE, here + 8 * half, j) + lane % 4 * 2) =
@@ -293,8 +305,8 @@ template <typename T, int D, int S, int GROUPS>
 __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
     attention_prefill_wgmma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
                             const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
-                            const i32* __restrict__ page_table, T* __restrict__ y, int b, int num_heads, int H, int M,
-                            int window, float scale) {
+                            const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
+                            int num_heads, int H, int M, int window, float scale) {
     constexpr int ROWS = GROUPS * MINE, WIDTH = (D + PANEL - 1) / PANEL * PANEL, STAGE = KEYS * WIDTH;
     DYNAMIC_SHARED(unsigned char, raw);
     T* queries = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
@@ -304,7 +316,7 @@ __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
 
     const int group = num_heads / H, kv_head = blockIdx.x % H;
     const int number = (gridDim.x - 1 - blockIdx.x) / H;  // the last tiles see the most keys: start them first
-    const Tile tile(cu_seqlens, seq_lens, b, group, ROWS, number);
+    const Tile tile = Tile::of<S>(cu_seqlens, seq_lens, b, group, ROWS, number);
     if (tile.first >= tile.end) return;
     const Band<ROWS, KEYS> band(tile, group, window);
 
@@ -320,11 +332,16 @@ __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
 
     if (threadIdx.x / GROUP == 0) {
         registers_fewer<GROUPS == 2 ? 40 : 32>();
-        const int table = tile.sequence * M;
+        const int table = tile.sequence * M, heads = S == 0 ? num_heads + 2 * H : H;
+        if constexpr (S == 0) {
+            k = x + (i64(tile.start) * heads + num_heads + kv_head) * D;
+            v = k + H * D;
+        }
         if (threadIdx.x < 64)
-            produce<T, D, S>(keys, bar.k_full, bar.k_empty, k, page_table, table, kv_head, H, band.low, band.high);
+            produce<T, D, S>(keys, bar.k_full, bar.k_empty, k, page_table, table, kv_head, heads, band.low, band.high);
         else
-            produce<T, D, S>(values, bar.v_full, bar.v_empty, v, page_table, table, kv_head, H, band.low, band.high);
+            produce<T, D, S>(values, bar.v_full, bar.v_empty, v, page_table, table, kv_head, heads, band.low,
+                             band.high);
     } else {
         registers_more<GROUPS == 2 ? 232 : 160>();
         const int consumer = threadIdx.x / GROUP - 1;
@@ -333,6 +350,6 @@ __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
         rows.fetch_queries(q, x, kv_head, num_heads + 2 * H);
         bar_sync(1 + consumer, GROUP);
         consume(rows, bar, q, keys, values, band, window, scale * LOG2_E, 1 + consumer);
-        rows.store_rows(q, y, kv_head, num_heads);
+        rows.store_rows(q, y, S == 0 ? lse : nullptr, scale * LOG2_E, kv_head, num_heads);
     }
 }

@@ -75,7 +75,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[HEIGHT][C], int from,
             rights[depth][column] = k + depth < to ? right(column, k + depth) : 0.f;
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll 4
         for (int depth = 0; depth < DEPTH; depth++) {
             const Pack<f32, HEIGHT> l = load<HEIGHT>(&lefts[depth][y * HEIGHT]);
             const Pack<f32, C> other = load<C>(&rights[depth][x * C]);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(SIDE* SIDE)
 
 // Grid: tiles of m; tiles of r; pieces of n.
 template <typename T, int C>
-__global__ void __launch_bounds__(SIDE* SIDE)
+__global__ void __launch_bounds__(SIDE* SIDE, 4)
     lora_backward_b(const T* __restrict__ dy, const T* __restrict__ h, const i32* __restrict__ part,
                     f32* __restrict__ partial, int n, int m, int q, int r) {
     const int first = blockIdx.x * TILE, column = blockIdx.y * SIDE * C;

@@ -94,9 +94,10 @@ class Completion:
     model: the folder or hub id as it was given to ``load``; device: "numpy" or "cuda"; dtype: "float32", ...
     index: the place among all completions of the call: with n choices, prompt * n + choice.
     context: tokens that the sequence could have, which ends it where max_tokens is None.
+    adapter: as it was given to ``load``, or None.
 
-    ``cuplama.load(c.model, device=c.device, dtype=c.dtype, context=c.context).generate(c.prompt, c.params)`` generates
-    the same again.
+    ``cuplama.load(c.model, device=c.device, dtype=c.dtype, context=c.context, adapter=c.adapter)`` is a model whose
+    ``generate(c.prompt, c.params)`` gives the same again.
     """
 
     text: str
@@ -113,6 +114,7 @@ class Completion:
     dtype: str = ""
     index: int = 0
     context: int = 0
+    adapter: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -147,6 +149,7 @@ class Completion:
             "dtype": self.dtype,
             "index": self.index,
             "context": self.context,
+            "adapter": self.adapter,
         }
 
 

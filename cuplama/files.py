@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, CuplamaError
 
-__all__ = ["is_missing", "not_opened", "not_understood", "read_json", "read_optional_json"]
+__all__ = ["is_missing", "not_opened", "not_understood", "read_json", "read_optional_json", "writing"]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _BOM = b"\xef\xbb\xbf"  # some editors write it in front of UTF-8
@@ -71,3 +74,16 @@ def not_understood(path: Path, problem: str, reason: str) -> str:
     elif head.startswith(_BOM):
         reason = "it starts with a byte order mark; save it as UTF-8 without one"
     return f"{path} {problem}: {reason}"
+
+
+@contextmanager
+def writing(path: Path, error: type[CuplamaError], when_full: str = "") -> Iterator[None]:
+    """Inside, what the system says of a file becomes an error of one line.
+
+    path: named where the system names none; when_full: what to do about a disk without room, for the end of the line.
+    """
+    try:
+        yield
+    except OSError as e:
+        hint = f"; {when_full}" if when_full and e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise error(f"{e.filename or path}: {e.strerror or e}{hint}") from None

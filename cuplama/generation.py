@@ -16,8 +16,8 @@ __all__ = ["Generation"]
 class Generation:
     """The prompts of a call and the sequences made of them, the same number for each prompt, prompt by prompt.
 
-    single: whether the caller gets one Completion, and not a list; model, device, dtype, context: as a Completion has
-    them.
+    single: whether the caller gets one Completion, and not a list; model, device, dtype, context, adapter: as a
+    Completion has them.
     """
 
     prompts: Sequence[PlainPrompt]
@@ -27,6 +27,7 @@ class Generation:
     device: str
     dtype: str
     context: int
+    adapter: str | None = None
     clock: Clock = field(default_factory=Clock)
 
     def completions(self) -> list[Completion]:
@@ -51,4 +52,5 @@ class Generation:
             dtype=self.dtype,
             index=output.index,
             context=self.context,
+            adapter=self.adapter,
         )

@@ -44,7 +44,7 @@ DownloadProgress = Callable[[int, int], None]  # (bytes that are here, bytes in 
 HUB_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", INDEX,
-    "adapter_config.json",  # of what is no model by itself: the error for its folder names it
+    "adapter_config.json",
     *FILES,
 )  # fmt: skip
 _FOLDER_FILES = (".json", ".safetensors", ".jinja")  # what a model folder has, for a hint
@@ -158,6 +158,8 @@ def weight_files(names: Iterable[str], index: Mapping[str, Any] | None) -> list[
     if index is not None:
         places = index.get("weight_map")
         return sorted(n for n in names if n in places.values()) if isinstance(places, dict) else []
+    if "adapter_model.safetensors" in names:
+        return ["adapter_model.safetensors"]
     others = sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
     return others if len(others) == 1 else []
 

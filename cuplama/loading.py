@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from .hub import BUNDLED, find_model
 from .model import Model
 from .models.checkpoint import load_weights
 from .models.config import ModelConfig, load_config
+from .models.peft import load_adapter
 from .models.rounding import round_weights
 from .quant.grid import GRIDS
 from .quant.weight import Weight
@@ -53,6 +55,7 @@ def load(
     cache_tokens: int | None = None,
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -70,6 +73,7 @@ def load(
     that more tokens fit and long texts are generated faster, at some precision. "auto" stores the model's dtype.
     activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
     tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
+    adapter: a folder, or a hub id, of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
@@ -82,6 +86,7 @@ def load(
     one_of("activations", activations, ACTIVATIONS)
     one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
+    adapter_folder = None if adapter is None else find_model(adapter, offline)
     with held_open(folder):
         config = load_config(folder)
         length = context_length(config, context)
@@ -95,10 +100,22 @@ def load(
         weights = load_weights(folder, config)
     if quantize is not None:
         weights = round_weights(weights, config, quantize)
+    name = BUNDLED if model is None else os.fspath(model)
+    if adapter_folder is not None:
+        config, more = load_adapter(adapter_folder, config)
+        weights = {**weights, **more}
+        _compare(config, name)
     setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
     engine = start_engine(config, weights, setup, progress)
-    name = BUNDLED if model is None else os.fspath(model)
-    return Model(folder, config, tokenizer, engine, settings, name)
+    return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
+
+
+def _compare(config: ModelConfig, name: str) -> None:
+    """Say so where an adapter names another model than the one that it is applied to; copies may have any name."""
+    base = config.adapter.base if config.adapter is not None else ""
+    made_for, given = (re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower() for text in (base, name))
+    if base and made_for != given and base != config.raw.get("_name_or_path"):
+        _log.warning("the adapter was made for %s, and is applied to %s", base, name)
 
 
 def start_engine(

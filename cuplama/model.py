@@ -39,10 +39,10 @@ class Model:
 
     After close() everything that computes raises ClosedError; encode, decode and params go on.
 
-    name: the folder or hub id as it was given to ``load``; folder: where its files are; config: ModelConfig; backend:
-    where it runs; context: tokens a sequence may have; num_parameters: numbers in its weights, a head that is tied to
-    the embedding not counted; defaults: the sampling parameters that its generation_config.json sets; stop_ids: token
-    ids that end a text; bos: the id that an empty prompt becomes, or None.
+    name, adapter: the folders or hub ids as they were given to ``load``; folder: where its files are; config:
+    ModelConfig; backend: where it runs; context: tokens a sequence may have; num_parameters: numbers in its weights, an
+    adapter and a head that is tied to the embedding not counted; defaults: the sampling parameters that its
+    generation_config.json sets; stop_ids: token ids that end a text; bos: the id that an empty prompt becomes, or None.
     """
 
     def __init__(
@@ -53,14 +53,16 @@ class Model:
         engine: Engine,
         settings: Settings,
         name: str | None = None,
+        adapter: str | None = None,
     ) -> None:
-        self.name = str(folder) if name is None else name
+        self.name, self.adapter = str(folder) if name is None else name, adapter
         self.folder, self.config, self.backend = folder, config, engine.backend
         self._tokenizer = tokenizer
         self._engine: Engine | None = engine
         self.context = engine.context
         self.defaults, self.stop_ids, self.bos = settings.defaults, settings.stop_ids, settings.bos
-        shapes = {id(engine.runner.values[weight]): shape for weight, shape in config.weight_shapes().items()}
+        own = replace(config, adapter=None).weight_shapes()
+        shapes = {id(engine.runner.values[weight]): shape for weight, shape in own.items()}
         self.num_parameters = sum(map(math.prod, shapes.values()))
 
     def __repr__(self) -> str:
@@ -311,7 +313,8 @@ class Model:
             sequences += [SequenceState(ids, choice, stops) for choice in params.choices(count)]
         outputs = [OutputText(i, s, self._tokenizer) for i, s in enumerate(sequences)]
         device, dtype = self.backend.name, self.backend.dtype.name
-        return Generation(prompts, outputs, single and n is None, self.name, device, dtype, self.context)
+        settings = self.name, device, dtype, self.context, self.adapter
+        return Generation(prompts, outputs, single and n is None, *settings)
 
     def _deltas(self, generation: Generation, progress: Progress | None) -> Generator[Delta]:
         """Run the sequences; one delta per token drawn, in the order in which they are drawn."""

@@ -137,6 +137,8 @@ def index(*shards: Any) -> dict[str, Any]:
         (["weights/a.safetensors", "b.safetensors"], index("weights/a.safetensors"), ["weights/a.safetensors"]),
         (SHARDS[:1], index(*SHARDS), SHARDS[:1]),  # loading will name the other
         (["odd.safetensors", "onnx/x.safetensors", "pytorch_model.bin"], None, ["odd.safetensors"]),
+        (["adapter_model.safetensors", "optimizer.safetensors"], None, ["adapter_model.safetensors"]),
+        (["adapter_model.safetensors", "model.safetensors"], None, ["model.safetensors"]),
         (SHARDS, None, []),
         (SHARDS, {"weight_map": None}, []),
         (SHARDS, index(5, [1]), []),

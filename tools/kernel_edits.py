@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tools import kernel_edits_training as training
+
 __all__ = ["EDITS", "EQUIVALENT"]
 
 # (file, text that occurs once, replacement). The text may span lines; `...` in a report is cut.
@@ -86,7 +88,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("advance.cu", "min(at / S, M - 1)] * S", "min(at / S + 1, M - 1)] * S"),
     # factors, operands, lanes
     ("kv_cache.cu", "head < H ? k : v", "head < H ? v : k"),
-    ("rope.cu", "low ? -to_float(partner.v[j])", "low ? to_float(partner.v[j])"),
+    ("rope.cu", "low != BACK ? -to_float(partner.v[j])", "low != BACK ? to_float(partner.v[j])"),
     ("rope.cu", "low ? at + h : at - h", "low ? at + h : at + h"),
     ("norm.cu", "inverse * to_float(scale[c].v[j])", "to_float(scale[c].v[j])"),
     ("activation.cu", "const T* up = gate + f;", "const T* up = gate + f + 1;"),
@@ -336,6 +338,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention.cuh", "* S + position % S)", "* S + position % S + 1)"),
     # peaks.cu
     ("peaks.cu", "v[i] = at < n ?", "v[i] = at <= n ?"),
+    *training.EDITS,
 )  # fmt: skip
 
 
@@ -409,4 +412,5 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "__shared__ int count;\n    __syncthreads();",
         "between the read of count and the next gather lie the barriers of find_bin",
     ),
+    *training.EQUIVALENT,
 )

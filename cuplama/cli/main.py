@@ -22,12 +22,14 @@ from .generate import generate
 from .graph import graph
 from .info import info
 from .kernels import kernels
+from .merge import merge
 from .models import models
 from .perplexity import perplexity
 from .pull import pull
 from .quantize import quantize
 from .streams import say
 from .tokenize import tokenize
+from .train import train
 
 __all__ = ["cli", "main"]
 
@@ -45,8 +47,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    bench, chat, completion, doctor, generate, graph, info, kernels, models, perplexity, pull, quantize,
-    tokenize,
+    bench, chat, completion, doctor, generate, graph, info, kernels, merge, models, perplexity, pull,
+    quantize, tokenize, train,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -20,6 +20,8 @@ from ..errors import ParameterError
 from ..loading import DEFAULT_CONTEXT
 from ..models.checkpoint import has_weights, load_weights
 from ..models.config import ModelConfig, load_config
+from ..models.lora import Adapter
+from ..models.peft import load_adapter
 from ..models.presets import find_shape, is_shape
 from ..models.rounding import round_weights
 from ..ops.attention import HEAD_DIMS
@@ -43,17 +45,24 @@ def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelCon
     return folder, load_config(folder)
 
 
-def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None) -> dict[str, Any]:
+def facts(
+    folder: Path | None, config: ModelConfig, quantize: str | None = None, adapter: Path | None = None
+) -> dict[str, Any]:
     """Facts about a model by stable names. Where there are no weights, what they would be by the config.
 
-    quantize: what ``load`` is asked to quantise them to.
+    quantize: what ``load`` is asked to quantise them to; adapter: the folder of a LoRA adapter for it.
     """
     found = folder is not None and has_weights(folder)
     T = DTYPES[config.stored]
     if quantize is not None and not found:
         raise ParameterError("--quantize needs a model's weights, and there are none")
+    if adapter is not None and not found:
+        raise ParameterError("--adapter needs a model's weights, and there are none")
     if folder is not None and found:
         weights = _weights(folder, config, quantize)
+        if adapter is not None:
+            config, more = load_adapter(adapter, config)
+            weights |= more
         T = DTYPES[stored_dtype(config, weights)]
         tied = weights["lm_head"].source == weights["embed_tokens"].source
         shapes = {name: w.shape for name, w in weights.items()}
@@ -74,7 +83,7 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
     return {
         "folder": None if folder is None else str(folder),
         "architecture": config.architecture,
-        "parameters": sum(sizes.values()),
+        "parameters": sum(size for name, size in sizes.items() if not _is_adapter(name)),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "feed_forward_size": config.intermediate_size,
@@ -94,6 +103,7 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
         "weight_formats": _bits(sizes, formats, memory),
         "bits_per_weight": 8 * sum(parts.values()) / sum(sizes.values()),
         "head_tied": tied,
+        "adapter": None if config.adapter is None else _adapter(config, config.adapter),
         "bytes_by_part": parts,
         "cache_bytes_per_token": per_token,
         "cache_bytes": per_token * context,
@@ -102,6 +112,20 @@ def facts(folder: Path | None, config: ModelConfig, quantize: str | None = None)
         "numpy_bytes": 4 * sum(sizes.values()) + cache_bytes(config, DTYPES["f32"], context),
         **text_facts(folder, config),
     }
+
+
+def _adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Any]:
+    """Of an adapter: its ranks, its numbers, the kinds of layers that it changes, and what it was made for."""
+    return {
+        "ranks": sorted({added.rank for added in adapter.modules.values()}),
+        "parameters": adapter.parameters(config.own_recipes(), config.dims()),
+        "modules": sorted({module.rpartition(".")[2] for module in adapter.modules}),
+        "base": adapter.base or None,
+    }
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((".lora_a", ".lora_b"))
 
 
 def _weights(folder: Path, config: ModelConfig, quantize: str | None) -> dict[str, Weight]:
@@ -131,6 +155,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "formats": [
             f"{name}: {p['elements']:,} weights of {p['bits']:.4g} bits" for name, p in facts["weight_formats"].items()
         ],
+        **({} if facts["adapter"] is None else {"adapter": _adapter_text(facts["adapter"])}),
         "memory by part": [f"{part.replace('_', '-')} {size_text(n)}" for part, n in facts["bytes_by_part"].items()],
         "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens;"
         f" {size_text(facts['eight_bit_cache_bytes'])} with --kv-cache-dtype fp8",
@@ -139,11 +164,18 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _adapter_text(adapter: Mapping[str, Any]) -> str:
+    base = f", made for {adapter['base']}" if adapter["base"] else ""
+    ranks = " and ".join(map(str, adapter["ranks"]))
+    return f"LoRA of rank {ranks}, {adapter['parameters']:,} parameters, for {', '.join(adapter['modules'])}{base}"
+
+
 def _by_part(memory: Mapping[str, int]) -> dict[str, int]:
     """Bytes of each part of the model. memory: of each weight."""
     found: dict[str, int] = {}
     for name, size in memory.items():
-        part = _PARTS.get(name, "attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
+        kind = "adapter" if _is_adapter(name) else _PARTS.get(name, "")
+        part = kind or ("attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
         found[part] = found.get(part, 0) + size
     return found
 

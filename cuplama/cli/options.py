@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .streams import QUIET_KEY, no_warnings
 
 __all__ = [
     "ACTIVATIONS_OPTION",
+    "ADAPTER",
     "DEBUG",
     "DEVICE",
     "KV_CACHE_DTYPE",
@@ -40,6 +42,7 @@ __all__ = [
     "quantize_option",
     "run_options",
     "sampling_options",
+    "shard_size_option",
     "weight_format_option",
 ]
 
@@ -148,7 +151,13 @@ def dtype_option(auto: str = "") -> Decorator:
     return click.option("--dtype", type=choices, default="auto", metavar="DTYPE", help=text)
 
 
-_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context")
+ADAPTER = click.option(
+    "--adapter",
+    metavar="ADAPTER",
+    shell_complete=complete_model,
+    help="Folder or hub id of a LoRA adapter for the model, as PEFT saves it.",
+)
+_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context", "adapter")
 CONTEXT = click.option(
     "-c",
     "--context",
@@ -179,10 +188,28 @@ def loading_options(auto: str = "", *more: Decorator) -> Decorator:
 
 # What every command has that runs a model.
 run_options = options(
-    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT),
+    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT, ADAPTER),
     OFFLINE,
     QUIET,
     DEBUG,
+)
+
+
+def _bytes(_: click.Context, __: click.Parameter, size: float) -> int:
+    if not 1 <= size * 1e9 < math.inf:  # nor is NaN
+        raise click.UsageError(f"--shard-size = {size:g} is out of range; it must be a number of GB")
+    return int(size * 1e9)
+
+
+# For commands that write a model; they get a number of bytes.
+shard_size_option = click.option(
+    "--shard-size",
+    type=float,
+    callback=_bytes,
+    default=5,
+    show_default=True,
+    metavar="GB",
+    help="Size that a file of weights has at most.",
 )
 
 

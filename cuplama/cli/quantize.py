@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import click
@@ -10,7 +9,7 @@ import click
 from ..conversion import METHODS
 from ..errors import ParameterError
 from ..quant.grid import GRIDS
-from .options import DEBUG, DEVICE, OFFLINE, QUIET, complete_model
+from .options import DEBUG, DEVICE, OFFLINE, QUIET, complete_model, shard_size_option
 from .prompt import read_file
 from .running import find_folder
 from .streams import notice, progress_bar
@@ -51,14 +50,7 @@ __all__ = ["quantize"]
     metavar="N",
     help="For gptq: tokens of each piece.  [default: 512, or the context if that is less]",
 )
-@click.option(
-    "--shard-size",
-    type=float,
-    default=5,
-    show_default=True,
-    metavar="GB",
-    help="Size that a file of weights has at most.",
-)
+@shard_size_option
 @DEVICE
 @OFFLINE
 @QUIET
@@ -72,7 +64,7 @@ def quantize(
     calibrate: Path | None,
     samples: int,
     length: int | None,
-    shard_size: float,
+    shard_size: int,
     device: str,
     offline: bool,
 ) -> None:
@@ -94,10 +86,8 @@ def quantize(
     text = "" if calibrate is None else read_file(calibrate)
     if calibrate is not None and not text:
         raise click.UsageError(f"--calibrate: {calibrate} is empty")
-    if not 1 <= shard_size * 1e9 < math.inf:  # nor is NaN
-        raise click.UsageError(f"--shard-size = {shard_size:g} is out of range; it must be a number of GB")
     folder = find_folder(model, offline)
-    options = Options(form, group_size, method, text, samples, length, device, int(shard_size * 1e9))
+    options = Options(form, group_size, method, text, samples, length, device, shard_size)
     try:
         with progress_bar("quantising", "layers") as progress:
             made = quantise(folder, out, options, progress)

@@ -22,11 +22,13 @@ def find_folder(model: str | None, offline: bool) -> Path:
 
 
 def open_model(model: str | None, offline: bool, **loading: Any) -> Model:
-    """Load a model as the options say, with a progress bar for each of its two parts: download and loading.
+    """Load a model as the options say, with a progress bar for each of its parts: downloads and loading.
 
     loading: the options of ``load``, as ``run_options`` give them.
     """
     find_folder(model, offline)
+    if loading.get("adapter") is not None:
+        find_folder(loading["adapter"], offline)
     with progress_bar("loading", "B") as progress:  # offline: all that the hub has is here now
         return load(model, offline=True, progress=progress, **loading)
 

@@ -14,6 +14,7 @@ import click
 
 __all__ = [
     "QUIET_KEY",
+    "is_quiet",
     "no_warnings",
     "notice",
     "print_json",
@@ -66,14 +67,15 @@ def no_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
-def _quiet() -> bool:
+def is_quiet() -> bool:
+    """Whether --quiet was given."""
     context = click.get_current_context(silent=True)
     return context is not None and QUIET_KEY in context.meta
 
 
 def say_progress(text: str) -> None:
     """Say how far long work has come; --quiet leaves it out."""
-    if not _quiet():
+    if not is_quiet():
         say(text)
 
 
@@ -122,7 +124,7 @@ def progress_bar(description: str, unit: str) -> Iterator[Callable[[int, int], N
     Yields a function of (done, total), both counted in ``unit``; "B" is bytes. The bar goes when all is done, so that
     what is printed afterwards has the terminal to itself.
     """
-    if _quiet() or not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich import progress as rich

@@ -1,17 +1,17 @@
-"""The folder that a quantised model is written to: nothing in it looks complete before it is.
+"""The folder that a model is written to: nothing in it looks complete before it is.
 
-While it is unfinished its weights have other names and there is no config.json; ``quantize.json`` says what is made of
-what, and how many parts are done, so that the same command goes on where another was stopped.
+While it is unfinished its weights have other names and there is no config.json; a record, ``quantize.json`` or
+``merge.json``, says what is made of what, and how many parts are done, so that the same command goes on where another
+was stopped.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import read_json
+from ..files import read_json, writing
 from ..models.checkpoint import INDEX
 from .shards import Shard, index_of
 
@@ -36,17 +36,18 @@ _DTYPES = {
 class OutputFolder:
     """Writes the tensors of a model, part by part.
 
-    path: the folder; recipe: what is made of what, as JSON; done: parts that are written; finished: whether all of it
-    is there.
+    path: the folder; recipe: what is made of what, as JSON; record: the file that says so; done: parts that are
+    written; finished: whether all of it is there.
     """
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+    def __init__(self, path: Path, recipe: Mapping[str, Any], shards: Sequence[Shard], record: str = RECORD) -> None:
         """Opens or makes the folder; nothing of the weights is written yet.
 
         Raises CheckpointError for a folder that holds anything else, or what another recipe made, and where the disk
         has no room. Every method raises CheckpointError naming a file that cannot be written.
         """
         self.path, self.recipe, self._shards = path, json.loads(json.dumps(recipe)), shards
+        self.record = record
         self.done, self.finished = 0, False
         self._places = {name: place for shard in shards for name, place in shard.tensors.items()}
         with _writing(path):
@@ -66,14 +67,14 @@ class OutputFolder:
             raise CheckpointError(f"{self.path}: {e.strerror}") from None
         if not names:
             return False
-        if RECORD not in names:
+        if self.record not in names:
             raise CheckpointError(f"{self.path} is not empty")
-        found = read_json(self.path / RECORD)
+        found = read_json(self.path / self.record)
         done, recipe = found.get("done"), found.get("recipe")
         if not isinstance(done, int) or not isinstance(recipe, dict):
-            raise CheckpointError(f"{self.path / RECORD} says neither a recipe nor what is done")
+            raise CheckpointError(f"{self.path / self.record} says neither a recipe nor what is done")
         other = [name for name in {**self.recipe, **recipe} if recipe.get(name) != self.recipe.get(name)]
-        ours = {name for name in names if name == RECORD or name.endswith(_UNFINISHED)}
+        ours = {name for name in names if name == self.record or name.endswith(_UNFINISHED)}
         if other and not done and names == ours:  # nothing is lost
             for name in ours:
                 (self.path / name).unlink()
@@ -100,7 +101,7 @@ class OutputFolder:
             if self.done:
                 raise CheckpointError(
                     f"{file if not self.finished else self.path / shard.file} is missing or of another size, though"
-                    f" {RECORD} counts parts of it as done; delete the folder and start again"
+                    f" {self.record} counts parts of it as done; delete the folder and start again"
                 )
             with file.open("wb") as out:
                 out.write(shard.head)
@@ -113,7 +114,7 @@ class OutputFolder:
 
     def _record(self) -> None:
         text = {"recipe": self.recipe, "done": self.done, "finished": self.finished}
-        self._write_text(RECORD, json.dumps(text, indent=2) + "\n")
+        self._write_text(self.record, json.dumps(text, indent=2) + "\n")
 
     def _write_text(self, name: str, text: str) -> None:
         """A small file, all of it or nothing."""
@@ -176,14 +177,8 @@ class OutputFolder:
         self._record()
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Inside, what the system says of a file becomes a CheckpointError. path: named where the system names none."""
-    try:
-        yield
-    except OSError as e:
-        hint = "; the same command goes on when there is room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise CheckpointError(f"{e.filename or path}: {e.strerror or e}{hint}") from None
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return writing(path, CheckpointError, "the same command goes on when there is room")
 
 
 def _shown(value: Any) -> str:

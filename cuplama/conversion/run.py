@@ -82,6 +82,7 @@ def quantise(folder: Path, out: Path, options: Options, progress: Progress | Non
     """
     one_of("format", options.format, GRIDS)
     source, grid = Source.open(folder), GRIDS[options.format]
+    source.check_described()
     options.check(source.config.context)
     options = replace(options, length=options.length or min(_LENGTH, source.config.context))
     group = source.group(grid, options.group_size)

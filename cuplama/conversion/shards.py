@@ -1,26 +1,15 @@
-"""Safetensors files whose sizes are known before anything is written: where each tensor of a model will lie.
-
-The format is of https://github.com/huggingface/safetensors: the length of a header, the header in JSON, the data.
-"""
+"""Safetensors files whose sizes are known before anything is written: where each tensor of a model will lie."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.safetensors import lay_out, tensor_bytes
 from ..quant.compressed import TensorSpec
 
-__all__ = ["ITEM_BYTES", "Place", "Shard", "index_of", "make_shards", "tensor_bytes"]
-
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-
-
-def tensor_bytes(spec: TensorSpec) -> int:
-    """Bytes of a tensor's data."""
-    return ITEM_BYTES[spec.dtype] * math.prod(spec.shape)
+__all__ = ["Place", "Shard", "index_of", "make_shards"]
 
 
 @dataclass(frozen=True)
@@ -62,19 +51,9 @@ def make_shards(tensors: Mapping[str, TensorSpec], limit: int) -> list[Shard]:
 
 
 def _shard(file: str, tensors: Mapping[str, TensorSpec]) -> Shard:
-    ordered = sorted(tensors.items(), key=lambda item: -ITEM_BYTES[item[1].dtype])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at, offsets = 0, {}
-    for name, spec in ordered:
-        offsets[name] = at
-        end = at + tensor_bytes(spec)
-        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    places = {name: Place(spec, file, len(head) + offsets[name]) for name, spec in ordered}
-    return Shard(file, head, len(head) + at, places)
+    head, offsets = lay_out(tensors)
+    places = {name: Place(tensors[name], file, offset) for name, offset in offsets.items()}
+    return Shard(file, head, len(head) + sum(map(tensor_bytes, tensors.values())), places)
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:

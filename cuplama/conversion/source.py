@@ -1,4 +1,4 @@
-"""The model that is quantised: its tensors part by part, and which of them are matrices of linear layers."""
+"""The model that another one is made of: its tensors part by part, and which are matrices of linear layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,23 @@ from ..quant.rtn import GROUPS
 from ..quant.stored import Stored
 from ..quant.weight import Weight
 
-__all__ = ["Source", "layer_of"]
+__all__ = ["Source", "layer_of", "plain_spec"]
 
 # Beside the files that are fetched from the hub: what other libraries read of a tokenizer, and licences.
-_COPIED = (*HUB_FILES, "vocab.json", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_COPIED = (
+    *(n for n in HUB_FILES if n != "adapter_config.json"),
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def plain_spec(array: np.ndarray[Any, Any]) -> TensorSpec:
+    """What a tensor is that is written as an array."""
+    return TensorSpec(dtype_name(array.dtype).upper(), array.shape)
 
 
 def layer_of(name: str) -> int | None:
@@ -52,30 +65,34 @@ class Source:
     names: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def open(cls, folder: Path) -> Source:
+    def open(cls, folder: Path, verb: str = "quantise") -> Source:
         """Raises ConfigError and CheckpointError as a model is loaded, and ConfigError for one that is quantised
-        already, or whose matrices compressed-tensors cannot describe."""
+        already. verb: what is to be done with it, in words."""
         if folder.is_file():
-            raise ConfigError(f"{folder} is a file; only folders in Hugging Face layout are quantised")
+            raise ConfigError(f"{folder} is a file; only folders in Hugging Face layout are taken here")
         config = load_config(folder)
         weights, linear = load_weights(folder, config), linear_weights(config)
         if any(w.packed for w in weights.values()):
-            raise ConfigError(f"{folder} is quantised already; quantise the model that it was made of")
-        if any(config.recipes()[name].transposed for name in linear):
-            raise ConfigError(
-                f"{folder}: {config.architecture} stores its matrices transposed, and nothing reads compressed-tensors"
-                " of such; load it with --quantize instead"
-            )
+            raise ConfigError(f"{folder} is quantised already; {verb} the model that it was made of")
         files, prefix = open_tensors(folder).keys(), config.family.prefix
         names = {  # a bare export leaves the prefix out
             name: tuple(s if s in files else s.removeprefix(prefix) for s in weight.source)
             for name, weight in weights.items()
         }
         tensors: dict[str, np.ndarray[Any, Any]] = {}
+        recipes = config.recipes()
         for name, weight in weights.items():
-            plain = [p for p in weight.parts if not isinstance(p, Stored)]
+            plain = [p.T if recipes[name].transposed else p for p in weight.parts if not isinstance(p, Stored)]
             tensors |= dict(zip(names[name], plain, strict=True))
         return cls(folder, config, weights, linear, tensors, names)
+
+    def check_described(self) -> None:
+        """Raises ConfigError for a model whose matrices compressed-tensors cannot describe."""
+        if any(self.config.recipes()[name].transposed for name in self.linear):
+            raise ConfigError(
+                f"{self.folder}: {self.config.architecture} stores its matrices transposed, and nothing reads"
+                " compressed-tensors of such; load it with --quantize instead"
+            )
 
     def group(self, grid: Grid, asked: int | None) -> int:
         """The columns that share a scale: as many as were asked for, or else the grid's own number or the largest
@@ -108,7 +125,7 @@ class Source:
         found: dict[str, TensorSpec] = {}
         for name in itertools.chain.from_iterable(self.parts()):
             array = self.tensors[name]
-            plain = TensorSpec(dtype_name(array.dtype).upper(), array.shape)
+            plain = plain_spec(array)
             if name in quantised:
                 m, k = array.shape
                 ends = tensor_specs(grid, group, m, k, plain.dtype)

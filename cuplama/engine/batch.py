@@ -134,6 +134,7 @@ def abstract_values(
     found = {name: abstract(shape, T) for name, shape in config.weight_shapes().items()}
     pool = abstract((pages, config.num_kv_heads, PAGE, config.head_dim), cache or T)
     found |= {f"{i}.cache.{part}": pool for i in range(config.num_layers) for part in "kv"}
+    found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
     for name, rope in config.ropes.items():
         table = abstract((table_rows(rope, positions), rope.dim // 2), DTYPES["f32"])
         found |= {f"{name}.cos": table, f"{name}.sin": table}

@@ -41,7 +41,8 @@ class Runner:
         self, backend: Backend, config: ModelConfig, weights: Mapping[str, Array], cache: PagedCache, context: int
     ) -> None:
         self.backend, self.config, self.cache = backend, config, cache
-        self.values: dict[str, Array] = {**weights, **cache.arrays}
+        parts = {name: backend.upload(part) for name, part in config.lora_parts().items()}
+        self.values: dict[str, Array] = {**weights, **parts, **cache.arrays}
         rope = config.ropes.get("rope")
         self.rope = RopeTables(rope, context) if rope else None
         if self.rope is not None:

@@ -27,7 +27,7 @@ from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
 
-__all__ = ["INDEX", "has_weights", "load_weights", "open_tensors"]
+__all__ = ["INDEX", "Layout", "assemble", "has_weights", "load_weights", "open_file", "open_tensors"]
 
 _DTYPES = ("F32", "F16", "BF16")  # of safetensors, those that weights may have
 INDEX = "model.safetensors.index.json"
@@ -41,21 +41,22 @@ def has_weights(folder: Path) -> bool:
 def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
     """The weights of ``config`` from the safetensors files in ``folder``, or from a GGUF file, by canonical name.
 
-    Raises CheckpointError naming the file and the tensor that is missing, left over, of the wrong shape or unreadable.
+    An adapter's are not among them; peft.py reads those. Raises CheckpointError naming the file and the tensor that is
+    missing, left over, of the wrong shape or unreadable.
     """
     dims = config.dims()
     if is_gguf(folder):
         from .gguf import gguf_name, gguf_tensors
 
         gguf = open_gguf(folder)
-        layout = _Layout(folder, gguf_tensors(gguf, dims), "its metadata", partial(gguf_name, gguf))
+        layout = Layout(folder, gguf_tensors(gguf, dims), "its metadata", partial(gguf_name, gguf))
     else:
-        layout = _Layout(folder, _safetensors(folder, config), "config.json", str)
+        layout = Layout(folder, _safetensors(folder, config), "config.json", str)
     tensors = layout.tensors
     used: set[str] = set()
     weights = {}
-    for name, recipe in config.recipes().items():
-        weight = _assemble(layout, name, recipe, dims)
+    for name, recipe in config.own_recipes().items():
+        weight = assemble(layout, name, recipe, dims)
         weights[name] = weight
         used.update(weight.source)
     for name in sorted(tensors.keys() - used):
@@ -85,7 +86,7 @@ def _safetensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """A model's tensors by Hugging Face's names.
 
     described: what says their shapes; spelled: from such a name to that in the files.
@@ -97,7 +98,8 @@ class _Layout:
     spelled: Callable[[str], str]
 
 
-def _assemble(layout: _Layout, name: str, recipe: Recipe, dims: Mapping[str, int]) -> Weight:
+def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int]) -> Weight:
+    """The weight of a recipe. Raises CheckpointError naming a tensor that is missing, or of another shape or dtype."""
     parts, sources, tensors = [], [], layout.tensors
     for shape_text, tensor_name in recipe.parts:
         shape = tuple(dim_value(d, dims) for d in shape_text.split(","))
@@ -125,7 +127,7 @@ def _assemble(layout: _Layout, name: str, recipe: Recipe, dims: Mapping[str, int
     return Weight(name, tuple(sources), tuple(parts))
 
 
-def _missing(layout: _Layout, name: str, recipe: Recipe, tensor_name: str) -> str:
+def _missing(layout: Layout, name: str, recipe: Recipe, tensor_name: str) -> str:
     """The words for a tensor that is not there. A model that was wrapped when it was saved has longer names."""
     tensors = layout.tensors
     wanted = [layout.spelled(n) for n in (tensor_name, *([recipe.parts[0][1]] if recipe.otherwise else []))]
@@ -145,7 +147,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     """
     single = folder / "model.safetensors"
     if single.is_file():
-        return _open_file(single)
+        return open_file(single)
     if not is_missing(folder / INDEX):
         return _open_shards(folder)
     files = sorted(folder.glob("*.safetensors")) if is_missing(single) else [single]
@@ -155,7 +157,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder} has no model.safetensors{hint}")
     if len(files) > 1:
         raise CheckpointError(f"{folder} has {len(files)} safetensors files but no {INDEX} that says how they belong")
-    return _open_file(files[0])
+    return open_file(files[0])
 
 
 def _open_shards(folder: Path) -> dict[str, Tensor]:
@@ -170,7 +172,7 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
         if is_missing(folder / shard):
             count = sum(v == shard for v in names.values())
             raise CheckpointError(f"{folder / shard} is missing; {INDEX} places {count} tensors in it")
-        for name, tensor in _open_file(folder / shard).items():
+        for name, tensor in open_file(folder / shard).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {tensor.file}")
             tensors[name] = tensor
@@ -182,8 +184,11 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _open_file(path: Path) -> dict[str, Tensor]:
-    """Map one file. The safetensors library checks the header against the file; the views are then plain offsets."""
+def open_file(path: Path) -> dict[str, Tensor]:
+    """Map one file. The safetensors library checks the header against the file; the views are then plain offsets.
+
+    Raises CheckpointError.
+    """
     try:
         with path.open("rb"), safe_open(str(path), framework="np"):  # the library says of every failure "no such file"
             pass

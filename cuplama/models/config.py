@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError
 from ..files import is_missing, read_json
 from ..gguf import is_gguf, open_gguf
@@ -17,6 +19,7 @@ from ..ops.signature import dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
+from .lora import Adapter, LowRank, part_rows
 from .rope import Rope
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
@@ -24,8 +27,9 @@ __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
 _log = logging.getLogger("cuplama")
 # What a folder without a config.json may hold, and what to do about it.
 _INSTEAD = {
-    "adapter_config.json": "an adapter, which has to be merged into its base model first",
+    "adapter_config.json": "an adapter; give its base model to -m and this folder to --adapter, or cuplama merge both",
     "quantize.json": "the model is not finished; run the same cuplama quantize again",
+    "merge.json": "the model is not finished; run the same cuplama merge again",
     "params.json": "a checkpoint in the layout of its makers; look for the one in Hugging Face layout",
     "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
@@ -51,7 +55,8 @@ class ModelConfig:
     eps: of the norms; context: the positions the model was made for; activation: an op name; layers: what differs from
     layer to layer; tied: whether head and embedding are one matrix, None where the config does not say; flags: which
     optional weights exist; dtype: of the checkpoint as config.json states it ("bfloat16", ...), or None; bos, eos:
-    token ids; raw: all of config.json, and ``quantization_config`` also where a file of its own holds it.
+    token ids; raw: all of config.json, and ``quantization_config`` also where a file of its own holds it; adapter: what
+    is added to linear layers, see lora.py.
     """
 
     architecture: str
@@ -72,6 +77,7 @@ class ModelConfig:
     bos: int | None
     eos: tuple[int, ...]
     raw: Mapping[str, Any] = field(repr=False, compare=False)
+    adapter: Adapter | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         return (
@@ -121,7 +127,15 @@ class ModelConfig:
         }
 
     def recipes(self) -> dict[str, Recipe]:
-        """Canonical weight name -> recipe, for the weights that this model has, with layer numbers filled in."""
+        """Canonical weight name -> recipe, for the weights that this model has, with layer numbers filled in.
+
+        Those of an adapter come last; their tensors are in its own file.
+        """
+        found = self.own_recipes()
+        return found if self.adapter is None else found | self.adapter.recipes(found)
+
+    def own_recipes(self) -> dict[str, Recipe]:
+        """The same without an adapter."""
         found = {}
         for name, recipe in self.family.weights.items():
             if recipe.when is not None and recipe.when not in self.flags:
@@ -142,6 +156,16 @@ class ModelConfig:
             parts = [tuple(dim_value(x, dims) for x in shape.split(",")) for shape, _ in recipe.parts]
             shapes[name] = (sum(p[0] for p in parts), *parts[0][1:])
         return shapes
+
+    @cached_property
+    def low_ranks(self) -> Mapping[str, LowRank]:
+        """Canonical weight name -> what the adapter adds to it."""
+        return {} if self.adapter is None else self.adapter.matrices(self.own_recipes())
+
+    def lora_parts(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The values of an adapter that no file holds: ``X.lora_part``, int32 [rows of X]; see lora.py."""
+        recipes, dims = self.own_recipes(), self.dims()
+        return {f"{name}.lora_part": part_rows(recipes[name], dims) for name in self.low_ranks}
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
@@ -187,7 +211,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     reader.neutral(family)
     reader.quantised()
     values = {name: reader.get(*source) for name, source in family.fields.items()}
-    sizes = {
+    sizes: dict[str, Any] = {
         name: reader.size(family.fields[name][0], values[name])
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads")
     }

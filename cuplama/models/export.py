@@ -30,4 +30,5 @@ def checkpoint_tensors(
             rows = dim_value(shape.split(",")[0], dims)
             part = arrays[name][at : at + rows]
             at += rows
-            yield tensor, part.T if recipe.transposed else part
+            if config.adapter is None or config.adapter.stores(tensor):
+                yield tensor, part.T if recipe.transposed else part

@@ -1,8 +1,8 @@
 """A model as a plain list of nodes, from its config alone. This is the only place where a model's layers are written.
 
-Values are names: weights ("3.qkv_proj"), inputs of a pass ("input_ids", "page_table", ...: engine/batch.py lists them),
-cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are concatenated: every activation is
-[n, ...] for n new tokens.
+Values are names: weights ("3.qkv_proj"; lora.py has those of an adapter), inputs of a pass ("input_ids", "page_table",
+...: engine/batch.py lists them), cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are
+concatenated: every activation is [n, ...] for n new tokens.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Nodes:
     """Collects nodes. A method appends the nodes of a part of the model and returns the name of their result."""
 
     def __init__(self, config: ModelConfig, cached: bool, dropout: float) -> None:
-        self.config, self.weights = config, config.weight_shapes().keys()
+        self.config, self.weights = config, config.weight_shapes()
         self.cached, self.dropout, self.streams = cached, dropout, itertools.count()
         self.found: list[Node] = []
 
@@ -90,7 +90,14 @@ class _Nodes:
         return self.emit(self.config.family.norm, f"{weight}.out", x, weight, *bias, eps=self.config.eps)
 
     def linear(self, x: str, weight: str, U: str, out: str = "") -> str:
-        return self.emit("linear", out or f"{weight}.out", x, weight, *self.present(f"{weight}.bias"), U=U)
+        """A product with a weight, and with what an adapter adds to it."""
+        added, out, bias = self.config.low_ranks.get(weight), out or f"{weight}.out", self.present(f"{weight}.bias")
+        base = self.emit("linear", f"{weight}.base" if added else out, x, weight, *bias, U=U)
+        if added is None:
+            return base
+        h = self.emit("linear", f"{weight}.lora", x, f"{weight}.lora_a", U="T")
+        ins, attrs = (f"{weight}.lora_b", f"{weight}.lora_part"), {"scale": added.scale, "U": U}
+        return self.emit("lora_add", out, base, h, *ins, q=self.weights[f"{weight}.lora_a"][0], **attrs)
 
     def attention(self, i: int, x: str) -> str:
         """Layer i's attention, and its sum with x."""

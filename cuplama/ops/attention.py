@@ -26,8 +26,10 @@ __all__ = [
     "HEAD_DIMS",
     "attention",
     "attention_case",
+    "check_head",
     "decode_plan",
     "equal_sequences",
+    "prefill_launch",
     "random_sequences",
 ]
 
@@ -171,7 +173,8 @@ HEAD_DIMS = range(8, 257, 8)
 """Head sizes that the kernels can have."""
 
 
-def _check_head(D: int) -> None:
+def check_head(D: int) -> None:
+    """Raises OpError for a head size that the kernels do not take."""
     if D not in HEAD_DIMS:
         raise OpError(f"attention: D = {D} is no multiple of 8 up to 256")
 
@@ -191,7 +194,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     ``max_splits``. The grid depends on the size of the batch and of the page table alone.
     """
     b, num_heads, H, D = (call[name] for name in ("b", "num_heads", "H", "D"))
-    _check_head(D)
+    check_head(D)
     parts = -(-num_heads // H // _MAX_HEADS)
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
     warps = 8 if tensor else 4
@@ -216,15 +219,26 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     return Plan((launch,), scratch, frozenset({"arrivals"}))
 
 
+def _on_tensor_cores(call: Call, device: Device, S: int) -> bool:
+    """They multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one."""
+    return device.arch >= 80 and call.dtypes["T"].itemsize == 2 and S not in range(1, 8) and S & (S - 1) == 0
+
+
 def _prefill(call: Call, device: Device) -> Plan:
+    launch = prefill_launch(call, device, call["S"], lse=None)
+    wide = call.dtypes["C"] != call.dtypes["T"] and _on_tensor_cores(call, device, call["S"])
+    return _widened(call, launch) if wide else Plan((launch,))
+
+
+def prefill_launch(call: Call, device: Device, S: int, **more: Any) -> Launch:
     """Any number of new tokens per sequence, in tiles of (token, head) pairs by keys.
 
-    Tensor cores multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one.
+    S: tokens of a page, or 0 where keys and values are rows of x; more: constants of the launch.
     """
-    n, b, num_heads, H, D, S = (call[name] for name in ("n", "b", "num_heads", "H", "D", "S"))
-    _check_head(D)
+    n, b, num_heads, H, D = (call[name] for name in ("n", "b", "num_heads", "H", "D"))
+    check_head(D)
     rows = n * (num_heads // H)
-    tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and S >= 8 and S & (S - 1) == 0
+    tensor = _on_tensor_cores(call, device, S)
     if tensor and device.arch == 90 and D in (64, 96, 128):
         groups = 3 if D == 64 else 2  # warpgroups of 64 rows; three where registers allow it
         shared = 1024 + 2 * (-(-D // 64) * 64) * (64 * groups + 4 * 128)
@@ -233,8 +247,9 @@ def _prefill(call: Call, device: Device) -> Plan:
     elif tensor:
         # 128 rows are faster once there are some four blocks for each multiprocessor; 64 share out fewer rows better.
         ROWS = 128 if D <= 128 and rows * H >= 4 * 128 * device.sms else 64
-        # What fits into registers; D = 96 and 128 with 64 keys only as the compiler allots them before sm_100.
-        KEYS = 64 if D <= 64 or (D in (96, 128) and device.arch <= 90) else 32
+        # What fits into registers; D = 96 and 128 with 64 keys only as the compiler allots them before sm_100, and 128
+        # not with rows of x, where addresses take one more.
+        KEYS = 64 if D <= 64 or (D in ((96, 128) if S else (96,)) and device.arch <= 90) else 32
         shared = 2 * (-(-D // 16) * 16) * (ROWS + 4 * KEYS)
         name = "attention_prefill_mma.cu:attention_prefill_mma"
         grid, threads, constants = ((rows // ROWS + b) * H, 1), 128, {"ROWS": ROWS, "KEYS": KEYS}
@@ -243,8 +258,7 @@ def _prefill(call: Call, device: Device) -> Plan:
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
         name = "attention_prefill_fma.cu:attention_prefill_fma"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
-    launch = Launch(name, grid, (threads,), shared, constants=constants)
-    return _widened(call, launch) if tensor and call.dtypes["C"] != call.dtypes["T"] else Plan((launch,))
+    return Launch(name, grid, (threads,), shared, constants={**constants, "S": S, **more})
 
 
 _WIDEN_THREADS = 256

@@ -118,7 +118,7 @@ linear_backward_x = Op(
     matmul=Matmul("nn", {"x": "dy", "w": "w", "y": "dx", "c": "a"}, ("n", "k", "m"), streamed=False),
     kernel_docs={
         "linear_backward_x": "dx = dy w + a, where there is no cuBLAS",
-        "unpack": "the numbers of a packed weight, which the product then takes",
+        "unpack": "dense = the numbers of a packed weight, which the product then takes",
     },
 )
 
@@ -148,7 +148,7 @@ linear_backward_b = Op(
     shape={"n": 4096, "m": 2048},
     flops=lambda c: c["n"] * c["m"],
     kernel_docs={
-        "column_sums": "the sums of dy's columns, for each piece of its rows",
-        "linear_backward_b": "db += the sums of all pieces",
+        "column_sums": "partial[p,j] = sum of dy[i,j] over the rows i of piece p",
+        "linear_backward_b": "db[j] += sum of partial[p,j] over all pieces p",
     },
 )

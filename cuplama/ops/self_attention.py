@@ -6,24 +6,27 @@ cuda_src/attention_backward_*.cu. Dao, "FlashAttention-2", arXiv:2307.08691.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from ..dtypes import Array, upcast
+from ..dtypes import Array, dtype_name, upcast
+from .attention import attention, check_head, prefill_launch
 from .gradient import Gradient
-from .op import Draw, Op
+from .launch import Device, Launch, Plan
+from .op import Call, Draw, Op
+from .self_attention_hopper import hopper_plan
 
-__all__ = ["self_attention", "self_attention_backward"]
+__all__ = ["self_attention", "self_attention_backward", "self_attention_case"]
 
 _ATTRIBUTES = ("num_heads", "H", "D", "window", "scale")
 
 
 def _sequences(cu_seqlens: Array) -> Iterator[slice]:
-    bounds = cu_seqlens.tolist()
-    return (slice(a, b) for a, b in itertools.pairwise(bounds) if b > a)
+    return (slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if b > a)
 
 
 def _parts(x: Array, num_heads: int, H: int, D: int) -> tuple[Array, Array, Array]:
@@ -77,7 +80,9 @@ def _self_attention_backward(
     return dx
 
 
-def _case(num_heads: int, H: int, D: int, lengths: list[int], window: int = 0, empty: int = 0) -> dict[str, Any]:
+def self_attention_case(
+    num_heads: int, H: int, D: int, lengths: list[int], window: int = 0, empty: int = 0
+) -> dict[str, Any]:
     """A case of sequences of those lengths. empty: sequences without a token behind them."""
     return dict(
         n=sum(lengths), b=len(lengths) + empty, num_heads=num_heads, H=H, D=D, lengths=lengths + [0] * empty,
@@ -86,18 +91,41 @@ def _case(num_heads: int, H: int, D: int, lengths: list[int], window: int = 0, e
 
 
 _CASES = [
-    _case(1, 1, 8, [1]),
-    _case(4, 2, 64, [5]),
-    _case(4, 1, 64, [33, 1, 7], empty=2),
-    _case(3, 3, 16, [70], window=16),
-    _case(6, 2, 40, [9, 20, 1], window=7),
-    _case(2, 1, 128, [65, 64]),
+    self_attention_case(1, 1, 8, [1]),
+    self_attention_case(4, 2, 64, [5]),
+    self_attention_case(4, 1, 64, [33, 1, 7], empty=2),
+    self_attention_case(3, 3, 16, [70], window=16),
+    self_attention_case(6, 2, 40, [9, 20, 1], window=7),
+    self_attention_case(2, 1, 128, [65, 64]),
+    self_attention_case(3, 1, 96, [40, 0, 30], window=33),
+    self_attention_case(8, 1, 32, [50], window=3),
+    self_attention_case(4, 1, 256, [37, 2]),
+    self_attention_case(2, 2, 200, [70]),
+    self_attention_case(2, 1, 64, [200], window=130),
 ]
 
+_SHAPE: Mapping[str, Any] = dict(num_heads=32, H=8, D=128, b=1, length=4096, window=0)
 
-def _sizes(draw: Draw) -> dict[str, Any]:
-    H, lengths = draw(1, 3), [draw(1, 70) for _ in range(draw(1, 3))]
-    return _case(H * draw(1, 4), H, 8 * draw(1, 32), lengths, draw(0, 1) * draw(1, 40), draw(0, 2))
+
+def _complete(s: Mapping[str, Any]) -> dict[str, Any]:
+    """The case of ``b`` sequences of one length."""
+    return self_attention_case(s["num_heads"], s["H"], s["D"], [s["length"]] * s["b"], s["window"])
+
+
+def _random_sizes(draw: Draw) -> dict[str, Any]:
+    """Up to three sequences, of which some are empty, and up to eight query heads for a key head."""
+    H, D, group = draw(1, 2), 8 * draw(1, 20), (1, 3, 4, 8)[draw(0, 3)]
+    lengths = [draw(1, 70), *(draw(0, 1) * draw(1, 40) for _ in range(draw(0, 2)))]
+    return self_attention_case(H * group, H, D, lengths, draw(0, 1) * draw(1, 50), draw(0, 2))
+
+
+def _pairs(c: Call) -> float:
+    """Query-key pairs that the mask lets through. Needs the lengths, so it reads them from the device."""
+    array: Any = c.arrays["cu_seqlens"]
+    bounds = np.asarray(array.get() if hasattr(array, "get") else array).astype(np.float64)
+    length = np.diff(bounds)
+    seen = np.minimum(length, c["window"] or np.inf)  # of the last token
+    return float((seen * (seen + 1) / 2 + (length - seen) * seen).sum())
 
 
 def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
@@ -120,20 +148,99 @@ def _gradient(g: Gradient) -> None:
     g.give("x", g.emit("self_attention_backward", *ins, **attrs))
 
 
+# What the kernels of attention_prefill_*.cu take for keys, values and lengths where there is no cache.
+_ROWS = {"k": "x", "v": "x", "seq_lens": "cu_seqlens", "page_table": "cu_seqlens"}
+
+
+def _kernels(call: Call, device: Device) -> Plan:
+    launch = prefill_launch(call, device, 0, M=0, C=dtype_name(call.dtypes["T"]))
+    return Plan((replace(launch, names=_ROWS),))
+
+
 self_attention = Op(
     "self_attention",
     "y[n,num_heads*D]:T, lse[n,num_heads]:f32 = (x[n,(num_heads+2*H)*D]:T, cu_seqlens[b+1]:i32, num_heads:i32, H:i32,"
     " D:i32, window:i32, scale:f32)",
     doc="y = softmax(q k^T * scale) v per head, and lse = log(sum(exp(q k^T * scale))). Sequence i is rows"
-    " cu_seqlens[i]..cu_seqlens[i+1] of x, which hold queries, keys and values; every row belongs to one. Sequences"
-    " may be empty. A token sees itself and what came before, the last `window` tokens only if window > 0."
+    " cu_seqlens[i]..cu_seqlens[i+1] of x, which hold queries, keys and values; every row belongs to one, and a"
+    " sequence may be empty. A token sees itself and what came before, the last `window` tokens only if window > 0."
     " D: a multiple of 8 up to 256.",
     reference=_self_attention,
+    kernels=_kernels,
+    kernel_docs=attention.kernel_docs,
     cases=_CASES,
-    sizes=_sizes,
+    sizes=_random_sizes,
     inputs=_inputs,
+    shape=_SHAPE,
+    complete=_complete,
+    rules=("num_heads % H == 0",),
+    tolerance=attention.tolerance,
+    flops=lambda c: 4 * c["num_heads"] * c["D"] * _pairs(c),
+    unaligned=False,
     gradient=_gradient,
 )
+
+_DELTA_THREADS = 256
+
+
+def _delta(call: Call) -> Launch:
+    """The launch of attention_delta.cu."""
+    rows, D = call["n"] * call["num_heads"], call["D"]
+    lanes = 1 << (D // 8 - 1).bit_length()  # that share a row, 8 elements each
+    grid = -(-rows // (_DELTA_THREADS // lanes))
+    constants = {"rows": rows, "LANES": lanes}
+    return Launch("attention_delta.cu:attention_delta", (grid,), (_DELTA_THREADS,), constants=constants)
+
+
+def _fma(call: Call, device: Device) -> Iterator[Launch]:
+    """attention_backward_fma.cu: a kernel per tile of keys, and one per tile of rows."""
+    n, b, group, H, D = call["n"], call["b"], call["num_heads"] // call["H"], call["H"], call["D"]
+    roomy = device.shared >= 2 * 96 * 1024  # for two blocks; others keep to the 64 KiB that sm_75 has
+    for kernel, rows, sizes, widest in (
+        ("keys", n, ("KEYS", "ROWS"), 96),  # of 64 keys more sums than this do not fit into registers
+        ("queries", n * group, ("ROWS", "KEYS"), 128),
+    ):
+        kept, passing = (64, 32) if D <= (widest if roomy else 64) else (32, 32) if D <= 128 else (16, 16)
+        shared = 4 * ((2 * kept + passing) * (-(-D // 32) * 32 + 4) + kept * (passing + 4))
+        yield Launch(
+            f"attention_backward_fma.cu:attention_backward_{kernel}_fma", (rows // kept + b, H), (256,), shared,
+            constants=dict(zip(sizes, (kept, passing), strict=True)),
+        )  # fmt: skip
+
+
+def _mma(call: Call, device: Device) -> Iterator[Launch]:
+    """attention_backward_mma.cu, with the largest tiles that registers and shared memory hold."""
+    n, b, group, H, D = call["n"], call["b"], call["num_heads"] // call["H"], call["H"], call["D"]
+    file, row_bytes = "attention_backward_mma.cu", 2 * (-(-D // 16) * 16)
+    if D <= 64:
+        KEYS, ROWS = (128, 32) if device.arch <= 90 else (64, 64)  # later compilers' allotment: 128 keys would spill
+    else:
+        KEYS, ROWS = (64, 32) if D <= 128 else (32, 32)
+    yield Launch(
+        f"{file}:attention_backward_keys_mma", ((n // KEYS + b) * H,), (128,), row_bytes * (2 * KEYS + 4 * ROWS),
+        constants={"KEYS": KEYS, "ROWS": ROWS, "SPLIT": 1 if D <= 128 else 2},
+    )  # fmt: skip
+    ROWS = 128 if D <= 96 else 64
+    # Two blocks for each multiprocessor if they fit with 32 keys, else one.
+    sizes = {
+        keys: row_bytes * (2 * ROWS + 4 * keys) for keys in ((64, 32, 16) if D <= 64 or 96 < D <= 128 else (32, 16))
+    }
+    room = device.shared // 2 if sizes[32] <= device.shared // 2 else device.shared
+    KEYS = next(keys for keys, size in sizes.items() if size <= room)
+    yield Launch(
+        f"{file}:attention_backward_queries_mma", ((n * group // ROWS + b) * H,), (128,),
+        row_bytes * (2 * ROWS + 4 * KEYS), constants={"ROWS": ROWS, "KEYS": KEYS},
+    )  # fmt: skip
+
+
+def _backward_kernels(call: Call, device: Device) -> Plan:
+    check_head(call["D"])
+    if (plan := hopper_plan(call, device)) is not None:
+        return plan
+    scratch = {"delta": ((call["n"], call["num_heads"]), "f32")}
+    tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2
+    return Plan((_delta(call), *(_mma if tensor else _fma)(call, device)), scratch)
+
 
 self_attention_backward = Op(
     "self_attention_backward",
@@ -141,7 +248,24 @@ self_attention_backward = Op(
     " dy[n,num_heads*D]:T, cu_seqlens[b+1]:i32, num_heads:i32, H:i32, D:i32, window:i32, scale:f32)",
     doc="The gradient of self_attention for queries, keys and values, which lie as in x",
     reference=_self_attention_backward,
+    kernels=_backward_kernels,
+    kernel_docs={
+        "prepare_backward": "Rows of attention's output times its gradient, and the order of the blocks to come.",
+        "attention_backward_wgmma": "Gradients of queries, keys and values, on Hopper's tensor cores (wgmma).",
+        "convert_dq": "Gradients of queries, rounded to the model's dtype.",
+        "attention_delta": "A row of attention's output times its gradient, for the softmax's backward pass.",
+        "attention_backward_keys_mma": "Gradients of keys and values, on tensor cores (mma.sync).",
+        "attention_backward_queries_mma": "Gradients of queries, on tensor cores (mma.sync).",
+        "attention_backward_keys_fma": "Gradients of keys and values, by multiply-adds.",
+        "attention_backward_queries_fma": "Gradients of queries, by multiply-adds.",
+    },
     cases=_CASES,
-    sizes=_sizes,
+    sizes=_random_sizes,
     inputs=_backward_inputs,
+    shape=_SHAPE,
+    complete=_complete,
+    rules=("num_heads % H == 0",),
+    tolerance=attention.tolerance,
+    flops=lambda c: 10 * c["num_heads"] * c["D"] * _pairs(c),
+    unaligned=False,
 )

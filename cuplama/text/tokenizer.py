@@ -8,6 +8,7 @@ itself, the file decides.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names,
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
-from .tokenizer_files import read_folder
+from .tokenizer_files import read_file, read_folder
 
 if TYPE_CHECKING:
     import tokenizers
@@ -79,6 +80,7 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """Read tokenizer.json and the optional files beside it from `folder`, or the metadata of a GGUF file.
 
+        `folder` may also be the tokenizer.json itself, or such a file under another name, which then is all there is.
         Raises TokenizerError, naming the file, if there is none or any of the files is unusable.
         """
         folder = Path(folder)
@@ -87,7 +89,7 @@ class Tokenizer:
 
             files = read_gguf(open_gguf(folder))
         else:
-            files = read_folder(folder)
+            files = read_file(folder) if folder.is_file() else read_folder(folder)
         try:
             return cls(files.backend, files.special_tokens, files.chat_templates)
         except TokenizerError as error:
@@ -110,6 +112,11 @@ class Tokenizer:
         # The mask is 1 only for what the post-processor added, so text that itself doubles a token is left alone.
         doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
         return ids[1:] if doubled else ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text alone, as of ``encode`` without ``bos``, made on all cores. Raises PromptError."""
+        with _encodable("".join(texts)):
+            return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids without a token become nothing."""
@@ -229,6 +236,11 @@ class Tokenizer:
         tools, chat_template: which template, as for `apply_chat`. Raises TokenizerError if there is none.
         """
         check_names(names, self._templates.choose(chat_template, tools=tools), others)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of all that decides which ids a text or a chat has."""
+        said = (self._backend.to_str(), sorted(self._special_tokens.items()), sorted(self._templates.sources.items()))
+        return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def template_variables(self) -> frozenset[str]:

@@ -26,7 +26,7 @@ from ..files import not_opened, not_understood, read_optional_json
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["TokenizerFiles", "read_folder"]
+__all__ = ["TokenizerFiles", "read_file", "read_folder"]
 
 _log = logging.getLogger("cuplama")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -41,6 +41,11 @@ class TokenizerFiles:
     backend: tokenizers.Tokenizer
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
+
+
+def read_file(path: Path) -> TokenizerFiles:
+    """Read a tokenizer.json, with the files beside it if that is its name. Raises as ``read_folder`` does."""
+    return read_folder(path.parent) if path.name == "tokenizer.json" else TokenizerFiles(_backend(path), {}, {})
 
 
 def read_folder(folder: Path) -> TokenizerFiles:

@@ -82,6 +82,7 @@ def abstract_values(
     """Descriptions of everything that a step reads, by name. context: of the rotation tables; documents: of a batch."""
     shapes, rows, i32, f32 = config.weight_shapes(), step.rows, DTYPES["i32"], DTYPES["f32"]
     found = {name: abstract(shape, T) for name, shape in shapes.items()}
+    found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
     for name in step.arrays:
         weight = name.removeprefix(gradient_name(""))
         array = (shapes[weight], f32) if weight in shapes else ((rows, config.hidden_size), T)

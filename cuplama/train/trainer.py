@@ -198,9 +198,9 @@ class Trainer:
         }
 
     def _add_tables(self, prefix: str, config: ModelConfig, context: int) -> None:
-        tables = rope_tables(config, context)
+        tables, upload = rope_tables(config, context), self._backend.upload
+        self._values |= {f"{prefix}{name}": upload(part) for name, part in config.lora_parts().items()}
         if tables is not None:
-            upload = self._backend.upload
             self._values |= {f"{prefix}rope.cos": upload(tables.cos), f"{prefix}rope.sin": upload(tables.sin)}
 
     def _step_nodes(self, rows: int) -> tuple[Sequence[Node], Mapping[str, Array]]:

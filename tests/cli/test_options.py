@@ -123,10 +123,11 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
     ("--ctx-size 33", "context", 33),
+    (f"--adapter {LLAMA_FOLDER}", "adapter", str(LLAMA_FOLDER)),
 ]
 LOAD_DEFAULTS = {
     "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto",
-    "activations": "auto", "offline": True,
+    "activations": "auto", "adapter": None, "offline": True,
 }  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [

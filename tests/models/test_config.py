@@ -321,8 +321,12 @@ def test_folders_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("adapter_config.json", "adapter_config.json is here: an adapter, which has to be merged into its base model"),
+        (
+            "adapter_config.json",
+            "adapter_config.json is here: an adapter; give its base model to -m and this folder to",
+        ),
         ("quantize.json", "quantize.json is here: the model is not finished; run the same cuplama quantize again"),
+        ("merge.json", "merge.json is here: the model is not finished; run the same cuplama merge again"),
         ("params.json", "params.json is here: a checkpoint in the layout of its makers"),
         ("model-q4.gguf", "model-q4.gguf is here: a GGUF file is a model by itself; name it"),
         ("snapshots/0123/config.json", "snapshots/0123/config.json is here: give that folder"),

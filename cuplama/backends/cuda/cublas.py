@@ -143,14 +143,14 @@ class Cublas:
 
     def product(
         self, n: int, m: int, k: int, T: str, U: str, bias: bool = False, add: bool = False, width: int = 0,
-        form: str = "nt",
+        form: str = "nt", line: int = 0,
     ) -> Product | None:  # fmt: skip
         """Plan y[n,m]:U = x[n,k]:T w[m,k]^T:T (+ b[m]:U) (+ c[n,m]:U). None if the library has no algorithm for it.
 
-        width: elements from one row of y, and of c, to the next, where they are columns of wider matrices. form: one of
-        ``FORMS``; "nn" has w[k,m] instead, "tn" x[k,n] and w[k,m].
+        width: elements from one row of y, and of c, to the next, where they are columns of wider matrices; line: the
+        same of x. form: one of ``FORMS``; "nn" has w[k,m] instead, "tn" x[k,n] and w[k,m].
         """
-        product = Product(self, n, m, k, T, U, bias, add, width or m, form=form)
+        product = Product(self, n, m, k, T, U, bias, add, width or m, form=form, line=line)
         return product if product.algorithm is not None else None
 
     def scaled_product(
@@ -225,11 +225,11 @@ class Product:
 
     def __init__(
         self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool, width: int,
-        scales: Scales | None = None, fast: bool = False, form: str = "nt",
+        scales: Scales | None = None, fast: bool = False, form: str = "nt", line: int = 0,
     ) -> None:  # fmt: skip
         turned = FORMS[form]  # x and w
         stored = [size[::-1] if turn else size for size, turn in zip(((n, k), (k, m)), turned, strict=True)]
-        steps = (stored[0][1], stored[1][1], width)  # from row to row
+        steps = (line or stored[0][1], stored[1][1], width)  # from row to row
         left, right = (f"[{rows},{columns}]" for rows, columns in stored)
         product = f"x{left}{'^T' * turned[0]}:{T} w{right}{'^T' * turned[1]}"
         self.text = f"cuBLAS: y[{n},{m}]:{U} = {product}{' + b' * bias}{' + c' * add}"

@@ -21,6 +21,8 @@ template <class T> SIMT_TEMPLATE void st_volatile(T* p, simt::same<T> v) { simt_
 template <class T> SIMT_TEMPLATE void st_release(T* p, simt::same<T> v) { simt_store(p, sizeof(T), simt::to_bits(v)); }
 template <class T> SIMT_TEMPLATE void st_relaxed(T* p, simt::same<T> v) { simt_store(p, sizeof(T), simt::to_bits(v)); }
 
+SIMT_FN void red_add_4(float* p, float x, float y, float z, float w) { p[0] += x, p[1] += y, p[2] += z, p[3] += w; }
+
 SIMT_FN unsigned lane_id() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 SIMT_FN unsigned long long globaltimer() { return simt_clock(1); }
 
@@ -133,16 +135,30 @@ template <class Format> SIMT_TEMPLATE float element(u64 matrix, unsigned bytes) 
   size_t at = size_t(matrix << 16 >> 12) + bytes;
   return Format::widen(*reinterpret_cast<const unsigned short*>(at ^ (at >> 7 & 7) << 4));
 }
-template <class Format> SIMT_TEMPLATE void warpgroup_scores(float (&d)[64], u64 a, u64 b, bool add) {
+template <class Format, int N> SIMT_TEMPLATE void warpgroup_scores(float (&d)[N], u64 a, u64 b, bool add) {
   unsigned lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
   for (unsigned half = 0; half < 2; ++half) {
     float left[16];
     for (unsigned k = 0; k < 16; ++k) left[k] = element<Format>(a, (row + 8 * half) * 128 + 2 * k);
-    for (unsigned i = 0; i < 32; ++i) {
+    for (unsigned i = 0; i < N / 2; ++i) {
       float& sum = d[i / 2 * 4 + 2 * half + i % 2];
       double total = add ? sum : 0.f;
       for (unsigned k = 0; k < 16; ++k)
         total += double(left[k]) * element<Format>(b, (i / 2 * 8 + lane % 4 * 2 + i % 2) * 128 + 2 * k);
+      sum = float(total);
+    }
+  }
+}
+template <class Format, int N> SIMT_TEMPLATE void warpgroup_columns(float (&d)[N], u64 a, u64 b, bool add) {
+  unsigned lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  for (unsigned half = 0; half < 2; ++half) {
+    float left[16];
+    for (unsigned k = 0; k < 16; ++k) left[k] = element<Format>(a, k * 128 + (row + 8 * half) * 2);
+    for (unsigned i = 0; i < N / 2; ++i) {
+      float& sum = d[i / 2 * 4 + 2 * half + i % 2];
+      double total = add ? sum : 0.f;
+      for (unsigned k = 0; k < 16; ++k)
+        total += double(left[k]) * element<Format>(b, k * 128 + (i / 2 * 8 + lane % 4 * 2 + i % 2) * 2);
       sum = float(total);
     }
   }
@@ -205,6 +221,18 @@ SIMT_FN void wgmma_n128_f16(float (&d)[64], unsigned long long a, unsigned long 
 }
 SIMT_FN void wgmma_n128_bf16(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
   simt::warpgroup_scores<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_n64_f16(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {
+  simt::warpgroup_scores<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_n64_bf16(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {
+  simt::warpgroup_scores<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_columns_f16(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {
+  simt::warpgroup_columns<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_columns_bf16(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {
+  simt::warpgroup_columns<simt::BfloatFormat>(d, a, b, add);
 }
 SIMT_FN void wgmma_f16(float (&d)[32], const unsigned (&a)[4], unsigned long long b) {
   simt::warpgroup_sum<simt::HalfFormat>(d, a, b);

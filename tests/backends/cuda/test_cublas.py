@@ -228,6 +228,18 @@ def test_the_forms_of_a_backward_pass(
     np.testing.assert_allclose(y.astype(np.float64), want, atol=1e-5 if U == "f32" else 0.1, rtol=0)
 
 
+@pytest.mark.parametrize("form", ["nn", "tn"])
+def test_x_may_be_columns_of_a_wider_matrix(library: Library, form: str) -> None:
+    rng = np.random.default_rng(4)
+    wide, w, y = (_aligned(shape, DTYPES["f32"], rng) for shape in ((9, 12), (4 if form == "nn" else 9, 8), (9, 8)))
+    n, k = (9, 4) if form == "nn" else (4, 9)
+    product = _cublas(library).product(n, 8, k, "f32", "f32", form=form, line=12)
+    assert product is not None
+    product(wide.ctypes.data + 16, w.ctypes.data, y.ctypes.data)
+    x = wide[:, 4:8]
+    np.testing.assert_allclose(y[:n], (x if form == "nn" else x.T) @ w, atol=1e-5)
+
+
 def test_where_there_is_no_algorithm_less_alignment_is_told(library: Library) -> None:
     seen: list[int] = []
 

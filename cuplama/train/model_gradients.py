@@ -40,7 +40,8 @@ def gradients(
     tables = rope_tables(config, ids.shape[1] - 1)
     plan = training_step(config, batch.rows, names)
     into: dict[int, Array] = {}  # by the weight's array: a tied head adds to the embedding's
-    values: dict[str, Array] = {LOSS: backend.zeros((1,), f32)}
+    parts = {name: runner.values[name] for name in config.lora_parts()}
+    values: dict[str, Array] = {LOSS: backend.zeros((1,), f32), **parts}
     for name, array in weights.items():
         values[gradient_name(name)] = into.setdefault(id(array), backend.zeros(names[name], f32))
     for name in plan.arrays:

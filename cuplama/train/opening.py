@@ -1,0 +1,58 @@
+"""The device that a training runs on."""
+
+from __future__ import annotations
+
+import logging
+
+from ..arguments import one_of
+from ..backends import Backend
+from ..backends.cuda.driver import cuda_available
+from ..device import DEVICES
+from ..errors import DeviceError
+from ..models.config import ModelConfig
+from ..ops.attention import HEAD_DIMS
+from . import memory
+from .settings import TrainingSettings
+
+__all__ = ["open_training_backend"]
+
+_log = logging.getLogger("cuplama")
+_NAMES = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def open_training_backend(settings: TrainingSettings, config: ModelConfig, frozen: int, context: int) -> Backend:
+    """A backend with room for a training. frozen: bytes of the weights that are not trained; context: tokens of a row.
+
+    Raises DeviceError, with the numbers, where memory is short, and for what the kernels cannot do.
+    """
+    one_of("device", settings.device, DEVICES)
+    if settings.device != "numpy":
+        works, reason = cuda_available()
+        if works:
+            return _open_cuda(settings, config, frozen, context)
+        if settings.device == "cuda":
+            raise DeviceError(f"device cuda cannot be used: {reason}")
+        _log.warning("training on NumPy: %s", reason)
+    from ..backends.numpy import NumPyBackend
+
+    return NumPyBackend(_NAMES.get(settings.dtype, "f32"))
+
+
+def _open_cuda(settings: TrainingSettings, config: ModelConfig, frozen: int, context: int) -> Backend:
+    from ..backends.cuda.backend import CudaBackend
+
+    if config.head_dim not in HEAD_DIMS:
+        raise DeviceError(
+            f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
+            " --device numpy takes any"
+        )
+    backend = CudaBackend(_NAMES.get(settings.dtype, "bf16"))
+    try:
+        names = list(config.weight_shapes())
+        trained = [name for name in names if name.endswith((".lora_a", ".lora_b"))] or names
+        need = memory.plan(config, settings, trained, frozen, context, backend.dtype, backend.gpu.limits)
+        memory.check(need, backend.free_memory(), backend.gpu.name)
+    except BaseException:
+        backend.close()
+        raise
+    return backend
