@@ -1,9 +1,10 @@
-// From logits to a loss and to the gradient of the logits. A row is a token's V logits, f32.
+// From logits to a loss and to the gradient of the logits. A row is a token's logits, f32. In cross_entropy it has V of
+// them and M - V more elements, which round its length up: they are not logits, and their gradient is 0.
 //
 //   cross_entropy    loss[r]:f32     = w (lse - (1 - alpha) logits[t] - alpha sum(mixture logits))
-//                    dlogits[r,V]:U  = w (softmax - (1 - alpha) onehot(t) - alpha mixture)
+//                    dlogits[r,M]:U  = w (softmax - (1 - alpha) onehot(t) - alpha mixture)
 //                    where lse = ln sum exp(logits); t and w: of targets[n]: i32, in [0, V), and weights[n]: f32, that
-//                    of the row + first; mixture[r,V]: f32 or absent: probabilities, as a teacher's, that count by alpha
+//                    of the row + first; mixture[r,M]: f32 or absent: probabilities, as a teacher's, that count by alpha
 //   softmax_mixture  p[n,V]:f32      = a + share softmax(logits)        a[n,V]: f32 or absent
 //   add_sum          total[1]:f32   += sum of x[n]:f32
 //
@@ -36,23 +37,25 @@ __device__ __forceinline__ float exponential(float x) {
 // ---- rows that begin anywhere ---------------------------------------------------------------------------------------
 
 // How a row's elements are shared: those of a thread and iteration begin at `at`, of which the first may be negative.
+// width: elements from one row to the next; V: those that are read.
 struct Share {
-    int V, offset, stride;
+    int V, width, offset, stride;
     bool vectorized;
 
-    __device__ __forceinline__ Share(int V, bool vectorized)
-        : V(V), offset(int(i64(blockIdx.x) * V % W)), stride(int(blockDim.x) * W), vectorized(vectorized) {}
+    __device__ __forceinline__ Share(int V, int width, bool vectorized)
+        : V(V), width(width), offset(int(i64(blockIdx.x) * width % W)), stride(int(blockDim.x) * W),
+          vectorized(vectorized) {}
 
-    __device__ __forceinline__ int iterations() const { return (V + offset + stride - 1) / stride; }
+    __device__ __forceinline__ int iterations() const { return (width + offset + stride - 1) / stride; }
     __device__ __forceinline__ int at(int iteration) const {
         return iteration * stride + int(threadIdx.x) * W - offset;
     }
-    __device__ __forceinline__ bool whole(int at) const { return vectorized && at >= 0 && at + W <= V; }
+    __device__ __forceinline__ bool whole(int at, int end) const { return vectorized && at >= 0 && at + W <= end; }
 };
 
-// Elements at .. at + 7 of a row; outside of the row it is `outside`.
+// Elements at .. at + 7 of a row; what is not read is `outside`.
 __device__ __forceinline__ Eight load_some(const f32* row, int at, const Share& share, float outside) {
-    if (share.whole(at)) return load<W>(row + at);
+    if (share.whole(at, share.V)) return load<W>(row + at);
     Eight x;
 #pragma unroll
     for (int i = 0; i < W; i++) x.v[i] = at + i >= 0 && at + i < share.V ? row[at + i] : outside;
@@ -64,10 +67,10 @@ __device__ __forceinline__ void store_some(T* row, int at, const Share& share, c
     Pack<T, W> y;
 #pragma unroll
     for (int i = 0; i < W; i++) y.v[i] = from_float<T>(x.v[i]);
-    if (share.whole(at)) return store<W>(row + at, y);
+    if (share.whole(at, share.width)) return store<W>(row + at, y);
 #pragma unroll
     for (int i = 0; i < W; i++)
-        if (at + i >= 0 && at + i < share.V) row[at + i] = y.v[i];
+        if (at + i >= 0 && at + i < share.width) row[at + i] = y.v[i];
 }
 
 // A thread's logits of the first iterations, in shared memory: 16 bytes of each thread side by side.
@@ -149,15 +152,15 @@ __device__ __forceinline__ Softmax see_row(const f32* row, const f32* mixture, c
 template <typename U>
 __global__ void __launch_bounds__(1024)
     cross_entropy(const f32* __restrict__ logits, const i32* __restrict__ targets, const f32* __restrict__ weights,
-                  const f32* __restrict__ mixture, f32* __restrict__ loss, U* __restrict__ dlogits, int V, f32 alpha,
-                  int first, int held) {
+                  const f32* __restrict__ mixture, f32* __restrict__ loss, U* __restrict__ dlogits, int M, int V,
+                  f32 alpha, int first, int held) {
     DYNAMIC_SHARED(f32, memory);
     const int target = targets[first + blockIdx.x];
     const float weight = weights[first + blockIdx.x];
-    const f32* row = logits + i64(blockIdx.x) * V;
-    const f32* other = mixture == nullptr ? nullptr : mixture + i64(blockIdx.x) * V;
-    U* out = dlogits + i64(blockIdx.x) * V;
-    const Share share(V, aligned(logits, mixture, dlogits));
+    const f32* row = logits + i64(blockIdx.x) * M;
+    const f32* other = mixture == nullptr ? nullptr : mixture + i64(blockIdx.x) * M;
+    U* out = dlogits + i64(blockIdx.x) * M;
+    const Share share(V, M, aligned(logits, mixture, dlogits));
     const Held kept = {memory, held};
     float largest = 0.f, factor = 0.f;
     if (weight != 0.f) {
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(1024) softmax_mixture(const f32* __restrict__ 
     DYNAMIC_SHARED(f32, memory);
     const f32* row = logits + i64(blockIdx.x) * V;
     const f32* others = a == nullptr ? nullptr : a + i64(blockIdx.x) * V;
-    const Share part(V, aligned(logits, a, p));
+    const Share part(V, V, aligned(logits, a, p));
     const Held kept = {memory, held};
     float none = 0.f;
     const Softmax seen = see_row<f32>(row, nullptr, part, kept, none);

@@ -32,21 +32,23 @@ def _cross_entropy(
     weights: Array,
     mixture: Array | None = None,
     *,
+    V: int,
     alpha: float,
     first: int,
     U: str = "",
 ) -> tuple[Array, Array]:
     rows = np.arange(len(logits))
     targets, weights = targets[first + rows], weights[first + rows]
-    log_p = _log_softmax(logits)
+    log_p = _log_softmax(logits[:, :V])
     loss = -(1 - alpha) * log_p[rows, targets]
     dlogits = np.exp(log_p)
     dlogits[rows, targets] -= 1 - alpha
     if mixture is not None:
-        loss = loss - alpha * (mixture * log_p).sum(-1)
-        dlogits -= alpha * mixture
-    learned = weights != 0
-    return np.where(learned, loss * weights, 0), np.where(learned[:, None], dlogits * weights[:, None], 0)
+        loss = loss - alpha * (mixture[:, :V] * log_p).sum(-1)
+        dlogits -= alpha * mixture[:, :V]
+    learned, padded = weights != 0, np.zeros_like(logits)
+    padded[:, :V] = np.where(learned[:, None], dlogits * weights[:, None], 0)
+    return np.where(learned, loss * weights, 0), padded
 
 
 def _softmax_mixture(logits: Array, a: Array | None = None, *, share: float) -> Array:
@@ -61,12 +63,12 @@ def _add_sum(total: Array, x: Array) -> Array:
 
 def _row_kernels(call: Call, device: Device) -> Plan:
     """A block a row; shared memory holds of a row what it can, in whole iterations of the block."""
-    rows, V = call.shape(call.op.signature.ins[0])
-    threads = _NARROW if V <= _NARROW_ROWS else _WIDE
-    threads = min(threads, max(64, -(-V // (2 * _WIDTH) // 32) * 32))
+    rows, width = call.shape(call.op.signature.ins[0])
+    threads = _NARROW if width <= _NARROW_ROWS else _WIDE
+    threads = min(threads, max(64, -(-width // (2 * _WIDTH) // 32) * 32))
     iteration = threads * _WIDTH
     room = (device.shared - 2 * _RESERVED) * min(threads, _WIDE) // _WIDE
-    held = min(-(-(V + _WIDTH) // iteration), room // (4 * iteration))
+    held = min(-(-(width + _WIDTH) // iteration), room // (4 * iteration))
     kernel = f"loss.cu:{call.op.name}"
     return Plan((Launch(kernel, (rows,), (threads,), 4 * held * iteration, {"held": held}),))
 
@@ -77,14 +79,17 @@ def _sum_kernels(call: Call, device: Device) -> Plan:
 
 def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
     """Logits as of a model that has learned something; some weights of 0, and in their rows NaN and infinities."""
-    n, r, V, first = case["n"], case["r"], case["V"], case["first"]
-    logits = (3 * rng.standard_normal((r, V))).astype(np.float32)
+    n, r, V, M, first = case["n"], case["r"], case["V"], case["M"], case["first"]
+    logits = (3 * rng.standard_normal((r, M))).astype(np.float32)
     weights = rng.choice(np.array([1.0, 0.25, 2.0], np.float32), n)
     weights[first + 1 : first + r : 3] = 0
     logits[1::6, V // 2], logits[4::6, V - 1] = np.nan, np.inf
     if case.get("broken"):
         logits[0, V // 3] = np.nan
-    return {"logits": logits, "weights": weights, "mixture": rng.dirichlet(np.full(V, 0.3), r).astype(np.float32)}
+    mixture = np.full((r, M), np.nan, np.float32)
+    mixture[:, :V] = rng.dirichlet(np.full(V, 0.3), r)
+    logits[:, V:] = np.nan  # not to be read
+    return {"logits": logits, "weights": weights, "mixture": mixture}
 
 
 def _sum_inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
@@ -94,11 +99,12 @@ def _sum_inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[A
 
 def _case(n: int, r: int, first: int, V: int, mixture: bool = False, **other: Any) -> dict[str, Any]:
     alpha = 0.75 if mixture else 0.0
-    return dict(n=n, r=r, first=first, V=V, mixture=mixture, alpha=alpha, U="T") | other
+    return dict(n=n, r=r, first=first, V=V, M=V, mixture=mixture, alpha=alpha, U="T") | other
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
-    return _case(9, draw(1, 5), draw(0, 4), draw(2, 3000), bool(draw(0, 1)))
+    V = draw(2, 3000)
+    return _case(9, draw(1, 5), draw(0, 4), V, bool(draw(0, 1)), M=V + draw(0, 1) * draw(1, 64))
 
 
 def _gradient(g: Gradient) -> None:
@@ -112,13 +118,14 @@ _ROW_TOLERANCE = {"f32": 12.0}
 
 cross_entropy = Op(
     "cross_entropy",
-    "loss[r]:f32, dlogits[r,V]:U = (logits[r,V]:f32, targets[n]:i32, weights[n]:f32, mixture[r,V]:f32?, alpha:f32,"
-    " first:i32)",
+    "loss[r]:f32, dlogits[r,M]:U = (logits[r,M]:f32, targets[n]:i32, weights[n]:f32, mixture[r,M]:f32?, V:i32,"
+    " alpha:f32, first:i32)",
     doc="The loss of rows first .. first + r - 1 of a batch, and the gradient of their sum, with t and w the target"
     " and weight of a row and lse = log(sum(exp(logits))):"
     " loss = w (lse - (1 - alpha) logits[t] - alpha sum(mixture logits)),"
     " dlogits = w (softmax(logits) - (1 - alpha) onehot(t) - alpha mixture)."
-    " mixture: probabilities to learn from (Hinton et al., arXiv:1503.02531). A row of weight 0 has no part in it.",
+    " mixture: probabilities to learn from (Hinton et al., arXiv:1503.02531). A row of weight 0 has no part in it. V: the"
+    " logits of a row; the M - V elements behind them are none, and their gradient is 0.",
     reference=_cross_entropy,
     kernels=_row_kernels,
     cases=[
@@ -128,13 +135,15 @@ cross_entropy = Op(
         _case(9, 9, 0, 1003, True, alpha=1.0),
         _case(2, 2, 0, 4096, True, broken=True),
         _case(4, 3, 1, 50257),  # more than shared memory holds
+        _case(4, 3, 1, 1003, M=1024),
+        _case(5, 5, 0, 70, True, M=77),
         _case(1, 1, 0, 60001, True),  # a wide block
     ],
     sizes=_sizes,
-    rules=("first + r <= n",),
+    rules=("first + r <= n", "V <= M"),
     inputs=_inputs,
     ranges={"targets": "V"},
-    shape=_case(16384, 4096, 0, 50257),
+    shape=_case(16384, 4096, 0, 50257, M=50304),
     tolerance=_ROW_TOLERANCE,
     flops=lambda c: 6 * c["r"] * c["V"],
     gradient=_gradient,

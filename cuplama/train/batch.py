@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ class Batch:
     input_ids, positions, targets [n] int32: a token, its position in its document, and the token that follows; weights
     [n] float32: what the loss of the token counts, 0 for one that is not learned; bounds [b+1] int32: where documents
     begin, and n at the end; a document may be empty, so that batches of many numbers of documents have one shape.
+    order, position_order [n] int32: what sorts input_ids and positions, equal ones in their order: the gradients of
+    embeddings are added up in it.
     """
 
     input_ids: _Ints
@@ -29,6 +31,13 @@ class Batch:
     targets: _Ints
     weights: np.ndarray[Any, np.dtype[np.float32]]
     bounds: _Ints
+    order: _Ints = field(init=False)
+    position_order: _Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Sort them here: the host makes a batch while the device is busy with the one before."""
+        object.__setattr__(self, "order", np.argsort(self.input_ids, kind="stable").astype(np.int32))
+        object.__setattr__(self, "position_order", np.argsort(self.positions, kind="stable").astype(np.int32))
 
     @property
     def rows(self) -> int:
@@ -56,9 +65,9 @@ class Batch:
             rows = rope.lookup([Span(0, int(n), int(n)) for n in lengths if n])[2]
         return {
             "input_ids": self.input_ids,
-            "input_ids.order": np.argsort(self.input_ids, kind="stable").astype(np.int32),
+            "input_ids.order": self.order,
             "positions": self.positions,
-            "positions.order": np.argsort(self.positions, kind="stable").astype(np.int32),
+            "positions.order": self.position_order,
             "rope.rows": rows,
             "targets": self.targets,
             "weights": self.weights,

@@ -100,7 +100,7 @@ class _Chunks:
             nodes.append(Node("softmax_mixture", (mixture,), ins, {"share": 1 / len(self.teachers)}))
         nodes += head.nodes(number, first, rows)
         loss, ins = f"head.{number}.loss", (nodes[-1].outs[0], "targets", "weights", *([mixture] if mixture else []))
-        attrs = {"alpha": self.alpha, "first": first, "U": "T"}
+        attrs = {"V": self.vocab_size, "alpha": self.alpha, "first": first, "U": "T"}
         nodes.append(Node("cross_entropy", (loss, f"head.{number}.dlogits"), ins, attrs))
         nodes.append(Node("add_sum", (LOSS,), (LOSS, loss)))
         return nodes, loss

@@ -91,7 +91,9 @@ class Trainer:
         self.done = 0
         self._tied = config.tied is not False and _same(weights)
         trained = self._trained()
-        self.parameters = Parameters(backend, {name: _numbers(weights[name]) for name in trained})
+        # Teachers' logits, which go with the model's, are as wide as the vocabulary.
+        rounded = () if teachers else ("embed_tokens", "lm_head")
+        self.parameters = Parameters(backend, {name: _numbers(weights[name]) for name in trained}, rounded)
         self._values = {**self._frozen(weights), **self.parameters.weights}
         self._values |= {LOSS: backend.zeros((1,), _F32)}
         self._gradients = {gradient_name(name): array for name, array in self.parameters.gradients.items()}
