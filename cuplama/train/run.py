@@ -189,4 +189,4 @@ def _guides(job: Job, origin: Origin) -> list[GuidingModel]:
 
 def _described(trainer: Trainer, data: TokenData) -> str:
     elements = sum(array.size for array in trainer.parameters.weights.values())
-    return f"{elements / 1e6:.2f} million weights, {len(data.tokens):,} tokens of data"
+    return f"{elements:,} weights on {len(data.tokens):,} tokens of data"

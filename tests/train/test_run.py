@@ -248,6 +248,19 @@ def test_what_is_refused_before_anything_is_made(make: Make, tmp_path: Path) -> 
     assert "context = 81 is more than the 80 positions" in said(ParameterError, config=learned, context=81)
 
 
+def test_ids_of_a_config_that_are_letters_are_left_out(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(tmp_path / "ids.json", bos_token_id=1, eos_token_id=2)
+    run(job := make(config=config))
+    assert [m.partition("ids.json: ")[2] for m in caplog.messages[:2]] == [
+        "bos_token_id = 1 is ' ', no special token, and is left out",
+        "eos_token_id = 2 is 'a', no special token, and is left out",
+    ]
+    written = [json.loads((job.out / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+    assert [(w["bos_token_id"], w["eos_token_id"]) for w in written] == [(None, 35)] * 2
+
+
 def test_too_little_data_is_refused_with_both_numbers(make: Make, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("a" * 17)
     run(make("enough", data=[tmp_path / "few.txt"]))
