@@ -217,7 +217,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(make: Make, monkeypatch: pytest.M
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device; the last checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="No space left on device; the checkpoint of step 2 is whole"):
         run(replace(job, resume=True))
     monkeypatch.undo()
     assert (job.out / "model.safetensors").read_bytes() == before
@@ -308,3 +308,9 @@ def test_teachers_need_the_same_vocabulary(make: Make) -> None:
     assert rows(job.out)[0]["loss"] > 0
     with pytest.raises(ParameterError, match="has a vocabulary of 65 tokens, the model one of 48"):
         run(make("other", teachers=[GOLDEN / "gpt2-char"]))
+    path = teacher.out / "tokenizer.json"
+    path.write_text(path.read_text().replace("<sep>", "<cut>"))
+    with pytest.raises(
+        ParameterError, match="has '<cut>' for token 36, the model '<sep>'; both"
+    ):
+        run(make("third", teachers=[teacher.out]))
