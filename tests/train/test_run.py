@@ -310,7 +310,5 @@ def test_teachers_need_the_same_vocabulary(make: Make) -> None:
         run(make("other", teachers=[GOLDEN / "gpt2-char"]))
     path = teacher.out / "tokenizer.json"
     path.write_text(path.read_text().replace("<sep>", "<cut>"))
-    with pytest.raises(
-        ParameterError, match="has '<cut>' for token 36, the model '<sep>'; both"
-    ):
+    with pytest.raises(ParameterError, match="has '<cut>' for token 36, the model '<sep>'; both"):
         run(make("third", teachers=[teacher.out]))
