@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(THREADS, 2)
         put_weights(weights, ds);
         __syncwarp();  // a row of the weights is written and read by half a warp
         add_rows<D, C>(dq, weights, kv);
-        __syncwarp();
     }
 #pragma unroll
     for (int i = 0; i < R; i++) {

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     T* values = keys + KEYS * WIDTH;
     T* queries = values + KEYS * WIDTH;  // [2][ROWS][WIDTH], as are the rows of dy
     T* outs = queries + 2 * STAGE;
-    __shared__ f32 stats[2][2 * ROWS];
+    __shared__ __align__(16) f32 stats[2][2 * ROWS];
 
     const int group = num_heads / H, warp = threadIdx.x / WARP;
     // The first keys are seen by the most rows: start them first.
@@ -157,9 +157,9 @@ __global__ void __launch_bounds__(THREADS, 2)
         float p[MT][ROWS / 8][4] = {}, ds[MT][ROWS / 8][4] = {};
         multiply_rows<T, D>(p, keys + mine * WIDTH, q, down, across);
         if (near < key + SIZE - 1 || (window > 0 && far - key >= window)) Pairs::mask(p, key, at, group, window);
+        multiply_rows<T, D>(ds, values + mine * WIDTH, out, down, across);  // under way while p is computed
         Pairs::weigh(p, stats[stage], scale * LOG2_E);
         add_rows<T, D>(dv, p, out + column, down, chunks);
-        multiply_rows<T, D>(ds, values + mine * WIDTH, out, down, across);
         Pairs::differ(ds, p, stats[stage]);
         add_rows<T, D>(dk, ds, q + column, down, chunks);
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tools import kernel_edits_attention as attention
 from tools import kernel_edits_training as training
 
 __all__ = ["EDITS", "EQUIVALENT"]
@@ -79,7 +80,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("sampling.cu", "x > -infinity() ? rank_of(x, id) : 0;", "rank_of(x, id);"),
     ("sampling.cu", "max(token[row], 0)] - most", "token[row]] - most"),
     ("attention_prefill_fma.cu", "const bool there = token < fresh;", "const bool there = token <= fresh;"),
-    ("attention_prefill_fma.cu", "high - 1);\n                held[u]", "high);\n                held[u]"),
     ("attention_prefill_fma.cu", "if (distance < 0 ||", "if (distance <= 0 ||"),
     ("attention_prefill_fma.cu", "distance >= window)", "distance > window)"),
     # the page table
@@ -272,35 +272,25 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_decode.cu", "(j == here ? token.k : token.v) + at", "(j == here ? token.v : token.k) + at"),
     # attention_prefill_mma.cu
     ("attention_prefill_mma.cu", "row + r < high - first;", "row + r <= high - first;"),
-    ("attention_prefill_mma.cu", "tile.first + r < tile.end && vector", "tile.first + r <= tile.end && vector"),
     ("attention_prefill_mma.cu", "if (distance < 0 ||", "if (distance <= 0 ||"),
     ("attention_prefill_mma.cu", "distance >= window)", "distance > window)"),
     ("attention_prefill_mma.cu", "if (at + KEYS - 1 > near ||", "if (at + KEYS - 1 > far ||"),
     ("attention_prefill_mma.cu", "if (at > far ||", "if (at >= far ||"),
     ("attention_prefill_mma.cu", "at < band.high; at += KEYS, stage", "at <= band.high; at += KEYS, stage"),
-    ("attention_prefill_mma.cu", "mine + r < tile.end; r += WARP", "mine + r <= tile.end; r += WARP"),
-    ("attention_prefill_mma.cu", "if (vector * 8 < D) store", "if (vector * 8 <= D) store"),
     ("attention_prefill_mma.cu", "(At::WIDTH == D || (vector + u) * 8 < D)", "true"),
     ("attention_prefill_mma.cu", "page_table[table + first / S] * H", "page_table[table + first / S + 1] * H"),
     ("attention_prefill_mma.cu", "page_table[table + token / S] * H", "page_table[table + token / S + 1] * H"),
     ("mma.cuh", "mma_m16n8k16_bf16(d, a, b)",
      "mma_m16n8k16_bf16(d, {b[0], b[1], b[0], b[1]}, {a[0], a[2]})"),
     ("mma.cuh", "mma_m16n8k16_f16(d, a, b)", "mma_m16n8k16_f16(d, a, {b[1], b[0]})"),
-    ("attention_prefill_mma.cu", "score[m][2 * j], a[m], left", "score[m][2 * j], a[m], right"),
-    ("attention_prefill_mma.cu", "acc[m][2 * j], a[m], left", "acc[m][2 * j], a[m], right"),
-    ("attention_prefill_mma.cu", "score[m][2 * i + e / 2];", "score[m][2 * i + e % 2];"),
-    ("attention_prefill_mma.cu", "pack<T>(from[e % 2 * 2], from[e % 2 * 2 + 1])",
-     "pack<T>(from[e % 2 * 2 + 1], from[e % 2 * 2])"),
-    ("attention_prefill_mma.cu", "ldmatrix_x4_trans(both,", "ldmatrix_x4(both,"),
-    ("attention_prefill_mma.cu", "keys + across.at(", "keys + down.at("),
     ("attention_prefill_mma.cu", "factor = scale * LOG2_E;", "factor = LOG2_E;"),
     ("attention_prefill_mma.cu", "sum[m][half] * shrink;", "sum[m][half];"),
     ("attention_prefill_mma.cu", "acc[m][j][2 * half] *= shrink, ", ""),
     ("attention_prefill_mma.cu", "__shfl_xor_sync(ALL_LANES, most, 2)", "__shfl_xor_sync(ALL_LANES, most, 4)"),
     ("attention_prefill_mma.cu", "total += __shfl_xor_sync(ALL_LANES, total, 2);", ";"),
-    ("attention_prefill_mma.cu", "fetch<T, D, S, KEYS>(keys + other,", "fetch<T, D, S, KEYS>(keys + stage * STAGE,"),
+    ("attention_prefill_mma.cu", "fetch(stage ^ 1, at + KEYS);", "fetch(stage, at + KEYS);"),
     ("attention.cuh", "group, rows) <= number)", "group, rows) < number)"),
-    ("attention.cuh", "old = seq_lens[sequence] - fresh;", "old = seq_lens[sequence] - fresh + 1;"),
+    ("attention.cuh", "cu_seqlens[tile.sequence]);", "cu_seqlens[tile.sequence] - 1);"),
     # attention_prefill_wgmma.cu
     ("attention_prefill_wgmma.cu", "u * 8), i < left);", "u * 8), i <= left);"),
     ("attention_prefill_wgmma.cu", "vector * 8, mine + r < tile.end);", "vector * 8, mine + r <= tile.end);"),
@@ -328,8 +318,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_prefill_wgmma.cu", "float total = sum[half] * shrink[half];", "float total = sum[half];"),
     ("attention_prefill_wgmma.cu", "scale * LOG2_E, 1 + consumer", "LOG2_E, 1 + consumer"),
     # attention_prefill_fma.cu and where all look tokens up
-    ("attention_prefill_fma.cu", "token_offset<S, D>(table, token, head, H) + vector",
-     "token_offset<S, D>(table, token + 1, head, H) + vector"),
+    ("attention_prefill_fma.cu", "token_offset<S, D>(table, token, kv_head",
+     "token_offset<S, D>(table, token + 1, kv_head"),
     ("attention_prefill_fma.cu", "token >= fresh) continue;", "token > fresh) continue;"),
     ("attention_prefill_fma.cu", "to_float(x[at]) * (scale * LOG2_E)", "to_float(x[at]) * LOG2_E"),
     ("attention_prefill_fma.cu", "acc[i][j][0] *= shrink, ", ""),
@@ -338,6 +328,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention.cuh", "* S + position % S)", "* S + position % S + 1)"),
     # peaks.cu
     ("peaks.cu", "v[i] = at < n ?", "v[i] = at <= n ?"),
+    *attention.EDITS,
     *training.EDITS,
 )  # fmt: skip
 
@@ -412,5 +403,6 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "__shared__ int count;\n    __syncthreads();",
         "between the read of count and the next gather lie the barriers of find_bin",
     ),
+    *attention.EQUIVALENT,
     *training.EQUIVALENT,
 )

@@ -44,6 +44,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("norm_backward.cu", "i64(gridDim.x + blockIdx.x) * D", "i64(blockIdx.x) * D"),
     # norm_backward.cu: sums of the blocks
     ("norm_backward.cu", "row < rows; row += WARP", "row <= rows; row += WARP"),
+    ("norm_backward.cu", "row < rows; row += WARP", "row < min(rows, WARP); row += WARP"),
     ("norm_backward.cu", "other = 1; other < WARP;", "other = 0; other < WARP;"),
     ("norm_backward.cu", "sum[column] += total;", "sum[column] = total;"),
     ("norm_backward.cu", "blockIdx.y == 0 ? dw : db", "blockIdx.y == 0 ? db : dw"),

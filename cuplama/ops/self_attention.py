@@ -6,8 +6,9 @@ cuda_src/attention_backward_*.cu. Dao, "FlashAttention-2", arXiv:2307.08691.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,47 +20,91 @@ from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .self_attention_hopper import hopper_plan
+from .team import fill
 
 __all__ = ["self_attention", "self_attention_backward", "self_attention_case"]
 
 _ATTRIBUTES = ("num_heads", "H", "D", "window", "scale")
 
-
-def _sequences(cu_seqlens: Array) -> Iterator[slice]:
-    return (slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if b > a)
+_QUERIES = 128  # that the references take at a time: scores stay in the cache, and the causal half is not computed
 
 
-def _parts(x: Array, num_heads: int, H: int, D: int) -> tuple[Array, Array, Array]:
-    """Queries [H, group, n, D], keys and values [H, 1, n, D] of the rows of a sequence."""
-    heads = x.reshape(len(x), -1, D).transpose(1, 0, 2)
-    q, k, v = heads[:num_heads], heads[num_heads : num_heads + H], heads[num_heads + H :]
-    return q.reshape(H, -1, len(x), D), k[:, None], v[:, None]
+class _Heads:
+    """One KV head of one sequence: keys and values [n, D], queries and other rows of its group [group, n, D]."""
+
+    def __init__(self, x: Array, head: int, num_heads: int, H: int, D: int, window: int, scale: float) -> None:
+        heads = x.reshape(len(x), -1, D)
+        self._window, self.scale = window, x.dtype.type(scale)
+        self._group = slice(head * (num_heads // H), (head + 1) * (num_heads // H))
+        self._D = D
+        self.q, self.k, self.v = self.of(x), heads[:, num_heads + head], heads[:, num_heads + H + head]
+
+    def of(self, rows: Array) -> Array:
+        """The group's part of the rows of x, y or dy."""
+        return np.ascontiguousarray(rows.reshape(len(rows), -1, self._D)[:, self._group].transpose(1, 0, 2))
+
+    def tiles(self) -> Iterator[tuple[slice, slice, Array]]:
+        """Queries, the keys that they see, and their scores [group, queries, keys]."""
+        n = len(self.k)
+        for first in range(0, n, _QUERIES):
+            last = min(first + _QUERIES, n)
+            low = max(0, first - self._window + 1) if self._window else 0
+            distance = np.arange(first, last)[:, None] - np.arange(low, last)
+            hidden = (distance < 0) | (distance >= self._window) if self._window else distance < 0
+            scores = self.q[:, first:last] @ self.k[low:last].T
+            scores *= self.scale
+            scores += np.where(hidden, -np.inf, 0).astype(scores.dtype)
+            yield slice(first, last), slice(low, last), scores
 
 
-def _scores(q: Array, k: Array, window: int, scale: float) -> Array:
-    n = q.shape[-2]
-    distance = np.arange(n)[:, None] - np.arange(n)
-    hidden = (distance < 0) | (distance >= window) if window else distance < 0
-    scores = (q @ k.swapaxes(-1, -2)) * q.dtype.type(scale)
-    scores[..., hidden] = -np.inf
-    return scores
+def _attend(heads: _Heads) -> Array:
+    """Outputs, and behind them the logarithm of the softmax's sum: [group, n, D + 1]."""
+    out = np.empty((*heads.q.shape[:2], heads.q.shape[2] + 1), heads.q.dtype)
+    for rows, keys, p in heads.tiles():
+        most = p.max(-1, keepdims=True)
+        p -= most
+        np.exp(p, out=p)
+        total = p.sum(-1, keepdims=True)
+        out[:, rows, :-1] = (p @ heads.v[keys]) / total
+        out[:, rows, -1:] = most + np.log(total)
+    return out
+
+
+def _differentiate(heads: _Heads, y: Array, lse: Array, dy: Array) -> Array:
+    """Gradients of the group's queries, of the keys and of the values: [group + 2, n, D]. lse: [group, n, 1]."""
+    group, n, D = heads.q.shape
+    out = np.zeros((group + 2, n, D), heads.q.dtype)
+    delta = (dy * y).sum(-1, keepdims=True)
+    for rows, keys, p in heads.tiles():
+        p -= lse[:, rows]
+        np.exp(p, out=p)
+        ds = dy[:, rows] @ heads.v[keys].T
+        ds -= delta[:, rows]
+        ds *= p
+        ds *= heads.scale
+        flat = p.reshape(-1, p.shape[-1]).T, ds.reshape(-1, p.shape[-1]).T
+        out[group + 1, keys] += flat[0] @ dy[:, rows].reshape(-1, D)
+        out[group, keys] += flat[1] @ heads.q[:, rows].reshape(-1, D)
+        out[:group, rows] = ds @ heads.k[keys]
+    return out
+
+
+def _fill(out: Array, cu_seqlens: Array, piece: Callable[[slice, int], Array]) -> None:
+    """Fill out [H, .., n, ..] with piece(rows, head) for every sequence and head."""
+    sequences = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if b > a]
+    pieces = [(rows, head) for rows in sequences for head in range(len(out))]
+    work = sum((rows.stop - rows.start) ** 2 for rows in sequences) * out[:, :, 0].size
+    fill([out[head][:, rows] for rows, head in pieces], [partial(piece, *each) for each in pieces], work)
 
 
 def _self_attention(
     x: Array, cu_seqlens: Array, *, num_heads: int, H: int, D: int, window: int, scale: float
 ) -> tuple[Array, Array]:
     x = upcast(x)
-    y, lse = np.zeros((len(x), num_heads * D), x.dtype), np.zeros((len(x), num_heads), x.dtype)
-    for rows in _sequences(cu_seqlens):
-        q, k, v = _parts(x[rows], num_heads, H, D)
-        p = _scores(q, k, window, scale)
-        most = p.max(-1, keepdims=True)
-        np.exp(p - most, out=p)
-        total = p.sum(-1, keepdims=True)
-        n = p.shape[-1]
-        y[rows] = ((p @ v) / total).reshape(num_heads, n, D).transpose(1, 0, 2).reshape(n, -1)
-        lse[rows] = (most + np.log(total)).reshape(num_heads, n).T
-    return y, lse
+    out = np.zeros((H, num_heads // H, len(x), D + 1), x.dtype)
+    _fill(out, cu_seqlens, lambda rows, head: _attend(_Heads(x[rows], head, num_heads, H, D, window, scale)))
+    heads = out.reshape(num_heads, len(x), D + 1).transpose(1, 0, 2)
+    return heads[..., :D].reshape(len(x), -1), np.ascontiguousarray(heads[..., D])
 
 
 def _self_attention_backward(
@@ -67,17 +112,16 @@ def _self_attention_backward(
     *, num_heads: int, H: int, D: int, window: int, scale: float,
 ) -> Array:  # fmt: skip
     x, y, dy = upcast(x), upcast(y), upcast(dy)
-    dx = np.zeros_like(x)
-    for rows in _sequences(cu_seqlens):
-        q, k, v = _parts(x[rows], num_heads, H, D)
-        n, shape = q.shape[2], q.shape
-        g, out = (a[rows].reshape(n, num_heads, D).transpose(1, 0, 2).reshape(shape) for a in (dy, y))
-        p = np.exp(_scores(q, k, window, scale) - lse[rows].T.reshape(*shape[:3], 1))
-        ds = p * (g @ v.swapaxes(-1, -2) - (g * out).sum(-1, keepdims=True)) * x.dtype.type(scale)
-        dq = (ds @ k).reshape(num_heads, n, D)
-        dk, dv = ((s.swapaxes(-1, -2) @ other).sum(1) for s, other in ((ds, q), (p, g)))
-        dx[rows] = np.concatenate([dq, dk, dv]).transpose(1, 0, 2).reshape(n, -1)
-    return dx
+
+    def piece(rows: slice, head: int) -> Array:
+        heads = _Heads(x[rows], head, num_heads, H, D, window, scale)
+        sums = lse[rows].reshape(-1, H, num_heads // H, 1)[:, head].transpose(1, 0, 2)
+        return _differentiate(heads, heads.of(y[rows]), sums, heads.of(dy[rows]))
+
+    out = np.zeros((H, num_heads // H + 2, len(x), D), x.dtype)
+    _fill(out, cu_seqlens, piece)
+    dq = out[:, :-2].reshape(num_heads, len(x), D)
+    return np.concatenate([dq, out[:, -2], out[:, -1]]).transpose(1, 0, 2).reshape(len(x), -1)
 
 
 def self_attention_case(
@@ -100,6 +144,7 @@ _CASES = [
     self_attention_case(3, 1, 96, [40, 0, 30], window=33),
     self_attention_case(8, 1, 32, [50], window=3),
     self_attention_case(4, 1, 256, [37, 2]),
+    self_attention_case(3, 1, 112, [66]),
     self_attention_case(2, 2, 200, [70]),
     self_attention_case(2, 1, 64, [200], window=130),
 ]
@@ -200,7 +245,8 @@ def _fma(call: Call, device: Device) -> Iterator[Launch]:
         ("keys", n, ("KEYS", "ROWS"), 96),  # of 64 keys more sums than this do not fit into registers
         ("queries", n * group, ("ROWS", "KEYS"), 128),
     ):
-        kept, passing = (64, 32) if D <= (widest if roomy else 64) else (32, 32) if D <= 128 else (16, 16)
+        large = D <= 64 or (widest >= D and roomy)
+        kept, passing = (64, 32) if large else (32, 32) if D <= 128 else (16, 16)
         shared = 4 * ((2 * kept + passing) * (-(-D // 32) * 32 + 4) + kept * (passing + 4))
         yield Launch(
             f"attention_backward_fma.cu:attention_backward_{kernel}_fma", (rows // kept + b, H), (256,), shared,

@@ -11,6 +11,7 @@ from cuplama.lab.emulation import EmulatedDevice
 from cuplama.ops import OPS
 from cuplama.ops.attention import attention_case
 from cuplama.ops.launch import Device
+from cuplama.ops.self_attention import self_attention_case
 
 from . import harness
 
@@ -41,6 +42,10 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("lora_backward_h", dict(n=9, m=1100, q=17, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),
     ("lora_backward_b", dict(n=1100, m=70, q=34, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),
     ("attention", _DECODE, Device(sms=8)),
+    # GPUs before Hopper, at head sizes that have kernels of their own there
+    ("self_attention", self_attention_case(3, 1, 64, [70, 9], window=33), Device(80, 108, 166912)),
+    ("self_attention_backward", self_attention_case(3, 1, 64, [70, 9], window=33), Device(80, 108, 166912)),
+    ("self_attention_backward", self_attention_case(2, 1, 128, [67]), Device(80, 108, 166912)),
     ("append_attention", {**_DECODE, **dict.fromkeys(("rope_rows", "cos", "sin", "q_norm", "k_norm"), True),
                           "h": 24, "R": 9, "eps": 1e-6}, Device(sms=8)),
 )  # fmt: skip
