@@ -23,7 +23,7 @@
 #include "attention_mma.cuh"
 
 // What the softmax's backward pass takes of a tile's rows: lse in powers of two, and delta. A row that is not there has
-// lse = infinity, and so the weights 0.
+// zeros, here and in dy: it adds nothing.
 template <int ROWS>
 struct RowStats {
     f32 held;  // of thread i < ROWS lse, of the next ROWS threads delta
@@ -31,7 +31,7 @@ struct RowStats {
     template <typename Where>
     __device__ __forceinline__ void fetch(const f32* lse, const f32* delta, int first, int end, Where where) {
         const int row = first + threadIdx.x % ROWS;
-        held = threadIdx.x < ROWS ? infinity() : 0.f;
+        held = 0.f;
         if (row < end && threadIdx.x < 2 * ROWS)
             held = threadIdx.x < ROWS ? lse[where(row)] * LOG2_E : delta[where(row)];
     }
