@@ -33,6 +33,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_backward.cuh", "+ kv_head * group + row % group) * D", "+ kv_head + row % group) * D"),
     ("attention_backward.cuh", "+ num_heads + kv_head) * D", "+ num_heads) * D"),
     ("attention_backward.cuh", "return key(token) + H * D;", "return key(token) + D;"),
+    ("attention_backward.cuh", "kv_head * group + (row - token * group)", "kv_head * group"),
+    ("attention_backward.cuh", "i64(start + token) * 2 * H) * D", "i64(start + token) * H) * D"),
     ("attention_backward.cuh", "? last + window : tile.end)", "? last + window - 1 : tile.end)"),
     ("attention_backward.cuh", "window < tile.end - last ?", "window <= tile.end - last + 1 ?"),
     ("attention_backward.cuh", "low = tile.first * group;", "low = (tile.first + 1) * group;"),
@@ -62,6 +64,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # attention_mma.cuh
     ("attention_mma.cuh", "first + r < end && vector * 8 < D)", "vector * 8 < D)"),
     ("attention_mma.cuh", "first + r < end && vector * 8 < D)", "first + r < end)"),
+    ("attention_mma.cuh", "valid = first + r < end && vector * 8 < D;", "valid = vector * 8 < D;"),
+    ("attention_mma.cuh", "valid = first + r < end && vector * 8 < D;", "valid = first + r < end;"),
     ("attention_mma.cuh", "r < COUNT && first + r < end;", "r < COUNT && first + r <= end;"),
     ("attention_mma.cuh", "if (vector * 8 < D) store", "if (vector * 8 <= D) store"),
     ("attention_mma.cuh", "score[m][2 * j], a[m], left", "score[m][2 * j], a[m], right"),
