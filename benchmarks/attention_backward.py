@@ -1,9 +1,10 @@
 """The backward of self-attention, beside PyTorch's: ``python -m benchmarks.attention_backward [--out FILE]``.
 
-Causal sequences of one length in bf16: the whole backward (delta, the products, conversion of dq) in microseconds and in
-TFLOP/s, which count five products of 2 D operations for each pair of query and key that sees it. Beside it torch's
-scaled_dot_product_attention by its flash and cuDNN backends: the call of autograd alone, without the forward. Errors are
-relative to the norm: on a small ragged batch against float64, on the shapes against torch's gradients. Needs PyTorch.
+Causal sequences of one length in bf16: the whole backward (delta, the products, conversion of dq) in microseconds and
+in TFLOP/s, which count five products of 2 D operations for each pair of query and key that sees it. Beside it torch's
+scaled_dot_product_attention by its flash and cuDNN backends: the call of autograd alone, without the forward. Errors
+are relative to the norm: on small ragged batches against float64, on the shapes against torch's gradients. Needs
+PyTorch.
 """
 
 from __future__ import annotations
@@ -135,9 +136,10 @@ def ours(x: Any, y: Any, lse: Any, dy: Any, b: int, attrs: dict[str, Any]) -> tu
     backend = CudaBackend("bf16")
     bounds = np.arange(b + 1, dtype=np.int32) * (x.shape[0] // b)
     ins = [backend.upload(a) for a in (host(x), host(y), host(lse), host(dy), bounds)]
-    (dx,) = backend.call(backward(), ins, attrs)
+    op = backward()
+    (dx,) = backend.call(op, ins, attrs)
     out, seconds = backend.download(dx), {}
-    seconds["all"] = Replay(backend, [partial(backend.call, backward(), ins, attrs)]).seconds(7).median
+    seconds["all"] = Replay(backend, [partial(backend.call, op, ins, attrs)]).seconds(7).median
     backend.close()
     for i, part in enumerate(PARTS):
         if part == "products":  # cannot run alone: others leave the counters as it wants them
@@ -164,7 +166,7 @@ def measure(b: int, n: int, heads: int, H: int, D: int) -> dict[str, Any]:
     dx, seconds = ours(x, rows_of(y), lse, rows_of(dy), b, attrs)
     mine = torch.from_numpy(dx.view(np.int16)).view(torch.bfloat16).float()
     theirs = torch.cat([rows_of(g) for g in gradients], 1).float().cpu()
-    row = {"sequences": b, "tokens": n, "heads": heads, "kv_heads": H, "head_dim": D}
+    row: dict[str, Any] = {"sequences": b, "tokens": n, "heads": heads, "kv_heads": H, "head_dim": D}
     first = 0
     for name, width in (("dq", heads * D), ("dk", H * D), ("dv", H * D)):
         part = slice(first, first + width)

@@ -54,7 +54,7 @@ __device__ __forceinline__ Piece read_piece(const i32* ids, const i32* order, in
     return piece;
 }
 
-__global__ void __launch_bounds__(64)
+__global__ void __launch_bounds__(64, 6)
     embedding_backward(f32* __restrict__ dtable, const i32* __restrict__ ids, const i32* __restrict__ order,
                        const f32* __restrict__ dx, f32* __restrict__ partial, int n, int d) {
     __shared__ int rows[PIECE], tokens[PIECE];

@@ -1,8 +1,9 @@
-// Low-rank adapters (Hu et al., arXiv:2106.09685) of a product y = W x: scale * B h, where h = A x is a product of its own.
+// Low-rank adapters (Hu et al., arXiv:2106.09685) of a product y = W x: scale * B h, where h = A x is another product.
 //
-//   lora_add         y[n,m]:U  = a + scale * sum over l of h[i, part[j] * r + l] b[j,l]           a[n,m]: U, h[n,q]: T
-//   lora_backward_h  dh[n,q]:T = scale * sum of dy[i,j] b[j,l] over the j of part p, at p * r + l   b[m,r]: T, dy[n,m]: T
+//   lora_add         y[n,m]:U     = a + scale * sum over l of h[i, part[j] * r + l] b[j,l]
+//   lora_backward_h  dh[n,q]:T    = scale * sum of dy[i,j] b[j,l] over the j of part p, at p * r + l
 //   lora_backward_b  db[m,r]:f32 += scale * sum over i of dy[i,j] h[i, part[j] * r + l]
+//                    a[n,m]: U; h[n,q], b[m,r], dy[n,m]: T
 //
 //   part[m]: i32, which does not decrease: a stacked matrix, as that of q, k and v, has an adapter for each part, and h
 //   has r columns for each, q = parts * r.
@@ -13,8 +14,8 @@
 // The others are for training, in f32, and in 16 bits on GPUs whose tensor cores lora_mma.cu does not use: products of
 // matrices by FMA. A block of 256 threads has a tile of 64 rows by 16 * C columns, a thread 4 by C of them, and both
 // factors pass through shared memory 16 at a time. Tiles of y take the parts of their columns one after the other, and
-// so do those of db. The two backward kernels have long sums and few tiles: blockIdx.z is a piece of the sum. The pieces
-// go to partial, f32, and the kernels lora_sum_h and lora_sum_b add them up in order.
+// so do those of db. The two backward kernels have long sums and few tiles: blockIdx.z is a piece of the sum. Pieces go
+// to partial, f32, and the kernels lora_sum_h and lora_sum_b add them up in order.
 //
 // Ops and references: cuplama/ops/lora.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet.

@@ -4,8 +4,8 @@
 
 #include "common.cuh"
 
-// How many of part[0 .. m-1], which does not decrease, are less than p: where part p begins. All lanes of a warp call it
-// and look at 32 places at once: three times for 30,000 columns.
+// How many of part[0 .. m-1], which does not decrease, are less than p: where part p begins. All lanes of a warp call
+// it, and look at 32 places at once: three times for 30,000 columns.
 __device__ __forceinline__ int part_begin(const i32* part, int m, int p) {
     int begin = 0, end = m;
     while (begin < end) {

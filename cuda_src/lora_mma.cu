@@ -5,15 +5,15 @@
 // operations. mma.sync m16n8k16, f32 sums. The places of k, and of the columns of a tile, in the fragments are free
 // as long as both factors agree, so they are chosen such that a lane moves 16 bytes at once where it matters:
 //
-//   lora_add_mma         a warp has 32 rows by 32 columns of y. Lane t of four has columns 8t .. 8t + 7 of a row, so a and
-//                        y move by 16 bytes; it takes elements 4t .. 4t + 3 of every 16 of a row of h and of b, by 8
-//                        bytes. No shared memory: b and h are small, and stay in L1 and L2. a is asked for first.
+//   lora_add_mma         a warp has 32 rows by 32 columns of y. Lane t of four has columns 8t .. 8t + 7 of a row, so a
+//                        and y move by 16 bytes; it takes elements 4t .. 4t + 3 of every 16 of a row of h and of b,
+//                        by 8 bytes. No shared memory: b and h are small, and stay in L1 and L2. a is asked for first.
 //   lora_backward_h_mma  a warp has 16 rows of dh by NEW tiles of 8 columns, and walks over m in steps of 64. Lane t
-//                        takes elements 8t .. 8t + 7 of every 32 of a row of dy, straight to registers and a step ahead.
-//                        b passes through shared memory, two stages of cp.async; row j of it lies where the fragments
-//                        that lane j / 8 needs of dy put it (place_of).
-//   lora_backward_b_mma  a warp has 16 columns of dy, rows of db, by NEW tiles of 8 columns, and walks over n in steps of
-//                        32. dy and h pass through shared memory, two stages; both factors are read transposed.
+//                        takes elements 8t .. 8t + 7 of every 32 of a row of dy, straight to registers, a step ahead.
+//                        b passes through shared memory, two stages of cp.async; a row of b lies there where the
+//                        fragments made of such elements want it (place_of).
+//   lora_backward_b_mma  a warp has 16 columns of dy, rows of db, by NEW tiles of 8 columns, and walks over n in steps
+//                        of 32. dy and h pass through shared memory, two stages; both factors are read transposed.
 //
 // Arrays whose rows do not allow accesses of 16 bytes go element by element.
 //

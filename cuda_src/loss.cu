@@ -4,7 +4,7 @@
 //   cross_entropy    loss[r]:f32     = w (lse - (1 - alpha) logits[t] - alpha sum(mixture logits))
 //                    dlogits[r,M]:U  = w (softmax - (1 - alpha) onehot(t) - alpha mixture)
 //                    where lse = ln sum exp(logits); t and w: of targets[n]: i32, in [0, V), and weights[n]: f32, that
-//                    of the row + first; mixture[r,M]: f32 or absent: probabilities, as a teacher's, that count by alpha
+//                    of the row + first; mixture[r,M]: f32 or absent: probabilities, as of a teacher, that count alpha
 //   softmax_mixture  p[n,V]:f32      = a + share softmax(logits)        a[n,V]: f32 or absent
 //   add_sum          total[1]:f32   += sum of x[n]:f32
 //
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(1024)
     } else if (threadIdx.x == 0) {
         loss[blockIdx.x] = 0.f;
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int iteration = share.iterations() - 1; iteration >= 0; iteration--) {
         const int at = share.at(iteration);
         Eight x = {};
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(1024) softmax_mixture(const f32* __restrict__ 
     float none = 0.f;
     const Softmax seen = see_row<f32>(row, nullptr, part, kept, none);
     const float factor = share / seen.sum;
-#pragma unroll 2
+#pragma unroll 1
     for (int iteration = part.iterations() - 1; iteration >= 0; iteration--) {
         const int at = part.at(iteration);
         Eight x = iteration < held ? kept.get(iteration) : load_some(row, at, part, LOWEST);

@@ -1,11 +1,11 @@
 // What a training step does with all gradients at once. Arrays are flat and f32, but p; n has 64 bits.
 //
 //   square_sum  total[1] = sum of g[n]^2
-//   adamw       decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101), in the order of torch.optim.AdamW:
+//   adamw       Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101):
 //                   m += (1 - beta1) (g - m);   v = beta2 v + (1 - beta2) g^2
-//                   master = master (1 - lr weight_decay) - lr c1 m / (sqrt(v c2) + eps);   p[n]:T = master
+//                   master -= lr weight_decay master + lr c1 m / (sqrt(v c2) + eps);   p[n]:T = master
 //               lr, c1 = 1 / (1 - beta1^t), c2 = 1 / (1 - beta2^t) are schedule[3], which a captured graph reads anew.
-//               g is scaled by min(1, clip / (sqrt(norm_squared) + 1e-6)) before, if clip is not 0, and is 0 afterwards.
+//               g is scaled by min(1, clip / (sqrt(norm_squared) + 1e-6)) before, if clip is not 0, and 0 afterwards.
 //               Nothing but g changes where norm_squared is not finite.
 //
 // square_sum takes two launches: a number of blocks that depends on n alone leaves a sum each in partial, and one block
@@ -83,12 +83,12 @@ struct Rates {  // what all elements have in common
     float scale, decay, step, second, rest1, beta2, rest2, eps;
 };
 
-// One element; returns the new master.
+// One element; returns the new master. What is taken from it is summed before: it is small, so master is rounded once.
 __device__ __forceinline__ float update(const Rates& r, float g, float& m, float& v, float master) {
     g *= r.scale;
     m += r.rest1 * (g - m);
     v = r.beta2 * v + r.rest2 * g * g;
-    return master * r.decay - r.step * m / (sqrtf(v) * r.second + r.eps);
+    return master - (r.decay * master + r.step * m / (sqrtf(v) * r.second + r.eps));
 }
 
 // rest1, rest2: 1 - beta1 and 1 - beta2, taken before rounding to f32, which would be wrong by 1e-5 of the second.
@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(256)
     const float norm = sqrtf(norm_squared[0]), lr = schedule[0];
     const bool usable = norm < infinity();  // not NaN either
     const float scale = clip > 0.f ? fminf(1.f, clip / (norm + 1e-6f)) : 1.f;
-    const Rates rates = {scale, 1.f - lr * weight_decay, lr * schedule[1], sqrtf(schedule[2]), rest1, beta2, rest2,
-                         eps};
+    const Rates rates = {scale, lr * weight_decay, lr * schedule[1], sqrtf(schedule[2]), rest1, beta2, rest2, eps};
     const int offset = offset_of(g);
     const bool alike = aligned(g - offset, m - offset, v - offset, master - offset) &&
                        reinterpret_cast<u64>(p - offset) % sizeof(Pack<T, W>) == 0;

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from .arguments import checked, flag, one_of, whole_number
@@ -73,7 +74,7 @@ def load(
     that more tokens fit and long texts are generated faster, at some precision. "auto" stores the model's dtype.
     activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
     tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
-    adapter: a folder, or a hub id, of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
+    adapter: a folder or hub id of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
@@ -86,7 +87,6 @@ def load(
     one_of("activations", activations, ACTIVATIONS)
     one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
-    adapter_folder = None if adapter is None else find_model(adapter, offline)
     with held_open(folder):
         config = load_config(folder)
         length = context_length(config, context)
@@ -101,21 +101,23 @@ def load(
     if quantize is not None:
         weights = round_weights(weights, config, quantize)
     name = BUNDLED if model is None else os.fspath(model)
-    if adapter_folder is not None:
-        config, more = load_adapter(adapter_folder, config)
-        weights = {**weights, **more}
-        _compare(config, name)
+    if adapter is not None:
+        config, weights = _adapted(config, weights, find_model(adapter, offline), name)
     setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
     engine = start_engine(config, weights, setup, progress)
     return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
 
 
-def _compare(config: ModelConfig, name: str) -> None:
-    """Say so where an adapter names another model than the one that it is applied to; copies may have any name."""
-    base = config.adapter.base if config.adapter is not None else ""
+def _adapted(
+    config: ModelConfig, weights: Mapping[str, Weight], adapter: Path, name: str
+) -> tuple[ModelConfig, dict[str, Weight]]:
+    """The model with an adapter. A warning says so where that names another model; copies may lie anywhere."""
+    adapted, more = load_adapter(adapter, config)
+    base = adapted.adapter.base if adapted.adapter is not None else ""
     made_for, given = (re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower() for text in (base, name))
     if base and made_for != given and base != config.raw.get("_name_or_path"):
         _log.warning("the adapter was made for %s, and is applied to %s", base, name)
+    return adapted, {**weights, **more}
 
 
 def start_engine(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils._paths import filter_repo_objects
@@ -18,6 +19,7 @@ from cuplama import Model
 from cuplama.errors import ConfigError
 from cuplama.hub import BUNDLED, HUB_FILES, cached_models, find_model, pull, weight_files
 from cuplama.models.checkpoint import INDEX
+from tests.adapters import write_adapter
 from tests.fake_hub import FakeHub, commit_of, fake_hub
 from tests.tiny import CHARS
 
@@ -177,6 +179,17 @@ def test_a_download_from_a_hub(hub: FakeHub) -> None:
         assert model.generate("The", max_tokens=1).tokens
     assert find_model("org/model", offline=True) == folder
     assert hub.fetched == []
+
+
+def test_an_adapter_from_a_hub(hub: FakeHub, tmp_path: Path) -> None:
+    """With the checkpoints that a trainer left beside it."""
+    folder = write_adapter(tmp_path, CHARS, ["c_attn"])
+    hub.add("org/adapter", folder, {"optimizer.safetensors": b"x", "adapter_model.bin": b"x"})
+    found, wanted = (cuplama.load(CHARS, device="numpy", adapter=a) for a in ("org/adapter", folder))
+    with found, wanted:
+        assert set(hub.fetched) == {"adapter_config.json", "adapter_model.safetensors"}
+        assert found.adapter == "org/adapter"
+        assert np.array_equal(found.logits([1, 2]), wanted.logits([1, 2]))
 
 
 def test_shards_by_the_index_and_one_commit(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

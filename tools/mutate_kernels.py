@@ -40,7 +40,7 @@ from cuplama.ops.launch import Device
 from cuplama.ops.weights import segments_of
 from cuplama.simt.emulator import CUDA_SRC, KernelFault, precompile, run
 from tests.backends.cuda import test_loading, test_unpacking
-from tests.ops import harness, test_bias, test_ops, test_small_gpu
+from tests.ops import harness, test_bias, test_ops, test_optimizer, test_small_gpu
 from tools.kernel_edits import EDITS, EQUIVALENT
 
 __all__ = ["Mutation", "main", "mutations", "report"]
@@ -73,7 +73,7 @@ class Mutation:
 def mutations() -> Iterator[Mutation]:
     """Every mutation of the kernels. Raises SystemExit if the text of an edit is not where it was."""
     for path in sorted(CUDA_SRC.glob("*.cu*")):
-        if path.name == "ptx.cuh":
+        if path.name in ("ptx.cuh", "ptx_wgmma.cuh"):
             continue  # the emulator has its own; here these are definitions
         text = path.read_text()
         for match in WAITS.finditer(text):
@@ -167,8 +167,15 @@ def _unpack(folder: Path) -> None:
         test_unpacking.check_unpacked(_Mutated(folder, {"unpack.cu"}), *case)
 
 
+def _parts(folder: Path) -> None:
+    """The kernels of the optimizer on parts of flat arrays."""
+    for T in ("f32", "bf16"):
+        test_optimizer.check_parts(_Mutated(folder, {"optimizer.cu"}), T)
+
+
 BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {
-    "bias.cu": _bias, "pack.cu": _pack, "peaks.cu": _read_sum, "unpack.cu": _unpack,
+    "bias.cu": _bias, "pack.cu": _pack, "optimizer.cu": _parts, "peaks.cu": _read_sum,
+    "unpack.cu": _unpack,
 }  # fmt: skip
 
 

@@ -54,15 +54,11 @@ def facts(
     """
     found = folder is not None and has_weights(folder)
     T = DTYPES[config.stored]
-    if quantize is not None and not found:
-        raise ParameterError("--quantize needs a model's weights, and there are none")
-    if adapter is not None and not found:
-        raise ParameterError("--adapter needs a model's weights, and there are none")
+    for option, given in (("--quantize", quantize), ("--adapter", adapter)):
+        if given is not None and not found:
+            raise ParameterError(f"{option} needs a model's weights, and there are none")
     if folder is not None and found:
-        weights = _weights(folder, config, quantize)
-        if adapter is not None:
-            config, more = load_adapter(adapter, config)
-            weights |= more
+        config, weights = _weights(folder, config, quantize, adapter)
         T = DTYPES[stored_dtype(config, weights)]
         tied = weights["lm_head"].source == weights["embed_tokens"].source
         shapes = {name: w.shape for name, w in weights.items()}
@@ -77,24 +73,13 @@ def facts(
         memory = device = {name: math.prod(shape) * T.itemsize for name, shape in shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "lm_head" or not tied}
     parts = _by_part({name: memory[name] for name in sizes})
-    rope = next(iter(config.ropes.values()), None)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * T.itemsize
     context = min(config.context, DEFAULT_CONTEXT)
     return {
         "folder": None if folder is None else str(folder),
         "architecture": config.architecture,
         "parameters": sum(size for name, size in sizes.items() if not _is_adapter(name)),
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "feed_forward_size": config.intermediate_size,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_size": config.head_dim,
-        "rope_type": rope and rope.type,
-        "rope_theta": rope and rope.theta,
-        "rope_size": rope and rope.dim,
-        "sliding_window": max(config.windows) or None,
-        "sliding_layers": sum(map(bool, config.windows)),
+        **_shape(config),
         "context": config.context,
         "default_context": context,
         "vocabulary": config.vocab_size,
@@ -128,9 +113,33 @@ def _is_adapter(name: str) -> bool:
     return name.endswith((".lora_a", ".lora_b"))
 
 
-def _weights(folder: Path, config: ModelConfig, quantize: str | None) -> dict[str, Weight]:
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    """What the layers are."""
+    rope = next(iter(config.ropes.values()), None)
+    return {
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "feed_forward_size": config.intermediate_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_size": config.head_dim,
+        "rope_type": rope and rope.type,
+        "rope_theta": rope and rope.theta,
+        "rope_size": rope and rope.dim,
+        "sliding_window": max(config.windows) or None,
+        "sliding_layers": sum(map(bool, config.windows)),
+    }
+
+
+def _weights(
+    folder: Path, config: ModelConfig, quantize: str | None, adapter: Path | None
+) -> tuple[ModelConfig, dict[str, Weight]]:
     weights = load_weights(folder, config)
-    return weights if quantize is None else round_weights(weights, config, quantize)
+    weights = weights if quantize is None else round_weights(weights, config, quantize)
+    if adapter is None:
+        return config, weights
+    adapted, more = load_adapter(adapter, config)
+    return adapted, weights | more
 
 
 def view(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,10 +60,11 @@ class TrainingProgress:
             say_progress(text)
 
     def _update(self, report: Report, facts: str) -> None:
+        shown = {"completed": report.step, "facts": facts, "left": f"{duration(report.left)} left"}
         if self._task is None:
-            self._task = self._bar.add_task("training", total=report.steps)
+            self._task = self._bar.add_task("training", total=report.steps, **shown)
             self._bar.start()
-        self._bar.update(self._task, completed=report.step, facts=facts, left=f"{duration(report.left)} left")
+        self._bar.update(self._task, **shown)
 
 
 def duration(seconds: float) -> str:

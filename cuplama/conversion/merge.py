@@ -41,8 +41,10 @@ class _Term:
 
     def added_to(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The sum, in the array's dtype."""
-        found = (self.b @ self.a) * np.float32(self.scale)
-        found = upcast(array) + (found.T if self.transposed else found)
+        found = self.b @ self.a
+        found *= np.float32(self.scale)
+        found = found.T if self.transposed else found
+        found += upcast(array)
         return np.asarray(narrow(found, array.dtype))
 
 

@@ -101,7 +101,9 @@ def _read_config(folder: Path, config: ModelConfig) -> Adapter:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; an adapter is one that holds {ADAPTER_CONFIG}")
     if is_missing(path):
-        raise ConfigError(f"{path} does not exist; an adapter is a folder as PEFT saves it")
+        inner = [str(p.parent) for p in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]  # PEFT's of several adapters
+        hint = f"{inner[0]} has one" if inner else "an adapter is a folder as PEFT saves it"
+        raise ConfigError(f"{path} does not exist; {hint}")
     settings = Settings(read_json(path), str(path))
     settings.choice("peft_type", ("lora",))
     settings.only(**_NEUTRAL)

@@ -55,7 +55,8 @@ def _sizes(draw: Draw) -> dict[str, Any]:
 
 def _bytes(call: Call) -> float:
     """Each token that occurs has its row read and written; there may be as many as positions."""
-    return call["n"] * (8 + 4 * call["d"]) + 8 * min(call["n"], call["V"]) * call["d"]
+    n, V, d = (int(call[name]) for name in "nVd")
+    return n * (8 + 4 * d) + 8 * min(n, V) * d
 
 
 embedding_backward = Op(

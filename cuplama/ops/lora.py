@@ -131,10 +131,6 @@ def _sizes(draw: Draw) -> dict[str, Any]:
     return dict(n=draw(1, 20), m=parts * draw(1, 90), q=parts * r, r=r, scale=0.5, U=("T", "f32")[draw(0, 1)])
 
 
-def _flops(call: Call) -> int:
-    return 2 * call["n"] * call["m"] * call["r"]
-
-
 _CASES = [
     dict(n=n, m=m, q=parts * r, r=r, scale=0.5, U=U)
     for n, m, r, parts, U in (
@@ -153,7 +149,7 @@ _CASES = [
 lora_add = Op(
     "lora_add",
     "y[n,m]:U = (a[n,m]:U, h[n,q]:T, b[m,r]:T, part[m]:i32, q:i32, scale:f32)",
-    doc="y[i,j] = a[i,j] + scale sum_l h[i, part[j] r + l] b[j,l]",
+    doc="y[i,j] = a[i,j] + scale sum_l h[i, part[j] r + l] b[j,l]. part does not decrease.",
     reference=_lora_add,
     kernels=_add_kernels,
     cases=_CASES,
@@ -167,7 +163,7 @@ lora_add = Op(
         "lora_add_mma": "The same on tensor cores.",
     },
     shape=dict(n=1, m=6144, q=48, r=16, scale=2.0, U="T"),
-    flops=_flops,
+    flops=lambda c: 2 * c["n"] * c["m"] * c["r"],
     gradient=_gradient,
     recompute="layers",
 )
@@ -175,7 +171,7 @@ lora_add = Op(
 lora_backward_h = Op(
     "lora_backward_h",
     "dh[n,q]:T = (dy[n,m]:T, b[m,r]:T, part[m]:i32, q:i32, scale:f32)",
-    doc="dh[i, p r + l] = scale sum of dy[i,j] b[j,l] over the j with part[j] = p",
+    doc="dh[i, p r + l] = scale sum of dy[i,j] b[j,l] over the j with part[j] = p. part does not decrease.",
     reference=_lora_backward_h,
     kernels=_backward_h_kernels,
     cases=_CASES,
@@ -189,13 +185,13 @@ lora_backward_h = Op(
         "lora_sum_h": "Adds up the pieces of dh.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),
-    flops=_flops,
+    flops=lambda c: 2 * c["n"] * c["m"] * c["r"],
 )
 
 lora_backward_b = Op(
     "lora_backward_b",
     "db[m,r]:f32 = (db[m,r]:f32, dy[n,m]:T, h[n,q]:T, part[m]:i32, scale:f32)",
-    doc="db[j,l] += scale sum_i dy[i,j] h[i, part[j] r + l]",
+    doc="db[j,l] += scale sum_i dy[i,j] h[i, part[j] r + l]. part does not decrease.",
     reference=_lora_backward_b,
     kernels=_backward_b_kernels,
     cases=_CASES,
@@ -209,5 +205,5 @@ lora_backward_b = Op(
         "lora_sum_b": "Adds up the pieces of db.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),
-    flops=_flops,
+    flops=lambda c: 2 * c["n"] * c["m"] * c["r"],
 )

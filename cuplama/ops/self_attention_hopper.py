@@ -1,4 +1,4 @@
-"""Where the backward of self_attention runs on Hopper's warpgroup products. Kernels: cuda_src/attention_backward_wgmma.cu.
+"""The launches of self_attention_backward on Hopper. Kernels: cuda_src/attention_backward_wgmma.cu.
 
 cuplama/ops/self_attention.py asks here first.
 """
@@ -20,7 +20,7 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
     """The launches of self_attention_backward on sm_90, or None where these kernels do not serve: other GPUs, f32, head
     sizes other than 64 and 128.
 
-    Scratch: dq in f32 by tiles of queries and heads (``sums``), the counters by which blocks take turns to add to it,
+    Scratch: lse and delta (``stats``) and dq in f32 by tiles of queries and heads (``sums``), the counters by which blocks take turns to add to it,
     and the order of the blocks.
     """
     n, b, num_heads, H, D = (call[name] for name in ("n", "b", "num_heads", "H", "D"))
@@ -28,15 +28,18 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
         return None
     M = _QUERIES[D]
     entries, tiles = n // _KEYS + b, n // M + b
-    ordering, rows = -(-entries // _THREADS), -(-n * num_heads // (_THREADS * 8 // D))
+    ordering = -(-entries // _THREADS)
     shared = 1024 + 2 * (2 * _KEYS * D + 4 * M * D + 2 * _KEYS * M)
     launches = (
-        Launch(f"{_FILE}:prepare_backward", (ordering + rows,), (_THREADS,), constants={"sms": device.sms}),
+        Launch(
+            f"{_FILE}:prepare_backward", (ordering + tiles * num_heads,), (_THREADS,),
+            constants={"M": M, "sms": device.sms},
+        ),
         Launch(f"{_FILE}:attention_backward_wgmma", (entries * H,), (384,), shared, constants={"M": M}),
         Launch(f"{_FILE}:convert_dq", (tiles, num_heads), (_THREADS,), constants={"M": M}),
     )
     scratch = {
-        "delta": ((n, num_heads), "f32"),
+        "stats": ((tiles, num_heads, 2, M), "f32"),
         "order": ((entries, 4), "i32"),
         "sums": ((tiles, num_heads, M * D), "f32"),
         "turns": ((tiles, num_heads), "u32"),

@@ -28,13 +28,18 @@ class Marks:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, config: ModelConfig, stops: frozenset[int] = frozenset()) -> Marks:
-        """What the tokenizer names counts before what the config does. stops: further ids that end an answer."""
-        prefix = _prefix(tokenizer)
-        bos = config.bos if tokenizer.bos is None else tokenizer.bos
-        eos = next(iter(config.eos), None) if tokenizer.eos is None else tokenizer.eos
+        """What the tokenizer names counts before what the config does, and of the config only ids of special tokens:
+        a text must not be cut at each letter that happens to have such an id.
+
+        stops: further ids that end an answer.
+        """
+        prefix, special = _prefix(tokenizer), tokenizer.special_ids
+        named = [id for id in config.eos if id in special]
+        bos = config.bos if tokenizer.bos is None and config.bos in special else tokenizer.bos
+        eos = next(iter(named), None) if tokenizer.eos is None else tokenizer.eos
         if bos is None and prefix:
             bos = prefix[0]
-        return cls(prefix, bos, eos, frozenset({*stops, *config.eos, *([] if eos is None else [eos])}))
+        return cls(prefix, bos, eos, frozenset({*stops, *named, *([] if eos is None else [eos])}))
 
 
 def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -9,18 +9,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..dtypes import dtype_name
 from ..hub import HUB_FILES
 from ..models.checkpoint import INDEX
 from ..models.config import ModelConfig
+from ..models.new_adapter import adapter_files
+from ..models.peft import ADAPTER_CONFIG, ADAPTER_MODEL
 from ..quant.readers import FILES
 from ..text.tokenizer import Tokenizer
 from .marks import Marks
 from .saving import Staging
+from .trainer import Trainer
 
-__all__ = ["ModelFiles", "files_of_folder", "files_of_new_model"]
+__all__ = ["AdapterFiles", "ModelFiles", "files_of_folder", "files_of_new_model"]
 
 _NOT_COPIED = ("config.json", INDEX, "adapter_config.json", *FILES)
 # What a model folder has beside config and weights, and what older libraries read of a tokenizer.
@@ -37,8 +38,9 @@ class ModelFiles:
     copies: tuple[tuple[Path, str], ...]
     texts: Mapping[str, Mapping[str, Any]]
 
-    def write(self, staging: Staging, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """All of the folder. tensors: by the names of the checkpoint."""
+    def write(self, staging: Staging, trainer: Trainer) -> None:
+        """All of the folder."""
+        tensors = dict(trainer.export())
         staging.tensors("model.safetensors", tensors)
         dtype = _DTYPE_NAMES[dtype_name(next(iter(tensors.values())).dtype)]
         key = "dtype" if "dtype" in self.config else "torch_dtype"
@@ -46,6 +48,20 @@ class ModelFiles:
             staging.text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         for source, name in self.copies:
             staging.copy(source, name)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as PEFT saves one. config: of the model with it; base: what the model is called."""
+
+    config: ModelConfig
+    base: str
+
+    def write(self, staging: Staging, trainer: Trainer) -> None:
+        """All of the folder."""
+        settings, tensors = adapter_files(self.config, trainer.weights(), self.base)
+        staging.tensors(ADAPTER_MODEL, tensors)
+        staging.text(ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def files_of_folder(folder: Path, config: ModelConfig, tied: bool) -> ModelFiles:
@@ -64,17 +80,16 @@ def files_of_new_model(
     What a config or a tokenizer leaves open is written down: other libraries would fill in BOS and EOS of another
     model.
     """
-    raw = {**_full(config, tied), "bos_token_id": marks.bos, "eos_token_id": _eos(config, marks)}
+    ids = {"bos_token_id": marks.bos, "eos_token_id": _eos(config, marks)}
+    raw = {**_full(config, tied), **ids}
     copies = [(tokenizer_file, "tokenizer.json")]
     if tokenizer_file.name == "tokenizer.json":
         beside = files_of_folder(tokenizer_file.parent, config, tied).copies
         copies += [(p, n) for p, n in beside if n not in ("tokenizer.json", "generation_config.json")]
-    texts: dict[str, dict[str, Any]] = {
-        "generation_config.json": {"bos_token_id": marks.bos, "eos_token_id": _eos(config, marks)}
-    }
+    texts: dict[str, dict[str, Any]] = {"generation_config.json": ids}
     if not any(name == "tokenizer_config.json" for _, name in copies):
-        ids = {"bos_token": marks.bos, "eos_token": marks.eos}
-        named = {name: None if id is None else tokenizer.piece(id) for name, id in ids.items()}
+        tokens = {"bos_token": marks.bos, "eos_token": marks.eos}
+        named = {name: None if id is None else tokenizer.piece(id) for name, id in tokens.items()}
         texts["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **named,
@@ -92,6 +107,6 @@ def _full(config: ModelConfig, tied: bool) -> dict[str, Any]:
 
 
 def _eos(config: ModelConfig, marks: Marks) -> int | list[int] | None:
-    """All ids of the config, or else the tokenizer's."""
-    ids = list(config.eos) or ([] if marks.eos is None else [marks.eos])
+    """All ids of the config that are special tokens, or else the tokenizer's."""
+    ids = [id for id in config.eos if id in marks.stops] or ([] if marks.eos is None else [marks.eos])
     return ids[0] if len(ids) == 1 else ids or None

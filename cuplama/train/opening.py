@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from ..arguments import one_of
 from ..backends import Backend
@@ -11,6 +15,7 @@ from ..device import DEVICES
 from ..errors import DeviceError
 from ..models.config import ModelConfig
 from ..ops.attention import HEAD_DIMS
+from ..quant.weight import Weight
 from . import memory
 from .settings import TrainingSettings
 
@@ -20,8 +25,10 @@ _log = logging.getLogger("cuplama")
 _NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
 
-def open_training_backend(settings: TrainingSettings, config: ModelConfig, frozen: int, context: int) -> Backend:
-    """A backend with room for a training. frozen: bytes of the weights that are not trained; context: tokens of a row.
+def open_training_backend(
+    settings: TrainingSettings, config: ModelConfig, weights: Mapping[str, Weight | np.ndarray[Any, Any]], context: int
+) -> Backend:
+    """A backend with room for a training. weights: as of a ``Trainer``; context: tokens of a row.
 
     Raises DeviceError, with the numbers, where memory is short, and for what the kernels cannot do.
     """
@@ -29,7 +36,7 @@ def open_training_backend(settings: TrainingSettings, config: ModelConfig, froze
     if settings.device != "numpy":
         works, reason = cuda_available()
         if works:
-            return _open_cuda(settings, config, frozen, context)
+            return _open_cuda(settings, config, weights, context)
         if settings.device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
         _log.warning("training on NumPy: %s", reason)
@@ -38,7 +45,9 @@ def open_training_backend(settings: TrainingSettings, config: ModelConfig, froze
     return NumPyBackend(_NAMES.get(settings.dtype, "f32"))
 
 
-def _open_cuda(settings: TrainingSettings, config: ModelConfig, frozen: int, context: int) -> Backend:
+def _open_cuda(
+    settings: TrainingSettings, config: ModelConfig, weights: Mapping[str, Weight | np.ndarray[Any, Any]], context: int
+) -> Backend:
     from ..backends.cuda.backend import CudaBackend
 
     if config.head_dim not in HEAD_DIMS:
@@ -49,7 +58,10 @@ def _open_cuda(settings: TrainingSettings, config: ModelConfig, frozen: int, con
     backend = CudaBackend(_NAMES.get(settings.dtype, "bf16"))
     try:
         names = list(config.weight_shapes())
-        trained = [name for name in names if name.endswith((".lora_a", ".lora_b"))] or names
+        adapters = [name for name in names if name.endswith((".lora_a", ".lora_b"))]
+        loaded = [w for w in weights.values() if isinstance(w, Weight)] if adapters else []
+        frozen = sum(w.device_bytes(backend.dtype) for w in {w.source: w for w in loaded}.values())
+        trained = adapters or names
         need = memory.plan(config, settings, trained, frozen, context, backend.dtype, backend.gpu.limits)
         memory.check(need, backend.free_memory(), backend.gpu.name)
     except BaseException:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,29 +16,33 @@ from ..errors import ConfigError, ParameterError, TokenizerError
 from ..files import read_json
 from ..generation_config import Settings
 from ..gguf import is_gguf
+from ..models import new_adapter
 from ..models.checkpoint import load_weights
 from ..models.config import ModelConfig, load_config, parse_config
+from ..models.lora import ALL_LINEAR
 from ..quant.weight import Weight
 from ..text.tokenizer import Tokenizer
 from .initial import head_is_tied, initial_weights
 from .marks import Marks
-from .model_files import ModelFiles, files_of_folder, files_of_new_model
+from .model_files import AdapterFiles, ModelFiles, files_of_folder, files_of_new_model
+from .settings import TrainingSettings
 
 __all__ = ["Origin", "new_model", "trained_model"]
+
+_log = logging.getLogger("cuplama")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """config: whose ``tied`` is known; weights: by canonical name; files: of the folder that the model is saved to, or
-    None where only adapters are trained; fingerprint: of config and weights; name: how the model was named."""
+    """config: whose ``tied`` is known, with the adapters that are to be trained; weights: by canonical name; files: of
+    the folder that is saved to; fingerprint: of config and weights."""
 
     config: ModelConfig
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, Weight | np.ndarray[Any, Any]]
     tokenizer: Tokenizer
     marks: Marks
-    files: ModelFiles | None
+    files: ModelFiles | AdapterFiles
     fingerprint: str
-    name: str
 
 
 def new_model(config_file: Path, tokenizer_file: Path, seed: int) -> Origin:
@@ -64,17 +70,22 @@ def new_model(config_file: Path, tokenizer_file: Path, seed: int) -> Origin:
             f" {tokenizer_file}"
         )
     marks = Marks.of(tokenizer, config)
+    for key, id in (("bos_token_id", config.bos), *(("eos_token_id", id) for id in config.eos)):
+        if id is not None and id not in tokenizer.special_ids:
+            shown = tokenizer.token_shown(id)
+            _log.warning("%s: %s = %d is %s, no special token, and is left out", config_file, key, id, shown)
     files = files_of_new_model(config, tied, tokenizer_file, tokenizer, marks)
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
-    return Origin(config, initial_weights(config, seed), tokenizer, marks, files, digest, str(config_file))
+    return Origin(config, initial_weights(config, seed), tokenizer, marks, files, digest)
 
 
-def trained_model(folder: Path, name: str, adapters: bool) -> Origin:
-    """A model of a folder, or of a GGUF file. adapters: whether only adapters are trained, so that it may be quantised.
+def trained_model(folder: Path, name: str, settings: TrainingSettings) -> Origin:
+    """A model of a folder, or where only adapters are trained of a GGUF file. name: what it is called elsewhere.
 
-    Raises ConfigError, CheckpointError, TokenizerError, and ParameterError for a model that is quantised.
+    Raises ConfigError, CheckpointError, TokenizerError, and ParameterError for a model that is quantised and for
+    modules that it does not have.
     """
-    config, gguf = load_config(folder), is_gguf(folder)
+    config, gguf, adapters = load_config(folder), is_gguf(folder), settings.lora > 0
     if gguf and not adapters:
         raise ConfigError(f"{folder} is a GGUF file: only adapters of it can be trained (--lora)")
     tokenizer = Tokenizer.load(folder)
@@ -85,8 +96,21 @@ def trained_model(folder: Path, name: str, adapters: bool) -> Origin:
     tied = weights["lm_head"].source == weights["embed_tokens"].source
     config = replace(config, tied=tied)
     marks = Marks.of(tokenizer, config, Settings.read(folder, config, tokenizer).stop_ids)
-    files = None if adapters else files_of_folder(folder, config, tied)
-    return Origin(config, weights, tokenizer, marks, files, _fingerprint(config, weights), name)
+    fingerprint = _fingerprint(config, weights)
+    if not adapters:
+        return Origin(config, weights, tokenizer, marks, files_of_folder(folder, config, tied), fingerprint)
+    adapted = _with_adapter(config, settings)
+    first = new_adapter.initial_weights(adapted, settings.seed)
+    return Origin(adapted, {**weights, **first}, tokenizer, marks, AdapterFiles(adapted, name), fingerprint)
+
+
+def _with_adapter(config: ModelConfig, settings: TrainingSettings) -> ModelConfig:
+    """The model with a new adapter. Raises ParameterError that begins with the name of a setting."""
+    alpha = 2.0 * settings.lora if settings.lora_alpha is None else settings.lora_alpha
+    try:
+        return new_adapter.new_adapter(config, settings.lora, alpha, settings.lora_targets or ALL_LINEAR)
+    except ParameterError as e:
+        raise ParameterError(f"lora_{e}") from None
 
 
 def _fingerprint(config: ModelConfig, weights: Mapping[str, Weight]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import ParameterError
+from ..errors import CheckpointError, ParameterError
 from ..models.checkpoint import load_weights
 from ..models.config import load_config
 from .checkpoint import Run, Saved, TrainingFolder
@@ -93,14 +93,14 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
         return Outcome(done, False)
     _note_of_schedule(saved, settings, hooks)
     guides = _guides(job, origin)
-    backend = open_training_backend(settings, origin.config, 0, context)
+    backend = open_training_backend(settings, origin.config, origin.weights, context)
     log = TrainingLog(job.out, done)
     try:
         trainer = Trainer(origin.config, origin.weights, settings, backend, context, guides)
         if saved is not None:
-            trainer.load_state(saved.arrays)
+            _go_on(trainer, saved, folder)
         hooks.began(backend.describe(), _described(trainer, data), done)
-        return Loop(
+        outcome = Loop(
             trainer=trainer,
             settings=settings,
             batches=windows.step,
@@ -110,6 +110,8 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
             report=hooks.report,
             stop=hooks.stop,
         ).run(done)
+        trainer.close()
+        return outcome
     finally:
         log.close()
         backend.close()
@@ -127,10 +129,8 @@ class _Saver:
 
     def save(self, step: int) -> None:
         """After a step. The picture comes last: what is wrong with it is told once, and nothing more."""
-        files = self.origin.files
-        assert files is not None
-        tensors = dict(self.trainer.export())
-        self.folder.save(step, self.trainer.state(), self.run, lambda staging: files.write(staging, tensors))
+        files, trainer = self.origin.files, self.trainer
+        self.folder.save(step, trainer.state(), self.run, lambda staging: files.write(staging, trainer))
         problem = draw_losses(self.folder.path)
         if problem is not None:
             self.hooks.note(problem)
@@ -139,7 +139,7 @@ class _Saver:
 
 def _origin(job: Job) -> Origin:
     if job.model is not None:
-        return trained_model(job.model, job.model_name or str(job.model), bool(job.settings.lora))
+        return trained_model(job.model, job.model_name or str(job.model), job.settings)
     if job.config is None or job.tokenizer is None:
         raise ParameterError("config and tokenizer are needed for a new model, or the name of a trained one")
     if job.settings.lora:
@@ -164,6 +164,13 @@ def _note_of_schedule(saved: Saved | None, settings: TrainingSettings, hooks: Ho
     before = None if saved is None else saved.run.get("settings", {}).get("steps")
     if before not in (None, settings.steps):
         hooks.note(f"the run had {before} steps and now has {settings.steps}: its learning rates are now those of that")
+
+
+def _go_on(trainer: Trainer, saved: Saved, folder: TrainingFolder) -> None:
+    try:
+        trainer.load_state(saved.arrays)
+    except (KeyError, ValueError) as e:  # as of another version
+        raise CheckpointError(f"{folder.path}: the checkpoint is not of this model: {e}") from None
 
 
 def _guides(job: Job, origin: Origin) -> list[GuidingModel]:

@@ -107,7 +107,10 @@ def test_which_layers_the_settings_mean(settings: dict[str, Any], wanted: str, t
 
 def test_ranks_and_scales_of_their_own(tmp_path: Path) -> None:
     """The first pattern that fits the end of a name counts; a dot is any character, as in PEFT."""
-    patterns = {"rank_pattern": {"1.mlp.up_proj|1.mlp.gate_proj": 5}, "alpha_pattern": {"down_proj": 9, ".*": 4.5}}
+    patterns: dict[str, Any] = {
+        "rank_pattern": {"1.mlp.up_proj|1.mlp.gate_proj": 5},
+        "alpha_pattern": {"down_proj": 9, ".*": 4.5},
+    }
     write_adapter(tmp_path, LLAMA, ["gate_proj", "up_proj", "down_proj"], **patterns)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -170,6 +173,7 @@ def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
     assert said.endswith(
         "adapter_model.safetensors does not exist (adapter_model.bin cannot be read; convert to safetensors)"
     )
+    assert refused(tmp_path, ConfigError).endswith(f"adapter_config.json does not exist; {tmp_path / 'a'} has one")
     file.with_suffix(".bin").unlink()
     assert refused(tmp_path / "a", CheckpointError).endswith("adapter_model.safetensors does not exist")
 

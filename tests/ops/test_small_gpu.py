@@ -37,6 +37,10 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("layer_norm_linear", dict(n=3, m=19, k=4104, U="f32", **_WIDE), Device(sms=1)),
     # ... which linear.cu computes on GPUs without tensor cores for it; x, several pieces for a thread, ends the memory
     ("linear", dict(n=4, m=61, k=520, b=True, U="T"), Device(arch=75, sms=2, shared=65536)),
+    # Adapters in 16 bits without tensor cores
+    ("lora_add", dict(n=67, m=70, q=34, r=17, scale=0.5, U="T"), Device(arch=75, sms=40, shared=65536)),
+    ("lora_backward_h", dict(n=9, m=1100, q=17, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),
+    ("lora_backward_b", dict(n=1100, m=70, q=34, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),
     ("attention", _DECODE, Device(sms=8)),
     # GPUs before Hopper, at head sizes that have kernels of their own there
     ("self_attention", self_attention_case(3, 1, 64, [70, 9], window=33), Device(80, 108, 166912)),

@@ -45,6 +45,7 @@ def test_logits_of_prompts_and_steps(folder: Path) -> None:
         np.testing.assert_allclose(logits, wanted, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_replays_of_a_batch_and_of_steps() -> None:
     """Prompts are captured at their third pass, steps at their second."""
     folder = LORA / "llama3-gqa"

@@ -445,7 +445,7 @@ def functions(text: str) -> dict[str, set[tuple[str, ...]]]:
 
 
 def test_every_ptx_function_has_its_twin() -> None:
-    real = functions((CUDA_SRC / "ptx.cuh").read_text())
+    real = functions("".join((CUDA_SRC / name).read_text() for name in ("ptx.cuh", "ptx_wgmma.cuh")))
     twins = functions((HERE / "include" / "simt_ptx.h").read_text())
     assert real, "no function found in ptx.cuh"
     for name, overloads in real.items():

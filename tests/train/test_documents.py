@@ -67,6 +67,7 @@ def test_what_the_config_names_counts_where_the_tokenizer_names_nothing(tmp_path
     found = tokenizer(tmp_path / "t")
     text = file(tmp_path / "a.txt", "ab</s>c")
     assert shown([text], found) == "|~ab</s>c"
+    assert shown([text], found, eos_token_id=found.encode("a"), bos_token_id=found.encode("b")[0]) == "|~ab</s>c"
     end = found.encode("</s>")[0]
     assert shown([text], found, eos_token_id=[end, 1]) == "|~ab</s>|~c"
     assert shown([text], found, eos_token_id=end, bos_token_id=end) == "|~ab|</s>c"
