@@ -22,6 +22,13 @@ struct Head {
         return (i64(start + token) * (num_heads + 2 * H) + num_heads + kv_head) * D;
     }
     __device__ __forceinline__ i64 value(int token) const { return key(token) + H * D; }
+
+    // Of a row in dy, and of its query in x: both for one division.
+    __device__ __forceinline__ void both(int row, i64& out, i64& query) const {
+        const int token = row / group;
+        const i64 number = i64(start + token) * num_heads + kv_head * group + (row - token * group);
+        out = number * D, query = (number + i64(start + token) * 2 * H) * D;
+    }
 };
 
 // The rows low .. high-1 that see one of the keys of a tile, whose `end` is the sequence's length.

@@ -23,7 +23,7 @@
 #include "attention_mma.cuh"
 
 // What the softmax's backward pass takes of a tile's rows: lse in powers of two, and delta. A row that is not there has
-// lse = infinity, and so the weights 0.
+// zeros, here and in dy: it adds nothing.
 template <int ROWS>
 struct RowStats {
     f32 held;  // of thread i < ROWS lse, of the next ROWS threads delta
@@ -31,7 +31,7 @@ struct RowStats {
     template <typename Where>
     __device__ __forceinline__ void fetch(const f32* lse, const f32* delta, int first, int end, Where where) {
         const int row = first + threadIdx.x % ROWS;
-        held = threadIdx.x < ROWS ? infinity() : 0.f;
+        held = 0.f;
         if (row < end && threadIdx.x < 2 * ROWS)
             held = threadIdx.x < ROWS ? lse[where(row)] * LOG2_E : delta[where(row)];
     }
@@ -134,13 +134,17 @@ __global__ void __launch_bounds__(THREADS, 2)
 
     RowStats<ROWS> next;
     const auto fetch = [&](int stage, int at) {
-        fetch_rows<D, ROWS>(queries + stage * STAGE, at, sight.high, [&](int row) { return x + head.query(row); });
-        fetch_rows<D, ROWS>(outs + stage * STAGE, at, sight.high, [&](int row) { return dy + head.row(row) * D; });
+        fetch_both<D, ROWS>(queries + stage * STAGE, outs + stage * STAGE, at, sight.high,
+                            [&](int row, const T*& q, const T*& out) {
+                                i64 of_out, of_query;
+                                head.both(row, of_out, of_query);
+                                q = x + of_query, out = dy + of_out;
+                            });
         cp_async_commit();
         next.fetch(lse, delta, at, sight.high, [&](int row) { return head.row(row); });
     };
-    fetch_rows<D, KEYS>(keys, tile.first, tile.end, [&](int token) { return x + head.key(token); });
-    fetch_rows<D, KEYS>(values, tile.first, tile.end, [&](int token) { return x + head.value(token); });
+    fetch_both<D, KEYS>(keys, values, tile.first, tile.end,
+                        [&](int token, const T*& k, const T*& v) { k = x + head.key(token), v = k + H * D; });
     fetch(0, sight.low);
 
     using Pairs = Transposed<MT, ROWS / 8>;
@@ -227,8 +231,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int near = mine / group, far = mine < tile.end ? (mine + SIZE - 1) / group : -1;
 
     const auto fetch = [&](int stage, int at) {
-        fetch_rows<D, KEYS>(keys + stage * STAGE, at, band.high, [&](int token) { return x + head.key(token); });
-        fetch_rows<D, KEYS>(values + stage * STAGE, at, band.high, [&](int token) { return x + head.value(token); });
+        fetch_both<D, KEYS>(keys + stage * STAGE, values + stage * STAGE, at, band.high,
+                            [&](int token, const T*& k, const T*& v) { k = x + head.key(token), v = k + H * D; });
         cp_async_commit();
     };
     fetch_rows<D, ROWS>(queries, tile.first, tile.end, [&](int row) { return x + head.query(row); });

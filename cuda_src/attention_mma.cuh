@@ -56,6 +56,23 @@ __device__ __forceinline__ void fetch_rows(T* to, int first, int end, Where wher
     }
 }
 
+// The same of two matrices. where(row, from, other): sets the addresses of a row of each.
+template <int D, int COUNT, typename T, typename Where>
+__device__ __forceinline__ void fetch_both(T* to, T* to_other, int first, int end, Where where) {
+    using At = Layout<D>;
+    for (int r = threadIdx.x / At::TURNS; r < COUNT; r += THREADS / At::TURNS) {
+        const T *from, *other;
+        where(first + r, from, other);
+#pragma unroll
+        for (int u = 0; u < At::VECTORS; u += At::TURNS) {
+            const int vector = threadIdx.x % At::TURNS + u;
+            const bool valid = first + r < end && vector * 8 < D;
+            cp_async_16(to + At::at(r, vector), from + vector * 8, valid);
+            cp_async_16(to_other + At::at(r, vector), other + vector * 8, valid);
+        }
+    }
+}
+
 // Back from shared memory, by LANES threads of which this is number `thread`: up to COUNT rows before `end`.
 template <int D, int COUNT, int LANES, typename T, typename Where>
 __device__ __forceinline__ void store_rows(const T* from, int thread, int first, int end, Where where) {

@@ -5,7 +5,7 @@
 // operations. mma.sync m16n8k16, f32 sums. The places of k, and of the columns of a tile, in the fragments are free
 // as long as both factors agree, so they are chosen such that a lane moves 16 bytes at once where it matters:
 //
-//   lora_add_mma         a warp has 32 rows by 32 columns of y. Lane t of four has columns 8t .. 8t + 7 of a row, so a
+//   lora_add_mma         a warp has 16 rows by 32 columns of y. Lane t of four has columns 8t .. 8t + 7 of a row, so a
 //                        and y move by 16 bytes; it takes elements 4t .. 4t + 3 of every 16 of a row of h and of b,
 //                        by 8 bytes. No shared memory: b and h are small, and stay in L1 and L2. a is asked for first.
 //   lora_backward_h_mma  a warp has 16 rows of dh by NEW tiles of 8 columns, and walks over m in steps of 64. Lane t
@@ -31,17 +31,17 @@ __device__ __forceinline__ Pack<u32, W / 2> pairs(const Pack<T, W>& x) {
 // ---- y = a + scale b h ----------------------------------------------------------------------------------------------
 
 template <typename T, typename U>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(256, 2)
     lora_add_mma(const U* __restrict__ a, const T* __restrict__ h, const T* __restrict__ b,
                  const i32* __restrict__ part, U* __restrict__ y, int n, int m, int q, int r, f32 scale) {
-    constexpr int TALL = 2, WIDE = 4;  // fragments of a warp: 16 rows and 8 columns each
+    constexpr int WIDE = 4;  // fragments of a warp: 16 rows and 8 columns each
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const int first = blockIdx.y * 64 + warp / 2 * 32 + g, column = blockIdx.x * 64 + warp % 2 * 32;
+    const int first = blockIdx.y * 64 + warp / 2 * 16 + g, column = blockIdx.x * 64 + warp % 2 * 32;
     if (first - g >= n || column >= m) return;  // a whole warp
     const bool vectorized = m % 8 == 0 && aligned(a, y), factors = r % 4 == 0 && aligned(h, b);
-    Pack<U, 8> before[2 * TALL];
+    Pack<U, 8> before[2];
 #pragma unroll
-    for (int i = 0; i < 2 * TALL; i++)
+    for (int i = 0; i < 2; i++)
         if (first + 8 * i < n) before[i] = load_row<8>(a + i64(first + 8 * i) * m, column + 8 * t, m, vectorized);
     int owner[WIDE];  // the parts of the columns that the lane has of b; -1 outside
 #pragma unroll
@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(128)
         const int j = column + g / 2 * 8 + c * 2 + g % 2;
         owner[c] = j < m ? part[j] : -1;
     }
-    float sum[TALL][WIDE][4] = {};
+    float sum[WIDE][4] = {};
     for (int p = part[column]; p <= part[min(column + 32, m) - 1]; p++) {
         for (int k = 4 * t; k - 4 * t < r; k += 16) {
-            Pack<u32, 2> left[2 * TALL];
+            Pack<u32, 2> left[2];
 #pragma unroll
-            for (int i = 0; i < 2 * TALL; i++) {
+            for (int i = 0; i < 2; i++) {
                 const int row = min(first + 8 * i, n - 1);
                 left[i] = pairs(load_row<4>(h + i64(row) * q + p * r, k, r, factors));
             }
@@ -63,20 +63,17 @@ __global__ void __launch_bounds__(128)
                 const int j = column + g / 2 * 8 + c * 2 + g % 2;
                 Pack<u32, 2> right = {};
                 if (owner[c] == p) right = pairs(load_row<4>(b + i64(j) * r, k, r, factors));
-#pragma unroll
-                for (int i = 0; i < TALL; i++)
-                    multiply(sum[i][c],
-                             {left[2 * i].v[0], left[2 * i + 1].v[0], left[2 * i].v[1], left[2 * i + 1].v[1]},
-                             {right.v[0], right.v[1]}, T{});
+                multiply(sum[c], {left[0].v[0], left[1].v[0], left[0].v[1], left[1].v[1]}, {right.v[0], right.v[1]},
+                         T{});
             }
         }
     }
 #pragma unroll
-    for (int i = 0; i < 2 * TALL; i++) {
+    for (int i = 0; i < 2; i++) {
         if (first + 8 * i >= n) break;
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            before[i].v[j] = from_float<U>(to_float(before[i].v[j]) + scale * sum[i / 2][j / 2][i % 2 * 2 + j % 2]);
+            before[i].v[j] = from_float<U>(to_float(before[i].v[j]) + scale * sum[j / 2][i * 2 + j % 2]);
         store_row<8>(y + i64(first + 8 * i) * m, column + 8 * t, m, vectorized, before[i]);
     }
 }
@@ -84,7 +81,9 @@ __global__ void __launch_bounds__(128)
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;  // of a block of the backward kernels
-constexpr int PAD = 8;  // elements behind each row, so that eight rows at one column lie in different banks
+
+// Elements from one row to the next: eight rows at one column lie in different banks.
+__device__ constexpr int pitch_of(int width) { return width + 8; }
 
 // 8 elements into shared memory, which arrive with the group of the copies; zeros outside.
 template <typename T>
@@ -151,7 +150,7 @@ template <typename T, int NEW>
 __global__ void __launch_bounds__(THREADS)
     lora_backward_h_mma(const T* __restrict__ dy, const T* __restrict__ b, const i32* __restrict__ part,
                         f32* __restrict__ partial, int n, int m, int q, int r) {
-    constexpr int WIDTH = NEW * 8, PITCH = WIDTH + PAD;
+    constexpr int WIDTH = NEW * 8, PITCH = pitch_of(WIDTH);
     __shared__ __align__(16) T stages[2][STEP_H * PITCH];
     const int tiles = (r + WIDTH - 1) / WIDTH, p = blockIdx.y / tiles, column = blockIdx.y % tiles * WIDTH;
     const int row = (blockIdx.x * WARPS + threadIdx.x / WARP) * 16 + threadIdx.x % WARP / 4;
@@ -199,28 +198,27 @@ __global__ void __launch_bounds__(THREADS)
 
 // ---- db = scale dy^T h ----------------------------------------------------------------------------------------------
 
-constexpr int STEP_B = 32, TILE_B = WARPS * 16;
-
 // Grid: tiles of m; tiles of r; pieces of n.
 template <typename T, int NEW>
 __global__ void __launch_bounds__(THREADS)
     lora_backward_b_mma(const T* __restrict__ dy, const T* __restrict__ h, const i32* __restrict__ part,
                         f32* __restrict__ partial, int n, int m, int q, int r) {
-    constexpr int WIDTH = NEW * 8, PITCH = WIDTH + PAD, PITCH_Y = TILE_B + PAD;
-    __shared__ __align__(16) T lefts[2][STEP_B * PITCH_Y], rights[2][STEP_B * PITCH];
+    constexpr int WIDTH = NEW * 8, PITCH = pitch_of(WIDTH);
+    constexpr int STEP = 32, TILE = WARPS * 16, PITCH_Y = pitch_of(TILE);
+    __shared__ __align__(16) T lefts[2][STEP * PITCH_Y], rights[2][STEP * PITCH];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int first = blockIdx.x * TILE_B, column = blockIdx.y * WIDTH, row = first + warp * 16 + lane / 4;
-    const Range range(0, n, STEP_B);
+    const int first = blockIdx.x * TILE, column = blockIdx.y * WIDTH, row = first + warp * 16 + lane / 4;
+    const Range range(0, n, STEP);
     const bool vectorized = m % 8 == 0 && aligned(dy), copied = r % 8 == 0 && aligned(h);
     f32* to = partial + i64(blockIdx.z) * m * r;
-    for (int p = part[first]; p <= part[min(first + TILE_B, m) - 1]; p++) {
+    for (int p = part[first]; p <= part[min(first + TILE, m) - 1]; p++) {
         const auto get = [&](int stage, int from) {
-            for (int e = threadIdx.x; e < STEP_B * (TILE_B / 8); e += THREADS) {
-                const int i = e / (TILE_B / 8), at = e % (TILE_B / 8) * 8;
+            for (int e = threadIdx.x; e < STEP * (TILE / 8); e += THREADS) {
+                const int i = e / (TILE / 8), at = e % (TILE / 8) * 8;
                 fetch(lefts[stage] + i * PITCH_Y + at, dy + i64(from + i) * m, first + at, m, from + i < range.end,
                       vectorized);
             }
-            for (int e = threadIdx.x; e < STEP_B * NEW; e += THREADS) {
+            for (int e = threadIdx.x; e < STEP * NEW; e += THREADS) {
                 const int i = e / NEW, at = e % NEW * 8;
                 fetch(rights[stage] + i * PITCH + at, h + i64(from + i) * q + p * r, column + at, r,
                       from + i < range.end, copied);
@@ -229,15 +227,15 @@ __global__ void __launch_bounds__(THREADS)
         };
         float sum[NEW][4] = {};
         if (range.begin < range.end) get(0, range.begin);
-        for (int i = range.begin, stage = 0; i < range.end; i += STEP_B, stage ^= 1) {
-            if (i + STEP_B < range.end)
-                get(stage ^ 1, i + STEP_B);
+        for (int i = range.begin, stage = 0; i < range.end; i += STEP, stage ^= 1) {
+            if (i + STEP < range.end)
+                get(stage ^ 1, i + STEP);
             else
                 cp_async_commit();
             cp_async_wait<1>();
             __syncthreads();
 #pragma unroll
-            for (int s = 0; s < STEP_B / 16; s++) {
+            for (int s = 0; s < STEP / 16; s++) {
                 u32 left[4];  // lanes 8i .. 8i + 7: k from i / 2 * 8, columns of dy from i % 2 * 8
                 ldmatrix_x4_trans(
                     left, lefts[stage] + (s * 16 + lane / 16 * 8 + lane % 8) * PITCH_Y + warp * 16 + lane / 8 % 2 * 8);

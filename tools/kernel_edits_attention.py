@@ -33,6 +33,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_backward.cuh", "+ kv_head * group + row % group) * D", "+ kv_head + row % group) * D"),
     ("attention_backward.cuh", "+ num_heads + kv_head) * D", "+ num_heads) * D"),
     ("attention_backward.cuh", "return key(token) + H * D;", "return key(token) + D;"),
+    ("attention_backward.cuh", "kv_head * group + (row - token * group)", "kv_head * group"),
+    ("attention_backward.cuh", "i64(start + token) * 2 * H) * D", "i64(start + token) * H) * D"),
     ("attention_backward.cuh", "? last + window : tile.end)", "? last + window - 1 : tile.end)"),
     ("attention_backward.cuh", "window < tile.end - last ?", "window <= tile.end - last + 1 ?"),
     ("attention_backward.cuh", "low = tile.first * group;", "low = (tile.first + 1) * group;"),
@@ -62,6 +64,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # attention_mma.cuh
     ("attention_mma.cuh", "first + r < end && vector * 8 < D)", "vector * 8 < D)"),
     ("attention_mma.cuh", "first + r < end && vector * 8 < D)", "first + r < end)"),
+    ("attention_mma.cuh", "valid = first + r < end && vector * 8 < D;", "valid = vector * 8 < D;"),
+    ("attention_mma.cuh", "valid = first + r < end && vector * 8 < D;", "valid = first + r < end;"),
     ("attention_mma.cuh", "r < COUNT && first + r < end;", "r < COUNT && first + r <= end;"),
     ("attention_mma.cuh", "if (vector * 8 < D) store", "if (vector * 8 <= D) store"),
     ("attention_mma.cuh", "score[m][2 * j], a[m], left", "score[m][2 * j], a[m], right"),
@@ -75,7 +79,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_mma.cuh", "if (j / 2 >= chunks) break;", ";"),
     ("attention_mma.cuh", "acc[m][j][2 * half] * factor[m][half]", "acc[m][j][2 * half]"),
     # attention_backward_mma.cu: dk and dv
-    (_MMA, "? infinity() : 0.f;", "? 0.f : 0.f;"),
     (_MMA, "if (row < end && threadIdx.x < 2 * ROWS)", "if (threadIdx.x < 2 * ROWS)"),
     (_MMA, "lse[where(row)] * LOG2_E : delta", "lse[where(row)] : delta"),
     (_MMA, "e) / group - key - lane / 4;", "e) / group - key;"),
@@ -86,7 +89,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_MMA, "(SPLIT * STEP) * STEP;", "(SPLIT * STEP) * STEP - 1;"),
     (_MMA, "column = warp % SPLIT * CHUNKS * 16;", "column = 0;"),
     (_MMA, "if (at + ROWS < sight.high) fetch", "if (at + 2 * ROWS < sight.high) fetch"),
-    (_MMA, "if (far < key ||", "if (far <= key ||"),
+    (_MMA, "if (far < key ||", "if (far < key + 16 ||"),
     (_MMA, "near - (key + SIZE - 1) >= window))", "near - (key + SIZE - 1) >= window - 1))"),
     (_MMA, "if (near < key + SIZE - 1 ||", "if (near < key ||"),
     (_MMA, "far - key >= window)) Pairs", "near - key >= window)) Pairs"),
@@ -99,7 +102,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_MMA, "(ds[m][j][e] - deltas[m][e / 2])", "(ds[m][j][e] - deltas[m][e % 2])"),
     (_MMA, "min(mine + i * 8 + lane / 4, tile.end - 1)", "min(mine + i * 8, tile.end - 1)"),
     (_MMA, "if (at + KEYS < band.high) fetch", "if (at + 2 * KEYS < band.high) fetch"),
-    (_MMA, "if (at > far ||", "if (at >= far ||"),
+    (_MMA, "if (at > far ||", "if (at + KEYS > far ||"),
     (_MMA, "at + KEYS <= near - window + 1)", "at + KEYS <= near - window + 2)"),
     (_MMA, "if (at + KEYS - 1 > near ||", "if (at + KEYS - 1 > far ||"),
     (_MMA, "at <= far - window)) Pairs", "at <= near - window)) Pairs"),
@@ -108,4 +111,10 @@ EDITS: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 # (file, text around the edit, why no test can notice it)
-EQUIVALENT: tuple[tuple[str, str, str], ...] = ()
+EQUIVALENT: tuple[tuple[str, str, str], ...] = (
+    (
+        _MMA,
+        "__syncwarp();  // its last reads of them are done",
+        "the emulator takes ldmatrix, which a warp does together, as ordering; on a GPU a lane may be ahead of others",
+    ),
+)

@@ -162,7 +162,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("lora_mma.cu", "if (owner[c] == p) right", "right"),
     ("lora_mma.cu", "owner[c] = j < m ? part[j] : -1;", "owner[c] = part[min(j, m - 1)];"),
     ("lora_mma.cu", "{right.v[0], right.v[1]}", "{right.v[1], right.v[0]}"),
-    ("lora_mma.cu", "sum[i / 2][j / 2][i % 2 * 2 + j % 2]", "sum[i / 2][j / 2][i % 2 + j % 2 * 2]"),
+    ("lora_mma.cu", "sum[j / 2][i * 2 + j % 2]", "sum[j / 2][i + j % 2 * 2]"),
     ("lora_mma.cu", "m % 8 == 0 && aligned(a, y), factors", "true, factors"),
     ("lora_mma.cu", "factors = r % 4 == 0 && aligned(h, b)", "factors = true"),
     ("lora_mma.cu", "there && at < size);", "there);"),

@@ -159,7 +159,7 @@ def train(
 
             def began(device: str, model: str, done: int) -> None:
                 stop.listen()  # before this a signal ends the command at once
-                notice(f"training {model}, on {device}{f', from step {done} on' if done else ''}")
+                notice(f"training {model}, {device}{f', from step {done} on' if done else ''}")
 
             outcome = run_training(job, Hooks(reading, began, shown, notice, stop))
     except ParameterError as e:

@@ -83,7 +83,7 @@ def _add_kernels(call: Call, device: Device) -> Plan:
         return Plan((Launch("lora.cu:lora_add_few", grid, (_FEW_THREADS,), constants={"LANES": lanes, "ROWS": rows}),))
     grid = (-(-m // 64), -(-n // 64))
     if _on_tensor_cores(call, device):
-        return Plan((Launch("lora_mma.cu:lora_add_mma", grid, (128,)),))
+        return Plan((Launch("lora_mma.cu:lora_add_mma", grid, (_THREADS,)),))
     return Plan((Launch("lora.cu:lora_add", grid, (_THREADS,)),))
 
 

@@ -143,6 +143,8 @@ _CASES = [
     self_attention_case(2, 1, 128, [65, 64]),
     self_attention_case(3, 1, 96, [40, 0, 30], window=33),
     self_attention_case(8, 1, 32, [50], window=3),
+    self_attention_case(2, 2, 16, [70, 4], window=2),
+    self_attention_case(2, 1, 72, [35], window=1),
     self_attention_case(4, 1, 256, [37, 2]),
     self_attention_case(3, 1, 112, [66]),
     self_attention_case(2, 2, 200, [70]),

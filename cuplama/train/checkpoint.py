@@ -24,7 +24,6 @@ from .settings import TrainingSettings
 __all__ = ["Run", "Saved", "TrainingFolder"]
 
 _STATE = "training/state.safetensors"
-_FULL = "the last checkpoint is whole, and --resume goes on from it when there is room"
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -62,6 +61,7 @@ class TrainingFolder:
         it cannot be made.
         """
         self.path = path
+        self._step = 0  # of the checkpoint that is there
         with writing(path, CheckpointError):
             names = set(os.listdir(path)) if path.exists() else set()
             if self.has_checkpoint and not resume:
@@ -92,6 +92,7 @@ class TrainingFolder:
         except (KeyError, ValueError):
             raise CheckpointError(f"{path} is not the checkpoint of a training") from None
         self._compare(saved.run, run)
+        self._step = saved.step
         return saved
 
     def _compare(self, before: Mapping[str, Any], run: Run) -> None:
@@ -112,7 +113,10 @@ class TrainingFolder:
         All is written before the first file takes its place. Raises CheckpointError, also for a disk that is full; the
         checkpoint before stays then.
         """
-        full = _FULL if self.has_checkpoint else "nothing is saved yet"
+        full = "nothing is saved yet"
+        if self._step:
+            full = f"the checkpoint of step {self._step} is whole, and --resume goes on from it when there is room"
         with writing(self.path, CheckpointError, full), saved_together(self.path) as staging:
             staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
             model(staging)
+        self._step = step

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError, ParameterError
 from ..models.checkpoint import load_weights
 from ..models.config import load_config
+from ..text.tokenizer import Tokenizer
 from .checkpoint import Run, Saved, TrainingFolder
 from .data import Progress, TokenData, check_files
 from .log import TrainingLog
@@ -174,7 +175,7 @@ def _go_on(trainer: Trainer, saved: Saved, folder: TrainingFolder) -> None:
 
 
 def _guides(job: Job, origin: Origin) -> list[GuidingModel]:
-    """The teachers. Raises ParameterError for one of another vocabulary."""
+    """The teachers. Raises ParameterError for one of another vocabulary, by its size or by its tokens."""
     found = []
     for folder in job.teachers:
         config = load_config(folder)
@@ -183,10 +184,21 @@ def _guides(job: Job, origin: Origin) -> list[GuidingModel]:
                 f"teachers: {folder} has a vocabulary of {config.vocab_size} tokens, the model one of"
                 f" {origin.config.vocab_size}"
             )
+        _check_tokens(folder, Tokenizer.find(folder), origin.tokenizer)
         found.append(GuidingModel(config, load_weights(folder, config)))
     return found
 
 
+def _check_tokens(folder: Path, theirs: Tokenizer | None, ours: Tokenizer) -> None:
+    """Refuse a teacher that means something else by an id. One without a tokenizer is believed."""
+    for id in range(0 if theirs is None else ours.vocab_size):
+        if theirs is not None and theirs.piece(id) != ours.piece(id):
+            names = [tokenizer.token_shown(id) for tokenizer in (theirs, ours)]
+            raise ParameterError(
+                f"teachers: {folder} has {names[0]} for token {id}, the model {names[1]}; both need the same tokenizer"
+            )
+
+
 def _described(trainer: Trainer, data: TokenData) -> str:
     elements = sum(array.size for array in trainer.parameters.weights.values())
-    return f"{elements / 1e6:.2f} million weights, {len(data.tokens):,} tokens of data"
+    return f"{elements:,} weights on {len(data.tokens):,} tokens of data"

@@ -46,7 +46,7 @@ def test_a_training_says_what_it_does(run: Run, command: Command, tmp_path: Path
     status, text, said = run(*command(steps=4, **{"eval-every": 2}), "--eval-data", str(tmp_path / "text.txt"))
     assert (status, text) == (0, f"{out}\n")
     lines = said.splitlines()
-    assert lines[0].startswith("cuplama: training 0.00 million weights, 960 tokens of data, on NumPy")
+    assert lines[0].startswith("cuplama: training 4,944 weights on 960 tokens of data, NumPy")
     assert lines[1].startswith("step 1 of 4: loss 3.8")
     assert lines[1].endswith(" left")
     assert "evaluation 3." in lines[2]

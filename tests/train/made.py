@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from cuplama.models.config import ModelConfig, parse_config
 from cuplama.text.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ def write_tokenizer(folder: Path, *, bos: str = "", eos: str = "", adds: bool = 
     folder.mkdir(parents=True, exist_ok=True)
     made = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
     made.add_tokens([AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>", "<sep>")])
     if adds:
         made.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, made.token_to_id(bos))])

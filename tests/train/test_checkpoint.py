@@ -104,7 +104,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="out: No space left on device; the last checkpoint is whole, and"):
+    with pytest.raises(CheckpointError, match="out: No space left on device; the checkpoint of step 3 is whole, and"):
         folder.save(4, ARRAYS, run(), model)
     found = folder.load(run())
     assert found is not None

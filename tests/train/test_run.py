@@ -217,7 +217,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(make: Make, monkeypatch: pytest.M
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device; the last checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="No space left on device; the checkpoint of step 2 is whole"):
         run(replace(job, resume=True))
     monkeypatch.undo()
     assert (job.out / "model.safetensors").read_bytes() == before
@@ -246,6 +246,19 @@ def test_what_is_refused_before_anything_is_made(make: Make, tmp_path: Path) -> 
     assert "tokenizer.json does not exist" in said(CuplamaError, **trained)
     learned = write_config(tmp_path / "gpt2.json", **json.loads((GOLDEN / "gpt2-char" / "config.json").read_text()))
     assert "context = 81 is more than the 80 positions" in said(ParameterError, config=learned, context=81)
+
+
+def test_ids_of_a_config_that_are_letters_are_left_out(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(tmp_path / "ids.json", bos_token_id=1, eos_token_id=2)
+    run(job := make(config=config))
+    assert [m.partition("ids.json: ")[2] for m in caplog.messages[:2]] == [
+        "bos_token_id = 1 is ' ', no special token, and is left out",
+        "eos_token_id = 2 is 'a', no special token, and is left out",
+    ]
+    written = [json.loads((job.out / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+    assert [(w["bos_token_id"], w["eos_token_id"]) for w in written] == [(None, 35)] * 2
 
 
 def test_too_little_data_is_refused_with_both_numbers(make: Make, tmp_path: Path) -> None:
@@ -295,3 +308,7 @@ def test_teachers_need_the_same_vocabulary(make: Make) -> None:
     assert rows(job.out)[0]["loss"] > 0
     with pytest.raises(ParameterError, match="has a vocabulary of 65 tokens, the model one of 48"):
         run(make("other", teachers=[GOLDEN / "gpt2-char"]))
+    path = teacher.out / "tokenizer.json"
+    path.write_text(path.read_text().replace("<sep>", "<cut>"))
+    with pytest.raises(ParameterError, match="has '<cut>' for token 36, the model '<sep>'; both"):
+        run(make("third", teachers=[teacher.out]))
