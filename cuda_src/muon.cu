@@ -61,9 +61,8 @@ struct Place {
 using Tile = f32[SIDE][SIDE + 1];  // a column's elements lie in different banks
 
 template <typename U, bool TRANSPOSED>
-__global__ void __launch_bounds__(THREADS)
-    muon_normalise(const f32* __restrict__ g, const f32* __restrict__ partial, U* __restrict__ x, int m, int k,
-                   int blocks) {
+__global__ void __launch_bounds__(THREADS) muon_normalise(const f32* __restrict__ g, const f32* __restrict__ partial,
+                                                          U* __restrict__ x, int m, int k, int blocks) {
     __shared__ Tile tile;
     const Place place;
     const int lane = place.lane();
