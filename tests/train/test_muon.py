@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from cuplama.backends import Backend
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.backends.cuda.driver import cuda_available
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
 from cuplama.models.checkpoint import load_weights
@@ -20,6 +22,7 @@ from cuplama.ops.launch import Device
 from cuplama.train import Batch, Trainer, TrainingSettings
 from cuplama.train.memory import plan
 from cuplama.train.muon import layer_matrices, matrix_nodes
+from tests.fakes import FakeGpu, HostCublas
 from tests.train.goldens import TRAINING, Array, relative_error
 from tests.train.test_trainer import assert_same_bits
 
