@@ -71,43 +71,42 @@ struct Barriers {
 // One warp brings the tiles of q or of dy; rows past the sequence are zeros. With q comes what `stats` has of its rows.
 // from, width: where the first tile and the group's first head begin, and a row's length, in vectors of 8, which 32 bits
 // hold. first_stats: where theirs begin in stats, null for none. Registers are few.
-template <typename T, int D, int M>
-__device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u64* empty, const T* rows,
-                                        unsigned from, int width, const float* stats, unsigned first_stats, int num_heads, int group,
+template <typename T, int D, int M, bool STATS>
+__device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u64* empty, const T* rows, unsigned from,
+                                        int width, const float* stats, unsigned first_stats, int num_heads, int group,
                                         const Work<M>& work) {
-    const int lane = threadIdx.x % WARP, tiles = work.last - work.first;
-    const int low = place(M, lane / 8, lane % 8);  // of the row lane / 8; 4 rows further `low ^ 32` is its twin
+    const int lane = threadIdx.x % WARP;
+    const int low = place(M, lane / 8, lane % 8);           // of the row lane / 8
+    const int further = 4 * PANEL + (low & 32 ? -32 : 32);  // to 4 rows further
     from += lane / 8 * width + lane % 8;
     unsigned at = first_stats + lane * 4;
-    int left = work.length - work.first * M - lane / 8;
 #pragma unroll 1
-    for (int step = 0, tile = tiles; step < int(hidden(tiles)) * group; step++) {
+    for (int step = 0, tile = work.first; step < (work.last - work.first) * group; step++) {
+        const int left = work.length - tile * M - lane / 8;
         if (step >= 2) mbarrier_wait(empty + step % 2, (step / 2 + 1) % 2);
-        T* to = stages + step % 2 * (M * D);
+        T* to = stages + int(hidden(step % 2 * (M * D) + low));  // hidden, else many sums of it are kept
 #pragma unroll 1
-        for (int r = 0; r < M; r += 8) {
+        for (int r = 0; r < M; r += 8, to += 8 * PANEL) {
 #pragma unroll
-            for (int half = 0; half < 8; half += 4) {
+            for (int half = 0; half < 2; half++) {
                 const T* row = rows + i64(from) * 8;
 #pragma unroll
                 for (int u = 0; u < D / PANEL; u++)
-                    cp_async_16(to + ((half ? low ^ 32 : low) + (r + half + u * M) * PANEL), row + u * PANEL,
-                                r + half < left);
+                    cp_async_16(to + half * further + u * (M * PANEL), row + u * PANEL, r + half * 4 < left);
                 from += 4 * width;
             }
         }
-        if (stats) {
+        if (STATS) {
 #pragma unroll
             for (int i = 0; i < 2 * M; i += WARP * 4)
                 cp_async_16(stats_of + (step % 2 * (2 * M) + lane * 4 + i), stats + (at + i), true);
             at += 2 * M * num_heads;
         }
         cp_async_commit();
-        left -= M;
-        if (--tile == 0) {  // the next head
-            tile = tiles, left += tiles * M;
-            from += D / 8 - tiles * (M * width);
-            at += 2 * M * (1 - tiles * num_heads);
+        if (++tile == work.last) {  // the next head
+            tile = work.first;
+            from += D / 8 - (work.last - tile) * (M * width);
+            at += 2 * M * (1 - (work.last - tile) * num_heads);
         }
         cp_async_wait<0>();
         fence_proxy_async();
@@ -286,12 +285,13 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         const int warp = threadIdx.x / WARP;
         const unsigned row = work.start + work.first * M;
         if (warp == 0)
-            produce<T, D>(first + S::Q, stats_of, bar.q_full, bar.q_empty, x, row * (width / 8) + first_head * (D / 8),
-                          width / 8, stats, ((work.number + work.first) * num_heads + first_head) * (2 * M), num_heads,
-                          group, work);
+            produce<T, D, M, true>(
+                first + S::Q, stats_of, bar.q_full, bar.q_empty, x, row * (width / 8) + first_head * (D / 8), width / 8,
+                stats, ((work.number + work.first) * num_heads + first_head) * (2 * M), num_heads, group, work);
         else if (warp == 1)
-            produce<T, D>(first + S::DY, nullptr, bar.dy_full, bar.dy_empty, dy,
-                          (row * num_heads + first_head) * (D / 8), num_heads * (D / 8), nullptr, 0, 0, group, work);
+            produce<T, D, M, false>(first + S::DY, nullptr, bar.dy_full, bar.dy_empty, dy,
+                                    (row * num_heads + first_head) * (D / 8), num_heads * (D / 8), nullptr, 0, 0, group,
+                                    work);
         else if (threadIdx.x % WARP == 0)
             take_turns<D>(bar, turns, width / 8, num_heads, first_head, group, work, warp == 3);
     } else {
