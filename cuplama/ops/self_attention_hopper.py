@@ -20,8 +20,8 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
     """The launches of self_attention_backward on sm_90, or None where these kernels do not serve: other GPUs, f32, head
     sizes other than 64 and 128.
 
-    Scratch: lse and delta (``stats``) and dq in f32 by tiles of queries and heads (``sums``), the counters by which blocks take turns to add to it,
-    and the order of the blocks.
+    Scratch: lse and delta (``stats``) and dq in f32 by tiles of queries and heads (``sums``), the counters by which
+    blocks take turns to add to it, and the order of the blocks.
     """
     n, b, num_heads, H, D = (call[name] for name in ("n", "b", "num_heads", "H", "D"))
     if device.arch != 90 or call.dtypes["T"].itemsize != 2 or D not in _QUERIES:
