@@ -12,7 +12,7 @@ import click
 from ..errors import ParameterError
 from ..train.backward import RECOMPUTE
 from ..train.schedule import SCHEDULES
-from ..train.settings import DTYPES, TrainingSettings
+from ..train.settings import DTYPES, OPTIMIZERS, TrainingSettings
 from .options import DEBUG, DEVICE, OFFLINE, QUIET, Decorator, complete_model
 from .running import find_folder
 from .sections import FilesOption, SectionedCommand, section
@@ -67,6 +67,12 @@ _DATA = section(
 _STEPS = section(
     "The steps",
     click.option("--steps", type=int, required=True, metavar="N", help="Updates of the weights in all."),
+    _setting(
+        "optimizer",
+        click.Choice(OPTIMIZERS),
+        None,
+        "muon: the matrices of the layers by Muon, all else by AdamW. It often needs fewer steps.",
+    ),
     _setting("lr", float, "X", "The highest learning rate."),
     _setting("warmup", int, "N", "Steps in which it rises to that."),
     _setting("schedule", click.Choice(SCHEDULES), None, "How it goes on: down to a tenth at the last step, or not."),
