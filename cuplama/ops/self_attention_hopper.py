@@ -32,7 +32,9 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
     shared = 1024 + 2 * (2 * _KEYS * D + 4 * M * D + 2 * _KEYS * M)
     launches = (
         Launch(
-            f"{_FILE}:prepare_backward", (ordering + tiles * num_heads,), (_THREADS,),
+            f"{_FILE}:prepare_backward",
+            (ordering + tiles * num_heads,),
+            (_THREADS,),
             constants={"M": M, "sms": device.sms},
         ),
         Launch(f"{_FILE}:attention_backward_wgmma", (entries * H,), (384,), shared, constants={"M": M}),
