@@ -20,8 +20,8 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
     """The launches of self_attention_backward on sm_90, or None where these kernels do not serve: other GPUs, f32, head
     sizes other than 64 and 128.
 
-    Scratch: lse and delta (``stats``) and dq in f32 by tiles of queries and heads (``sums``), the counters by which blocks take turns to add to it,
-    and the order of the blocks.
+    Scratch: lse and delta (``stats``) and dq in f32 by tiles of queries and heads (``sums``), the counters by which
+    blocks take turns to add to it, and the order of the blocks.
     """
     n, b, num_heads, H, D = (call[name] for name in ("n", "b", "num_heads", "H", "D"))
     if device.arch != 90 or call.dtypes["T"].itemsize != 2 or D not in _QUERIES:
@@ -32,11 +32,12 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
     shared = 1024 + 2 * (2 * _KEYS * D + 4 * M * D + 2 * _KEYS * M)
     launches = (
         Launch(
-            f"{_FILE}:prepare_backward", (ordering + tiles * num_heads,), (_THREADS,),
+            f"{_FILE}:prepare_backward",
+            (ordering + tiles * num_heads,),
+            (_THREADS,),
             constants={"M": M, "sms": device.sms},
         ),
         Launch(f"{_FILE}:attention_backward_wgmma", (entries * H,), (384,), shared, constants={"M": M}),
-        Launch(f"{_FILE}:convert_dq", (tiles, num_heads), (_THREADS,), constants={"M": M}),
     )
     scratch = {
         "stats": ((tiles, num_heads, 2, M), "f32"),

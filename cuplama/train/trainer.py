@@ -6,16 +6,19 @@ step, and the update (the norm of all gradients, the optimizer). The host only w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..backends import Backend, CapturedGraph
 from ..dtypes import DTYPES, Array
 from ..engine.input_buffer import InputBuffer
-from ..errors import ParameterError
+from ..errors import CheckpointError, ParameterError
+from ..files import writing
 from ..models.config import ModelConfig
 from ..models.export import checkpoint_tensors
 from ..ops.node import Node
@@ -25,11 +28,12 @@ from .batch import Batch
 from .muon import layer_matrices
 from .parameters import Parameters
 from .passes import Passes, rope_tables
+from .saving import Staging, saved_together
 from .settings import TrainingSettings
 from .step import LOSS, Teacher, evaluation_nodes, teacher_value, training_step
 from .update import update_nodes, update_values
 
-__all__ = ["GuidingModel", "Step", "Trainer"]
+__all__ = ["Files", "GuidingModel", "Step", "Trainer"]
 
 _F32 = DTYPES["f32"]
 
@@ -67,11 +71,21 @@ class Step:
         return self.wait()[1]
 
 
-class Trainer:
-    """Trains a model, or the adapters of a model whose weights stay as they are.
+class Files(Protocol):
+    """The files of the folder that a model is saved to."""
 
-    parameters: the weights that are trained; done: updates so far.
+    def write(self, staging: Staging, trainer: Trainer) -> None:
+        """All of them."""
+
+
+class Trainer:
+    """Trains a model, or the adapters of a model whose weights stay as they are. ``open_trainer`` makes one of a model.
+
+    parameters: the weights that are trained; done: updates so far; files: what ``save`` writes, None where the trainer
+    was made of a config and arrays.
     """
+
+    files: Files | None = None
 
     def __init__(
         self,
@@ -180,6 +194,14 @@ class Trainer:
     def export(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         """(tensor name, array) of what is trained, as a checkpoint has it."""
         return checkpoint_tensors(self.config, self.weights())
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model, or its adapters, to a folder that ``cuplama.load`` and others read. A file is whole or not
+        there. Raises ParameterError where the files are not known, and CheckpointError for a disk that is full."""
+        if self.files is None:
+            raise ParameterError("the trainer was made of arrays and has no files to save; export() has its tensors")
+        with writing(Path(folder), CheckpointError), saved_together(Path(folder)) as staging:
+            self.files.write(staging, self)
 
     def close(self) -> None:
         """Give back graphs and memory. The backend stays open."""
