@@ -174,11 +174,11 @@ muon_polynomial = Op(
 
 muon_update = Op(
     "muon_update",
-    "p[m,k]:T, g[m,k]:f32, master[m,k]:f32 = (p[m,k]:T, g[m,k]:f32, master[m,k]:f32, x[rows,columns]:T, norm_squared[1]:f32,"
-    " schedule[3]:f32, weight_decay:f32)",
+    "p[m,k]:T, g[m,k]:f32, master[m,k]:f32 = (p[m,k]:T, g[m,k]:f32, master[m,k]:f32, x[rows,columns]:T,"
+    " norm_squared[1]:f32, schedule[3]:f32, weight_decay:f32)",
     doc="master = (1 - lr weight_decay) master - lr 0.2 sqrt(max(m, k)) x, and p = master in T; for a model in f32"
-    " both are one array. x is transposed where rows is not m; schedule is as of adamw, of which lr counts. g is set to 0."
-    " Only that happens where norm_squared is not finite.",
+    " both are one array. x is transposed where rows is not m; schedule is as of adamw, of which lr counts. g is set to"
+    " 0. Only that happens where norm_squared is not finite.",
     reference=_update,
     kernels=_update_kernels,
     cases=[
