@@ -62,49 +62,51 @@ __global__ void __launch_bounds__(256)
 
 struct Barriers {
     u64 q_full[2], q_empty[2], dy_full[2], dy_empty[2], turn[2], added[2], passed[2];
-    float* sums[2];  // where to add this block's part of dq
-    int begin[2];    // nothing is there yet
+    // Where this block's part of dq goes: the number of the tile and head, and its first row in dx, in vectors of 8.
+    unsigned tile[2], row[2];
+    int begin[2];  // it is the first part
+    int left[2];   // it is the last part: the rows of the sequence from there on; else 0
 };
 
 // One warp brings the tiles of q or of dy; rows past the sequence are zeros. With q comes what `stats` has of its rows.
-// from: the rows of the first tile and the group's first head; first_stats: where theirs begin in stats, null for none.
-template <typename T, int D, int M>
-__device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u64* empty, const T* from, int width,
-                                        const float* stats, unsigned first_stats, int num_heads, int group,
+// from, width: where the first tile and the group's first head begin, and a row's length, in vectors of 8, which 32 bits
+// hold. first_stats: where theirs begin in stats, null for none. Registers are few.
+template <typename T, int D, int M, bool STATS>
+__device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u64* empty, const T* rows, unsigned from,
+                                        int width, const float* stats, unsigned first_stats, int num_heads, int group,
                                         const Work<M>& work) {
-    const int lane = threadIdx.x % WARP, tiles = work.last - work.first;
-    const int low = place(M, lane / 8, lane % 8);  // of the row lane / 8; 4 rows further `low ^ 32` is its twin
-    from += lane / 8 * width + lane % 8 * 8;
+    const int lane = threadIdx.x % WARP;
+    const int low = place(M, lane / 8, lane % 8);           // of the row lane / 8
+    const int further = 4 * PANEL + (low & 32 ? -32 : 32);  // to 4 rows further
+    from += lane / 8 * width + lane % 8;
     unsigned at = first_stats + lane * 4;
-    int left = work.length - work.first * M - lane / 8;
 #pragma unroll 1
-    for (int step = 0, tile = tiles; step < int(hidden(tiles)) * group; step++) {
+    for (int step = 0, tile = work.first; step < (work.last - work.first) * group; step++) {
+        const int left = work.length - tile * M - lane / 8;
         if (step >= 2) mbarrier_wait(empty + step % 2, (step / 2 + 1) % 2);
-        T* to = stages + step % 2 * (M * D);
+        T* to = stages + int(hidden(step % 2 * (M * D) + low));  // hidden, else many sums of it are kept
 #pragma unroll 1
-        for (int r = 0; r < M; r += 8) {
-            const int four = 4 * int(hidden(width));  // computed here each time: registers are few
+        for (int r = 0; r < M; r += 8, to += 8 * PANEL) {
 #pragma unroll
-            for (int u = 0; u < D / PANEL; u++)
-                cp_async_16(to + (low + (r + u * M) * PANEL), from + u * PANEL, r < left);
-            from += four;
+            for (int half = 0; half < 2; half++) {
+                const T* row = rows + i64(from) * 8;
 #pragma unroll
-            for (int u = 0; u < D / PANEL; u++)
-                cp_async_16(to + ((low ^ 32) + (r + 4 + u * M) * PANEL), from + u * PANEL, r + 4 < left);
-            from += four;
+                for (int u = 0; u < D / PANEL; u++)
+                    cp_async_16(to + half * further + u * (M * PANEL), row + u * PANEL, r + half * 4 < left);
+                from += 4 * width;
+            }
         }
-        if (stats) {
+        if (STATS) {
 #pragma unroll
             for (int i = 0; i < 2 * M; i += WARP * 4)
                 cp_async_16(stats_of + (step % 2 * (2 * M) + lane * 4 + i), stats + (at + i), true);
             at += 2 * M * num_heads;
         }
         cp_async_commit();
-        left -= M;
-        if (--tile == 0) {  // the next head
-            tile = tiles, left += tiles * M;
-            from += D - i64(hidden(tiles)) * (M * width);
-            at += 2 * M * (1 - int(hidden(tiles)) * num_heads);
+        if (++tile == work.last) {  // the next head
+            tile = work.first;
+            from += D / 8 - (work.last - tile) * (M * width);
+            at += 2 * M * (1 - (work.last - tile) * num_heads);
         }
         cp_async_wait<0>();
         fence_proxy_async();
@@ -113,27 +115,28 @@ __device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u
 }
 
 // One thread waits for the block's turns to add to dq, one after the other; another (`pass`) gives them to the next.
-// sums, turns: those of the group's first head.
 template <int D, int M>
-__device__ __forceinline__ void take_turns(Barriers& bar, float* sums, u32* turns, int num_heads, int group,
-                                           const Work<M>& work, bool pass) {
+__device__ __forceinline__ void take_turns(Barriers& bar, u32* turns, int width, int num_heads, int first_head,
+                                           int group, const Work<M>& work, bool pass) {
     int step = 0;
-    for (int head = 0; head < group; head++) {
+    for (int head = first_head; head < first_head + group; head++) {
 #pragma unroll 1
         for (int t = work.first; t < work.last; t++, step++) {
-            const i64 tile = i64(work.number + t) * num_heads + head;
-            const u32 mine = work.turn(t);
+            const unsigned tile = (work.number + t) * num_heads + head;
+            bool last;
+            const u32 mine = work.turn(t, last);
             const int stage = step % 2, phase = step / 2 % 2;
             if (pass) {
                 mbarrier_wait(bar.added + stage, phase);
                 fence_gpu();
-                atomicExch(turns + tile, mine + 1);
+                atomicExch(turns + tile, last ? 0 : mine + 1);  // zero again for the next launch
                 mbarrier_arrive(bar.passed + stage);
             } else {
                 if (step >= 2) mbarrier_wait(bar.passed + stage, phase ^ 1);
+                bar.tile[stage] = tile, bar.row[stage] = (work.start + t * M) * width + head * (D / 8);
+                bar.begin[stage] = mine == 0, bar.left[stage] = last ? work.length - t * M : 0;
                 while (ld_acquire(turns + tile) != mine) {
                 }
-                bar.sums[stage] = sums + tile * (M * D), bar.begin[stage] = mine == 0;
                 mbarrier_arrive(bar.turn + stage);
             }
         }
@@ -143,7 +146,7 @@ __device__ __forceinline__ void take_turns(Barriers& bar, float* sums, u32* turn
 // One warpgroup's part of all steps, tile after tile and head after head.
 template <typename T, int D, int M>
 __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar, T* first, const float* stats,
-                                        const Work<M>& work, int group, float factor) {
+                                        const Work<M>& work, int group, float* sums, T* dx, int width, float scale) {
     using S = Shared<T, D, M>;
     constexpr int HALF = 64 * PANEL, PARTS = M / 64;  // HALF: elements to 64 rows further
     constexpr bool AHEAD = D == 64;  // the next tile's scores beside this one's dk, where registers allow it
@@ -191,7 +194,7 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
                 wgmma_wait<1>();
                 scores_done();
             }
-            keys.weigh(score[i], lse, at + i * 64, work.window, factor);
+            keys.weigh(score[i], lse, at + i * 64, work.window, scale * LOG2_E);
             keys.round_weights(p, score[i]);
             keys.add_rows(keys.dv, p, dy + shared.tile_panel);
             wgmma_wait<1>();
@@ -217,7 +220,12 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
         wgmma_done(dq);
         release(bar.dy_empty + stage);
         mbarrier_wait(bar.turn + stage, phase);
-        keys.add_queries(dq, bar.sums[stage], bar.begin[stage]);
+        float* others = sums + i64(bar.tile[stage]) * (M * D);
+        if (bar.left[stage] > 0)
+            keys.store_queries(dq, others, bar.begin[stage], scale, dx + i64(bar.row[stage]) * 8, width,
+                               bar.left[stage]);
+        else
+            keys.add_queries(dq, others, bar.begin[stage]);
         release(bar.added + stage);
         wgmma_wait<0>();
         if (AHEAD) scores_done();
@@ -255,14 +263,15 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
     T* first = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
     __shared__ __align__(16) float stats_of[2 * 2 * M];  // [2][lse or delta][M]
     __shared__ Barriers bar;
+    __shared__ Work<M> work;  // here and not in registers, of which the warps that fetch have few
 
     const Pack<i32, 4> entry = load<4>(order + blockIdx.x / H * 4);
     if (entry.v[0] < 0) return;
-    const Work<M> work(cu_seqlens, entry, window);
     const int kv_head = blockIdx.x % H, group = num_heads / H, first_head = kv_head * group;
     const int width = (num_heads + 2 * H) * D;
 
     if (threadIdx.x == 0) {
+        work.find(cu_seqlens, entry, window);
         for (int i = 0; i < 2; i++) {
             mbarrier_init(bar.q_full + i, WARP), mbarrier_init(bar.dy_full + i, WARP);
             mbarrier_init(bar.q_empty + i, WARPS), mbarrier_init(bar.dy_empty + i, WARPS);
@@ -274,57 +283,26 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
     if (threadIdx.x / GROUP == 0) {
         registers_fewer<D == 64 ? 40 : 24>();
         const int warp = threadIdx.x / WARP;
-        const int row = work.start + work.first * M;
+        const unsigned row = work.start + work.first * M;
         if (warp == 0)
-            produce<T, D>(first + S::Q, stats_of, bar.q_full, bar.q_empty, x + (i64(row) * width + first_head * D),
-                          width, stats, ((work.number + work.first) * num_heads + first_head) * (2 * M), num_heads,
-                          group, work);
+            produce<T, D, M, true>(
+                first + S::Q, stats_of, bar.q_full, bar.q_empty, x, row * (width / 8) + first_head * (D / 8), width / 8,
+                stats, ((work.number + work.first) * num_heads + first_head) * (2 * M), num_heads, group, work);
         else if (warp == 1)
-            produce<T, D>(first + S::DY, nullptr, bar.dy_full, bar.dy_empty,
-                          dy + (i64(row) * num_heads + first_head) * D, num_heads * D, nullptr, 0, 0, group, work);
+            produce<T, D, M, false>(first + S::DY, nullptr, bar.dy_full, bar.dy_empty, dy,
+                                    (row * num_heads + first_head) * (D / 8), num_heads * (D / 8), nullptr, 0, 0, group,
+                                    work);
         else if (threadIdx.x % WARP == 0)
-            take_turns<D>(bar, sums + i64(first_head) * (M * D), turns + first_head, num_heads, group, work, warp == 3);
+            take_turns<D>(bar, turns, width / 8, num_heads, first_head, group, work, warp == 3);
     } else {
         registers_more<D == 64 ? 232 : 240>();
         const i64 at = i64(work.start + work.key) * width + (num_heads + kv_head) * D;
         fetch_keys<T, D>(first + S::K, first + S::V, x + at, x + (at + H * D), width, work.length - work.key);
         bar_sync(1, 2 * GROUP);
         GroupKeys<T, D, M> keys;
-        consume(keys, bar, first, stats_of, work, group, scale * LOG2_E);
+        consume(keys, bar, first, stats_of, work, group, sums, dx, width, scale);
         bar_sync(2 + keys.part, GROUP);  // no product of another warp may still read v, which takes the results
         keys.store_rows(first + S::V, keys.dv, 1.f, dx + (at + H * D), width, work.length - work.key);
         keys.store_rows(first + S::V, keys.dk, scale, dx + at, width, work.length - work.key);
-    }
-}
-
-// dx = sums * scale for the queries: a block has one tile and one head. It leaves `turns` zero.
-template <typename T, int D, int M>
-__global__ void __launch_bounds__(256)
-    convert_dq(const float* __restrict__ sums, const i32* __restrict__ cu_seqlens, T* __restrict__ dx, u32* turns,
-               int b, int num_heads, int H, float scale) {
-    constexpr int ROWS = M == 128 ? 64 : M, COLUMNS = M == 128 ? D : D / 2, GROUPS = COLUMNS / 8;  // of a warpgroup
-    const int head = blockIdx.y;
-    const Sequence sequence(cu_seqlens, b, M, blockIdx.x);
-    const int start = cu_seqlens[sequence.number], length = cu_seqlens[sequence.number + 1] - start;
-    const int begin = sequence.tile * M;
-    if (begin >= length) return;
-    const i64 tile = i64(blockIdx.x) * num_heads + head;
-    if (threadIdx.x == 0) turns[tile] = 0;
-    for (int i = threadIdx.x; i < M * D / 16; i += 256) {  // 8 columns of two rows
-        const int columns = i % GROUPS, row = i / GROUPS % 8, warp = i / (GROUPS * 8) % 4, part = i / (GROUPS * 32);
-        const float* from = sums + tile * (M * D) + ((part * GROUPS + columns) * GROUP + warp * WARP + row * 4) * 4;
-        Pack<T, 8> low, high;
-#pragma unroll
-        for (int lane = 0; lane < 4; lane++) {
-            const Pack<float, 4> four = load<4>(from + lane * 4);
-            low.v[2 * lane] = from_float<T>(four.v[0] * scale), low.v[2 * lane + 1] = from_float<T>(four.v[1] * scale);
-            high.v[2 * lane] = from_float<T>(four.v[2] * scale),
-                       high.v[2 * lane + 1] = from_float<T>(four.v[3] * scale);
-        }
-        const int r = begin + (M == 128 ? part * ROWS : 0) + warp * 16 + row;
-        const int column = (M == 128 ? 0 : part * COLUMNS) + columns * 8;
-        T* to = dx + i64(start + r) * (num_heads + 2 * H) * D + head * D + column;
-        if (r < length) store<8>(to, low);
-        if (r + 8 < length) store<8>(to + i64(8) * (num_heads + 2 * H) * D, high);
     }
 }

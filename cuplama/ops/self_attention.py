@@ -300,7 +300,6 @@ self_attention_backward = Op(
     kernel_docs={
         "prepare_backward": "Rows of attention's output times its gradient, and the order of the blocks to come.",
         "attention_backward_wgmma": "Gradients of queries, keys and values, on Hopper's tensor cores (wgmma).",
-        "convert_dq": "Gradients of queries, rounded to the model's dtype.",
         "attention_delta": "A row of attention's output times its gradient, for the softmax's backward pass.",
         "attention_backward_keys_mma": "Gradients of keys and values, on tensor cores (mma.sync).",
         "attention_backward_queries_mma": "Gradients of queries, on tensor cores (mma.sync).",
