@@ -45,7 +45,8 @@
 // These are from when dq was rounded by a kernel of its own, behind this one: 19 to 132 us of the whole, a tenth of it
 // with D = 64. prepare_backward takes 6 to 64 us.
 //
-// The scores of the next tile do not begin early with D = 128: they would need 32 registers more than there are.
+// Lost: the next tile's scores begun early with D = 128 too, for which the compiler has too few registers: it then runs
+// all products one after the other (C7512 in its log).
 #include "attention_backward_keys.cuh"
 
 // What the blocks need: their order, by the first blocks of the grid, and of each tile of queries and head, one a block,

@@ -9,7 +9,7 @@ _KERNEL, _KEYS, _WORK = "attention_backward_wgmma.cu", "attention_backward_keys.
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
     # attention_backward_wgmma.cu: what the blocks need
-    (_KERNEL, "if (left <= 0) return;", "if (left < 0) return;"),
+    (_KERNEL, "if (left <= 0) return;", "if (left <= M) return;"),
     (_KERNEL, "lanes = LANES / 2; lanes", "lanes = LANES / 4; lanes"),
     (_KERNEL, "if (row < left) {\n            const Pack", "if (row <= left) {\n            const Pack"),
     (_KERNEL, "lse[at] * LOG2_E : 0.f;", "lse[at] : 0.f;"),
@@ -23,7 +23,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_KERNEL, "from += D / 8 - (work.last", "from += -(work.last"),
     (_KERNEL, "at += 2 * M * (1 - (work.last - tile) * num_heads);", ""),
     (_KERNEL, "x, row * (width / 8) + first_head * (D / 8)", "x, row * (width / 8)"),
-    (_KERNEL, "(work.number + work.first) * num_heads + first_head) * (2 * M)", "(work.number + work.first) * (2 * M)"),
+    (_KERNEL, "num_heads + first_head) * (2 * M)", "num_heads) * (2 * M)"),
     # turns
     (_KERNEL, "last ? 0 : mine + 1);", "mine + 1);"),
     (_KERNEL, "bar.begin[stage] = mine == 0,", "bar.begin[stage] = 1,"),
