@@ -98,7 +98,7 @@ struct Work {
     __device__ __forceinline__ int turn(int t, bool& last) const {
         const int seen = t * M - window + 1, begin = level / round * round;
         const int low = shift + (window > 0 && seen > 0 ? seen / KEYS : 0);
-        const int high = shift + (min(t * M + M, length) - 1) / KEYS;
+        const int high = shift + t * M / KEYS;  // a tile of queries lies in one of keys
         const int in_round = level / round % 2 == 0 ? min(high, begin + round - 1) - level : level - max(low, begin);
         const int before = max(0, begin - low) + in_round;
         last = before == high - low;

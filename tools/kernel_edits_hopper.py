@@ -76,7 +76,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_WORK, "i < mine.number && level >= low;", "i < mine.number;"),
     (_WORK, "key + KEYS - 1 + window) : length)", "key + window) : length)"),
     (_WORK, "seen > 0 ? seen / KEYS : 0);", "seen > 0 ? (seen + KEYS - 1) / KEYS : 0);"),
-    (_WORK, "min(t * M + M, length) - 1) / KEYS;", "t * M + M - 1) / KEYS;"),
+    (_WORK, "shift + t * M / KEYS;", "shift + (t * M + M) / KEYS;"),
     (_WORK, "min(high, begin + round - 1) - level", "high - level"),
     (_WORK, "level - max(low, begin);", "level - begin;"),
     (_WORK, "max(0, begin - low) + in_round;", "in_round;"),
