@@ -29,6 +29,7 @@ from cuplama.models.export import checkpoint_tensors
 from cuplama.text.tokenizer import Tokenizer as OurTokenizer
 from cuplama.train import Batch, TrainingSettings
 from cuplama.train.data import TokenData
+from cuplama.train.initial import initial_weights
 from cuplama.train.log import read_log
 from cuplama.train.origin import Origin, new_model
 from cuplama.train.run import Hooks, Job, run_training
@@ -127,10 +128,10 @@ def write_text(args: argparse.Namespace) -> str:
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-def write_first_weights(origin: Origin, folder: Path) -> None:
+def write_first_weights(origin: Origin, seed: int, folder: Path) -> None:
     """The model folder that torch begins with."""
     folder.mkdir(exist_ok=True)
-    arrays = {name: weight.array() for name, weight in origin.weights.items()}
+    arrays = {name: weight.array() for name, weight in initial_weights(origin.config, seed).items()}
     tensors = {name: np.ascontiguousarray(array) for name, array in checkpoint_tensors(origin.config, arrays)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(origin.config.raw), encoding="utf-8")
@@ -191,7 +192,7 @@ class Torch:
 def train_torch(args: argparse.Namespace, settings: TrainingSettings) -> dict[str, Any]:
     """The same training in torch; its rows are those of our log."""
     origin = new_model(args.out / "config.json", args.out / "tokenizer.json", settings.seed)
-    write_first_weights(origin, args.out / "first")
+    write_first_weights(origin, settings.seed, args.out / "first")
     data, held_out = (tokens_of(args, origin, name) for name in ("train", "val"))
     windows = Windows(data, args.context, settings.batch_size, settings.accumulate, settings.seed)
     device = "cpu" if args.device == "numpy" else "cuda"

@@ -196,6 +196,7 @@ class FakeGpu(Gpu):
         if cublas is not None:
             cublas.gpu = self
         self.stream, self.pool = None, _Pool("main pool")
+        self.main_pool = self.pool
         self.pools: list[str] = []
         self.peak = self.synchronised = 0
 
@@ -450,7 +451,7 @@ class PoolGpu(FakeGpu):
             cuda=SimpleNamespace(memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError))
         )
         self.pool: Any = Pool(self)
-        self._main_pool = self.pool
+        self.main_pool = self.pool
         self.give_back: Callable[[], None] = lambda: None
         self._capturing = False
         self.array_type: Any = self._array

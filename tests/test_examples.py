@@ -46,7 +46,7 @@ def test_each_example_is_tested_and_has_a_line_in_the_readme() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
     tested = set(re.findall(r"\brun\(\"(\w+\.py)\"", (ROOT / "tests" / "test_examples.py").read_text(encoding="utf-8")))
     listed = set(re.findall(r"^\| \[`(\w+\.py)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.M))
-    assert len(names) == 9
+    assert len(names) == 10
     assert tested == names
     assert listed == names
 
@@ -144,3 +144,15 @@ def test_perplexity(model: cuplama.Model) -> None:
     assert first == f"perplexity {expected.perplexity:.2f} ± {expected.error:.2f} over {expected.tokens} tokens"
     assert second == f"{expected.bits_per_byte:.3f} bits per byte"
     assert 0.2 < expected.bits_per_byte < 1  # the bundled model knows such stories
+
+
+def test_train_tiny_recites_and_its_gradient_is_a_slope() -> None:
+    *steps, rhyme, slope = run("train_tiny.py").splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in steps]
+    assert len(losses) == 6
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.2
+    assert f"{rhyme}\n" == constants("train_tiny.py")["RHYME"]
+    gradient, difference = map(float, re.findall(r"-?\d\.\d{4}", slope))
+    assert abs(gradient) > 0.02
+    assert difference == pytest.approx(gradient, rel=0.01)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
@@ -172,11 +174,33 @@ def test_the_workflow_runs_what_ci_runs_on_every_python() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_options_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("paper", ["README.md", "docs/training.md"])
+def test_options_in_a_paper_exist(paper: str) -> None:
+    text = (ROOT / paper).read_text(encoding="utf-8")
     named = {o for c in code(text) for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", c)}
     assert len(named) > 10
     assert named - options(cli) - {"--version"} == set()
+
+
+def test_the_programs_of_the_page_on_training_run(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    looked, loop = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    looked_at, steps = _printed(looked, tmp_path), _printed(loop, tmp_path)
+    assert re.match(r"[\d.]+ nats per token$", looked_at[0])
+    assert looked_at[1].startswith("model.embed_tokens.weight (4096, 384) ")
+    losses = [float(x) for line in steps for x in re.findall(r"loss ([\d.]+)", line)]
+    assert len(losses) == 10
+    assert losses[-1] < 0.1 * losses[0]
+    assert (tmp_path / "fox" / "model.safetensors").exists()
+
+
+def _printed(program: str, folder: Path) -> list[str]:
+    """The lines that a program prints, run in a folder without a GPU."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_the_glossary_has_every_letter_of_the_signatures() -> None:

@@ -69,8 +69,8 @@ def test_the_commands_succeed(tree: Path) -> None:
     passed = re.search(r"(\d+) passed", tested)
     assert passed is not None
     # 4 cases and 4 random ones, 3 dtypes: reference, launches on two GPUs, emulator; 4 at odd addresses; the registry;
-    # the op as a function.
-    assert int(passed[1]) == 8 * 3 * 4 + 4 + 1 + 1
+    # the op as a function; four tests of the gradient on each case, finite differences among them.
+    assert int(passed[1]) == 8 * 3 * 4 + 4 + 1 + 1 + 4 * 4
     assert "failed" not in tested
     assert "scale_add" in benched
 

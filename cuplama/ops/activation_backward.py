@@ -62,7 +62,7 @@ def _flat_kernels(call: Call, device: Device) -> Plan:
 silu_mul_backward = Op(
     "silu_mul_backward",
     "dx[n,2*f]:T = (x[n,2*f]:T, dy[n,f]:T)",
-    doc="The gradient of silu_mul for gate and up, which lie side by side as in x",
+    doc="The gradient of silu_mul for gate and up, which lie side by side as in x.",
     reference=_silu_mul_backward,
     kernels=_row_kernels,
     cases=_CASES,
@@ -73,7 +73,7 @@ silu_mul_backward = Op(
 gelu_tanh_backward = Op(
     "gelu_tanh_backward",
     "dx[n,f]:T = (x[n,f]:T, dy[n,f]:T)",
-    doc="The gradient of gelu_tanh",
+    doc="The gradient of gelu_tanh.",
     reference=_gelu_tanh_backward,
     kernels=_flat_kernels,
     cases=_CASES,
@@ -84,7 +84,7 @@ gelu_tanh_backward = Op(
 gelu_erf_backward = Op(
     "gelu_erf_backward",
     "dx[n,f]:T = (x[n,f]:T, dy[n,f]:T)",
-    doc="The gradient of gelu_erf",
+    doc="The gradient of gelu_erf.",
     reference=_gelu_erf_backward,
     kernels=_flat_kernels,
     cases=_CASES,

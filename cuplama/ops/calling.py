@@ -32,7 +32,8 @@ EXECUTORS: Mapping[str, str] = {"cupy": "cuplama.backends.cuda.eager"}
 class Parameters:
     """What a call of an op takes: its inputs by position or name, its attributes by name alone.
 
-    A dtype letter that no input decides (``U`` of ``linear``) is an attribute, and by default the model's dtype ``T``.
+    A dtype letter that no input decides (``U`` of ``linear``) is an attribute, and by default the model's dtype ``T``;
+    it has no default where no input has that (``cast``).
     """
 
     name: str
@@ -45,6 +46,11 @@ class Parameters:
         return tuple(dict.fromkeys(s.letter for s in self.signature.outs if s.letter not in given))
 
     @cached_property
+    def choices(self) -> tuple[str, ...]:
+        """What those letters may be."""
+        return ("T", "f32") if any(s.letter == "T" for s in self.signature.ins) else MODEL_DTYPES
+
+    @cached_property
     def _positions(self) -> dict[str, int]:
         return {spec.name: i for i, spec in enumerate(self.signature.ins)}
 
@@ -54,7 +60,7 @@ class Parameters:
 
     @cached_property
     def _defaults(self) -> dict[str, Any]:
-        return dict.fromkeys(self.free, "T")
+        return dict.fromkeys(self.free, "T") if "T" in self.choices else {}
 
     def take(
         self, arrays: Sequence[Array | None], named: Mapping[str, Any]
@@ -72,12 +78,13 @@ class Parameters:
                 if at < len(arrays):
                     raise OpError(f"{self.name}: {key} is given twice, by position and by name")
                 ins[at] = value
-            elif key in attrs:
-                attrs[key] = _short(self.name, key, value)
+            elif key in self.free:
+                attrs[key] = _short(self.name, key, value, self.choices)
             else:
                 raise OpError(f"{self.name} has no argument {key!r}: {self.text}")
-        if len(attrs) < len(self._required) + len(self._defaults):
-            missing = next(s.name for s in self.signature.attrs if s.name not in attrs)
+        if len(attrs) < len(self._required) + len(self.free):
+            names = (*(s.name for s in self.signature.attrs), *self.free)
+            missing = next(name for name in names if name not in attrs)
             raise OpError(f"{self.name}: attribute {missing} is missing: {self.text}")
         return ins, attrs
 
@@ -98,7 +105,8 @@ class Parameters:
         for spec in self.signature.attrs:
             found.append(inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY))
         for letter in self.free:
-            found.append(inspect.Parameter(letter, inspect.Parameter.KEYWORD_ONLY, default="T"))
+            default = self._defaults.get(letter, inspect.Parameter.empty)
+            found.append(inspect.Parameter(letter, inspect.Parameter.KEYWORD_ONLY, default=default))
         return inspect.Signature(found)
 
     def documentation(self, doc: str) -> str:
@@ -109,7 +117,8 @@ class Parameters:
         rows += [
             (f"    {s.name}", f"{'float' if DTYPES[s.dtype].kind == 'f' else 'int'}") for s in self.signature.attrs
         ]
-        rows += [(f"    {letter}", '"T" or "f32": the dtype of the result') for letter in self.free]
+        dtypes = " or ".join(f'"{dtype}"' for dtype in self.choices)
+        rows += [(f"    {letter}", f"{dtypes}: the dtype of the result") for letter in self.free]
         rows.append(("Returns:", ""))
         for spec in self.signature.outs:
             same = ", the array that was given, changed in place" if spec.name in self.signature.in_place else ""
@@ -136,14 +145,14 @@ def _shape(spec: Spec) -> str:
     return f"[{', '.join(spec.dims or ())}] {spec.letter}"
 
 
-def _short(op: str, letter: str, value: Any) -> str:
+def _short(op: str, letter: str, value: Any, choices: Sequence[str]) -> str:
     """The short name of a dtype that was given by another: "T" stays, ``np.float32`` becomes "f32"."""
-    if isinstance(value, str) and (value == "T" or value in DTYPES):
+    if isinstance(value, str) and (value in choices or value in DTYPES):
         return value
     try:
         return dtype_name(np.dtype(value))
     except (TypeError, KeyError):
-        raise OpError(f"{op}: {letter} is {value!r}, not a dtype: T or f32") from None
+        raise OpError(f"{op}: {letter} is {value!r}, not a dtype: {' or '.join(choices)}") from None
 
 
 def checked_attributes(name: str, signature: Signature, attrs: Mapping[str, Any]) -> dict[str, Any]:

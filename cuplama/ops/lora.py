@@ -160,7 +160,7 @@ lora_add = Op(
     kernel_docs={
         "lora_add_few": "y = a + scale * b h for few rows of h: lanes share a row of b.",
         "lora_add": "y = a + scale * b h for many rows of h, in tiles of y.",
-        "lora_add_mma": "The same on tensor cores.",
+        "lora_add_mma": "y = a + scale * b h for many rows of h, in tiles of y, on tensor cores.",
     },
     shape=dict(n=1, m=6144, q=48, r=16, scale=2.0, U="T"),
     flops=lambda c: 2 * c["n"] * c["m"] * c["r"],
@@ -181,7 +181,7 @@ lora_backward_h = Op(
     tolerance=PRODUCT_TOLERANCE,
     kernel_docs={
         "lora_backward_h": "Pieces of the sums of dh, in tiles.",
-        "lora_backward_h_mma": "The same on tensor cores.",
+        "lora_backward_h_mma": "Pieces of the sums of dh, in tiles, on tensor cores.",
         "lora_sum_h": "Adds up the pieces of dh.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),
@@ -201,7 +201,7 @@ lora_backward_b = Op(
     tolerance=PRODUCT_TOLERANCE,
     kernel_docs={
         "lora_backward_b": "Pieces of the sums of db, in tiles.",
-        "lora_backward_b_mma": "The same on tensor cores.",
+        "lora_backward_b_mma": "Pieces of the sums of db, in tiles, on tensor cores.",
         "lora_sum_b": "Adds up the pieces of db.",
     },
     shape=dict(n=4096, m=6144, q=48, r=16, scale=2.0),

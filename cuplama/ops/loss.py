@@ -122,7 +122,7 @@ cross_entropy = Op(
     "cross_entropy",
     "loss[r]:f32, dlogits[r,M]:U = (logits[r,M]:f32, targets[n]:i32, weights[n]:f32, mixture[r,M]:f32?, V:i32,"
     " alpha:f32, first:i32)",
-    doc="The loss of rows first .. first + r - 1 of a batch, and the gradient of their sum, with t and w the target"
+    doc="The loss of rows first to first + r - 1 of a batch, and the gradient of their sum, with t and w the target"
     " and weight of a row and lse = log(sum(exp(logits))):"
     " loss = w (lse - (1 - alpha) logits[t] - alpha sum(mixture logits)),"
     " dlogits = w (softmax(logits) - (1 - alpha) onehot(t) - alpha mixture)."

@@ -135,8 +135,8 @@ rms_norm_backward = Op(
     reference=_rms_norm_backward,
     kernels=_row_kernels,
     kernel_docs={
-        "rms_norm_backward": "dx, and for each block what dw grows by",
-        "rms_norm_backward_sums": "dw: adds up what the blocks have, in a fixed order",
+        "rms_norm_backward": "The gradient dx, and for each block what dw grows by.",
+        "rms_norm_backward_sums": "Adds to dw what the blocks have, in a fixed order.",
     },
     cases=_CASES,
     sizes=_row_sizes,
@@ -151,8 +151,8 @@ layer_norm_backward = Op(
     reference=_layer_norm_backward,
     kernels=_row_kernels,
     kernel_docs={
-        "layer_norm_backward": "dx, and for each block what dw and db grow by",
-        "layer_norm_backward_sums": "dw and db: adds up what the blocks have, in a fixed order",
+        "layer_norm_backward": "The gradient dx, and for each block what dw and db grow by.",
+        "layer_norm_backward_sums": "Adds to dw and db what the blocks have, in a fixed order.",
     },
     cases=_CASES[:-1],  # Rows of more than 4,096 elements are not held, so 5,120 will do.
     sizes=_row_sizes,
@@ -169,8 +169,8 @@ qk_norm_backward = Op(
     reference=_qk_norm_backward,
     kernels=_qk_kernels,
     kernel_docs={
-        "qk_norm_backward": "dx, and for each block what dq_norm and dk_norm grow by",
-        "qk_norm_backward_sums": "dq_norm and dk_norm: adds up what the blocks have, in a fixed order",
+        "qk_norm_backward": "The gradient dx, and for each block what dq_norm and dk_norm grow by.",
+        "qk_norm_backward_sums": "Adds to dq_norm and dk_norm what the blocks have, in a fixed order.",
     },
     cases=[
         dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6)

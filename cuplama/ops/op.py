@@ -216,8 +216,10 @@ class Op:
             if T is not None and T not in map(DTYPES.get, MODEL_DTYPES):
                 raise OpError(f"{self.name}: T is {T}; it may be {', '.join(MODEL_DTYPES)}")
             for letter in self.parameters.free:
-                if call.dtypes[letter] not in (T, DTYPES["f32"]):
-                    raise OpError(f"{self.name}: {letter} is {call.dtypes[letter]}; it may be T, which is {T}, or f32")
+                choices = [T if dtype == "T" else DTYPES[dtype] for dtype in self.parameters.choices]
+                if call.dtypes[letter] not in choices:
+                    shown = " or ".join(f"T, which is {T}," if d == "T" else d for d in self.parameters.choices)
+                    raise OpError(f"{self.name}: {letter} is {call.dtypes[letter]}; it may be {shown}")
             if (C := call.dtypes.get("C")) not in (None, T, DTYPES["e4m3"]):
                 raise OpError(f"{self.name}: the cache is {C}; it may be {T}, as T is, or {DTYPES['e4m3']}")
             for group in self.together:

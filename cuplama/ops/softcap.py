@@ -48,7 +48,7 @@ softcap = Op(
 softcap_backward = Op(
     "softcap_backward",
     "dx[n,d]:T = (x[n,d]:T, dy[n,d]:T, cap:f32)",
-    doc="The gradient of softcap: dx = dy (1 - tanh(x / cap)^2)",
+    doc="dx = dy (1 - tanh(x / cap)^2), the gradient of softcap",
     reference=_softcap_backward,
     kernels=_kernels,
     cases=_CASES,

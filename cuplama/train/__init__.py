@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import Batch
     from .model_gradients import gradients
+    from .session import open_trainer
     from .settings import TrainingSettings
     from .trainer import Trainer
 
-__all__ = ["Batch", "Trainer", "TrainingSettings", "gradients"]
+__all__ = ["Batch", "Trainer", "TrainingSettings", "gradients", "open_trainer"]
 
-_MODULES = {"Batch": "batch", "Trainer": "trainer", "TrainingSettings": "settings", "gradients": "model_gradients"}
+_MODULES = {
+    "Batch": "batch",
+    "Trainer": "trainer",
+    "TrainingSettings": "settings",
+    "gradients": "model_gradients",
+    "open_trainer": "session",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from ..models.rope import table_rows
 from ..ops.abstract import AbstractArray, abstract
 from ..ops.launch import Device
 from .backward import gradient_name
+from .muon import layer_matrices, matrix_nodes
 from .settings import TrainingSettings
 from .step import LOSS, StepPlan, training_step
 
@@ -29,7 +30,7 @@ _DOCUMENTS = 1024  # that a batch is taken to have; a number for each is all tha
 @dataclass(frozen=True)
 class TrainingMemory:
     """Bytes. weights: that are trained, with gradients, masters and moments; frozen: the others; activations: at the
-    worst moment of a step; dtype: of the model."""
+    worst moment of a pass, and what the update takes; dtype: of the model."""
 
     weights: int
     frozen: int
@@ -71,9 +72,22 @@ def plan(
     return TrainingMemory(
         weights=per_element * sum(math.prod(shapes[name]) for name in own),
         frozen=frozen,
-        activations=peak_bytes(step.nodes, values, T, device),
+        activations=peak_bytes(step.nodes, values, T, device) + _update_bytes(config, settings, T, device),
         dtype=dtype_name(T),
     )
+
+
+def _update_bytes(config: ModelConfig, settings: TrainingSettings, T: np.dtype[Any], device: Device) -> int:
+    """What the update takes besides the weights: Muon's products with its largest matrix, in a pool of their own."""
+    if settings.optimizer != "muon":
+        return 0
+    f32, found = DTYPES["f32"], [0]
+    numbers = {"norm_squared": abstract((1,), f32), "schedule": abstract((3,), f32)}
+    for shape in {shape for shapes in layer_matrices(config).values() for shape in shapes}:
+        arrays = {f"matrix.{x}": abstract(shape, T if x == "p" else f32) for x in ("p", "g", "master")}
+        nodes = matrix_nodes("matrix", *shape, settings.weight_decay)
+        found.append(peak_bytes(nodes, {**numbers, **arrays}, T, device))
+    return max(found)
 
 
 def abstract_values(

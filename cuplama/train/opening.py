@@ -49,13 +49,18 @@ def _open_cuda(
     settings: TrainingSettings, config: ModelConfig, weights: Mapping[str, Weight | np.ndarray[Any, Any]], context: int
 ) -> Backend:
     from ..backends.cuda.backend import CudaBackend
+    from ..backends.cuda.gpu import Gpu
 
     if config.head_dim not in HEAD_DIMS:
         raise DeviceError(
             f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
             " --device numpy takes any"
         )
-    backend = CudaBackend(_NAMES.get(settings.dtype, "bf16"))
+    gpu = Gpu()
+    has_bf16 = gpu.limits.arch >= 80
+    if settings.dtype == "bfloat16" and not has_bf16:
+        raise DeviceError(f"{gpu.name} (sm_{gpu.limits.arch}) has no bfloat16; --dtype float32 trains on it")
+    backend = CudaBackend(_NAMES.get(settings.dtype, "bf16" if has_bf16 else "f32"), gpu=gpu)
     try:
         names = list(config.weight_shapes())
         adapters = [name for name in names if name.endswith((".lora_a", ".lora_b"))]

@@ -1,34 +1,39 @@
 """The training of one model on one backend: a step's passes, the update of its weights, and what is kept of them.
 
 A step is two captured graphs: the pass over a batch (forward, loss, gradients: ``step.py``), once for each batch of the
-step, and the update (the norm of all gradients, AdamW). The host only writes their inputs.
+step, and the update (the norm of all gradients, the optimizer). The host only writes their inputs.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..backends import Backend, CapturedGraph
 from ..dtypes import DTYPES, Array
 from ..engine.input_buffer import InputBuffer
-from ..errors import ParameterError
+from ..errors import CheckpointError, ParameterError
+from ..files import writing
 from ..models.config import ModelConfig
 from ..models.export import checkpoint_tensors
 from ..ops.node import Node
 from ..quant.weight import Weight
 from .backward import gradient_name
 from .batch import Batch
+from .muon import layer_matrices
 from .parameters import Parameters
 from .passes import Passes, rope_tables
+from .saving import Staging, saved_together
 from .settings import TrainingSettings
 from .step import LOSS, Teacher, evaluation_nodes, teacher_value, training_step
-from .update import update_nodes
+from .update import update_nodes, update_values
 
-__all__ = ["GuidingModel", "Step", "Trainer"]
+__all__ = ["Files", "GuidingModel", "Step", "Trainer"]
 
 _F32 = DTYPES["f32"]
 
@@ -66,11 +71,21 @@ class Step:
         return self.wait()[1]
 
 
-class Trainer:
-    """Trains a model, or the adapters of a model whose weights stay as they are.
+class Files(Protocol):
+    """The files of the folder that a model is saved to."""
 
-    parameters: the weights that are trained; done: updates so far.
+    def write(self, staging: Staging, trainer: Trainer) -> None:
+        """All of them."""
+
+
+class Trainer:
+    """Trains a model, or the adapters of a model whose weights stay as they are. ``open_trainer`` makes one of a model.
+
+    parameters: the weights that are trained; done: updates so far; files: what ``save`` writes, None where the trainer
+    was made of a config and arrays.
     """
+
+    files: Files | None = None
 
     def __init__(
         self,
@@ -93,7 +108,9 @@ class Trainer:
         trained = self._trained()
         # Teachers' logits, which go with the model's, are as wide as the vocabulary.
         rounded = () if teachers else ("embed_tokens", "lm_head")
-        self.parameters = Parameters(backend, {name: _numbers(weights[name]) for name in trained}, rounded)
+        self._matrices = layer_matrices(config) if settings.optimizer == "muon" else {}
+        first = {name: _numbers(weights[name]) for name in trained}
+        self.parameters = Parameters(backend, first, rounded, self._matrices)
         self._values = {**self._frozen(weights), **self.parameters.weights}
         self._values |= {LOSS: backend.zeros((1,), _F32)}
         self._gradients = {gradient_name(name): array for name, array in self.parameters.gradients.items()}
@@ -119,7 +136,7 @@ class Trainer:
         self._evaluation = Passes(backend, lambda rows: (evaluation_nodes(config, rows), self._values), self._rope)
         self._schedule = InputBuffer(backend, {"schedule": np.zeros(3, np.float32)})
         self._squares = backend.zeros((1,), _F32)
-        update, values = update_nodes(settings), self._update_values()
+        update, values = update_nodes(settings, self._matrices), self._update_values()
         self._update: CapturedGraph = backend.capture(lambda: _run(backend, update, values))
 
     # -- steps
@@ -178,6 +195,14 @@ class Trainer:
         """(tensor name, array) of what is trained, as a checkpoint has it."""
         return checkpoint_tensors(self.config, self.weights())
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model, or its adapters, to a folder that ``cuplama.load`` and others read. A file is whole or not
+        there. Raises ParameterError where the files are not known, and CheckpointError for a disk that is full."""
+        if self.files is None:
+            raise ParameterError("the trainer was made of arrays and has no files to save; export() has its tensors")
+        with writing(Path(folder), CheckpointError), saved_together(Path(folder)) as staging:
+            self.files.write(staging, self)
+
     def close(self) -> None:
         """Give back graphs and memory. The backend stays open."""
         self._passes.close()
@@ -226,10 +251,8 @@ class Trainer:
         return plan.nodes, {**self._values, **self._gradients, **more}
 
     def _update_values(self) -> dict[str, Array]:
-        flat = self.parameters
-        parts = {"matrices": slice(flat.decayed), "vectors": slice(flat.decayed, None)}
-        found = {f"{part}.{x}": getattr(flat, x)[cut] for part, cut in parts.items() for x in (*"pgmv", "master")}
-        return {**found, "g": flat.g, "squares": self._squares, "schedule": self._schedule.device["schedule"]}
+        found = update_values(self.parameters, self._matrices)
+        return {**found, "squares": self._squares, "schedule": self._schedule.device["schedule"]}
 
 
 def _run(backend: Backend, nodes: Sequence[Node], values: dict[str, Array]) -> None:

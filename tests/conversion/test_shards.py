@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from cuplama.conversion.shards import index_of, make_shards, tensor_bytes
+from cuplama.conversion.shards import index_of, make_shards
+from cuplama.models.safetensors import tensor_bytes
 from cuplama.quant.compressed import TensorSpec
 
 SPECS = {

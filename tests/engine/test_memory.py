@@ -242,7 +242,7 @@ def test_a_pool_takes_no_more_than_planned_for_a_pass(name: str) -> None:
     gpu: Any = engine.backend.gpu  # type: ignore[attr-defined]
     before = gpu.used()
     _generate(engine, rows)
-    taken = gpu._main_pool.total - before
+    taken = gpu.main_pool.total - before
     work = memory.workspace_bytes(config, DTYPES["bf16"], padded_rows(rows), Device())
     assert work < taken < memory.POOL * work + 16 * config.vocab_size + (1 << 20)
 

@@ -7,6 +7,7 @@ import pytest
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
 from cuplama.errors import DeviceError
+from cuplama.ops.launch import Device
 from cuplama.train.initial import initial_weights
 from cuplama.train.opening import open_training_backend
 from cuplama.train.settings import TrainingSettings
@@ -20,7 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     found = FakeGpu()
     monkeypatch.setattr(found, "free_memory", lambda: 10**9)
     monkeypatch.setattr("cuplama.train.opening.cuda_available", lambda: (True, ""))
-    monkeypatch.setattr("cuplama.backends.cuda.backend.Gpu", lambda device: found)
+    monkeypatch.setattr("cuplama.backends.cuda.gpu.Gpu", lambda: found)
     return found
 
 
@@ -30,6 +31,14 @@ def test_a_gpu_is_taken_where_there_is_one(dtype: str, short: str) -> None:
     settings = TrainingSettings(1, dtype=dtype)
     backend = open_training_backend(settings, c := config(), initial_weights(c, 0), 64)
     assert (backend.name, backend.dtype) == ("cuda", DTYPES[short])
+
+
+def test_a_gpu_without_bfloat16_trains_in_float32(gpu: FakeGpu) -> None:
+    gpu.limits = Device(arch=75)
+    weights = initial_weights(c := config(), 0)
+    assert open_training_backend(TrainingSettings(1), c, weights, 64).dtype == DTYPES["f32"]
+    with pytest.raises(DeviceError, match=r"\(sm_75\) has no bfloat16; --dtype float32"):
+        open_training_backend(TrainingSettings(1, dtype="bfloat16"), c, weights, 64)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -27,6 +27,8 @@ from cuplama.train.settings import TrainingSettings
         ({"lr": math.inf}, "lr = inf is out of range"),
         ({"warmup": 11}, "warmup = 11 is more than steps = 10"),
         ({"schedule": "step"}, "schedule = 'step' is not supported; supported: cosine, linear, constant"),
+        ({"optimizer": "sgd"}, "optimizer = 'sgd' is not supported; supported: adamw, muon"),
+        ({"optimizer": "muon", "lora": 2}, "optimizer = muon is for the matrices of the layers, which lora"),
         ({"beta1": 1}, "beta1 = 1 is out of range; it must be a number from 0 to below 1"),
         ({"beta2": -0.1}, "beta2 = -0.1 is out of range"),
         ({"eps": 0}, "eps = 0 is out of range"),

@@ -10,8 +10,7 @@ __all__ = ["BATCH_SIZE", "CONTEXT", "STUDENT", "TEACHERS", "VOCAB_SIZE", "Run"]
 
 VOCAB_SIZE = 4096
 CONTEXT = 1024  # tokens that the models are made for
-_ROW = 512  # tokens of a row while training: two or three stories
-BATCH_SIZE = 64  # rows
+BATCH_SIZE = 32  # rows of so many tokens: four or five stories, which see those before them as in a file of stories
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,23 @@ class Run:
     def arguments(self) -> list[str]:
         """The options of `cuplama train`."""
         common = {
-            "steps": self.steps, "batch-size": BATCH_SIZE, "context": _ROW, "warmup": 100, "schedule": "cosine",
-            "beta2": 0.98, "dtype": "bfloat16",
+            "steps": self.steps, "batch-size": BATCH_SIZE, "context": CONTEXT, "optimizer": "muon", "lr": 5e-3,
+            "warmup": 100, "schedule": "cosine", "documents": "together", "dtype": "bfloat16", "eval-every": 200, "save-every": 0,
         }  # fmt: skip
         return [word for name, value in {**common, **self.options}.items() for word in (f"--{name}", str(value))]
 
 
-def _teacher(number: int, texts: tuple[str, ...], **options: Any) -> Run:
-    named = {name.replace("_", "-"): value for name, value in options.items()}
-    return Run(f"teacher-{number}", 512, 6, 8, 4, 1408, texts, 1400, {"lr": 2e-3, "seed": number, **named})
+def _teacher(number: int, texts: tuple[str, ...], dropout: float, weight_decay: float) -> Run:
+    options = {"seed": number, "dropout": dropout, "weight-decay": weight_decay}
+    return Run(f"teacher-{number}", 512, 6, 8, 4, 1408, texts, 1500, options)
 
 
 TEACHERS: tuple[Run, ...] = (
-    _teacher(0, ("corpus", "extra"), dropout=0.2, weight_decay=0.3),
-    _teacher(1, ("corpus", "extra"), dropout=0.25, weight_decay=0.2),
-    _teacher(2, ("corpus", "extra", "tales"), dropout=0.2, weight_decay=0.2),
+    _teacher(0, ("corpus", "extra"), 0.2, 1.0),
+    _teacher(1, ("corpus", "extra"), 0.25, 0.7),
+    _teacher(2, ("corpus", "extra", "tales"), 0.2, 0.7),
 )
 
 STUDENT = Run(
-    "student", 384, 4, 6, 2, 960, ("corpus", "extra", "written"), 5000,
-    {"lr": 3e-3, "teacher-share": 0.9, "weight-decay": 0.05},
-)  # fmt: skip
+    "student", 384, 4, 6, 2, 960, ("corpus", "extra", "written"), 4000, {"teacher-share": 0.9, "weight-decay": 0.2}
+)

@@ -332,22 +332,28 @@ class CudaBackend:
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Scratch that kernels find and leave zero, so all share it. Never freed: captured graphs use it."""
         if (shape, dtype) not in self._zeroed:
-            array = self._zeroed[shape, dtype] = self.gpu.empty(shape, dtype)
+            array = self._zeroed[shape, dtype] = self._lasting(shape, dtype)
             self.gpu.fill(array, 0)
         return self._zeroed[shape, dtype]
+
+    def _lasting(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Memory that outlives the pass that asks for it: not from the pool of a captured graph, where what another
+        graph writes to may be taken for free."""
+        with self.gpu.drawing_from(self.gpu.main_pool):
+            return self.gpu.empty(shape, dtype)
 
     def _scratch(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Scratch that all calls share, one after the other in the stream: for the numbers of a packed weight, one for
         all products, and what plans name so. Never freed: captured graphs use it."""
         if name != UNPACKED:
             if (name, shape, dtype) not in self._kept:
-                self._kept[name, shape, dtype] = self.gpu.empty(shape, dtype)
+                self._kept[name, shape, dtype] = self._lasting(shape, dtype)
             return self._kept[name, shape, dtype]
         count = math.prod(shape)
         found = next((a for a in self._shared if a.dtype == dtype and a.size >= count), None)
         if found is None:
             largest = largest_slice(self._packed, dtype.itemsize) // dtype.itemsize
-            found = self.gpu.empty((max(count, largest),), dtype)
+            found = self._lasting((max(count, largest),), dtype)
             self._shared.append(found)
         return found
 

@@ -55,7 +55,7 @@ class Gpu:
             self._early = driver if driver_version(driver) >= PdlLaunch.OLDEST_DRIVER else None
         with self._device:
             self.stream = cupy.cuda.Stream(non_blocking=True)
-            self.pool = self._main_pool = cupy.cuda.MemoryPool()
+            self.pool = self.main_pool = cupy.cuda.MemoryPool()
         self.give_back: Callable[[], None] = lambda: None  # drops what others keep only to be fast
         self._capturing = False
         library = load_cublas()
@@ -88,7 +88,7 @@ class Gpu:
 
     def free_memory(self) -> int:
         """Bytes that can still be allocated: free on the card, or free in the pool."""
-        return int(self._device.mem_info[0] + self._main_pool.free_bytes())
+        return int(self._device.mem_info[0] + self.main_pool.free_bytes())
 
     def key(self, array: Array) -> tuple[Any, ...]:
         """What a plan depends on. Raises AttributeError for an array that is not on a GPU."""
@@ -119,7 +119,7 @@ class Gpu:
                 raise self._out_of_memory(count) from None
         # A pool gives its own free blocks back before it fails, but no other pool's.
         self.give_back()
-        self._main_pool.free_all_blocks()
+        self.main_pool.free_all_blocks()
         try:
             return self.array_type(shape, dtype, self.pool.malloc(count))
         except failure:
@@ -170,7 +170,7 @@ class Gpu:
         if self._stage is not None:
             self._stage.close()
             self._stage = None
-            self._main_pool.free_all_blocks()
+            self.main_pool.free_all_blocks()
 
     def synchronize(self) -> None:
         """Wait until everything queued has run."""
@@ -254,7 +254,7 @@ class Gpu:
             self.give_back = lambda: None
             self._early_launches.clear()
             self.functions.clear()
-            self._main_pool.free_all_blocks()
+            self.main_pool.free_all_blocks()
 
 
 class _Stage:

@@ -39,16 +39,15 @@ def list_kernels(names: tuple[str, ...]) -> None:
     NAME is an op, a kernel or a file, or a file of your own: my_op.py or my_op.py:NAME.
     """
     chosen = [op for name in names for op in find_ops(name)]
-    outside = split_outside(chosen)[1]
+    ours, outside = split_outside(chosen)
     rows = []
-    if not chosen or len(outside) < len(chosen):
-        rows += _rows(OPS, sorted(path.name for path in source_folder().glob("*.cu")))
+    if not chosen or ours:
+        every = _rows(OPS, sorted(path.name for path in source_folder().glob("*.cu")))
+        rows += [row for row in every if not chosen or not set(ours).isdisjoint(row.ops.split())]
     if outside:
         ops = {op.name: op for op in outside}
         files = sorted({file for arch in _GENERATIONS for file, _ in kernel_users(arch, outside)})
         rows += [row for row in _rows(ops, files, outside) if row.ops != "-"]
-    wanted = {op.name for op in chosen}
-    rows = [row for row in rows if not wanted or wanted & set(row.ops.split())]
     if sys.stdout.isatty():
         click.echo("\n".join(_paragraphs(rows, min(shutil.get_terminal_size().columns, _WIDEST))))
     else:

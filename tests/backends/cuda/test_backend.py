@@ -24,6 +24,7 @@ from cuplama.errors import CheckpointError, DeviceError
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.ops import OPS
+from cuplama.ops.attention import attention_case
 from cuplama.ops.launch import Device
 from cuplama.ops.linear import MAX_STREAMED_ROWS
 from cuplama.ops.node import Node
@@ -581,3 +582,23 @@ def test_a_second_backend_compiles_nothing(real: CudaBackend, monkeypatch: pytes
     other.call(OPS["add"], (other.upload(a), other.upload(a)), {})
     other.close()
     assert compiled == []
+
+
+def test_scratch_that_lasts_is_not_memory_of_a_captured_graph() -> None:
+    """A graph that shares its memory writes to what the pool takes for free: counters there would not stay zero."""
+    gpu = FakeGpu(emulate=True)
+    backend = CudaBackend("bf16", gpu=gpu)
+    op = OPS["attention"]
+    case = attention_case(4, 2, 64, [1, 1], [20, 37])
+    inputs = op.random_inputs(np.random.default_rng(0), case, DTYPES["bf16"])
+    ins = [backend.upload(inputs[spec.name]) for spec in op.signature.ins]
+    attrs = {name: case[name] for name in ("num_heads", "window", "scale")}
+
+    def body() -> None:
+        backend.call(op, ins, attrs)
+
+    graph = backend.capture(body)
+    before = len(gpu.pools)
+    graph.replay()
+    assert [str(pool) for pool in gpu.pools[before:]].count("main pool") == 1  # the counters of arrivals
+    assert "pool of a graph" in gpu.pools[before:]

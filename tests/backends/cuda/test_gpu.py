@@ -173,7 +173,7 @@ def test_what_others_keep_and_the_main_pool_are_given_back_before_memory_is_shor
 
 def test_a_failure_for_lack_of_memory_has_the_numbers(make: Callable[..., Gpu]) -> None:
     gpu = make(Card(memory=4_000_000_000))
-    gpu._main_pool._card.used = 1_000_000_000
+    gpu.main_pool._card.used = 1_000_000_000
     asked = []
     gpu.give_back = lambda: asked.append(1)
     with pytest.raises(DeviceError, match=r"5\.00 GB asked for, 3\.00 of 4\.00 GB free; a shorter --context"):
