@@ -32,18 +32,18 @@ _FREE = ("steps", "device", "recompute", "eval_every", "save_every")
 class TrainingSettings:
     """How a model is trained.
 
-    steps: updates of the weights in all; batch_size: rows of a batch; context: tokens of a row, None: the model's own
-    limit, at most 1024; optimizer: one of ``OPTIMIZERS``; lr: the highest learning rate; warmup: steps in which it
-    rises to that; schedule: how it falls afterwards, one of ``SCHEDULES``; weight_decay: of every tensor of two or more
-    dimensions; beta1, beta2, eps: of AdamW; grad_clip: the largest norm of all gradients together, 0 for no limit;
-    accumulate: batches whose gradients are added up for one update; seed: of the first weights, the order of the data
-    and dropout; dtype: one of ``DTYPES``; device: as of ``load``; documents: one of ``DOCUMENTS``; dropout: the share
-    of embeddings and of what a block adds to the residual stream that is set to 0; lora: rank of the adapters, 0 to
-    train the weights themselves; lora_alpha: adapters count lora_alpha / lora times, None for twice the rank;
-    lora_targets: names of the modules that get adapters ("q_proj"), none for all linear layers; recompute: one of
-    ``RECOMPUTE``; eval_every, save_every: steps between two evaluations and two saves, 0 for none before the end;
-    teachers: models to learn from; teacher_share: the share that their probabilities have in the target, against that
-    of the text.
+    steps: updates of the weights in all; batch_size: rows of a batch; context: tokens of a row, None: the model's
+    own limit, at most 1024; optimizer: one of ``OPTIMIZERS``; lr: the highest learning rate; warmup: steps in which
+    it rises to that; schedule: how it falls afterwards, one of ``SCHEDULES``; weight_decay: of every tensor of two
+    or more dimensions; beta1, beta2, eps: of AdamW; grad_clip: the largest norm of all gradients together, 0 for no
+    limit; accumulate: batches whose gradients are added up for one update; seed: of the first weights, the order of
+    the data and dropout; dtype: one of ``DTYPES``; device: as of ``load``; documents: one of ``DOCUMENTS``;
+    dropout: the share of embeddings and of what a block adds to the residual stream that is set to 0; lora: rank of
+    the adapters, 0 to train the weights themselves; lora_alpha: adapters count lora_alpha / lora times, None for
+    twice the rank; lora_targets: names of the modules that get adapters ("q_proj"), none for all linear layers;
+    recompute: one of ``RECOMPUTE``; eval_every, save_every: steps between two evaluations and two saves, 0 for none
+    before the end; teachers: models to learn from; teacher_share: the share that their probabilities have in the
+    target, against that of the text.
 
     Raises ParameterError that names the setting, its value and what it takes.
     """

@@ -57,8 +57,8 @@ class Run:
         """The options of `cuplama train`."""
         common = {
             "steps": self.steps, "batch-size": BATCH_SIZE, "context": CONTEXT, "optimizer": "muon", "lr": 5e-3,
-            "warmup": 100, "schedule": "cosine", "documents": "together", "dtype": "bfloat16",
-            "eval-every": 200, "save-every": 0,
+            "warmup": 100, "schedule": "cosine", "documents": "together", "dtype": "bfloat16", "eval-every": 200,
+            "save-every": 0,
         }  # fmt: skip
         return [word for name, value in {**common, **self.options}.items() for word in (f"--{name}", str(value))]
 
