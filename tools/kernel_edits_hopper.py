@@ -98,4 +98,10 @@ EDITS: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 # (file, text around the edit, why no test can notice it)
-EQUIVALENT: tuple[tuple[str, str, str], ...] = ()
+EQUIVALENT: tuple[tuple[str, str, str], ...] = (
+    (
+        _KERNEL,
+        "bar_sync(2 + keys.part, GROUP);",
+        "each warp has waited for its last product of v before the last step's barrier of both warpgroups",
+    ),
+)

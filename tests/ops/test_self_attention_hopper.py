@@ -52,7 +52,7 @@ def _run(workload: Workload, executor: EmulatedDevice) -> np.ndarray[Any, Any]:
 ROUNDS: tuple[tuple[int, int, list[int], int], ...] = (
     (64, 2, [260, 0, 130], 150),
     (64, 1, [520, 0, 129, 257], 0),
-    (128, 3, [520, 0, 129, 257], 0),
+    (128, 4, [520, 0, 129, 257], 0),  # rounds of two levels
     (128, 2, [520, 0, 129, 257], 290),
     (64, 132, [1] * 33 + [130], 0),  # sequences for more than a warp that sorts
 )
