@@ -16,10 +16,9 @@ from ..models.config import ModelConfig
 from ..models.rope import table_rows
 from ..ops.abstract import AbstractArray, abstract
 from ..ops.launch import Device
-from .backward import gradient_name
 from .muon import layer_matrices, matrix_nodes
 from .settings import TrainingSettings
-from .step import LOSS, StepPlan, training_step
+from .step import LOSS, StepPlan, array_shapes, training_step
 
 __all__ = ["TrainingMemory", "abstract_values", "check", "plan"]
 
@@ -97,10 +96,7 @@ def abstract_values(
     shapes, rows, i32, f32 = config.weight_shapes(), step.rows, DTYPES["i32"], DTYPES["f32"]
     found = {name: abstract(shape, T) for name, shape in shapes.items()}
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
-    for name in step.arrays:
-        weight = name.removeprefix(gradient_name(""))
-        array = (shapes[weight], f32) if weight in shapes else ((rows, config.hidden_size), T)
-        found[name] = abstract(*array)
+    found |= {name: abstract(*array) for name, array in array_shapes(config, step, T).items()}
     for name, rope in config.ropes.items():
         table = abstract((table_rows(rope, context), rope.dim // 2), f32)
         found |= {f"{name}.cos": table, f"{name}.sin": table}

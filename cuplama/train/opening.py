@@ -62,11 +62,10 @@ def _open_cuda(
         raise DeviceError(f"{gpu.name} (sm_{gpu.limits.arch}) has no bfloat16; --dtype float32 trains on it")
     backend = CudaBackend(_NAMES.get(settings.dtype, "bf16" if has_bf16 else "f32"), gpu=gpu)
     try:
-        names = list(config.weight_shapes())
-        adapters = [name for name in names if name.endswith((".lora_a", ".lora_b"))]
+        adapters = config.adapter_weights()
         loaded = [w for w in weights.values() if isinstance(w, Weight)] if adapters else []
         frozen = sum(w.device_bytes(backend.dtype) for w in {w.source: w for w in loaded}.values())
-        trained = adapters or names
+        trained = adapters or list(config.weight_shapes())
         need = memory.plan(config, settings, trained, frozen, context, backend.dtype, backend.gpu.limits)
         memory.check(need, backend.free_memory(), backend.gpu.name)
     except BaseException:
