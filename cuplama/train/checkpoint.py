@@ -1,7 +1,8 @@
 """The folder of a training run: the model as others read it, and beside it what a run needs to go on.
 
 ``OUT/training/state.safetensors`` alone is enough to go on: float32 weights, the optimizer's moments, the step, and
-what the run was given. The model beside it may be one save older or newer if a run was killed in between, never torn.
+what the run was given. It is moved to its place after the model: where a run is killed in between, the model is one
+save newer than the state, and going on makes it again.
 """
 
 from __future__ import annotations
@@ -117,6 +118,6 @@ class TrainingFolder:
         if self._step:
             full = f"the checkpoint of step {self._step} is whole, and --resume goes on from it when there is room"
         with writing(self.path, CheckpointError, full), saved_together(self.path) as staging:
-            staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
             model(staging)
+            staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
         self._step = step

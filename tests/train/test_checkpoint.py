@@ -97,6 +97,30 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
         folder.load(run())
 
 
+def test_a_run_that_is_killed_between_two_files_has_no_step_that_the_model_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else going on would find all steps done, and leave the model of the save before."""
+    folder, moved, replace = saved(tmp_path / "out"), list[str](), Path.replace
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: Path, target: Path) -> None:
+        if moved:
+            raise Killed
+        moved.append(target.name)
+        replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(Killed):
+        folder.save(4, ARRAYS, run(), lambda staging: staging.text("config.json", "newer"))
+    assert moved == ["config.json"]
+    found = folder.load(run())
+    assert found is not None
+    assert found.step == 3
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "out")
 

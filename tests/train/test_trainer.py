@@ -19,6 +19,7 @@ from cuplama.errors import ParameterError
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.train import Batch, Trainer, TrainingSettings
+from cuplama.train.trainer import GuidingModel
 from tests.fakes import FakeGpu, HostCublas
 from tests.train.goldens import TRAINING, Array, relative_error
 
@@ -195,6 +196,15 @@ def test_a_batch_that_does_not_fit_the_model_is_refused(make: Made) -> None:
     with pytest.raises(ParameterError, match="bounds of a batch go from 0 to its"):
         trainer.step([torn], 1e-3)
     assert trainer.done == 0
+
+
+def test_a_teacher_with_too_few_positions_is_refused() -> None:
+    config, teacher = load_config(FOLDER), load_config(TRAINING / "gpt2")
+    guide, limit = GuidingModel(teacher, {}), teacher.context
+    with pytest.raises(
+        ParameterError, match=f"context = {limit + 1} is more than the {limit} positions that a teacher"
+    ):
+        Trainer(config, load_weights(FOLDER, config), settings(), NumPyBackend(), limit + 1, [guide])
 
 
 def test_the_numbers_of_a_step_are_not_those_of_the_next(make: Made) -> None:
