@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..files import is_missing, not_understood, writing
+from .lock import FolderLock
 from .saving import UNFINISHED, Staging, saved_together
 from .settings import TrainingSettings
 
@@ -53,13 +54,13 @@ class Saved:
 
 
 class TrainingFolder:
-    """Where a model is trained. path: the folder."""
+    """Where a model is trained, by one process until ``close``. path: the folder."""
 
     def __init__(self, path: Path, resume: bool) -> None:
         """Opens or makes the folder.
 
-        Raises CheckpointError for one with a checkpoint unless ``resume``, for one that holds anything else, and where
-        it cannot be made.
+        Raises CheckpointError for one with a checkpoint unless ``resume``, for one that holds anything else, for one
+        that another process trains in, and where it cannot be made.
         """
         self.path = path
         self._step = 0  # of the checkpoint that is there
@@ -70,8 +71,19 @@ class TrainingFolder:
             if names and "training" not in names:
                 raise CheckpointError(f"{path} is not empty, and nothing was trained there")
             (path / "training").mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(path / "training")  # before anything is touched that may be another's
             for file in (*path.glob(f"*{UNFINISHED}"), *path.glob(f"*/*{UNFINISHED}")):
                 file.unlink()
+
+    def close(self) -> None:
+        """Let others train there."""
+        self._lock.close()
+
+    def __enter__(self) -> TrainingFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def has_checkpoint(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,12 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
     if context > origin.config.context:
         limit = origin.config.context
         _log.warning("rows of %d tokens are longer than the %d that the model is made for", context, limit)
-    folder = TrainingFolder(job.out, job.resume)
+    with TrainingFolder(job.out, job.resume) as folder:
+        return _train(job, hooks, origin, context, folder)
+
+
+def _train(job: Job, hooks: Hooks, origin: Origin, context: int, folder: TrainingFolder) -> Outcome:
+    settings = job.settings
     data, evaluation = _data(job, origin, folder, hooks)
     windows = Windows(data, context, settings.batch_size, settings.accumulate, settings.seed)
     evaluated = partial(evaluation_batches, length=context, batch_size=settings.batch_size)
@@ -94,14 +100,15 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
         return Outcome(done, False)
     _note_of_schedule(saved, settings, hooks)
     guides = _guides(job, origin)
-    backend = open_training_backend(settings, origin.config, origin.weights, context)
-    log = TrainingLog(job.out, done)
-    try:
-        trainer = Trainer(origin.config, origin.weights, settings, backend, context, guides)
+    with (
+        closing(open_training_backend(settings, origin.config, origin.weights, context)) as backend,
+        closing(TrainingLog(job.out, done)) as log,
+        Trainer(origin.config, origin.weights, settings, backend, context, guides) as trainer,
+    ):
         if saved is not None:
             _go_on(trainer, saved, folder)
         hooks.began(backend.describe(), _described(trainer, data), done)
-        outcome = Loop(
+        return Loop(
             trainer=trainer,
             settings=settings,
             batches=windows.step,
@@ -111,11 +118,6 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
             report=hooks.report,
             stop=hooks.stop,
         ).run(done)
-        trainer.close()
-        return outcome
-    finally:
-        log.close()
-        backend.close()
 
 
 @dataclass

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -54,6 +57,28 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: Not a directory"):
         TrainingFolder(tmp_path / "file", resume=False)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    """Another would clear away what this one is writing. A process that is dead, however it died, holds nothing."""
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "out"
+    code = (
+        "import sys, pathlib; from cuplama.train.checkpoint import TrainingFolder;"
+        f"folder = TrainingFolder(pathlib.Path({str(folder)!r}), False); print('there', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "there\n"
+        unfinished = folder / "model.safetensors.unfinished"
+        unfinished.write_text("")
+        with pytest.raises(CheckpointError, match="training is in use: another process trains there"):
+            TrainingFolder(folder, resume=True)
+        assert unfinished.exists()
+        other.kill()
+    with TrainingFolder(folder, resume=True):
+        assert not unfinished.exists()
+    TrainingFolder(folder, resume=True).close()
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
