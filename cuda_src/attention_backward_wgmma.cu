@@ -21,13 +21,32 @@
 // dq is summed over the blocks in `sums` (f32), in an order that never changes: a counter for each tile of queries and
 // head says how many tiles of keys have added their part. One warp waits for this block's turn, another passes it on. A
 // block waits only for blocks of smaller numbers, which are running or done. The sums lie as the registers of the
-// products do; convert_dq makes rows of them. prepare_backward sorts the tiles of keys, see
-// order_keys, and makes delta.
+// products do. The last part does not go there: it and the sums become rows of dx, and the counter is zero again.
+// prepare_backward sorts the tiles of keys, see order_keys, and makes delta.
+//
+// The warps that fetch have 24 registers with D = 128 (the two warpgroups that compute take 240): places are 32-bit
+// numbers of vectors of 8, and what a block does lies in shared memory.
 //
 // Grid ((n / KEYS + b) * H), 384 threads.
 //
 // Op: cuplama/ops/self_attention.py. Tests: the registry's in tests/ops/test_ops.py, and
 // tests/ops/test_self_attention_hopper.py. Benchmark: benchmarks/attention_backward.py.
+//
+// On an H200, bf16, causal, TFLOP/s (10 * num_heads * D * pairs, 2.5 times the forward's), 2026-11-27, in one run
+// (benchmarks/results/2026-11-27-h200-attention-backward.json); beside it torch's two:
+//
+//     sequences, heads            here    torch's flash    cuDNN
+//     1 x 4096,  32/8 of 128       377              225      414
+//     1 x 16384, 32/8 of 128       405              307      525
+//     8 x 1024,  32/8 of 128       279              151      275
+//     16 x 1024, 12/12 of 64       204              132      205
+//     4 x 1024,  32/8 of 64        238              115      180
+//
+// These are from when dq was rounded by a kernel of its own, behind this one: 19 to 132 us of the whole, a tenth of it
+// with D = 64. prepare_backward takes 6 to 64 us.
+//
+// Lost: the next tile's scores begun early with D = 128 too, for which the compiler has too few registers: it then runs
+// all products one after the other (C7512 in its log).
 #include "attention_backward_keys.cuh"
 
 // What the blocks need: their order, by the first blocks of the grid, and of each tile of queries and head, one a block,

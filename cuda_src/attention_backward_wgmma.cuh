@@ -40,8 +40,8 @@ __device__ __forceinline__ int from_low(int from, int to, int low) { return max(
 // that the block before has just left, so nobody waits, and the last ends first. The next round is then started one
 // after the other and goes up: all of them end together. Blocks of many sequences come heavy ones first by this.
 //
-// order[e] = (sequence, tile, longest - tiles, levels of a round) for block e * H and the H - 1 behind it; sequence -1: none. One thread an
-// entry.
+// order[e] = (sequence, tile, longest - tiles, levels of a round) for block e * H and the H - 1 behind it; sequence -1:
+// none. One thread an entry.
 __device__ __forceinline__ void order_keys(const i32* cu_seqlens, i32* order, int n, int b, int H, int sms) {
     __shared__ int longest_of[8], total_of[8];
     int longest = 0, total = 0;
@@ -98,7 +98,7 @@ struct Work {
     __device__ __forceinline__ int turn(int t, bool& last) const {
         const int seen = t * M - window + 1, begin = level / round * round;
         const int low = shift + (window > 0 && seen > 0 ? seen / KEYS : 0);
-        const int high = shift + (min(t * M + M, length) - 1) / KEYS;
+        const int high = shift + t * M / KEYS;  // a tile of queries lies in one of keys
         const int in_round = level / round % 2 == 0 ? min(high, begin + round - 1) - level : level - max(low, begin);
         const int before = max(0, begin - low) + in_round;
         last = before == high - low;

@@ -30,6 +30,7 @@ FIRST_ALONE = (
     "ops/test_sampling_statistics.py",
     "ops/test_self_attention.py",
     "ops/test_small_gpu.py",
+    "simt/test_adapters.py",
     "simt/test_models.py",
 )
 _EMULATOR = "test_emulator"  # its parameters are an op, a case and a dtype

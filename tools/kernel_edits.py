@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tools import kernel_edits_attention as attention
+from tools import kernel_edits_hopper as hopper
 from tools import kernel_edits_training as training
 
 __all__ = ["EDITS", "EQUIVALENT"]
@@ -329,6 +330,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # peaks.cu
     ("peaks.cu", "v[i] = at < n ?", "v[i] = at <= n ?"),
     *attention.EDITS,
+    *hopper.EDITS,
     *training.EDITS,
 )  # fmt: skip
 
@@ -404,5 +406,6 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "between the read of count and the next gather lie the barriers of find_bin",
     ),
     *attention.EQUIVALENT,
+    *hopper.EQUIVALENT,
     *training.EQUIVALENT,
 )

@@ -40,7 +40,7 @@ from cuplama.ops.launch import Device
 from cuplama.ops.weights import segments_of
 from cuplama.simt.emulator import CUDA_SRC, KernelFault, precompile, run
 from tests.backends.cuda import test_loading, test_unpacking
-from tests.ops import harness, test_bias, test_ops, test_optimizer, test_small_gpu
+from tests.ops import harness, test_bias, test_ops, test_optimizer, test_self_attention_hopper, test_small_gpu
 from tools.kernel_edits import EDITS, EQUIVALENT
 
 __all__ = ["Mutation", "main", "mutations", "report"]
@@ -173,9 +173,18 @@ def _parts(folder: Path) -> None:
         test_optimizer.check_parts(_Mutated(folder, {"optimizer.cu"}), T)
 
 
+def _rounds(folder: Path) -> None:
+    """Hopper's backward of attention with many tiles of keys."""
+    for D, sms, lengths, window in test_self_attention_hopper.ROUNDS:
+        device = Device(90, sms=sms)
+        executor = _Mutated(folder, {"attention_backward_wgmma.cu"}, device, seed=1)
+        test_self_attention_hopper.check_rounds(executor, D, lengths, window)
+
+
 BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {
     "bias.cu": _bias, "pack.cu": _pack, "optimizer.cu": _parts, "peaks.cu": _read_sum,
-    "unpack.cu": _unpack,
+    "unpack.cu": _unpack, "attention_backward_wgmma.cu": _rounds, "attention_backward_wgmma.cuh": _rounds,
+    "attention_backward_keys.cuh": _rounds,
 }  # fmt: skip
 
 

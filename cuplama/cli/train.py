@@ -12,7 +12,7 @@ import click
 from ..errors import ParameterError
 from ..train.backward import RECOMPUTE
 from ..train.schedule import SCHEDULES
-from ..train.settings import DTYPES, OPTIMIZERS, TrainingSettings
+from ..train.settings import DOCUMENTS, DTYPES, OPTIMIZERS, TrainingSettings
 from .options import DEBUG, DEVICE, OFFLINE, QUIET, Decorator, complete_model
 from .running import find_folder
 from .sections import FilesOption, SectionedCommand, section
@@ -60,6 +60,12 @@ _DATA = section(
     _files("--eval-data", "Texts that are not trained on, to see how well the model does on new ones."),
     _setting("eval_every", int, "N", "Steps between two evaluations of all of them; 0: only at the end."),
     _setting("context", int, "T", "Tokens of a row.  [default: the model's limit, at most 1024]", show=False),
+    _setting(
+        "documents",
+        click.Choice(DOCUMENTS),
+        None,
+        "together: each sees those before it in the row, as in one long text.",
+    ),
     _setting("batch_size", int, "B", "Rows that go through the model at once. More take more memory."),
     _setting("accumulate", int, "N", "Batches for each update of the weights: as --batch-size N * B, but slower."),
     _setting("seed", int, "N", "Of the first weights, the order of the data, and dropout."),
@@ -138,8 +144,8 @@ def train(
     goes on from, log.jsonl with a row for each step, and loss.png. Ctrl-C saves and ends; the same command with
     --resume goes on, after any end.
 
-    In text files a special token such as <|endoftext|> stands between documents, which do not see each other. Of
-    *.jsonl with messages only what the assistant says is learned.
+    In text files a special token such as <|endoftext|> stands between documents, which do not see each other, unless
+    they are trained --documents together. Of *.jsonl with messages only what the assistant says is learned.
     """
     if (model is None) == (config is None):
         raise click.UsageError("give either --from MODEL, or --config and --tokenizer for a new one")

@@ -39,9 +39,9 @@ def _momentum(g: Array, m: Array, norm_squared: Array, *, beta: float, clip: flo
     return g, m
 
 
-def _normalise(g: Array, *, r: int, c: int, U: str = "") -> Array:
+def _normalise(g: Array, *, rows: int, columns: int, U: str = "") -> Array:
     x = g / (np.linalg.norm(g) + _EPS)
-    return x if x.shape == (r, c) else x.T
+    return x if x.shape == (rows, columns) else x.T
 
 
 def _polynomial(a: Array, b: Array, *, diagonal: float, alpha: float, beta: float) -> Array:
@@ -78,7 +78,7 @@ def _tiles(call: Call) -> tuple[int, int]:
 def _normalise_kernels(call: Call, device: Device) -> Plan:
     n = call["m"] * call["k"]
     blocks = min(_SUMS, -(-n // (16 * _THREADS)))
-    constants = {"TRANSPOSED": call["r"] != call["m"], "blocks": blocks}
+    constants = {"TRANSPOSED": call["rows"] != call["m"], "blocks": blocks}
     launches = (
         Launch("optimizer.cu:square_sum", (blocks,), (_THREADS,), constants={"n": n}),
         Launch("muon.cu:muon_normalise", _tiles(call), (_THREADS,), constants=constants),
@@ -92,7 +92,7 @@ def _polynomial_kernels(call: Call, device: Device) -> Plan:
 
 
 def _update_kernels(call: Call, device: Device) -> Plan:
-    constants = {"TRANSPOSED": call["r"] != call["m"], "scale": _scale(call["m"], call["k"])}
+    constants = {"TRANSPOSED": call["rows"] != call["m"], "scale": _scale(call["m"], call["k"])}
     return Plan((Launch("muon.cu:muon_update", _tiles(call), (_THREADS,), constants=constants),))
 
 
@@ -112,11 +112,11 @@ def _update_inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtyp
 
 def _turned(m: int, k: int, **other: Any) -> dict[str, Any]:
     """A case whose x lies as the products take it: no more rows than columns."""
-    return dict(m=m, k=k, r=min(m, k), c=max(m, k)) | other
+    return dict(m=m, k=k, rows=min(m, k), columns=max(m, k)) | other
 
 
 _MATRICES = [_turned(m, k) for m, k in ((1, 1), (33, 70), (70, 33), (64, 64), (1, 300), (300, 1), (131, 96))]
-_TURNS = ("r * c == m * k", "r + c == m + k")
+_TURNS = ("rows * columns == m * k", "rows + columns == m + k")
 
 
 def _matrix_sizes(draw: Draw) -> dict[str, Any]:
@@ -145,8 +145,8 @@ muon_momentum = Op(
 
 muon_normalise = Op(
     "muon_normalise",
-    "x[r,c]:U = (g[m,k]:f32, r:i32, c:i32)",
-    doc="x = g / (|g| + 1e-7), where |g| is the root of the sum of g^2; x is the transpose where r is not m",
+    "x[rows,columns]:U = (g[m,k]:f32, rows:i32, columns:i32)",
+    doc="x = g / (|g| + 1e-7), where |g| is the root of the sum of g^2; x is the transpose where rows is not m",
     reference=_normalise,
     kernels=_normalise_kernels,
     kernel_docs={
@@ -174,11 +174,11 @@ muon_polynomial = Op(
 
 muon_update = Op(
     "muon_update",
-    "p[m,k]:T, g[m,k]:f32, master[m,k]:f32 = (p[m,k]:T, g[m,k]:f32, master[m,k]:f32, x[r,c]:T, norm_squared[1]:f32,"
-    " schedule[3]:f32, weight_decay:f32)",
-    doc="master -= lr weight_decay master + lr 0.2 sqrt(max(m, k)) x, and p = master rounded to T; for a model in f32"
-    " both are one array. x is transposed where r is not m; schedule is as of adamw, of which lr counts. g is set to 0."
-    " Only that happens where norm_squared is not finite.",
+    "p[m,k]:T, g[m,k]:f32, master[m,k]:f32 = (p[m,k]:T, g[m,k]:f32, master[m,k]:f32, x[rows,columns]:T,"
+    " norm_squared[1]:f32, schedule[3]:f32, weight_decay:f32)",
+    doc="master = (1 - lr weight_decay) master - lr 0.2 sqrt(max(m, k)) x, and p = master in T; for a model in f32"
+    " both are one array. x is transposed where rows is not m; schedule is as of adamw, of which lr counts. g is set to"
+    " 0. Only that happens where norm_squared is not finite.",
     reference=_update,
     kernels=_update_kernels,
     cases=[

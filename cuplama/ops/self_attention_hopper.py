@@ -12,7 +12,7 @@ __all__ = ["hopper_plan"]
 
 _FILE = "attention_backward_wgmma.cu"
 _KEYS = 128  # of a block
-_THREADS = 256  # of the kernels before and behind the products
+_THREADS = 256  # of the kernel before the products
 _QUERIES = {64: 128, 128: 64}  # head size -> queries of a tile: as many as registers hold
 
 
@@ -20,8 +20,8 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
     """The launches of self_attention_backward on sm_90, or None where these kernels do not serve: other GPUs, f32, head
     sizes other than 64 and 128.
 
-    Scratch: lse and delta (``stats``) and dq in f32 by tiles of queries and heads (``sums``), the counters by which
-    blocks take turns to add to it, and the order of the blocks.
+    Scratch: lse and delta (``stats``) and sums of dq in f32 (``sums``) by tiles of queries and heads, the counters by
+    which blocks take turns to add to them (``turns``), and the order of the blocks.
     """
     n, b, num_heads, H, D = (call[name] for name in ("n", "b", "num_heads", "H", "D"))
     if device.arch != 90 or call.dtypes["T"].itemsize != 2 or D not in _QUERIES:

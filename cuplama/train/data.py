@@ -32,11 +32,13 @@ Progress = Callable[[int, int], None]  # (bytes that are read, bytes in all)
 
 @dataclass(frozen=True, eq=False)
 class TokenData:
-    """A data set. tokens: ids [n]; flags: uint8 [n], bits of ``documents``; facts: what is in the JSON beside them."""
+    """A data set. tokens: ids [n]; flags: uint8 [n], bits of ``documents``; facts: what is in the JSON beside them;
+    apart: whether the documents of a row do not see each other."""
 
     tokens: np.ndarray[Any, Any]
     flags: np.ndarray[Any, np.dtype[np.uint8]]
     facts: Mapping[str, Any]
+    apart: bool = True
 
     @property
     def fingerprint(self) -> str:

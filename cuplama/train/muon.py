@@ -58,7 +58,7 @@ def matrix_nodes(name: str, rows: int, columns: int, weight_decay: float) -> lis
     """
     short, long = sorted((rows, columns))
     x = f"{name}.x0"
-    nodes = [Node("muon_normalise", (x,), (f"{name}.g",), {"r": short, "c": long, "U": "T"})]
+    nodes = [Node("muon_normalise", (x,), (f"{name}.g",), {"rows": short, "columns": long, "U": "T"})]
     for i in range(_ITERATIONS):
         square, fourth, polynomial, after = (f"{name}.{value}{i}" for value in ("square", "fourth", "polynomial", "y"))
         nodes += [

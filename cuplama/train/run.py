@@ -154,10 +154,11 @@ def _data(job: Job, origin: Origin, folder: TrainingFolder, hooks: Hooks) -> tup
     """(tokens to train on, tokens to evaluate on)."""
 
     def tokens(paths: Sequence[Path], name: str) -> TokenData:
-        return TokenData.build(
+        found = TokenData.build(
             paths, origin.tokenizer, folder.path / "data", origin.marks, origin.config.vocab_size, name=name,
             fixed=name == "train" and folder.has_checkpoint, progress=hooks.reading,
         )  # fmt: skip
+        return replace(found, apart=job.settings.documents == "apart")
 
     return tokens(job.data, "train"), tokens(job.evaluation, "eval") if job.evaluation else None
 

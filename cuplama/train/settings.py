@@ -13,12 +13,14 @@ from ..errors import ParameterError
 from .backward import RECOMPUTE
 from .schedule import SCHEDULES, learning_rate
 
-__all__ = ["DTYPES", "OPTIMIZERS", "TrainingSettings"]
+__all__ = ["DOCUMENTS", "DTYPES", "OPTIMIZERS", "TrainingSettings"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 """What a model may be trained in. auto: bfloat16 on CUDA, float32 on NumPy."""
 OPTIMIZERS = ("adamw", "muon")
 """What may update the weights. muon: the matrices of the layers by Muon, the rest by AdamW."""
+DOCUMENTS = ("apart", "together")
+"""Whether the documents of a row see those before them: "together" they do, as in one long text."""
 _DEFAULT_CONTEXT = 1024  # tokens of a row, of a model that allows more
 _MAX_SEED = 2**64 - 1  # Philox takes a key of 64 bits
 # Settings that may change from one run to the next that goes on: they decide where and when, not what is computed.
@@ -30,17 +32,18 @@ _FREE = ("steps", "device", "recompute", "eval_every", "save_every")
 class TrainingSettings:
     """How a model is trained.
 
-    steps: updates of the weights in all; batch_size: rows of a batch; context: tokens of a row, None: the model's own
-    limit, at most 1024; optimizer: one of ``OPTIMIZERS``; lr: the highest learning rate; warmup: steps in which it
-    rises to that; schedule: how it falls afterwards, one of ``SCHEDULES``; weight_decay: of every tensor of two or more
-    dimensions; beta1, beta2, eps: of AdamW; grad_clip: the largest norm of all gradients together, 0 for no limit;
-    accumulate: batches whose gradients are added up for one update; seed: of the first weights, the order of the data
-    and dropout; dtype: one of ``DTYPES``; device: as of ``load``; dropout: the share of embeddings and of what a block
-    adds to the residual stream that is set to 0; lora: rank of the adapters, 0 to train the weights themselves;
-    lora_alpha: adapters count lora_alpha / lora times, None for twice the rank; lora_targets: names of the modules that
-    get adapters ("q_proj"), none for all linear layers; recompute: one of ``RECOMPUTE``; eval_every, save_every: steps
-    between two evaluations and two saves, 0 for none before the end; teachers: models to learn from; teacher_share: the
-    share that their probabilities have in the target, against that of the text.
+    steps: updates of the weights in all; batch_size: rows of a batch; context: tokens of a row, None: the model's
+    own limit, at most 1024; optimizer: one of ``OPTIMIZERS``; lr: the highest learning rate; warmup: steps in which
+    it rises to that; schedule: how it falls afterwards, one of ``SCHEDULES``; weight_decay: of every tensor of two
+    or more dimensions; beta1, beta2, eps: of AdamW; grad_clip: the largest norm of all gradients together, 0 for no
+    limit; accumulate: batches whose gradients are added up for one update; seed: of the first weights, the order of
+    the data and dropout; dtype: one of ``DTYPES``; device: as of ``load``; documents: one of ``DOCUMENTS``;
+    dropout: the share of embeddings and of what a block adds to the residual stream that is set to 0; lora: rank of
+    the adapters, 0 to train the weights themselves; lora_alpha: adapters count lora_alpha / lora times, None for
+    twice the rank; lora_targets: names of the modules that get adapters ("q_proj"), none for all linear layers;
+    recompute: one of ``RECOMPUTE``; eval_every, save_every: steps between two evaluations and two saves, 0 for none
+    before the end; teachers: models to learn from; teacher_share: the share that their probabilities have in the
+    target, against that of the text.
 
     Raises ParameterError that names the setting, its value and what it takes.
     """
@@ -61,6 +64,7 @@ class TrainingSettings:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    documents: str = "apart"
     dropout: float = 0.0
     lora: int = 0
     lora_alpha: float | None = None
@@ -172,4 +176,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "teachers": (_words, "names of models"),
     "teacher_share": (real(0, 1), "a number from 0 to 1"),
 }
-_WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES, "device": DEVICES, "recompute": RECOMPUTE}
+_WORDS = {
+    "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "documents": DOCUMENTS, "dtype": DTYPES, "device": DEVICES,
+    "recompute": RECOMPUTE,
+}  # fmt: skip

@@ -96,7 +96,7 @@ def _packed(data: TokenData, starts: Sequence[int], length: int, total: int) -> 
     total: targets that count in the whole step, each by 1 / total.
     """
     ids, flags = (np.stack([_row(array, s, length) for s in starts]) for array in (data.tokens, data.flags))
-    begins = flags[:, :-1] & BEGINS != 0
+    begins = (flags[:, :-1] & BEGINS != 0) & data.apart
     begins[:, 0] = True  # a row sees nothing of the one before it
     first, n = np.flatnonzero(begins), begins.size
     positions = np.arange(n) - np.repeat(first, np.diff(np.append(first, n)))

@@ -49,6 +49,20 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cuplama.backends.cuda.driver.cuda_available", lambda device=0: (False, "no GPU in this test"))
 
 
+_walked = functools.cache(kernel_users)
+
+
+@pytest.fixture(autouse=True)
+def _walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk over all models takes a second for each architecture: what it finds is kept."""
+
+    def users(arch: int = 90, outside: Sequence[Op] = ()) -> Mapping[tuple[str, str], Users]:
+        return kernel_users(arch, outside) if outside else _walked(arch)
+
+    monkeypatch.setattr("cuplama.cli.kernels.list.kernel_users", users)
+    monkeypatch.setattr("cuplama.cli.kernels.names.kernel_users", users)
+
+
 @pytest.fixture
 def archs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The architectures that NVRTC knows, where it need not be: what is refused comes to no compilation."""
@@ -287,21 +301,6 @@ def test_without_a_compiler_nothing_is_called_right(monkeypatch: pytest.MonkeyPa
         assert "right" not in done.output
 
 
-_walked = functools.cache(kernel_users)
-
-
-@pytest.fixture
-def walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The walk over all models takes a second for each architecture: what it finds is kept."""
-
-    def users(arch: int = 90, outside: Sequence[Op] = ()) -> Mapping[tuple[str, str], Users]:
-        return kernel_users(arch, outside) if outside else _walked(arch)
-
-    monkeypatch.setattr("cuplama.cli.kernels.list.kernel_users", users)
-    monkeypatch.setattr("cuplama.cli.kernels.names.kernel_users", users)
-
-
-@pytest.mark.usefixtures("walked_once")
 def test_list_shows_every_kernel() -> None:
     result = invoke("list")
     assert result.exit_code == 0, result.output
@@ -325,7 +324,6 @@ def test_list_shows_every_kernel() -> None:
         assert re.match(r"[a-z_]+(\[.*?\])? \+?= ", text) or re.fullmatch(r"[A-Z].*[^.]\.", text), text
 
 
-@pytest.mark.usefixtures("walked_once")
 def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(list_module, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
     monkeypatch.setenv("COLUMNS", "80")
@@ -348,7 +346,6 @@ def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 OUTSIDE = str(ROOT / "examples" / "own_op" / "softcap.py")
 
 
-@pytest.mark.usefixtures("walked_once")
 def test_list_of_names() -> None:
     lines = invoke("list", "residual").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["kernel", "add", "select_rows", "cast", "slice_rows", "place_rows"]

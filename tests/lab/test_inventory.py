@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from cuplama.engine.graphs import padded_rows, padded_sequences
 from cuplama.folders import source_folder
 from cuplama.lab import inventory
 from cuplama.lab.check import planned
-from cuplama.lab.inventory import compile_kernels, judge, needed
+from cuplama.lab.inventory import compile_kernels, judge
 from cuplama.lab.workloads import Workload, decode_workloads, prompt_workloads
 from cuplama.models.presets import SHAPES, find_shape
 from cuplama.ops.abstract import abstract
@@ -24,6 +25,12 @@ from cuplama.ops.prototypes import prototypes
 from tests.backends.cuda.conftest import nvrtc, sources
 
 __all__ = ["nvrtc", "sources"]
+
+
+@functools.cache
+def _needed(arch: int) -> dict[str, dict[str, inventory.Need]]:
+    """What is needed on a GPU of that architecture: a walk over all models, which takes seconds."""
+    return inventory.needed(Device(arch=arch, shared=shared_limit(arch)))
 
 
 def _workloads(model: str, arch: int) -> Iterator[Workload]:
@@ -44,7 +51,7 @@ def _workloads(model: str, arch: int) -> Iterator[Workload]:
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])
 def test_every_instance_that_a_known_model_launches_is_there(arch: int) -> None:
     device = Device(arch=arch, shared=shared_limit(arch))
-    found = needed(device)
+    found = _needed(arch)
     launched = {
         (launch.file, launch.expression)
         for model in SHAPES
@@ -57,21 +64,21 @@ def test_every_instance_that_a_known_model_launches_is_there(arch: int) -> None:
 
 def test_what_goes_with_a_product_of_the_library_is_there() -> None:
     """Qwen2.5 has a bias on its first product: in the model's dtype, where rows of it are filled before the product."""
-    bias = needed(Device())["bias.cu"]
+    bias = _needed(90)["bias.cu"]
     assert {"fill_rows<bf16, bf16>", "fill_rows<bf16, f32>", "cast_bias<bf16, f32>"} <= bias.keys()
     products = {"linear", "linear_add", "rms_norm_linear", "silu_mul_linear_add"}
     assert bias["cast_bias<bf16, f32>"].ops == products
 
 
 def test_what_measures_the_machine_belongs_to_no_op() -> None:
-    assert needed(Device())["peaks.cu"]["read_sum"] == inventory.Need()
-    assert "peaks.cu" not in needed(Device(), ["add"])
-    assert needed(Device(), ["add"]).keys() == {"residual.cu"}
+    assert _needed(90)["peaks.cu"]["read_sum"] == inventory.Need()
+    assert "peaks.cu" not in inventory.needed(Device(), ["add"])
+    assert inventory.needed(Device(), ["add"]).keys() == {"residual.cu"}
 
 
 def test_every_kernel_that_is_declared_is_compiled() -> None:
     """The cases and the shapes of real models reach every kernel of every file, on some generation of GPUs."""
-    found = [needed(Device(arch=arch)) for arch in (80, 90)]
+    found = [_needed(arch) for arch in (80, 90)]
     for path in source_folder().glob("*.cu"):
         names = {e.split("<")[0] for instances in found for e in instances.get(path.name, {})}
         assert names == set(prototypes(path.name)), path.name
@@ -79,7 +86,7 @@ def test_every_kernel_that_is_declared_is_compiled() -> None:
 
 def test_bf16_is_not_compiled_below_sm_80() -> None:
     for arch, wanted in ((75, {"f16", "f32"}), (80, {"bf16", "f16", "f32"})):
-        dtypes = {d for found in needed(Device(arch=arch)).values() for n in found.values() for d in n.dtypes}
+        dtypes = {d for found in _needed(arch).values() for n in found.values() for d in n.dtypes}
         assert dtypes == wanted
 
 

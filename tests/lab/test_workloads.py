@@ -97,7 +97,11 @@ def test_windows_that_differ_are_different_workloads() -> None:
     assert [(w.attrs["window"], w.count) for w in found] == [(0, 1), (16, 1)]
 
 
-@pytest.mark.parametrize("name", list(OPS))
+# Ops of training whose own shapes are so large that drawing or computing inputs takes seconds.
+_LARGE = {"adamw", "cross_entropy", "embedding_backward", "self_attention_backward", "softmax_mixture", "square_sum"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in _LARGE)) for n in OPS])
 def test_every_op_has_default_workloads(name: str) -> None:
     found = default_workloads(OPS[name], "bf16")
     assert found

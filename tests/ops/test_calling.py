@@ -110,11 +110,11 @@ def test_a_result_whose_dtype_nothing_gives_is_asked_for_it() -> None:
     x = np.ones((2, 8), np.float32)
     for U in ("f32", "f16", "bf16"):
         assert ops.cast(x, U=U).dtype == DTYPES[U]
-    with pytest.raises(OpError, match="^cast: attribute U is missing: "):
+    with pytest.raises(OpError, match=r"^cast: attribute U is missing: "):
         ops.cast(x)
-    with pytest.raises(OpError, match="^cast: U is 'T', not a dtype: f32 or f16 or bf16$"):
+    with pytest.raises(OpError, match=r"^cast: U is 'T', not a dtype: f32 or f16 or bf16$"):
         ops.cast(x, U="T")
-    with pytest.raises(OpError, match="^cast: U is float8_e4m3fn; it may be f32 or f16 or bf16; "):
+    with pytest.raises(OpError, match=r"^cast: U is float8_e4m3fn; it may be f32 or f16 or bf16; "):
         ops.cast(x, U="e4m3")
     assert '"f32" or "f16" or "bf16": the dtype of the result' in (inspect.getdoc(ops.cast) or "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,13 @@ def made(count: int, begins: tuple[int, ...] = (0,), learned: Any = True) -> Tok
 def same(a: list[Batch], b: list[Batch]) -> bool:
     names = ("input_ids", "positions", "targets", "weights", "bounds")
     return all(np.array_equal(getattr(x, n), getattr(y, n)) for x, y in zip(a, b, strict=True) for n in names)
+
+
+def test_documents_together_are_one_text_in_each_row() -> None:
+    data = made(9, begins=(0, 2, 3))
+    batch = next(evaluation_batches(replace(data, apart=False), 4, 2))
+    assert batch.bounds.tolist() == [0, 4, 8]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_a_batch_of_two_rows_with_documents() -> None:

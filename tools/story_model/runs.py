@@ -10,8 +10,7 @@ __all__ = ["BATCH_SIZE", "CONTEXT", "STUDENT", "TEACHERS", "VOCAB_SIZE", "Run"]
 
 VOCAB_SIZE = 4096
 CONTEXT = 1024  # tokens that the models are made for
-_ROW = 512  # tokens of a row while training: two or three stories
-BATCH_SIZE = 64  # rows
+BATCH_SIZE = 32  # rows of so many tokens: four or five stories, which see those before them as in a file of stories
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,9 @@ class Run:
     def arguments(self) -> list[str]:
         """The options of `cuplama train`."""
         common = {
-            "steps": self.steps, "batch-size": BATCH_SIZE, "context": _ROW, "optimizer": "muon", "lr": 5e-3,
-            "warmup": 100, "schedule": "cosine", "dtype": "bfloat16", "eval-every": 200, "save-every": 0,
+            "steps": self.steps, "batch-size": BATCH_SIZE, "context": CONTEXT, "optimizer": "muon", "lr": 5e-3,
+            "warmup": 100, "schedule": "cosine", "documents": "together", "dtype": "bfloat16", "eval-every": 200,
+            "save-every": 0,
         }  # fmt: skip
         return [word for name, value in {**common, **self.options}.items() for word in (f"--{name}", str(value))]
 

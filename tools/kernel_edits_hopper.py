@@ -1,0 +1,87 @@
+"""Mistakes in Hopper's backward of attention, as ``kernel_edits`` has them for the others."""
+
+from __future__ import annotations
+
+__all__ = ["EDITS", "EQUIVALENT"]
+
+_KERNEL, _KEYS, _WORK = "attention_backward_wgmma.cu", "attention_backward_keys.cuh", "attention_backward_wgmma.cuh"
+
+# (file, text that occurs once, replacement)
+EDITS: tuple[tuple[str, str, str], ...] = (
+    # attention_backward_wgmma.cu: what the blocks need
+    (_KERNEL, "if (left <= 0) return;", "if (left <= M) return;"),
+    (_KERNEL, "lanes = LANES / 2; lanes", "lanes = LANES / 4; lanes"),
+    (_KERNEL, "if (row < left) {\n            const Pack", "if (row <= left) {\n            const Pack"),
+    (_KERNEL, "lse[at] * LOG2_E : 0.f;", "lse[at] : 0.f;"),
+    # tiles of queries
+    (_KERNEL, "(low & 32 ? -32 : 32)", "32"),
+    (_KERNEL, "r + half * 4 < left);", "r < left);"),
+    (_KERNEL, "r + half * 4 < left);", "r + half * 4 <= left);"),
+    (_KERNEL, "from += 4 * width;", "from += 8 * width;"),
+    (_KERNEL, "+ lane * 4 + i), stats + (at + i)", "+ lane * 4 + i), stats + at"),
+    (_KERNEL, "at += 2 * M * num_heads;", "at += 2 * M;"),
+    (_KERNEL, "from += D / 8 - (work.last", "from += -(work.last"),
+    (_KERNEL, "at += 2 * M * (1 - (work.last - tile) * num_heads);", ""),
+    (_KERNEL, "x, row * (width / 8) + first_head * (D / 8)", "x, row * (width / 8)"),
+    (_KERNEL, "num_heads + first_head) * (2 * M)", "num_heads) * (2 * M)"),
+    # turns
+    (_KERNEL, "last ? 0 : mine + 1);", "mine + 1);"),
+    (_KERNEL, "bar.begin[stage] = mine == 0,", "bar.begin[stage] = 1,"),
+    (_KERNEL, "bar.begin[stage] = mine == 0,", "bar.begin[stage] = 0,"),
+    (_KERNEL, "last ? work.length - t * M : 0;", "last ? work.length : 0;"),
+    (_KERNEL, "last ? work.length - t * M : 0;", "work.length - t * M;"),
+    (_KERNEL, "(work.start + t * M) * width + head", "t * M * width + head"),
+    # steps
+    (_KERNEL, "lse, at + i * 64, work.window", "lse, at, work.window"),
+    (_KERNEL, "scale * LOG2_E);\n            keys.round", "scale);\n            keys.round"),
+    (_KERNEL, "keys.differ(ds, score[i], dp, lse + M);", "keys.differ(ds, score[i], dp, lse);"),
+    (_KERNEL, "keys.add_rows(keys.dv, p,", "keys.add_rows(keys.dv, ds,"),
+    (_KERNEL, "if (i + 1 < PARTS) keys.add_rows", "if (i < PARTS) keys.add_rows"),
+    (_KERNEL, "multiply_queries(next);", "multiply_queries(stage);"),
+    (_KERNEL, "at = at + M == far ? near : at + M;", "at += M;"),
+    # keys and results
+    (_KERNEL, "keys + i64(row) * width + vector * 8, row < left);", "keys + i64(row) * width + vector * 8, true);"),
+    (_KERNEL, "values + i64(row) * width + vector * 8, row < left);", "keys + i64(row) * width, row < left);"),
+    (_KERNEL, "keys.dv, 1.f, dx", "keys.dv, scale, dx"),
+    (_KERNEL, "keys.dk, scale, dx", "keys.dk, 1.f, dx"),
+    # attention_backward_keys.cuh
+    (_KEYS, "(vector % 8 ^ row % 8) * 8", "vector % 8 * 8"),
+    (_KEYS, "a + (part * (MINE * 8) + i / 4", "a + (i / 4"),
+    (_KEYS, "rows = M == 128 ? part : 0,", "rows = 0,"),
+    (_KEYS, "columns = M == 128 ? 0 : part;", "columns = 0;"),
+    (_KEYS, "- here - 8 * half;", "- here;"),
+    (_KEYS, "if (distance < 0 ||", "if (distance <= 0 ||"),
+    (_KEYS, "distance >= window)) score", "distance > window)) score"),
+    (_KEYS, "if (near < MINE - 1 ||", "if (near < 0 ||"),
+    (_KEYS, "near + 63 >= window)", "near >= window)"),
+    (_KEYS, "exp2f(high * factor - shift.v[1])", "exp2f(high * factor - shift.v[0])"),
+    (_KEYS, "(dp[i + 1] - less.v[1])", "(dp[i + 1] - less.v[0])"),
+    (_KEYS, "if (begin) return;", ""),
+    (_KEYS, "if (!begin) sum = load", "if (false) sum = load"),
+    (_KEYS, "if (!begin) sum = load", "if (true) sum = load"),
+    (_KEYS, "(sum.v[e] + dq[4 * i + e]) * factor;", "sum.v[e] + dq[4 * i + e];"),
+    (_KEYS, "row = (M == 128 ? part * 64 : 0) +", "row ="),
+    (_KEYS, "(M == 128 ? 0 : part * 64) + lane", "lane"),
+    (_KEYS, "if (row < left) *", "if (row <= left) *"),
+    (_KEYS, "if (row + 8 < left) *", "if (row < left) *"),
+    (_KEYS, "if (row >= left) break;", "if (row > left) break;"),
+    # attention_backward_wgmma.cuh
+    (_WORK, "1, rows) <= of)", "1, rows) < of)"),
+    (_WORK, "+ KEYS - 1) / KEYS;", ") / KEYS;"),
+    (_WORK, "lanes = WARP / 2; lanes > 0;", "lanes = WARP / 4; lanes > 0;"),
+    (_WORK, "if (entry >= total) store", "if (false) store"),
+    (_WORK, "from_low(level + 1, end, low) :", "from_low(level, end, low) :"),
+    (_WORK, ": from_low(begin, level, low));", ": 0);"),
+    (_WORK, "place += from_low(0, begin, low) +", "place +="),
+    (_WORK, "i < mine.number && level >= low;", "i < mine.number;"),
+    (_WORK, "key + KEYS - 1 + window) : length)", "key + window) : length)"),
+    (_WORK, "seen > 0 ? seen / KEYS : 0);", "seen > 0 ? (seen + KEYS - 1) / KEYS : 0);"),
+    (_WORK, "shift + t * M / KEYS;", "shift + (t * M + M) / KEYS;"),
+    (_WORK, "min(high, begin + round - 1) - level", "high - level"),
+    (_WORK, "level - max(low, begin);", "level - begin;"),
+    (_WORK, "max(0, begin - low) + in_round;", "in_round;"),
+    (_WORK, "before == high - low;", "before + 1 == high - low;"),
+)  # fmt: skip
+
+# (file, text around the edit, why no test can notice it)
+EQUIVALENT: tuple[tuple[str, str, str], ...] = ()
