@@ -27,6 +27,7 @@ from .windows import Windows, evaluation_batches
 __all__ = ["Hooks", "Job", "run_training"]
 
 _log = logging.getLogger("cuplama")
+_MOST_TOKENS = 2**31 - 1  # of a batch: kernels count them in 32 bits
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
     check_files([*job.data, *job.evaluation])
     origin = _origin(job)
     context = settings.row_length(origin.config.context, not origin.config.ropes)
+    if settings.batch_size * context > _MOST_TOKENS:
+        raise ParameterError(
+            f"batch_size = {settings.batch_size} rows of {context} tokens are more than the {_MOST_TOKENS} of a batch"
+        )
     if context > origin.config.context:
         limit = origin.config.context
         _log.warning("rows of %d tokens are longer than the %d that the model is made for", context, limit)
@@ -101,7 +106,7 @@ def _train(job: Job, hooks: Hooks, origin: Origin, context: int, folder: Trainin
     _note_of_schedule(saved, settings, hooks)
     guides = _guides(job, origin)
     with (
-        closing(open_training_backend(settings, origin.config, origin.weights, context)) as backend,
+        closing(open_training_backend(settings, origin.config, origin.weights, context, guides)) as backend,
         closing(TrainingLog(job.out, done)) as log,
         Trainer(origin.config, origin.weights, settings, backend, context, guides) as trainer,
     ):
