@@ -8,6 +8,7 @@ save newer than the state, and going on makes it again.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,13 +124,22 @@ class TrainingFolder:
     def save(self, step: int, arrays: Arrays, run: Run, model: Callable[[Staging], None]) -> None:
         """Write a checkpoint. arrays: the trainer's; model: writes the files of the model.
 
-        All is written before the first file takes its place. Raises CheckpointError, also for a disk that is full; the
-        checkpoint before stays then.
+        All is written before the first file takes its place. Raises CheckpointError, also for a disk that is full and
+        for arrays that are not finite, as after too large a step; the checkpoint before stays then.
         """
-        full = "nothing is saved yet"
+        kept, full = "nothing is saved yet", ""
         if self._step:
-            full = f"the checkpoint of step {self._step} is whole, and --resume goes on from it when there is room"
-        with writing(self.path, CheckpointError, full), saved_together(self.path) as staging:
+            kept, full = (
+                f"the checkpoint of step {self._step}",
+                " is whole, and --resume goes on from it when there is room",
+            )
+        # A sum in float64 of what fits in float32 is finite if all numbers are, and needs no memory.
+        if not all(math.isfinite(array.sum(dtype=np.float64)) for array in arrays.values()):
+            stays = f"{kept} stays" if self._step else kept
+            raise CheckpointError(
+                f"step {step} has left weights that are not finite; {stays} (a smaller --lr or a --warmup may help)"
+            )
+        with writing(self.path, CheckpointError, kept + full), saved_together(self.path) as staging:
             model(staging)
             staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
         self._step = step

@@ -17,6 +17,7 @@ import pytest
 import cuplama
 from cuplama.errors import CheckpointError, ConfigError, CuplamaError, DeviceError, ParameterError, PromptError
 from cuplama.models.checkpoint import open_tensors
+from cuplama.train.checkpoint import Run, TrainingFolder
 from cuplama.train.log import read_log
 from cuplama.train.loop import Outcome, Report
 from cuplama.train.run import Hooks, Job, run_training
@@ -203,6 +204,26 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(make: Make) ->
         run(job)
     assert not (job.out / "model.safetensors").exists()
     assert (good.out / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(make: Make) -> None:
+    """The loss of the step before them was."""
+    job = make(steps=1, lr=3e38, schedule="constant")
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(CheckpointError, match=r"step 1 has left weights .* nothing is saved"),
+    ):
+        run(job)
+    assert not (job.out / "model.safetensors").exists()
+    run(job := make("other"), stop_after=2)
+    state = job.out / "training" / "state.safetensors"
+    before = state.read_bytes()
+    with TrainingFolder(job.out, resume=True) as folder:
+        folder._step = 2
+        arrays = {"master": np.array([1, np.nan], np.float32)}
+        with pytest.raises(CheckpointError, match=r"not finite; the checkpoint of step 2 stays"):
+            folder.save(3, arrays, Run(job.settings, "d", "m", 16), lambda staging: None)
+    assert state.read_bytes() == before
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
