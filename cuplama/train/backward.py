@@ -43,7 +43,6 @@ class Backward:
         one of ``RECOMPUTE``."""
         self.nodes: list[Node] = []
         self.arrays: dict[str, None] = {}
-        self._trained = frozenset(trained)
         self._policy = _POLICIES[recompute]
         self._maker = {out: node for node in forward for out in node.outs if out not in node.ins}
         self._depends = set(trained)
@@ -87,10 +86,6 @@ class Backward:
     def depends(self, name: str) -> bool:
         """Whether a value depends on a weight that is trained, or is one."""
         return name in self._depends
-
-    def is_trained(self, name: str) -> bool:
-        """Whether a weight is trained."""
-        return name in self._trained
 
     def gradient(self, name: str) -> str:
         """The gradient of a value."""
