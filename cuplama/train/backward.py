@@ -16,6 +16,7 @@ from typing import Any
 
 from ..ops import OPS
 from ..ops.node import Node
+from ..ops.signature import OpError
 
 __all__ = ["RECOMPUTE", "Backward", "gradient_name"]
 
@@ -55,12 +56,17 @@ class Backward:
         self._names: dict[str, int] = {}
 
     def through(self, nodes: Sequence[Node], loss: str = "") -> None:
-        """Go back through a part of the forward list. loss: the name of a loss in it, whose own gradient is 1."""
+        """Go back through a part of the forward list. loss: the name of a loss in it, whose own gradient is 1.
+
+        Raises OpError for an op that has no gradient where a trained weight lies behind it.
+        """
         for node in reversed(nodes):
             reached = loss in node.outs or any(out in self._gradients for out in node.outs)
-            gradient = OPS[node.op].gradient
-            if not reached or gradient is None or not self._depends & set(node.ins):
+            if not reached or not self._depends & set(node.ins):
                 continue
+            gradient = OPS[node.op].gradient
+            if gradient is None:
+                raise OpError(f"node {node}: {node.op} has no gradient, and trained weights lie behind it")
             gradient(_NodeGradient(self, node))
             for out in node.outs:
                 self._gradients.pop(out, None)

@@ -1,7 +1,8 @@
 """The folder of a training run: the model as others read it, and beside it what a run needs to go on.
 
 ``OUT/training/state.safetensors`` alone is enough to go on: float32 weights, the optimizer's moments, the step, and
-what the run was given. The model beside it may be one save older or newer if a run was killed in between, never torn.
+what the run was given. It is moved to its place after the model: where a run is killed in between, the model is one
+save newer than the state, and going on makes it again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..files import is_missing, not_understood, writing
+from .lock import FolderLock
 from .saving import UNFINISHED, Staging, saved_together
 from .settings import TrainingSettings
 
@@ -52,13 +54,13 @@ class Saved:
 
 
 class TrainingFolder:
-    """Where a model is trained. path: the folder."""
+    """Where a model is trained, by one process until ``close``. path: the folder."""
 
     def __init__(self, path: Path, resume: bool) -> None:
         """Opens or makes the folder.
 
-        Raises CheckpointError for one with a checkpoint unless ``resume``, for one that holds anything else, and where
-        it cannot be made.
+        Raises CheckpointError for one with a checkpoint unless ``resume``, for one that holds anything else, for one
+        that another process trains in, and where it cannot be made.
         """
         self.path = path
         self._step = 0  # of the checkpoint that is there
@@ -69,8 +71,19 @@ class TrainingFolder:
             if names and "training" not in names:
                 raise CheckpointError(f"{path} is not empty, and nothing was trained there")
             (path / "training").mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(path / "training")  # before anything is touched that may be another's
             for file in (*path.glob(f"*{UNFINISHED}"), *path.glob(f"*/*{UNFINISHED}")):
                 file.unlink()
+
+    def close(self) -> None:
+        """Let others train there."""
+        self._lock.close()
+
+    def __enter__(self) -> TrainingFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def has_checkpoint(self) -> bool:
@@ -117,6 +130,6 @@ class TrainingFolder:
         if self._step:
             full = f"the checkpoint of step {self._step} is whole, and --resume goes on from it when there is room"
         with writing(self.path, CheckpointError, full), saved_together(self.path) as staging:
-            staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
             model(staging)
+            staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
         self._step = step

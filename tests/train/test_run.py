@@ -244,6 +244,7 @@ def test_what_is_refused_before_anything_is_made(make: Make, tmp_path: Path) -> 
     assert said(ParameterError, lora=2).startswith("lora trains adapters of a model that was trained before")
     trained = {"config": None, "tokenizer": None, "model": GOLDEN / "llama3-gqa"}
     assert "tokenizer.json does not exist" in said(CuplamaError, **trained)
+    assert "batch_size = 200000000 rows of 16 tokens are more than" in said(ParameterError, batch_size=200_000_000)
     learned = write_config(tmp_path / "gpt2.json", **json.loads((GOLDEN / "gpt2-char" / "config.json").read_text()))
     assert "context = 81 is more than the 80 positions" in said(ParameterError, config=learned, context=81)
 
