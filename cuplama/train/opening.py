@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,8 @@ def _open_cuda(
         adapters = config.adapter_weights()
         loaded = [w for w in weights.values() if isinstance(w, Weight)] if adapters else []
         frozen = sum(_bytes(backend.dtype, group) for group in (loaded, *(t.weights.values() for t in teachers)))
+        # The backward pass unpacks a quantised matrix as a whole, all into one place.
+        frozen += max((math.prod(w.shape) * backend.dtype.itemsize for w in loaded if w.packed), default=0)
         trained = adapters or list(config.weight_shapes())
         guides = [teacher.config for teacher in teachers]
         need = memory.plan(config, settings, trained, frozen, context, backend.dtype, backend.gpu.limits, guides)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
 from cuplama.errors import DeviceError
+from cuplama.models.new_adapter import new_adapter
+from cuplama.models.rounding import round_weights
 from cuplama.ops.launch import Device
 from cuplama.train import memory
 from cuplama.train.initial import initial_weights
@@ -66,6 +70,22 @@ def test_teachers_need_memory_too(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch)
     open_training_backend(settings, c, weights, 64)
     with pytest.raises(DeviceError, match=r"frozen weights 0\.0\d \+ activations"):
         open_training_backend(settings, c, weights, 64, guides)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_room_for_the_largest_quantised_matrix_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient takes all of its numbers, in T."""
+    c, frozen, plan = new_adapter(config(hidden_size=64), 2), list[int](), memory.plan
+
+    def noted(*given: Any) -> memory.TrainingMemory:
+        frozen.append(given[3])
+        return plan(*given)
+
+    weights = round_weights(initial_weights(config(hidden_size=64), 0), config(hidden_size=64), "int8")
+    monkeypatch.setattr(memory, "plan", noted)
+    open_training_backend(TrainingSettings(1, lora=2), c, weights, 64)
+    stored = sum(w.device_bytes(DTYPES["bf16"]) for w in {w.source: w for w in weights.values()}.values())
+    assert frozen == [stored + 2 * max(math.prod(w.shape) for w in weights.values() if w.packed)]
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
