@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import record
+from benchmarks.torch_time import torch_seconds
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.dtypes import DTYPES
 from cuplama.lab.check import relative_error
@@ -72,20 +73,6 @@ def check_small() -> list[dict[str, Any]]:
         print(json.dumps(row), flush=True)
         found.append(row)
     return found
-
-
-def torch_seconds(torch: Any, run: Callable[[], Any], repeats: int = 7) -> float:
-    """The median of a run's GPU time, several in a row."""
-    times = []
-    for _ in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(5):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 5e3)
-    return float(np.median(times[2:]))
 
 
 def log_sums(torch: Any, q: Any, k: Any) -> Any:

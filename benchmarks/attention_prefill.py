@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import record
+from benchmarks.torch_time import torch_seconds
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.dtypes import DTYPES
 from cuplama.engine.kv_cache import PAGE, pages_for
@@ -47,20 +47,6 @@ def truth(torch: Any, q: Any, k: Any, v: Any, rows: Any) -> Any:
         seen = torch.arange(len(k), device=q.device)[None, :] <= rows[:, None]
         out.append(torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ v[:, kv].double())
     return torch.stack(out, 1)
-
-
-def torch_seconds(torch: Any, run: Callable[[], Any], repeats: int) -> float:
-    """The median of a run's GPU time, several in a row."""
-    times = []
-    for _ in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(5):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 5e3)
-    return float(np.median(times[2:]))
 
 
 def measure(n: int, heads: int, H: int, D: int) -> list[dict[str, Any]]:

@@ -185,24 +185,6 @@ struct GroupKeys {
             red_add_4(to + i * (GROUP * 4), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
     }
 
-    // The last part of dq and the others' sums, if this is not the first part too, to the rows of a tile and head, of
-    // which `left` are there.
-    __device__ __forceinline__ void store_queries(const Square& dq, const float* sums, bool begin, float factor, T* to,
-                                                  int width, int left) const {
-        const float* from = sums + part * (M * D / 2) + thread * 4;
-        const int row = (M == 128 ? part * 64 : 0) + thread / WARP * 16 + lane / 4;
-        to += i64(row) * width + ((M == 128 ? 0 : part * 64) + lane % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            Pack<float, 4> sum = {};
-            if (!begin) sum = load<4>(from + i * (GROUP * 4));
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum.v[e] = (sum.v[e] + dq[4 * i + e]) * factor;
-            if (row < left) *reinterpret_cast<u32*>(to + i * 8) = pack<T>(sum.v[0], sum.v[1]);
-            if (row + 8 < left) *reinterpret_cast<u32*>(to + i64(8) * width + i * 8) = pack<T>(sum.v[2], sum.v[3]);
-        }
-    }
-
     // Rows of dk or dv, through shared memory, so that whole rows are written. left: keys from the block's first on.
     __device__ __forceinline__ void store_rows(T* stage, const Sums& sums, float factor, T* to, int width,
                                                int left) const {

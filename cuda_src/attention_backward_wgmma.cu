@@ -21,8 +21,8 @@
 // dq is summed over the blocks in `sums` (f32), in an order that never changes: a counter for each tile of queries and
 // head says how many tiles of keys have added their part. One warp waits for this block's turn, another passes it on. A
 // block waits only for blocks of smaller numbers, which are running or done. The sums lie as the registers of the
-// products do. The last part does not go there: it and the sums become rows of dx, and the counter is zero again.
-// prepare_backward sorts the tiles of keys, see order_keys, and makes delta.
+// products do. prepare_backward sorts the tiles of keys, see order_keys, and makes delta; convert_dq makes rows of dx of
+// the sums, and the counters zero again.
 //
 // The warps that fetch have 24 registers with D = 128 (the two warpgroups that compute take 240): places are 32-bit
 // numbers of vectors of 8, and what a block does lies in shared memory.
@@ -36,16 +36,17 @@
 // (benchmarks/results/2026-11-27-h200-attention-backward.json); beside it torch's two:
 //
 //     sequences, heads            here    torch's flash    cuDNN
-//     1 x 4096,  32/8 of 128       377              225      414
-//     1 x 16384, 32/8 of 128       405              307      525
-//     8 x 1024,  32/8 of 128       279              151      275
-//     16 x 1024, 12/12 of 64       204              132      205
-//     4 x 1024,  32/8 of 64        238              115      180
+//     1 x 4096,  32/8 of 128       443              224      399
+//     1 x 16384, 32/8 of 128       450              308      514
+//     8 x 1024,  32/8 of 128       312              150      278
+//     16 x 1024, 12/12 of 64       207              134      209
+//     4 x 1024,  32/8 of 64        248              121      188
 //
-// These are from when dq was rounded by a kernel of its own, behind this one: 19 to 132 us of the whole, a tenth of it
-// with D = 64. prepare_backward takes 6 to 64 us.
+// prepare_backward takes 6 to 64 us of it, convert_dq 19 to 132 us.
 //
-// Lost: the next tile's scores begun early with D = 128 too, for which the compiler has too few registers: it then runs
+// Lost: rows of dx written by whoever adds the last part of dq, instead of convert_dq (benchmarks/results/
+// 2026-11-27-h200-attention-backward-dq.txt: 295 instead of 443 for the first line, 266 instead of 312 for the third,
+// nothing gained with D = 64: the block that writes is late for the next tile of queries). The next tile's scores begun early with D = 128 too, for which the compiler has too few registers: it then runs
 // all products one after the other (C7512 in its log).
 #include "attention_backward_keys.cuh"
 
@@ -81,10 +82,8 @@ __global__ void __launch_bounds__(256)
 
 struct Barriers {
     u64 q_full[2], q_empty[2], dy_full[2], dy_empty[2], turn[2], added[2], passed[2];
-    // Where this block's part of dq goes: the number of the tile and head, and its first row in dx, in vectors of 8.
-    unsigned tile[2], row[2];
-    int begin[2];  // it is the first part
-    int left[2];   // it is the last part: the rows of the sequence from there on; else 0
+    float* sums[2];  // where to add this block's part of dq
+    int begin[2];    // nothing is there yet
 };
 
 // One warp brings the tiles of q or of dy; rows past the sequence are zeros. With q comes what `stats` has of its rows.
@@ -134,28 +133,27 @@ __device__ __forceinline__ void produce(T* stages, float* stats_of, u64* full, u
 }
 
 // One thread waits for the block's turns to add to dq, one after the other; another (`pass`) gives them to the next.
+// sums, turns: those of the group's first head.
 template <int D, int M>
-__device__ __forceinline__ void take_turns(Barriers& bar, u32* turns, int width, int num_heads, int first_head,
-                                           int group, const Work<M>& work, bool pass) {
+__device__ __forceinline__ void take_turns(Barriers& bar, float* sums, u32* turns, int num_heads, int group,
+                                           const Work<M>& work, bool pass) {
     int step = 0;
-    for (int head = first_head; head < first_head + group; head++) {
+    for (int head = 0; head < group; head++) {
 #pragma unroll 1
         for (int t = work.first; t < work.last; t++, step++) {
-            const unsigned tile = (work.number + t) * num_heads + head;
-            bool last;
-            const u32 mine = work.turn(t, last);
+            const i64 tile = i64(work.number + t) * num_heads + head;
+            const u32 mine = work.turn(t);
             const int stage = step % 2, phase = step / 2 % 2;
             if (pass) {
                 mbarrier_wait(bar.added + stage, phase);
                 fence_gpu();
-                atomicExch(turns + tile, last ? 0 : mine + 1);  // zero again for the next launch
+                atomicExch(turns + tile, mine + 1);
                 mbarrier_arrive(bar.passed + stage);
             } else {
                 if (step >= 2) mbarrier_wait(bar.passed + stage, phase ^ 1);
-                bar.tile[stage] = tile, bar.row[stage] = (work.start + t * M) * width + head * (D / 8);
-                bar.begin[stage] = mine == 0, bar.left[stage] = last ? work.length - t * M : 0;
                 while (ld_acquire(turns + tile) != mine) {
                 }
+                bar.sums[stage] = sums + tile * (M * D), bar.begin[stage] = mine == 0;
                 mbarrier_arrive(bar.turn + stage);
             }
         }
@@ -165,7 +163,7 @@ __device__ __forceinline__ void take_turns(Barriers& bar, u32* turns, int width,
 // One warpgroup's part of all steps, tile after tile and head after head.
 template <typename T, int D, int M>
 __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar, T* first, const float* stats,
-                                        const Work<M>& work, int group, float* sums, T* dx, int width, float scale) {
+                                        const Work<M>& work, int group, float factor) {
     using S = Shared<T, D, M>;
     constexpr int HALF = 64 * PANEL, PARTS = M / 64;  // HALF: elements to 64 rows further
     constexpr bool AHEAD = D == 64;  // the next tile's scores beside this one's dk, where registers allow it
@@ -213,7 +211,7 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
                 wgmma_wait<1>();
                 scores_done();
             }
-            keys.weigh(score[i], lse, at + i * 64, work.window, scale * LOG2_E);
+            keys.weigh(score[i], lse, at + i * 64, work.window, factor);
             keys.round_weights(p, score[i]);
             keys.add_rows(keys.dv, p, dy + shared.tile_panel);
             wgmma_wait<1>();
@@ -239,12 +237,7 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
         wgmma_done(dq);
         release(bar.dy_empty + stage);
         mbarrier_wait(bar.turn + stage, phase);
-        float* others = sums + i64(bar.tile[stage]) * (M * D);
-        if (bar.left[stage] > 0)
-            keys.store_queries(dq, others, bar.begin[stage], scale, dx + i64(bar.row[stage]) * 8, width,
-                               bar.left[stage]);
-        else
-            keys.add_queries(dq, others, bar.begin[stage]);
+        keys.add_queries(dq, bar.sums[stage], bar.begin[stage]);
         release(bar.added + stage);
         wgmma_wait<0>();
         if (AHEAD) scores_done();
@@ -282,15 +275,14 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
     T* first = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
     __shared__ __align__(16) float stats_of[2 * 2 * M];  // [2][lse or delta][M]
     __shared__ Barriers bar;
-    __shared__ Work<M> work;  // here and not in registers, of which the warps that fetch have few
 
     const Pack<i32, 4> entry = load<4>(order + blockIdx.x / H * 4);
     if (entry.v[0] < 0) return;
+    const Work<M> work(cu_seqlens, entry, window);
     const int kv_head = blockIdx.x % H, group = num_heads / H, first_head = kv_head * group;
     const int width = (num_heads + 2 * H) * D;
 
     if (threadIdx.x == 0) {
-        work.find(cu_seqlens, entry, window);
         for (int i = 0; i < 2; i++) {
             mbarrier_init(bar.q_full + i, WARP), mbarrier_init(bar.dy_full + i, WARP);
             mbarrier_init(bar.q_empty + i, WARPS), mbarrier_init(bar.dy_empty + i, WARPS);
@@ -312,16 +304,48 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
                                     (row * num_heads + first_head) * (D / 8), num_heads * (D / 8), nullptr, 0, 0, group,
                                     work);
         else if (threadIdx.x % WARP == 0)
-            take_turns<D>(bar, turns, width / 8, num_heads, first_head, group, work, warp == 3);
+            take_turns<D>(bar, sums + i64(first_head) * (M * D), turns + first_head, num_heads, group, work, warp == 3);
     } else {
         registers_more<D == 64 ? 232 : 240>();
         const i64 at = i64(work.start + work.key) * width + (num_heads + kv_head) * D;
         fetch_keys<T, D>(first + S::K, first + S::V, x + at, x + (at + H * D), width, work.length - work.key);
         bar_sync(1, 2 * GROUP);
         GroupKeys<T, D, M> keys;
-        consume(keys, bar, first, stats_of, work, group, sums, dx, width, scale);
+        consume(keys, bar, first, stats_of, work, group, scale * LOG2_E);
         bar_sync(2 + keys.part, GROUP);  // no product of another warp may still read v, which takes the results
         keys.store_rows(first + S::V, keys.dv, 1.f, dx + (at + H * D), width, work.length - work.key);
         keys.store_rows(first + S::V, keys.dk, scale, dx + at, width, work.length - work.key);
+    }
+}
+
+// dx = sums * scale for the queries: a block has one tile and one head. It leaves `turns` zero.
+template <typename T, int D, int M>
+__global__ void __launch_bounds__(256)
+    convert_dq(const float* __restrict__ sums, const i32* __restrict__ cu_seqlens, T* __restrict__ dx, u32* turns,
+               int b, int num_heads, int H, float scale) {
+    constexpr int ROWS = M == 128 ? 64 : M, COLUMNS = M == 128 ? D : D / 2, GROUPS = COLUMNS / 8;  // of a warpgroup
+    const int head = blockIdx.y;
+    const Sequence sequence(cu_seqlens, b, M, blockIdx.x);
+    const int start = cu_seqlens[sequence.number], length = cu_seqlens[sequence.number + 1] - start;
+    const int begin = sequence.tile * M;
+    if (begin >= length) return;
+    const i64 tile = i64(blockIdx.x) * num_heads + head;
+    if (threadIdx.x == 0) turns[tile] = 0;
+    for (int i = threadIdx.x; i < M * D / 16; i += 256) {  // 8 columns of two rows
+        const int columns = i % GROUPS, row = i / GROUPS % 8, warp = i / (GROUPS * 8) % 4, part = i / (GROUPS * 32);
+        const float* from = sums + tile * (M * D) + ((part * GROUPS + columns) * GROUP + warp * WARP + row * 4) * 4;
+        Pack<T, 8> low, high;
+#pragma unroll
+        for (int lane = 0; lane < 4; lane++) {
+            const Pack<float, 4> four = load<4>(from + lane * 4);
+            low.v[2 * lane] = from_float<T>(four.v[0] * scale), low.v[2 * lane + 1] = from_float<T>(four.v[1] * scale);
+            high.v[2 * lane] = from_float<T>(four.v[2] * scale),
+                       high.v[2 * lane + 1] = from_float<T>(four.v[3] * scale);
+        }
+        const int r = begin + (M == 128 ? part * ROWS : 0) + warp * 16 + row;
+        const int column = (M == 128 ? 0 : part * COLUMNS) + columns * 8;
+        T* to = dx + i64(start + r) * (num_heads + 2 * H) * D + head * D + column;
+        if (r < length) store<8>(to, low);
+        if (r + 8 < length) store<8>(to + i64(8) * (num_heads + 2 * H) * D, high);
     }
 }

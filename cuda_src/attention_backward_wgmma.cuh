@@ -84,7 +84,7 @@ struct Work {
     int first, last, number;  // number: of the sequence's first tile of queries
     int level, shift, round;  // see order_keys
 
-    __device__ __forceinline__ void find(const i32* cu_seqlens, const Pack<i32, 4>& entry, int window_of_all) {
+    __device__ __forceinline__ Work(const i32* cu_seqlens, const Pack<i32, 4>& entry, int window_of_all) {
         const int sequence = entry.v[0];
         start = cu_seqlens[sequence], length = cu_seqlens[sequence + 1] - start;
         window = window_of_all < length ? window_of_all : 0;
@@ -94,15 +94,13 @@ struct Work {
         number = first_tile(cu_seqlens, sequence, 1, M);
     }
 
-    // How many tiles of keys add to tile t of the queries before this one. last: and none after it.
-    __device__ __forceinline__ int turn(int t, bool& last) const {
+    // How many tiles of keys add to tile t of the queries before this one.
+    __device__ __forceinline__ int turn(int t) const {
         const int seen = t * M - window + 1, begin = level / round * round;
         const int low = shift + (window > 0 && seen > 0 ? seen / KEYS : 0);
         const int high = shift + t * M / KEYS;  // a tile of queries lies in one of keys
         const int in_round = level / round % 2 == 0 ? min(high, begin + round - 1) - level : level - max(low, begin);
-        const int before = max(0, begin - low) + in_round;
-        last = before == high - low;
-        return before;
+        return max(0, begin - low) + in_round;
     }
 };
 

@@ -38,6 +38,7 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
             constants={"M": M, "sms": device.sms},
         ),
         Launch(f"{_FILE}:attention_backward_wgmma", (entries * H,), (384,), shared, constants={"M": M}),
+        Launch(f"{_FILE}:convert_dq", (tiles, num_heads), (_THREADS,), constants={"M": M}),
     )
     scratch = {
         "stats": ((tiles, num_heads, 2, M), "f32"),

@@ -1,20 +1,22 @@
-"""A small Llama of random numbers, in a folder: what the tests quantise."""
+"""A small Llama of random numbers, in a folder: what the tests quantise; and writing that stops on the way."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from cuplama.conversion.folder import OutputFolder
 from cuplama.dtypes import DTYPES
 from cuplama.models.config import parse_config
 from tests.tiny import CHARS
 
-__all__ = ["TEXT", "write_model"]
+__all__ = ["TEXT", "stopped_at", "write_model"]
 
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer. " * 40
 
@@ -46,3 +48,21 @@ def write_model(folder: Path, **changes: Any) -> Path:
     shutil.copy(CHARS / "tokenizer.json", folder)
     (folder / "README.md").write_text("not copied")
     return folder
+
+
+def stopped_at(stop: int, part: float = 0) -> Callable[[OutputFolder, Mapping[str, Any]], None]:
+    """``OutputFolder.write`` that is stopped when it comes to the stop-th time, counted from 0.
+
+    part: the share of the tensors that are written then, without a record of them.
+    """
+    write, times = OutputFolder.write, 0
+
+    def stopped(self: OutputFolder, tensors: Mapping[str, Any]) -> None:
+        nonlocal times
+        if times == stop:
+            self._write(dict(list(tensors.items())[: int(part * len(tensors))]))
+            raise KeyboardInterrupt
+        times += 1
+        write(self, tensors)
+
+    return stopped

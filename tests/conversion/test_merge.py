@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from cuplama.dtypes import DTYPES
 from cuplama.errors import CheckpointError, ConfigError, CuplamaError, ParameterError
 from cuplama.models.checkpoint import open_tensors
 from tests.adapters import write_adapter
-from tests.conversion.made import write_model
+from tests.conversion.made import stopped_at, write_model
 from tests.paths import GOLDEN
 
 
@@ -75,18 +74,9 @@ def test_a_run_that_was_stopped_goes_on(
     model: Path, adapter: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert merge(model, adapter, tmp_path / "whole", 60_000)
-    write, parts = OutputFolder.write, 0
-
-    def stopped(self: OutputFolder, tensors: Any) -> None:
-        nonlocal parts
-        if parts == stop:
-            raise KeyboardInterrupt
-        parts += 1
-        write(self, tensors)
-
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(OutputFolder, "write", stopped)
+        patch.setattr(OutputFolder, "write", stopped_at(stop))
         with pytest.raises(KeyboardInterrupt):
             merge(model, adapter, out, 60_000)
     with pytest.raises(CuplamaError, match="the model is not finished; run the same cuplama merge again"):

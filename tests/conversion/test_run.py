@@ -24,7 +24,7 @@ from cuplama.models.config import load_config
 from cuplama.quant.compressed import TensorSpec
 from cuplama.quant.grid import GRIDS
 from cuplama.quant.rtn import Rounded
-from tests.conversion.made import TEXT, write_model
+from tests.conversion.made import TEXT, stopped_at, write_model
 from tests.tiny import CHARS
 
 INT4 = Options("int4", 32)
@@ -66,26 +66,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_folder(
     """Stopped in the middle of a part, or at the end; nothing looks complete until then."""
     options = replace(options, shard_bytes=40_000)
     assert quantise(model, tmp_path / "whole", options)
-    write, parts = OutputFolder.write, 0
-
-    def stopped(self: OutputFolder, tensors: Any) -> None:
-        nonlocal parts
-        if parts == stop:
-            half = dict(list(tensors.items())[: len(tensors) // 2])
-            monkeypatch.setattr(OutputFolder, "_record", lambda self: None)
-            write(self, half)
-            raise KeyboardInterrupt
-        parts += 1
-        write(self, tensors)
-
-    out = tmp_path / "out"
+    stopped, out = stopped_at(stop, part=0.5), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(OutputFolder, "write", stopped)
         if stop == 4:
             patch.setattr(OutputFolder, "finish", stopped)
         with pytest.raises((KeyboardInterrupt, TypeError)):
             quantise(model, out, options)
-    monkeypatch.undo()
     assert not any(
         p.name == "config.json" or (p.suffix in (".safetensors", ".json") and p.name != RECORD) for p in out.iterdir()
     )

@@ -48,7 +48,7 @@ def _workloads(model: str, arch: int) -> Iterator[Workload]:
         yield from prompt_workloads(config, dtype, padded_rows(tokens))
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90, 120])
+@pytest.mark.parametrize("arch", [75, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 120))])
 def test_every_instance_that_a_known_model_launches_is_there(arch: int) -> None:
     device = Device(arch=arch, shared=shared_limit(arch))
     found = _needed(arch)

@@ -1,11 +1,14 @@
-"""Kernels of our own, to compile with NVRTC."""
+"""Kernels of our own, to compile with NVRTC, and the backend of a GPU that is there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.backends.cuda.driver import cuda_available
 from cuplama.folders import source_folder
 
 _TEST_KERNELS = """
@@ -41,3 +44,13 @@ def sources(nvrtc: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     for module in ("toolkit", "nvrtc"):
         monkeypatch.setattr(f"cuplama.backends.cuda.{module}.source_folder", lambda: tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def real() -> Iterator[CudaBackend]:
+    works, reason = cuda_available()
+    if not works:
+        pytest.skip(f"needs a GPU: {reason}")
+    backend = CudaBackend("f32")
+    yield backend
+    backend.close()

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -502,16 +502,6 @@ def test_importing_the_module_does_not_import_cupy() -> None:
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def real() -> Iterator[CudaBackend]:
-    works, reason = cuda_available()
-    if not works:
-        pytest.skip(f"needs a GPU: {reason}")
-    backend = CudaBackend("f32")
-    yield backend
-    backend.close()
 
 
 @pytest.mark.gpu

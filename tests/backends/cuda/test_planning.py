@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from cuplama.backends.cuda import planning, unpacking
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.backends.cuda.driver import cuda_available
 from cuplama.dtypes import DTYPES
 from cuplama.lab.check import check
 from cuplama.lab.workloads import case_workload
@@ -73,14 +71,6 @@ def test_codes_of_8_bit_floats_are_no_factors_of_a_backward_product() -> None:
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def real() -> Iterator[CudaBackend]:
-    works, reason = cuda_available()
-    if not works:
-        pytest.skip(f"needs a GPU: {reason}")
-    backend = CudaBackend("f32")
-    yield backend
-    backend.close()
 
 
 @pytest.mark.gpu
