@@ -46,8 +46,9 @@
 //
 // Lost: rows of dx written by whoever adds the last part of dq, instead of convert_dq (benchmarks/results/
 // 2026-11-27-h200-attention-backward-dq.txt: 295 instead of 443 for the first line, 266 instead of 312 for the third,
-// nothing gained with D = 64: the block that writes is late for the next tile of queries). The next tile's scores begun early with D = 128 too, for which the compiler has too few registers: it then runs
-// all products one after the other (C7512 in its log).
+// nothing gained with D = 64: the block that writes is late for the next tile of queries). The next tile's scores begun
+// early with D = 128 too, for which the compiler has too few registers: it then runs all products one after the other
+// (C7512 in its log).
 #include "attention_backward_keys.cuh"
 
 // What the blocks need: their order, by the first blocks of the grid, and of each tile of queries and head, one a block,

@@ -1,7 +1,7 @@
-"""An op that is not part of cuplama: Gemma 2's soft cap, declared in ``own_op/softcap.py`` beside its CUDA file.
+"""An op that is not part of cuplama: a hard tanh, declared in ``own_op/hard_tanh.py`` beside its CUDA file.
 
 It is loaded, held to its own reference by the judge that all kernels have, and called. The commands take it, too:
-``cuplama kernels bench examples/own_op/softcap.py``, and so do show, compare, watch, compile and list.
+``cuplama kernels bench examples/own_op/hard_tanh.py``, and so do show, compare, watch, compile and list.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from cuplama.lab.cases import check_op
 
 
 def main() -> None:
-    softcap = ops.load(Path(__file__).resolve().parent / "own_op" / "softcap.py")
+    hard_tanh = ops.load(Path(__file__).resolve().parent / "own_op" / "hard_tanh.py")
     try:
-        print(f"{softcap.name} is {check_op(softcap)}")
+        print(f"{hard_tanh.name} is {check_op(hard_tanh)}")
     except DeviceError as e:
         print(f"not checked: {e}")
     x = np.linspace(-100, 100, 3 * 257, dtype=np.float32).reshape(3, 257)
     if cuda_available()[0]:
         import cupy
 
-        y = cupy.asnumpy(softcap(cupy.asarray(x), cap=30.0))
+        y = cupy.asnumpy(hard_tanh(cupy.asarray(x), cap=30.0))
     else:
-        y = softcap(x, cap=30.0)
+        y = hard_tanh(x, cap=30.0)
     print(f"largest result {y.max():.3f}")
 
 

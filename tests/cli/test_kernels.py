@@ -343,32 +343,34 @@ def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-OUTSIDE = str(ROOT / "examples" / "own_op" / "softcap.py")
+OUTSIDE = str(ROOT / "examples" / "own_op" / "hard_tanh.py")
 
 
 def test_list_of_names() -> None:
     lines = invoke("list", "residual").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["kernel", "add", "select_rows", "cast", "slice_rows", "place_rows"]
     (_, line) = invoke("list", OUTSIDE).stdout.splitlines()
-    assert re.fullmatch(rf"softcap +{OUTSIDE[:-3]}\.cu +softcap +f32 +sm_75\+ +y = cap \* tanh\(x / cap\)", line)
+    assert re.fullmatch(
+        rf"hard_tanh +{OUTSIDE[:-3]}\.cu +hard_tanh +f32 +sm_75\+ +y = min\(max\(x, -cap\), cap\)", line
+    )
     lines = invoke("list", OUTSIDE, "add").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["kernel", "add", "softcap"]
+    assert [line.split()[0] for line in lines] == ["kernel", "add", "hard_tanh"]
 
 
 @needs_nvrtc
 def test_commands_take_an_op_of_a_users_own_file() -> None:
     done = invoke("bench", OUTSIDE, "--dtype", "f32")
     assert done.exit_code == 0, done.output
-    assert re.search(r"^softcap +f32 +2 +right$", done.stdout, re.M)
+    assert re.search(r"^hard_tanh +f32 +2 +right$", done.stdout, re.M)
     assert "1 kernel instance compiles for sm_90" in done.stdout
-    shaped = invoke("bench", f"{OUTSIDE}:softcap", "--shape", "n=2,d=9", "--dtype", "f32", "-o", "json")
-    assert json.loads(shaped.stdout)["rows"] == [{"op": "softcap", "dtype": "f32", "cases": 1, "emulator": "right"}]
+    shaped = invoke("bench", f"{OUTSIDE}:hard_tanh", "--shape", "n=2,d=9", "--dtype", "f32", "-o", "json")
+    assert json.loads(shaped.stdout)["rows"] == [{"op": "hard_tanh", "dtype": "f32", "cases": 1, "emulator": "right"}]
     shown = invoke("show", OUTSIDE)
-    assert f"{OUTSIDE[:-3]}.cu:\n  softcap    y[n,d] = cap" in shown.stdout
+    assert f"{OUTSIDE[:-3]}.cu:\n  hard_tanh    y[n,d] = min(max(" in shown.stdout
     compiled = invoke("compile", OUTSIDE, "add", "--arch", "sm_80").stdout
     assert "2 kernel instances for sm_80" in compiled
     compared = invoke("compare", f"{OUTSIDE[:-3]}.cu", "--op", OUTSIDE)
-    assert "softcap.cu: compiles, and is right on 2 cases; not timed" in compared.stdout
+    assert "hard_tanh.cu: compiles, and is right on 2 cases; not timed" in compared.stdout
 
 
 @pytest.mark.parametrize("command", ["bench", "show", "watch", "compile", "list"])

@@ -144,4 +144,6 @@ def test_which_names_are_files() -> None:
 
 
 def test_the_example_is_one() -> None:
-    assert ops.load(ROOT / "examples" / "own_op" / "softcap.py").name == "softcap"
+    hard_tanh = ops.load(ROOT / "examples" / "own_op" / "hard_tanh.py")
+    assert hard_tanh.name == "hard_tanh"
+    assert hard_tanh.name not in ops.OPS  # its texts say that it is not part of cuplama
