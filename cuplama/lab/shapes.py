@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from ..dtypes import DTYPES, Array, dtype_name
@@ -43,7 +44,12 @@ def training_shapes(config: ModelConfig) -> tuple[Sequence[Node], dict[str, str]
     found: dict[str, Array | None] = {**training_values(config, step, T, config.context, LETTERS["b"])}
     for _ in infer(step.nodes, found, T):
         pass
-    return step.nodes, _shown(found, {_TOKENS: "n"})
+    return [_with_letter(node) for node in step.nodes], _shown(found, {_TOKENS: "n"})
+
+
+def _with_letter(node: Node) -> Node:
+    """The node as it is to be read: of its attributes too, what is the number of tokens is a letter."""
+    return replace(node, attrs={name: "n" if value == _TOKENS else value for name, value in node.attrs.items()})
 
 
 def _shown(values: Mapping[str, Array | None], more: Mapping[int, str] = MappingProxyType({})) -> dict[str, str]:

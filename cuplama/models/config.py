@@ -162,6 +162,10 @@ class ModelConfig:
         """Canonical weight name -> what the adapter adds to it."""
         return {} if self.adapter is None else self.adapter.matrices(self.own_recipes())
 
+    def adapter_weights(self) -> list[str]:
+        """Canonical names of the adapter's own weights; none without one."""
+        return [f"{name}.lora_{which}" for name in self.low_ranks for which in "ab"]
+
     def lora_parts(self) -> dict[str, np.ndarray[Any, Any]]:
         """The values of an adapter that no file holds: ``X.lora_part``, int32 [rows of X]; see lora.py."""
         recipes, dims = self.own_recipes(), self.dims()

@@ -78,8 +78,7 @@ def adapter_files(
     """
     adapter, own = config.adapter, config.own_recipes()
     assert adapter is not None
-    own_arrays = {f"{name}.lora_{which}": arrays[f"{name}.lora_{which}"] for name in config.low_ranks for which in "ab"}
-    tensors = dict(checkpoint_tensors(config, own_arrays))
+    tensors = dict(checkpoint_tensors(config, {name: arrays[name] for name in config.adapter_weights()}))
     kinds = list(adapter.modules.values())
     ((rank, _),) = Counter(kind.rank for kind in kinds).most_common(1)
     ((alpha, _),) = Counter(kind.alpha for kind in kinds).most_common(1)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..ops import OPS
 from ..ops.node import Node
+from ..ops.signature import OpError
 
 __all__ = ["RECOMPUTE", "Backward", "gradient_name"]
 
@@ -42,7 +43,6 @@ class Backward:
         one of ``RECOMPUTE``."""
         self.nodes: list[Node] = []
         self.arrays: dict[str, None] = {}
-        self._trained = frozenset(trained)
         self._policy = _POLICIES[recompute]
         self._maker = {out: node for node in forward for out in node.outs if out not in node.ins}
         self._depends = set(trained)
@@ -55,12 +55,17 @@ class Backward:
         self._names: dict[str, int] = {}
 
     def through(self, nodes: Sequence[Node], loss: str = "") -> None:
-        """Go back through a part of the forward list. loss: the name of a loss in it, whose own gradient is 1."""
+        """Go back through a part of the forward list. loss: the name of a loss in it, whose own gradient is 1.
+
+        Raises OpError for an op that has no gradient where a trained weight lies behind it.
+        """
         for node in reversed(nodes):
             reached = loss in node.outs or any(out in self._gradients for out in node.outs)
-            gradient = OPS[node.op].gradient
-            if not reached or gradient is None or not self._depends & set(node.ins):
+            if not reached or not self._depends & set(node.ins):
                 continue
+            gradient = OPS[node.op].gradient
+            if gradient is None:
+                raise OpError(f"node {node}: {node.op} has no gradient, and trained weights lie behind it")
             gradient(_NodeGradient(self, node))
             for out in node.outs:
                 self._gradients.pop(out, None)
@@ -81,10 +86,6 @@ class Backward:
     def depends(self, name: str) -> bool:
         """Whether a value depends on a weight that is trained, or is one."""
         return name in self._depends
-
-    def is_trained(self, name: str) -> bool:
-        """Whether a weight is trained."""
-        return name in self._trained
 
     def gradient(self, name: str) -> str:
         """The gradient of a value."""

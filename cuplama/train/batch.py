@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ParameterError
 from ..models.rope import RopeTables, Span
 
 __all__ = ["Batch", "padded_bounds"]
@@ -45,9 +46,18 @@ class Batch:
         return len(self.input_ids)
 
     @classmethod
-    def of_rows(cls, token_ids: np.ndarray[Any, Any]) -> Batch:
-        """From token_ids [B, T+1]: each row is a document, all of whose tokens but the first are learned alike."""
-        count, width = token_ids.shape
+    def of_rows(cls, token_ids: np.ndarray[Any, Any] | Sequence[Sequence[int]]) -> Batch:
+        """From token_ids [B, T+1]: each row is a document, all of whose tokens but the first are learned alike.
+
+        Raises ParameterError for another shape, and for what are no whole numbers.
+        """
+        token_ids = np.asarray(token_ids)
+        shape = token_ids.shape
+        if len(shape) != 2 or token_ids.dtype.kind not in "iu" or shape[0] < 1 or shape[1] < 2:
+            raise ParameterError(
+                f"token_ids is {token_ids.dtype} {list(shape)}; it must be int [B, T+1], T of 1 or more"
+            )
+        count, width = shape
         n = count * (width - 1)
         return cls(
             input_ids=token_ids[:, :-1].astype(np.int32).reshape(-1),
@@ -56,6 +66,21 @@ class Batch:
             weights=np.full(n, 1 / n, np.float32),
             bounds=(np.arange(count + 1) * (width - 1)).astype(np.int32),
         )
+
+    def check(self, vocab_size: int, context: int) -> None:
+        """Raise ParameterError for what a kernel would look up beyond the end of a table.
+
+        vocab_size: of the model; context: tokens of a document at most.
+        """
+        lengths = np.diff(self.bounds)
+        if not self.rows or (self.bounds[0], self.bounds[-1]) != (0, self.rows) or lengths.min() < 0:
+            raise ParameterError(f"bounds of a batch go from 0 to its {self.rows} tokens, at least one, and never down")
+        longest = max(int(lengths.max()), int(self.positions[self.position_order[-1]]) + 1)
+        if longest > context or self.positions[self.position_order[0]] < 0:
+            raise ParameterError(f"a document of a batch has {longest} tokens; context = {context} is the most")
+        for ids in (self.input_ids, self.targets):
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                raise ParameterError(f"a batch has token ids {ids.min()} to {ids.max()}; ids are 0 to {vocab_size - 1}")
 
     def arrays(self, rope: RopeTables | None) -> dict[str, np.ndarray[Any, Any]]:
         """What the nodes read, by name. rope: the model's rotation tables, None for a model without."""

@@ -1,12 +1,14 @@
 """The folder of a training run: the model as others read it, and beside it what a run needs to go on.
 
 ``OUT/training/state.safetensors`` alone is enough to go on: float32 weights, the optimizer's moments, the step, and
-what the run was given. The model beside it may be one save older or newer if a run was killed in between, never torn.
+what the run was given. It is moved to its place after the model: where a run is killed in between, the model is one
+save newer than the state, and going on makes it again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..files import is_missing, not_understood, writing
+from .lock import FolderLock
 from .saving import UNFINISHED, Staging, saved_together
 from .settings import TrainingSettings
 
@@ -52,13 +55,13 @@ class Saved:
 
 
 class TrainingFolder:
-    """Where a model is trained. path: the folder."""
+    """Where a model is trained, by one process until ``close``. path: the folder."""
 
     def __init__(self, path: Path, resume: bool) -> None:
         """Opens or makes the folder.
 
-        Raises CheckpointError for one with a checkpoint unless ``resume``, for one that holds anything else, and where
-        it cannot be made.
+        Raises CheckpointError for one with a checkpoint unless ``resume``, for one that holds anything else, for one
+        that another process trains in, and where it cannot be made.
         """
         self.path = path
         self._step = 0  # of the checkpoint that is there
@@ -69,8 +72,19 @@ class TrainingFolder:
             if names and "training" not in names:
                 raise CheckpointError(f"{path} is not empty, and nothing was trained there")
             (path / "training").mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(path / "training")  # before anything is touched that may be another's
             for file in (*path.glob(f"*{UNFINISHED}"), *path.glob(f"*/*{UNFINISHED}")):
                 file.unlink()
+
+    def close(self) -> None:
+        """Let others train there."""
+        self._lock.close()
+
+    def __enter__(self) -> TrainingFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def has_checkpoint(self) -> bool:
@@ -110,13 +124,22 @@ class TrainingFolder:
     def save(self, step: int, arrays: Arrays, run: Run, model: Callable[[Staging], None]) -> None:
         """Write a checkpoint. arrays: the trainer's; model: writes the files of the model.
 
-        All is written before the first file takes its place. Raises CheckpointError, also for a disk that is full; the
-        checkpoint before stays then.
+        All is written before the first file takes its place. Raises CheckpointError, also for a disk that is full and
+        for arrays that are not finite, as after too large a step; the checkpoint before stays then.
         """
-        full = "nothing is saved yet"
+        kept, full = "nothing is saved yet", ""
         if self._step:
-            full = f"the checkpoint of step {self._step} is whole, and --resume goes on from it when there is room"
-        with writing(self.path, CheckpointError, full), saved_together(self.path) as staging:
-            staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
+            kept, full = (
+                f"the checkpoint of step {self._step}",
+                " is whole, and --resume goes on from it when there is room",
+            )
+        # A sum in float64 of what fits in float32 is finite if all numbers are, and needs no memory.
+        if not all(math.isfinite(array.sum(dtype=np.float64)) for array in arrays.values()):
+            stays = f"{kept} stays" if self._step else kept
+            raise CheckpointError(
+                f"step {step} has left weights that are not finite; {stays} (a smaller --lr or a --warmup may help)"
+            )
+        with writing(self.path, CheckpointError, kept + full), saved_together(self.path) as staging:
             model(staging)
+            staging.tensors(_STATE, arrays, {"step": str(step), "run": run.text()})
         self._step = step

@@ -16,10 +16,9 @@ from ..models.config import ModelConfig
 from ..models.rope import table_rows
 from ..ops.abstract import AbstractArray, abstract
 from ..ops.launch import Device
-from .backward import gradient_name
 from .muon import layer_matrices, matrix_nodes
 from .settings import TrainingSettings
-from .step import LOSS, StepPlan, training_step
+from .step import LOSS, StepPlan, Teacher, array_shapes, teacher_value, training_step
 
 __all__ = ["TrainingMemory", "abstract_values", "check", "plan"]
 
@@ -59,14 +58,22 @@ def plan(
     context: int,
     T: np.dtype[Any],
     device: Device,
+    teachers: Sequence[ModelConfig] = (),
 ) -> TrainingMemory:
     """What a step on ``settings.batch_size`` rows of ``context`` tokens takes.
 
-    trained: canonical names of weights, a tied head by both of its names; frozen: bytes of the weights that are not.
+    trained: canonical names of weights, a tied head by both of its names; frozen: bytes of the weights that are not,
+    teachers' among them.
     """
     shapes, rows, f32 = config.weight_shapes(), settings.batch_size * context, DTYPES["f32"]
-    step = training_step(config, rows, trained, settings.recompute, settings.dropout)
+    guides = [Teacher(teacher, i) for i, teacher in enumerate(teachers)]
+    share = settings.teacher_share if guides else 0.0
+    step = training_step(config, rows, trained, settings.recompute, settings.dropout, guides, share)
     values: dict[str, Array | None] = {**abstract_values(config, step, T, context, _DOCUMENTS)}
+    for guide in guides:
+        found = {name: abstract(shape, T) for name, shape in guide.config.weight_shapes().items()}
+        found |= _tables(guide.config, context)
+        values |= {teacher_value(guide.number, name): array for name, array in found.items()}
     own = [name for name in trained if not (config.tied and name == "lm_head")]
     per_element = 4 * 4 + (0 if f32 == T else T.itemsize)  # gradient, master and two moments, and the weight itself
     return TrainingMemory(
@@ -97,13 +104,8 @@ def abstract_values(
     shapes, rows, i32, f32 = config.weight_shapes(), step.rows, DTYPES["i32"], DTYPES["f32"]
     found = {name: abstract(shape, T) for name, shape in shapes.items()}
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
-    for name in step.arrays:
-        weight = name.removeprefix(gradient_name(""))
-        array = (shapes[weight], f32) if weight in shapes else ((rows, config.hidden_size), T)
-        found[name] = abstract(*array)
-    for name, rope in config.ropes.items():
-        table = abstract((table_rows(rope, context), rope.dim // 2), f32)
-        found |= {f"{name}.cos": table, f"{name}.sin": table}
+    found |= {name: abstract(*array) for name, array in array_shapes(config, step, T).items()}
+    found |= _tables(config, context)
     names = ("input_ids", "input_ids.order", "positions", "positions.order", "rope.rows", "targets")
     found |= {name: abstract((rows,), i32) for name in names}
     return found | {
@@ -112,6 +114,15 @@ def abstract_values(
         "dropout.seed": abstract((2,), DTYPES["u32"]),
         LOSS: abstract((1,), f32),
     }
+
+
+def _tables(config: ModelConfig, context: int) -> dict[str, AbstractArray]:
+    """Descriptions of a model's rotation tables."""
+    found = dict[str, AbstractArray]()
+    for name, rope in config.ropes.items():
+        table = abstract((table_rows(rope, context), rope.dim // 2), DTYPES["f32"])
+        found |= {f"{name}.cos": table, f"{name}.sin": table}
+    return found
 
 
 def check(need: TrainingMemory, free: int, device: str) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..backends import Backend
 from ..dtypes import DTYPES, Array
 from ..errors import ParameterError
 from ..model import Model
+from ..models.config import ModelConfig
 from ..models.export import checkpoint_tensors
 from ..ops.weights import segments_of
 from .backward import gradient_name
 from .batch import Batch
 from .passes import Passes, rope_tables
-from .step import LOSS, training_step
+from .step import LOSS, StepPlan, array_shapes, training_step
 
 __all__ = ["gradients"]
 
@@ -27,45 +29,44 @@ def gradients(
 
     token_ids: int [B, T+1], B texts of one length; the loss is the mean cross entropy of the B*T tokens that follow
     another. The gradients are by tensor name and in the tensors' shapes as the checkpoint has them, float32. A head
-    that is tied to the embedding has no gradient of its own: the two are added up. Raises ParameterError for token ids
-    that do not fit the model, and for quantised weights, which have no gradients.
+    that is tied to the embedding has no gradient of its own: the two are added up. Of a model with an adapter they are
+    the adapter's, by PEFT's names, as in training: the model itself may then be quantised. In float16 small numbers on
+    the way become 0.
+
+    Raises ParameterError for token ids that do not fit the model, and for weights that the device holds quantised,
+    which have no gradients. (On NumPy they are numbers like any other.)
     """
-    ids = _token_ids(model, token_ids)
     runner, backend, config = model.engine.runner, model.backend, model.config
-    names = config.weight_shapes()
-    weights = {name: runner.values[name] for name in names}
-    if packed := next((name for name, array in weights.items() if segments_of(array) is not None), None):
-        raise ParameterError(f"{packed} is quantised; gradients are of plain weights")
-    batch, f32 = Batch.of_rows(ids), DTYPES["f32"]
-    tables = rope_tables(config, ids.shape[1] - 1)
-    plan = training_step(config, batch.rows, names)
-    into: dict[int, Array] = {}  # by the weight's array: a tied head adds to the embedding's
+    batch = Batch.of_rows(token_ids)
+    longest = int(batch.bounds[1])  # all texts are of one length
+    batch.check(config.vocab_size, longest if config.ropes else config.context)
+    weights = {name: runner.values[name] for name in config.weight_shapes()}
+    trained = {name: weights[name] for name in config.adapter_weights()} or weights
+    if packed := next((name for name, array in trained.items() if segments_of(array) is not None), None):
+        raise ParameterError(f"{packed} is quantised; gradients are of plain weights, and of adapters")
+    tables = rope_tables(config, longest)
+    plan = training_step(config, batch.rows, trained)
     parts = {name: runner.values[name] for name in config.lora_parts()}
-    values: dict[str, Array] = {LOSS: backend.zeros((1,), f32), **parts}
-    for name, array in weights.items():
-        values[gradient_name(name)] = into.setdefault(id(array), backend.zeros(names[name], f32))
-    for name in plan.arrays:
-        if name not in values:  # of a value that is sliced
-            values[name] = backend.zeros((batch.rows, config.hidden_size), backend.dtype)
+    sums = _sums(backend, config, plan, trained)
+    values = {LOSS: backend.zeros((1,), DTYPES["f32"]), **weights, **parts, **sums}
     if tables is not None:
         values |= {"rope.cos": backend.upload(tables.cos), "rope.sin": backend.upload(tables.sin)}
-    passes = Passes(backend, lambda rows: (plan.nodes, {**weights, **values}), tables)
-    passes.run(batch)
-    loss = float(backend.download(values[LOSS])[0])
-    own = {id(weights[name]): name for name in reversed(names)}  # the first of the names of an array
-    found = {name: backend.download(values[gradient_name(name)]) for name in own.values()}
-    passes.close()
+    passes = Passes(backend, lambda rows: (plan.nodes, values), tables)
+    try:
+        passes.run(batch)
+        loss = float(backend.download(values[LOSS])[0])
+    finally:
+        passes.close()
+    own = {id(trained[name]): name for name in reversed(trained)}  # the first of the names of an array
+    found = {name: backend.download(sums[gradient_name(name)]) for name in own.values()}
     return loss, {name: np.ascontiguousarray(array) for name, array in checkpoint_tensors(config, found)}
 
 
-def _token_ids(model: Model, token_ids: Any) -> np.ndarray[Any, Any]:
-    ids = np.asarray(token_ids)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise ParameterError(f"token_ids is {ids.dtype} {list(ids.shape)}; it must be int [B, T+1] with T of 1 or more")
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        raise ParameterError(f"token_ids has {ids.min()} to {ids.max()}; ids are 0 to {model.config.vocab_size - 1}")
-    if not model.config.ropes and ids.shape[1] - 1 > model.config.context:
-        raise ParameterError(
-            f"token_ids has T = {ids.shape[1] - 1}; the model learned {model.config.context} positions"
-        )
-    return ids
+def _sums(backend: Backend, config: ModelConfig, plan: StepPlan, trained: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays that gradients are added up in, by name. A tied head adds to the embedding's."""
+    arrays, into, found = array_shapes(config, plan, backend.dtype), dict[int, Array](), dict[str, Array]()
+    for name, array in trained.items():
+        if id(array) not in into:
+            into[id(array)] = backend.zeros(*arrays[gradient_name(name)])
+        found[gradient_name(name)] = into[id(array)]
+    return {name: backend.zeros(*array) for name, array in arrays.items() if name not in found} | found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..ops.attention import HEAD_DIMS
 from ..quant.weight import Weight
 from . import memory
 from .settings import TrainingSettings
+from .trainer import GuidingModel
 
 __all__ = ["open_training_backend"]
 
@@ -26,9 +28,13 @@ _NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def open_training_backend(
-    settings: TrainingSettings, config: ModelConfig, weights: Mapping[str, Weight | np.ndarray[Any, Any]], context: int
+    settings: TrainingSettings,
+    config: ModelConfig,
+    weights: Mapping[str, Weight | np.ndarray[Any, Any]],
+    context: int,
+    teachers: Sequence[GuidingModel] = (),
 ) -> Backend:
-    """A backend with room for a training. weights: as of a ``Trainer``; context: tokens of a row.
+    """A backend with room for a training. weights, teachers: as of a ``Trainer``; context: tokens of a row.
 
     Raises DeviceError, with the numbers, where memory is short, and for what the kernels cannot do.
     """
@@ -36,7 +42,7 @@ def open_training_backend(
     if settings.device != "numpy":
         works, reason = cuda_available()
         if works:
-            return _open_cuda(settings, config, weights, context)
+            return _open_cuda(settings, config, weights, context, teachers)
         if settings.device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
         _log.warning("training on NumPy: %s", reason)
@@ -46,7 +52,11 @@ def open_training_backend(
 
 
 def _open_cuda(
-    settings: TrainingSettings, config: ModelConfig, weights: Mapping[str, Weight | np.ndarray[Any, Any]], context: int
+    settings: TrainingSettings,
+    config: ModelConfig,
+    weights: Mapping[str, Weight | np.ndarray[Any, Any]],
+    context: int,
+    teachers: Sequence[GuidingModel],
 ) -> Backend:
     from ..backends.cuda.backend import CudaBackend
     from ..backends.cuda.gpu import Gpu
@@ -62,14 +72,21 @@ def _open_cuda(
         raise DeviceError(f"{gpu.name} (sm_{gpu.limits.arch}) has no bfloat16; --dtype float32 trains on it")
     backend = CudaBackend(_NAMES.get(settings.dtype, "bf16" if has_bf16 else "f32"), gpu=gpu)
     try:
-        names = list(config.weight_shapes())
-        adapters = [name for name in names if name.endswith((".lora_a", ".lora_b"))]
+        adapters = config.adapter_weights()
         loaded = [w for w in weights.values() if isinstance(w, Weight)] if adapters else []
-        frozen = sum(w.device_bytes(backend.dtype) for w in {w.source: w for w in loaded}.values())
-        trained = adapters or names
-        need = memory.plan(config, settings, trained, frozen, context, backend.dtype, backend.gpu.limits)
+        frozen = sum(_bytes(backend.dtype, group) for group in (loaded, *(t.weights.values() for t in teachers)))
+        # The backward pass unpacks a quantised matrix as a whole, all into one place.
+        frozen += max((math.prod(w.shape) * backend.dtype.itemsize for w in loaded if w.packed), default=0)
+        trained = adapters or list(config.weight_shapes())
+        guides = [teacher.config for teacher in teachers]
+        need = memory.plan(config, settings, trained, frozen, context, backend.dtype, backend.gpu.limits, guides)
         memory.check(need, backend.free_memory(), backend.gpu.name)
     except BaseException:
         backend.close()
         raise
     return backend
+
+
+def _bytes(T: np.dtype[Any], weights: Iterable[Weight]) -> int:
+    """Of weights on the device; a head that is tied to the embedding counts once."""
+    return sum(w.device_bytes(T) for w in {w.source: w for w in weights}.values())

@@ -87,7 +87,16 @@ class Parameters:
 
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """Copies of the arrays of ``STATE`` on the host, float32, in one row each."""
-        return {name: self._backend.download(getattr(self, name)) for name in STATE}
+        return {name: self._on_host(getattr(self, name)) for name in STATE}
+
+    def weights_on_host(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Copies of the weights on the host, by name."""
+        return {name: self._on_host(array) for name, array in self.weights.items()}
+
+    def _on_host(self, array: Array) -> np.ndarray[Any, Any]:
+        """A copy, which the next steps do not change. What is on the host anyway is downloaded as it is."""
+        found = self._backend.download(array)
+        return found.copy() if found is array else found
 
     def load_state(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Go on from what ``state`` gave. Raises ValueError for arrays of another size."""

@@ -38,9 +38,12 @@ class Passes:
         backend: Backend,
         prepare: Callable[[int], tuple[Sequence[Node], Mapping[str, Array]]],
         rope: RopeTables | None,
+        beside: Passes | None = None,
     ) -> None:
-        """prepare: tokens of a batch -> (the list for it, arrays by name that it reads besides the batch's)."""
+        """prepare: tokens of a batch -> (the list for it, arrays by name that it reads besides the batch's); beside:
+        other passes, with which these share their memory: nothing of a pass outlives it."""
         self._backend, self._prepare, self._rope = backend, prepare, rope
+        self._sharing: list[CapturedGraph] = [] if beside is None else beside._sharing
         self._prepared: dict[int, tuple[Sequence[Node], Mapping[str, Array]]] = {}
         self._ready: dict[tuple[int, int], tuple[InputBuffer, CapturedGraph]] = {}
 
@@ -50,9 +53,10 @@ class Passes:
         key = batch.rows, len(batch.bounds)
         if key not in self._ready:
             inputs = InputBuffer(self._backend, arrays)
-            # Batches of another number of documents need the same memory, and nothing of a pass outlives it.
-            other = next((graph for _, graph in self._ready.values()), None)
-            self._ready[key] = inputs, self._backend.capture(self._body(batch.rows, inputs), other)
+            # Batches of another number of documents need the same memory.
+            graph = self._backend.capture(self._body(batch.rows, inputs), next(iter(self._sharing), None))
+            self._ready[key] = inputs, graph
+            self._sharing.append(graph)
         inputs, graph = self._ready[key]
         for name, array in arrays.items():
             inputs.host[name][...] = array
@@ -73,6 +77,7 @@ class Passes:
     def close(self) -> None:
         """Give back what was captured."""
         for inputs, graph in self._ready.values():
+            self._sharing.remove(graph)
             graph.close()
             inputs.close()
         self._ready.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from .windows import Windows, evaluation_batches
 __all__ = ["Hooks", "Job", "run_training"]
 
 _log = logging.getLogger("cuplama")
+_MOST_TOKENS = 2**31 - 1  # of a batch: kernels count them in 32 bits
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,19 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
     check_files([*job.data, *job.evaluation])
     origin = _origin(job)
     context = settings.row_length(origin.config.context, not origin.config.ropes)
+    if settings.batch_size * context > _MOST_TOKENS:
+        raise ParameterError(
+            f"batch_size = {settings.batch_size} rows of {context} tokens are more than the {_MOST_TOKENS} of a batch"
+        )
     if context > origin.config.context:
         limit = origin.config.context
         _log.warning("rows of %d tokens are longer than the %d that the model is made for", context, limit)
-    folder = TrainingFolder(job.out, job.resume)
+    with TrainingFolder(job.out, job.resume) as folder:
+        return _train(job, hooks, origin, context, folder)
+
+
+def _train(job: Job, hooks: Hooks, origin: Origin, context: int, folder: TrainingFolder) -> Outcome:
+    settings = job.settings
     data, evaluation = _data(job, origin, folder, hooks)
     windows = Windows(data, context, settings.batch_size, settings.accumulate, settings.seed)
     evaluated = partial(evaluation_batches, length=context, batch_size=settings.batch_size)
@@ -94,14 +105,15 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
         return Outcome(done, False)
     _note_of_schedule(saved, settings, hooks)
     guides = _guides(job, origin)
-    backend = open_training_backend(settings, origin.config, origin.weights, context)
-    log = TrainingLog(job.out, done)
-    try:
-        trainer = Trainer(origin.config, origin.weights, settings, backend, context, guides)
+    with (
+        closing(open_training_backend(settings, origin.config, origin.weights, context, guides)) as backend,
+        closing(TrainingLog(job.out, done)) as log,
+        Trainer(origin.config, origin.weights, settings, backend, context, guides) as trainer,
+    ):
         if saved is not None:
             _go_on(trainer, saved, folder)
         hooks.began(backend.describe(), _described(trainer, data), done)
-        outcome = Loop(
+        return Loop(
             trainer=trainer,
             settings=settings,
             batches=windows.step,
@@ -111,11 +123,6 @@ def run_training(job: Job, hooks: Hooks) -> Outcome:
             report=hooks.report,
             stop=hooks.stop,
         ).run(done)
-        trainer.close()
-        return outcome
-    finally:
-        log.close()
-        backend.close()
 
 
 @dataclass

@@ -17,7 +17,8 @@ def open_trainer(model: str | os.PathLike[str] | None, settings: TrainingSetting
     """A trainer of a model: of its weights, or with ``settings.lora`` of adapters.
 
     model: a folder or hub id, None for the bundled one; offline: never ask the hub. Data, learning rates and the number
-    of steps are the caller's: ``Trainer.step`` takes batches and a learning rate, ``Trainer.save`` writes the model.
+    of steps are the caller's: ``Trainer.step`` takes batches and a learning rate, ``Trainer.save`` writes the model,
+    and ``Trainer.close``, or the end of a ``with`` block, gives the device back.
 
     Raises ParameterError, ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
@@ -26,7 +27,7 @@ def open_trainer(model: str | os.PathLike[str] | None, settings: TrainingSetting
     context = settings.row_length(origin.config.context, not origin.config.ropes)
     backend = open_training_backend(settings, origin.config, origin.weights, context)
     try:
-        trainer = Trainer(origin.config, origin.weights, settings, backend, context)
+        trainer = Trainer(origin.config, origin.weights, settings, backend, context, owns_backend=True)
     except BaseException:
         backend.close()
         raise

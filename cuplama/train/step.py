@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+
+from ..dtypes import DTYPES
 from ..models.config import ModelConfig
 from ..models.fusion import PREFILL_RULES, fuse
 from ..models.graph import HIDDEN, Graph, decoder
 from ..ops.node import Node
-from .backward import Backward
+from .backward import Backward, gradient_name
 
-__all__ = ["LOSS", "StepPlan", "Teacher", "chunk_rows", "evaluation_nodes", "teacher_value", "training_step"]
+__all__ = [
+    "LOSS",
+    "StepPlan",
+    "Teacher",
+    "array_shapes",
+    "chunk_rows",
+    "evaluation_nodes",
+    "teacher_value",
+    "training_step",
+]
 
 LOSS = "loss"  # [1] float32: the losses of all passes since it was 0 are added to it
 _LOGIT_BYTES = 1 << 30  # of a chunk's logits at most, in float32
@@ -39,6 +52,15 @@ class StepPlan:
     nodes: Sequence[Node]
     arrays: Collection[str]
     rows: int
+
+
+def array_shapes(
+    config: ModelConfig, plan: StepPlan, T: np.dtype[Any]
+) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """(shape, dtype) of each of a step's gradient arrays: of a weight, or of the rows that are sliced for the head."""
+    rows = (plan.rows, config.hidden_size), T
+    weights = {gradient_name(name): (shape, DTYPES["f32"]) for name, shape in config.weight_shapes().items()}
+    return {name: weights.get(name, rows) for name in plan.arrays}
 
 
 def teacher_value(number: int, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from .parameters import Parameters
 from .passes import Passes, rope_tables
 from .saving import Staging, saved_together
 from .settings import TrainingSettings
-from .step import LOSS, Teacher, evaluation_nodes, teacher_value, training_step
+from .step import LOSS, Teacher, array_shapes, evaluation_nodes, teacher_value, training_step
 from .update import update_nodes, update_values
 
 __all__ = ["Files", "GuidingModel", "Step", "Trainer"]
@@ -48,7 +49,10 @@ class GuidingModel:
 
 
 class Step:
-    """A step that is queued. Its numbers are there when the backend has come so far; asking for them waits."""
+    """A step that is queued. Its numbers are there when the backend has come so far; asking for them waits.
+
+    They are where the next step or evaluation puts its own: asked for later than that, they raise ParameterError.
+    """
 
     def __init__(self, read: Any) -> None:
         self._read = read
@@ -95,15 +99,19 @@ class Trainer:
         backend: Backend,
         context: int,
         teachers: Sequence[GuidingModel] = (),
+        owns_backend: bool = False,
     ) -> None:
         """weights: canonical name -> first values, of any float dtype; with adapters in ``config``, theirs are trained
-        and the others, which may be quantised, are not. context: tokens of a row at most; teachers: models to learn
-        from.
+        and the others, which may be quantised, are not. context: tokens of a document at most; teachers: models to
+        learn from; owns_backend: whether ``close`` closes the backend as well.
 
         Raises ParameterError, CheckpointError, and DeviceError where memory is short.
         """
         self.config, self.settings, self._backend = config, settings, backend
+        self._context, self._owns_backend = context, owns_backend
         self.done = 0
+        self._queued = 0  # steps and evaluations: the last one has written LOSS
+        self._open = True
         self._tied = config.tied is not False and _same(weights)
         trained = self._trained()
         # Teachers' logits, which go with the model's, are as wide as the vocabulary.
@@ -119,21 +127,12 @@ class Trainer:
             if "embed_tokens" in trained:
                 self._gradients[gradient_name("lm_head")] = self._gradients[gradient_name("embed_tokens")]
         self._names = (*trained, *(("lm_head",) if self._tied and "embed_tokens" in trained else ()))
-        self._teachers = [Teacher(teacher.config, i) for i, teacher in enumerate(teachers)]
         self._rope = rope_tables(config, context)
         self._add_tables("", config, context)
-        for i, teacher in enumerate(teachers):
-            ropes = teacher.config.ropes.values()
-            if any(rope.regime(context) for rope in ropes):
-                raise ParameterError(
-                    f"a teacher of rope type longrope sees at most {min(r.original for r in ropes)} tokens"
-                )
-            loaded = _load(backend, teacher.weights)
-            self._values |= {teacher_value(i, name): array for name, array in loaded.items()}
-            self._add_tables(teacher_value(i, ""), teacher.config, context)
+        self._teachers = [self._add_teacher(i, teacher, context) for i, teacher in enumerate(teachers)]
         backend.end_loading()
         self._passes = Passes(backend, self._step_nodes, self._rope)
-        self._evaluation = Passes(backend, lambda rows: (evaluation_nodes(config, rows), self._values), self._rope)
+        self._evaluation = Passes(backend, self._evaluation_nodes, self._rope, self._passes)
         self._schedule = InputBuffer(backend, {"schedule": np.zeros(3, np.float32)})
         self._squares = backend.zeros((1,), _F32)
         update, values = update_nodes(settings, self._matrices), self._update_values()
@@ -144,9 +143,13 @@ class Trainer:
     def step(self, batches: Sequence[Batch], lr: float) -> Step:
         """Queue a step: the gradients of all batches, added up, and one update. lr: its learning rate.
 
-        The batches' weights add up to 1. The numbers of a step have to be asked for before the next is queued.
+        The batches' weights add up to 1. The numbers of a step have to be asked for before the next is queued. Raises
+        ParameterError for a batch that does not fit the model.
         """
         settings = self.settings
+        for batch in batches:
+            batch.check(self.config.vocab_size, self._context)
+        self._queued += 1
         for array in (self._values[LOSS], self._squares):
             self._backend.write(array, np.zeros(1, np.float32))
         for number, batch in enumerate(batches):
@@ -156,16 +159,20 @@ class Trainer:
         self._schedule.send()
         self._update.replay()
         self.done = t
-        return Step(self._numbers_of_step)
+        return Step(partial(self._numbers_of_step, self._queued))
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The sum of the weighted losses of some batches."""
+        """The sum of the weighted losses of some batches. Raises ParameterError as ``step`` does."""
+        self._queued += 1
         self._backend.write(self._values[LOSS], np.zeros(1, np.float32))
         for batch in batches:
+            batch.check(self.config.vocab_size, self._context)
             self._evaluation.run(batch)
         return float(self._backend.download(self._values[LOSS])[0])
 
-    def _numbers_of_step(self) -> tuple[float, float]:
+    def _numbers_of_step(self, queued: int) -> tuple[float, float]:
+        if queued != self._queued:
+            raise ParameterError("the numbers of a step have to be asked for before the next step or evaluation")
         loss = float(self._backend.download(self._values[LOSS])[0])
         return loss, float(np.sqrt(self._backend.download(self._squares)[0]))
 
@@ -189,7 +196,7 @@ class Trainer:
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """The trained weights on the host by canonical name, in the dtype of the model."""
-        return {name: self._backend.download(array) for name, array in self.parameters.weights.items()}
+        return self.parameters.weights_on_host()
 
     def export(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         """(tensor name, array) of what is trained, as a checkpoint has it."""
@@ -204,21 +211,31 @@ class Trainer:
             self.files.write(staging, self)
 
     def close(self) -> None:
-        """Give back graphs and memory. The backend stays open."""
+        """Give back graphs and memory, and close the backend if it is the trainer's own. A second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
         self._passes.close()
         self._evaluation.close()
         self._update.close()
         self._values.clear()
         self._gradients.clear()
         del self.parameters
+        if self._owns_backend:
+            self._backend.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -- making it ready
 
     def _trained(self) -> list[str]:
         """Canonical names of the weights that are trained; a tied head goes by the embedding's."""
-        names = list(self.config.weight_shapes())
-        adapters = [name for name in names if name.endswith((".lora_a", ".lora_b"))]
-        return adapters or [name for name in names if not (self._tied and name == "lm_head")]
+        names = [name for name in self.config.weight_shapes() if not (self._tied and name == "lm_head")]
+        return self.config.adapter_weights() or names
 
     def _frozen(self, weights: Mapping[str, np.ndarray[Any, Any] | Weight]) -> dict[str, Array]:
         trained = set(self._trained())
@@ -229,6 +246,21 @@ class Trainer:
             name: self._backend.upload(w) for name, w in rest.items() if not isinstance(w, Weight)
         }
 
+    def _add_teacher(self, number: int, teacher: GuidingModel, context: int) -> Teacher:
+        ropes = teacher.config.ropes.values()
+        if not ropes and context > teacher.config.context:
+            raise ParameterError(
+                f"context = {context} is more than the {teacher.config.context} positions that a teacher learned"
+            )
+        if any(rope.regime(context) for rope in ropes):
+            raise ParameterError(
+                f"a teacher of rope type longrope sees at most {min(r.original for r in ropes)} tokens"
+            )
+        loaded = _load(self._backend, teacher.weights)
+        self._values |= {teacher_value(number, name): array for name, array in loaded.items()}
+        self._add_tables(teacher_value(number, ""), teacher.config, context)
+        return Teacher(teacher.config, number)
+
     def _add_tables(self, prefix: str, config: ModelConfig, context: int) -> None:
         tables, upload = rope_tables(config, context), self._backend.upload
         self._values |= {f"{prefix}{name}": upload(part) for name, part in config.lora_parts().items()}
@@ -236,19 +268,18 @@ class Trainer:
             self._values |= {f"{prefix}rope.cos": upload(tables.cos), f"{prefix}rope.sin": upload(tables.sin)}
 
     def _step_nodes(self, rows: int) -> tuple[Sequence[Node], Mapping[str, Array]]:
-        settings, shapes = self.settings, self.config.weight_shapes()
+        settings, backend = self.settings, self._backend
         alpha = settings.teacher_share if self._teachers else 0.0
         plan = training_step(
             self.config, rows, self._names, settings.recompute, settings.dropout, self._teachers, alpha
         )
-        more = {}
-        for name in plan.arrays:
-            if name not in self._gradients:
-                # Of a norm that is not trained, or of the rows that go through the head in slices.
-                shape = shapes.get(name.removeprefix(gradient_name("")))
-                width = (rows, self.config.hidden_size)
-                more[name] = self._backend.zeros(shape or width, _F32 if shape else self._backend.dtype)
+        # Others than those of the trained weights: of a norm that is not trained, or of the rows that are sliced.
+        arrays = array_shapes(self.config, plan, backend.dtype).items()
+        more = {name: backend.zeros(*array) for name, array in arrays if name not in self._gradients}
         return plan.nodes, {**self._values, **self._gradients, **more}
+
+    def _evaluation_nodes(self, rows: int) -> tuple[Sequence[Node], Mapping[str, Array]]:
+        return evaluation_nodes(self.config, rows), self._values
 
     def _update_values(self) -> dict[str, Array]:
         found = update_values(self.parameters, self._matrices)

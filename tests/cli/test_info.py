@@ -65,6 +65,8 @@ def test_the_graph_of_a_training_step_has_a_gradient_for_every_weight(run: Run) 
     assert {f"{layers - 1}.down_proj", "embed_tokens", "norm"} <= weights
     for name in ("embed_tokens", "lm_head", "norm", "0.attn_norm", f"{layers - 1}.gate_up_proj"):
         assert re.search(rf"^(\S+, )?grad\.{re.escape(name)}[\[ ,]", out, re.M), name
+    assert "slice_rows(norm.out) first=0 r=n\n" in out
+    assert "1009" not in out  # what stands for n
     assert run("graph", "-m", LLAMA, "--training", "--fused")[0] == 2
 
 

@@ -34,9 +34,20 @@ def test_gradients(folder: Path) -> None:
     with cuplama.load(case.folder, device="numpy", adapter=folder) as model:
         loss, found = gradients(model, case.ids)
     assert abs(loss - json.loads((folder / "meta.json").read_text())["loss"]) <= 1e-6
-    assert {name for name in found if ".lora_" in name} == wanted.keys()
+    assert found.keys() == wanted.keys()
     errors = {name: relative_error(found[name], g) for name, g in wanted.items()}
     assert not {name: error for name, error in errors.items() if error > 1e-5}
+
+
+def test_gradients_of_an_adapter_of_a_quantised_model() -> None:
+    """They are near those of the model as it was, whose own weights have no gradients."""
+    folder = next(f for f in FOLDERS if f.name == BASE.name)
+    with cuplama.load(BASE, device="numpy", adapter=folder, quantize="int8") as model:
+        loss, found = gradients(model, IDS)
+    assert loss == pytest.approx(json.loads((folder / "meta.json").read_text())["loss"], abs=0.01)
+    wanted = load_file(folder / "gradients.safetensors")
+    errors = {name: relative_error(found[name], g) for name, g in wanted.items()}
+    assert max(errors.values()) < 0.1
 
 
 def _trainer(backend: Backend, quantize: str | None, steps: int) -> tuple[Trainer, ModelConfig]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -56,6 +59,28 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
         TrainingFolder(tmp_path / "file", resume=False)
 
 
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    """Another would clear away what this one is writing. A process that is dead, however it died, holds nothing."""
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "out"
+    code = (
+        "import sys, pathlib; from cuplama.train.checkpoint import TrainingFolder;"
+        f"folder = TrainingFolder(pathlib.Path({str(folder)!r}), False); print('there', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "there\n"
+        unfinished = folder / "model.safetensors.unfinished"
+        unfinished.write_text("")
+        with pytest.raises(CheckpointError, match="training is in use: another process trains there"):
+            TrainingFolder(folder, resume=True)
+        assert unfinished.exists()
+        other.kill()
+    with TrainingFolder(folder, resume=True):
+        assert not unfinished.exists()
+    TrainingFolder(folder, resume=True).close()
+
+
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     folder = TrainingFolder(tmp_path / "out", resume=False).path
     (folder / "model.safetensors.unfinished").write_text("")
@@ -95,6 +120,30 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     staging.written[0][0].replace(staging.written[0][1])
     with pytest.raises(CheckpointError, match=r"state\.safetensors is not the checkpoint of a training"):
         folder.load(run())
+
+
+def test_a_run_that_is_killed_between_two_files_has_no_step_that_the_model_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else going on would find all steps done, and leave the model of the save before."""
+    folder, moved, replace = saved(tmp_path / "out"), list[str](), Path.replace
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: Path, target: Path) -> None:
+        if moved:
+            raise Killed
+        moved.append(target.name)
+        replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(Killed):
+        folder.save(4, ARRAYS, run(), lambda staging: staging.text("config.json", "newer"))
+    assert moved == ["config.json"]
+    found = folder.load(run())
+    assert found is not None
+    assert found.step == 3
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

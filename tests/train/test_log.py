@@ -60,6 +60,18 @@ def test_a_full_disk_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     log.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is a disk without room")
+def test_a_row_without_room_is_told_once(tmp_path: Path) -> None:
+    """Closing the file tries to write it once more."""
+    log = TrainingLog(tmp_path, 0)
+    log.close()
+    with Path("/dev/full").open("a") as full:
+        log._file = full
+        with pytest.raises(CheckpointError, match=r"log\.jsonl: No space left on device; the last checkpoint is whole"):
+            log.add(row(1))
+        log.close()
+
+
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write(tmp_path, range(1, 2))

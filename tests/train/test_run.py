@@ -17,6 +17,7 @@ import pytest
 import cuplama
 from cuplama.errors import CheckpointError, ConfigError, CuplamaError, DeviceError, ParameterError, PromptError
 from cuplama.models.checkpoint import open_tensors
+from cuplama.train.checkpoint import Run, TrainingFolder
 from cuplama.train.log import read_log
 from cuplama.train.loop import Outcome, Report
 from cuplama.train.run import Hooks, Job, run_training
@@ -205,6 +206,26 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(make: Make) ->
     assert (good.out / "model.safetensors").exists()
 
 
+def test_weights_that_are_not_finite_are_not_saved(make: Make) -> None:
+    """The loss of the step before them was."""
+    job = make(steps=1, lr=3e38, schedule="constant")
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(CheckpointError, match=r"step 1 has left weights .* nothing is saved"),
+    ):
+        run(job)
+    assert not (job.out / "model.safetensors").exists()
+    run(job := make("other"), stop_after=2)
+    state = job.out / "training" / "state.safetensors"
+    before = state.read_bytes()
+    with TrainingFolder(job.out, resume=True) as folder:
+        folder._step = 2
+        arrays = {"master": np.array([1, np.nan], np.float32)}
+        with pytest.raises(CheckpointError, match=r"not finite; the checkpoint of step 2 stays"):
+            folder.save(3, arrays, Run(job.settings, "d", "m", 16), lambda staging: None)
+    assert state.read_bytes() == before
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     run(job := make(), stop_after=2)
     before = (job.out / "model.safetensors").read_bytes()
@@ -244,6 +265,7 @@ def test_what_is_refused_before_anything_is_made(make: Make, tmp_path: Path) -> 
     assert said(ParameterError, lora=2).startswith("lora trains adapters of a model that was trained before")
     trained = {"config": None, "tokenizer": None, "model": GOLDEN / "llama3-gqa"}
     assert "tokenizer.json does not exist" in said(CuplamaError, **trained)
+    assert "batch_size = 200000000 rows of 16 tokens are more than" in said(ParameterError, batch_size=200_000_000)
     learned = write_config(tmp_path / "gpt2.json", **json.loads((GOLDEN / "gpt2-char" / "config.json").read_text()))
     assert "context = 81 is more than the 80 positions" in said(ParameterError, config=learned, context=81)
 

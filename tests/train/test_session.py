@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import cuplama
+from cuplama.backends.numpy import NumPyBackend
 from cuplama.errors import ParameterError
 from cuplama.train import Batch, TrainingSettings, gradients, open_trainer
 
@@ -33,3 +34,13 @@ def test_a_trainer_of_arrays_has_no_files(tmp_path: Path) -> None:
     trainer.files = None
     with pytest.raises(ParameterError, match=r"export\(\) has its tensors"):
         trainer.save(tmp_path)
+
+
+def test_a_trainer_closes_the_backend_that_it_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[NumPyBackend] = []
+    monkeypatch.setattr(NumPyBackend, "close", lambda self: closed.append(self))
+    with open_trainer(None, TrainingSettings(1, device="numpy")) as trainer:
+        assert closed == []
+    assert len(closed) == 1
+    trainer.close()
+    assert len(closed) == 1

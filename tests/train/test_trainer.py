@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from cuplama.backends import Backend
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.backends.numpy import NumPyBackend
+from cuplama.errors import ParameterError
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.train import Batch, Trainer, TrainingSettings
+from cuplama.train.trainer import GuidingModel
 from tests.fakes import FakeGpu, HostCublas
 from tests.train.goldens import TRAINING, Array, relative_error
 
@@ -172,6 +175,68 @@ def test_what_is_computed_again_changes_no_bit(make: Made, recompute: str) -> No
     kept, again = make(), make(recompute=recompute)
     assert take(kept, IDS[:2]) == take(again, IDS[:2])
     assert_same_bits(kept, again)
+
+
+# ---- what a loop of one's own may do wrong ---------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_fit_the_model_is_refused(make: Made) -> None:
+    """A kernel would read beyond the end of a table, or write there."""
+    trainer, vocab_size = make(), load_config(FOLDER).vocab_size
+    for ids, said in (
+        (np.full((1, 5), vocab_size), f"token ids {vocab_size} to {vocab_size}; ids are 0 to {vocab_size - 1}"),
+        (np.array([[1, 2, -100]]), "token ids -100 to 2"),
+        (np.ones((1, CONTEXT + 2), int), f"has {CONTEXT + 1} tokens; context = {CONTEXT} is the most"),
+    ):
+        with pytest.raises(ParameterError, match=said):
+            trainer.step([Batch.of_rows(ids)], 1e-3)
+        with pytest.raises(ParameterError, match=said):
+            trainer.evaluate([Batch.of_rows(ids)])
+    torn = replace(Batch.of_rows(IDS[0]), bounds=np.array([0, 9, 4, IDS[0][:, 1:].size], np.int32))
+    with pytest.raises(ParameterError, match="bounds of a batch go from 0 to its"):
+        trainer.step([torn], 1e-3)
+    assert trainer.done == 0
+
+
+def test_a_teacher_with_too_few_positions_is_refused() -> None:
+    config, teacher = load_config(FOLDER), load_config(TRAINING / "gpt2")
+    guide, limit = GuidingModel(teacher, {}), teacher.context
+    with pytest.raises(
+        ParameterError, match=f"context = {limit + 1} is more than the {limit} positions that a teacher"
+    ):
+        Trainer(config, load_weights(FOLDER, config), settings(), NumPyBackend(), limit + 1, [guide])
+
+
+def test_the_numbers_of_a_step_are_not_those_of_the_next(make: Made) -> None:
+    trainer, batch = make(), Batch.of_rows(IDS[0])
+    first = trainer.step([batch], 1e-3)
+    assert first.loss > 0
+    second = trainer.step([batch], 1e-3)
+    assert first.loss != second.loss  # what was read stays
+    third = trainer.step([batch], 1e-3)
+    trainer.evaluate([batch])
+    with pytest.raises(ParameterError, match="asked for before the next step or evaluation"):
+        third.wait()
+
+
+def test_weights_and_state_are_copies(make: Made) -> None:
+    trainer = make()
+    weights, state = trainer.weights(), trainer.state()
+    before = [array.copy() for array in (*weights.values(), *state.values())]
+    take(trainer, IDS[:1])
+    assert all(np.array_equal(a, b) for a, b in zip((*weights.values(), *state.values()), before, strict=True))
+    assert not np.array_equal(trainer.state()["master"], state["master"])
+
+
+def test_evaluation_takes_the_memory_of_the_steps(make: Made) -> None:
+    """It has no plan of its own: what a step needs has to be enough."""
+    gpu: Any = FakeGpu()
+    trainer = make(CudaBackend("f32", gpu=gpu))
+    trainer.step([Batch.of_rows(IDS[0])], 1e-3)
+    pools = {id(pool) for pool in gpu.pools}
+    trainer.evaluate([Batch.of_rows(IDS[0]), batch_of([IDS[0, 0]], 22)])
+    assert {id(pool) for pool in gpu.pools} == pools
+    assert len(pools) == 3  # the main one, and those of passes and updates
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
