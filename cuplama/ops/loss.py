@@ -11,9 +11,11 @@ from ..dtypes import Array
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
+from .team import fill_rows
 
 __all__ = ["add_sum", "cross_entropy", "softmax_mixture"]
 
+_COST = 24  # of a logit with its exponentials, in multiply-adds
 _WIDTH = 8  # logits that a thread takes at once, as in the kernels
 _NARROW, _WIDE = 512, 1024  # threads of a block: two or one a multiprocessor
 _NARROW_ROWS = 57344  # elements of a row up to which two rows a multiprocessor find in L2 what is not held
@@ -37,18 +39,28 @@ def _cross_entropy(
     first: int,
     U: str = "",
 ) -> tuple[Array, Array]:
-    rows = np.arange(len(logits))
-    targets, weights = targets[first + rows], weights[first + rows]
-    log_p = _log_softmax(logits[:, :V])
-    loss = -(1 - alpha) * log_p[rows, targets]
-    dlogits = np.exp(log_p)
-    dlogits[rows, targets] -= 1 - alpha
-    if mixture is not None:
-        loss = loss - alpha * (mixture[:, :V] * log_p).sum(-1)
-        dlogits -= alpha * mixture[:, :V]
-    learned, padded = weights != 0, np.zeros_like(logits)
-    padded[:, :V] = np.where(learned[:, None], dlogits * weights[:, None], 0)
-    return np.where(learned, loss * weights, 0), padded
+    loss = np.empty(len(logits), logits.dtype)
+
+    def piece(rows: slice) -> Array:
+        """The gradient of some rows; their losses are written on the way."""
+        count = np.arange(rows.start or 0, min(rows.stop, len(logits)))
+        t, w, at = targets[first + count], weights[first + count], np.arange(len(count))
+        log_p = _log_softmax(logits[rows, :V])
+        lost = -(1 - alpha) * log_p[at, t]
+        if mixture is not None:
+            lost = lost - alpha * (mixture[rows, :V] * log_p).sum(-1)
+        loss[count] = np.where(w != 0, lost * w, 0)
+        dlogits = np.zeros((len(count), logits.shape[1]), logits.dtype)
+        inner = np.exp(log_p, out=dlogits[:, :V])
+        inner[at, t] -= 1 - alpha
+        if mixture is not None:
+            inner -= alpha * mixture[rows, :V]
+        inner *= w[:, None]
+        inner[w == 0] = 0  # not NaN, whatever its logits are
+        return dlogits
+
+    dlogits = fill_rows(np.empty_like(logits), piece, _COST)
+    return loss, dlogits
 
 
 def _softmax_mixture(logits: Array, a: Array | None = None, *, share: float) -> Array:

@@ -13,10 +13,12 @@ import numpy as np
 from ..dtypes import Array, narrow
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
+from .team import fill_rows
 
 __all__ = ["adamw", "square_sum"]
 
 _THREADS, _WIDTH = 256, 4  # as in the kernels
+_COST = 24  # of an element, in multiply-adds
 _SUMS = 1024  # blocks of square_sum: what one block of square_sum_total adds
 _WAVES = 16  # blocks of adamw for each multiprocessor
 
@@ -29,15 +31,20 @@ def _adamw(
     p: Array, g: Array, m: Array, v: Array, master: Array, norm_squared: Array, schedule: Array,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, clip: float,
 ) -> tuple[Array, ...]:  # fmt: skip
+    lr, unbias1, unbias2 = schedule
+    limit = min(1.0, clip / (np.sqrt(norm_squared[0]) + 1e-6)) if clip else 1.0
+
+    def piece(rows: slice) -> Array:
+        grad = g[rows] * limit
+        m[rows] += (grad - m[rows]) * (1 - beta1)
+        v[rows] *= beta2
+        v[rows] += (1 - beta2) * grad * grad
+        master[rows] *= 1 - lr * weight_decay
+        master[rows] -= lr * unbias1 * m[rows] / (np.sqrt(v[rows] * unbias2) + eps)
+        return narrow(master[rows], p.dtype)
+
     if np.isfinite(norm_squared[0]):
-        lr, unbias1, unbias2 = schedule
-        grad = g * min(1.0, clip / (np.sqrt(norm_squared[0]) + 1e-6)) if clip else g
-        m += (grad - m) * (1 - beta1)
-        v *= beta2
-        v += (1 - beta2) * grad * grad
-        master *= 1 - lr * weight_decay
-        master -= lr * unbias1 * m / (np.sqrt(v * unbias2) + eps)
-        p[...] = narrow(master, p.dtype)
+        fill_rows(p, piece, _COST)
     g[...] = 0
     return p, g, m, v, master
 
