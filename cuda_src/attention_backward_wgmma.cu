@@ -36,11 +36,11 @@
 // (benchmarks/results/2026-11-27-h200-attention-backward.json); beside it torch's two:
 //
 //     sequences, heads            here    torch's flash    cuDNN
-//     1 x 4096,  32/8 of 128       443              224      399
-//     1 x 16384, 32/8 of 128       450              308      514
-//     8 x 1024,  32/8 of 128       312              150      278
-//     16 x 1024, 12/12 of 64       207              134      209
-//     4 x 1024,  32/8 of 64        248              121      188
+//     1 x 4096,  32/8 of 128       403              224      415
+//     1 x 16384, 32/8 of 128       430              308      509
+//     8 x 1024,  32/8 of 128       300              152      282
+//     16 x 1024, 12/12 of 64       219              136      204
+//     4 x 1024,  32/8 of 64        266              121      186
 //
 // prepare_backward takes 6 to 64 us of it, convert_dq 19 to 132 us.
 //
