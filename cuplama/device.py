@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .quant.format import E4M3
 from .quant.stored import Stored
 from .quant.weight import Weight
 
-__all__ = ["ACTIVATIONS", "DEVICES", "Setup", "open_backend", "stored_dtype"]
+__all__ = ["ACTIVATIONS", "DEVICES", "Setup", "check_head_dim", "open_backend", "stored_dtype", "weight_bytes"]
 
 DEVICES = ("auto", "cuda", "numpy")
 ACTIVATIONS = ("auto", "fp8")
@@ -75,9 +75,18 @@ def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight
     return _open_numpy(setup, config, weights)
 
 
-def _bytes(weights: Mapping[str, Weight], dtype: np.dtype[Any]) -> int:
+def weight_bytes(weights: Iterable[Weight], dtype: np.dtype[Any]) -> int:
     """Bytes of all weights where plain ones have that dtype, a tied head counted once."""
-    return sum(w.device_bytes(dtype) for w in {w.source: w for w in weights.values()}.values())
+    return sum(w.device_bytes(dtype) for w in {w.source: w for w in weights}.values())
+
+
+def check_head_dim(config: ModelConfig) -> None:
+    """Raise DeviceError for a head_dim that is not in the CUDA kernels."""
+    if config.head_dim not in HEAD_DIMS:
+        raise DeviceError(
+            f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
+            " --device numpy takes any"
+        )
 
 
 def _has_floats(weights: Mapping[str, Weight]) -> bool:
@@ -96,14 +105,10 @@ def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
 def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> Backend:
     from .backends.cuda.backend import CudaBackend
 
-    if config.head_dim not in HEAD_DIMS:
-        raise DeviceError(
-            f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
-            " --device numpy takes any"
-        )
+    check_head_dim(config)
     chosen = stored_dtype(config, weights) if setup.dtype == "auto" else setup.dtype
     backend = CudaBackend(chosen, activations=setup.activations)
-    size, cache = _bytes(weights, backend.dtype), cache_dtype(setup.kv_cache_dtype, backend.dtype)
+    size, cache = weight_bytes(weights.values(), backend.dtype), cache_dtype(setup.kv_cache_dtype, backend.dtype)
     unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:

@@ -18,7 +18,7 @@ from ..ops.abstract import AbstractArray, abstract
 from .kv_cache import PAGE, page_table
 from .sequence import SequenceState
 
-__all__ = ["INPUTS", "Batch", "Input", "abstract_values", "input_shapes"]
+__all__ = ["INPUTS", "Batch", "Input", "abstract_tables", "abstract_values", "input_shapes"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,14 @@ def abstract_values(
     pool = abstract((pages, config.num_kv_heads, PAGE, config.head_dim), cache or T)
     found |= {f"{i}.cache.{part}": pool for i in range(config.num_layers) for part in "kv"}
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
+    found |= abstract_tables(config, positions)
+    return found | {name: abstract(shape, DTYPES["i32"]) for name, shape in shapes.items()}
+
+
+def abstract_tables(config: ModelConfig, positions: int) -> dict[str, AbstractArray]:
+    """Descriptions of the rotation tables of a model for that many positions, by name."""
+    found: dict[str, AbstractArray] = {}
     for name, rope in config.ropes.items():
         table = abstract((table_rows(rope, positions), rope.dim // 2), DTYPES["f32"])
         found |= {f"{name}.cos": table, f"{name}.sin": table}
-    return found | {name: abstract(shape, DTYPES["i32"]) for name, shape in shapes.items()}
+    return found

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import DTYPES, Array, dtype_name
+from ..engine.batch import abstract_tables
 from ..engine.memory import FIXED, peak_bytes
 from ..errors import DeviceError
 from ..models.config import ModelConfig
-from ..models.rope import table_rows
 from ..ops.abstract import AbstractArray, abstract
 from ..ops.launch import Device
 from .muon import layer_matrices, matrix_nodes
@@ -72,7 +72,7 @@ def plan(
     values: dict[str, Array | None] = {**abstract_values(config, step, T, context, _DOCUMENTS)}
     for guide in guides:
         found = {name: abstract(shape, T) for name, shape in guide.config.weight_shapes().items()}
-        found |= _tables(guide.config, context)
+        found |= abstract_tables(guide.config, context)
         values |= {teacher_value(guide.number, name): array for name, array in found.items()}
     own = [name for name in trained if not (config.tied and name == "lm_head")]
     per_element = 4 * 4 + (0 if f32 == T else T.itemsize)  # gradient, master and two moments, and the weight itself
@@ -105,7 +105,7 @@ def abstract_values(
     found = {name: abstract(shape, T) for name, shape in shapes.items()}
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
     found |= {name: abstract(*array) for name, array in array_shapes(config, step, T).items()}
-    found |= _tables(config, context)
+    found |= abstract_tables(config, context)
     names = ("input_ids", "input_ids.order", "positions", "positions.order", "rope.rows", "targets")
     found |= {name: abstract((rows,), i32) for name in names}
     return found | {
@@ -114,15 +114,6 @@ def abstract_values(
         "dropout.seed": abstract((2,), DTYPES["u32"]),
         LOSS: abstract((1,), f32),
     }
-
-
-def _tables(config: ModelConfig, context: int) -> dict[str, AbstractArray]:
-    """Descriptions of a model's rotation tables."""
-    found = dict[str, AbstractArray]()
-    for name, rope in config.ropes.items():
-        table = abstract((table_rows(rope, context), rope.dim // 2), DTYPES["f32"])
-        found |= {f"{name}.cos": table, f"{name}.sin": table}
-    return found
 
 
 def check(need: TrainingMemory, free: int, device: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,9 @@ import numpy as np
 from ..arguments import one_of
 from ..backends import Backend
 from ..backends.cuda.driver import cuda_available
-from ..device import DEVICES
+from ..device import DEVICES, check_head_dim, weight_bytes
 from ..errors import DeviceError
 from ..models.config import ModelConfig
-from ..ops.attention import HEAD_DIMS
 from ..quant.weight import Weight
 from . import memory
 from .settings import TrainingSettings
@@ -61,11 +60,7 @@ def _open_cuda(
     from ..backends.cuda.backend import CudaBackend
     from ..backends.cuda.gpu import Gpu
 
-    if config.head_dim not in HEAD_DIMS:
-        raise DeviceError(
-            f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
-            " --device numpy takes any"
-        )
+    check_head_dim(config)
     gpu = Gpu()
     has_bf16 = gpu.limits.arch >= 80
     if settings.dtype == "bfloat16" and not has_bf16:
@@ -74,7 +69,7 @@ def _open_cuda(
     try:
         adapters = config.adapter_weights()
         loaded = [w for w in weights.values() if isinstance(w, Weight)] if adapters else []
-        frozen = sum(_bytes(backend.dtype, group) for group in (loaded, *(t.weights.values() for t in teachers)))
+        frozen = sum(weight_bytes(group, backend.dtype) for group in (loaded, *(t.weights.values() for t in teachers)))
         # The backward pass unpacks a quantised matrix as a whole, all into one place.
         frozen += max((math.prod(w.shape) * backend.dtype.itemsize for w in loaded if w.packed), default=0)
         trained = adapters or list(config.weight_shapes())
@@ -85,8 +80,3 @@ def _open_cuda(
         backend.close()
         raise
     return backend
-
-
-def _bytes(T: np.dtype[Any], weights: Iterable[Weight]) -> int:
-    """Of weights on the device; a head that is tied to the embedding counts once."""
-    return sum(w.device_bytes(T) for w in {w.source: w for w in weights}.values())

@@ -90,8 +90,8 @@ class Parameters:
         return {name: self._on_host(getattr(self, name)) for name in STATE}
 
     def weights_on_host(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Copies of the weights on the host, by name."""
-        return {name: self._on_host(array) for name, array in self.weights.items()}
+        """Copies of the weights on the host, by name and in their own shapes."""
+        return {name: self._on_host(array) for name, array in self.views(self.p).items()}
 
     def _on_host(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy, which the next steps do not change. What is on the host anyway is downloaded as it is."""

@@ -222,6 +222,8 @@ def test_the_numbers_of_a_step_are_not_those_of_the_next(make: Made) -> None:
 def test_weights_and_state_are_copies(make: Made) -> None:
     trainer = make()
     weights, state = trainer.weights(), trainer.state()
+    shapes = trainer.config.weight_shapes()
+    assert {name: array.shape for name, array in weights.items()} == {name: shapes[name] for name in weights}
     before = [array.copy() for array in (*weights.values(), *state.values())]
     take(trainer, IDS[:1])
     assert all(np.array_equal(a, b) for a, b in zip((*weights.values(), *state.values()), before, strict=True))
