@@ -17,10 +17,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .async_stream import AsyncStream
     from .chat import ChatOptions
     from .completion import Completion, Delta, Stream, Timings
     from .engine.sequence import Token
     from .errors import (
+        BusyError,
         CheckpointError,
         ClosedError,
         CompileError,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
 __all__ = [
+    "AsyncStream",
+    "BusyError",
     "ChatOptions",
     "CheckpointError",
     "ClosedError",
@@ -68,6 +72,7 @@ __version__ = "0.1.0"
 
 # The modules of the public names that have one of their own; every other name is an error's.
 _MODULES = {
+    "AsyncStream": "async_stream",
     "ChatOptions": "chat",
     "Completion": "completion",
     "Delta": "completion",

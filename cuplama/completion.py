@@ -23,7 +23,8 @@ class Timings:
 
     The prompt's time ends with the first token drawn, and decode is of the tokens after it: a rate that is not blurred
     by the prompt's length. In a batch that the cache cannot hold at once, the prompts read later count as prompts too.
-    generated_tokens: all that were drawn, those included that came with the prompts.
+    generated_tokens: all that were drawn, those included that came with the prompts. queue_seconds: the part of the
+    prompt's time that passed before the first sequence was admitted.
     """
 
     prompt_tokens: int
@@ -31,6 +32,7 @@ class Timings:
     decode_tokens: int
     decode_seconds: float
     generated_tokens: int = 0
+    queue_seconds: float = 0.0
 
     @property
     def prompt_rate(self) -> float:
@@ -95,6 +97,8 @@ class Completion:
     index: the place among all completions of the call: with n choices, prompt * n + choice.
     context: tokens that the sequence could have, which ends it where max_tokens is None.
     adapter: as it was given to ``load``, or None.
+    cached_tokens: of the prompt, those whose keys and values were in the prefix cache.
+    prompt_logprobs: where they were asked for, a Token for each of the prompt, and None for the first.
 
     ``cuplama.load(c.model, device=c.device, dtype=c.dtype, context=c.context, adapter=c.adapter)`` is a model whose
     ``generate(c.prompt, c.params)`` gives the same again.
@@ -115,6 +119,8 @@ class Completion:
     index: int = 0
     context: int = 0
     adapter: str | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: list[Token | None] | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -1,6 +1,7 @@
 """The errors a user can cause. Each is one line that names the culprit; the command line exits with status 2."""
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "ClosedError",
     "CompileError",
@@ -49,6 +50,10 @@ class ParameterError(CuplamaError, ValueError):
 
 class ClosedError(CuplamaError, RuntimeError):
     """The model is closed and cannot generate any more."""
+
+
+class BusyError(CuplamaError, RuntimeError):
+    """Too many requests are waiting already."""
 
 
 class CopyError(CuplamaError, TypeError):

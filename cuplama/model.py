@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Unpack, overload
 import numpy as np
 
 from .arguments import checked, shown, type_of, whole_number
+from .async_stream import AsyncStream
 from .chat import ChatOptions, read_chat
 from .completion import Completion, Delta, Stream
 from .engine.engine import Engine
@@ -281,6 +282,65 @@ class Model:
         """Like chat, but yields a Delta per token."""
         ids, sampling = read_chat(self.tokenizer, messages, options)
         return self.stream(ids, params, n=n, progress=progress, **sampling)
+
+    async def agenerate(
+        self,
+        prompt: Prompt | Prompts,
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        priority: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion]:
+        """generate for asyncio: other tasks run meanwhile, and calls of many tasks share one batch.
+
+        priority: lower ones are admitted first. A task that is cancelled frees its pages at once.
+        """
+        stream = self.astream(prompt, params, n=n, priority=priority, **options)
+        async with stream:
+            async for _ in stream:
+                pass
+        return stream.result
+
+    def astream(
+        self,
+        prompt: Prompt | Prompts,
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        priority: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """stream for asyncio; see ``agenerate``. Raises BusyError where too many requests are waiting."""
+        generation = self._start(prompt, self.params(params, **options), n)
+        stream = Stream(self._deltas(generation, None), generation.clock, generation.completions)
+        return AsyncStream(stream, generation.single)
+
+    async def achat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        priority: int = 0,
+        **options: Unpack[ChatOptions],
+    ) -> Completion | list[Completion]:
+        """chat for asyncio; see ``agenerate``."""
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return await self.agenerate(ids, params, n=n, priority=priority, **sampling)
+
+    def astream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        priority: int = 0,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncStream:
+        """stream_chat for asyncio; see ``agenerate``."""
+        ids, sampling = read_chat(self.tokenizer, messages, options)
+        return self.astream(ids, params, n=n, priority=priority, **sampling)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> list[int]:
         """The token ids of the prompt that chat makes of the same options. Raises what chat raises for them."""

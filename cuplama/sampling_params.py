@@ -32,6 +32,7 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class SamplingParams:
     same there; they are to rounding.
     stop: strings that end the text (and are not part of it). stop_token_ids: further stop tokens.
     ignore_eos: do not stop at the model's own stop tokens.
-    logprobs: None for none, 0 for the chosen token's, n for the n most probable besides.
+    logprobs: None for none, 0 for the chosen token's, n for the n most probable besides. prompt_logprobs: the same for
+    each token of the prompt.
     """
 
     max_tokens: int | None = 512
@@ -73,6 +75,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in _RULES:
@@ -193,5 +196,6 @@ _RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "stop_token_ids": (_ids, "a list of token ids"),
     "ignore_eos": (flag, "True or False"),
     "logprobs": (whole_number(0, 64, none=True), "a whole number from 0 to 64, or None"),
+    "prompt_logprobs": (whole_number(0, 64, none=True), "a whole number from 0 to 64, or None"),
 }
 PARAMETERS = tuple(f.name for f in fields(SamplingParams))

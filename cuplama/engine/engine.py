@@ -25,6 +25,7 @@ from .runner import Runner
 from .scheduler import Drawn, Progress, Scheduler
 from .sequence import SequenceState
 from .sharing import Run
+from .stats import EngineStats
 
 __all__ = ["Engine"]
 
@@ -67,6 +68,11 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {self.config.architecture} on {self.backend.name}, cache of {self.cache.pages} pages>"
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it has done so far, and is doing now."""
+        return EngineStats(pages=self.cache.pages, pages_used=self.cache.pages - self.cache.free)
 
     def close(self) -> None:
         """Give back graphs, weights and cache. A run that has not ended gets ClosedError at its next step."""
