@@ -41,7 +41,7 @@ class Generation:
         return sequences
 
     def push(self, drawn: Drawn) -> list[Delta]:
-        """What the tokens of a step add, in their order. Those of a sequence that a stop string has ended are left out."""
+        """What the tokens of a step add, in their order; none for a sequence that a stop string has ended."""
         pairs = [(output, token) for s, token in drawn if (output := self._output_of[id(s)]).finish_reason is None]
         first = any(not output.tokens for output, _ in pairs)
         if not self.clock.generated_tokens and drawn:
