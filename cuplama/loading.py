@@ -57,6 +57,7 @@ def load(
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    deterministic: bool = False,
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -75,6 +76,8 @@ def load(
     activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
     tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     adapter: a folder or hub id of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
+    deterministic: a text's logits are the same bit for bit whatever is computed beside it, however its prompt is cut,
+    and whether its tokens are read or were generated. On CUDA alone, and slower.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
@@ -86,6 +89,7 @@ def load(
         one_of("quantize", quantize, GRIDS)
     one_of("activations", activations, ACTIVATIONS)
     one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    deterministic = checked("deterministic", deterministic, flag, "True or False")
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     with held_open(folder):
         config = load_config(folder)
@@ -103,7 +107,7 @@ def load(
     name = BUNDLED if model is None else os.fspath(model)
     if adapter is not None:
         config, weights = _adapted(config, weights, find_model(adapter, offline), name)
-    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
+    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations, deterministic)
     engine = start_engine(config, weights, setup, progress)
     return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
 

@@ -157,7 +157,7 @@ class Runner:
     def _step(self, key: Any, sampler: Sampler) -> list[Node]:
         """The nodes of a step: one list for each kind, since backends keep what they plan for a list."""
         if key not in self._step_nodes:
-            self._step_nodes[key] = decode_step(self.graph, key[0], sampler.nodes)
+            self._step_nodes[key] = decode_step(self.graph, key[0], sampler.nodes, self.backend.deterministic)
         return self._step_nodes[key]
 
     def drop_graphs(self) -> None:

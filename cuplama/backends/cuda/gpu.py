@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from ...ops.signature import OpError
 from ...ops.weights import named_segments, segments_of
 from .cublas import Cublas, load_cublas
 from .driver import PdlLaunch, driver_version, load_driver
+from .fixed_cublas import FixedCublas
 from .functions import Functions
 
 __all__ = ["STAGE", "Gpu", "parallel_copy", "windows"]
@@ -237,6 +239,21 @@ class Gpu:
         if not waits or self._early is None:
             return launch
         return self._early_launches.setdefault(id(raw), PdlLaunch(self._early, launch, self.stream.ptr))
+
+    def fix_sums(self) -> None:
+        """From now on a row of a result does not depend on how many rows there are: for plans, and for cuBLAS, whose
+        workspace becomes memory for trials. Called before the first plan is made."""
+        self.limits = replace(self.limits, deterministic=True)
+        if self.cublas is None:
+            return
+        with self:
+            memory = self._workspace = self.empty((_WORKSPACE,), np.dtype(np.uint8))
+            library, address = self.cublas.library, self.address(memory)
+            self.cublas.close()
+            self.cublas = FixedCublas(
+                library, self.stream.ptr, address, _WORKSPACE,
+                lambda at, size: self.read(memory[at : at + size]), lambda numbers: self.write(memory, numbers),
+            )  # fmt: skip
 
     def close(self) -> None:
         """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die.
