@@ -107,13 +107,13 @@ def test_nor_with_a_packed_weight_in_float32() -> None:
 def test_a_decode_step_attends_as_a_prompt(T: str, C: str, D: int, device: Device, window: int) -> None:
     """The last tokens of three sequences, one by one as in a step, are what they are at the end of their prompts."""
     case = attention_case(4, 2, D, [50, 3, 150], [70, 33, 150], window=window, S=64, C=C)
-    ins = attention.random_inputs(np.random.default_rng(3), case, DTYPES[T])
+    ins: dict[str, Any] = attention.random_inputs(np.random.default_rng(3), case, DTYPES[T])
 
     def attended(ins: dict[str, Any]) -> np.ndarray[Any, Any]:
         arrays = tuple(ins[spec.name] for spec in attention.signature.ins)
         return _run(Workload(attention, arrays, attributes(attention, case, DTYPES[T]), dtype_name(DTYPES[T])), device)
 
-    ends = ins["cu_seqlens"][1:]
+    ends: Any = ins["cu_seqlens"][1:]
     step = {**ins, "x": ins["x"][ends - 1], "cu_seqlens": np.arange(4, dtype=np.int32)}
     assert np.array_equal(attended(step), attended(ins)[ends - 1])
 

@@ -252,7 +252,7 @@ class Gpu:
             self.cublas.close()
             self.cublas = FixedCublas(
                 library, self.stream.ptr, address, _WORKSPACE,
-                lambda at, size: self.read(memory[at : at + size]), lambda numbers: self.write(memory, numbers),
+                lambda at, size: self.read(memory[at : at + size]), lambda at, host: self.write(memory[at:], host),
             )  # fmt: skip
 
     def close(self) -> None:
