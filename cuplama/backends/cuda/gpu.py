@@ -247,13 +247,16 @@ class Gpu:
         if self.cublas is None:
             return
         with self:
-            memory = self._workspace = self.empty((_WORKSPACE,), np.dtype(np.uint8))
-            library, address = self.cublas.library, self.address(memory)
+            memory, library, byte = self._workspace, self.cublas.library, np.dtype(np.uint8)
+
+            def read(at: int, size: int) -> np.ndarray[Any, Any]:
+                return self.read(self.array_type((size,), byte, memory + at))
+
+            def write(at: int, host: np.ndarray[Any, Any]) -> None:
+                self.write(self.array_type((host.nbytes,), byte, memory + at), host)
+
             self.cublas.close()
-            self.cublas = FixedCublas(
-                library, self.stream.ptr, address, _WORKSPACE,
-                lambda at, size: self.read(memory[at : at + size]), lambda at, host: self.write(memory[at:], host),
-            )  # fmt: skip
+            self.cublas = FixedCublas(library, self.stream.ptr, memory.ptr, _WORKSPACE, read, write)
 
     def close(self) -> None:
         """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die.
