@@ -14,7 +14,7 @@ from .backends import Backend
 from .device import ACTIVATIONS, DEVICES, Setup, open_backend
 from .dtypes import Array
 from .engine.engine import Engine
-from .engine.kv_cache import KV_CACHE_DTYPES
+from .engine.kv_cache import KV_CACHE_DTYPES, MAX_TOKENS
 from .errors import ConfigError
 from .generation_config import Settings
 from .gguf import held_open
@@ -28,12 +28,11 @@ from .quant.grid import GRIDS
 from .quant.weight import Weight
 from .text.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_CONTEXT", "DTYPE_NAMES", "LoadProgress", "context_length", "load", "start_engine"]
+__all__ = ["DEFAULT_CONTEXT", "DTYPE_NAMES", "LoadProgress", "cache_size", "context_length", "load", "start_engine"]
 
 _log = logging.getLogger("cuplama")
 LoadProgress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 DEFAULT_CONTEXT = 8192  # tokens, of a model that allows more: bounds the cache until --context asks for more
-_MAX_TOKENS = 2**30  # positions are int32, with room for a page more
 # What a caller may ask for -> the short name that backends and ops use. "auto" is decided where the device is known.
 DTYPE_NAMES: Mapping[str, str] = {
     "auto": "auto",
@@ -53,7 +52,7 @@ def load(
     dtype: str = "auto",
     quantize: str | None = None,
     context: int | None = None,
-    cache_tokens: int | None = None,
+    cache_tokens: int | str | None = None,
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
@@ -69,7 +68,9 @@ def load(
     quantize: "int4", "int8" or "fp8": the layers' matrices are quantised while they are loaded, each number to the
     nearest. Embedding and head stay as they are.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
-    cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``.
+    cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``. "auto"
+    takes as many as there is room for. On CUDA that is 90% of the memory that is free beside weights and workspace; on
+    NumPy eight sequences of full length, in at most a quarter of the free memory.
     kv_cache_dtype: "fp8" stores keys and values as 8-bit floats (e4m3, without scales): half the bytes of 16 bits, so
     that more tokens fit and long texts are generated faster, at some precision. "auto" stores the model's dtype.
     activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
@@ -90,7 +91,7 @@ def load(
     with held_open(folder):
         config = load_config(folder)
         length = context_length(config, context)
-        tokens = _cache_tokens(length, cache_tokens)
+        tokens = cache_size(length, cache_tokens)
         if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
             _log.warning(
                 "a context of %d tokens is more than the %d that the model was made for", length, config.context
@@ -127,10 +128,10 @@ def start_engine(
 
     Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend = open_backend(setup, config, weights)
+    backend, tokens = open_backend(setup, config, weights)
     try:
         loaded = _upload(backend, weights, progress)
-        return Engine(backend, config, loaded, setup.context, setup.tokens, setup.kv_cache_dtype)
+        return Engine(backend, config, loaded, setup.context, tokens, setup.kv_cache_dtype)
     except BaseException:
         backend.close()
         raise
@@ -150,13 +151,19 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _tokens(name: str, value: Any) -> int:
-    """A whole number of tokens. Raises ParameterError."""
-    return int(checked(name, value, whole_number(1, _MAX_TOKENS), f"a number from 1 to {_MAX_TOKENS}"))
+def _tokens(name: str, value: Any, also: str = "") -> int:
+    """A whole number of tokens. also: what else it may be. Raises ParameterError."""
+    return int(checked(name, value, whole_number(1, MAX_TOKENS), f"a number from 1 to {MAX_TOKENS}{also}"))
 
 
-def _cache_tokens(context: int, asked: int | None) -> int:
-    return context if asked is None else max(context, _tokens("cache_tokens", asked))
+def cache_size(context: int, asked: int | str | None) -> int | None:
+    """Tokens of the cache, those of one sequence at least; None for as many as there is room for, which is "auto".
+
+    Raises ParameterError for what is neither "auto" nor a number of tokens.
+    """
+    if asked == "auto":
+        return None
+    return context if asked is None else max(context, _tokens("cache_tokens", asked, ', or "auto"'))
 
 
 def _upload(backend: Backend, weights: Mapping[str, Weight], progress: LoadProgress | None) -> dict[str, Array]:

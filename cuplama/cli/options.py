@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..device import ACTIVATIONS, DEVICES
-from ..engine.kv_cache import KV_CACHE_DTYPES
+from ..engine.kv_cache import KV_CACHE_DTYPES, MAX_TOKENS
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..quant.grid import GRIDS
@@ -31,6 +31,7 @@ __all__ = [
     "QUANTIZE",
     "QUIET",
     "Decorator",
+    "cache_tokens_option",
     "check_sampling",
     "complete_model",
     "dtype_option",
@@ -157,7 +158,7 @@ ADAPTER = click.option(
     shell_complete=complete_model,
     help="Folder or hub id of a LoRA adapter for the model, as PEFT saves it.",
 )
-_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context", "adapter")
+_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context", "cache_tokens", "adapter")
 CONTEXT = click.option(
     "-c",
     "--context",
@@ -167,6 +168,25 @@ CONTEXT = click.option(
     metavar="N",
     help="Tokens a text may have.  [default: the model's limit, at most 8192]",
 )
+
+
+def _cache_tokens(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= MAX_TOKENS:
+        raise click.BadParameter(f"{value!r} is not a number from 1 to {MAX_TOKENS}, or auto")
+    return int(value)
+
+
+def cache_tokens_option(default: str | None, text: str) -> Decorator:
+    """``--cache-tokens``. default: None is as many as the context; text: how --help tells it."""
+    return click.option(
+        "--cache-tokens",
+        callback=_cache_tokens,
+        default=default,
+        metavar="auto|N",
+        help=f"Tokens that all texts have room for together; auto: as many as fit into memory.  [default: {text}]",
+    )
 
 
 def loading_options(auto: str = "", *more: Decorator) -> Decorator:
@@ -186,9 +206,11 @@ def loading_options(auto: str = "", *more: Decorator) -> Decorator:
     return decorate
 
 
+CACHE_TOKENS = cache_tokens_option(None, "the context")
+
 # What every command has that runs a model.
 run_options = options(
-    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT, ADAPTER),
+    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT, CACHE_TOKENS, ADAPTER),
     OFFLINE,
     QUIET,
     DEBUG,

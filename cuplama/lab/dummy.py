@@ -12,7 +12,7 @@ from ..device import Setup
 from ..dtypes import DTYPES
 from ..errors import ConfigError, ParameterError
 from ..generation_config import Settings
-from ..loading import DTYPE_NAMES, context_length, load, start_engine
+from ..loading import DTYPE_NAMES, cache_size, context_length, load, start_engine
 from ..model import Model
 from ..models.config import ModelConfig
 from ..models.presets import find_shape, is_shape
@@ -41,7 +41,7 @@ class Source:
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
 
-    def open(self, context: int, cache_tokens: int) -> Model:
+    def open(self, context: int, cache_tokens: int | str) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``.
 
         Raises ParameterError for random weights of no model, ConfigError for a known shape without --dummy-weights.
@@ -87,15 +87,15 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
 
 
 def dummy_model(
-    model: str, device: str, dtype: str, context: int, cache_tokens: int, form: str = "", **more: str
+    model: str, device: str, dtype: str, context: int, cache_tokens: int | str, form: str = "", **more: Any
 ) -> Model:
     """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states.
 
-    form: of the layers' matrices; more: other fields of a ``Setup``.
+    cache_tokens: as of ``load``; form: of the layers' matrices; more: other fields of a ``Setup``.
     """
     name, config = find_shape(model)
     weights = dummy_weights(config, DTYPES[config.stored], form)
     length = context_length(config, context)
-    setup = Setup(device, DTYPE_NAMES[dtype], length, max(length, cache_tokens), **more)
+    setup = Setup(device, DTYPE_NAMES[dtype], length, cache_size(length, cache_tokens), **more)
     engine = start_engine(config, weights, setup)
     return Model(Path(name), config, None, engine, Settings.read(Path(name), config, None))

@@ -80,6 +80,8 @@ def test_help_tells_the_names_that_other_programs_have(run: Run) -> None:
         (["--kv-cache-dtype", "int8"], "'int8' is not one of 'auto', 'fp8'"),
         (["--context", "0"], "'-c' / '--context': 0 is not in the range"),
         (["--context", "81"], "context 81 is more than the 80 positions"),
+        (["--cache-tokens", "0"], "'--cache-tokens': '0' is not a number from 1 to 1073741824, or auto"),
+        (["--cache-tokens", "most"], "'--cache-tokens': 'most' is not a number from 1 to 1073741824, or auto"),
         (["--frobnicate"], "No such option"),
         (["extra"], "unexpected extra argument"),
         (["-p", "extra"], "the same is given 2 times, by PROMPT and -p; give it once (cuplama"),
@@ -123,11 +125,13 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
     ("--ctx-size 33", "context", 33),
+    ("--cache-tokens 700", "cache_tokens", 700),
+    ("--cache-tokens auto", "cache_tokens", "auto"),
     (f"--adapter {LLAMA_FOLDER}", "adapter", str(LLAMA_FOLDER)),
 ]
 LOAD_DEFAULTS = {
     "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto",
-    "activations": "auto", "adapter": None, "offline": True,
+    "activations": "auto", "cache_tokens": None, "adapter": None, "offline": True,
 }  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
