@@ -92,10 +92,7 @@ def load(
         config = load_config(folder)
         length = context_length(config, context)
         tokens = cache_size(length, cache_tokens)
-        if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
-            _log.warning(
-                "a context of %d tokens is more than the %d that the model was made for", length, config.context
-            )
+        _warn_of_length(config, length)
         tokenizer = Tokenizer.find(folder)
         settings = Settings.read(folder, config, tokenizer)
         weights = load_weights(folder, config)
@@ -107,6 +104,11 @@ def load(
     setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
     engine = start_engine(config, weights, setup, progress)
     return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
+
+
+def _warn_of_length(config: ModelConfig, length: int) -> None:
+    if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
+        _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
 
 
 def _adapted(
