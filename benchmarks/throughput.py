@@ -129,7 +129,7 @@ def measure(args: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
     context = max(args.tokens + args.new, SHORT + STEPS) + 1
     room = max(args.requests * (args.tokens + args.new + 64), SEQUENCES * (SHORT + STEPS + 64))
     with source.open(context, "auto" if args.device != "numpy" else room) as model:
-        facts = {"shape": shape, "weight_format": args.weight_format or model.backend.dtype.name, **how}
+        facts = {"shape": model.folder.name, "weight_format": args.weight_format or model.backend.dtype.name, **how}
         facts |= environment(model.backend)
         if "batch" not in args.without:
             yield {"measured": "batch", **facts, **batch(model, args.requests, args.tokens, args.new, args.repeats)}
