@@ -23,7 +23,9 @@ from cuplama.server.service import Service
 from tests.server.running import ServerProcess, in_thread
 
 # It says who speaks, as in "user: Hi\nassistant:"; enough for a model that only tells stories.
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+CHAT_TEMPLATE = """\
+{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 Log = Callable[[], list[dict[str, Any]]]
 
 
