@@ -23,6 +23,7 @@ from .streams import QUIET_KEY, no_warnings
 __all__ = [
     "ACTIVATIONS_OPTION",
     "ADAPTER",
+    "CACHE_TOKENS",
     "DEBUG",
     "DEVICE",
     "KV_CACHE_DTYPE",
@@ -31,7 +32,6 @@ __all__ = [
     "QUANTIZE",
     "QUIET",
     "Decorator",
-    "cache_tokens_option",
     "check_sampling",
     "complete_model",
     "dtype_option",
@@ -170,23 +170,23 @@ CONTEXT = click.option(
 )
 
 
-def _cache_tokens(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
-    if value is None or value == "auto":
+def _cache_tokens(_: click.Context, __: click.Parameter, value: str) -> int | str:
+    if value == "auto":
         return value
     if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= MAX_TOKENS:
         raise click.BadParameter(f"{value!r} is not a number from 1 to {MAX_TOKENS}, or auto")
     return int(value)
 
 
-def cache_tokens_option(default: str | None, text: str) -> Decorator:
-    """``--cache-tokens``. default: None is as many as the context; text: how --help tells it."""
-    return click.option(
-        "--cache-tokens",
-        callback=_cache_tokens,
-        default=default,
-        metavar="auto|N",
-        help=f"Tokens that all texts have room for together; auto: as many as fit into memory.  [default: {text}]",
-    )
+# For a command that runs many texts at a time.
+CACHE_TOKENS = click.option(
+    "--cache-tokens",
+    callback=_cache_tokens,
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="Tokens that all texts have room for together; auto: as many as fit into memory.",
+)
 
 
 def loading_options(auto: str = "", *more: Decorator) -> Decorator:
@@ -206,11 +206,9 @@ def loading_options(auto: str = "", *more: Decorator) -> Decorator:
     return decorate
 
 
-CACHE_TOKENS = cache_tokens_option(None, "the context")
-
 # What every command has that runs a model.
 run_options = options(
-    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT, CACHE_TOKENS, ADAPTER),
+    loading_options(": the checkpoint's on CUDA, float32 on NumPy", CONTEXT, ADAPTER),
     OFFLINE,
     QUIET,
     DEBUG,

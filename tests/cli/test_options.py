@@ -80,8 +80,6 @@ def test_help_tells_the_names_that_other_programs_have(run: Run) -> None:
         (["--kv-cache-dtype", "int8"], "'int8' is not one of 'auto', 'fp8'"),
         (["--context", "0"], "'-c' / '--context': 0 is not in the range"),
         (["--context", "81"], "context 81 is more than the 80 positions"),
-        (["--cache-tokens", "0"], "'--cache-tokens': '0' is not a number from 1 to 1073741824, or auto"),
-        (["--cache-tokens", "most"], "'--cache-tokens': 'most' is not a number from 1 to 1073741824, or auto"),
         (["--frobnicate"], "No such option"),
         (["extra"], "unexpected extra argument"),
         (["-p", "extra"], "the same is given 2 times, by PROMPT and -p; give it once (cuplama"),
@@ -125,13 +123,11 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
     ("--ctx-size 33", "context", 33),
-    ("--cache-tokens 700", "cache_tokens", 700),
-    ("--cache-tokens auto", "cache_tokens", "auto"),
     (f"--adapter {LLAMA_FOLDER}", "adapter", str(LLAMA_FOLDER)),
 ]
 LOAD_DEFAULTS = {
     "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto",
-    "activations": "auto", "cache_tokens": None, "adapter": None, "offline": True,
+    "activations": "auto", "adapter": None, "offline": True,
 }  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
@@ -381,3 +377,23 @@ def test_options_that_reach_bench(
     assert run("bench", *options.split())[0] == 0
     defaults = {"source": Source(None), "wanted": trials([512], [128], [0], [1]), "repeats": 5, "cold_start": True}
     assert found == {**defaults, "form": "md", "plot": None, **changes}
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"), [("", "auto"), ("--cache-tokens auto", "auto"), ("--cache-tokens 700", 700)]
+)
+def test_cache_tokens_reach_what_is_served(
+    options: str, tokens: int | str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle = pytest.importorskip("cuplama.server.lifecycle", reason="serve needs its extra")
+    loaded: list[Any] = []
+    monkeypatch.setattr("cuplama.cli.serve.open_model", lambda *_, **more: loaded.append(more["cache_tokens"]))
+    monkeypatch.setattr(lifecycle, "serve", lambda service, load, sock, **more: (load(), sock.close()))
+    assert run("serve", "--port", "0", *options.split())[0] == 0
+    assert loaded == [tokens]
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "most", "1.5", "²", str(2**30 + 1)])
+def test_cache_tokens_that_are_no_number(value: str, fails: Fails) -> None:
+    message = fails("serve", "--cache-tokens", value)
+    assert f"'--cache-tokens': '{value}' is not a number from 1 to 1073741824, or auto (cuplama" in message
