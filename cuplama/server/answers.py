@@ -1,4 +1,4 @@
-"""From the tokens of a request to its response, whole or as a stream: what both of OpenAI's endpoints have in common."""
+"""From the tokens of a request to its response, whole or as a stream: what OpenAI's two endpoints have in common."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from ..completion import Completion, Delta
-from ..engine.sequence import Token
 from ..model import Model
 from .errors import error_body
 from .fields import Read
@@ -20,7 +19,7 @@ from .generating import Asked, Running, usage
 from .service import Service
 from .sse import DONE, KEEP_ALIVE, EventStream, event
 
-__all__ = ["Choice", "Form", "answer", "tokens_of"]
+__all__ = ["Choice", "Form", "answer"]
 
 Choice = dict[str, Any]
 
@@ -37,26 +36,25 @@ class Form(Protocol):
     chunk: str
     reasoning_tokens: int
 
+    def watch(self, delta: Delta) -> None:
+        """Take note of what comes for a whole response, of which ``choice`` is asked at the end."""
+        ...
+
     def choice(self, completion: Completion) -> Choice:
         """An element of ``choices`` of a whole response."""
         ...
 
-    def pieces(self, text: str, tokens: Sequence[Token], end: str | None, so_far: Completion) -> list[Choice]:
+    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice]:
         """Elements of ``choices`` of a stream's events, each for an event of its own.
 
-        text, tokens: what is new; end: the finish_reason, where this is the last of the text; so_far: its completion,
-        whose text and tokens may be ahead.
+        deltas: of one text, what is new; end: the finish_reason, where this is the last of the text; so_far: its
+        completion when it began, which has the prompt.
         """
         ...
 
     def head(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Fields beside ``choices``, of a whole response or a stream's first event."""
         ...
-
-
-def tokens_of(completion: Completion) -> list[Token]:
-    """The tokens that were generated, with log-probabilities if they were asked for."""
-    return completion.logprobs or [Token(id) for id in completion.tokens]
 
 
 async def answer(service: Service, request: Request, read: Read, asked: Asked, form: Form) -> Response:
@@ -74,7 +72,10 @@ async def answer(service: Service, request: Request, read: Read, asked: Asked, f
         events = _events(running, form, {**head, "object": form.chunk}, read.own["stream_options"] or {})
         return EventStream(events, running.close)
     try:
-        completions = await running.finish()
+        async for deltas in running:
+            for delta in deltas:
+                form.watch(delta)
+        completions = running.completions
     finally:
         await running.close()
     choices = [form.choice(completion) for completion in completions]
@@ -123,24 +124,24 @@ class _Stream:
         for index, together in new.items():
             self._generated += len(together)
             end = together[-1].finish_reason
-            found += self._pieces(index, "".join(d.text for d in together), [d.token for d in together], end)
+            found += self._pieces(index, together, end)
         return found
 
     def end(self) -> list[dict[str, Any]]:
         """The objects for texts that ended without a token, and the count of tokens."""
         completions = self._running.completions
-        found = [chunk for i in sorted(self._open) for chunk in self._pieces(i, "", [], completions[i].finish_reason)]
+        found = [chunk for i in sorted(self._open) for chunk in self._pieces(i, [], completions[i].finish_reason)]
         if self._include:
             counted = usage(completions, self._running.asked.n, self._form.reasoning_tokens)
             found.append({**self._head, "choices": [], "usage": counted})
         return found
 
-    def _pieces(self, index: int, text: str, tokens: list[Token], end: str | None) -> list[dict[str, Any]]:
+    def _pieces(self, index: int, deltas: list[Delta], end: str | None) -> list[dict[str, Any]]:
         if index not in self._begun:
             self._begun |= {c.index: c for c in self._running.completions}
         if end is not None:
             self._open.discard(index)
-        return [self._object(choice) for choice in self._form.pieces(text, tokens, end, self._begun[index])]
+        return [self._object(choice) for choice in self._form.pieces(deltas, end, self._begun[index])]
 
     def _object(self, choice: Choice) -> dict[str, Any]:
         found = {**self._head, "choices": [choice]}

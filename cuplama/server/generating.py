@@ -141,12 +141,6 @@ class Running:
             async with asyncio.timeout(seconds):
                 await self._news.wait()
 
-    async def finish(self) -> list[Completion]:
-        """Wait for the end: every completion, whole."""
-        async for _ in self:
-            pass
-        return self.completions
-
     def failed(self, error: Exception) -> ApiError:
         """Note an error that comes when the response has begun. What the client is told of it."""
         told = api_error(error)

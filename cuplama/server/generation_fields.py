@@ -82,7 +82,7 @@ _BACK: tuple[Field, ...] = (
     sampling("prompt_logprobs", integer(0, 64), "Log-probabilities of the prompt's tokens, and of the best besides."),
     own("return_token_ids", FLAG, "Return the ids of the prompt and of the text.", False),
     own("return_tokens_as_token_ids", FLAG, 'In logprobs write tokens as "token_id:ID".', False),
-    sampling("skip_special_tokens", FLAG, "Leave special tokens out of the text."),
+    own("skip_special_tokens", FLAG, "Leave special tokens out of the text.", True),
     harmless("spaces_between_special_tokens", FLAG),
     own("priority", integer(-(2**63), 2**63 - 1), "Lower ones are admitted first.", 0),
 )

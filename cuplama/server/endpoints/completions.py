@@ -10,15 +10,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...arguments import in_range, need_type
-from ...completion import Completion
+from ...completion import Completion, Delta
 from ...engine.sequence import Token
 from ...model import Model
 from ...prompts import prompt_of_batch
-from ..answers import Choice, answer, tokens_of
+from ..answers import Choice, answer
 from ..endpoint import Endpoint
 from ..errors import ApiError
 from ..fields import Fields, Read, own, refused
-from ..generating import Asked, prepare
+from ..generating import prepare
 from ..generation_fields import COMMON
 from ..kinds import FLAG, Kind, either, integer, listed, string
 from ..limits import read_object
@@ -105,7 +105,6 @@ class _Form:
     def __init__(self, read: Read) -> None:
         self._own = read.own
         self._prompt_logprobs: int | None = read.sampling.get("prompt_logprobs")  # those that the client asks for
-        self._skip_special = read.sampling.get("skip_special_tokens", True)
         self._logprobs: dict[int, LegacyLogprobs] = {}  # of the texts that have begun
 
     def spell(self, model: Model) -> None:
@@ -116,25 +115,30 @@ class _Form:
         """See ``Form``: all is in the choices."""
         return {}
 
+    def watch(self, delta: Delta) -> None:
+        """See ``Form``: a completion has all that is needed."""
+
     def choice(self, completion: Completion) -> Choice:
         """See ``Form``: the one piece that is the whole text."""
-        [piece] = self.pieces(completion.text, tokens_of(completion), completion.finish_reason, completion)
-        return piece
+        tokens = completion.logprobs or [Token(id) for id in completion.tokens]
+        return self._piece(completion.text, tokens, completion.finish_reason, completion)
 
-    def pieces(self, text: str, tokens: Sequence[Token], end: str | None, so_far: Completion) -> list[Choice]:
-        """See ``Form``. Nothing where a piece would be empty: the text is held back until a character is complete."""
+    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice]:
+        """See ``Form``. Nothing where a piece would be empty: text is held back until a character is complete."""
+        piece = self._piece("".join(d.text for d in deltas), [d.token for d in deltas], end, so_far)
+        return [piece] if piece["text"] or piece["logprobs"] or end is not None or self._own["return_token_ids"] else []
+
+    def _piece(self, text: str, tokens: Sequence[Token], end: str | None, so_far: Completion) -> Choice:
         own, index = self._own, so_far.index
         more: dict[str, Any] = {"token_ids": [token.id for token in tokens]} if own["return_token_ids"] else {}
         if index not in self._logprobs:
             context = () if own["echo"] else so_far.prompt_tokens
-            self._logprobs[index] = LegacyLogprobs(self._spelling, context, self._skip_special)
+            self._logprobs[index] = LegacyLogprobs(self._spelling, context, own["skip_special_tokens"])
             more |= self._of_prompt(so_far)
             if own["echo"]:
                 text, tokens = self._prompt_text(so_far) + text, [*self._prompt_tokens(so_far), *tokens]
         logprobs = None if own["logprobs"] is None else self._logprobs[index].push(tokens)
-        if not text and end is None and not more and logprobs is None:
-            return []
-        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": end, **more}]
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": end, **more}
 
     def _of_prompt(self, so_far: Completion) -> dict[str, Any]:
         more: dict[str, Any] = {}
@@ -148,7 +152,7 @@ class _Form:
         given = self._own["prompt"][so_far.index // self._own["n"]]
         if isinstance(given, str):
             return given
-        return self._spelling.tokenizer.decode(so_far.prompt_tokens, skip_special=self._skip_special)
+        return self._spelling.tokenizer.decode(so_far.prompt_tokens, skip_special=self._own["skip_special_tokens"])
 
     def _prompt_tokens(self, so_far: Completion) -> list[Token]:
         """The prompt's tokens, with as many of the best as ``logprobs`` asks for. Nothing comes before the first."""
