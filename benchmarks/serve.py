@@ -9,9 +9,9 @@ ShareGPT (``benchmarks/serving/lengths.py`` says what they are drawn from) with 
    become of those before. From when one was due: the time to its first token, between tokens, and to its end, at p50,
    p95 and p99.
 
-``--overhead`` instead compares: prompts in one call of ``Model.generate``, in the server's process before it serves, and
-as many requests at once through HTTP, streamed and not. ``--prefix`` instead holds conversations of two turns, alone on
-the server. ``--plot PICTURE JSON`` draws what was written with ``--out``.
+``--overhead`` instead compares: prompts in one call of ``Model.generate``, in the server's process before it serves,
+and as many requests at once through HTTP, streamed and not. ``--prefix`` instead holds conversations of two turns,
+alone on the server. ``--plot PICTURE JSON`` draws what was written with ``--out``.
 
 The client is asyncio in this process; a load never has more than 4,000 requests under way, and a failed request ends
 the run.
@@ -169,7 +169,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     how = {name: getattr(args, name) for name in ("weight_format", "device", "dtype", "kv_cache_dtype", "activations")}
     source = {"model": args.shape or args.model, "dummy": args.shape is not None, **how}
     library = Library(args.sequences, args.tokens, args.new, args.repeats) if args.overhead else None
-    context = args.context or (args.turn + args.turn // 32 + 64 if args.prefix else 4096)
+    context = args.context or (args.turn + args.turn // 32 + 64 if args.prefix else None)
     tokens = args.cache_tokens if args.cache_tokens == "auto" else int(args.cache_tokens)
     return Settings(source, context, tokens, library)
 
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES), default="auto")
     server.add_argument("--device", choices=("auto", "cuda", "numpy"), default="auto")
     server.add_argument("--dtype", default="auto")
-    server.add_argument("--context", type=int, help="tokens a text may have")
+    server.add_argument("--context", type=int, help="tokens a text may have, as of cuplama serve")
     server.add_argument("--cache-tokens", default="auto")
     server.add_argument("--url", help="a server that runs, http://HOST:PORT, in place of all that")
     server.add_argument("--api-key", help="for --url")

@@ -12,6 +12,7 @@ __all__ = ["draw", "table"]
 
 _COLOURS = {"p50": "#1f6f8b", "p95": "#d95f0e", "p99": "#8c2d04"}
 _PANELS = (("first_token_ms", "to the first token"), ("between_tokens_ms", "between tokens"))
+_NAMED = {"p50": -10, "p99": 10}  # those whose values are written, so many points above the line
 _DIGITS = 3
 
 
@@ -45,10 +46,14 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         for p, colour in _COLOURS.items():
             values = [level[name][p] for level in levels]
             ax.plot(loads, values, color=colour, marker="o", linewidth=2, label=p)
-            for x, y in zip(loads, values, strict=True):
-                text = report.significant(y, _DIGITS)
-                ax.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=colour)
+            for x, y in zip(loads, values, strict=True) if p in _NAMED else ():
+                text, at = report.significant(y, _DIGITS), (0, _NAMED[p])
+                how = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 8}
+                ax.annotate(text, (x, y), at, color=colour, **how)
         ax.set_yscale("log")
+        for which, formatter in (("major", "{x:g}"), ("minor", "")):
+            getattr(ax.yaxis, f"set_{which}_formatter")(formatter)
+        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         ax.margins(x=0.08, y=0.15)
         ax.set_xticks(loads, [f"{x:.0f}%" for x in loads])
         ax.set_xlabel("load, of the capacity")

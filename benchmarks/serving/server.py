@@ -40,7 +40,7 @@ class Settings:
     """source: the fields of a ``Source``; context, cache_tokens: as of ``load``; library: what to time before."""
 
     source: dict[str, Any] = field(default_factory=lambda: {"model": None})
-    context: int = 4096
+    context: int | None = None
     cache_tokens: int | str = "auto"
     library: Library | None = None
 

@@ -42,7 +42,7 @@ class Source:
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
 
-    def open(self, context: int, cache_tokens: int | str, spelled: bool = False) -> Model:
+    def open(self, context: int | None, cache_tokens: int | str, spelled: bool = False) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``; spelled: as of ``dummy_model``.
 
         Raises ParameterError for random weights of no model, ConfigError for a known shape without --dummy-weights.
@@ -92,7 +92,7 @@ def dummy_model(
     model: str,
     device: str,
     dtype: str,
-    context: int,
+    context: int | None,
     cache_tokens: int | str,
     form: str = "",
     spelled: bool = False,
@@ -100,8 +100,8 @@ def dummy_model(
 ) -> Model:
     """A model of that shape with random weights. dtype "auto": what the config states.
 
-    cache_tokens: as of ``load``; form: of the layers' matrices; spelled: whether it has a tokenizer, made up as well;
-    more: other fields of a ``Setup``.
+    context, cache_tokens: as of ``load``; form: of the layers' matrices; spelled: whether it has a tokenizer, which is
+    made up as well; more: other fields of a ``Setup``.
     """
     name, config = find_shape(model)
     weights = dummy_weights(config, DTYPES[config.stored], form)
