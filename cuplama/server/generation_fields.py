@@ -30,6 +30,7 @@ def _read_seed(value: Any) -> int | None:
 
 _LIMIT = Kind(integer(-1).schema, _read_limit, "a whole number >= 0, or -1 for as many as the context has room for")
 _SEED = Kind(integer(_SEED_LOW, _SEED_HIGH).schema, _read_seed, "a whole number from -2^63 to 2^64 - 1 (-1 draws one)")
+_NEGATED = Kind(FLAG.schema, lambda value: not FLAG.read(value), FLAG.wanted)
 _TOP_K = Kind(integer(-1).schema, integer(-1).read, "a whole number >= 0 (0 and -1 are off)")
 _BIAS = table(number(), int, "^[0-9]{1,10}$", "an object of token ids to numbers")
 
@@ -82,7 +83,9 @@ _BACK: tuple[Field, ...] = (
     sampling("prompt_logprobs", integer(0, 64), "Log-probabilities of the prompt's tokens, and of the best besides."),
     own("return_token_ids", FLAG, "Return the ids of the prompt and of the text.", False),
     own("return_tokens_as_token_ids", FLAG, 'In logprobs write tokens as "token_id:ID".', False),
-    own("skip_special_tokens", FLAG, "Leave special tokens out of the text.", True),
+    sampling(
+        "skip_special_tokens", _NEGATED, "Leave special tokens out of the text: true, or all are shown.", "show_special"
+    ),
     harmless("spaces_between_special_tokens", FLAG),
     own("priority", integer(-(2**63), 2**63 - 1), "Lower ones are admitted first.", 0),
 )

@@ -104,6 +104,7 @@ class _Form:
 
     def __init__(self, read: Read) -> None:
         self._own = read.own
+        self._skip_special = not read.sampling.get("show_special", False)
         self._prompt_logprobs: int | None = read.sampling.get("prompt_logprobs")  # those that the client asks for
         self._logprobs: dict[int, LegacyLogprobs] = {}  # of the texts that have begun
 
@@ -133,7 +134,7 @@ class _Form:
         more: dict[str, Any] = {"token_ids": [token.id for token in tokens]} if own["return_token_ids"] else {}
         if index not in self._logprobs:
             context = () if own["echo"] else so_far.prompt_tokens
-            self._logprobs[index] = LegacyLogprobs(self._spelling, context, own["skip_special_tokens"])
+            self._logprobs[index] = LegacyLogprobs(self._spelling, context, self._skip_special)
             more |= self._of_prompt(so_far)
             if own["echo"]:
                 text, tokens = self._prompt_text(so_far) + text, [*self._prompt_tokens(so_far), *tokens]
@@ -152,7 +153,7 @@ class _Form:
         given = self._own["prompt"][so_far.index // self._own["n"]]
         if isinstance(given, str):
             return given
-        return self._spelling.tokenizer.decode(so_far.prompt_tokens, skip_special=self._own["skip_special_tokens"])
+        return self._spelling.tokenizer.decode(so_far.prompt_tokens, skip_special=self._skip_special)
 
     def _prompt_tokens(self, so_far: Completion) -> list[Token]:
         """The prompt's tokens, with as many of the best as ``logprobs`` asks for. Nothing comes before the first."""
