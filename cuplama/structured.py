@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,9 +39,9 @@ _LIMITS = {
     "step_lexer_fuel": 200_000,
     "step_max_items": 20_000,
 }
-# Between the parts of JSON: nothing, a space, or line ends and an indentation. A small model that may write any blanks
-# there writes nothing else. A schema's own "x-guidance" goes before it.
-_JSON = {"whitespace_pattern": r"\x20|\n{1,2}[\x20\t]{0,40}"}
+# JSON on one line, with at most a space after "," and ":". A small model that may write blanks wherever JSON allows
+# them writes nothing else. A schema's own "x-guidance" takes the place of these.
+_JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _LONGEST_ERROR = 300  # characters of llguidance's message
 
 
@@ -133,7 +132,7 @@ class _Ends:
     @classmethod
     def of(cls, vocab_size: int, params: SamplingParams, own: frozenset[int], stops: frozenset[int]) -> _Ends:
         banned = [i for i, bias in params.logit_bias.items() if bias == -math.inf]
-        allowed = _bits(vocab_size, range(vocab_size)) & ~_bits(vocab_size, banned)
+        allowed = _every_bit(vocab_size) & ~_bits(vocab_size, banned)
         least = math.inf if params.ignore_eos else params.min_tokens
         return cls(own | stops, _bits(vocab_size, own | stops), _bits(vocab_size, stops - own), allowed, least)
 
@@ -198,16 +197,10 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
         if form == "json_schema":
             return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
         if form == "regex":
-            return llguidance.LLMatcher.grammar_from_regex(_whole(text))
+            return llguidance.LLMatcher.grammar_from_regex(text)
         return llguidance.gbnf_to_lark.any_to_lark(text)
     except Exception as e:  # the converter from GBNF raises whatever its own code runs into
         raise ParameterError(f"{form} = {shown(text)}: {_said(str(e) or type(e).__name__)}") from None
-
-
-def _whole(regex: str) -> str:
-    """A regex without the ^ and $ around it: the whole text matches anyway, and llguidance has no anchors."""
-    found = re.fullmatch(r"(?s)\^?(.*?)((?<!\\)(?:\\\\)*)\$?", regex)
-    return found[1] + found[2] if found and "|" not in regex else regex
 
 
 def _said(message: str) -> str:
@@ -218,6 +211,16 @@ def _said(message: str) -> str:
 
 def _bits(vocab_size: int, ids: Collection[int]) -> MaskWords:
     """The mask [mask_words(V)] of some tokens; ids beyond the vocabulary are left out."""
-    bits = np.zeros(32 * mask_words(vocab_size), np.uint8)
-    bits[[i for i in ids if i < vocab_size]] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
+    words = np.zeros(mask_words(vocab_size), np.uint32)
+    for i in ids:
+        if i < vocab_size:
+            words[i // 32] |= np.uint32(1 << i % 32)
+    return words.view(np.int32)
+
+
+def _every_bit(vocab_size: int) -> MaskWords:
+    """The mask of all tokens, without the bits beyond the vocabulary."""
+    words = np.full(mask_words(vocab_size), 2**32 - 1, np.uint32)
+    if vocab_size % 32:
+        words[-1] = 2 ** (vocab_size % 32) - 1
+    return words.view(np.int32)
