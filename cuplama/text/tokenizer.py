@@ -149,6 +149,12 @@ class Tokenizer:
         middle.push("x")  # whatever the decoder does at the start of a text is now behind us
         return middle.push(piece) + middle.flush()
 
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of ``token_text``, which may be only a part of a character; none for an id without a token."""
+        piece = self.piece(id)
+        lone = None if piece is None else lone_bytes(piece, self.stages)
+        return lone if lone is not None else b"" if piece is None else self.token_text(id).encode()
+
     def token_shown(self, id: int) -> str:
         """`token_text` in quotes, for listings; bytes that are no whole characters are shown as `b'\\xe2\\x82'`.
 
