@@ -30,6 +30,7 @@ def _read_seed(value: Any) -> int | None:
 
 _LIMIT = Kind(integer(-1).schema, _read_limit, "a whole number >= 0, or -1 for as many as the context has room for")
 _SEED = Kind(integer(_SEED_LOW, _SEED_HIGH).schema, _read_seed, "a whole number from -2^63 to 2^64 - 1 (-1 draws one)")
+_NEGATED = Kind(FLAG.schema, lambda value: not FLAG.read(value), FLAG.wanted)
 _TOP_K = Kind(integer(-1).schema, integer(-1).read, "a whole number >= 0 (0 and -1 are off)")
 _BIAS = table(number(), int, "^[0-9]{1,10}$", "an object of token ids to numbers")
 
@@ -41,11 +42,14 @@ _GUIDED = {
     "grammar": string(1),
     "choice": listed(string(1), "non-empty strings", 1),
 }
+_ALONE = {"json_schema": "json", "regex": "regex", "grammar": "grammar"}  # name of a field -> part of the above
 _STRUCTURED: tuple[Field, ...] = (
     sampling("response_format", ANY_OBJECT, "The form of the text: text, json_object, or json_schema."),
     own("structured_outputs", record(_GUIDED), "vLLM's form: json, regex, choice, grammar or json_object."),
     *(own(f"guided_{name}", kind, "An older name of a part of structured_outputs.") for name, kind in _GUIDED.items()),
+    *(own(name, _GUIDED[kind], "The same, as llama.cpp and SGLang have it.") for name, kind in _ALONE.items()),
     refused("structural_tag", "use response_format"),
+    refused("ebnf", "use grammar"),
     refused("guided_whitespace_pattern", "use regex or grammar"),
     refused("guided_decoding_backend", "leave it out", "auto", "llguidance", "guidance"),
 )
@@ -73,6 +77,7 @@ _ENDS: tuple[Field, ...] = (
 )
 _BACK: tuple[Field, ...] = (
     own("n", integer(1), "Choices for each prompt.", 1),
+    own("best_of", integer(1), "Must be n: nothing is generated to be thrown away."),
     own("stream", FLAG, "Send the text as it is generated, as server-sent events.", False),
     own(
         "stream_options",
@@ -82,7 +87,9 @@ _BACK: tuple[Field, ...] = (
     sampling("prompt_logprobs", integer(0, 64), "Log-probabilities of the prompt's tokens, and of the best besides."),
     own("return_token_ids", FLAG, "Return the ids of the prompt and of the text.", False),
     own("return_tokens_as_token_ids", FLAG, 'In logprobs write tokens as "token_id:ID".', False),
-    own("skip_special_tokens", FLAG, "Leave special tokens out of the text.", True),
+    sampling(
+        "skip_special_tokens", _NEGATED, "Leave special tokens out of the text: true, or all are shown.", "show_special"
+    ),
     harmless("spaces_between_special_tokens", FLAG),
     own("priority", integer(-(2**63), 2**63 - 1), "Lower ones are admitted first.", 0),
 )
@@ -91,15 +98,15 @@ _OTHERS: tuple[Field, ...] = (
     *(harmless(n, string()) for n in ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")),
     *(harmless(n, string()) for n in ("request_id", "session_id")),
     harmless("service_tier", word("auto", "default", "flex", "scale", "priority"), "There is one."),
-    refused("best_of", "use n", 1),
     refused("use_beam_search", "tokens are drawn one after the other", False),
     refused("length_penalty", "it belongs to beam search", 1, 1.0),
     refused("early_stopping", "it belongs to beam search", False),
     refused("truncate_prompt_tokens", "shorten the prompt"),
     refused("truncation_side", "shorten the prompt"),
     refused("cache_salt", "start the server without the prefix cache where tenants must not share it"),
-    refused("max_new_tokens", "use max_tokens"),
-    refused("n_predict", "use max_tokens"),
+    *(refused(name, "use max_tokens") for name in ("max_new_tokens", "n_predict", "num_predict")),
+    refused("num_ctx", "start the server with --context"),
+    refused("repeat_penalty", "use repetition_penalty", 1, 1.0),
     refused("do_sample", "use temperature"),
     refused("typical_p", "use top_p or min_p", 1, 1.0),
     refused("tfs_z", "use top_p or min_p", 1, 1.0),
@@ -119,17 +126,18 @@ COMMON: tuple[Field, ...] = (*_DRAW, *_ENDS, *_BACK, *_STRUCTURED, *_OTHERS)
 
 
 def constraint(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameter that ``structured_outputs`` and the ``guided_`` fields ask for; {} if none does.
+    """The sampling parameter that ``structured_outputs`` and its like ask for; {} if none does.
 
     Raises ApiError 400 where there are several, or parts that nobody knows.
     """
     asked = {f"structured_outputs.{name}": value for name, value in (own["structured_outputs"] or {}).items()}
     asked |= {f"guided_{name}": own[f"guided_{name}"] for name in _GUIDED}
+    asked |= {name: own[name] for name in _ALONE}
     found = {name: value for name, value in asked.items() if value is not None and value is not False}
     if len(found) > 1:
         raise ApiError(400, f"{' and '.join(found)} exclude each other", param=next(iter(found)).partition(".")[0])
     for name, value in found.items():
-        kind = name.removeprefix("structured_outputs.").removeprefix("guided_")
+        kind = _ALONE.get(name, name.removeprefix("structured_outputs.").removeprefix("guided_"))
         if kind not in _OPTIONS:
             raise ApiError(
                 400, f"{name} is not supported; supported: {', '.join(_OPTIONS)}", param="structured_outputs"

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
 from ..files import is_missing
 from ..gguf import is_gguf, open_gguf
+from .answer_form import AnswerForm, find_form
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
@@ -225,6 +227,22 @@ class Tokenizer:
             found = ControlTokens(self._backend, self._special_tokens.values(), *turns)
             self._control[template.source] = found
         return found
+
+    @cached_property
+    def answer_form(self) -> AnswerForm:
+        """How the model writes reasoning and tool calls, as its default template and its added tokens tell."""
+        return self.find_form()
+
+    def find_form(self, *, reasoning: str | None = None, tools: str | None = None) -> AnswerForm:
+        """The same with formats chosen by name; see ``find_form`` in text/answer_form.py. Raises ParameterError."""
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        return find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
+
+    def special_in(self, texts: Iterable[str]) -> list[int]:
+        """The ids of the special tokens that are spelled in one of the texts."""
+        texts = list(texts)
+        pieces = ((id, self.piece(id)) for id in sorted(self.special_ids))
+        return [id for id, piece in pieces if piece and any(piece in text for text in texts)]
 
     def spells_special(self, text: str) -> bool:
         """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""
