@@ -40,7 +40,7 @@ __all__ = [
 
 DEVICES = ("auto", "cuda", "numpy")
 ACTIVATIONS = ("auto", "fp8")
-RUNNING = 64  # sequences that run at a time at most, where nobody says another number
+RUNNING = 256  # sequences that run at a time at most, where nobody says another number
 # A cache on NumPy that may be as large as there is room for: as many sequences of full length, in at most this share of
 # the host memory that is free. Memory of pages that are never used is never touched.
 _HOST_CONTEXTS = 8

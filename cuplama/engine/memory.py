@@ -204,19 +204,23 @@ def fit(
 ) -> tuple[int, MemoryPlan]:
     """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan.
 
-    tokens None: a cache of as many whole pages as ``SHARE`` of what is free beside the rest has room for, one sequence
-    of ``context`` tokens at least.
+    tokens: as of ``plan``, with decode steps of as many sequences as it has room for at their full length. None: a
+    cache of as many whole pages as ``SHARE`` of what is free beside the rest has room for, with decode steps of
+    ``running`` sequences; and one of ``context`` tokens, as if they were asked for, where it would be smaller.
     """
 
-    def of(chunk: int, tokens: int) -> MemoryPlan:
-        return plan(config, weights, dtype, context, tokens, chunk, device, unpacked, cache, running)
+    def of(chunk: int, sequences: int, tokens: int) -> MemoryPlan:
+        return plan(config, weights, dtype, context, tokens, chunk, device, unpacked, cache, sequences)
 
+    least = tokens or context
     for chunk in chunks:
-        found = of(chunk, tokens or context)
+        found = of(chunk, min(running, max(1, least // context)), least)
         if found.total <= free:
             break
     if tokens is None:
-        found = of(chunk, max(context, _most_tokens(partial(of, chunk), max(context, chunk), free)))
+        most = _most_tokens(partial(of, chunk, running), max(context, chunk), free)
+        if most > context:
+            found = of(chunk, running, most)
     return chunk, found
 
 

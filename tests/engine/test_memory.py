@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.device import RUNNING, Setup, open_backend
+from cuplama.device import Setup, open_backend
 from cuplama.dtypes import DTYPES
 from cuplama.engine import memory
 from cuplama.engine.engine import Engine
@@ -226,6 +226,14 @@ def test_the_largest_cache_holds_one_text_at_least_and_is_refused_as_any_other()
         memory.check(found, exact.total - 1, "a GPU")
 
 
+def test_a_step_has_as_many_sequences_as_the_cache_has_room_for() -> None:
+    """Or fewer, if fewer may run; what is not asked for must not keep a model from a card on which it fits."""
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    for tokens, running, sequences in ((8192, 256, 1), (10 * 8192, 256, 10), (10 * 8192, 4, 4), (100, 256, 1)):
+        found = memory.fit(config, GB, bf16, 8192, tokens, (2048,), 10 * GB, Device(), running=running)[1]
+        assert found == memory.plan(config, GB, bf16, 8192, tokens, 2048, Device(), running=sequences)
+
+
 def test_the_largest_cache_has_no_more_tokens_than_places_have_numbers() -> None:
     assert memory.fit(_small(), 0, DTYPES["f16"], 64, None, (512,), 1 << 60, Device())[1].tokens == MAX_TOKENS
 
@@ -329,7 +337,7 @@ def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.Mo
     """An engine is part of reference cycles: its memory comes back when they are found, not before."""
     config = _small()
     weights = {name: Weight(name, (name,), (np.zeros(s, np.float32),)) for name, s in config.weight_shapes().items()}
-    plan = memory.plan(config, _bytes(config, DTYPES["f32"]), DTYPES["f32"], 512, 512, 512, Device(), running=RUNNING)
+    plan = memory.plan(config, _bytes(config, DTYPES["f32"]), DTYPES["f32"], 512, 512, 512, Device())
     gpu = PoolGpu(plan.total)
     monkeypatch.setattr("cuplama.backends.cuda.backend.Gpu", lambda device: gpu)
     monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
