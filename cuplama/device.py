@@ -19,6 +19,7 @@ from .backends.cuda.driver import cuda_available
 from .backends.cuda.unpacking import largest_slice
 from .dtypes import DTYPES, dtype_name
 from .engine import memory
+from .engine.engine import MAX_RUNNING
 from .engine.kv_cache import KV_CACHE_DTYPES, PAGE, cache_dtype
 from .errors import DeviceError
 from .models.config import ModelConfig
@@ -30,7 +31,6 @@ from .quant.weight import Weight
 __all__ = [
     "ACTIVATIONS",
     "DEVICES",
-    "RUNNING",
     "Setup",
     "check_head_dim",
     "open_backend",
@@ -40,7 +40,6 @@ __all__ = [
 
 DEVICES = ("auto", "cuda", "numpy")
 ACTIVATIONS = ("auto", "fp8")
-RUNNING = 256  # sequences that run at a time at most, where nobody says another number
 # A cache on NumPy that may be as large as there is room for: as many sequences of full length, in at most this share of
 # the host memory that is free. Memory of pages that are never used is never touched.
 _HOST_CONTEXTS = 8
@@ -64,7 +63,7 @@ class Setup:
     tokens: int | None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
-    running: int = RUNNING
+    running: int = MAX_RUNNING
 
 
 def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:

@@ -27,7 +27,7 @@ from ..ops.node import Node, dying
 from ..sampling_params import SamplingParams
 from .batch import abstract_values, input_shapes
 from .decode import RING, decode_step, step_inputs
-from .graphs import KEPT_CHUNKS, max_logits, padded_rows, padded_sequences
+from .graphs import max_logits, padded_rows, padded_sequences
 from .kv_cache import MAX_TOKENS, PAGE, pages_for
 from .sampler import Sampler
 from .sequence import SequenceState
@@ -109,7 +109,7 @@ def step_bytes(config: ModelConfig, dtype: np.dtype[Any], sequences: int, device
     params = SamplingParams(repetition_penalty=2.0, logit_bias={0: 1.0})
     sampler = Sampler(config.vocab_size, [SequenceState([0], params, frozenset())])
     inputs = sampler.empty_inputs(sequences)
-    shapes = {name: array.shape for name, array in step_inputs(sequences, 1).items()}
+    shapes = {name: array.shape for name, array in step_inputs(sequences, 1, 0).items()}
     values: dict[str, Array | None] = {**abstract_values(config, dtype, shapes, 2, 1)}
     values |= {name: abstract(array.shape, array.dtype) for name, array in inputs.items()}
     values["ring"] = abstract((RING, sequences), DTYPES["i32"])
@@ -175,8 +175,8 @@ def plan(
     # Logits of all tokens of a pass, where they are asked for; or what the largest decode step takes.
     logits = 4 * config.vocab_size * min(max_logits(config.vocab_size), chunk, tokens)
     step = math.ceil(POOL * step_bytes(config, dtype, padded_sequences(running), device))
-    # What captured passes hold, and one that is not captured.
-    work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
+    # What captured passes share, and one that is not captured.
+    work = 2 * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
     padding = cache_bytes(config, cache, PAGE)
     shared = shared_bytes(config, dtype, cache, tokens, device)
     return MemoryPlan(
