@@ -162,11 +162,12 @@ async def measure(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, 
     finally:
         await client.close()
     settings = {"model": name, "environment": facts.get("environment", {}), "context": facts["context"]}
-    return {**settings, **{k: facts[k] for k in ("cache_tokens", "weights") if k in facts}, **found}
+    return {**settings, **{k: facts[k] for k in ("cache_tokens", "max_running", "weights") if k in facts}, **found}
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    how = {name: getattr(args, name) for name in ("weight_format", "device", "dtype", "kv_cache_dtype", "activations")}
+    names = ("weight_format", "device", "dtype", "kv_cache_dtype", "activations", "max_running")
+    how = {name: getattr(args, name) for name in names}
     source = {"model": args.shape or args.model, "dummy": args.shape is not None, **how}
     library = Library(args.sequences, args.tokens, args.new, args.repeats) if args.overhead else None
     context = args.context or (args.turn + args.turn // 32 + 64 if args.prefix else None)
@@ -188,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--dtype", default="auto")
     server.add_argument("--context", type=int, help="tokens a text may have, as of cuplama serve")
     server.add_argument("--cache-tokens", default="auto")
+    server.add_argument("--max-running", type=int, help="sequences that run at a time")
     server.add_argument("--url", help="a server that runs, http://HOST:PORT, in place of all that")
     server.add_argument("--api-key", help="for --url")
     server.add_argument("--vocab", type=int, default=32000, help="for --url: token ids below this are sent")

@@ -125,12 +125,12 @@ def _steps(model: Model, last: int) -> Iterator[dict[str, float]]:
 def measure(args: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
     """The rows of one shape."""
     how = {"kv_cache_dtype": args.kv_cache_dtype, "activations": args.activations}
-    source = Source(shape, True, args.weight_format, args.device, args.dtype, **how)
+    source = Source(shape, True, args.weight_format, args.device, args.dtype, **how, max_running=args.max_running)
     context = max(args.tokens + args.new, SHORT + STEPS) + 1
     room = max(args.requests * (args.tokens + args.new + 64), SEQUENCES * (SHORT + STEPS + 64))
     with source.open(context, "auto" if args.device != "numpy" else room) as model:
         facts = {"shape": model.folder.name, "weight_format": args.weight_format or model.backend.dtype.name, **how}
-        facts |= environment(model.backend)
+        facts |= {"max_running": model.engine.max_running, **environment(model.backend)}
         if "batch" not in args.without:
             yield {"measured": "batch", **facts, **batch(model, args.requests, args.tokens, args.new, args.repeats)}
         if "step" not in args.without and model.backend.captures:
@@ -146,6 +146,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "numpy"), default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--max-running", type=int, help="sequences that run at a time; by default as of load")
     parser.add_argument("--in", dest="tokens", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens generated for each")
     parser.add_argument("--repeats", type=int, default=3)

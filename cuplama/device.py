@@ -53,8 +53,8 @@ class Setup:
 
     device: one of ``DEVICES``; dtype: a dtype's short name, or "auto": the checkpoint's on CUDA, float32 on NumPy;
     context: tokens of a sequence; tokens: of the KV cache, all sequences together, None for as many as there is room
-    for; kv_cache_dtype: one of ``KV_CACHE_DTYPES``; activations: one of ``ACTIVATIONS``; running: the most sequences
-    that run at a time.
+    for; kv_cache_dtype: one of ``KV_CACHE_DTYPES``; activations: one of ``ACTIVATIONS``; max_running: sequences that
+    run at a time.
     """
 
     device: str
@@ -63,7 +63,7 @@ class Setup:
     tokens: int | None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
-    running: int = MAX_RUNNING
+    max_running: int = MAX_RUNNING
 
 
 def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
@@ -130,7 +130,7 @@ def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight])
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
         context, tokens, chunks, limits = setup.context, setup.tokens, backend.prefill_chunks, backend.gpu.limits
-        more = (unpacked, cache, setup.running)
+        more = (unpacked, cache, setup.max_running)
         return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, *more)
 
     if setup.tokens is None:

@@ -133,7 +133,7 @@ def start_engine(
     backend, tokens = open_backend(setup, config, weights)
     try:
         loaded = _upload(backend, weights, progress)
-        return Engine(backend, config, loaded, setup.context, tokens, setup.kv_cache_dtype, setup.running)
+        return Engine(backend, config, loaded, setup.context, tokens, setup.kv_cache_dtype, setup.max_running)
     except BaseException:
         backend.close()
         raise

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cuplama.engine.kv_cache import PAGE
 from cuplama.lab.dummy import Source
 from cuplama.lab.environment import environment
 from cuplama.model import Model
@@ -79,7 +80,8 @@ def main() -> int:
         "name": name,
         "vocab_size": model.config.vocab_size,
         "context": model.context,
-        "cache_tokens": model.engine.cache.pages * 64,
+        "cache_tokens": model.engine.cache.pages * PAGE,
+        "max_running": model.engine.max_running,
         "environment": environment(model.backend),
     }
     if settings.library is not None:

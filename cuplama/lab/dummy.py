@@ -41,6 +41,7 @@ class Source:
     quantize: str | None = None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
+    max_running: int | None = None
 
     def open(self, context: int | None, cache_tokens: int | str, spelled: bool = False) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``; spelled: as of ``dummy_model``.
@@ -50,7 +51,7 @@ class Source:
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
-            how = {"kv_cache_dtype": self.kv_cache_dtype, "activations": self.activations}
+            how = {"kv_cache_dtype": self.kv_cache_dtype, "activations": self.activations, **self._running}
             form = self.weight_format
             return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, form, spelled, **how)
         if is_shape(self.model):
@@ -64,7 +65,12 @@ class Source:
             cache_tokens=cache_tokens,
             kv_cache_dtype=self.kv_cache_dtype,
             activations=self.activations,
+            **self._running,
         )
+
+    @property
+    def _running(self) -> dict[str, Any]:
+        return {} if self.max_running is None else {"max_running": self.max_running}
 
 
 def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> dict[str, Weight]:

@@ -285,7 +285,7 @@ def test_a_small_run_on_the_bundled_model(tmp_path: Path, capsys: pytest.Capture
     assert found["model"] == "bundled"
     assert found["capacity"]["requests"] == 12
     (level,) = found["levels"]
-    assert level["requests"] == 20
+    assert level["requests"] >= 20
     assert level["requests_per_second"] == pytest.approx(0.9 * found["capacity"]["requests_per_second"], rel=1e-3)
     assert 0 < level["first_token_ms"]["p50"] <= level["whole_ms"]["p50"] <= level["whole_ms"]["p99"]
     assert "| 90% |" in capsys.readouterr().out
