@@ -12,7 +12,7 @@ from cuplama.dtypes import DTYPES
 from cuplama.engine.batch import abstract_values, input_shapes
 from cuplama.engine.decode import AHEAD, RING, decode_nodes, decode_step
 from cuplama.engine.graphs import padded_sequences
-from cuplama.engine.sampler import sampling_nodes
+from cuplama.engine.sampler import Needs, sampling_nodes
 from cuplama.models.config import load_config
 from cuplama.models.graph import decoder
 from cuplama.ops.abstract import abstract, infer
@@ -111,7 +111,7 @@ def test_what_is_read_before_a_wait_changes_in_no_step(case: Path, size: int) ->
     """append_attention reads lengths, pages and old keys early. So a step begins with an ordinary launch, which waits
     for the step before and its ``advance``, and nothing but append_attention writes to the cache."""
     config = load_config(case)
-    step = decode_step(decoder(config), size, sampling_nodes(False, False, None))
+    step = decode_step(decoder(config), size, sampling_nodes(Needs()))
     shapes = {**input_shapes(size, size, 2, 0), "step": (1,), "ring": (4, size)}
     values: dict[str, Any] = {**abstract_values(config, DTYPES["bf16"], shapes, 3, 64)}
     floats = dict.fromkeys(("temperature", "top_p", "min_p"), abstract((size,), DTYPES["f32"]))
