@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from ..errors import (
     BusyError,
@@ -89,6 +90,9 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The response of a request that failed before anything was sent."""
-    return JSONResponse(error_body(error), error.status, error.headers)
+def error_response(error: ApiError) -> Response:
+    """The response of a request that failed before anything was sent.
+
+    It is ASCII: a message may quote half a surrogate pair, which UTF-8 does not have.
+    """
+    return Response(json.dumps(error_body(error)), error.status, error.headers, "application/json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import socket
 import sys
@@ -10,11 +12,14 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import DeviceError
 from ..model import Model
 from .app import create_app
+from .errors import ApiError, error_body
 from .service import Service
 
 __all__ = ["listen", "serve"]
@@ -53,6 +58,7 @@ def serve(
     drain_seconds: what running requests have to end after SIGTERM or SIGINT; a second signal does not wait.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of whatever clients do
     server = _Server(service, drain_seconds)
     failed: list[BaseException] = []
 
@@ -72,13 +78,27 @@ def serve(
         service.model.close()
 
 
+class _Protocol(H11Protocol):
+    """HTTP/1.1, whose own refusals have the form of all other errors."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, or has headers that are longer than may be looked at. Called while h11 complains."""
+        complaint = sys.exception()
+        status = 431 if getattr(complaint, "error_status_hint", 400) == 431 else 400
+        body = json.dumps(error_body(ApiError(status, "the headers are too long" if status == 431 else msg))).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server with another end: the first signal lets running requests finish, the second ends the process."""
 
     def __init__(self, service: Service, drain_seconds: float) -> None:
         config = uvicorn.Config(
             create_app(service),
-            http="h11",  # it bounds the size of headers, which httptools does not
+            http=_Protocol,  # it bounds the size of headers, which httptools does not
             h11_max_incomplete_event_size=2 * service.limits.header_bytes,  # the frame's own limit has a better error
             ws="none",
             lifespan="off",

@@ -125,6 +125,7 @@ class Meter:
         self.fields: dict[str, Any] = {}
         self._last: dict[int, float] = {}  # index of a text -> when its latest token came
         self._first: float | None = None
+        self._open = False  # tokens have come, and nobody has said that it is over
 
     @property
     def seconds(self) -> float:
@@ -137,7 +138,7 @@ class Meter:
         before = self._last.get(index)
         self._last[index] = now
         if self._first is None:
-            self._first = now
+            self._first, self._open = now, True
             self._metrics.observe("time_to_first_token_seconds", now - self.began)
         if before is not None:
             for _ in range(count):  # tokens that come at once have shared the time since those before them
@@ -145,6 +146,7 @@ class Meter:
 
     def finished(self, completions: Sequence[Completion], timings: Timings) -> None:
         """The texts have ended, or were stopped: then their finish_reason is None, and counts as "abort"."""
+        self._open = False
         now = time.perf_counter()
         first = now if self._first is None else self._first
         observe = self._metrics.observe
@@ -163,3 +165,10 @@ class Meter:
             first_token_seconds=round(first - self.began, 4),
             finish=",".join(sorted(set(reasons))),
         )
+
+    def close(self) -> None:
+        """The request is over: a text that was begun and not finished was stopped."""
+        if self._open:
+            self._metrics.ended("abort")
+            self.fields["finish"] = "abort"
+            self._open = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from starlette.types import Scope
+
 from ..engine.stats import EngineStats
 from ..errors import DeviceError
 from ..model import Model
-from .errors import ApiError
+from .errors import ApiError, api_error
 from .keys import Keys
 from .limits import Limits
 from .log import RequestLog
@@ -89,10 +91,22 @@ class Service:
                 "model_not_found",
             )
 
-    def noticed(self, error: Exception) -> None:
-        """Take note of an error of a request: one that the engine does not survive makes the service fail."""
+    def told(self, error: Exception, scope: Scope) -> ApiError:
+        """What the client of a request is told of an error, which is noted in the log.
+
+        A client's mistake is a few fields of the request's line: its message may quote what was asked. What is our
+        fault, or the device's, is a line of its own, with the traceback.
+        """
+        told, state = api_error(error), scope["state"]
+        fields = state["meter"].fields
+        fields |= {"error": told.type, "param": told.param, "code": told.code}
+        if self.log.prompts or told.status >= 500:
+            fields["message"] = told.message
+        if told.status >= 500 and told is not error:
+            self.log.failure(error, id=state["id"], path=scope["path"])
         if isinstance(error, DeviceError) and self.model is not None:
             self.failure = getattr(self.model.engine, "failure", None)
+        return told
 
     def _stats(self) -> EngineStats | None:
         model = self.model

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ import httpx
 import uvicorn
 
 from cuplama.server.app import create_app
+from cuplama.server.endpoint import Endpoint
+from cuplama.server.endpoints import ENDPOINTS
 from cuplama.server.service import Service
 from tests.cli.processes import LAUNCHER, environment, interruptible
 
@@ -30,9 +32,10 @@ def eventually(true: Callable[[], Any], seconds: float = 10) -> None:
 
 
 @contextmanager
-def in_thread(service: Service) -> Iterator[str]:
+def in_thread(service: Service, endpoints: Sequence[Endpoint] = ENDPOINTS) -> Iterator[str]:
     """uvicorn with the service's application; yields its address, as in http://127.0.0.1:1234."""
-    config = uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, lifespan="off", http="h11")
+    app = create_app(service, endpoints)
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off", http="h11")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
