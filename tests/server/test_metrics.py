@@ -32,9 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def values(found: Metrics) -> dict[str, float]:
     """Name and labels without the model's -> value, of all samples but the buckets."""
     samples = re.findall(r"^cuplama:(\S+) (\S+)$", found.exposition().decode(), re.M)
-    told = {
-        name.replace('model_name="m",', "").replace('{model_name="m"}', ""): float(value) for name, value in samples
-    }
+    told = {re.sub(r',?model_name="m"', "", name).replace("{}", ""): float(value) for name, value in samples}
     return {name: value for name, value in told.items() if "_bucket" not in name and "_created" not in name}
 
 
