@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "all addresses" -> one of them, which a browser can open
+
 
 def _filled(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     if not all(value.strip() for value in values):  # an empty key would let in everybody
@@ -44,6 +46,14 @@ _options = options(
     _count("--max-running", 1, "Sequences that are computed at a time."),
     _count("--max-waiting", 0, "Requests that may wait; others get status 429."),
     _count("--cache-tokens", 1, "Tokens that all sequences may have together in the cache."),
+    click.option(
+        "--no-prefix-cache",
+        "prefix_cache",
+        flag_value=False,
+        type=bool,
+        default=None,
+        help="Read every prompt from its beginning.",
+    ),
     click.option(
         "--limit",
         "limits",
@@ -79,7 +89,7 @@ def serve(
     log_prompts: bool,
     offline: bool,
     loading: dict[str, Any],
-    **more: int | None,
+    **more: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's interface under /v1, and a page for people at /.
 
@@ -145,5 +155,6 @@ def _is_loopback(host: str) -> bool:
 
 def _say_where(host: str, port: int) -> None:
     """The addresses, on stdout: with --port 0 a program reads the port there."""
+    host = _EVERYWHERE.get(host, host)
     shown = f"[{host}]" if ":" in host else host
     write_text(f"page: http://{shown}:{port}/\nAPI:  http://{shown}:{port}/v1\n")

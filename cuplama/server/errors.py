@@ -21,7 +21,7 @@ from ..errors import (
     TokenizerError,
 )
 
-__all__ = ["ApiError", "ClientGoneError", "api_error", "error_body", "error_response"]
+__all__ = ["ApiError", "ClientGoneError", "api_error", "error_body", "error_response", "unavailable"]
 
 _INVALID = "invalid_request_error"
 _RETRY_SECONDS = 1  # Retry-After of what a moment may mend
@@ -60,6 +60,11 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
         if status in (429, 503):
             self.headers.setdefault("Retry-After", str(_RETRY_SECONDS))
+
+
+def unavailable(said: str) -> ApiError:
+    """The error of a server that cannot answer now; the code is llama.cpp's."""
+    return ApiError(503, said, "unavailable_error", code=503)
 
 
 class ClientGoneError(Exception):

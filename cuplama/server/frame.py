@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .endpoint import Endpoint
-from .errors import ApiError, ClientGoneError, error_response
+from .errors import ClientGoneError, error_response, unavailable
 from .limits import check_headers, read_body
 from .metrics import Meter
 from .service import Service
@@ -40,7 +40,7 @@ class Frame:
         except ClientGoneError:
             exchange.status = _GONE
         except asyncio.CancelledError:  # the server ends, and has waited long enough
-            await exchange.fail(ApiError(503, "the server is shutting down", "unavailable_error", code=503), receive)
+            await exchange.fail(unavailable("the server is shutting down"), receive)
         except Exception as e:
             await exchange.fail(e, receive)
         finally:
@@ -100,6 +100,8 @@ class Answering:
         if not self.endpoint.open:
             self.service.keys.check(Headers(scope=scope))
         body = await read_body(scope, receive, self.service.limits)
+        if self.service.log.prompts and body:
+            scope["state"]["meter"].fields["body"] = body.decode(errors="replace")
         over = asyncio.Event()  # the client has left, or has its whole answer
 
         async def sending(message: Message) -> None:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import h11
@@ -19,10 +19,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import DeviceError
 from ..model import Model
 from .app import create_app
+from .endpoint import Endpoint
+from .endpoints import ENDPOINTS
 from .errors import ApiError, error_body
 from .service import Service
 
-__all__ = ["listen", "serve"]
+__all__ = ["Server", "listen", "serve"]
 
 _KEEP_ALIVE = 75  # seconds that a connection without a request stays open: longer than proxies keep theirs
 _CLOSING = 5  # seconds that connections have to close when all requests have ended
@@ -59,7 +61,7 @@ def serve(
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of whatever clients do
-    server = _Server(service, drain_seconds)
+    server = Server(service, drain_seconds)
     failed: list[BaseException] = []
 
     def loading() -> None:
@@ -92,12 +94,12 @@ class _Protocol(H11Protocol):
         self.transport.close()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server with another end: the first signal lets running requests finish, the second ends the process."""
 
-    def __init__(self, service: Service, drain_seconds: float) -> None:
+    def __init__(self, service: Service, drain_seconds: float, endpoints: Sequence[Endpoint] = ENDPOINTS) -> None:
         config = uvicorn.Config(
-            create_app(service),
+            create_app(service, endpoints),
             http=_Protocol,  # it bounds the size of headers, which httptools does not
             h11_max_incomplete_event_size=2 * service.limits.header_bytes,  # the frame's own limit has a better error
             ws="none",
@@ -110,20 +112,20 @@ class _Server(uvicorn.Server):
             timeout_graceful_shutdown=_CLOSING,
         )
         super().__init__(config)
-        self._service, self._drain_seconds = service, drain_seconds
+        self.service, self._drain_seconds = service, drain_seconds
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came; called between two operations of the main thread."""
-        if self._service.draining:
+        if self.service.draining:
             sys.stderr.flush()
             os._exit(128 + sig)  # threads of the engine may be in a computation, for which nobody waits now
-        self._service.draining = True
+        self.service.draining = True
         self._deadline = time.monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether the server ends now."""
-        if self._deadline is not None and (self._service.running == 0 or time.monotonic() > self._deadline):
-            self.config.timeout_graceful_shutdown = _CLOSING if self._service.running == 0 else 0
+        if self._deadline is not None and (self.service.running == 0 or time.monotonic() > self._deadline):
+            self.config.timeout_graceful_shutdown = _CLOSING if self.service.running == 0 else 0
             self.should_exit = True
         return await super().on_tick(counter)

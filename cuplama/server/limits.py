@@ -23,7 +23,7 @@ _DISCARD_SECONDS = 2.0  # how long a body that is too long is read on: most clie
 _LARGE = 64 * 1024  # bytes of a body from which on it is parsed beside the event loop
 # A string of JSON, also one that does not end: without the last ? every later quote would be tried as its beginning, in
 # a time that grows with the square.
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 

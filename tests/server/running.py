@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ from cuplama.server.endpoints import ENDPOINTS
 from cuplama.server.service import Service
 from tests.cli.processes import LAUNCHER, environment, interruptible
 
-__all__ = ["ServerProcess", "eventually", "in_thread"]
+__all__ = ["ServerProcess", "eventually", "in_thread", "read_all"]
 
 
 def eventually(true: Callable[[], Any], seconds: float = 10) -> None:
@@ -29,6 +30,11 @@ def eventually(true: Callable[[], Any], seconds: float = 10) -> None:
     while not true():
         assert time.monotonic() < end, "it did not come true"
         time.sleep(0.01)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 import cuplama
+from cuplama.errors import DeviceError
 from cuplama.model import Model
 from cuplama.server.service import Service
 
@@ -16,18 +17,23 @@ pytestmark = pytest.mark.anyio
 LOADING = {"message": "Loading model", "type": "unavailable_error", "param": None, "code": 503}
 
 
-async def test_health_says_what_is_the_matter(client: httpx.AsyncClient, service: Service) -> None:
+async def test_health_says_what_is_the_matter(
+    client: httpx.AsyncClient, service: Service, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for path in ("/health", "/v1/health", "/ping"):
         response = await client.get(path)
         assert (response.status_code, response.json()) == (200, {"status": "ok"})
     assert service.ready
     service.draining = True
     assert (await client.get("/health")).json()["error"]["message"] == "the server is shutting down"
-    service.draining, service.failure = False, "the GPU is gone"
+    assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 503
+    service.draining = False
+    monkeypatch.setattr(model.engine, "failure", DeviceError("the GPU is gone"), raising=False)
     response = await client.get("/health")
     assert response.status_code == 503
     assert response.json()["error"]["message"] == "the engine failed: the GPU is gone"
     assert not service.ready
+    assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 200  # a request may still go well
 
 
 async def test_while_the_model_is_loaded(client: httpx.AsyncClient, service: Service) -> None:

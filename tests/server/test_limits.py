@@ -60,8 +60,8 @@ async def test_brackets_in_strings_are_no_levels() -> None:
 async def test_looking_for_levels_takes_little_time(part: bytes) -> None:
     """A pattern that starts again at every quote would take hours."""
     begin = time.perf_counter()
-    await refused(b'"' + part * (2_000_000 // len(part)))
-    assert time.perf_counter() - begin < 2
+    await refused(b'"' + part * (500_000 // len(part)))
+    assert time.perf_counter() - begin < 1
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
