@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,18 @@ __all__ = ["serve"]
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "all addresses" -> one of them, which a browser can open
 
 
-def _filled(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    if not all(value.strip() for value in values):  # an empty key would let in everybody
+def _filled(_: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    # An empty key would let in everybody; so would a variable that is set to nothing by mistake.
+    nothing = not values and isinstance(option.envvar, str) and option.envvar in os.environ
+    if nothing or not all(value.strip() for value in values):
         raise click.BadParameter("the text is empty")
     return values
 
 
 def _texts(*names: str, metavar: str, help: str, envvar: str | None = None) -> Decorator:
-    return click.option(*names, multiple=True, callback=_filled, metavar=metavar, help=help, envvar=envvar)
+    return click.option(
+        *names, multiple=True, callback=_filled, metavar=metavar, help=help, envvar=envvar, show_envvar=True
+    )
 
 
 def _count(name: str, least: int, help: str) -> Decorator:

@@ -114,7 +114,8 @@ def test_a_port_that_is_taken(fails: Fails) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--api-key", " "), "Invalid value for '--api-key': the text is empty"),
+        (("--api-key", " "), "Invalid value for '--api-key' (env var: 'CUPLAMA_API_KEY'): the text is empty"),
+        (("--served-model-name", ""), "Invalid value for '--served-model-name': the text is empty"),
         (("--limit", "nothing=3"), "--limit nothing=3: known are body_bytes, header_bytes, "),
         (("--limit", "prompts"), "--limit prompts: it must be a whole number, as in prompts=100"),
         (("--limit", "prompts=-1"), "--limit prompts=-1: it must be a whole number"),
@@ -123,6 +124,14 @@ def test_a_port_that_is_taken(fails: Fails) -> None:
 )
 def test_wrong_options_are_named(fails: Fails, args: tuple[str, ...], said: str) -> None:
     assert said in fails("serve", *args)
+
+
+def test_a_variable_that_is_set_to_nothing_does_not_open_the_server(
+    fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("", " "):
+        monkeypatch.setenv("CUPLAMA_API_KEY", value)
+        assert "(env var: 'CUPLAMA_API_KEY'): the text is empty" in fails("serve", "--port", "0")
 
 
 def test_without_its_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,18 @@ def test_the_engine_is_asked_when_prometheus_asks() -> None:
     }
 
 
+def test_a_value_is_in_every_bucket_that_reaches_it() -> None:
+    found = Metrics("m", lambda: None)
+    for seconds, count in ((0.0005, 1), (0.001, 2), (0.0011, 1), (99.0, 1)):
+        found.observe("inter_token_latency_seconds", seconds, count)
+    text = found.exposition().decode()
+    buckets = dict(re.findall(r'inter_token_latency_seconds_bucket\{le="(.*?)",model_name="m"\} (\S+)', text))
+    wanted = {"0.001": "3.0", "0.0025": "4.0", "2.5": "4.0", "+Inf": "5.0"}
+    assert {bound: buckets[bound] for bound in wanted} == wanted
+    assert values(found)["inter_token_latency_seconds_count"] == 5
+    assert values(found)["inter_token_latency_seconds_sum"] == pytest.approx(99.0036)
+
+
 def test_two_servers_do_not_share_their_metrics() -> None:
     one, other = Metrics("m", lambda: None), Metrics("m", lambda: None)
     one.ended("stop")

@@ -28,7 +28,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
     if len(given) != 1:
         raise ApiError(400, f"one of {', '.join(_FORMS)} must be given", param="prompt")
     # Beside the event loop: a long text takes a second.
-    return JSONResponse(await asyncio.to_thread(_FORMS[given[0]], model, fields))
+    return await asyncio.to_thread(lambda: JSONResponse(_FORMS[given[0]](model, fields)))
 
 
 def _of_prompt(model: Model, fields: Mapping[str, Any]) -> dict[str, Any]:
