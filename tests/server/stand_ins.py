@@ -15,7 +15,7 @@ from cuplama.engine.sequence import Token
 from cuplama.model import Model
 from cuplama.sampling_params import SamplingParams
 
-__all__ = ["ScriptedStream", "log_softmax", "prompt_scores", "scoring", "scripted"]
+__all__ = ["ScriptedStream", "Step", "log_softmax", "prompt_scores", "scoring", "scripted"]
 
 Step = str | float | Exception  # a text that comes, seconds that pass, or an error that ends the stream
 

@@ -63,13 +63,14 @@ async def test_every_form_of_a_prompt_is_read(client: httpx.AsyncClient, model: 
     of_ids = await post(client, prompt=[a, b], max_tokens=4)
     assert of_texts["choices"] == of_ids["choices"]
     assert [c["index"] for c in of_ids["choices"]] == [0, 1]
-    alone = [await post(client, prompt=prompt, max_tokens=4) for prompt in (a, b)]
+    alone = [await post(client, prompt=ids, max_tokens=4) for ids in (a, b)]
     assert [answer["choices"][0]["text"] for answer in alone] == [c["text"] for c in of_ids["choices"]]
     assert of_ids["usage"]["prompt_tokens"] == len(a) + len(b)
 
 
 async def test_an_empty_prompt_is_the_bos_token(client: httpx.AsyncClient) -> None:
-    answers = [await post(client, prompt=prompt, max_tokens=3, return_token_ids=True) for prompt in ("", [[]])]
+    prompts: list[Any] = ["", [[]]]
+    answers = [await post(client, prompt=prompt, max_tokens=3, return_token_ids=True) for prompt in prompts]
     assert [a["choices"][0]["prompt_token_ids"] for a in answers] == [[0], [0]]
 
 
@@ -107,7 +108,8 @@ async def test_the_models_own_defaults_count_where_the_request_says_nothing(
 
 async def test_echo_returns_the_prompt_before_the_text(client: httpx.AsyncClient, model: Model) -> None:
     text = model.generate(PROMPT, max_tokens=3, temperature=0).text
-    for prompt in (PROMPT, model.encode(PROMPT)):
+    prompts: list[Any] = [PROMPT, model.encode(PROMPT)]
+    for prompt in prompts:
         assert (await post(client, prompt=prompt, echo=True, max_tokens=3))["choices"][0]["text"] == PROMPT + text
         assert (await post(client, prompt=prompt, echo=True, max_tokens=0))["choices"][0]["text"] == PROMPT
 

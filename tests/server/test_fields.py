@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -43,7 +43,7 @@ _TYPES: Mapping[str, Any] = {
 
 def fits(schema: Mapping[str, Any], value: Any) -> bool:
     """Whether a value is of a JSON schema, as far as the tables use that language. An unknown word raises."""
-    rules = {
+    rules: Mapping[str, Callable[[Any], bool]] = {
         "description": lambda _: True,
         "default": lambda _: True,
         "type": lambda s: any(_TYPES[t](value) for t in ([s] if isinstance(s, str) else s)),

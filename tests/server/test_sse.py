@@ -22,9 +22,10 @@ from cuplama.server.service import Service
 from cuplama.server.sse import DONE, EventStream, event
 from tests.server.conftest import Log
 from tests.server.running import eventually
-from tests.server.stand_ins import scripted
+from tests.server.stand_ins import Step, scripted
 
 pytestmark = pytest.mark.anyio
+STEADY: list[Step] = [0.002, "b"]
 BODY = {"prompt": "Once", "stream": True}
 
 
@@ -127,7 +128,7 @@ async def test_no_token_in_time_is_an_error(
 
 
 def test_a_client_that_leaves_ends_the_generation(url: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    astream, made = scripted("a", *[0.02, "b"] * 500)
+    astream, made = scripted("a", *STEADY * 5000)
     monkeypatch.setattr(model, "astream", astream)
     with httpx.stream("POST", f"{url}/v1/completions", json=BODY) as response:
         assert next(response.iter_lines()).startswith("data: ")
@@ -166,7 +167,7 @@ async def test_a_stream_is_closed_where_nothing_of_it_could_be_sent() -> None:
 
 async def test_a_slow_reader_gets_what_came_meanwhile_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is not held up: a sender that waits finds the deltas that came since, joined."""
-    monkeypatch.setattr(model, "astream", scripted("a", *[0.001, "b"] * 20)[0])
+    monkeypatch.setattr(model, "astream", scripted("a", *STEADY * 20)[0])
     service = Service(["m"], model)
     parts: list[bytes] = []
 
