@@ -238,11 +238,16 @@ class Tokenizer:
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         return find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
 
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Text of each special token -> its id."""
+        pieces = ((self.piece(id), id) for id in sorted(self.special_ids))
+        return {piece: id for piece, id in pieces if piece}
+
     def special_in(self, texts: Iterable[str]) -> list[int]:
         """The ids of the special tokens that are spelled in one of the texts."""
         texts = list(texts)
-        pieces = ((id, self.piece(id)) for id in sorted(self.special_ids))
-        return [id for id, piece in pieces if piece and any(piece in text for text in texts)]
+        return [id for piece, id in self.special_tokens.items() if any(piece in text for text in texts)]
 
     def spells_special(self, text: str) -> bool:
         """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""
