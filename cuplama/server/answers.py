@@ -34,7 +34,9 @@ class Form(Protocol):
     id_prefix: str
     whole: str
     chunk: str
-    reasoning_tokens: int
+
+    @property
+    def reasoning_tokens(self) -> int: ...
 
     def watch(self, delta: Delta) -> None:
         """Take note of what comes for a whole response, of which ``choice`` is asked at the end."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..chat import read_chat
-from ..errors import TokenizerError
+from ..errors import ParameterError, TokenizerError
 from ..model import Model
 from ..text.answer_form import AnswerForm
 from ..text.splitter import Splitter
@@ -55,7 +55,7 @@ def read_chat_request(
     known = read_tools(tools)
     full = tokenizer.answer_form
     form = full if known else replace(full, tools=None)
-    given = {**_effort(model, effort), **(options.get("template_args") or {})}
+    given = {**_effort(model, effort), **_variables(model, options, bool(known))}
     chat = {**options, "template_args": given, **({"tools": list(tools)} if known and tools else {})}
     try:
         ids, _ = read_chat(tokenizer, _as_read(tokenizer.chat_template, messages), chat)
@@ -70,6 +70,16 @@ def _as_read(template: str | None, messages: Sequence[Mapping[str, Any]]) -> lis
     if "developer" in (template or ""):
         return list(messages)
     return [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+
+
+def _variables(model: Model, options: Mapping[str, Any], tools: bool) -> Mapping[str, Any]:
+    """The variables that the client names, if the template reads them."""
+    given: Mapping[str, Any] = options.get("template_args", {})
+    try:
+        model.tokenizer.check_variables(given, tools=tools, chat_template=options.get("chat_template"))
+    except ParameterError as error:
+        raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+    return given
 
 
 def _effort(model: Model, effort: str | None) -> dict[str, Any]:

@@ -51,7 +51,9 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
     ``Model.params`` raise.
     """
     model, limits = service.loaded, service.limits
-    n = read.own["n"]
+    n, best_of = read.own["n"], read.own["best_of"]
+    if best_of not in (None, n):
+        raise ApiError(400, f"best_of = {best_of} is not supported; it must be n = {n}", param="best_of")
     stop = read.sampling.get("stop", ())
     _check("n", n, limits.choices)
     _check("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, " stop strings")

@@ -42,11 +42,14 @@ _GUIDED = {
     "grammar": string(1),
     "choice": listed(string(1), "non-empty strings", 1),
 }
+_ALONE = {"json_schema": "json", "regex": "regex", "grammar": "grammar"}  # name of a field -> part of the above
 _STRUCTURED: tuple[Field, ...] = (
     sampling("response_format", ANY_OBJECT, "The form of the text: text, json_object, or json_schema."),
     own("structured_outputs", record(_GUIDED), "vLLM's form: json, regex, choice, grammar or json_object."),
     *(own(f"guided_{name}", kind, "An older name of a part of structured_outputs.") for name, kind in _GUIDED.items()),
+    *(own(name, _GUIDED[kind], "The same, as llama.cpp and SGLang have it.") for name, kind in _ALONE.items()),
     refused("structural_tag", "use response_format"),
+    refused("ebnf", "use grammar"),
     refused("guided_whitespace_pattern", "use regex or grammar"),
     refused("guided_decoding_backend", "leave it out", "auto", "llguidance", "guidance"),
 )
@@ -74,6 +77,7 @@ _ENDS: tuple[Field, ...] = (
 )
 _BACK: tuple[Field, ...] = (
     own("n", integer(1), "Choices for each prompt.", 1),
+    own("best_of", integer(1), "Must be n: nothing is generated to be thrown away."),
     own("stream", FLAG, "Send the text as it is generated, as server-sent events.", False),
     own(
         "stream_options",
@@ -94,15 +98,15 @@ _OTHERS: tuple[Field, ...] = (
     *(harmless(n, string()) for n in ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")),
     *(harmless(n, string()) for n in ("request_id", "session_id")),
     harmless("service_tier", word("auto", "default", "flex", "scale", "priority"), "There is one."),
-    refused("best_of", "use n", 1),
     refused("use_beam_search", "tokens are drawn one after the other", False),
     refused("length_penalty", "it belongs to beam search", 1, 1.0),
     refused("early_stopping", "it belongs to beam search", False),
     refused("truncate_prompt_tokens", "shorten the prompt"),
     refused("truncation_side", "shorten the prompt"),
     refused("cache_salt", "start the server without the prefix cache where tenants must not share it"),
-    refused("max_new_tokens", "use max_tokens"),
-    refused("n_predict", "use max_tokens"),
+    *(refused(name, "use max_tokens") for name in ("max_new_tokens", "n_predict", "num_predict")),
+    refused("num_ctx", "start the server with --context"),
+    refused("repeat_penalty", "use repetition_penalty", 1, 1.0),
     refused("do_sample", "use temperature"),
     refused("typical_p", "use top_p or min_p", 1, 1.0),
     refused("tfs_z", "use top_p or min_p", 1, 1.0),
@@ -122,17 +126,18 @@ COMMON: tuple[Field, ...] = (*_DRAW, *_ENDS, *_BACK, *_STRUCTURED, *_OTHERS)
 
 
 def constraint(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameter that ``structured_outputs`` and the ``guided_`` fields ask for; {} if none does.
+    """The sampling parameter that ``structured_outputs`` and its like ask for; {} if none does.
 
     Raises ApiError 400 where there are several, or parts that nobody knows.
     """
     asked = {f"structured_outputs.{name}": value for name, value in (own["structured_outputs"] or {}).items()}
     asked |= {f"guided_{name}": own[f"guided_{name}"] for name in _GUIDED}
+    asked |= {name: own[name] for name in _ALONE}
     found = {name: value for name, value in asked.items() if value is not None and value is not False}
     if len(found) > 1:
         raise ApiError(400, f"{' and '.join(found)} exclude each other", param=next(iter(found)).partition(".")[0])
     for name, value in found.items():
-        kind = name.removeprefix("structured_outputs.").removeprefix("guided_")
+        kind = _ALONE.get(name, name.removeprefix("structured_outputs.").removeprefix("guided_"))
         if kind not in _OPTIONS:
             raise ApiError(
                 400, f"{name} is not supported; supported: {', '.join(_OPTIONS)}", param="structured_outputs"

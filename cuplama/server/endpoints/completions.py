@@ -16,7 +16,6 @@ from ...model import Model
 from ...prompts import prompt_of_batch
 from ..answers import Choice, answer
 from ..endpoint import Endpoint
-from ..errors import ApiError
 from ..fields import Fields, Read, own, refused
 from ..generating import prepare
 from ..generation_fields import COMMON
@@ -30,29 +29,35 @@ __all__ = ["ENDPOINTS", "FIELDS"]
 _MAX_TOKENS = 16  # as OpenAI has it, where the request does not say
 
 
+_ID = integer(0, 2**31 - 1)
+_IDS = listed(_ID, "token ids")
+
+
 def _read_prompt(value: Any) -> list[str] | list[list[int]]:
-    """The prompts as a list. Of token ids only the type is looked at: there may be a million of them."""
+    """The prompts as a list. It is quick with whole numbers: there may be a million of them."""
     if isinstance(value, str):
         return [value]
     need_type(isinstance(value, list), value)
     in_range(len(value) > 0)
-    if type(value[0]) is int:
-        return [_whole(value)]
-    wanted = list if isinstance(value[0], list) else str
-    for item in value:
-        need_type(isinstance(item, wanted), item)
-    return [_whole(item) for item in value] if wanted is list else value
+    if isinstance(value[0], str):
+        for text in value:
+            need_type(isinstance(text, str), text)
+        return value
+    if not isinstance(value[0], list):
+        return [_ids(value)]
+    for ids in value:
+        need_type(isinstance(ids, list), ids)
+    return [_ids(ids) for ids in value]
 
 
-def _whole(ids: list[Any]) -> list[int]:
-    for id in ids:
-        need_type(type(id) is int, id)
-    return ids
+def _ids(value: list[Any]) -> list[int]:
+    found = [id if type(id) is int else _ID.read(id) for id in value]
+    in_range(not found or (min(found) >= 0 and max(found) < 2**31))
+    return found
 
 
-_IDS = listed(integer(0, 2**31 - 1), "token ids", 1)
 _PROMPT = Kind(
-    either(string(), listed(string(), "strings", 1), _IDS, listed(_IDS, "lists of token ids", 1)).schema,
+    either(string(), listed(string(), "strings", 1), listed(_ID, "", 1), listed(_IDS, "", 1)).schema,
     _read_prompt,
     "a string, a list of strings, a list of token ids, or a list of such lists",
 )
@@ -63,7 +68,6 @@ FIELDS = Fields(
         own("logprobs", integer(0, 64), "Log-probabilities of each token, and of so many of the best."),
         own("echo", FLAG, "Return the prompt before the text, and with logprobs also its log-probabilities.", False),
         own("add_special_tokens", FLAG, "Put the tokenizer's BOS before a prompt that is text.", True),
-        own("best_of", integer(1), "Must be n: nothing is generated to be thrown away."),
         refused("suffix", "the model writes from left to right", ""),
     )
 )
@@ -72,9 +76,6 @@ FIELDS = Fields(
 async def _completions(service: Service, request: Request) -> Response:
     read = FIELDS.read(await read_object(request, service.limits))
     service.check_name(read.own["model"])
-    if read.own["best_of"] not in (None, read.own["n"]):
-        said = f"best_of = {read.own['best_of']} is not supported; it must be n = {read.own['n']}"
-        raise ApiError(400, said, param="best_of")
     form = _Form(read)
     read.sampling.setdefault("max_tokens", _MAX_TOKENS)
     if (logprobs := read.own["logprobs"]) is not None:
