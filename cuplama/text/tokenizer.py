@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import checked, flag
@@ -276,6 +277,11 @@ class Tokenizer:
     def template_variables(self) -> frozenset[str]:
         """Names of the variables that the default chat template reads; empty if there is no template."""
         return frozenset() if self.chat_template is None else self._templates.choose().reading.variables
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The tokens that the folder names: bos_token, eos_token, ... -> their text."""
+        return MappingProxyType(self._special_tokens)
 
     def _named_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
