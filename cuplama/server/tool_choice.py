@@ -59,7 +59,7 @@ def tool_constraint(model: Model, chat: ChatRequest, choice: ToolChoice, paralle
     grammar = tool_grammar(
         chat.form,
         tools,
-        model.tokenizer.special_tokens,
+        model.tokenizer.special_texts,
         reasoning=chat.reasoning,
         parallel=parallel and choice.name is None,
         required=choice.required,
