@@ -240,7 +240,7 @@ class Tokenizer:
         return find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
 
     @cached_property
-    def special_tokens(self) -> Mapping[str, int]:
+    def special_texts(self) -> Mapping[str, int]:
         """Text of each special token -> its id."""
         pieces = ((self.piece(id), id) for id in sorted(self.special_ids))
         return {piece: id for piece, id in pieces if piece}
@@ -248,7 +248,7 @@ class Tokenizer:
     def special_in(self, texts: Iterable[str]) -> list[int]:
         """The ids of the special tokens that are spelled in one of the texts."""
         texts = list(texts)
-        return [id for piece, id in self.special_tokens.items() if any(piece in text for text in texts)]
+        return [id for piece, id in self.special_texts.items() if any(piece in text for text in texts)]
 
     def spells_special(self, text: str) -> bool:
         """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""

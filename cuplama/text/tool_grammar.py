@@ -33,7 +33,7 @@ def tool_grammar(
 ) -> str | None:
     """A grammar, as of the parameter ``grammar``, of answers that call one of the tools, after any reasoning.
 
-    special: text of each special token -> its id, as of ``Tokenizer.special_tokens``; reasoning: the prompt ends inside
+    special: text of each special token -> its id, as of ``Tokenizer.special_texts``; reasoning: the prompt ends inside
     the reasoning; parallel: several calls may come. required: there is no content; otherwise any content may come, and
     what begins like a call is one. None: the form of the model's answers is not such that this can be said (harmony's
     channels).

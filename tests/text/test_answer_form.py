@@ -66,7 +66,7 @@ def test_special_tokens_that_tags_have() -> None:
     assert tokenizer.answer_form == AnswerForm(None, TOOL_FORMATS["mistral-args"])
     ids = tokenizer.special_in(tokenizer.answer_form.texts)
     assert [tokenizer.piece(id) for id in ids] == ["[TOOL_CALLS]", "[ARGS]"]
-    assert {tokenizer.special_tokens[text] for text in ("[TOOL_CALLS]", "[ARGS]")} == set(ids)
+    assert {tokenizer.special_texts[text] for text in ("[TOOL_CALLS]", "[ARGS]")} == set(ids)
     assert tokenizer.find_form(reasoning="think").reasoning == REASONING_FORMATS["think"]
 
 

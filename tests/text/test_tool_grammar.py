@@ -57,7 +57,7 @@ class Judge:
     def __init__(self, name: str, tools: Any = TOOLS, **options: Any) -> None:
         self.form, self.tools = form_of(name), tools
         self.tokenizer = tokenizer_of(self.form, special=name in SPECIAL)
-        grammar = tool_grammar(self.form, list(tools.values()), self.tokenizer.special_tokens, **options)
+        grammar = tool_grammar(self.form, list(tools.values()), self.tokenizer.special_texts, **options)
         assert grammar is not None
         self.grammar = grammar
         self.grammars = Grammars(lambda: self.tokenizer, self.tokenizer.vocab_size, [END])
