@@ -19,7 +19,7 @@ import numpy as np
 from .arguments import shown
 from .engine.constraint import Constraint, MaskWords, mask_words
 from .errors import CuplamaError, ParameterError
-from .output_form import FORMS
+from .output_form import FORMS, JSON_STYLE
 from .sampling_params import SamplingParams
 from .text.token_bytes import TokenBytes
 from .text.tokenizer import Tokenizer
@@ -39,9 +39,6 @@ _LIMITS = {
     "step_lexer_fuel": 200_000,
     "step_max_items": 20_000,
 }
-# JSON on one line, with at most a space after "," and ":". A small model that may write blanks wherever JSON allows
-# them writes nothing else. A schema's own "x-guidance" takes the place of these.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _LONGEST_ERROR = 300  # characters of llguidance's message
 
 
@@ -195,7 +192,7 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
     """What llguidance compiles. Raises ParameterError for what its converters refuse."""
     try:
         if form == "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
+            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=dict(JSON_STYLE))
         if form == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
         return llguidance.gbnf_to_lark.any_to_lark(text)
