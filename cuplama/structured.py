@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Grammars"]
 
 _KEPT = 16  # compiled grammars of a model
-# What one grammar may cost: a hostile one is refused within a few seconds. In the order of the lines: nodes of its regular
-# expressions (8,000 elements of one, or 2,000 values of an enum), symbols of its rules, states of its lexer (of 1 to
-# 2 kB), and for one mask, steps of the lexer and items of the parser.
+# What one grammar may cost: a hostile one is refused within a few seconds. In the order of the lines: nodes of its
+# regular expressions (8,000 elements of one, or 2,000 values of an enum), symbols of its rules, states of its lexer
+# (of 1 to 2 kB), and for one mask, steps of the lexer and items of the parser.
 _LIMITS = {
     "initial_lexer_fuel": 50_000,
     "max_grammar_size": 100_000,
@@ -98,9 +98,8 @@ class Grammars:
 
     def _read_vocabulary(self, llguidance: Any) -> LLTokenizer:
         tokenizer = self._tokenizer()
-        size = max(self._vocab_size, tokenizer.vocab_size)
         stops = sorted(self._stop_ids)
-        known = _Vocabulary(TokenBytes(tokenizer, size, stops), tokenizer.bos, stops[0] if stops else None)
+        known = _Vocabulary(TokenBytes(tokenizer, self._vocab_size, stops), tokenizer.bos, stops[0] if stops else None)
         found: LLTokenizer = llguidance.LLTokenizer(known, eos_token=stops or None)
         return found
 
