@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ DTYPE_NAMES: Mapping[str, str] = {
     "bf16": "bf16",
 }
 
+_WORDS: Mapping[str, Collection[str]] = {
+    "dtype": DTYPE_NAMES,
+    "device": DEVICES,
+    "quantize": GRIDS,
+    "activations": ACTIVATIONS,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+}
+
 
 def load(
     model: str | os.PathLike[str] | None = None,
@@ -57,6 +65,7 @@ def load(
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    deterministic: bool = False,
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -75,26 +84,22 @@ def load(
     activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
     tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     adapter: a folder or hub id of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
+    deterministic: a text's logits are the same bit for bit whatever is computed beside it, however its prompt is cut,
+    and whether its tokens are read or were generated. On CUDA alone, and slower.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
     Raises ParameterError, ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
-    one_of("dtype", dtype, DTYPE_NAMES)
-    one_of("device", device, DEVICES)
-    if quantize is not None:
-        one_of("quantize", quantize, GRIDS)
-    one_of("activations", activations, ACTIVATIONS)
-    one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    quantized = {} if quantize is None else {"quantize": quantize}
+    _check_words(dtype=dtype, device=device, activations=activations, kv_cache_dtype=kv_cache_dtype, **quantized)
+    deterministic = checked("deterministic", deterministic, flag, "True or False")
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     with held_open(folder):
         config = load_config(folder)
         length = context_length(config, context)
         tokens = _cache_tokens(length, cache_tokens)
-        if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
-            _log.warning(
-                "a context of %d tokens is more than the %d that the model was made for", length, config.context
-            )
+        _warn_of_length(config, length)
         tokenizer = Tokenizer.find(folder)
         settings = Settings.read(folder, config, tokenizer)
         weights = load_weights(folder, config)
@@ -103,9 +108,20 @@ def load(
     name = BUNDLED if model is None else os.fspath(model)
     if adapter is not None:
         config, weights = _adapted(config, weights, find_model(adapter, offline), name)
-    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
+    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations, deterministic)
     engine = start_engine(config, weights, setup, progress)
     return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
+
+
+def _check_words(**given: Any) -> None:
+    """Raises ParameterError unless each argument is one of its words."""
+    for name, value in given.items():
+        one_of(name, value, _WORDS[name])
+
+
+def _warn_of_length(config: ModelConfig, length: int) -> None:
+    if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
+        _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
 
 
 def _adapted(

@@ -40,6 +40,7 @@ class Source:
     quantize: str | None = None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
+    deterministic: bool = False
 
     def open(self, context: int, cache_tokens: int) -> Model:
         """Load the model, or make it up. context, cache_tokens: as of ``load``.
@@ -49,8 +50,17 @@ class Source:
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
-            how = {"kv_cache_dtype": self.kv_cache_dtype, "activations": self.activations}
-            return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, self.weight_format, **how)
+            return dummy_model(
+                self.model,
+                self.device,
+                self.dtype,
+                context,
+                cache_tokens,
+                self.weight_format,
+                kv_cache_dtype=self.kv_cache_dtype,
+                activations=self.activations,
+                deterministic=self.deterministic,
+            )
         if is_shape(self.model):
             raise ConfigError(f"{self.model} is a known shape without weights; add --dummy-weights")
         return load(
@@ -62,6 +72,7 @@ class Source:
             cache_tokens=cache_tokens,
             kv_cache_dtype=self.kv_cache_dtype,
             activations=self.activations,
+            deterministic=self.deterministic,
         )
 
 
@@ -87,7 +98,7 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
 
 
 def dummy_model(
-    model: str, device: str, dtype: str, context: int, cache_tokens: int, form: str = "", **more: str
+    model: str, device: str, dtype: str, context: int, cache_tokens: int, form: str = "", **more: Any
 ) -> Model:
     """A model of that shape with random weights and without a tokenizer. dtype "auto": what the config states.
 
