@@ -134,7 +134,8 @@ class Running:
         self._ready: list[Delta] = []
         self._news = asyncio.Event()
         self._closed = False
-        self._stream = asked.model.astream(asked.prompts, asked.params, n=asked.n, priority=asked.priority)
+        prompt = asked.prompts[0] if len(asked.prompts) == 1 else asked.prompts  # errors number those of a list
+        self._stream = asked.model.astream(prompt, asked.params, n=asked.n, priority=asked.priority)
         self._pump = asyncio.create_task(self._read())
 
     @property

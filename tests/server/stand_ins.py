@@ -27,10 +27,14 @@ def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class ScriptedStream:
-    """A stream of one sequence that does what its steps say. closed: whether aclose() was called."""
+    """A stream of one sequence that does what its steps say.
+
+    prompts, params: what was asked for; closed: whether aclose() was called.
+    """
 
     def __init__(self, steps: Sequence[Step], prompts: Sequence[list[int]], params: SamplingParams) -> None:
-        self._steps, self._prompts, self._params = list(steps), prompts, params
+        self._steps, self.params = list(steps), params
+        self.prompts = [prompts] if prompts and isinstance(prompts[0], int) else prompts
         self._texts: list[str] = []
         self._end: str | None = None
         self.closed = False
@@ -57,11 +61,11 @@ class ScriptedStream:
     def completions(self) -> list[Completion]:
         tokens = list(range(1, len(self._texts) + 1))
         text = "".join(self._texts)
-        return [Completion(text, tokens, self._end, None, self.timings, prompt_tokens=list(self._prompts[0]))]
+        return [Completion(text, tokens, self._end, None, self.timings, prompt_tokens=list(self.prompts[0]))]
 
     @property
     def timings(self) -> Timings:
-        return Timings(len(self._prompts[0]), 0.0, len(self._texts), 0.0)
+        return Timings(len(self.prompts[0]), 0.0, len(self._texts), 0.0)
 
 
 def scripted(*steps: Step) -> tuple[Callable[..., ScriptedStream], list[ScriptedStream]]:
