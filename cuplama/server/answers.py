@@ -19,9 +19,35 @@ from .generating import Asked, Running, usage
 from .service import Service
 from .sse import DONE, EventStream, event
 
-__all__ = ["Choice", "Form", "answer"]
+__all__ = ["RESPONSE_SCHEMA", "Choice", "Form", "answer"]
 
 Choice = dict[str, Any]
+_COUNT = {"type": "integer", "minimum": 0}
+# What every whole response has. Fields beside these depend on what was asked for.
+RESPONSE_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"enum": ["chat.completion", "text_completion"]},
+        "created": _COUNT,
+        "model": {"type": "string"},
+        "system_fingerprint": {"type": "string"},
+        "choices": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["index", "logprobs", "finish_reason"],
+                "properties": {"index": _COUNT, "finish_reason": {"enum": ["stop", "length", "tool_calls"]}},
+            },
+        },
+        "usage": {
+            "type": "object",
+            "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+            "additionalProperties": {"anyOf": [_COUNT, {"type": "object", "additionalProperties": _COUNT}]},
+        },
+    },
+}
 
 
 class Form(Protocol):

@@ -55,13 +55,14 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
     if best_of not in (None, n):
         raise ApiError(400, f"best_of = {best_of} is not supported; it must be n = {n}", param="best_of")
     stop = read.sampling.get("stop", ())
-    _check("n", n, limits.choices)
-    _check("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, " stop strings")
+    if n > limits.choices:
+        raise ApiError(400, f"n = {n} is out of range; at most {limits.choices} are allowed", param="n")
+    _check("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, "stop strings")
 
     def make() -> Asked:
         prompts = encode(model)
         params = _params(model, read)
-        _check("prompt", len(prompts), limits.prompts, " prompts")
+        _check("prompt", len(prompts), limits.prompts, "prompts")
         for ids in prompts:
             if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
                 said = f"the prompt has {len(ids)} tokens; at most {limits.prompt_tokens} are allowed"
@@ -101,9 +102,9 @@ def _held(model: Model, chat: ChatRequest, read: Read, choice: ToolChoice, paral
     return {} if formed else held
 
 
-def _check(name: str, count: int, most: int, nouns: str = "") -> None:
+def _check(name: str, count: int, most: int, nouns: str) -> None:
     if count > most:
-        raise ApiError(400, f"{name} has {count}{nouns}; at most {most} are allowed", param=name)
+        raise ApiError(400, f"{name} has {count} {nouns}; at most {most} are allowed", param=name)
 
 
 def _params(model: Model, read: Read) -> SamplingParams:
@@ -143,8 +144,11 @@ class Running:
         delta = await self._first()
         while delta is not None:
             deltas = [delta, *self._stream.ready()]
-            for index, count in Counter(delta.index for delta in deltas).items():
-                self.meter.tokens(count, index)
+            if len(deltas) == 1:  # which is most of the time
+                self.meter.tokens(1, delta.index)
+            else:
+                for index, count in Counter(d.index for d in deltas).items():
+                    self.meter.tokens(count, index)
             yield deltas
             delta = await anext(self._stream, None)
 

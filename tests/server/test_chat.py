@@ -346,3 +346,31 @@ async def test_what_asks_for_nothing_is_taken(client: httpx.AsyncClient) -> None
         stream_options=None, echo=False, best_of=1, priority=3,
     )  # fmt: skip
     assert (await post(client, **body, max_tokens=1))["usage"]["completion_tokens"] == 1
+
+
+async def test_a_call_that_must_come_comes(client: httpx.AsyncClient) -> None:
+    """Of a model that has never heard of tools; its form is then Llama's."""
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "count", "parameters": parameters}}
+    answer = await post(client, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=60)
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    [call] = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "count"
+    assert json.loads(call["function"]["arguments"])["n"] in (1, 2)
+
+
+async def test_an_answer_can_be_an_object(client: httpx.AsyncClient) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    answer = await post(client, response_format=form, max_tokens=40)
+    assert json.loads(answer["choices"][0]["message"]["content"])["yes"] in (True, False)

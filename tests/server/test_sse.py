@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from cuplama.errors import DeviceError
+from cuplama.errors import BusyError, DeviceError
 from cuplama.model import Model
 from cuplama.server import sse
 from cuplama.server.endpoints.completions import ENDPOINTS
@@ -114,6 +114,19 @@ async def test_the_same_error_without_a_stream_is_a_status(
 
 
 @pytest.mark.parametrize("stream", [True, False])
+async def test_too_many_requests_are_a_status_before_the_stream(
+    client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def astream(*_: Any, **__: Any) -> Any:
+        raise BusyError("8 requests are waiting already")
+
+    monkeypatch.setattr(model, "astream", astream)
+    response = await client.post("/v1/completions", json={**BODY, "stream": stream})
+    assert (response.status_code, response.json()["error"]["message"]) == (429, "8 requests are waiting already")
+    assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
 async def test_no_token_in_time_is_an_error(
     client: httpx.AsyncClient, service: Service, model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
@@ -186,3 +199,11 @@ async def test_a_slow_reader_gets_what_came_meanwhile_at_once(model: Model, monk
     got = texts(b"".join(parts).decode())
     assert "".join(got) == "a" + "b" * 20
     assert len(got) <= 3
+
+
+def test_pages_are_free_when_the_client_has_left(url: str, model: Model) -> None:
+    body = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "n": 2, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+        assert model.engine.stats.running == 2
+    eventually(lambda: model.engine.stats.running == 0, 1)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from ...arguments import in_range, need_type
 from ...model import Model
-from ..answers import answer
+from ..answers import RESPONSE_SCHEMA, answer
 from ..chat_form import ChatForm, Shown
 from ..chat_request import ChatRequest, read_chat_request
 from ..endpoint import Endpoint
@@ -111,7 +111,7 @@ ENDPOINTS = (
         _chat,
         "The answer to a conversation.",
         request_schema=FIELDS.schema,
-        response_schema={"type": "object"},
+        response_schema=RESPONSE_SCHEMA,
         response_types=("application/json", "text/event-stream"),
     ),
 )
