@@ -41,17 +41,18 @@ class Generation:
         return sequences
 
     def push(self, drawn: Drawn) -> list[Delta]:
-        """What the tokens of a step add, in their order."""
-        first = any(sequence.generated == 1 for sequence, _ in drawn)
+        """What the tokens of a step add, in their order; none for a sequence that a stop string has ended."""
+        pairs = [(output, token) for s, token in drawn if (output := self._output_of[id(s)]).finish_reason is None]
+        first = any(not output.tokens for output, _ in pairs)
         if not self.clock.generated_tokens and drawn:
             self.clock.queue_seconds = drawn[0][0].admitted - self.clock.began
-        self.clock.step(len(drawn), first)
-        return [self._output_of[id(sequence)].push(token) for sequence, token in drawn]
+        self.clock.step(len(pairs), first)
+        return [output.push(token) for output, token in pairs]
 
     @property
     def ended(self) -> bool:
         """Whether every sequence has a finish_reason."""
-        return all(output.sequence.finish_reason is not None for output in self.outputs)
+        return all(output.finish_reason is not None for output in self.outputs)
 
     def completions(self) -> list[Completion]:
         """What each sequence has so far; without a finish_reason if it has not ended."""
@@ -63,7 +64,7 @@ class Generation:
         return Completion(
             text=output.text,
             tokens=[token.id for token in output.tokens],
-            finish_reason=sequence.finish_reason,
+            finish_reason=output.finish_reason,
             logprobs=list(output.tokens) if sequence.params.logprobs is not None else None,
             timings=self.clock.timings(),
             prompt=prompt,

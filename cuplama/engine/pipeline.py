@@ -221,8 +221,8 @@ class Pipeline:
             length = len(s.tokens) + s.ahead
             if s.finish_reason is not None or length >= s.until:
                 self._leave(s)  # its last token is on its way, or the next has another rotation
-            elif length > len(s.pages) * PAGE:
-                self._grow(loop, row, s, length)
+            elif min(length + 1, s.until) > len(s.pages) * PAGE:  # a step makes the place of the token after its own
+                self._grow(loop, row, s, min(length + 1, s.until))
         members = [(row, s, s.life) for row, s in self._members(loop)]
         if not members:
             return False
