@@ -263,6 +263,11 @@ class FakeGpu(Gpu):
         self._wait()
         return np.array(array)
 
+    def fetch(self, array: Any) -> np.ndarray[Any, Any]:
+        host = garbage(array.shape, array.dtype)
+        self.do(lambda: np.copyto(host, array))
+        return host
+
     def stage(self, array: Any, offset: int, host: np.ndarray[Any, Any]) -> None:
         content = host.copy()
         self.do(lambda: np.copyto(array.reshape(-1)[offset : offset + content.size], content))
@@ -341,6 +346,19 @@ class LateNumPyBackend(NumPyBackend):
     def download(self, array: Any) -> np.ndarray[Any, Any]:
         self.queue.wait()
         return super().download(array)
+
+    def fetch(self, arrays: Sequence[Any]) -> Any:
+        copies = super().fetch(arrays).wait()
+        late = [garbage(a.shape, a.dtype) for a in copies]
+        for host, copy in zip(late, copies, strict=True):
+            self.queue.append(partial(np.copyto, host, copy))
+        event = QueueEvent(self.queue)
+
+        def wait() -> list[np.ndarray[Any, Any]]:
+            event.synchronize()
+            return late
+
+        return SimpleNamespace(wait=wait)
 
 
 class Driver:

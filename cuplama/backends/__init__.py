@@ -12,7 +12,7 @@ from ..ops.node import Node
 from ..ops.op import Op
 from ..quant.weight import Weight
 
-__all__ = ["Backend", "CapturedGraph", "Event"]
+__all__ = ["Backend", "CapturedGraph", "Event", "Fetch"]
 
 
 class Event(Protocol):
@@ -20,6 +20,13 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has passed it."""
+
+
+class Fetch(Protocol):
+    """Copies of arrays that are on their way to the host."""
+
+    def wait(self) -> list[np.ndarray[Any, Any]]:
+        """The copies, once they are there."""
 
 
 class CapturedGraph(Protocol):
@@ -59,6 +66,9 @@ class Backend(Protocol):
 
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         """The content as a NumPy array, once everything queued before has run."""
+
+    def fetch(self, arrays: Sequence[Array]) -> Fetch:
+        """Copy arrays to the host, in order with what is queued: what is queued later may overwrite them."""
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A device array of zeros."""

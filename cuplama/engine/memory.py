@@ -24,7 +24,7 @@ from ..ops.abstract import infer
 from ..ops.launch import Device, Plan
 from ..ops.node import Node, dying
 from .batch import abstract_values, input_shapes
-from .graphs import KEPT_CHUNKS, max_logits, padded_rows
+from .graphs import max_logits, padded_rows
 from .kv_cache import PAGE, pages_for
 
 __all__ = [
@@ -149,8 +149,8 @@ def plan(
     tables = sum(4 * rope.dim * table_rows(rope, context) for rope in config.ropes.values())
     # Logits, penalised logits and the sampler's scratch; or those of all tokens, where they are asked for.
     logits = 4 * config.vocab_size * max(4, min(max_logits(config.vocab_size), chunk, tokens))
-    # What captured passes hold, and one that is not captured.
-    work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
+    # What captured passes share, and one that is not captured.
+    work = 2 * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
     padding = cache_bytes(config, cache, PAGE)
     shared = shared_bytes(config, dtype, cache, tokens, device)
     return MemoryPlan(

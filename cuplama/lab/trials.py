@@ -13,7 +13,6 @@ import numpy as np
 
 from ..engine.kv_cache import PAGE, pages_for
 from ..engine.sequence import SequenceState
-from ..engine.sharing import Run
 from ..errors import ParameterError
 from ..model import Model
 from ..models.config import ModelConfig
@@ -115,17 +114,18 @@ class Runs:
 
     def prompt(self, trial: Trial) -> float:
         """Seconds from the call to the first token, on the host, when the prompt is fed on top of ``depth`` tokens."""
-        engine, backend = self._engine, self._engine.backend
-        sequences = self._sequences(trial.batch, trial.depth, 1)
-        run = Run(sequences, trial.batch * pages_for(trial.tokens))
-        with engine.sharing.entered(run):
-            if trial.depth:
-                backend.download(engine.scheduler.last_logits(sequences, run=run))
-            for s in sequences:
-                s.tokens += self._tokens(trial.prompt)
-            began = time.perf_counter()
-            engine.runner.draw(sequences, engine.scheduler.last_logits(sequences, run=run))
-            return time.perf_counter() - began
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
+        prompts = [self._tokens(trial.depth) for _ in range(trial.batch)]
+        if trial.depth:  # the prefix cache keeps what is read here: a whole number of pages
+            self._run([SequenceState(p, params, frozenset()) for p in prompts])
+        sequences = [SequenceState(p + self._tokens(trial.prompt), params, frozenset()) for p in prompts]
+        began = time.perf_counter()
+        self._run(sequences)
+        return time.perf_counter() - began
+
+    def _run(self, sequences: Sequence[SequenceState]) -> None:
+        for _ in self._engine.generate(sequences):
+            pass
 
     def generation(self, trial: Trial) -> tuple[float, float]:
         """(seconds to the first token, seconds for the ``generated`` tokens of each sequence after it)."""

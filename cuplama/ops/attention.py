@@ -53,6 +53,8 @@ def _attention(
     y = np.zeros((len(x), num_heads * d), x.dtype)
     x = x[:, : num_heads * d].reshape(len(x), num_kv_heads, -1, d)
     for i, length in enumerate(seq_lens.tolist()):
+        if not length:
+            continue  # a row of a decode step that belongs to no sequence
         first, last = int(cu_seqlens[i]), int(cu_seqlens[i + 1])
         pages = page_table[i, : -(-length // size)]
         keys, values = (

@@ -15,14 +15,16 @@ from starlette.requests import Request
 from ..completion import Completion, Delta
 from ..model import Model
 from ..sampling_params import SamplingParams
-from .errors import ApiError, api_error
+from .chat_request import ChatRequest
+from .errors import ApiError
 from .fields import Read
 from .generation_fields import constraint
 from .metrics import Meter
 from .service import Service
 from .sse import KEEP_ALIVE_SECONDS
+from .tool_choice import ToolChoice, tool_constraint
 
-__all__ = ["Asked", "Running", "prepare", "usage"]
+__all__ = ["Asked", "Running", "prepare", "prepare_chat", "usage"]
 
 # Where neither the request nor the model's generation_config.json says: as OpenAI, and not as the library.
 _DEFAULTS = {"temperature": 1.0, "max_tokens": None}
@@ -59,8 +61,8 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
     _check("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, " stop strings")
 
     def make() -> Asked:
-        params = _params(model, read)
         prompts = encode(model)
+        params = _params(model, read)
         _check("prompt", len(prompts), limits.prompts, " prompts")
         for ids in prompts:
             if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
@@ -69,6 +71,36 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
         return Asked(model, prompts, params, n, read.own["priority"])
 
     return await asyncio.to_thread(make)
+
+
+async def prepare_chat(
+    service: Service, read: Read, encode: Callable[[Model], ChatRequest], choice: ToolChoice, parallel: bool = True
+) -> tuple[Asked, ChatRequest]:
+    """The same for a chat. encode: makes its prompt; choice: of its tools, of which ``parallel`` allows several calls.
+
+    Raises ApiError 400 also for a choice that cannot be enforced.
+    """
+    found: list[ChatRequest] = []
+
+    def make(model: Model) -> list[list[int]]:
+        chat = encode(model)
+        held = _held(model, chat, read, choice, parallel)
+        read.sampling = {"show_special": model.tokenizer.special_in(chat.form.texts), **read.sampling, **held}
+        found.append(chat)
+        return [chat.ids]
+
+    return await prepare(service, read, make), found[0]
+
+
+def _held(model: Model, chat: ChatRequest, read: Read, choice: ToolChoice, parallel: bool) -> dict[str, str]:
+    """What holds the answer to its tools. Where another form is asked for, that one counts, unless a call must come."""
+    held = tool_constraint(model, chat, choice, parallel)
+    formed = constraint(read.own) or read.sampling.get("response_format", {}).get("type", "text") != "text"
+    if choice.required and formed:
+        raise ApiError(400, "tool_choice asks for a call; that excludes another form of the text", param="tool_choice")
+    if choice.required and not held:
+        raise ApiError(400, "tool_choice: calls in this model's form cannot be enforced", param="tool_choice")
+    return {} if formed else held
 
 
 def _check(name: str, count: int, most: int, nouns: str = "") -> None:
@@ -102,7 +134,8 @@ class Running:
         self._ready: list[Delta] = []
         self._news = asyncio.Event()
         self._closed = False
-        self._stream = asked.model.astream(asked.prompts, asked.params, n=asked.n, priority=asked.priority)
+        prompt = asked.prompts[0] if len(asked.prompts) == 1 else asked.prompts  # errors number those of a list
+        self._stream = asked.model.astream(prompt, asked.params, n=asked.n, priority=asked.priority)
         self._pump = asyncio.create_task(self._read())
 
     @property
@@ -145,12 +178,7 @@ class Running:
 
     def failed(self, error: Exception) -> ApiError:
         """Note an error that comes when the response has begun. What the client is told of it."""
-        told = api_error(error)
-        self.service.noticed(error)
-        if told.status >= 500 and told is not error:
-            self.service.log.failure(error, id=self.request.state.id, path=self.request.url.path)
-        self.meter.fields.setdefault("message", told.message)
-        return told
+        return self.service.told(error, self.request.scope)
 
     async def close(self) -> None:
         """Stop what still runs: its pages of the cache are free then. Closing twice is fine."""

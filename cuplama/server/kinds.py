@@ -63,6 +63,7 @@ def json_shown(value: Any, width: int = 80) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError):  # a number of thousands of digits
         text = "..."
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a character cannot be sent back
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

@@ -34,7 +34,7 @@ from .planning import Planned, make_plan
 from .ranges import nvtx_ranges
 from .unpacking import largest_slice
 
-__all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
+__all__ = ["CapturedGraph", "CudaBackend", "Event", "Fetch", "convert"]
 
 _log = logging.getLogger("cuplama")
 
@@ -61,6 +61,18 @@ class Event:
             self._event.synchronize()
         except self._failures as e:
             raise _failure("a kernel before this point", e) from e
+
+
+class Fetch:
+    """Copies of arrays that are on their way to pinned memory."""
+
+    def __init__(self, arrays: list[np.ndarray[Any, Any]], event: Event) -> None:
+        self._arrays, self._event = arrays, event
+
+    def wait(self) -> list[np.ndarray[Any, Any]]:
+        """The copies, once they are there. Raises DeviceError if something before them failed."""
+        self._event.synchronize()
+        return self._arrays
 
 
 class CapturedGraph:
@@ -203,6 +215,11 @@ class CudaBackend:
         with self._on_gpu() as gpu:
             gpu.check("the array to download", array)
             return gpu.read(array)
+
+    def fetch(self, arrays: Sequence[Array]) -> Fetch:
+        with self._on_gpu() as gpu:
+            copies = [gpu.fetch(array) for array in arrays]
+            return Fetch(copies, Event(gpu.event(), gpu.failures))
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         with self._on_gpu() as gpu:

@@ -42,7 +42,7 @@ def _read_prompt(value: Any) -> list[str] | list[list[int]]:
     if isinstance(value[0], str):
         for text in value:
             need_type(isinstance(text, str), text)
-        return value
+        return list(value)
     if not isinstance(value[0], list):
         return [_ids(value)]
     for ids in value:
