@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .endpoint import Endpoint
-from .errors import ClientGoneError, error_response, unavailable
+from .errors import ClientGoneError, error_body, error_response, unavailable
 from .limits import check_headers, read_body
 from .metrics import Meter
 from .service import Service

@@ -1,4 +1,4 @@
-"""The answer of ``/v1/messages``: Anthropic's message of content blocks, the events that build it up, and its errors."""
+"""The answer of ``/v1/messages``: Anthropic's message of content blocks, the events that build it, and its errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class MessagesWriter:
 
     def begin(self, completion: Completion) -> list[Named]:
         """See ``Writer``."""
-        ends = {"content": [], "stop_reason": None, "stop_sequence": None}
+        ends: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         return [{"type": "message_start", "message": {**self._head, **ends, "usage": _usage(completion)}}]
 
     def step(self, step: Step) -> list[Named]:

@@ -165,7 +165,7 @@ def _say(chat: Conversation, role: str, content: Any, where: str) -> None:
     if isinstance(content, str):
         chat.say(role, content)
         return
-    texts = []
+    texts: list[str] = []
     for i, block in enumerate(wanted(content, list, where, "a string or a list of blocks", "messages")):
         place = f"{where}[{i}]"
         kind = block.get("type") if isinstance(block, Mapping) else None
