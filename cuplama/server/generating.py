@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ from .fields import Read
 from .generation_fields import constraint
 from .metrics import Meter
 from .service import Service
-from .sse import KEEP_ALIVE_SECONDS
 from .tool_choice import ToolChoice, tool_constraint
 
 __all__ = ["Asked", "Running", "prepare", "prepare_chat", "usage"]
@@ -124,57 +122,40 @@ def _params(model: Model, read: Read) -> SamplingParams:
 class Running:
     """The generation of one request, from the call to the last token. It must be closed, in whatever way it ends.
 
-    Iterating gives the deltas that have come since the last look, as a list; an empty one where nothing has come for
-    KEEP_ALIVE_SECONDS. Raises what the generation raises, and ApiError 503 where no token comes in time.
+    Iterating gives the deltas that have come since the last look, joined in a list: a client that is slow to take what
+    was sent does not hold up the engine. Raises what the generation raises, and ApiError 503 where no token comes in
+    time.
     """
 
     def __init__(self, service: Service, request: Request, asked: Asked) -> None:
         self.service, self.request, self.asked = service, request, asked
         self.meter: Meter = request.state.meter
-        self._ready: list[Delta] = []
-        self._news = asyncio.Event()
         self._closed = False
         prompt = asked.prompts[0] if len(asked.prompts) == 1 else asked.prompts  # errors number those of a list
         self._stream = asked.model.astream(prompt, asked.params, n=asked.n, priority=asked.priority)
-        self._pump = asyncio.create_task(self._read())
 
     @property
     def completions(self) -> list[Completion]:
         """What each sequence has so far: prompt by prompt, and of each its choices."""
         return self._stream.completions
 
-    async def _read(self) -> None:
-        """Take the deltas as the engine gives them, also while the client is slow to take what was sent."""
-        try:
-            async for delta in self._stream:
-                self._ready.append(delta)
-                self._news.set()
-        finally:
-            self._news.set()
-
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        started, patience = False, self.service.limits.waiting_seconds
-        while True:
-            if not self._ready and not self._pump.done():
-                left = KEEP_ALIVE_SECONDS if started else min(KEEP_ALIVE_SECONDS, patience - self.meter.seconds)
-                await self._wait(left)
-            deltas, self._ready = self._ready, []
-            self._news.clear()
-            if deltas:
-                started = True
-                for index, count in Counter(delta.index for delta in deltas).items():
-                    self.meter.tokens(count, index)
-            elif self._pump.done():
-                break
-            elif not started and self.meter.seconds >= patience:
-                raise ApiError(503, f"no token came within {patience:g} seconds: too much is going on", "server_error")
+        delta = await self._first()
+        while delta is not None:
+            deltas = [delta, *self._stream.ready()]
+            for index, count in Counter(delta.index for delta in deltas).items():
+                self.meter.tokens(count, index)
             yield deltas
-        self._pump.result()  # raises what ended the generation before its time
+            delta = await anext(self._stream, None)
 
-    async def _wait(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
+    async def _first(self) -> Delta | None:
+        patience = self.service.limits.waiting_seconds
+        try:
+            async with asyncio.timeout(patience - self.meter.seconds):
+                return await anext(self._stream, None)
+        except TimeoutError:
+            said = f"no token came within {patience:g} seconds: too much is going on"
+            raise ApiError(503, said, "server_error") from None
 
     def failed(self, error: Exception) -> ApiError:
         """Note an error that comes when the response has begun. What the client is told of it."""
@@ -185,10 +166,6 @@ class Running:
         if self._closed:
             return
         self._closed = True
-        self._pump.cancel()
-        await asyncio.wait([self._pump])
-        if not self._pump.cancelled():
-            self._pump.exception()  # asyncio complains of errors that nobody has looked at
         await self._stream.aclose()
         self.meter.finished(self.completions, self._stream.timings)
 

@@ -16,7 +16,7 @@ from cuplama.server.app import create_app
 from cuplama.server.chat_request import read_chat_request
 from cuplama.server.service import Service
 from tests.server.conftest import CHAT_TEMPLATE
-from tests.server.stand_ins import ScriptedStream, Step, log_softmax, scoring, scripted
+from tests.server.stand_ins import ScriptedStream, Step, log_softmax, scripted
 from tests.server.test_sse import objects
 
 pytestmark = pytest.mark.anyio
@@ -163,7 +163,6 @@ async def test_parts_of_characters_have_bytes_and_no_text_of_their_own(client: h
 async def test_log_probabilities_of_the_prompt(
     client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "astream", scoring(model))
     whole = await post(client, max_tokens=1, prompt_logprobs=0)
     streamed = await post(client, max_tokens=1, prompt_logprobs=0, stream=True)
     assert len(whole["prompt_logprobs"]) == whole["usage"]["prompt_tokens"]

@@ -13,7 +13,7 @@ import pytest
 
 from cuplama.model import Model
 from cuplama.server.service import Service
-from tests.server.stand_ins import log_softmax, scoring
+from tests.server.stand_ins import log_softmax
 from tests.server.test_sse import objects
 
 pytestmark = pytest.mark.anyio
@@ -141,7 +141,6 @@ async def test_log_probabilities_of_lm_eval_are_those_of_the_logits(
     client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its ``local-completions`` reads the sum of token_logprobs[ctxlen:-1], and whether each is the best there."""
-    monkeypatch.setattr(model, "astream", scoring(model))
     contexts = ["Once upon a", "The dog was", "She said"]
     ends = [" time, there was", " very happy", " xylophone"]
     pairs = [(model.encode(a), model.tokenizer.encode(b, bos=False)) for a, b in zip(contexts, ends, strict=True)]
@@ -164,7 +163,6 @@ async def test_log_probabilities_of_lm_eval_are_those_of_the_logits(
 async def test_echo_with_log_probabilities_and_nothing_generated(
     client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "astream", scoring(model))
     for streamed in (False, True):
         body = dict(prompt=PROMPT, max_tokens=0, echo=True, logprobs=0)
         choice = (
@@ -182,7 +180,6 @@ async def test_echo_with_log_probabilities_and_nothing_generated(
 async def test_log_probabilities_of_the_prompt_in_vllms_form(
     client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "astream", scoring(model))
     choice = (await post(client, prompt="Once upon", max_tokens=1, prompt_logprobs=1))["choices"][0]
     first, *rest = choice["prompt_logprobs"]
     assert first is None

@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from cuplama.errors import DeviceError
 from cuplama.model import Model
-from cuplama.server import generating
+from cuplama.server import sse
 from cuplama.server.endpoints.completions import ENDPOINTS
 from cuplama.server.limits import Limits
 from cuplama.server.service import Service
@@ -69,7 +69,7 @@ async def test_what_is_ready_together_is_one_event(
 async def test_silence_is_filled_with_comments(
     client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generating, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.02)
     monkeypatch.setattr(model, "astream", scripted(0.1, "a", 0.1, "b")[0])
     sent = (await client.post("/v1/completions", json=BODY)).text
     comments = [block for block in sent.split("\n\n") if block.startswith(":")]
