@@ -5,12 +5,13 @@ A writer says what the blocks look like in its API; here they are made of what t
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..completion import Completion, Delta
 from ..text.splitter import ArgumentsDelta, CallBegins, CallEnds, ContentDelta, Event, ReasoningDelta, Splitter
@@ -146,10 +147,6 @@ class Writer(Protocol):
         """The events of an error in the middle of a stream."""
         ...
 
-    def waiting(self) -> bytes:
-        """What is sent when nothing has come for a while."""
-        ...
-
 
 async def answer_in_blocks(service: Service, request: Request, read: Read, asked: Asked, writer: Writer) -> Response:
     """Generate, and answer as the writer has it. Raises what the generation raises before anything is sent."""
@@ -162,9 +159,10 @@ async def answer_in_blocks(service: Service, request: Request, read: Read, asked
         async for deltas in running:
             writer.blocks.push(deltas)
         writer.blocks.end()
-        return JSONResponse(writer.whole(running.completions[0]))
+        whole = writer.whole(running.completions[0])
     finally:
         await running.close()
+    return Response(json.dumps(whole), media_type="application/json")  # ASCII: what is given back may be half a pair
 
 
 async def _events(running: Running, writer: Writer) -> AsyncIterator[bytes]:
@@ -174,7 +172,8 @@ async def _events(running: Running, writer: Writer) -> AsyncIterator[bytes]:
             events = [] if begun else writer.begin(running.completions[0])
             begun = True
             events += [new for step in writer.blocks.push(deltas) for new in writer.step(step)]
-            yield _bytes(events) if events or deltas else writer.waiting()
+            if events:
+                yield _bytes(events)
         completion = running.completions[0]
         events = [] if begun else writer.begin(completion)
         events += [new for step in writer.blocks.end() for new in writer.step(step)]

@@ -10,7 +10,6 @@ from ..completion import Completion
 from .blocks import Block, Blocks, Named, Step
 from .errors import ApiError
 from .generating import Asked
-from .sse import event
 
 __all__ = ["MessagesWriter", "message_error"]
 
@@ -70,10 +69,6 @@ class MessagesWriter:
     def failed(self, error: ApiError) -> list[Named]:
         """See ``Writer``."""
         return [message_error(error)]
-
-    def waiting(self) -> bytes:
-        """See ``Writer``."""
-        return event({"type": "ping"}, "ping")
 
     def _ends(self, completion: Completion) -> dict[str, Any]:
         stop = self._stop_sequence(completion)

@@ -10,7 +10,6 @@ from ..completion import Completion
 from .blocks import Block, Blocks, Named, Step
 from .errors import ApiError
 from .generating import usage
-from .sse import KEEP_ALIVE
 
 __all__ = ["ResponsesWriter"]
 
@@ -75,10 +74,6 @@ class ResponsesWriter:
         """See ``Writer``."""
         response = self._response("failed") | {"error": {"code": "server_error", "message": error.message}}
         return [self._event("failed", response=response)]
-
-    def waiting(self) -> bytes:
-        """See ``Writer``."""
-        return KEEP_ALIVE
 
     def _response(self, status: str) -> dict[str, Any]:
         output = [self._item(block, "completed") for block in self.blocks.blocks] if status != "in_progress" else []

@@ -16,14 +16,15 @@ from ..chat_messages import Conversation, text_of, wanted
 from ..chat_request import ChatRequest, read_chat_request
 from ..endpoint import Endpoint
 from ..errors import ApiError
-from ..fields import Field, Fields, Read, chat, harmless, own, refused, sampling
-from ..generating import prepare
+from ..fields import Field, Fields, Read, harmless, own, refused, sampling
+from ..fields import chat as chat_option
+from ..generating import prepare, prepare_chat
 from ..generation_fields import COMMON
 from ..kinds import ANY_OBJECT, Kind, either, integer, json_shown, listed, record, string, word
 from ..limits import read_object
 from ..messages_form import MessagesWriter, message_error
 from ..service import Service
-from ..tool_choice import AUTO, NONE, ToolChoice, tool_constraint
+from ..tool_choice import AUTO, NONE, ToolChoice
 
 __all__ = ["COUNT_FIELDS", "ENDPOINTS", "FIELDS"]
 
@@ -57,7 +58,7 @@ _FIELDS: tuple[Field, ...] = (
     own("thinking", record({"type": string()}), "enabled or disabled, if the model's template knows of it."),
     own("output_format", ANY_OBJECT, "A JSON schema that the text follows."),
     own("output_config", ANY_OBJECT, "format: the same."),
-    chat("chat_template_kwargs", ANY_OBJECT, "Variables of the template.", "template_args"),
+    chat_option("chat_template_kwargs", ANY_OBJECT, "Variables of the template.", "template_args"),
     harmless("metadata", ANY_OBJECT),
     harmless("cache_control", ANY_OBJECT, "The prefix cache needs no marks."),
     refused("container", "the server runs no code"),
@@ -74,21 +75,12 @@ async def _messages(service: Service, request: Request) -> Response:
     if "max_tokens" not in read.sampling:
         raise ApiError(400, "max_tokens is missing; it must be a whole number >= 0", param="max_tokens")
     choice, parallel = _choice(read.own["tool_choice"])
-    found: list[ChatRequest] = []
     if (form := _output_format(read)) is not None:
         read.sampling["response_format"] = form
-
-    def encode(model: Model) -> list[list[int]]:
-        chat = _read_chat(model, read, choice)
-        found.append(chat)
-        read.sampling.setdefault("show_special", model.tokenizer.special_in(chat.form.texts))
-        read.sampling.update(tool_constraint(model, chat, choice, parallel))
-        return [chat.ids]
-
     service.check_name(read.own["model"])
-    asked = await prepare(service, read, encode)
+    asked, chat = await prepare_chat(service, read, lambda model: _read_chat(model, read, choice), choice, parallel)
     silent = (read.own["thinking"] or {}).get("type") == "disabled"
-    blocks = Blocks(found[0].splitter(), parallel, reasoning=not silent)
+    blocks = Blocks(chat.splitter(), parallel, reasoning=not silent)
     writer = MessagesWriter(blocks, request.state.id, service.name, asked)
     return await answer_in_blocks(service, request, read, asked, writer)
 

@@ -15,14 +15,15 @@ from ..chat_messages import Conversation, text_of, wanted
 from ..chat_request import ChatRequest, read_chat_request
 from ..endpoint import Endpoint
 from ..errors import ApiError
-from ..fields import Fields, Read, chat, harmless, own, refused, sampling
-from ..generating import prepare
+from ..fields import Fields, Read, harmless, own, refused, sampling
+from ..fields import chat as chat_option
+from ..generating import prepare_chat
 from ..generation_fields import COMMON
 from ..kinds import ANY_OBJECT, FLAG, Kind, either, integer, json_shown, listed, record, string, table
 from ..limits import read_object
 from ..responses_form import ResponsesWriter
 from ..service import Service
-from ..tool_choice import read_choice, tool_constraint
+from ..tool_choice import read_choice
 
 __all__ = ["ENDPOINTS", "FIELDS"]
 
@@ -53,7 +54,7 @@ FIELDS = Fields(
         own("reasoning", ANY_OBJECT, "effort: how long to think, if the model's template knows of it."),
         own("text", record({"format": ANY_OBJECT, "verbosity": string()}), "format: text, json_object or json_schema."),
         own("metadata", table(string(), str, ".*", "an object of strings"), "Given back."),
-        chat("chat_template_kwargs", ANY_OBJECT, "Variables of the template.", "template_args"),
+        chat_option("chat_template_kwargs", ANY_OBJECT, "Variables of the template.", "template_args"),
         harmless("store", FLAG, "Nothing is stored."),
         harmless("include", listed(string(), "strings"), "There is nothing that could be included."),
         refused("previous_response_id", "nothing is stored; send the whole conversation as input"),
@@ -77,18 +78,13 @@ async def _responses(service: Service, request: Request) -> Response:
     messages = _messages(given["input"], given["instructions"])
     if (form := _response_format(given["text"])) is not None:
         read.sampling["response_format"] = form
-    found: list[ChatRequest] = []
+    effort, parallel = (given["reasoning"] or {}).get("effort"), given["parallel_tool_calls"]
 
-    def encode(model: Model) -> list[list[int]]:
-        effort = (given["reasoning"] or {}).get("effort")
-        chat = read_chat_request(model, messages, read.chat, tools if choice.tools else None, effort)
-        found.append(chat)
-        read.sampling.setdefault("show_special", model.tokenizer.special_in(chat.form.texts))
-        read.sampling.update(tool_constraint(model, chat, choice, given["parallel_tool_calls"]))
-        return [chat.ids]
+    def encode(model: Model) -> ChatRequest:
+        return read_chat_request(model, messages, read.chat, tools if choice.tools else None, effort)
 
-    asked = await prepare(service, read, encode)
-    blocks = Blocks(found[0].splitter(), given["parallel_tool_calls"])
+    asked, chat = await prepare_chat(service, read, encode, choice, parallel)
+    blocks = Blocks(chat.splitter(), parallel)
     writer = ResponsesWriter(blocks, request.state.id, service.name, _echoed(read, asked.params.max_tokens))
     return await answer_in_blocks(service, request, read, asked, writer)
 
