@@ -63,11 +63,22 @@ def read_chat_request(
     return ChatRequest(ids, form, known, form.is_reasoning(tokenizer.decode(ids[-_END:], skip_special=False)))
 
 
-def _as_read(template: str | None, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages in the roles of the template: one that does not know developers, as most do not, has them as system."""
-    if "developer" in (template or ""):
-        return list(messages)
-    return [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+def _as_read(template: str | None, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Messages with the roles and names that templates know.
+
+    A template that does not know developers, as most do not, has them as system. Reasoning goes by DeepSeek's name,
+    also where a client sends it back by vLLM's.
+    """
+    knows_developers = "developer" in (template or "")
+    found = []
+    for message in messages:
+        message = dict(message)
+        if message.get("role") == "developer" and not knows_developers:
+            message["role"] = "system"
+        if (reasoning := message.pop("reasoning", None)) is not None:
+            message.setdefault("reasoning_content", reasoning)
+        found.append(message)
+    return found
 
 
 def _variables(tokenizer: Tokenizer, options: Mapping[str, Any], tools: bool) -> Mapping[str, Any]:

@@ -24,7 +24,8 @@ USER = {"role": "user", "content": "Tell me a story"}
 # It prints the tools, opens the reasoning unless told not to, and says in which form the model calls tools.
 THINKING_TEMPLATE = """\
 {% for t in tools or [] %}<tools>{{ t | tojson }}</tools>{# <tool_call> #}
-{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% for m in messages %}{{ m.role }}: {{ "(" ~ m.reasoning_content ~ ") " if m.reasoning_content }}\
+{{ m.content }}
 {% endfor %}{% if add_generation_prompt %}assistant:{% if enable_thinking is not defined or enable_thinking %}
 <think>
 {% else %}<think></think>{% endif %}{% endif %}"""
@@ -110,6 +111,21 @@ async def test_a_template_that_knows_developers_gets_them(model: Model, monkeypa
 
     for template, role in ((CHAT_TEMPLATE, "system"), (CHAT_TEMPLATE + "{# developer #}", "developer")):
         assert model.decode(ids(template)).startswith(f"{role}: x")
+
+
+async def test_reasoning_that_comes_back_reaches_the_template(
+    thinking: httpx.AsyncClient, thinker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Yes",
+        "reasoning": "Hm",
+        "refusal": None,
+        "annotations": [],
+    }
+    made = script(thinker, monkeypatch, "No")
+    await post(thinking, USER, before, USER)
+    assert "assistant: (Hm) Yes\n" in thinker.decode(made[0].prompts[0])
 
 
 async def test_choices_have_seeds_of_their_own(client: httpx.AsyncClient, model: Model) -> None:

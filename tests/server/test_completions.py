@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from dataclasses import replace
@@ -305,6 +306,22 @@ async def test_a_prompt_may_be_limited(
 async def test_unknown_fields_are_in_the_log(client: httpx.AsyncClient, log: Any) -> None:
     await post(client, prompt="x", max_tokens=1, chat_id=7)
     assert log()[-1]["ignored_fields"] == ["chat_id"]
+
+
+async def test_requests_at_once_give_what_each_gives_alone(client: httpx.AsyncClient, model: Model) -> None:
+    bodies: list[dict[str, Any]] = [
+        dict(prompt=f"{word} {i}", seed=i, temperature=1, max_tokens=4 + i)
+        for i, word in enumerate(["Once", "Two cats", "She said", "The dog"] * 3)
+    ]
+
+    async def ask(i: int, body: dict[str, Any]) -> str:
+        if i % 2:
+            return "".join(e["choices"][0]["text"] for e in await stream(client, **body))
+        return str((await post(client, **body))["choices"][0]["text"])
+
+    found = await asyncio.gather(*(ask(i, body) for i, body in enumerate(bodies)))
+    defaults = {"top_p": 0.95, "top_k": 0}
+    assert found == [model.generate(**{**defaults, **body}).text for body in bodies]
 
 
 async def test_the_text_can_be_held_to_a_form(client: httpx.AsyncClient) -> None:
