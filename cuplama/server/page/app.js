@@ -31,6 +31,7 @@ function refresh() {
 }
 
 function refreshComposer() {
+  thread.setBusy(isBusy());
   const { stats } = current.messages.findLast((m) => m.stats) ?? {};
   const used = stats && model?.max_model_len ? [stats.prompt + stats.tokens, model.max_model_len].map((n) => n.toLocaleString("en")) : null;
   showComposer({
@@ -52,7 +53,12 @@ function open(conversation) {
 
 function fresh() {
   open(store.create(kinds()[0][0]));
-  byId("prompt").focus();
+  focusPrompt();
+}
+
+/** Where there is a mouse; on a phone the keyboard would cover the page. */
+function focusPrompt() {
+  if (matchMedia("(hover: hover)").matches) byId("prompt").focus();
 }
 
 /** Reads the text of the composer and has it answered. True if it was taken. */
@@ -79,7 +85,10 @@ async function answer(conversation) {
   conversation.messages.push(message);
   runs.set(conversation.id, { controller });
   store.save(conversation);
-  if (conversation === current) open(conversation);
+  if (conversation === current) {
+    open(conversation);
+    focusPrompt();
+  }
   announce("The model is answering.");
   try {
     await read(api.stream(path, body, controller.signal), conversation, message);
@@ -129,6 +138,7 @@ function removeMessages(from, count) {
   const gone = conversation.messages.splice(from, count);
   store.save(conversation);
   open(conversation);
+  focusPrompt();
   const undo = () => {
     conversation.messages.splice(from, 0, ...gone);
     store.save(conversation);
@@ -169,15 +179,15 @@ const actions = {
   },
   edit(message, text) {
     if (isBusy() || !text.trim()) return;
-    if (current.kind === "text") current.messages.splice(0, Infinity, { role: "user", content: text });
-    else if (message.role === "user") current.messages.splice(current.messages.indexOf(message), Infinity, { role: "user", content: text });
+    const at = current.kind === "text" ? 0 : current.messages.indexOf(message);
+    const sends = actions.sendsEdited(message);
+    const edited = sends ? { role: "user", content: text } : { role: "assistant", content: text, end: "stop" };
+    current.messages.splice(at, sends ? Infinity : 1, edited);
+    if (sends) answer(current);
     else {
-      Object.assign(message, { content: text, stats: undefined, error: undefined });
       store.save(current);
       open(current);
-      return;
     }
-    answer(current);
   },
   /** A question goes together with its answer: two turns of one side in a row are refused by many models. */
   remove(message) {
@@ -234,8 +244,15 @@ function showServer() {
   refreshComposer();
 }
 
-/** Asks the person for a key; null if they do not give one. */
+let asking = null;
+
+/** Asks the person for a key, once for all requests that want one; null if they do not give one. */
 function askForKey(wasWrong) {
+  asking ??= showKeyDialog(wasWrong).finally(() => (asking = null));
+  return asking;
+}
+
+function showKeyDialog(wasWrong) {
   const dialog = byId("key-dialog");
   const field = byId("key");
   byId("key-words").textContent = wasWrong ? "The server did not take this key." : "The server wants an API key.";

@@ -6,7 +6,7 @@ const HEIGHT = 240; // pixels; a longer text scrolls within the field
 const WORDS = {
   chat: "Write a message",
   text: "Write a beginning",
-  more: "Write more, or press Enter to let the model go on",
+  more: "Write more, or let the model go on",
 };
 
 /** `send(text)` gives whether the text was taken; `stop()` ends the answer that is under way. */
@@ -42,6 +42,7 @@ function fit(field) {
 /** busy: an answer is under way; used: what stands about the context. */
 export function showComposer({ busy, ready, kind, canGoOn, used }) {
   byId("prompt").placeholder = canGoOn ? WORDS.more : WORDS[kind];
+  byId("send").textContent = kind === "text" ? "Continue" : "Send";
   byId("send").disabled = !ready;
   byId("send").hidden = busy;
   byId("stop").hidden = !busy;

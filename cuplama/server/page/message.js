@@ -4,7 +4,7 @@ import { button, copyButton, el } from "./dom.js";
 import { Markdown } from "./markdown.js";
 
 const ENDS = {
-  length: "Ended at the longest length that was allowed.",
+  length: "Ended at the limit of tokens.",
   stopped: "Stopped.",
 };
 const PAINT = 40; // milliseconds between two paints at least
@@ -120,9 +120,10 @@ export class MessageView {
 
   #tools() {
     const tools = [copyButton(() => this.#actions.textOf(this.#message))];
-    tools.push(button("Edit", () => this.#edit()));
-    if (this.#message.role === "assistant") tools.push(button("Regenerate", () => this.#actions.regenerate(this.#message), { class: "again" }));
-    tools.push(button("Delete", () => this.#actions.remove(this.#message)));
+    const changing = (label, act) => tools.push(button(label, act, { class: "changes" })); // hidden while an answer grows
+    changing("Edit", () => this.#edit());
+    if (this.#message.role === "assistant") changing("Regenerate", () => this.#actions.regenerate(this.#message));
+    changing("Delete", () => this.#actions.remove(this.#message));
     return el("div", { class: "tools" }, tools);
   }
 
@@ -133,7 +134,7 @@ export class MessageView {
     const close = () => {
       this.node.classList.remove("editing");
       form.replaceWith(this.#body);
-      this.#foot.querySelector(".tools button:nth-child(2)")?.focus();
+      this.#foot.querySelector(".changes")?.focus();
     };
     const save = () => {
       close();

@@ -2,7 +2,6 @@
 
 /**
  * The settings that a person may change. One that is left empty is not sent, so the model's own value holds.
- * `hint` is what stands in the empty field.
  */
 export const SETTINGS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, about: "0 always takes the likeliest token; more is more varied." },

@@ -25,7 +25,7 @@ export function showSettings() {
     input.step = step >= 1 ? step : "any";
     input.value = values[name] ?? "";
     input.addEventListener("input", keep);
-    return el("div", { class: "field" }, el("label", { htmlFor: id }, label), input, el("p", { id: `${id}-about` }, about));
+    return el("div", { class: "field number" }, el("label", { htmlFor: id }, label), input, el("p", { id: `${id}-about` }, about));
   });
   byId("fields").replaceChildren(...fields);
 }

@@ -4,8 +4,11 @@ const PREFIX = "cuplama.conversation.";
 const FORMAT = "cuplama-conversations";
 const TITLE = 60; // characters
 
-/** conversation: `{id, kind: "chat" | "text", title, named, updated, system, messages}`;
- * message: `{role, content, reasoning?, thought?, stats?, end?, error?}`. */
+/**
+ * Conversations by id: `{id, kind: "chat" | "text", title, named, updated, system, messages}`. named: the title is a
+ * person's; updated: milliseconds since 1970. A message is `{role, content, reasoning?, thought?, stats?, end?, error?}`;
+ * thought: milliseconds of reasoning; end: why the answer ended.
+ */
 const known = new Map();
 
 let onFull = () => {};
@@ -104,7 +107,8 @@ function checkedMessage({ role, content, reasoning, thought, stats, end, error }
   if (string(reasoning)) message.reasoning = reasoning;
   if (Number.isFinite(thought)) message.thought = thought;
   if (stats && ["prompt", "tokens", "cached", "speed", "wait"].every((name) => Number.isFinite(stats[name]))) message.stats = stats;
-  if (string(end)) message.end = end;
+  // An answer without an end was growing when its page was closed.
+  if (string(end) || role === "assistant") message.end = string(end) || "stopped";
   if (error && string(error.message)) message.error = { message: error.message, detail: string(error.detail) };
   return message;
 }

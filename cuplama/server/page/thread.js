@@ -8,6 +8,7 @@ const STARTS = ["Once upon a time", "One day, a little girl named Lily", "There 
 
 const root = () => byId("thread");
 const list = () => byId("messages");
+let shown = null; // the conversation
 let views = new Map(); // message -> its view
 let follows = true;
 
@@ -22,21 +23,25 @@ function follow() {
   if (follows) root().scrollTop = root().scrollHeight;
 }
 
-/** Shows a conversation from its end. */
+/** Shows a conversation from its end. Of one that is shown already, only what has changed is made anew. */
 export function show(conversation, actions) {
+  const known = conversation === shown ? views : new Map();
+  shown = conversation;
   views = new Map();
   follows = true;
-  list().replaceChildren();
   list().dataset.kind = conversation.kind;
-  for (const message of conversation.messages) add(conversation, message, actions);
-  if (!conversation.messages.length) list().append(welcome(conversation, actions));
+  for (const message of conversation.messages) {
+    views.set(message, known.get(message) ?? new MessageView(message, conversation.kind, actions, follow));
+  }
+  const nodes = views.size ? [...views.values()].map((view) => view.node) : [welcome(conversation, actions)];
+  for (const node of [...list().children]) if (!nodes.includes(node)) node.remove();
+  nodes.forEach((node, i) => node !== list().children[i] && list().insertBefore(node, list().children[i] ?? null));
   follow();
 }
 
-function add(conversation, message, actions) {
-  const view = new MessageView(message, conversation.kind, actions, follow);
-  views.set(message, view);
-  list().append(view.node);
+/** While an answer grows, what would change the conversation is hidden. */
+export function setBusy(busy) {
+  list().classList.toggle("busy", busy);
 }
 
 /** The view of a message, if its conversation is shown. */
