@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..sampling_params import SamplingParams
+from .constraint import Constraint
 
 __all__ = ["SequenceState", "Token", "idle_sequence"]
 
@@ -24,7 +25,7 @@ class SequenceState:
     """A prompt and what is generated after it. The engine ends it by setting ``finish_reason`` to "stop" or "length".
 
     So may the caller, between two tokens. prompt: token ids; stop_ids: ids that end it; seed: of its draws; pages: its
-    pages of the cache, in order.
+    pages of the cache, in order; constraint: what it may draw, None for anything.
     """
 
     prompt: Sequence[int]
@@ -35,6 +36,7 @@ class SequenceState:
     cached: int = 0  # tokens whose keys and values are in the cache
     pages: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

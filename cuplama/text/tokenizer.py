@@ -22,6 +22,7 @@ from ..gguf import is_gguf, open_gguf
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
+from .encoding import encoding
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_file, read_folder
 
@@ -107,10 +108,10 @@ class Tokenizer:
         alone. Raises PromptError for text that is not valid Unicode, or that the vocabulary cannot spell.
         """
         with _encodable(text):
-            encoding = self._backend.encode(text, add_special_tokens=bos)
-        ids: list[int] = encoding.ids
+            found = encoding(self._backend, text, special=bos)
+        ids: list[int] = found.ids
         # The mask is 1 only for what the post-processor added, so text that itself doubles a token is left alone.
-        doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
+        doubled = found.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
         return ids[1:] if doubled else ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
