@@ -30,7 +30,10 @@ export function onKeyNeeded(ask) {
 /** A response with status 200. Raises ServerError; where the server wants a key, one is asked for. */
 async function request(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
-  const headers = { ...(options.body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
+  const headers = {
+    ...(options.body && { "Content-Type": "application/json" }),
+    ...(key && { Authorization: `Bearer ${key}` }),
+  };
   let response;
   try {
     response = await fetch(path, { ...options, headers });

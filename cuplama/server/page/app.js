@@ -1,11 +1,12 @@
 // The page: what is open, what is being answered, and what each button and key does.
 
-import * as api from "./api.js";
+import { stream } from "./api.js";
 import { announce, byId, toast } from "./dom.js";
 import { bindComposer, showComposer } from "./composer.js";
 import { bindPanels } from "./panels.js";
 import { readEvent, requestOf, statsOf } from "./requests.js";
 import { resetSettings, settings, showSettings } from "./settings.js";
+import { askModel, bindServer, isReady, watchServer } from "./server.js";
 import { exportAll, importFrom, showList } from "./sidebar.js";
 import * as store from "./store.js";
 import * as thread from "./thread.js";
@@ -13,13 +14,18 @@ import * as thread from "./thread.js";
 const OPEN = "cuplama.open"; // the conversation that a reload of this tab finds again
 const SAVE = 1000; // milliseconds between two savings of a growing answer
 
-let server = { state: "loading", message: "" };
 let model = null; // what /v1/models says of it
 let current = store.create("chat");
 const runs = new Map(); // id of a conversation -> {controller} while it is answered
 
 const isBusy = () => runs.has(current.id);
-const kinds = () => (model?.chat_template === false ? [["text", "Text"]] : [["chat", "Chat"], ["text", "Plain text"]]);
+const kinds = () =>
+  model?.chat_template === false
+    ? [["text", "Text"]]
+    : [
+        ["chat", "Chat"],
+        ["text", "Plain text"],
+      ];
 
 function refresh() {
   byId("title").textContent = current.title || "New conversation";
@@ -33,10 +39,13 @@ function refresh() {
 function refreshComposer() {
   thread.setBusy(isBusy());
   const { stats } = current.messages.findLast((m) => m.stats) ?? {};
-  const used = stats && model?.max_model_len ? [stats.prompt + stats.tokens, model.max_model_len].map((n) => n.toLocaleString("en")) : null;
+  const used =
+    stats && model?.max_model_len
+      ? [stats.prompt + stats.tokens, model.max_model_len].map((n) => n.toLocaleString("en"))
+      : null;
   showComposer({
     busy: isBusy(),
-    ready: server.state === "ready",
+    ready: isReady(),
     kind: current.kind,
     canGoOn: current.kind === "text" && current.messages.length > 0,
     used: used ? `${used[0]} of ${used[1]} tokens of context` : "",
@@ -63,7 +72,7 @@ function focusPrompt() {
 
 /** Reads the text of the composer and has it answered. True if it was taken. */
 function send(text) {
-  if (isBusy() || server.state !== "ready") return false;
+  if (isBusy() || !isReady()) return false;
   const last = current.messages.at(-1);
   if (!text.trim() && !(current.kind === "text" && last)) return false;
   if (text.trim()) current.messages.push({ role: "user", content: joined(last, text) });
@@ -91,7 +100,7 @@ async function answer(conversation) {
   }
   announce("The model is answering.");
   try {
-    await read(api.stream(path, body, controller.signal), conversation, message);
+    await read(stream(path, body, controller.signal), conversation, message);
   } catch (error) {
     if (error.name === "AbortError") message.end = "stopped";
     else message.error = { message: error.message, detail: error.detail ?? "" };
@@ -198,70 +207,16 @@ const actions = {
   },
 };
 
-let watching = false;
-
-/** Asks for the state of the server until it is ready, and shows it. */
-async function watchServer() {
-  if (watching) return;
-  watching = true;
-  for (;;) {
-    server = await api.health();
-    showServer();
-    if (server.state === "ready") break;
-    await new Promise((resolve) => setTimeout(resolve, 1000));
+/** Called when the server is ready: asks which model it has, and whether that one can chat. */
+async function greet() {
+  const found = await askModel();
+  if (!found) return;
+  model = found;
+  byId("model").textContent = model.id;
+  if (!current.messages.length) {
+    const fits = kinds().some(([kind]) => kind === current.kind);
+    actions.setKind(fits ? current.kind : kinds()[0][0]);
   }
-  watching = false;
-  await askModels();
-}
-
-async function askModels() {
-  try {
-    [model] = await api.models();
-    byId("model").textContent = model.id;
-    if (!current.messages.length && !kinds().some(([kind]) => kind === current.kind)) actions.setKind(kinds()[0][0]);
-    else if (!current.messages.length) thread.show(current, actions);
-  } catch (error) {
-    server = { state: "refused", message: error.message };
-    showServer();
-  }
-  refreshComposer();
-}
-
-const STATES = {
-  loading: () => "The model is being loaded. You can write already.",
-  failed: (message) => `The server cannot answer: ${message}`,
-  refused: (message) => message,
-  silent: () => "The server does not answer. Trying again…",
-  ready: () => "",
-};
-
-function showServer() {
-  const box = byId("state");
-  box.hidden = server.state === "ready";
-  box.dataset.state = server.state;
-  byId("state-text").textContent = STATES[server.state](server.message);
-  byId("state-again").hidden = server.state !== "refused";
-  refreshComposer();
-}
-
-let asking = null;
-
-/** Asks the person for a key, once for all requests that want one; null if they do not give one. */
-function askForKey(wasWrong) {
-  asking ??= showKeyDialog(wasWrong).finally(() => (asking = null));
-  return asking;
-}
-
-function showKeyDialog(wasWrong) {
-  const dialog = byId("key-dialog");
-  const field = byId("key");
-  byId("key-words").textContent = wasWrong ? "The server did not take this key." : "The server wants an API key.";
-  field.value = "";
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue || null), { once: true });
-  });
 }
 
 function bind() {
@@ -275,16 +230,10 @@ function bind() {
     refresh();
   });
   on("reset", "click", resetSettings);
-  on("state-again", "click", watchServer);
   on("system", "input", ({ target }) => {
     current.system = target.value;
     if (store.find(current.id)) store.save(current, false);
   });
-  on("key-form", "submit", (event) => {
-    event.preventDefault();
-    byId("key-dialog").close(byId("key").value.trim());
-  });
-  on("key-cancel", "click", () => byId("key-dialog").close(""));
   addEventListener("storage", ({ key }) => {
     const id = store.reread(key);
     if (id === current.id && store.find(id) && !isBusy()) open(store.find(id));
@@ -300,7 +249,7 @@ function bind() {
 
 const panels = bindPanels();
 store.openStore(() => toast("This browser keeps no more conversations. Export and delete some."));
-api.onKeyNeeded(askForKey);
+bindServer({ ready: greet, changed: refreshComposer });
 bindComposer({ send, stop });
 bind();
 showSettings();

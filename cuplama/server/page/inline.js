@@ -27,7 +27,9 @@ export function safeUrl(text) {
 /** A link to an address that is safe, or the text that stood there. */
 function link(address, content, otherwise) {
   const href = safeUrl(address);
-  return href ? el("a", { href, title: href, rel: "noopener noreferrer nofollow", target: "_blank" }, content) : otherwise;
+  return href
+    ? el("a", { href, title: href, rel: "noopener noreferrer nofollow", target: "_blank" }, content)
+    : otherwise;
 }
 
 /** The text as strings, nodes, and marks `{mark, opens, closes}`, in order. */
@@ -35,7 +37,7 @@ function tokens(text, brackets) {
   const out = [];
   const ends = { backticks: closingBackticks(text), brackets };
   let plain = 0; // where the plain text begins that is not in `out` yet
-  for (let i = 0; i < text.length; ) {
+  for (let i = 0; i < text.length;) {
     SPECIAL.lastIndex = i;
     const hit = SPECIAL.exec(text);
     if (!hit) break;
@@ -51,6 +53,7 @@ function tokens(text, brackets) {
 }
 
 // What may begin at a special character: each gives `{end, token}`, or nothing where the character is plain text.
+// An image becomes a link: the page loads none.
 const READERS = {
   "\\": (text, i) => (/[!-/:-@[-`{-~]/.test(text[i + 1] ?? "") ? { end: i + 2, token: text[i + 1] } : null),
   "\n": (text, i) => ({ end: i + 1, token: el("br") }),
@@ -59,7 +62,7 @@ const READERS = {
   _: readRun,
   "~": readRun,
   "[": (text, i, ends) => readLink(text, i, ends),
-  "!": (text, i, ends) => (text[i + 1] === "[" ? readLink(text, i + 1, ends) : null), // an image is a link: none is loaded
+  "!": (text, i, ends) => (text[i + 1] === "[" ? readLink(text, i + 1, ends) : null),
   "<": (text, i) => {
     ANGLE_URL.lastIndex = i;
     const hit = ANGLE_URL.exec(text);

@@ -36,7 +36,7 @@ export class Markdown {
     const made = found.slice(grown.length).map((block) => block.make());
     for (const node of made) this.#root.append(node);
     this.#open = [...grown, ...made];
-    // Two further lines decide where a block ends: a table is known by its second, and the last may be half a line.
+    // Two further lines tell where a block ends: a table is known by its second, the last may be half a line.
     let done = 0;
     while (found[done + 1]?.start + 2 < lines.length) done += 1;
     if (whole) done = found.length;
@@ -45,7 +45,7 @@ export class Markdown {
   }
 }
 
-/** Adds to a code block what it now has at its end, so that a selection in it stays; false where it must be made anew. */
+/** Adds to a code block what it lacks, so that a selection in it stays; false where it must be made anew. */
 function grow(node, { code, language }) {
   const text = codeTexts.get(node);
   if (!text || code === undefined || node.dataset.language !== language || !code.startsWith(text.data)) return false;
@@ -53,10 +53,10 @@ function grow(node, { code, language }) {
   return true;
 }
 
-/** The blocks of lines: `{start, end, make}`, of which `make()` gives the element; of code also its text and language. */
+/** The blocks of lines: `{start, end, make}`, of which `make()` gives the element; code has text and language. */
 function blocks(lines, depth) {
   const found = [];
-  for (let i = 0; i < lines.length; ) {
+  for (let i = 0; i < lines.length;) {
     if (!lines[i].trim()) {
       i += 1;
       continue;
@@ -102,7 +102,11 @@ const READERS = { code, heading, rule, table, quote, list, paragraph };
 
 function paragraph(lines, start, depth) {
   const end = paragraphEnd(lines, start + 1, depth);
-  const text = () => lines.slice(start, end).map((line) => line.trim()).join("\n");
+  const text = () =>
+    lines
+      .slice(start, end)
+      .map((line) => line.trim())
+      .join("\n");
   return { end, make: () => el("p", {}, inline(text())) };
 }
 
@@ -133,7 +137,12 @@ const closes = (line, fence) => line.length >= fence.length && line === fence[0]
 /** A block of code with its language and a button that copies it. */
 function codeBlock(text, language) {
   const node = document.createTextNode(text);
-  const head = el("div", { class: "code-head" }, el("span", {}, language || "code"), copyButton(() => node.data));
+  const head = el(
+    "div",
+    { class: "code-head" },
+    el("span", {}, language || "code"),
+    copyButton(() => node.data),
+  );
   const body = el("pre", { tabIndex: 0, "aria-label": `${language} code` }, el("code", {}, node));
   const block = el("div", { class: "code", "data-language": language }, head, body);
   codeTexts.set(block, node);
@@ -194,7 +203,11 @@ function itemLines([first, ...others], mark) {
 function listItem(children) {
   const paragraphs = children.filter((child) => child.tagName === "P");
   if (paragraphs.length !== 1) return el("li", {}, children);
-  return el("li", {}, children.flatMap((child) => (child === paragraphs[0] ? [...child.childNodes] : child)));
+  return el(
+    "li",
+    {},
+    children.flatMap((child) => (child === paragraphs[0] ? [...child.childNodes] : child)),
+  );
 }
 
 function skipBlank(lines, i) {
@@ -215,9 +228,17 @@ function table(lines, start, depth) {
   let end = start + 2;
   while (end < lines.length && lines[end].includes("|") && !interrupts(lines, end, depth)) end += 1;
   const make = () => {
-    const sides = cells(lines[start + 1]).map((rule) => (rule.endsWith(":") ? (rule[0] === ":" ? "center" : "right") : ""));
+    const sides = cells(lines[start + 1]).map((rule) =>
+      rule.endsWith(":") ? (rule[0] === ":" ? "center" : "right") : "",
+    );
     const row = (line, tag) =>
-      el("tr", {}, cells(line).slice(0, sides.length).map((cell, i) => el(tag, { class: sides[i] }, inline(cell))));
+      el(
+        "tr",
+        {},
+        cells(line)
+          .slice(0, sides.length)
+          .map((cell, i) => el(tag, { class: sides[i] }, inline(cell))),
+      );
     const body = lines.slice(start + 2, end).map((line) => row(line, "td"));
     const whole = el("table", {}, el("thead", {}, row(lines[start], "th")), el("tbody", {}, body));
     return el("div", { class: "table", tabIndex: 0 }, whole);

@@ -8,7 +8,7 @@ const ENDS = {
   stopped: "Stopped.",
 };
 const PAINT = 40; // milliseconds between two paints at least
-const SHARE = 4; // and this many times as long as a paint takes: so all paints of a long text cost as much as its last few
+const SHARE = 4; // and this many times as long as a paint takes: the paints of a long text stay few
 
 /** Text that is shown as it is. */
 class Plain {
@@ -111,7 +111,14 @@ export class MessageView {
     const notes = [];
     if (error) {
       const words = [el("p", {}, error.message), ...(error.detail ? [el("p", { class: "detail" }, error.detail)] : [])];
-      notes.push(el("div", { class: "error", role: "alert" }, words, button("Try again", () => this.#actions.regenerate(this.#message))));
+      notes.push(
+        el(
+          "div",
+          { class: "error", role: "alert" },
+          words,
+          button("Try again", () => this.#actions.regenerate(this.#message)),
+        ),
+      );
     }
     if (ENDS[end]) notes.push(el("p", { class: "note" }, ENDS[end]));
     if (stats) notes.push(el("p", { class: "stats" }, figures(stats)));
@@ -120,7 +127,8 @@ export class MessageView {
 
   #tools() {
     const tools = [copyButton(() => this.#actions.textOf(this.#message))];
-    const changing = (label, act) => tools.push(button(label, act, { class: "changes" })); // hidden while an answer grows
+    // Hidden while an answer grows.
+    const changing = (label, act) => tools.push(button(label, act, { class: "changes" }));
     changing("Edit", () => this.#edit());
     if (this.#message.role === "assistant") changing("Regenerate", () => this.#actions.regenerate(this.#message));
     changing("Delete", () => this.#actions.remove(this.#message));
@@ -161,5 +169,6 @@ const seconds = (ms) => (ms < 950 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFi
 function figures({ prompt, tokens, cached, speed, wait }) {
   const count = (n) => n.toLocaleString("en");
   const known = cached ? `, ${count(cached)} of them cached` : "";
-  return `${count(tokens)} tokens, ${speed.toFixed(1)} tokens/s · first after ${seconds(wait)} · prompt of ${count(prompt)}${known}`;
+  const pace = `${speed.toFixed(1)} tokens/s · first after ${seconds(wait)}`;
+  return `${count(tokens)} tokens, ${pace} · prompt of ${count(prompt)}${known}`;
 }

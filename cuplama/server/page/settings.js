@@ -9,7 +9,9 @@ const KEY = "cuplama.settings";
 export function settings() {
   try {
     const kept = JSON.parse(localStorage.getItem(KEY)) ?? {};
-    return Object.fromEntries(SETTINGS.flatMap(({ name }) => (Number.isFinite(kept[name]) ? [[name, kept[name]]] : [])));
+    return Object.fromEntries(
+      SETTINGS.flatMap(({ name }) => (Number.isFinite(kept[name]) ? [[name, kept[name]]] : [])),
+    );
   } catch {
     return {};
   }
@@ -21,11 +23,24 @@ export function showSettings() {
   const fields = SETTINGS.map(({ name, label, about, min, max, step }) => {
     const id = `setting-${name}`;
     const range = { min, step: "any", ...(max !== undefined && { max }) };
-    const input = el("input", { id, type: "number", inputMode: "decimal", placeholder: "model's own", "aria-describedby": `${id}-about`, ...range });
+    const input = el("input", {
+      id,
+      type: "number",
+      inputMode: "decimal",
+      placeholder: "model's own",
+      "aria-describedby": `${id}-about`,
+      ...range,
+    });
     input.step = step >= 1 ? step : "any";
     input.value = values[name] ?? "";
     input.addEventListener("input", keep);
-    return el("div", { class: "field number" }, el("label", { htmlFor: id }, label), input, el("p", { id: `${id}-about` }, about));
+    return el(
+      "div",
+      { class: "field number" },
+      el("label", { htmlFor: id }, label),
+      input,
+      el("p", { id: `${id}-about` }, about),
+    );
   });
   byId("fields").replaceChildren(...fields);
 }
@@ -34,7 +49,10 @@ function keep() {
   const inputs = SETTINGS.map(({ name }) => [name, byId(`setting-${name}`)]);
   const good = inputs.filter(([, input]) => input.value !== "" && input.checkValidity());
   for (const [, input] of inputs) input.setAttribute("aria-invalid", String(!input.checkValidity()));
-  localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(good.map(([name, input]) => [name, Number(input.value)]))));
+  localStorage.setItem(
+    KEY,
+    JSON.stringify(Object.fromEntries(good.map(([name, input]) => [name, Number(input.value)]))),
+  );
 }
 
 /** Leaves everything to the model again. */

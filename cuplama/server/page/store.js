@@ -5,9 +5,10 @@ const FORMAT = "cuplama-conversations";
 const TITLE = 60; // characters
 
 /**
- * Conversations by id: `{id, kind: "chat" | "text", title, named, updated, system, messages}`. named: the title is a
- * person's; updated: milliseconds since 1970. A message is `{role, content, reasoning?, thought?, stats?, end?, error?}`;
- * thought: milliseconds of reasoning; end: why the answer ended.
+ * Conversations by id: `{id, kind: "chat" | "text", title, named, updated, system, messages}`. named: a person gave
+ * the title; updated: milliseconds since 1970.
+ * A message is `{role, content, reasoning?, thought?, stats?, end?, error?}`. thought: milliseconds of reasoning; end:
+ * why the answer ended.
  */
 const known = new Map();
 
@@ -39,10 +40,19 @@ export const find = (id) => known.get(id);
 
 /** A new conversation. It is kept once it has a message. */
 export function create(kind) {
-  return { id: crypto.randomUUID?.() ?? randomId(), kind, title: "", named: false, updated: Date.now(), system: "", messages: [] };
+  return {
+    id: crypto.randomUUID?.() ?? randomId(),
+    kind,
+    title: "",
+    named: false,
+    updated: Date.now(),
+    system: "",
+    messages: [],
+  };
 }
 
-const randomId = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
+const randomId = () =>
+  [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
 
 /** Writes a conversation; `touched` moves it to the top of the list. */
 export function save(conversation, touched = true) {
@@ -62,7 +72,11 @@ export function remove({ id }) {
 }
 
 function titleOf({ messages }) {
-  const first = messages.find((m) => m.content.trim())?.content.trim().split("\n", 1)[0] ?? "";
+  const first =
+    messages
+      .find((m) => m.content.trim())
+      ?.content.trim()
+      .split("\n", 1)[0] ?? "";
   return first.length > TITLE ? `${first.slice(0, TITLE - 1).trimEnd()}…` : first;
 }
 
@@ -72,7 +86,8 @@ export const exported = () => JSON.stringify({ format: FORMAT, version: 1, conve
 /** Takes the conversations of such a text in, beside those that are here. Gives their number; raises an Error. */
 export function imported(text) {
   const data = parsed(text);
-  if (data?.format !== FORMAT || !Array.isArray(data.conversations)) throw new Error("This is not a file of conversations from here.");
+  if (data?.format !== FORMAT || !Array.isArray(data.conversations))
+    throw new Error("This is not a file of conversations from here.");
   const good = data.conversations.map(checked).filter(Boolean);
   for (const conversation of good) {
     const mine = known.get(conversation.id);
@@ -95,18 +110,28 @@ const string = (value) => (typeof value === "string" ? value : "");
 
 /** A conversation with the fields that this page knows, each of its right type; null where it is none. */
 function checked(data) {
-  if (!data || typeof data.id !== "string" || !/^[\w-]{8,64}$/.test(data.id) || !Array.isArray(data.messages)) return null;
+  if (!data || typeof data.id !== "string" || !/^[\w-]{8,64}$/.test(data.id) || !Array.isArray(data.messages))
+    return null;
   const kind = data.kind === "text" ? "text" : "chat";
   const updated = Number.isFinite(data.updated) ? data.updated : Date.now();
   const messages = data.messages.filter((m) => m && (m.role === "user" || m.role === "assistant")).map(checkedMessage);
-  return { id: data.id, kind, title: string(data.title), named: data.named === true, updated, system: string(data.system), messages };
+  return {
+    id: data.id,
+    kind,
+    title: string(data.title),
+    named: data.named === true,
+    updated,
+    system: string(data.system),
+    messages,
+  };
 }
 
 function checkedMessage({ role, content, reasoning, thought, stats, end, error }) {
   const message = { role, content: string(content) };
   if (string(reasoning)) message.reasoning = reasoning;
   if (Number.isFinite(thought)) message.thought = thought;
-  if (stats && ["prompt", "tokens", "cached", "speed", "wait"].every((name) => Number.isFinite(stats[name]))) message.stats = stats;
+  if (stats && ["prompt", "tokens", "cached", "speed", "wait"].every((name) => Number.isFinite(stats[name])))
+    message.stats = stats;
   // An answer without an end was growing when its page was closed.
   if (string(end) || role === "assistant") message.end = string(end) || "stopped";
   if (error && string(error.message)) message.error = { message: error.message, detail: string(error.detail) };

@@ -49,9 +49,9 @@ export const viewOf = (message) => views.get(message);
 
 /** What an empty conversation says. */
 function welcome({ kind }, actions) {
-  const kinds = actions.kinds().map(([name, label]) =>
-    button(label, () => actions.setKind(name), { "aria-pressed": String(name === kind) }),
-  );
+  const kinds = actions
+    .kinds()
+    .map(([name, label]) => button(label, () => actions.setKind(name), { "aria-pressed": String(name === kind) }));
   const choice = kinds.length > 1 ? [el("div", { class: "choice", role: "group", "aria-label": "Kind" }, kinds)] : [];
   const text = kind === "text";
   const starts = STARTS.map((start) => button(start, () => actions.begin(start)));
@@ -59,7 +59,11 @@ function welcome({ kind }, actions) {
     "div",
     { class: "welcome" },
     el("h2", {}, text ? "Write a beginning" : "Start a conversation"),
-    el("p", {}, text ? "The model goes on from where your text ends." : "Ask a question, or paste something to talk about."),
+    el(
+      "p",
+      {},
+      text ? "The model goes on from where your text ends." : "Ask a question, or paste something to talk about.",
+    ),
     text ? [el("div", { class: "starts" }, starts)] : [],
     choice,
   );
