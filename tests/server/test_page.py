@@ -101,8 +101,8 @@ def test_what_the_files_name_exists() -> None:
     ids = set(re.findall(r'\sid="([\w-]+)"', html))
     for path in SCRIPTS:
         text = path.read_text(encoding="utf-8")
-        assert {m for m in re.findall(r'from "\./([^"]+)"', text)} <= names, path.name
-        assert {m for m in re.findall(r'byId\("([\w-]+)"\)', text)} <= ids, path.name
+        assert set(re.findall(r'from "\./([^"]+)"', text)) <= names, path.name
+        assert set(re.findall(r'byId\("([\w-]+)"\)', text)) <= ids, path.name
     assert set(re.findall(r'\s(?:for|aria-controls|aria-describedby|aria-labelledby)="([\w-]+)"', html)) <= ids
 
 
@@ -111,6 +111,7 @@ def test_every_field_and_button_has_a_name() -> None:
     labelled = set(re.findall(r'<label[^>]* for="([\w-]+)"', html))
     for tag, attributes in re.findall(r"<(input|textarea|select)\b([^>]*)>", html):
         found = re.search(r'\sid="([\w-]+)"', attributes)
-        assert found and (found[1] in labelled or "aria-label=" in attributes), (tag, attributes)
+        assert found
+        assert found[1] in labelled or "aria-label=" in attributes, (tag, attributes)
     for attributes, inside in re.findall(r"<button\b([^>]*)>(.*?)</button>", html, re.S):
         assert "aria-label=" in attributes or re.sub(r"<[^>]*>", "", inside).strip(), attributes

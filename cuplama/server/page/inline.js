@@ -77,10 +77,14 @@ const READERS = {
   },
 };
 
-/** An address in running text does not hold the full stop or the bracket that follows it. */
+/** An address in running text does not hold the full stop, or the bracket of the sentence, that follows it. */
 function withoutPunctuation(address) {
+  let surplus = address.split(")").length - address.split("(").length;
   let end = address.length;
-  while (/[.,;:!?*_~\]]/.test(address[end - 1]) || (address[end - 1] === ")" && !address.includes("("))) end -= 1;
+  for (; end > 0; end -= 1) {
+    if (address[end - 1] === ")" && surplus > 0) surplus -= 1;
+    else if (!/[.,;:!?*_~\]]/.test(address[end - 1])) break;
+  }
   return address.slice(0, end);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from cuplama.server.app import create_app
+from cuplama.server.log import RequestLog
 from cuplama.server.service import Service
 from tests.server.running import eventually
 
@@ -113,7 +115,12 @@ def _event(**data: Any) -> str:
 def scripted() -> Iterator[Script]:
     """A running server with its script, on a free port of this machine."""
     script = Script()
-    app = Starlette(routes=[*_Interface(script).routes, Mount("/", create_app(Service(["stories-7m"])))])
+    app = Starlette(
+        routes=[
+            *_Interface(script).routes,
+            Mount("/", create_app(Service(["stories-7m"], log=RequestLog(io.StringIO())))),
+        ]
+    )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -12,12 +12,13 @@ import pytest
 
 from tests.server.running import eventually
 
-selenium = pytest.importorskip("selenium", reason="needs selenium, of the extra test")
+pytest.importorskip("selenium", reason="needs selenium, of the extra test")  # skips whoever imports this module
 
-from selenium import webdriver  # noqa: E402  (only where there is one)
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 
 __all__ = ["Keys", "Page", "chromium", "needs_chromium"]
 
@@ -76,7 +77,9 @@ class Page:
 
     def texts(self, selector: str) -> list[str]:
         """The texts of elements, the hidden ones' too."""
-        return self.js(f"return [...document.querySelectorAll({selector!r})].map((e) => e.textContent)")
+        script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+        found: list[str] = self.js(script, selector)
+        return found
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -102,12 +105,21 @@ class Page:
             chain.key_up(key)
         chain.perform()
 
+    def choose(self, selector: str, label: str) -> None:
+        """Choose from a list."""
+        Select(self[selector]).select_by_visible_text(label)
+
     def focus(self) -> str:
         """The id or the text of what has the focus."""
-        return self.js("const e = document.activeElement; return e.id || e.textContent")
+        return str(self.js("const e = document.activeElement; return e.id || e.textContent"))
 
     def send(self, text: str) -> None:
         self["#prompt"].send_keys(text + Keys.ENTER)
+
+    def paste(self, text: str) -> None:
+        """Send a text of any characters at all."""
+        self.js("document.getElementById('prompt').value = arguments[0]", text)
+        self["#send"].click()
 
     def press(self, label: str, within: str = "body") -> None:
         """Press the last button of that name."""
@@ -123,11 +135,13 @@ class Page:
 
     def stored(self) -> list[dict[str, Any]]:
         """The conversations that the browser keeps."""
-        return self.js(
+        found: list[dict[str, Any]] = self.js(
             "return Object.keys(localStorage).filter((k) => k.startsWith('cuplama.conversation.'))"
             ".map((k) => JSON.parse(localStorage[k]))"
         )
+        return found
 
     def complaints(self) -> list[str]:
         """What the browser's console has: errors of scripts, and what the policy has stopped."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if "status of" not in entry["message"]]
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry["message"] for entry in entries if "status of" not in entry["message"]]

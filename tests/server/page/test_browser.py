@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cuplama.model import Model
+import cuplama
 from cuplama.server.service import Service
-from tests.server.browser import Keys, Page, chromium, needs_chromium
+from tests.server.page.browser import Keys, Page, needs_chromium
+from tests.server.page.scripted import Script
 from tests.server.running import eventually, in_thread
-from tests.server.scripted import Script, scripted
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 WORDS = [f"word{i} " for i in range(200)]
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[Script]:
-    with scripted() as script:
-        yield script
-
-
-@pytest.fixture(scope="module")
-def _page(_server: Script, downloads: Path) -> Iterator[Page]:
-    with chromium(downloads) as driver:
-        yield Page(driver, _server.url)
-
-
-@pytest.fixture
-def script(_server: Script) -> Script:
-    _server.reset()
-    return _server
-
-
-@pytest.fixture
-def page(_page: Page, script: Script) -> Iterator[Page]:
-    """The page as a new visitor sees it. A test fails where the browser had to complain."""
-    _page.url = script.url
-    _page.size()
-    _page.colours("light")
-    _page.load(fresh=True).ready()
-    _page.complaints()
-    yield _page
-    assert not _page.complaints()
 
 
 def test_an_answer_is_shown_as_it_comes_and_found_again(page: Page, script: Script) -> None:
@@ -61,7 +25,8 @@ def test_an_answer_is_shown_as_it_comes_and_found_again(page: Page, script: Scri
     assert not page.all(".stats")
     assert page.answered().split() == "".join(WORDS[:60]).split()
     assert page["#prompt"].get_property("value") == ""
-    assert "60 tokens" in page[".stats"].text and "prompt of 7" in page[".stats"].text
+    assert "60 tokens" in page[".stats"].text
+    assert "prompt of 7" in page[".stats"].text
     assert page["#used"].text == "67 of 1,024 tokens of context"
     assert "The answer is complete. word0" in page.texts("#status")[0]
     (asked,) = script.asked
@@ -93,7 +58,8 @@ def test_stop_keeps_what_has_come(page: Page, script: Script, by: str) -> None:
     eventually(lambda: "word3" in page.texts(".assistant .body")[0])
     page["#stop"].click() if by == "button" else page.keys(Keys.ESCAPE)
     text = page.answered()
-    assert text.startswith("word0 word1") and "word199" not in text
+    assert text.startswith("word0 word1")
+    assert "word199" not in text
     assert "Stopped." in page.texts(".note")
     eventually(lambda: script.closed == 1)
     assert page.focus() == "prompt"
@@ -291,20 +257,22 @@ def test_light_and_dark(page: Page) -> None:
     page.colours("dark")
     dark = page.js(ground)
     assert sum(map(int, light[4:-1].split(","))) > 700 > 150 > sum(map(int, dark[4:-1].split(",")))
-    page["#theme"].send_keys("Light")
+    page.choose("#theme", "Light")
     assert page.js(ground) == light
     page.load().ready()
     assert page.js(ground) == light
     page.colours("light")
-    page["#theme"].send_keys("Dark")
+    page.choose("#theme", "Dark")
     assert page.js(ground) == dark
-    page["#theme"].send_keys("System")
+    page.choose("#theme", "System")
     assert page.js(ground) == light
 
 
 def test_a_phone_never_scrolls_sideways(page: Page, script: Script) -> None:
     wide = "x" * 500
-    script.pieces = (f"{wide}\n\n| {wide} | b |\n|---|---|\n| c | d |\n\n```{wide}\n{wide}\n```\n\nhttps://a.b/{wide} `{wide}`",)
+    script.pieces = (
+        f"{wide}\n\n| {wide} | b |\n|---|---|\n| c | d |\n\n```{wide}\n{wide}\n```\n\nhttps://a.b/{wide} `{wide}`",
+    )
     page.size(375, 700)
     page.load(fresh=True).ready()
     fits = "return [document.documentElement.scrollWidth, document.getElementById('thread').scrollWidth]"
@@ -342,7 +310,10 @@ def test_the_keyboard_alone_will_do(page: Page, script: Script) -> None:
         seen.append(page.focus())
         outline = page.js("const s = getComputedStyle(document.activeElement); return s.outlineStyle")
         assert outline != "none" or seen[-1] == "prompt" or page.js("return document.activeElement === document.body")
-    assert {"new", "import", "export", "theme", "menu", "tune", "thread", "Rename", "Delete"} <= {*seen, *(s[:6] for s in seen)}
+    assert {"new", "import", "export", "theme", "menu", "tune", "thread", "Rename", "Delete"} <= {
+        *seen,
+        *(s[:6] for s in seen),
+    }
     assert "setting-seed" not in seen, "a closed panel takes the focus"
 
 
@@ -384,7 +355,9 @@ def test_export_and_import(page: Page, downloads: Path) -> None:
     page["#file"].send_keys(str(file))
     eventually(lambda: page.texts("#conversations .open") == ["First"])
     assert page.stored() == stored
-    file.write_text('{"format": "cuplama-conversations", "conversations": [{"id": 3}, null, {"id": "<b>", "messages": 1}]}')
+    file.write_text(
+        '{"format": "cuplama-conversations", "conversations": [{"id": 3}, null, {"id": "<b>", "messages": 1}]}'
+    )
     page["#file"].send_keys(str(file))
     eventually(lambda: "0 conversations" in page["#toast"].text)
     file.write_text("[]")
@@ -417,21 +390,15 @@ def test_the_page_follows_an_answer_unless_somebody_scrolls_up(page: Page, scrip
     assert page.js(gap) > 500
 
 
-def test_the_bundled_model_tells_a_story(_page: Page) -> None:
+def test_the_bundled_model_tells_a_story(page: Page) -> None:
     """The real server, which says that its model has no chat template."""
-    import cuplama
-
     with cuplama.load(device="numpy") as model, in_thread(Service(["stories-7m"], model)) as url:
-        _tell(_page, model, url)
-
-
-def _tell(page: Page, model: Model, url: str) -> None:
-    page.url = url + "/"
-    page.load(fresh=True).ready()
-    page["#tune"].click()
-    page["#setting-temperature"].send_keys("0")
-    page["#setting-max_tokens"].send_keys("24")
-    page.send("Once upon a time")
-    expected = model.generate("Once upon a time", temperature=0, max_tokens=24).text
-    assert page.answered() == expected
-    assert "24 tokens" in page[".stats"].text
+        page.url = url
+        page.load(fresh=True).ready()
+        page["#tune"].click()
+        page["#setting-temperature"].send_keys("0")
+        page["#setting-max_tokens"].send_keys("24")
+        page.send("Once upon a time")
+        expected = model.generate("Once upon a time", temperature=0, max_tokens=24).text
+        assert page.answered() == expected
+        assert "24 tokens" in page[".stats"].text
