@@ -39,14 +39,17 @@ class WrongTypeError(TypeError):
 def checked(name: str, value: Any, read: Callable[[Any], _T], wanted: str) -> _T:
     """What ``read`` makes of an argument, in plain Python types.
 
-    A reader raises WrongTypeError, or ValueError for a value out of range. wanted: what the argument takes, in words.
-    Raises ParameterError that names the argument, its value and, if it is one of the elements, the wrong one.
+    A reader raises WrongTypeError, ValueError for a value out of range, or ParameterError with words of its own.
+    wanted: what the argument takes, in words. Raises ParameterError that names the argument, its value and, if it is
+    one of the elements, the wrong one.
     """
     try:
         return read(value)
     except WrongTypeError as e:
         culprit = "" if e.item is value else f": {shown(e.item, 40)}"
         said = f"{culprit} is {type_of(e.item)}"
+    except ParameterError:
+        raise
     except (ValueError, OverflowError):
         said = " is out of range"
     raise ParameterError(f"{name} = {shown(value)}{said}; it must be {wanted}")

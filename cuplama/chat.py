@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from .arguments import shown
 from .errors import ParameterError
-from .sampling_params import PARAMETERS, SamplingOptions
+from .sampling_params import OPTIONS, SamplingOptions
 from .text.tokenizer import Tokenizer
 
 __all__ = ["ChatOptions", "read_chat"]
@@ -51,11 +51,11 @@ def read_chat(
     more = {} if (found := options.pop("template_args", None)) is None else found
     if not isinstance(more, Mapping) or not all(isinstance(name, str) for name in more):
         raise ParameterError(f"template_args = {shown(more)}: it must be a mapping of variables' names to values")
-    sampling = {name: value for name, value in options.items() if name in PARAMETERS}
-    chat = {**more, **{name: value for name, value in options.items() if name not in PARAMETERS}}
+    sampling = {name: value for name, value in options.items() if name in OPTIONS}
+    chat = {**more, **{name: value for name, value in options.items() if name not in OPTIONS}}
     if own := sorted(_OWN & more.keys()):
         raise ParameterError(f"template_args: {own[0]} is not a variable of a template; give it as a keyword")
     tokenizer.check_variables(
-        chat, tools=bool(chat.get("tools")), chat_template=chat.get("chat_template"), others={*PARAMETERS, *_OWN}
+        chat, tools=bool(chat.get("tools")), chat_template=chat.get("chat_template"), others={*OPTIONS, *_OWN}
     )
     return tokenizer.apply_chat(messages, **chat), cast("SamplingOptions", sampling)

@@ -25,7 +25,8 @@ from .generation_config import Settings, params_over
 from .models.config import ModelConfig
 from .output_text import OutputText
 from .prompts import Prompt, Prompts, TokenIds, plain_prompt, plain_prompts, prompt_of_batch, whole_ids
-from .sampling_params import SamplingOptions, SamplingParams, check_names
+from .sampling_params import SamplingOptions, SamplingParams, given_options
+from .structured import Grammars
 from .text.tokenizer import Tokenizer
 
 __all__ = ["Model"]
@@ -62,6 +63,7 @@ class Model:
         self._engine: Engine | None = engine
         self.context = engine.context
         self.defaults, self.stop_ids, self.bos = settings.defaults, settings.stop_ids, settings.bos
+        self._grammars = Grammars(lambda: self.tokenizer, config.vocab_size, settings.stop_ids)
         own = replace(config, adapter=None).weight_shapes()
         shapes = {id(engine.runner.values[weight]): shape for weight, shape in own.items()}
         self.num_parameters = sum(map(math.prod, shapes.values()))
@@ -106,18 +108,18 @@ class Model:
 
         Without ``params``: the defaults of SamplingParams, those that the model's generation_config.json sets in place
         of them, and then ``options``. A SamplingParams is complete: the model's own defaults do not count beside it,
-        only ``options`` take the place of its fields.
+        only ``options`` take the place of its fields. A response_format is the parameter that it stands for.
         """
-        check_names(options)
+        given = given_options(options)
         if params is None:
-            params = params_over(self.defaults, options)
+            params = params_over(self.defaults, given)
         elif not isinstance(params, SamplingParams):
             raise ParameterError(
                 f"params = {shown(params)} is {type_of(params)}; it must be a SamplingParams, or None (give single"
                 " parameters by name, as in max_tokens=64, and several prompts as one list)"
             )
-        elif options:
-            params = replace(params, **options)
+        elif given:
+            params = replace(params, **given)
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token in ids:
                 if token >= self.config.vocab_size:
@@ -370,7 +372,9 @@ class Model:
         for number, plain in enumerate(prompts):
             with prompt_of_batch(None if single else number):
                 ids = self._fit(self.encode(plain), room)
-            sequences += [SequenceState(ids, choice, stops) for choice in params.choices(count)]
+            for choice in params.choices(count):
+                constraint = self._grammars.constraint(choice, stops)
+                sequences.append(SequenceState(ids, choice, stops, constraint=constraint))
         outputs = [OutputText(i, s, self._tokenizer) for i, s in enumerate(sequences)]
         device, dtype = self.backend.name, self.backend.dtype.name
         settings = self.name, device, dtype, self.context, self.adapter

@@ -10,12 +10,24 @@ from typing import Any, TypedDict
 
 from .arguments import checked, flag, in_range, items, need_type, real, type_of, whole, whole_number
 from .errors import ParameterError
+from .output_form import MAX_TEXT, asked_form, check_one_form, read_form, read_schema
 
-__all__ = ["PARAMETERS", "SamplingOptions", "SamplingParams", "allowed_values", "check_names", "read_parameter"]
+__all__ = [
+    "OPTIONS",
+    "PARAMETERS",
+    "SamplingOptions",
+    "SamplingParams",
+    "allowed_values",
+    "given_options",
+    "read_parameter",
+]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of SamplingParams as keywords of ``generate`` and others, so that type checkers know them."""
+    """Keywords of ``generate`` and others: the fields of SamplingParams, and response_format, which stands for one.
+
+    response_format: as OpenAI's API has it, {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", ...}.
+    """
 
     max_tokens: int | None
     min_tokens: int
@@ -31,8 +43,13 @@ class SamplingOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    show_special: bool | Sequence[int]
     logprobs: int | None
     prompt_logprobs: int | None
+    json_schema: Mapping[str, Any] | str | bool | None
+    regex: str | None
+    grammar: str | None
+    response_format: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -56,8 +73,11 @@ class SamplingParams:
     same there; they are to rounding.
     stop: strings that end the text (and are not part of it). stop_token_ids: further stop tokens.
     ignore_eos: do not stop at the model's own stop tokens.
+    show_special: special tokens are part of the text: all (True), none, or those of these ids. A stop token never is.
     logprobs: None for none, 0 for the chosen token's, n for the n most probable besides. prompt_logprobs: the same for
     each token of the prompt.
+    json_schema: the text is JSON of this schema: a mapping, JSON text, or True for any object. regex: the whole text
+    matches. grammar: in Lark's or llama.cpp's (GBNF) notation. At most one of the three; see docs/structured.md.
     """
 
     max_tokens: int | None = 512
@@ -74,14 +94,19 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    show_special: bool | Sequence[int] = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | bool | None = None  # kept as a mapping, or None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name in _RULES:
             object.__setattr__(self, name, read_parameter(name, getattr(self, name)))
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ParameterError(f"max_tokens = {self.max_tokens} is less than min_tokens = {self.min_tokens}")
+        check_one_form(self)
 
     def with_seed(self) -> int:
         """The seed, or a fresh one from the operating system.
@@ -105,6 +130,8 @@ class SamplingParams:
         """
         bias = {str(id): "-inf" if value == -math.inf else value for id, value in self.logit_bias.items()}
         lists = {"stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
+        if not isinstance(self.show_special, bool):
+            lists["show_special"] = list(self.show_special)
         return {**{name: getattr(self, name) for name in PARAMETERS}, **lists, "logit_bias": bias}
 
     @classmethod
@@ -112,18 +139,23 @@ class SamplingParams:
         """The parameters that ``to_dict`` wrote; one that is left out has its default. Raises ParameterError."""
         if not isinstance(values, Mapping):
             raise ParameterError(f"sampling parameters are a mapping of names to values, and not {type_of(values)}")
-        check_names(values)
+        _check_names(values, PARAMETERS)
         bias = values.get("logit_bias", {})
         if isinstance(bias, Mapping):
             bias = {_id(key): -math.inf if value == "-inf" else value for key, value in bias.items()}
         return cls(**{**values, "logit_bias": bias})
 
 
-def check_names(values: Mapping[str, Any]) -> None:
-    """Raises ParameterError naming a key that is no sampling parameter."""
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters from SamplingOptions. Raises ParameterError naming a key that is none of them."""
+    _check_names(options, OPTIONS)
+    return asked_form(options)
+
+
+def _check_names(values: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in values:
-        if name not in PARAMETERS:
-            raise ParameterError(f"{name} is not a sampling parameter; there are: {', '.join(PARAMETERS)}")
+        if name not in known:
+            raise ParameterError(f"{name} is not a sampling parameter; there are: {', '.join(known)}")
 
 
 def read_parameter(name: str, value: Any) -> Any:
@@ -166,6 +198,10 @@ def _ids(value: Any) -> tuple[int, ...]:
     return found
 
 
+def _flag_or_ids(value: Any) -> bool | tuple[int, ...]:
+    return bool(value) if isinstance(value, bool) else _ids(value)
+
+
 def _biases(value: Any) -> dict[int, float]:
     need_type(value is None or isinstance(value, Mapping), value)
     found = {whole(id): _bias(bias) for id, bias in (value or {}).items()}
@@ -195,7 +231,12 @@ _RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "stop": (_strings, "a string or a list of non-empty strings"),
     "stop_token_ids": (_ids, "a list of token ids"),
     "ignore_eos": (flag, "True or False"),
+    "show_special": (_flag_or_ids, "True or False, or a list of token ids"),
     "logprobs": (whole_number(0, 64, none=True), "a whole number from 0 to 64, or None"),
     "prompt_logprobs": (whole_number(0, 64, none=True), "a whole number from 0 to 64, or None"),
+    "json_schema": (read_schema, "a JSON schema as a mapping or as text, True for any object, or None"),
+    "regex": (read_form, f"a regular expression of 1 to {MAX_TEXT} characters, or None"),
+    "grammar": (read_form, f"a grammar of 1 to {MAX_TEXT} characters, or None"),
 }
 PARAMETERS = tuple(f.name for f in fields(SamplingParams))
+OPTIONS = (*PARAMETERS, "response_format")  # the keywords of a call

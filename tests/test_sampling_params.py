@@ -33,6 +33,7 @@ BAD: dict[str, list[Any]] = {  # of the right type, out of range
     "stop": [[""], ""],
     "stop_token_ids": [[-1]],
     "ignore_eos": [],
+    "show_special": [[-1]],
     "logprobs": [-1, 65],
 }
 WRONG: dict[str, list[tuple[Any, str]]] = {  # of a wrong type -> what is said of it
@@ -74,6 +75,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {  # of a wrong type -> what is said o
         (np.array(5), "array(5) is a numpy.ndarray"),
     ],
     "ignore_eos": [(1, "1 is an int"), (None, "None is None"), ("yes", "'yes' is a str")],
+    "show_special": [(1, "1 is an int"), ("<think>", "'<think>' is a str"), ([True], "[True]: True is a bool")],
     "logprobs": [(True, "True is a bool"), (2.0, "2.0 is a float")],
 }
 GOOD: dict[str, list[tuple[Any, Any]]] = {  # given -> as it is kept
@@ -91,6 +93,7 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {  # given -> as it is kept
     "stop": [("x", ("x",)), (["x", "yy"], ("x", "yy")), ([], ()), (None, ()), (iter(["a"]), ("a",))],
     "stop_token_ids": [([], ()), (None, ()), ({3}, (3,)), (np.array([3, 4]), (3, 4)), (range(2), (0, 1))],
     "ignore_eos": [(True, True)],
+    "show_special": [(True, True), (False, False), (None, ()), ([3, 4], (3, 4)), (np.array([3]), (3,))],
     "logprobs": [(None, None), (0, 0), (64, 64)],
 }
 
@@ -174,6 +177,7 @@ FULL: dict[str, Any] = {
     "stop": ["a", "\n"],
     "stop_token_ids": [3, 4],
     "ignore_eos": True,
+    "show_special": [7],
     "logprobs": 3,
 }
 

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import CuplamaError
+
 __all__ = ["Constraint", "MaskWords", "mask_words"]
 
 MaskWords = np.ndarray[Any, np.dtype[np.int32]]  # bit t % 32 of word t // 32 is set where token t may be drawn
@@ -17,15 +19,23 @@ def mask_words(vocab_size: int) -> int:
 
 
 class Constraint(Protocol):
-    """Which tokens may follow what a sequence has generated. It belongs to one sequence, and follows its tokens."""
+    """Which tokens may follow what a sequence has generated. It belongs to one sequence, and follows its tokens.
+
+    Nothing here raises: what goes wrong is in ``error``, and the sequence fails with it.
+    """
 
     @property
     def finished(self) -> bool:
         """Whether nothing may follow: the sequence ends, with "stop", even if it drew no stop token."""
         ...
 
+    @property
+    def error(self) -> CuplamaError | None:
+        """Why the sequence cannot go on; then it is also finished, and what was drawn last means nothing."""
+        ...
+
     def fill_mask(self, row: MaskWords) -> None:
-        """Write what may be drawn next into a row [mask_words(V)] of a mask. Bits beyond V are not read."""
+        """Write what may be drawn next into a row [mask_words(V)] of a mask: one token at least."""
         ...
 
     def accept(self, token: int) -> None:

@@ -11,30 +11,36 @@ import numpy as np
 from ..models.graph import LOGITS
 from ..ops.node import Node
 from ..sampling_params import SamplingParams
+from .constraint import MaskWords, mask_words
 from .sequence import SequenceState, Token
 
-__all__ = ["TOKEN", "Sampler", "drawn_tokens", "sampling_nodes"]
+__all__ = ["MASK", "TOKEN", "Sampler", "drawn_tokens", "fill_masks", "sampling_nodes"]
 
 TOKEN = "token"  # [b] int32: the drawn ids
+MASK = "token_mask"  # [b, mask_words(V)] int32: which tokens may be drawn; only where a sequence has a constraint
 _SCORES = ("logprob", "top_ids", "top_logprobs")
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed")
 _PENALTIES = ("repetition", "presence", "frequency")
-_PADDING = {"repetition": 1}  # what padding rows, which belong to no sequence, hold where 0 would not do
+_PADDING = {"repetition": 1, MASK: -1}  # what padding rows, which belong to no sequence, hold where 0 would not do
 
 
 @cache
-def sampling_nodes(penalised: bool, biased: bool, top_n: int | None) -> tuple[Node, ...]:
+def sampling_nodes(penalised: bool, biased: bool, top_n: int | None, masked: bool = False) -> tuple[Node, ...]:
     """The nodes from ``LOGITS`` [b, V] to ``TOKEN`` [b]. "seq_lens" is the position of the token to draw.
 
     penalised: whether logits are changed before the draw (by penalties, a bias, or by holding stop tokens back), and
     drawn tokens are counted; biased: whether there is a bias among them; top_n: how many of the most probable tokens to
-    report beside the drawn one, None for no log-probabilities.
+    report beside the drawn one, None for no log-probabilities; masked: whether ``MASK`` says what may be drawn. The
+    log-probabilities are those of the raw logits in any case.
     """
     nodes, logits = [], LOGITS
     if penalised:
         logits = "logits.penalised"
         before = (LOGITS, "seen", "bias" if biased else "", "stop_ids", "seq_lens", "min_positions")
         nodes.append(Node("penalize", (logits,), (*before, *_PENALTIES)))
+    if masked:
+        nodes.append(Node("token_mask", ("logits.masked",), (logits, MASK)))
+        logits = "logits.masked"
     nodes.append(Node("sample", (TOKEN,), (logits, *_SETTINGS, "seq_lens")))
     if penalised:
         nodes.append(Node("count_token", ("seen",), ("seen", TOKEN)))
@@ -45,6 +51,8 @@ def sampling_nodes(penalised: bool, biased: bool, top_n: int | None) -> tuple[No
 
 class Sampler:
     """What the sampler's nodes need for one set of sequences. inputs: host arrays by name; row i is sequence i.
+
+    Constraints are asked for their masks when it is made, and by ``fill_masks`` after each token.
 
     top_n: how many best tokens to report beside the drawn one; None: no log-probabilities.
     """
@@ -67,11 +75,14 @@ class Sampler:
         if any(_is_penalised(p) for p in params):
             self.inputs |= _penalties(vocab_size, active)
             self.inputs |= {name: column(f"{name}_penalty", np.float32) for name in _PENALTIES}
+        if any(s.constraint is not None for s in active):
+            self.inputs[MASK] = np.full((len(active), mask_words(vocab_size)), -1, np.int32)
+            fill_masks(self.inputs[MASK], active)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes; the same tuple for samplers that need the same, since backends keep what they plan for a list."""
-        return sampling_nodes("seen" in self.inputs, "bias" in self.inputs, self.top_n)
+        return sampling_nodes("seen" in self.inputs, "bias" in self.inputs, self.top_n, MASK in self.inputs)
 
     @property
     def outs(self) -> tuple[str, ...]:
@@ -94,6 +105,16 @@ class Sampler:
             host[name][: len(array)] = array
 
 
+def fill_masks(rows: MaskWords, active: Sequence[SequenceState]) -> None:
+    """Ask each constraint what may be drawn next. rows [b, mask_words(V)]: row i is that of sequence i.
+
+    Rows of sequences without a constraint, or that have ended, stay as they are. rows may have more than those.
+    """
+    for row, s in zip(rows, active, strict=False):
+        if s.constraint is not None and s.finish_reason is None:
+            s.constraint.fill_mask(row)
+
+
 def _penalties(vocab_size: int, active: Sequence[SequenceState]) -> dict[str, np.ndarray[Any, Any]]:
     """Counts, bias and stop tokens; see the op ``penalize``."""
     seen = np.zeros((len(active), vocab_size), np.int32)
@@ -107,7 +128,9 @@ def _penalties(vocab_size: int, active: Sequence[SequenceState]) -> dict[str, np
     found: dict[str, np.ndarray[Any, Any]] = {"seen": seen, "stop_ids": stop_ids}
     if any(s.params.logit_bias for s in active):
         found["bias"] = bias
-    ends = [min(len(s.prompt) + s.params.min_tokens, 2**31 - 1) for s in active]
+    # A constraint holds stop tokens back by itself: it knows whether anything else may follow.
+    least = [0 if s.constraint is not None else s.params.min_tokens for s in active]
+    ends = [min(len(s.prompt) + n, 2**31 - 1) for s, n in zip(active, least, strict=True)]
     return {**found, "min_positions": np.array(ends, np.int32)}
 
 

@@ -12,7 +12,10 @@ __all__ = ["RequestLog"]
 
 
 class RequestLog:
-    """Writes a line per request. prompts: whether handlers may note what was asked; nothing else holds such text."""
+    """Writes a line per request. prompts: whether it has the request's body; without, no text of a request is written.
+
+    Where something broke the traceback's last line is what the error says, which may quote such text.
+    """
 
     def __init__(self, stream: TextIO | None = None, prompts: bool = False) -> None:
         self._stream = stream

@@ -42,7 +42,7 @@ async def _models(service: Service, _: Request) -> Response:
 
 async def _model(service: Service, request: Request) -> Response:
     name = request.path_params["id"]
-    service.check_name(name)
+    service.check_name(name or "/")  # no name is none of a model
     return JSONResponse(_described(service, name))
 
 
