@@ -65,9 +65,9 @@ function fresh() {
   focusPrompt();
 }
 
-/** Where there is a mouse; on a phone the keyboard would cover the page. */
+/** Not on a phone, where the keyboard would cover the page. */
 function focusPrompt() {
-  if (matchMedia("(hover: hover)").matches) byId("prompt").focus();
+  if (!matchMedia("(pointer: coarse)").matches) byId("prompt").focus();
 }
 
 /** Reads the text of the composer and has it answered. True if it was taken. */

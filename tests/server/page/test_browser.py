@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cuplama
+from cuplama.model import Model
 from cuplama.server.service import Service
 from tests.server.page.browser import Keys, Page, needs_chromium
 from tests.server.page.scripted import Script
@@ -402,3 +403,22 @@ def test_the_bundled_model_tells_a_story(page: Page) -> None:
         expected = model.generate("Once upon a time", temperature=0, max_tokens=24).text
         assert page.answered() == expected
         assert "24 tokens" in page[".stats"].text
+
+
+def test_every_setting_is_one_that_the_server_takes(page: Page, service: Service, model: Model) -> None:
+    """A chat with the real server, whose model has a template here."""
+    with in_thread(service) as url:
+        page.url = url
+        page.load(fresh=True).ready()
+        page["#tune"].click()
+        values = {"temperature": "0.5", "top_p": "0.9", "top_k": "40", "min_p": "0.05", "max_tokens": "12", "seed": "3"}
+        penalties = {"repetition_penalty": "1.1", "presence_penalty": "0.1", "frequency_penalty": "0.1"}
+        for name, value in (values | penalties).items():
+            page[f"#setting-{name}"].send_keys(value)
+        assert len(page.all("#fields input")) == len(values | penalties)
+        page["#system"].send_keys("Tell stories.")
+        page.send("A dog!")
+        page.answered()
+        messages = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "A dog!"}]
+        options = {name: float(value) if "." in value else int(value) for name, value in (values | penalties).items()}
+        assert page.stored()[0]["messages"][1]["content"] == model.chat(messages, None, **options).text
