@@ -37,6 +37,7 @@ async def test_every_file_is_served_shut(client: httpx.AsyncClient, path: Path) 
     assert response.headers["content-type"].split(";")[0] == TYPES[path.suffix]
     policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
+    assert (policy["trusted-types"], policy["require-trusted-types-for"]) == ("'none'", "'script'")
     assert policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
     assert {policy[f"{kind}-src"] for kind in ("script", "style", "connect", "img")} == {"'self'"}
     assert response.headers["x-content-type-options"] == "nosniff"

@@ -1,5 +1,7 @@
 // Talks to the server: requests with the key, streams of events, and errors in plain words.
 
+import { ofTab, read, write } from "./storage.js";
+
 const KEY = "cuplama.key"; // kept until the tab is closed
 
 /** What went wrong, in words for the person at the page. `detail` is what the server said. */
@@ -20,6 +22,7 @@ const WORDS = {
   503: "The server is not ready.",
 };
 
+let key = read(ofTab, KEY);
 let askForKey = async () => null;
 
 /** Says how to ask a person for a key: `ask(wasWrong)` gives it, or null. */
@@ -29,7 +32,6 @@ export function onKeyNeeded(ask) {
 
 /** A response with status 200. Raises ServerError; where the server wants a key, one is asked for. */
 async function request(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
   const headers = {
     ...(options.body && { "Content-Type": "application/json" }),
     ...(key && { Authorization: `Bearer ${key}` }),
@@ -44,7 +46,8 @@ async function request(path, options = {}) {
   if (response.status === 401) {
     const given = await askForKey(Boolean(key));
     if (given) {
-      sessionStorage.setItem(KEY, given);
+      key = given;
+      write(ofTab, KEY, given);
       return request(path, options);
     }
   }

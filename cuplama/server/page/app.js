@@ -8,6 +8,7 @@ import { readEvent, requestOf, statsOf } from "./requests.js";
 import { resetSettings, settings, showSettings } from "./settings.js";
 import { askModel, bindServer, isReady, watchServer } from "./server.js";
 import { exportAll, importFrom, showList } from "./sidebar.js";
+import { ofTab, read, write } from "./storage.js";
 import * as store from "./store.js";
 import * as thread from "./thread.js";
 
@@ -32,7 +33,7 @@ function refresh() {
   document.title = current.title ? `${current.title} · cuplama` : "cuplama";
   byId("system").value = current.system;
   byId("system").closest(".field").hidden = current.kind === "text";
-  showList(current, { open, remove: removeConversation, renamed: refresh });
+  showList(current, { open: openAndWrite, remove: removeConversation, renamed: refresh });
   refreshComposer();
 }
 
@@ -54,16 +55,18 @@ function refreshComposer() {
 
 function open(conversation) {
   current = conversation;
-  sessionStorage.setItem(OPEN, conversation.id);
+  write(ofTab, OPEN, conversation.id);
   thread.show(conversation, actions);
   refresh();
   panels.closeMenu();
 }
 
-function fresh() {
-  open(store.create(kinds()[0][0]));
+function openAndWrite(conversation) {
+  open(conversation);
   focusPrompt();
 }
+
+const fresh = () => openAndWrite(store.create(kinds()[0][0]));
 
 /** Not on a phone, where the keyboard would cover the page. */
 function focusPrompt() {
@@ -86,21 +89,17 @@ function joined(last, text) {
   return touches ? ` ${text}` : text;
 }
 
-/** Has the model answer what the conversation holds. */
-async function answer(conversation) {
-  const { path, body } = requestOf(conversation, settings(), model?.id);
-  const message = { role: "assistant", content: "" };
-  const controller = new AbortController();
+/** Has the model answer what the conversation holds, or go on with an answer that has begun. */
+async function answer(conversation, message = { role: "assistant", content: "" }) {
   conversation.messages.push(message);
+  const { path, body } = requestOf(conversation, settings(), model?.id);
+  const controller = new AbortController();
   runs.set(conversation.id, { controller });
   store.save(conversation);
-  if (conversation === current) {
-    open(conversation);
-    focusPrompt();
-  }
+  if (conversation === current) openAndWrite(conversation);
   announce("The model is answering.");
   try {
-    await read(stream(path, body, controller.signal), conversation, message);
+    await follow(stream(path, body, controller.signal), conversation, message);
   } catch (error) {
     if (error.name === "AbortError") message.end = "stopped";
     else message.error = { message: error.message, detail: error.detail ?? "" };
@@ -115,7 +114,7 @@ async function answer(conversation) {
 }
 
 /** Reads a stream of events into a message, and shows it as it grows. */
-async function read(events, conversation, message) {
+async function follow(events, conversation, message) {
   const begun = performance.now();
   let [first, last, saved, usage] = [0, 0, begun, null];
   for await (const event of events) {
@@ -146,14 +145,26 @@ function removeMessages(from, count) {
   const conversation = current;
   const gone = conversation.messages.splice(from, count);
   store.save(conversation);
-  open(conversation);
-  focusPrompt();
+  openAndWrite(conversation);
   const undo = () => {
     conversation.messages.splice(from, 0, ...gone);
     store.save(conversation);
     open(conversation);
   };
   toast(gone.length > 1 ? "Message and answer deleted." : "Message deleted.", { label: "Undo", run: undo });
+}
+
+/** Offers to bring back what an answer to an earlier message has replaced. */
+function offerBack(before) {
+  const conversation = current;
+  if (before.length - conversation.messages.length < 2) return;
+  const undo = () => {
+    runs.get(conversation.id)?.controller.abort();
+    conversation.messages.splice(0, Infinity, ...before);
+    store.save(conversation);
+    open(conversation);
+  };
+  toast("What followed is replaced.", { label: "Undo", run: undo });
 }
 
 function removeConversation(conversation) {
@@ -178,22 +189,31 @@ const actions = {
     open(current);
   },
   begin: send,
+  goOn(message) {
+    if (isBusy() || message !== current.messages.at(-1)) return;
+    const { role, content, reasoning, thought } = current.messages.pop();
+    answer(current, { role, content, ...(reasoning && { reasoning, thought }) });
+  },
   textOf: (message) => (current.kind === "text" ? allText() : message.content),
   sendsEdited: (message) => current.kind === "text" || message.role === "user",
   regenerate(message) {
     if (isBusy()) return;
-    const at = current.messages.indexOf(message);
-    current.messages.splice(message.role === "user" ? at + 1 : at);
+    const before = [...current.messages];
+    current.messages.splice(current.messages.indexOf(message));
+    offerBack(before);
     answer(current);
   },
   edit(message, text) {
     if (isBusy() || !text.trim()) return;
     const at = current.kind === "text" ? 0 : current.messages.indexOf(message);
     const sends = actions.sendsEdited(message);
+    const before = [...current.messages];
     const edited = sends ? { role: "user", content: text } : { role: "assistant", content: text, end: "stop" };
     current.messages.splice(at, sends ? Infinity : 1, edited);
-    if (sends) answer(current);
-    else {
+    if (sends) {
+      offerBack(before);
+      answer(current);
+    } else {
       store.save(current);
       open(current);
     }
@@ -254,5 +274,5 @@ bindComposer({ send, stop });
 bind();
 showSettings();
 thread.watchScrolling();
-open(store.find(sessionStorage.getItem(OPEN)) ?? current);
+open(store.find(read(ofTab, OPEN)) ?? current);
 watchServer();

@@ -31,7 +31,8 @@ class Plain {
 
 /**
  * The view of a message. `actions` are the page's: `edit(message, text)`, `regenerate(message)`, `remove(message)`,
- * `textOf(message)` for copying and editing. `painted()` is called after each change, for the page to scroll.
+ * `goOn(message)` for one that was cut off, `textOf(message)` for copying and editing. `painted()` is called after each
+ * change, for the page to scroll.
  */
 export class MessageView {
   #message;
@@ -128,8 +129,10 @@ export class MessageView {
   #tools() {
     const tools = [copyButton(() => this.#actions.textOf(this.#message))];
     // Hidden while an answer grows.
-    const changing = (label, act) => tools.push(button(label, act, { class: "changes" }));
-    changing("Edit", () => this.#edit());
+    const changing = (label, act, name = "") => tools.push(button(label, act, { class: `changes ${name}` }));
+    // Shown below the last message of a chat alone; a plain text goes on anyway.
+    if (ENDS[this.#message.end]) changing("Continue", () => this.#actions.goOn(this.#message), "go-on");
+    changing("Edit", () => this.#edit(), "edit");
     if (this.#message.role === "assistant") changing("Regenerate", () => this.#actions.regenerate(this.#message));
     changing("Delete", () => this.#actions.remove(this.#message));
     return el("div", { class: "tools" }, tools);
@@ -142,7 +145,7 @@ export class MessageView {
     const close = () => {
       this.node.classList.remove("editing");
       form.replaceWith(this.#body);
-      this.#foot.querySelector(".changes")?.focus();
+      this.#foot.querySelector(".edit")?.focus();
     };
     const save = () => {
       close();

@@ -1,6 +1,7 @@
 // The two panels at the sides, and the colours of the page.
 
 import { byId } from "./dom.js";
+import { lasting, write } from "./storage.js";
 
 const THEME = "cuplama.theme";
 const WIDE = matchMedia("(min-width: 52rem)"); // from here on the list of conversations has its own column
@@ -46,12 +47,9 @@ function bindTheme() {
   const choice = byId("theme");
   choice.value = document.documentElement.dataset.theme ?? "system";
   choice.addEventListener("change", () => {
-    if (choice.value === "system") {
-      delete document.documentElement.dataset.theme;
-      localStorage.removeItem(THEME);
-    } else {
-      document.documentElement.dataset.theme = choice.value;
-      localStorage.setItem(THEME, choice.value);
-    }
+    const theme = choice.value === "system" ? null : choice.value;
+    if (theme) document.documentElement.dataset.theme = theme;
+    else delete document.documentElement.dataset.theme;
+    write(lasting, THEME, theme);
   });
 }

@@ -63,12 +63,15 @@ const TEXT_TOKENS = 256;
 const KINDS = {
   chat: {
     path: "v1/chat/completions",
-    prompt: ({ system, messages }) => ({
-      messages: [
-        ...(system ? [{ role: "system", content: system }] : []),
-        ...messages.map(({ role, content }) => ({ role, content })),
-      ],
-    }),
+    prompt({ system, messages }) {
+      const told = system ? [{ role: "system", content: system }] : [];
+      const said = messages.map(({ role, content }) => ({ role, content }));
+      const goesOn = said.at(-1)?.role === "assistant"; // with an answer that was cut off
+      return {
+        messages: [...told, ...said],
+        ...(goesOn && { continue_final_message: true, add_generation_prompt: false }),
+      };
+    },
     read: ({ delta = {} }) => ({
       text: delta.content ?? "",
       reasoning: delta.reasoning ?? delta.reasoning_content ?? "",

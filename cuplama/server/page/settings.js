@@ -2,13 +2,14 @@
 
 import { byId, el } from "./dom.js";
 import { SETTINGS } from "./requests.js";
+import { lasting, read, write } from "./storage.js";
 
 const KEY = "cuplama.settings";
 
 /** The settings that have a value, by name. */
 export function settings() {
   try {
-    const kept = JSON.parse(localStorage.getItem(KEY)) ?? {};
+    const kept = JSON.parse(read(lasting, KEY)) ?? {};
     return Object.fromEntries(
       SETTINGS.flatMap(({ name }) => (Number.isFinite(kept[name]) ? [[name, kept[name]]] : [])),
     );
@@ -49,14 +50,11 @@ function keep() {
   const inputs = SETTINGS.map(({ name }) => [name, byId(`setting-${name}`)]);
   const good = inputs.filter(([, input]) => input.value !== "" && input.checkValidity());
   for (const [, input] of inputs) input.setAttribute("aria-invalid", String(!input.checkValidity()));
-  localStorage.setItem(
-    KEY,
-    JSON.stringify(Object.fromEntries(good.map(([name, input]) => [name, Number(input.value)]))),
-  );
+  write(lasting, KEY, JSON.stringify(Object.fromEntries(good.map(([name, input]) => [name, Number(input.value)]))));
 }
 
 /** Leaves everything to the model again. */
 export function resetSettings() {
-  localStorage.removeItem(KEY);
+  write(lasting, KEY, null);
   showSettings();
 }

@@ -5,8 +5,13 @@ import * as store from "./store.js";
 
 /** Shows the list. `actions`: `open(conversation)`, `remove(conversation)`, `renamed(conversation)`. */
 export function showList(current, actions) {
+  const list = byId("conversations");
+  if (list.querySelector("input")) return; // a title is being written
+  const focused = list.contains(document.activeElement) && document.activeElement.closest("li");
+  const which = focused && [...focused.querySelectorAll("button")].indexOf(document.activeElement);
   const rows = store.all().map((conversation) => row(conversation, conversation.id === current.id, actions));
-  byId("conversations").replaceChildren(...(rows.length ? rows : [el("li", { class: "none" }, "None yet")]));
+  list.replaceChildren(...(rows.length ? rows : [el("li", { class: "none" }, "None yet")]));
+  if (focused) list.querySelector(`[data-id="${focused.dataset.id}"]`)?.querySelectorAll("button")[which]?.focus();
 }
 
 function row(conversation, isOpen, actions) {
@@ -15,7 +20,7 @@ function row(conversation, isOpen, actions) {
   if (isOpen) open.setAttribute("aria-current", "true");
   const rename = button("Rename", () => edit(item, conversation, actions), { "aria-label": `Rename ${title}` });
   const remove = button("Delete", () => actions.remove(conversation), { "aria-label": `Delete ${title}` });
-  const item = el("li", {}, open, el("span", { class: "tools" }, rename, remove));
+  const item = el("li", { "data-id": conversation.id }, open, el("span", { class: "tools" }, rename, remove));
   return item;
 }
 
@@ -31,7 +36,9 @@ function edit(item, conversation, actions) {
       Object.assign(conversation, { title, named: true });
       store.save(conversation, false);
     }
+    field.remove();
     actions.renamed(conversation);
+    byId("conversations").querySelector(`[data-id="${conversation.id}"] .open`)?.focus();
   };
   field.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" && event.key !== "Escape") return;

@@ -1,5 +1,7 @@
 // Conversations, kept in this browser: one entry of its storage each, so that saving one does not write the others.
 
+import { keys, lasting, read, write } from "./storage.js";
+
 const PREFIX = "cuplama.conversation.";
 const FORMAT = "cuplama-conversations";
 const TITLE = 60; // characters
@@ -18,9 +20,9 @@ let onFull = () => {};
 export function openStore(full) {
   onFull = full;
   known.clear();
-  for (const key of Object.keys(localStorage)) {
+  for (const key of keys(lasting)) {
     if (!key.startsWith(PREFIX)) continue;
-    const conversation = checked(parsed(localStorage.getItem(key)));
+    const conversation = checked(parsed(read(lasting, key)));
     if (conversation) known.set(conversation.id, conversation);
   }
 }
@@ -29,7 +31,7 @@ export function openStore(full) {
 export function reread(key) {
   if (!key?.startsWith(PREFIX)) return null;
   const id = key.slice(PREFIX.length);
-  const conversation = checked(parsed(localStorage.getItem(key)));
+  const conversation = checked(parsed(read(lasting, key)));
   if (conversation) known.set(id, conversation);
   else known.delete(id);
   return id;
@@ -59,16 +61,12 @@ export function save(conversation, touched = true) {
   if (touched) conversation.updated = Date.now();
   if (!conversation.named) conversation.title = titleOf(conversation);
   known.set(conversation.id, conversation);
-  try {
-    localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
-  } catch {
-    onFull();
-  }
+  if (!write(lasting, PREFIX + conversation.id, JSON.stringify(conversation))) onFull();
 }
 
 export function remove({ id }) {
   known.delete(id);
-  localStorage.removeItem(PREFIX + id);
+  write(lasting, PREFIX + id, null);
 }
 
 function titleOf({ messages }) {

@@ -123,9 +123,10 @@ class Page:
 
     def press(self, label: str, within: str = "body") -> None:
         """Press the last button of that name."""
-        buttons = [b for b in self.all(f"{within} button") if b.is_displayed() and b.text == label]
+        shown = "return arguments[0].checkVisibility() && arguments[0].textContent === arguments[1]"
+        buttons = [b for b in self.all(f"{within} button") if self.js(shown, b, label)]
         assert buttons, f"no button {label}"
-        buttons[-1].click()
+        webdriver.ActionChains(self.driver).move_to_element(buttons[-1]).click().perform()
 
     def answered(self, count: int = 1) -> str:
         """Wait until there are so many answers, the last complete; its text."""

@@ -92,10 +92,11 @@ class _Interface:
 
     async def _stream(self, chat: bool) -> AsyncIterator[str]:
         s = self.script
+        pause = s.pause
         try:
             for name, pieces in (("reasoning", s.reasoning), ("content", s.pieces)):
                 for piece in pieces:
-                    await asyncio.sleep(s.pause)
+                    await asyncio.sleep(pause)
                     yield _event(choices=[{"index": 0, **({"delta": {name: piece}} if chat else {"text": piece})}])
             if s.breaks:
                 return

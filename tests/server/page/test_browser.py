@@ -66,6 +66,89 @@ def test_stop_keeps_what_has_come(page: Page, script: Script, by: str) -> None:
     assert page.focus() == "prompt"
 
 
+def test_an_answer_that_was_cut_off_goes_on(page: Page, script: Script) -> None:
+    script.pieces, script.pause = WORDS, 0.02
+    page.send("Hello")
+    eventually(lambda: "word3" in page.texts(".assistant .body")[0])
+    page["#stop"].click()
+    page.answered()
+    begun = page.stored()[0]["messages"][1]["content"]
+    script.pieces, script.pause = ("and ", "on"), 0.0
+    page.press("Continue")
+    eventually(lambda: len(script.asked) == 2)
+    assert page.answered() == f"{begun}and on"
+    asked = script.asked[1]
+    assert asked["messages"][-1] == {"role": "assistant", "content": begun}
+    assert (asked["continue_final_message"], asked["add_generation_prompt"]) == (True, False)
+    assert "continue_final_message" not in script.asked[0]
+
+
+def test_two_conversations_are_answered_at_once(page: Page, script: Script) -> None:
+    script.pieces, script.pause = WORDS[:150], 0.02
+    page.send("First")
+    eventually(lambda: page.texts(".assistant .body") != [""])
+    page["#new"].click()
+    assert not page["#stop"].is_displayed()
+    script.pieces, script.pause = ("Short.",), 0.0
+    page.send("Second")
+    assert page.answered() == "Short."
+    page.all("#conversations .open")[1].click()
+    assert page.texts(".user .body") == ["First"]
+    assert page["#stop"].is_displayed()
+    assert page.answered().split() == "".join(WORDS[:150]).split()
+
+
+def test_what_an_edit_replaced_can_be_brought_back(page: Page, script: Script) -> None:
+    page.send("One")
+    page.answered()
+    page.send("Two")
+    page.answered(2)
+    script.pieces, script.pause = WORDS, 0.02
+    page["#messages .assistant .changes:nth-child(3)"].click()
+    eventually(lambda: len(page.texts(".body")) == 2)
+    page.press("Undo")
+    assert page.texts(".body") == ["One", "An answer.", "Two", "An answer."]
+    eventually(lambda: script.closed == 1)
+    eventually(lambda: not page["#stop"].is_displayed())
+    page.load().ready()
+    assert page.texts(".body") == ["One", "An answer.", "Two", "An answer."]
+
+
+def test_a_full_storage_is_told(page: Page) -> None:
+    page.js("Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }")
+    page.send("Hello")
+    assert page.answered() == "An answer."
+    assert "Export and delete some" in page["#toast"].text
+
+
+def test_without_storage_the_page_still_answers(page: Page, script: Script) -> None:
+    script.key = "secret"
+    source = "for (const name of ['localStorage', 'sessionStorage'])" \
+             " Object.defineProperty(window, name, { get() { throw new DOMException('off', 'SecurityError') } })"  # fmt: skip
+    added = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    try:
+        page.load()
+        eventually(lambda: page["#key-dialog"].is_displayed())
+        page["#key"].send_keys("secret", Keys.ENTER)
+        page.ready()
+        page["#setting-seed"].get_property("value")
+        page.send("Hello")
+        assert page.answered() == "An answer."
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_another_tab_s_conversations_appear(page: Page) -> None:
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.load().ready()
+    page.send("From another tab")
+    page.answered()
+    page.driver.close()
+    page.driver.switch_to.window(first)
+    eventually(lambda: page.texts("#conversations .open") == ["From another tab"])
+
+
 def test_closing_the_page_keeps_what_has_come(page: Page, script: Script) -> None:
     script.pieces, script.pause = WORDS, 0.02
     page.send("Hello")

@@ -227,10 +227,21 @@ def test_hostile_names_and_files_stay_text(page: Page, script: Script) -> None:
 
 
 def test_the_policy_stops_what_would_run(page: Page) -> None:
-    """Were the page to make HTML of a text after all, the browser would still not run it."""
-    html = "<img src=x onerror='window.ran=1'><svg onload='window.ran=1'>"
-    page.js("document.body.insertAdjacentHTML('beforeend', arguments[0])", html)
-    page.js("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
-    eventually(lambda: any("Content Security Policy" in line for line in page.complaints()))
+    """Were the page to make HTML of a text after all, the browser would still refuse."""
+    attempts = (
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.ran=1>')",
+        "document.body.innerHTML += '<svg onload=window.ran=1></svg>'",
+        "document.createElement('script').textContent = 'window.ran = 1'",
+        "setTimeout('window.ran = 1')",
+    )
+    refused = "try { (() => { %s })() } catch (error) { return error.name }"
+    assert [page.js(refused % attempt) for attempt in attempts] == ["TypeError"] * len(attempts)
+    page.js(
+        "const a = document.createElement('a'); a.href = 'javascript:window.ran=1'; document.body.append(a); a.click()"
+    )
+    page.js("const i = new Image(); i.src = 'https://evil.example/leak'; document.body.append(i)")
+    page.js("const s = document.createElement('style'); s.textContent = 'p{}'; document.body.append(s)")
+    eventually(lambda: len([line for line in page.complaints() if "Content Security Policy" in line]) or True)
     assert page.js("return window.ran") is None
+    assert page.js("return [...document.styleSheets].length") == 1
     page.complaints()
