@@ -9,6 +9,7 @@ import pytest
 
 import cuplama
 from cuplama.model import Model
+from cuplama.sampling_params import SamplingParams
 from cuplama.server.service import Service
 from tests.server.page.browser import Keys, Page, needs_chromium
 from tests.server.page.scripted import Script
@@ -123,15 +124,14 @@ def test_a_full_storage_is_told(page: Page) -> None:
 
 def test_without_storage_the_page_still_answers(page: Page, script: Script) -> None:
     script.key = "secret"
-    source = "for (const name of ['localStorage', 'sessionStorage'])" \
-             " Object.defineProperty(window, name, { get() { throw new DOMException('off', 'SecurityError') } })"  # fmt: skip
+    off = "{ get() { throw new DOMException('off', 'SecurityError') } }"
+    source = f"for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, {off})"
     added = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
     try:
         page.load()
         eventually(lambda: page["#key-dialog"].is_displayed())
         page["#key"].send_keys("secret", Keys.ENTER)
         page.ready()
-        page["#setting-seed"].get_property("value")
         page.send("Hello")
         assert page.answered() == "An answer."
     finally:
@@ -503,5 +503,5 @@ def test_every_setting_is_one_that_the_server_takes(page: Page, service: Service
         page.send("A dog!")
         page.answered()
         messages = [{"role": "system", "content": "Tell stories."}, {"role": "user", "content": "A dog!"}]
-        options = {name: float(value) if "." in value else int(value) for name, value in (values | penalties).items()}
-        assert page.stored()[0]["messages"][1]["content"] == model.chat(messages, None, **options).text
+        params = SamplingParams.from_dict({name: json.loads(value) for name, value in (values | penalties).items()})
+        assert page.stored()[0]["messages"][1]["content"] == model.chat(messages, params).text
