@@ -174,7 +174,7 @@ class Pipeline:
         if not self.runner.backend.captures:
             return
         loop, scheduler = self._loop, self.scheduler
-        joining = [s for s in scheduler.running if s.row is None and scheduler.may_decode(s)]
+        joining = self._with_room(s for s in scheduler.running if s.row is None)
         if loop is None:
             if joining:
                 self._change_loop()
@@ -196,12 +196,21 @@ class Pipeline:
             for _, s in self._members(old):
                 s.row = None
             self.runner.keep(old)
-        members = [s for s in self.scheduler.running if s.finish_reason is None and self.scheduler.may_decode(s)]
+        members = self._with_room(s for s in self.scheduler.running if s.finish_reason is None)
         if members:
             for row, s in enumerate(members):
                 self._take_row(row, s)
             self._loop = self.runner.loop(*self._fit())
             self.runner.begin(self._loop, members)
+
+    def _with_room(self, sequences: Iterable[SequenceState]) -> list[SequenceState]:
+        """Those whose next token a captured step can draw, with the page that their last one goes to: a prompt may have
+        filled its own. Others may lose theirs for it."""
+        may_decode = self.scheduler.may_decode
+        found = [s for s in sequences if may_decode(s)]
+        found = [s for s in found if may_decode(s) and self.scheduler.make_room(s, len(s.tokens))]
+        self._vacate()
+        return [s for s in found if may_decode(s)]
 
     def _take_row(self, row: int, s: SequenceState) -> None:
         s.row, s.until = row, len(s.tokens) + self.scheduler.steps_left(s)
