@@ -21,7 +21,7 @@ from .dtypes import DTYPES, dtype_name
 from .engine import memory
 from .engine.engine import MAX_RUNNING
 from .engine.kv_cache import KV_CACHE_DTYPES, PAGE, cache_dtype
-from .errors import DeviceError
+from .errors import DeviceError, ParameterError
 from .models.config import ModelConfig
 from .ops.attention import HEAD_DIMS
 from .quant.format import E4M3
@@ -53,8 +53,8 @@ class Setup:
 
     device: one of ``DEVICES``; dtype: a dtype's short name, or "auto": the checkpoint's on CUDA, float32 on NumPy;
     context: tokens of a sequence; tokens: of the KV cache, all sequences together, None for as many as there is room
-    for; kv_cache_dtype: one of ``KV_CACHE_DTYPES``; activations: one of ``ACTIVATIONS``; max_running: sequences that
-    run at a time.
+    for; kv_cache_dtype: one of ``KV_CACHE_DTYPES``; activations: one of ``ACTIVATIONS``; deterministic, prefix_cache,
+    max_waiting: as of ``load``; max_running: sequences that run at a time.
     """
 
     device: str
@@ -63,7 +63,10 @@ class Setup:
     tokens: int | None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
+    deterministic: bool = False
     max_running: int = MAX_RUNNING
+    max_waiting: int | None = None
+    prefix_cache: bool = True
 
 
 def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
@@ -77,6 +80,8 @@ def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight
     one_of("device", setup.device, DEVICES)
     one_of("activations", setup.activations, ACTIVATIONS)
     one_of("kv_cache_dtype", setup.kv_cache_dtype, KV_CACHE_DTYPES)
+    if setup.deterministic:
+        _check_deterministic(setup, config)
     if setup.activations != "auto" and not _has_floats(weights):
         _log.warning("activations fp8 changes nothing: the model has no weights in fp8 (e4m3)")
         setup = replace(setup, activations="auto")
@@ -86,10 +91,31 @@ def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight
             return _open_cuda(setup, config, weights)
         if setup.device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
-        _log.warning("running on NumPy: %s", reason)
+        if not setup.deterministic:
+            _log.warning("running on NumPy: %s", reason)
+    if setup.deterministic:
+        raise DeviceError(
+            "deterministic=True needs a GPU: NumPy's sums depend on how many tokens are computed together"
+            + ("" if setup.device == "numpy" else f", and device cuda cannot be used: {reason}")
+        )
     if setup.activations != "auto":
         _log.warning("activations fp8 changes nothing: NumPy computes in float32")
     return _open_numpy(setup, config, weights)
+
+
+def _check_deterministic(setup: Setup, config: ModelConfig) -> None:
+    """Raise ParameterError for what makes a token's keys depend on more than the tokens before it."""
+    if setup.activations != "auto":
+        raise ParameterError(
+            f"activations = '{setup.activations}' rounds the prompts of more than 64 tokens and nothing else;"
+            " with deterministic=True it must be auto"
+        )
+    for rope in config.ropes.values():
+        if rope.type == "dynamic" and setup.context > rope.context:
+            raise ParameterError(
+                f"context = {setup.context}: beyond {rope.context} tokens the model's rotations (dynamic) depend on the"
+                f" length of the text; with deterministic=True context must be at most {rope.context}"
+            )
 
 
 def weight_bytes(weights: Iterable[Weight], dtype: np.dtype[Any]) -> int:
@@ -124,7 +150,7 @@ def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight])
 
     check_head_dim(config)
     chosen = stored_dtype(config, weights) if setup.dtype == "auto" else setup.dtype
-    backend = CudaBackend(chosen, activations=setup.activations)
+    backend = CudaBackend(chosen, activations=setup.activations, deterministic=setup.deterministic)
     size, cache = weight_bytes(weights.values(), backend.dtype), cache_dtype(setup.kv_cache_dtype, backend.dtype)
     unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 

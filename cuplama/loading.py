@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from .arguments import checked, flag, one_of, whole_number
 from .backends import Backend
 from .device import ACTIVATIONS, DEVICES, Setup, open_backend
 from .dtypes import Array
-from .engine.engine import Engine
+from .engine.engine import MAX_RUNNING, Engine
 from .engine.kv_cache import KV_CACHE_DTYPES, MAX_TOKENS
 from .errors import ConfigError
 from .generation_config import Settings
@@ -44,6 +44,14 @@ DTYPE_NAMES: Mapping[str, str] = {
     "bf16": "bf16",
 }
 
+_WORDS: Mapping[str, Collection[str]] = {
+    "dtype": DTYPE_NAMES,
+    "device": DEVICES,
+    "quantize": GRIDS,
+    "activations": ACTIVATIONS,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+}
+
 
 def load(
     model: str | os.PathLike[str] | None = None,
@@ -56,6 +64,10 @@ def load(
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    deterministic: bool = False,
+    max_running: int | None = None,
+    max_waiting: int | None = None,
+    prefix_cache: bool = True,
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -76,17 +88,22 @@ def load(
     activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
     tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     adapter: a folder or hub id of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
+    deterministic: a text's logits are the same bit for bit whatever is computed beside it, however its prompt is cut,
+    and whether its tokens are read or were generated. On CUDA alone, and slower.
+    max_running, max_waiting: sequences that run at a time, 256 by default, and that may wait beside them, any number by
+    default; more are refused with BusyError.
+    prefix_cache: what a prompt has in common with earlier ones, in whole pages of 64 tokens, is not computed again.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
     Raises ParameterError, ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
-    one_of("dtype", dtype, DTYPE_NAMES)
-    one_of("device", device, DEVICES)
-    if quantize is not None:
-        one_of("quantize", quantize, GRIDS)
-    one_of("activations", activations, ACTIVATIONS)
-    one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    quantized = {} if quantize is None else {"quantize": quantize}
+    _check_words(dtype=dtype, device=device, activations=activations, kv_cache_dtype=kv_cache_dtype, **quantized)
+    flags = {
+        name: checked(name, value, flag, "True or False")
+        for name, value in (("deterministic", deterministic), ("prefix_cache", prefix_cache))
+    }
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     with held_open(folder):
         config = load_config(folder)
@@ -101,9 +118,23 @@ def load(
     name = BUNDLED if model is None else os.fspath(model)
     if adapter is not None:
         config, weights = _adapted(config, weights, find_model(adapter, offline), name)
-    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
+    how = {**flags, **_counts(max_running, max_waiting)}
+    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations, **how)
     engine = start_engine(config, weights, setup, progress)
     return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
+
+
+def _check_words(**given: Any) -> None:
+    """Raises ParameterError unless each argument is one of its words."""
+    for name, value in given.items():
+        one_of(name, value, _WORDS[name])
+
+
+def _counts(max_running: int | None, max_waiting: int | None) -> dict[str, Any]:
+    """The fields of a Setup. Raises ParameterError for what is no number of sequences."""
+    running = checked("max_running", max_running, whole_number(1, none=True), "a whole number >= 1, or None")
+    waiting = checked("max_waiting", max_waiting, whole_number(0, none=True), "a whole number >= 0, or None")
+    return {"max_running": MAX_RUNNING if running is None else running, "max_waiting": waiting}
 
 
 def _warn_of_length(config: ModelConfig, length: int) -> None:
@@ -133,7 +164,17 @@ def start_engine(
     backend, tokens = open_backend(setup, config, weights)
     try:
         loaded = _upload(backend, weights, progress)
-        return Engine(backend, config, loaded, setup.context, tokens, setup.kv_cache_dtype, setup.max_running)
+        return Engine(
+            backend,
+            config,
+            loaded,
+            setup.context,
+            tokens,
+            setup.kv_cache_dtype,
+            setup.max_running,
+            setup.max_waiting,
+            setup.prefix_cache,
+        )
     except BaseException:
         backend.close()
         raise

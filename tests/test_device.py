@@ -40,7 +40,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The dtypes for which a CUDA backend was opened, on a machine that seems to have a GPU."""
     found: list[str] = []
 
-    def backend(dtype: str, activations: str) -> None:
+    def backend(dtype: str, activations: str, deterministic: bool) -> None:
         found.append(dtype)
         raise OpenedError
 

@@ -44,7 +44,8 @@ class Backend(Protocol):
 
     name: ``numpy`` or ``cuda``; dtype: the T of op signatures; activations: "fp8" where products of many rows with fp8
     weights round the other side to fp8 as well, else "auto"; prefill_chunk: tokens of a prefill pass at most; captures:
-    whether prompts and decode steps go through ``capture``; forks: whether a child process that is forked can use it.
+    whether prompts and decode steps go through ``capture``; forks: whether a child process that is forked can use it;
+    deterministic: whether what is computed for a row is the same, bit for bit, however many other rows there are.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Backend(Protocol):
     prefill_chunk: int
     captures: bool
     forks: bool
+    deterministic: bool
 
     @property
     def compile_seconds(self) -> float:

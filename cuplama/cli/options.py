@@ -101,6 +101,11 @@ ACTIVATIONS_OPTION = click.option(
     default="auto",
     help="fp8: if the weights are fp8, multiply prompts in fp8 as well: faster on a GPU with sm_90, less exact.",
 )
+DETERMINISTIC = click.option(
+    "--deterministic",
+    is_flag=True,
+    help="The same text whatever else is computed at the same time, to the last bit; slower, and on a GPU alone.",
+)
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 
 
@@ -158,7 +163,10 @@ ADAPTER = click.option(
     shell_complete=complete_model,
     help="Folder or hub id of a LoRA adapter for the model, as PEFT saves it.",
 )
-_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context", "cache_tokens", "adapter")
+_LOADING = (
+    "device", "dtype", "quantize", "activations", "kv_cache_dtype", "deterministic", "context", "cache_tokens",
+    "adapter",
+)  # fmt: skip
 CONTEXT = click.option(
     "-c",
     "--context",
@@ -201,7 +209,8 @@ def loading_options(auto: str = "", *more: Decorator) -> Decorator:
             loading = {name: given.pop(name) for name in _LOADING if name in given}
             return command(*args, loading=loading, **given)
 
-        return options(DEVICE, dtype_option(auto), QUANTIZE, KV_CACHE_DTYPE, ACTIVATIONS_OPTION, *more)(gathered)
+        shared = (DEVICE, dtype_option(auto), QUANTIZE, KV_CACHE_DTYPE, ACTIVATIONS_OPTION, DETERMINISTIC)
+        return options(*shared, *more)(gathered)
 
     return decorate
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..backends import Backend, CapturedGraph, Event, Fetch
 from ..dtypes import Array
-from ..models.fusion import BATCH_RULES, FEW_ROWS_RULES, fuse
+from ..models.fusion import BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, fuse
 from ..models.graph import LOGITS, Graph
 from ..ops.linear import MAX_STREAMED_ROWS
 from ..ops.node import Node
@@ -41,14 +41,15 @@ RING = AHEAD + 1  # rows of the ring of drawn tokens: one for each step in fligh
 _ADVANCED = ("input_ids", "positions", "slot_mapping", "seq_lens", "rope.rows", "ring", "step")
 
 
-def decode_nodes(graph: Graph, sequences: int) -> list[Node]:
+def decode_nodes(graph: Graph, sequences: int, deterministic: bool = False) -> list[Node]:
     """The nodes from the last tokens of so many sequences to their logits, fused where that is faster.
 
     For more than ``MAX_STREAMED_ROWS`` sequences other kernels or a library compute the products, and neither fuses
-    norms or activations with them.
+    norms or activations with them. deterministic: the nodes are those of a prompt for any number of sequences, so that
+    a token is computed alike in both.
     """
     rules = FEW_ROWS_RULES if sequences <= MAX_STREAMED_ROWS else BATCH_RULES
-    return fuse([*graph.body, *graph.every_row()], rules)
+    return fuse([*graph.body, *graph.every_row()], PREFILL_RULES if deterministic else rules)
 
 
 def draw_nodes(sampling: Sequence[Node]) -> list[Node]:
@@ -56,9 +57,9 @@ def draw_nodes(sampling: Sequence[Node]) -> list[Node]:
     return [*sampling, Node("advance", _ADVANCED, (*_ADVANCED, TOKEN, "page_table"), {"S": PAGE})]
 
 
-def decode_step(graph: Graph, sequences: int, sampling: Sequence[Node]) -> list[Node]:
+def decode_step(graph: Graph, sequences: int, sampling: Sequence[Node], deterministic: bool = False) -> list[Node]:
     """A whole step: the last tokens in, the next tokens drawn, and the inputs advanced to them."""
-    return [*decode_nodes(graph, sequences), *draw_nodes(sampling)]
+    return [*decode_nodes(graph, sequences, deterministic), *draw_nodes(sampling)]
 
 
 def step_inputs(sequences: int, pages: int, padding_page: int) -> dict[str, np.ndarray[Any, Any]]:

@@ -166,7 +166,8 @@ class Runner:
     def _step(self, key: Any, sampler: Sampler) -> tuple[list[Node], list[Node]]:
         """The nodes of a step: the same lists for each kind, since backends keep what they plan for a list."""
         if key not in self._step_nodes:
-            self._step_nodes[key] = decode_nodes(self.graph, key[0]), draw_nodes(sampler.nodes)
+            nodes = decode_nodes(self.graph, key[0], self.backend.deterministic)
+            self._step_nodes[key] = nodes, draw_nodes(sampler.nodes)
         return self._step_nodes[key]
 
     def drop_graphs(self) -> None:

@@ -41,6 +41,7 @@ class Source:
     quantize: str | None = None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
+    deterministic: bool = False
     max_running: int | None = None
 
     def open(self, context: int | None, cache_tokens: int | str, spelled: bool = False) -> Model:
@@ -51,7 +52,12 @@ class Source:
         if self.dummy:
             if self.model is None:
                 raise ParameterError("--dummy-weights needs -m: a folder with a config.json, or a known shape")
-            how = {"kv_cache_dtype": self.kv_cache_dtype, "activations": self.activations, **self._running}
+            how = {
+                "kv_cache_dtype": self.kv_cache_dtype,
+                "activations": self.activations,
+                "deterministic": self.deterministic,
+                **self._running,
+            }
             form = self.weight_format
             return dummy_model(self.model, self.device, self.dtype, context, cache_tokens, form, spelled, **how)
         if is_shape(self.model):
@@ -65,6 +71,7 @@ class Source:
             cache_tokens=cache_tokens,
             kv_cache_dtype=self.kv_cache_dtype,
             activations=self.activations,
+            deterministic=self.deterministic,
             **self._running,
         )
 

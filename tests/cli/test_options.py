@@ -119,6 +119,7 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--dtype bf16", "dtype", "bf16"),
     ("--quantize int4", "quantize", "int4"),
     ("--activations fp8", "activations", "fp8"),
+    ("--deterministic", "deterministic", True),
     ("--kv-cache-dtype fp8", "kv_cache_dtype", "fp8"),
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
@@ -127,7 +128,7 @@ LOAD: list[tuple[str, str, Any]] = [
 ]
 LOAD_DEFAULTS = {
     "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto",
-    "activations": "auto", "adapter": None, "offline": True,
+    "activations": "auto", "deterministic": False, "adapter": None, "offline": True,
 }  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
@@ -344,6 +345,7 @@ BENCH: list[tuple[str, dict[str, Any]]] = [
     ("--dtype fp16", {"source": Source(None, dtype="fp16")}),
     ("--quantize fp8", {"source": Source(None, quantize="fp8")}),
     ("--activations fp8", {"source": Source(None, activations="fp8")}),
+    ("--deterministic", {"source": Source(None, deterministic=True)}),
     ("--kv-cache-dtype fp8", {"source": Source(None, kv_cache_dtype="fp8")}),
     ("-p 5,6", {"wanted": trials([5, 6], [128], [0], [1])}),
     ("-n 5,6", {"wanted": trials([512], [5, 6], [0], [1])}),

@@ -14,6 +14,7 @@ from cuplama.engine.decode import AHEAD, RING, decode_nodes, decode_step
 from cuplama.engine.graphs import padded_sequences
 from cuplama.engine.sampler import Needs, sampling_nodes
 from cuplama.models.config import load_config
+from cuplama.models.fusion import PREFILL_RULES, fuse
 from cuplama.models.graph import decoder
 from cuplama.ops.abstract import abstract, infer
 from cuplama.ops.binding import bind_plan
@@ -135,3 +136,10 @@ def test_norms_are_fused_up_to_the_rows_that_products_stream() -> None:
     graph = decoder(load_config(CASES[0]))
     few, many = (decode_nodes(graph, n) for n in (MAX_STREAMED_ROWS, MAX_STREAMED_ROWS + 1))
     assert len(few) == len(decode_nodes(graph, 1)) < len(many) == len(decode_nodes(graph, 64))
+
+
+@pytest.mark.parametrize("sequences", [1, MAX_STREAMED_ROWS + 1])
+def test_a_deterministic_step_has_the_nodes_of_a_prompt(sequences: int) -> None:
+    graph = decoder(load_config(CASES[0]))
+    prompt = fuse([*graph.body, *graph.every_row()], PREFILL_RULES)
+    assert decode_nodes(graph, sequences, deterministic=True) == prompt != decode_nodes(graph, sequences)

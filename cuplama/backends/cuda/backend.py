@@ -116,7 +116,7 @@ class CapturedGraph:
 
 
 class CudaBackend:
-    """The ``Backend`` of an NVIDIA GPU. dtype: "f32", "f16" or "bf16"; activations: as of ``load``.
+    """The ``Backend`` of an NVIDIA GPU. dtype: "f32", "f16" or "bf16"; activations, deterministic: as of ``load``.
 
     bf16 needs sm_80; on older GPUs the model runs in fp16, with a warning on the ``cuplama`` logger. Environment:
     CUPLAMA_CHECK=1 fills outputs and scratch with NaN before every node and waits after it, so that an error names its
@@ -135,8 +135,18 @@ class CudaBackend:
     _MAX_LISTS = 64  # node lists whose liveness is kept; when there are more, all are forgotten at once
     _MAX_PLANS = 8192  # plans that are kept, since shapes of prompts vary without end; then all are forgotten at once
 
-    def __init__(self, dtype: str = "bf16", device: int = 0, gpu: Gpu | None = None, activations: str = "auto") -> None:
+    def __init__(
+        self,
+        dtype: str = "bf16",
+        device: int = 0,
+        gpu: Gpu | None = None,
+        activations: str = "auto",
+        deterministic: bool = False,
+    ) -> None:
         self.gpu = gpu or Gpu(device)
+        self.deterministic = deterministic
+        if deterministic:
+            self.gpu.fix_sums()
         if dtype == "bf16" and self.gpu.limits.arch < 80:
             _log.warning("%s (sm_%d) has no bf16; running in fp16", self.gpu.name, self.gpu.limits.arch)
             dtype = "f16"
