@@ -32,7 +32,7 @@ __all__ = ["Grammars"]
 
 _KEPT = 16  # compiled grammars of a model
 # What one grammar may cost: a hostile one is refused within a few seconds. In the order of the lines: nodes of its
-# regular expressions (8,000 elements of one, or 2,000 values of an enum), symbols of its rules, states of its lexer
+# regular expressions (8,000 elements of one, or 3,000 values of an enum), symbols of its rules, states of its lexer
 # (of 1 to 2 kB), and for one mask, steps of the lexer and items of the parser.
 _LIMITS = {
     "initial_lexer_fuel": 50_000,
@@ -210,7 +210,7 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
     """What llguidance compiles. Raises ParameterError for what its converters refuse."""
     try:
         if form == "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=dict(JSON_STYLE))
+            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE)
         if form == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
         _check_lines(text)
