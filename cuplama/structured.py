@@ -210,7 +210,7 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
     """What llguidance compiles. Raises ParameterError for what its converters refuse."""
     try:
         if form == "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE)
+            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=dict(JSON_STYLE))
         if form == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
         _check_lines(text)

@@ -1,0 +1,179 @@
+"""One request for text: made ready beside the event loop, run, and given up when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from ..completion import Completion, Delta
+from ..model import Model
+from ..sampling_params import SamplingParams
+from .errors import ApiError, api_error
+from .fields import Read
+from .generation_fields import constraint
+from .metrics import Meter
+from .service import Service
+from .sse import KEEP_ALIVE_SECONDS
+
+__all__ = ["Asked", "Running", "prepare", "usage"]
+
+# Where neither the request nor the model's generation_config.json says: as OpenAI, and not as the library.
+_DEFAULTS = {"temperature": 1.0, "max_tokens": None}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be generated: token ids of each prompt, how, choices of each, and the priority among requests."""
+
+    model: Model
+    prompts: Sequence[list[int]]
+    params: SamplingParams
+    n: int = 1
+    priority: int = 0
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a text, and are not part of it."""
+        return frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else self.model.stop_ids)
+
+
+async def prepare(service: Service, read: Read, encode: Callable[[Model], list[list[int]]]) -> Asked:
+    """A request's prompts and sampling parameters, made in a thread: a long prompt must not hold up other requests.
+
+    encode: makes the prompts' ids. Raises ApiError for what is beyond the limits, and what ``encode`` and
+    ``Model.params`` raise.
+    """
+    model, limits = service.loaded, service.limits
+    n, best_of = read.own["n"], read.own["best_of"]
+    if best_of not in (None, n):
+        raise ApiError(400, f"best_of = {best_of} is not supported; it must be n = {n}", param="best_of")
+    stop = read.sampling.get("stop", ())
+    _check("n", n, limits.choices)
+    _check("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, " stop strings")
+
+    def make() -> Asked:
+        params = _params(model, read)
+        prompts = encode(model)
+        _check("prompt", len(prompts), limits.prompts, " prompts")
+        for ids in prompts:
+            if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
+                said = f"the prompt has {len(ids)} tokens; at most {limits.prompt_tokens} are allowed"
+                raise ApiError(400, said, code="context_length_exceeded")
+        return Asked(model, prompts, params, n, read.own["priority"])
+
+    return await asyncio.to_thread(make)
+
+
+def _check(name: str, count: int, most: int, nouns: str = "") -> None:
+    if count > most:
+        raise ApiError(400, f"{name} has {count}{nouns}; at most {most} are allowed", param=name)
+
+
+def _params(model: Model, read: Read) -> SamplingParams:
+    defaults = {name: value for name, value in _DEFAULTS.items() if name not in model.defaults}
+    options = {**defaults, **read.sampling, **constraint(read.own)}
+    if (allowed := read.own["allowed_token_ids"]) is not None:
+        size, known = model.config.vocab_size, set(allowed)
+        if beyond := [t for t in allowed if t >= size]:
+            said = f"allowed_token_ids: token id {beyond[0]} is out of range; the vocabulary has {size}"
+            raise ApiError(400, said, param="allowed_token_ids")
+        banned = {t: -math.inf for t in range(size) if t not in known}
+        options["logit_bias"] = {**options.get("logit_bias", {}), **banned}
+    return model.params(**options)
+
+
+class Running:
+    """The generation of one request, from the call to the last token. It must be closed, in whatever way it ends.
+
+    Iterating gives the deltas that have come since the last look, as a list; an empty one where nothing has come for
+    KEEP_ALIVE_SECONDS. Raises what the generation raises, and ApiError 503 where no token comes in time.
+    """
+
+    def __init__(self, service: Service, request: Request, asked: Asked) -> None:
+        self.service, self.request, self.asked = service, request, asked
+        self.meter: Meter = request.state.meter
+        self._ready: list[Delta] = []
+        self._news = asyncio.Event()
+        self._closed = False
+        self._stream = asked.model.astream(asked.prompts, asked.params, n=asked.n, priority=asked.priority)
+        self._pump = asyncio.create_task(self._read())
+
+    @property
+    def completions(self) -> list[Completion]:
+        """What each sequence has so far: prompt by prompt, and of each its choices."""
+        return self._stream.completions
+
+    async def _read(self) -> None:
+        """Take the deltas as the engine gives them, also while the client is slow to take what was sent."""
+        try:
+            async for delta in self._stream:
+                self._ready.append(delta)
+                self._news.set()
+        finally:
+            self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        started, patience = False, self.service.limits.waiting_seconds
+        while True:
+            if not self._ready and not self._pump.done():
+                left = KEEP_ALIVE_SECONDS if started else min(KEEP_ALIVE_SECONDS, patience - self.meter.seconds)
+                await self._wait(left)
+            deltas, self._ready = self._ready, []
+            self._news.clear()
+            if deltas:
+                started = True
+                for index, count in Counter(delta.index for delta in deltas).items():
+                    self.meter.tokens(count, index)
+            elif self._pump.done():
+                break
+            elif not started and self.meter.seconds >= patience:
+                raise ApiError(503, f"no token came within {patience:g} seconds: too much is going on", "server_error")
+            yield deltas
+        self._pump.result()  # raises what ended the generation before its time
+
+    async def _wait(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+
+    def failed(self, error: Exception) -> ApiError:
+        """Note an error that comes when the response has begun. What the client is told of it."""
+        told = api_error(error)
+        self.service.noticed(error)
+        if told.status >= 500 and told is not error:
+            self.service.log.failure(error, id=self.request.state.id, path=self.request.url.path)
+        self.meter.fields.setdefault("message", told.message)
+        return told
+
+    async def close(self) -> None:
+        """Stop what still runs: its pages of the cache are free then. Closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        self._pump.cancel()
+        await asyncio.wait([self._pump])
+        if not self._pump.cancelled():
+            self._pump.exception()  # asyncio complains of errors that nobody has looked at
+        await self._stream.aclose()
+        self.meter.finished(self.completions, self._stream.timings)
+
+
+def usage(completions: Sequence[Completion], n: int, reasoning_tokens: int = 0) -> dict[str, Any]:
+    """OpenAI's count of tokens. n: choices of each prompt, whose tokens count once."""
+    prompts = completions[::n]
+    read = sum(len(c.prompt_tokens) for c in prompts)
+    generated = sum(len(c.tokens) for c in completions)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": generated,
+        "total_tokens": read + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
+    }
