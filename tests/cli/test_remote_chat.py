@@ -134,6 +134,7 @@ def test_what_was_given_is_sent(run: Run, server: FakeServer, tmp_path: Any) -> 
 
 
 def test_a_schema_is_sent_as_every_server_knows_it(run: Run, server: FakeServer, tmp_path: Any) -> None:
+    server.answers = [says("null")]
     (tmp_path / "s.json").write_text('{"type": "null"}')
     assert run("chat", "Hi", "--server", server.url, "-m", "x", "--json-schema", str(tmp_path / "s.json"))[0] == 0
     form = {"name": "answer", "schema": {"type": "null"}}
