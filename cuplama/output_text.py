@@ -21,12 +21,15 @@ class OutputText:
     def __init__(self, index: int, sequence: SequenceState, tokenizer: Tokenizer | None) -> None:
         self.index, self.sequence = index, sequence
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, context=sequence.prompt) if tokenizer else None
+        asked = sequence.params.show_special
+        special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
+        shown = (special if asked else frozenset()) if isinstance(asked, bool) else special.intersection(asked)
+        self._detokenizer = Detokenizer(tokenizer, context=sequence.prompt, shown=shown) if tokenizer else None
         self._stops = StopStrings(sequence.params.stop)
-        # Special tokens are not shown, so stop strings are compared with them only if one of them asks for it.
+        # Where special tokens are not shown, stop strings are compared with them only if one of them asks for it.
         self._watched = frozenset[int]()
         if tokenizer is not None and any(map(tokenizer.spells_special, sequence.params.stop)):
-            self._watched = tokenizer.special_ids
+            self._watched = special - shown
         self.text = ""
         self.tokens: list[Token] = []
         self._stopped = False

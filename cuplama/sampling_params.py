@@ -43,6 +43,7 @@ class SamplingOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    show_special: bool | Sequence[int]
     logprobs: int | None
     prompt_logprobs: int | None
     json_schema: Mapping[str, Any] | str | bool | None
@@ -72,6 +73,7 @@ class SamplingParams:
     same there; they are to rounding.
     stop: strings that end the text (and are not part of it). stop_token_ids: further stop tokens.
     ignore_eos: do not stop at the model's own stop tokens.
+    show_special: special tokens are part of the text: all (True), none, or those of these ids. A stop token never is.
     logprobs: None for none, 0 for the chosen token's, n for the n most probable besides. prompt_logprobs: the same for
     each token of the prompt.
     json_schema: the text is JSON of this schema: a mapping, JSON text, or True for any object. regex: the whole text
@@ -92,6 +94,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    show_special: bool | Sequence[int] = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | str | bool | None = None  # kept as a mapping, or None
@@ -127,6 +130,8 @@ class SamplingParams:
         """
         bias = {str(id): "-inf" if value == -math.inf else value for id, value in self.logit_bias.items()}
         lists = {"stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
+        if not isinstance(self.show_special, bool):
+            lists["show_special"] = list(self.show_special)
         return {**{name: getattr(self, name) for name in PARAMETERS}, **lists, "logit_bias": bias}
 
     @classmethod
@@ -193,6 +198,10 @@ def _ids(value: Any) -> tuple[int, ...]:
     return found
 
 
+def _flag_or_ids(value: Any) -> bool | tuple[int, ...]:
+    return bool(value) if isinstance(value, bool) else _ids(value)
+
+
 def _biases(value: Any) -> dict[int, float]:
     need_type(value is None or isinstance(value, Mapping), value)
     found = {whole(id): _bias(bias) for id, bias in (value or {}).items()}
@@ -222,6 +231,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "stop": (_strings, "a string or a list of non-empty strings"),
     "stop_token_ids": (_ids, "a list of token ids"),
     "ignore_eos": (flag, "True or False"),
+    "show_special": (_flag_or_ids, "True or False, or a list of token ids"),
     "logprobs": (whole_number(0, 64, none=True), "a whole number from 0 to 64, or None"),
     "prompt_logprobs": (whole_number(0, 64, none=True), "a whole number from 0 to 64, or None"),
     "json_schema": (read_schema, "a JSON schema as a mapping or as text, True for any object, or None"),

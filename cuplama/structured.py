@@ -20,7 +20,7 @@ import numpy as np
 from .arguments import shown
 from .engine.constraint import Constraint, MaskWords, mask_words
 from .errors import CuplamaError, ParameterError
-from .output_form import FORMS
+from .output_form import FORMS, JSON_STYLE
 from .sampling_params import SamplingParams
 from .text.token_bytes import TokenBytes
 from .text.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ __all__ = ["Grammars"]
 
 _KEPT = 16  # compiled grammars of a model
 # What one grammar may cost: a hostile one is refused within a few seconds. In the order of the lines: nodes of its
-# regular expressions (8,000 elements of one, or 2,000 values of an enum), symbols of its rules, states of its lexer
+# regular expressions (8,000 elements of one, or 3,000 values of an enum), symbols of its rules, states of its lexer
 # (of 1 to 2 kB), and for one mask, steps of the lexer and items of the parser.
 _LIMITS = {
     "initial_lexer_fuel": 50_000,
@@ -45,9 +45,6 @@ _MAX_LINES = 500  # of a Lark or GBNF grammar; the time to refuse one grows with
 # Bytes of stack to compile on, touched only where they are used: llguidance follows rules and references by recursion,
 # and 1,000 of them in a row overflow the usual 8 MB. The longest text allowed needs less than 64 MB.
 _STACK = 2**28
-# JSON on one line, with at most a space after "," and ":". A small model that may write blanks wherever JSON allows
-# them writes nothing else. A schema's own "x-guidance" takes the place of these.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _stack_size = threading.Lock()  # the size is that of all threads which start meanwhile
 _LONGEST_ERROR = 300  # characters of llguidance's message
 
@@ -213,7 +210,7 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
     """What llguidance compiles. Raises ParameterError for what its converters refuse."""
     try:
         if form == "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
+            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=dict(JSON_STYLE))
         if form == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
         _check_lines(text)

@@ -27,6 +27,7 @@ from .models import models
 from .perplexity import perplexity
 from .pull import pull
 from .quantize import quantize
+from .serve import serve
 from .streams import say
 from .tokenize import tokenize
 from .train import train
@@ -48,7 +49,7 @@ def cli() -> None:
 
 _COMMANDS = (
     bench, chat, completion, doctor, generate, graph, info, kernels, merge, models, perplexity, pull,
-    quantize, tokenize, train,
+    quantize, serve, tokenize, train,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -15,11 +15,12 @@ from ..backends import Backend
 from ..dtypes import DTYPES, Array
 from ..models.config import ModelConfig
 
-__all__ = ["KV_CACHE_DTYPES", "PAGE", "PagedCache", "cache_dtype", "page_table", "pages_for"]
+__all__ = ["KV_CACHE_DTYPES", "MAX_TOKENS", "PAGE", "PagedCache", "cache_dtype", "page_table", "pages_for"]
 
 # What a caller may ask for -> the short name of what keys and values are stored in; "T" is the model's dtype.
 KV_CACHE_DTYPES: Mapping[str, str] = {"auto": "T", "fp8": "e4m3"}
 PAGE = 64  # tokens per page: 16 KB of one bf16 head of 128, a good size for one bulk copy
+MAX_TOKENS = 2**30  # of a sequence, and of the cache: positions and places are int32, with room for a page more
 
 
 def pages_for(tokens: int) -> int:

@@ -18,6 +18,7 @@ from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
+from .encoding import encoding
 
 if TYPE_CHECKING:
     import tokenizers
@@ -79,7 +80,7 @@ class ControlTokens:
         """
         if self._plain is None:
             self._plain = _PlainTokenizer(self._backend, self._texts)
-        found = self._backend.encode(text, add_special_tokens=False)
+        found = encoding(self._backend, text)
         parts, end = [], 0
         for id, (start, stop) in zip(found.ids, found.offsets, strict=True):
             written = text[start:stop]  # with the blanks that some tokens swallow
@@ -183,8 +184,7 @@ class _PlainTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text with stand-ins."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return [self._real.get(id, id) for id in ids]
+        return [self._real.get(id, id) for id in encoding(self._plain, text).ids]
 
 
 def private_characters(count: int, avoid: str) -> list[str]:

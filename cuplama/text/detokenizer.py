@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .token_decoder import Pipeline
 from .tokenizer import Tokenizer
@@ -13,6 +13,8 @@ __all__ = ["Detokenizer"]
 
 class Detokenizer:
     """Turns ids into text one at a time, and never takes back or repeats a character.
+
+    shown: special tokens that are not skipped.
 
     The pushes and the flush together are exactly `tokenizer.decode(ids)`, for any ids. After `context` (the prompt),
     they are what decode(context + ids) adds to decode(context), so the continuation of a sentencepiece prompt
@@ -25,9 +27,11 @@ class Detokenizer:
     U+FFFD in decoded text: it shows `A` for <0x41>, then fails on <0xFF>, and has no flush.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, context: Sequence[int] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, context: Sequence[int] = (), skip_special: bool = True, shown: Iterable[int] = ()
+    ) -> None:
         self._piece = tokenizer.piece
-        self._hidden = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._hidden = tokenizer.special_ids.difference(shown) if skip_special else frozenset[int]()
         self._pipeline = Pipeline(tokenizer.stages)
         self._seen = ""  # of the text still held back, what the context's own decoding already shows
         if context:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import checked, flag
@@ -22,11 +24,14 @@ from ..gguf import is_gguf, open_gguf
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
+from .encoding import encoding
 from .token_decoder import Pipeline, decoder_stages, lone_bytes
 from .tokenizer_files import read_file, read_folder
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from .answer_form import AnswerForm
 
 __all__ = ["Tokenizer"]
 
@@ -107,10 +112,10 @@ class Tokenizer:
         alone. Raises PromptError for text that is not valid Unicode, or that the vocabulary cannot spell.
         """
         with _encodable(text):
-            encoding = self._backend.encode(text, add_special_tokens=bos)
-        ids: list[int] = encoding.ids
+            found = encoding(self._backend, text, special=bos)
+        ids: list[int] = found.ids
         # The mask is 1 only for what the post-processor added, so text that itself doubles a token is left alone.
-        doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
+        doubled = found.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]
         return ids[1:] if doubled else ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -146,6 +151,12 @@ class Tokenizer:
         middle = Pipeline(self.stages)
         middle.push("x")  # whatever the decoder does at the start of a text is now behind us
         return middle.push(piece) + middle.flush()
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of ``token_text``, which may be only a part of a character; none for an id without a token."""
+        piece = self.piece(id)
+        lone = None if piece is None else lone_bytes(piece, self.stages)
+        return lone if lone is not None else b"" if piece is None else self.token_text(id).encode()
 
     def token_shown(self, id: int) -> str:
         """`token_text` in quotes, for listings; bytes that are no whole characters are shown as `b'\\xe2\\x82'`.
@@ -219,6 +230,29 @@ class Tokenizer:
             self._control[template.source] = found
         return found
 
+    @cached_property
+    def answer_form(self) -> AnswerForm:
+        """How the model writes reasoning and tool calls, as its default template and its added tokens tell."""
+        return self.find_form()
+
+    def find_form(self, *, reasoning: str | None = None, tools: str | None = None) -> AnswerForm:
+        """The same with formats chosen by name; see ``find_form`` in text/answer_form.py. Raises ParameterError."""
+        from .answer_form import find_form  # only chats with tools or reasoning need it
+
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        return find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
+
+    @cached_property
+    def special_texts(self) -> Mapping[str, int]:
+        """Text of each special token -> its id."""
+        pieces = ((self.piece(id), id) for id in sorted(self.special_ids))
+        return {piece: id for piece, id in pieces if piece}
+
+    def special_in(self, texts: Iterable[str]) -> list[int]:
+        """The ids of the special tokens that are spelled in one of the texts."""
+        texts = list(texts)
+        return [id for piece, id in self.special_texts.items() if any(piece in text for text in texts)]
+
     def spells_special(self, text: str) -> bool:
         """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""
         return any(piece in text for id in self.special_ids if (piece := self.piece(id)))
@@ -246,6 +280,11 @@ class Tokenizer:
     def template_variables(self) -> frozenset[str]:
         """Names of the variables that the default chat template reads; empty if there is no template."""
         return frozenset() if self.chat_template is None else self._templates.choose().reading.variables
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The tokens that the folder names: bos_token, eos_token, ... -> their text."""
+        return MappingProxyType(self._special_tokens)
 
     def _named_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)

@@ -294,10 +294,11 @@ def test_wrong_options_of_chat(option: str, words: str, fails: Fails, tmp_path: 
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
-    """But token ids that stop, of which users know the text, and what is said of a prompt, which perplexity says."""
+    """But token ids that stop, of which users know the text; what is said of a prompt, which perplexity says; and to
+    show special tokens, which --json tells by their ids."""
     from_files = {"json_schema", "grammar"}
     found = {name for _, name, _ in SAMPLING} | {"logprobs"} | from_files
-    assert found == set(PARAMETERS) - {"stop_token_ids", "prompt_logprobs"}
+    assert found == set(PARAMETERS) - {"stop_token_ids", "prompt_logprobs", "show_special"}
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -306,7 +307,7 @@ def test_forms_from_files(command: str, run: Run, recorder: Recorder, fails: Fai
     schema.write_text('{"type": "null"}')
     grammar.write_text('start: "a"')
     assert run(command, "Hi", "--json-schema", str(schema))[0] == 0
-    assert recorder.given["json_schema"] == '{"type": "null"}'
+    assert recorder.given["json_schema"] == {"type": "null"}
     assert run(command, "Hi", "--grammar", str(grammar))[0] == 0
     assert recorder.given["grammar"] == 'start: "a"'
     for args, words in (
@@ -400,3 +401,23 @@ def test_options_that_reach_bench(
     assert run("bench", *options.split())[0] == 0
     defaults = {"source": Source(None), "wanted": trials([512], [128], [0], [1]), "repeats": 5, "cold_start": True}
     assert found == {**defaults, "form": "md", "plot": None, **changes}
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"), [("", "auto"), ("--cache-tokens auto", "auto"), ("--cache-tokens 700", 700)]
+)
+def test_cache_tokens_reach_what_is_served(
+    options: str, tokens: int | str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle = pytest.importorskip("cuplama.server.lifecycle", reason="serve needs its extra")
+    loaded: list[Any] = []
+    monkeypatch.setattr("cuplama.cli.serve.open_model", lambda *_, **more: loaded.append(more["cache_tokens"]))
+    monkeypatch.setattr(lifecycle, "serve", lambda service, load, sock, **more: (load(), sock.close()))
+    assert run("serve", "--port", "0", *options.split())[0] == 0
+    assert loaded == [tokens]
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "most", "1.5", "²", str(2**30 + 1)])
+def test_cache_tokens_that_are_no_number(value: str, fails: Fails) -> None:
+    message = fails("serve", "--cache-tokens", value)
+    assert f"'--cache-tokens': '{value}' is not a number from 1 to 1073741824, or auto (cuplama" in message
