@@ -1,6 +1,7 @@
 // advance  input_ids = max(token, 0)
 //          positions, seq_lens, rope_rows += 1
 //          slot_mapping[i] = page_table[i, positions[i] / S] * S + positions[i] % S
+//          of rows i that belong to a sequence: where seq_lens[i] is not 0
 //          ring[step % R] = token; step += 1
 //          input_ids, positions, slot_mapping, seq_lens, rope_rows, token [b], page_table[b,M], ring[R,b], step[1]: i32
 //
@@ -18,13 +19,14 @@ __global__ void advance(i32* __restrict__ input_ids, i32* __restrict__ positions
     const int now = *step;
     __syncthreads();  // every thread has read the step before one of them changes it
     for (int i = threadIdx.x; i < b; i += blockDim.x) {
+        ring[i64(now % R) * b + i] = token[i];
+        if (seq_lens[i] == 0) continue;
         const int at = positions[i] + 1;
         input_ids[i] = max(token[i], 0);  // -1 stands for none: the host ends the run there, some steps later
         positions[i] = at;
         seq_lens[i] += 1;
         rope_rows[i] += 1;
         slot_mapping[i] = page_table[i64(i) * M + min(at / S, M - 1)] * S + at % S;
-        ring[i64(now % R) * b + i] = token[i];
     }
     if (threadIdx.x == 0) *step = now + 1;
 }

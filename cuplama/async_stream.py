@@ -3,36 +3,109 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import weakref
+from collections import deque
 from typing import NoReturn
 
-from .completion import Completion, Delta, Stream, Timings
+from .completion import Completion, Delta, Timings, only
+from .engine.calls import Call
+from .engine.engine import Engine
 from .errors import CopyError
+from .generation import Generation
 
 __all__ = ["AsyncStream"]
+
+
+class _Mailbox:
+    """Tells the streams of one event loop that there is something to read: once for all that a step brings.
+
+    Waking a loop from another thread costs a system call, and a step may have something for a hundred streams.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: deque[asyncio.Event] = deque()
+        self._lock, self._woken = threading.Lock(), False
+
+    def post(self, event: asyncio.Event) -> None:
+        """Set an event of the loop; called from any thread."""
+        self._waiting.append(event)
+        with self._lock:
+            woken, self._woken = self._woken, True
+        loop = self._loop()
+        if not woken and loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            self._woken = False
+        while self._waiting:
+            self._waiting.popleft().set()
+
+
+_mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
 
 
 class AsyncStream:
     """An asynchronous iterator over the deltas of a generation. aclose(), or leaving ``async with``, stops it.
 
-    The generation begins when the stream is made. When the task that reads it is cancelled, the pages of its sequences
-    are free at once. completions, completion, timings: as of ``Stream``.
+    The generation begins when the stream is made. When the task that reads it is cancelled, or the stream forgotten,
+    the pages of its sequences are free at once. Text is made of tokens in the event loop's thread, beside the engine.
     """
 
-    def __init__(self, stream: Stream, single: bool) -> None:
-        self._stream, self._single = stream, single
+    def __init__(self, engine: Engine, generation: Generation, priority: int) -> None:
+        """Raises BusyError or ClosedError, and RuntimeError where no event loop is running."""
+        loop = asyncio.get_running_loop()
+        mailbox = _mailboxes.setdefault(loop, _Mailbox(loop))
+        self._engine, self._generation = engine, generation
+        self._deltas: deque[Delta] = deque()
+        self._ready = ready = asyncio.Event()
+        self._call: Call | None = engine.submit(generation.begin(), priority, lambda: mailbox.post(ready))
 
     def __aiter__(self) -> AsyncStream:
         return self
 
     async def __anext__(self) -> Delta:
-        delta = await asyncio.to_thread(next, self._stream, None)
-        if delta is None:
-            raise StopAsyncIteration
-        return delta
+        try:
+            while not self._deltas:
+                call = self._call
+                if call is None:
+                    raise StopAsyncIteration
+                self._ready.clear()
+                drawn = call.read()
+                if isinstance(drawn, list):
+                    self._deltas.extend(self._generation.push(drawn))
+                    if self._generation.ended:
+                        self._leave()
+                elif call.ended:
+                    self._leave()
+                else:
+                    await self._ready.wait()
+            return self._deltas.popleft()
+        except BaseException:
+            self._leave()
+            raise
+
+    def ready(self) -> list[Delta]:
+        """The deltas that are there already, without waiting: what a step brought for several sequences."""
+        found = list(self._deltas)
+        self._deltas.clear()
+        while self._call is not None and isinstance(drawn := self._call.read(), list):
+            found += self._generation.push(drawn)
+            if self._generation.ended:
+                self._leave()
+        return found
+
+    def _leave(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            self._engine.leave(call)
 
     async def aclose(self) -> None:
         """Stop generating and give the cache pages back. Closing twice is fine."""
-        self._stream.close()
+        self._deltas.clear()
+        self._leave()
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -40,25 +113,30 @@ class AsyncStream:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    def __del__(self) -> None:
+        if getattr(self, "_call", None) is not None:
+            self._leave()
+
     def __reduce__(self) -> NoReturn:
         raise CopyError("a stream can be neither pickled nor copied; its completions can, once it was read")
 
     @property
     def completions(self) -> list[Completion]:
         """One Completion per sequence; see ``Stream.completions``."""
-        return self._stream.completions
+        return self._generation.completions()
 
     @property
     def completion(self) -> Completion:
         """The Completion of a stream of one sequence; see ``Stream.completion``."""
-        return self._stream.completion
+        return only(self.completions)
 
     @property
     def result(self) -> Completion | list[Completion]:
         """What ``Model.generate`` would have returned: a Completion, or a list of them."""
-        return self.completion if self._single else self.completions
+        found = self.completions
+        return found[0] if self._generation.single else found
 
     @property
     def timings(self) -> Timings:
         """Where the time went until now."""
-        return self._stream.timings
+        return self._generation.clock.timings()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn
 
 from .engine.sequence import Token
@@ -12,7 +12,7 @@ from .errors import CopyError, ParameterError
 from .prompts import PlainPrompt
 from .sampling_params import SamplingParams
 
-__all__ = ["Clock", "Completion", "Delta", "Stream", "Timings"]
+__all__ = ["Clock", "Completion", "Delta", "Stream", "Timings", "only"]
 
 _SHOWN = 60  # characters of a text that a repr shows
 
@@ -58,10 +58,13 @@ class Clock:
     decode_seconds: float = 0.0
     generated_tokens: int = 0
     last: float = 0.0
+    began: float = 0.0
+    queue_seconds: float = 0.0
 
     def begin(self, prompt_tokens: int) -> None:
         """The run starts now, with prompts of that many tokens in all."""
-        self.prompt_tokens, self.last = prompt_tokens, time.perf_counter()
+        self.prompt_tokens = prompt_tokens
+        self.began = self.last = time.perf_counter()
 
     def step(self, tokens: int, first: bool) -> None:
         """A step has ended that drew that many tokens. first: whether it read prompts, and so drew first tokens."""
@@ -76,9 +79,7 @@ class Clock:
 
     def timings(self) -> Timings:
         """What has been measured so far."""
-        return Timings(
-            self.prompt_tokens, self.prompt_seconds, self.decode_tokens, self.decode_seconds, self.generated_tokens
-        )
+        return Timings(**{f.name: getattr(self, f.name) for f in fields(Timings)})
 
 
 @dataclass(frozen=True, repr=False)
@@ -138,13 +139,11 @@ class Completion:
 
         params is as ``SamplingParams.to_dict`` writes it, and ``SamplingParams.from_dict`` reads it.
         """
-        tokens = self.logprobs or []
-        logprobs = [{"id": t.id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]} for t in tokens]
         return {
             "text": self.text,
             "tokens": list(self.tokens),
             "finish_reason": self.finish_reason,
-            "logprobs": None if self.logprobs is None else logprobs,
+            "logprobs": None if self.logprobs is None else _scores(self.logprobs),
             "timings": asdict(self.timings),
             "prompt": self.prompt if isinstance(self.prompt, str) else list(self.prompt),
             "prompt_tokens": list(self.prompt_tokens),
@@ -156,6 +155,8 @@ class Completion:
             "index": self.index,
             "context": self.context,
             "adapter": self.adapter,
+            "cached_tokens": self.cached_tokens,
+            "prompt_logprobs": None if self.prompt_logprobs is None else _scores(self.prompt_logprobs),
         }
 
 
@@ -220,15 +221,26 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """The Completion of a stream of one sequence; see ``completions``. Raises ParameterError for several."""
-        found = self.completions
-        if len(found) != 1:
-            raise ParameterError(f"the stream has {_counted(len(found), 'sequence')}: use its completions")
-        return found[0]
+        return only(self.completions)
 
     @property
     def timings(self) -> Timings:
         """Where the time went until now; right at any moment."""
         return self._clock.timings()
+
+
+def only(completions: list[Completion]) -> Completion:
+    """The Completion of a stream of one sequence. Raises ParameterError for several."""
+    if len(completions) != 1:
+        raise ParameterError(f"the stream has {_counted(len(completions), 'sequence')}: use its completions")
+    return completions[0]
+
+
+def _scores(tokens: Sequence[Token | None]) -> list[dict[str, Any] | None]:
+    """Tokens with their log-probabilities as plain data."""
+    return [
+        None if t is None else {"id": t.id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]} for t in tokens
+    ]
 
 
 def _counted(number: int, noun: str) -> str:

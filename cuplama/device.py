@@ -19,18 +19,31 @@ from .backends.cuda.driver import cuda_available
 from .backends.cuda.unpacking import largest_slice
 from .dtypes import DTYPES, dtype_name
 from .engine import memory
-from .engine.kv_cache import KV_CACHE_DTYPES, cache_dtype
-from .errors import DeviceError
+from .engine.engine import MAX_RUNNING
+from .engine.kv_cache import KV_CACHE_DTYPES, PAGE, cache_dtype
+from .errors import DeviceError, ParameterError
 from .models.config import ModelConfig
 from .ops.attention import HEAD_DIMS
 from .quant.format import E4M3
 from .quant.stored import Stored
 from .quant.weight import Weight
 
-__all__ = ["ACTIVATIONS", "DEVICES", "Setup", "check_head_dim", "open_backend", "stored_dtype", "weight_bytes"]
+__all__ = [
+    "ACTIVATIONS",
+    "DEVICES",
+    "Setup",
+    "check_head_dim",
+    "open_backend",
+    "stored_dtype",
+    "weight_bytes",
+]
 
 DEVICES = ("auto", "cuda", "numpy")
 ACTIVATIONS = ("auto", "fp8")
+# A cache on NumPy that may be as large as there is room for: as many sequences of full length, in at most this share of
+# the host memory that is free. Memory of pages that are never used is never touched.
+_HOST_CONTEXTS = 8
+_HOST_SHARE = 0.25
 _log = logging.getLogger("cuplama")
 
 
@@ -39,20 +52,27 @@ class Setup:
     """How a model runs.
 
     device: one of ``DEVICES``; dtype: a dtype's short name, or "auto": the checkpoint's on CUDA, float32 on NumPy;
-    context: tokens of a sequence; tokens: of the KV cache, all sequences together; kv_cache_dtype: one of
-    ``KV_CACHE_DTYPES``; activations: one of ``ACTIVATIONS``.
+    context: tokens of a sequence; tokens: of the KV cache, all sequences together, None for as many as there is room
+    for; kv_cache_dtype: one of ``KV_CACHE_DTYPES``; activations: one of ``ACTIVATIONS``; deterministic, prefix_cache,
+    max_waiting: as of ``load``; max_running: sequences that run at a time.
     """
 
     device: str
     dtype: str
     context: int
-    tokens: int
+    tokens: int | None
     kv_cache_dtype: str = "auto"
     activations: str = "auto"
+    deterministic: bool = False
+    max_running: int = MAX_RUNNING
+    max_waiting: int | None = None
+    prefix_cache: bool = True
 
 
-def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> Backend:
-    """A backend with room for one model. Where activations "fp8" change nothing, a warning says so.
+def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
+    """A backend with room for one model, and the tokens of its cache.
+
+    Where activations "fp8" change nothing, a warning says so.
 
     Raises ParameterError for an unknown device, and DeviceError, with the numbers, where weights, cache and workspace
     do not fit or a head_dim is not in the kernels.
@@ -60,6 +80,8 @@ def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight
     one_of("device", setup.device, DEVICES)
     one_of("activations", setup.activations, ACTIVATIONS)
     one_of("kv_cache_dtype", setup.kv_cache_dtype, KV_CACHE_DTYPES)
+    if setup.deterministic:
+        _check_deterministic(setup, config)
     if setup.activations != "auto" and not _has_floats(weights):
         _log.warning("activations fp8 changes nothing: the model has no weights in fp8 (e4m3)")
         setup = replace(setup, activations="auto")
@@ -69,10 +91,31 @@ def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight
             return _open_cuda(setup, config, weights)
         if setup.device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}")
-        _log.warning("running on NumPy: %s", reason)
+        if not setup.deterministic:
+            _log.warning("running on NumPy: %s", reason)
+    if setup.deterministic:
+        raise DeviceError(
+            "deterministic=True needs a GPU: NumPy's sums depend on how many tokens are computed together"
+            + ("" if setup.device == "numpy" else f", and device cuda cannot be used: {reason}")
+        )
     if setup.activations != "auto":
         _log.warning("activations fp8 changes nothing: NumPy computes in float32")
     return _open_numpy(setup, config, weights)
+
+
+def _check_deterministic(setup: Setup, config: ModelConfig) -> None:
+    """Raise ParameterError for what makes a token's keys depend on more than the tokens before it."""
+    if setup.activations != "auto":
+        raise ParameterError(
+            f"activations = '{setup.activations}' rounds the prompts of more than 64 tokens and nothing else;"
+            " with deterministic=True it must be auto"
+        )
+    for rope in config.ropes.values():
+        if rope.type == "dynamic" and setup.context > rope.context:
+            raise ParameterError(
+                f"context = {setup.context}: beyond {rope.context} tokens the model's rotations (dynamic) depend on the"
+                f" length of the text; with deterministic=True context must be at most {rope.context}"
+            )
 
 
 def weight_bytes(weights: Iterable[Weight], dtype: np.dtype[Any]) -> int:
@@ -102,19 +145,22 @@ def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
     return config.stored if table.packed else dtype_name(table.dtype)
 
 
-def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> Backend:
+def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
     from .backends.cuda.backend import CudaBackend
 
     check_head_dim(config)
     chosen = stored_dtype(config, weights) if setup.dtype == "auto" else setup.dtype
-    backend = CudaBackend(chosen, activations=setup.activations)
+    backend = CudaBackend(chosen, activations=setup.activations, deterministic=setup.deterministic)
     size, cache = weight_bytes(weights.values(), backend.dtype), cache_dtype(setup.kv_cache_dtype, backend.dtype)
     unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 
     def fit(free: int) -> tuple[int, memory.MemoryPlan]:
         context, tokens, chunks, limits = setup.context, setup.tokens, backend.prefill_chunks, backend.gpu.limits
-        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, unpacked, cache)
+        more = (unpacked, cache, setup.max_running)
+        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, *more)
 
+    if setup.tokens is None:
+        gc.collect()  # as below
     free = backend.free_memory()
     backend.prefill_chunk, plan = fit(free)
     if plan.total > free:
@@ -126,13 +172,13 @@ def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight])
     except DeviceError:
         backend.close()
         raise
-    return backend
+    return backend, plan.tokens
 
 
-def _open_numpy(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> Backend:
+def _open_numpy(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
     from .backends.numpy import NumPyBackend
 
-    chosen, tokens = "f32" if setup.dtype == "auto" else setup.dtype, setup.tokens
+    chosen = "f32" if setup.dtype == "auto" else setup.dtype
     elements = sum(w.elements for w in {w.source: w for w in weights.values()}.values())
     size, free = elements * DTYPES[chosen].itemsize, _free_memory()
     fits = size < 0.7 * free
@@ -141,15 +187,25 @@ def _open_numpy(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]
             "the weights take %.1f GB as %s and do not fit; they stay in the file, which is slow", size / 1e9, chosen
         )
     backend = NumPyBackend(chosen, convert=fits)
+    kept = cache_dtype(setup.kv_cache_dtype, backend.dtype)
+    tokens = setup.tokens
+    if tokens is None:
+        tokens = _host_tokens(setup.context, memory.cache_bytes(config, kept, PAGE), free)
     # cos and sin, and as much again while they are made
-    tables = 8 * tokens * sum(rope.dim for rope in config.ropes.values())
-    need = memory.cache_bytes(config, cache_dtype(setup.kv_cache_dtype, backend.dtype), tokens) + tables
+    tables = 8 * setup.context * sum(rope.dim for rope in config.ropes.values())
+    need = memory.cache_bytes(config, kept, tokens) + tables
     if need > free:  # before the system runs out of memory
         raise DeviceError(
             f"a cache of {tokens} tokens takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free;"
             " ask for a shorter context"
         )
-    return backend
+    return backend, tokens
+
+
+def _host_tokens(context: int, page: int, free: float) -> int:
+    """Tokens of a cache on NumPy that may be as large as there is room for. page: bytes of one page; free: bytes."""
+    room = _HOST_SHARE * min(free, 2.0**62) // page * PAGE
+    return max(context, int(min(_HOST_CONTEXTS * context, room)))
 
 
 def _free_memory(root: Path = Path("/")) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from .arguments import checked, flag, one_of, whole_number
 from .backends import Backend
 from .device import ACTIVATIONS, DEVICES, Setup, open_backend
 from .dtypes import Array
-from .engine.engine import Engine
-from .engine.kv_cache import KV_CACHE_DTYPES
+from .engine.engine import MAX_RUNNING, Engine
+from .engine.kv_cache import KV_CACHE_DTYPES, MAX_TOKENS
 from .errors import ConfigError
 from .generation_config import Settings
 from .gguf import held_open
@@ -28,12 +28,11 @@ from .quant.grid import GRIDS
 from .quant.weight import Weight
 from .text.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_CONTEXT", "DTYPE_NAMES", "LoadProgress", "context_length", "load", "start_engine"]
+__all__ = ["DEFAULT_CONTEXT", "DTYPE_NAMES", "LoadProgress", "cache_size", "context_length", "load", "start_engine"]
 
 _log = logging.getLogger("cuplama")
 LoadProgress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 DEFAULT_CONTEXT = 8192  # tokens, of a model that allows more: bounds the cache until --context asks for more
-_MAX_TOKENS = 2**30  # positions are int32, with room for a page more
 # What a caller may ask for -> the short name that backends and ops use. "auto" is decided where the device is known.
 DTYPE_NAMES: Mapping[str, str] = {
     "auto": "auto",
@@ -45,6 +44,14 @@ DTYPE_NAMES: Mapping[str, str] = {
     "bf16": "bf16",
 }
 
+_WORDS: Mapping[str, Collection[str]] = {
+    "dtype": DTYPE_NAMES,
+    "device": DEVICES,
+    "quantize": GRIDS,
+    "activations": ACTIVATIONS,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+}
+
 
 def load(
     model: str | os.PathLike[str] | None = None,
@@ -53,10 +60,14 @@ def load(
     dtype: str = "auto",
     quantize: str | None = None,
     context: int | None = None,
-    cache_tokens: int | None = None,
+    cache_tokens: int | str | None = None,
     kv_cache_dtype: str = "auto",
     activations: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    deterministic: bool = False,
+    max_running: int | None = None,
+    max_waiting: int | None = None,
+    prefix_cache: bool = True,
     offline: bool = False,
     progress: LoadProgress | None = None,
 ) -> Model:
@@ -69,32 +80,36 @@ def load(
     quantize: "int4", "int8" or "fp8": the layers' matrices are quantised while they are loaded, each number to the
     nearest. Embedding and head stay as they are.
     context: tokens a sequence may have; by default the model's own limit, at most 8192.
-    cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``.
+    cache_tokens: tokens that all sequences of a batch may have together in the KV cache; by default ``context``. "auto"
+    takes as many as there is room for. On CUDA that is 90% of the memory that is free beside weights and workspace; on
+    NumPy eight sequences of full length, in at most a quarter of the free memory.
     kv_cache_dtype: "fp8" stores keys and values as 8-bit floats (e4m3, without scales): half the bytes of 16 bits, so
     that more tokens fit and long texts are generated faster, at some precision. "auto" stores the model's dtype.
     activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
     tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     adapter: a folder or hub id of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
+    deterministic: a text's logits are the same bit for bit whatever is computed beside it, however its prompt is cut,
+    and whether its tokens are read or were generated. On CUDA alone, and slower.
+    max_running, max_waiting: sequences that run at a time, 256 by default, and that may wait beside them, any number by
+    default; more are refused with BusyError.
+    prefix_cache: what a prompt has in common with earlier ones, in whole pages of 64 tokens, is not computed again.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
 
     Raises ParameterError, ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
-    one_of("dtype", dtype, DTYPE_NAMES)
-    one_of("device", device, DEVICES)
-    if quantize is not None:
-        one_of("quantize", quantize, GRIDS)
-    one_of("activations", activations, ACTIVATIONS)
-    one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    quantized = {} if quantize is None else {"quantize": quantize}
+    _check_words(dtype=dtype, device=device, activations=activations, kv_cache_dtype=kv_cache_dtype, **quantized)
+    flags = {
+        name: checked(name, value, flag, "True or False")
+        for name, value in (("deterministic", deterministic), ("prefix_cache", prefix_cache))
+    }
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     with held_open(folder):
         config = load_config(folder)
         length = context_length(config, context)
-        tokens = _cache_tokens(length, cache_tokens)
-        if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
-            _log.warning(
-                "a context of %d tokens is more than the %d that the model was made for", length, config.context
-            )
+        tokens = cache_size(length, cache_tokens)
+        _warn_of_length(config, length)
         tokenizer = Tokenizer.find(folder)
         settings = Settings.read(folder, config, tokenizer)
         weights = load_weights(folder, config)
@@ -103,9 +118,28 @@ def load(
     name = BUNDLED if model is None else os.fspath(model)
     if adapter is not None:
         config, weights = _adapted(config, weights, find_model(adapter, offline), name)
-    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations)
+    how = {**flags, **_counts(max_running, max_waiting)}
+    setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations, **how)
     engine = start_engine(config, weights, setup, progress)
     return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
+
+
+def _check_words(**given: Any) -> None:
+    """Raises ParameterError unless each argument is one of its words."""
+    for name, value in given.items():
+        one_of(name, value, _WORDS[name])
+
+
+def _counts(max_running: int | None, max_waiting: int | None) -> dict[str, Any]:
+    """The fields of a Setup. Raises ParameterError for what is no number of sequences."""
+    running = checked("max_running", max_running, whole_number(1, none=True), "a whole number >= 1, or None")
+    waiting = checked("max_waiting", max_waiting, whole_number(0, none=True), "a whole number >= 0, or None")
+    return {"max_running": MAX_RUNNING if running is None else running, "max_waiting": waiting}
+
+
+def _warn_of_length(config: ModelConfig, length: int) -> None:
+    if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
+        _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
 
 
 def _adapted(
@@ -127,10 +161,20 @@ def start_engine(
 
     Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend = open_backend(setup, config, weights)
+    backend, tokens = open_backend(setup, config, weights)
     try:
         loaded = _upload(backend, weights, progress)
-        return Engine(backend, config, loaded, setup.context, setup.tokens, setup.kv_cache_dtype)
+        return Engine(
+            backend,
+            config,
+            loaded,
+            setup.context,
+            tokens,
+            setup.kv_cache_dtype,
+            setup.max_running,
+            setup.max_waiting,
+            setup.prefix_cache,
+        )
     except BaseException:
         backend.close()
         raise
@@ -150,13 +194,19 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _tokens(name: str, value: Any) -> int:
-    """A whole number of tokens. Raises ParameterError."""
-    return int(checked(name, value, whole_number(1, _MAX_TOKENS), f"a number from 1 to {_MAX_TOKENS}"))
+def _tokens(name: str, value: Any, also: str = "") -> int:
+    """A whole number of tokens. also: what else it may be. Raises ParameterError."""
+    return int(checked(name, value, whole_number(1, MAX_TOKENS), f"a number from 1 to {MAX_TOKENS}{also}"))
 
 
-def _cache_tokens(context: int, asked: int | None) -> int:
-    return context if asked is None else max(context, _tokens("cache_tokens", asked))
+def cache_size(context: int, asked: int | str | None) -> int | None:
+    """Tokens of the cache, those of one sequence at least; None for as many as there is room for, which is "auto".
+
+    Raises ParameterError for what is neither "auto" nor a number of tokens.
+    """
+    if asked == "auto":
+        return None
+    return context if asked is None else max(context, _tokens("cache_tokens", asked, ', or "auto"'))
 
 
 def _upload(backend: Backend, weights: Mapping[str, Weight], progress: LoadProgress | None) -> dict[str, Array]:

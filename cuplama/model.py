@@ -16,8 +16,8 @@ from .arguments import checked, shown, type_of, whole_number
 from .async_stream import AsyncStream
 from .chat import ChatOptions, read_chat
 from .completion import Completion, Delta, Stream
+from .engine.calls import Progress
 from .engine.engine import Engine
-from .engine.scheduler import Progress
 from .engine.sequence import SequenceState
 from .errors import ClosedError, ContextError, CopyError, ParameterError, PromptError
 from .generation import Generation
@@ -37,7 +37,7 @@ _DEVICES = {"numpy": "NumPy", "cuda": "CUDA"}  # a backend's name -> how people 
 class Model:
     """A loaded model. Use ``cuplama.load``; close it, or use it in a ``with`` block, to free what it holds.
 
-    Several threads may generate at once: their runs take turns, step by step.
+    Several threads and tasks may generate at once: they share one batch, which each joins and leaves at any token.
 
     After close() everything that computes raises ClosedError; encode, decode and params go on.
 
@@ -313,10 +313,11 @@ class Model:
         priority: int = 0,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
-        """stream for asyncio; see ``agenerate``. Raises BusyError where too many requests are waiting."""
-        generation = self._start(prompt, self.params(params, **options), n)
-        stream = Stream(self._deltas(generation, None), generation.clock, generation.completions)
-        return AsyncStream(stream, generation.single)
+        """stream for asyncio; see ``agenerate``. The generation begins now.
+
+        Raises BusyError where too many requests are waiting, and RuntimeError where no event loop is running.
+        """
+        return AsyncStream(self.engine, self._start(prompt, self.params(params, **options), n), priority)
 
     async def achat(
         self,
@@ -382,14 +383,10 @@ class Model:
 
     def _deltas(self, generation: Generation, progress: Progress | None) -> Generator[Delta]:
         """Run the sequences; one delta per token drawn, in the order in which they are drawn."""
-        output_of = {id(output.sequence): output for output in generation.outputs}
-        sequences, clock = [output.sequence for output in generation.outputs], generation.clock
-        clock.begin(sum(len(s.prompt) for s in sequences))
-        with contextlib.closing(self.engine.generate(sequences, progress)) as steps:
+        with contextlib.closing(self.engine.generate(generation.begin(), progress)) as steps:
             for drawn in steps:
-                clock.step(len(drawn), any(sequence.generated == 1 for sequence, _ in drawn))
-                deltas = [output_of[id(sequence)].push(token) for sequence, token in drawn]
-                if all(s.finish_reason is not None for s in sequences):
+                deltas = generation.push(drawn)
+                if generation.ended:
                     steps.close()  # the cache is free again before the last delta is delivered
                 for delta in deltas:
                     yield delta

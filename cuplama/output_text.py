@@ -14,7 +14,8 @@ __all__ = ["OutputText"]
 class OutputText:
     """The text side of one sequence: detokenises its tokens, watches for stop strings, and ends it at one.
 
-    index: the prompt's place in a batch; text, tokens: all that came so far. Without a tokenizer there is no text.
+    The engine may be tokens ahead of it, and may have ended the sequence by then. index: the prompt's
+    place in a batch; text, tokens: all that came so far. Without a tokenizer there is no text.
     """
 
     def __init__(self, index: int, sequence: SequenceState, tokenizer: Tokenizer | None) -> None:
@@ -31,6 +32,15 @@ class OutputText:
             self._watched = special - shown
         self.text = ""
         self.tokens: list[Token] = []
+        self._stopped = False
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the text has ended; None while more may come."""
+        if self._stopped:
+            return "stop"
+        reason = self.sequence.finish_reason  # read before the number of its tokens, which does not change after it
+        return reason if self.sequence.error is None and len(self.tokens) >= self.sequence.generated else None
 
     def push(self, token: Token) -> Delta:
         """What a token that was drawn adds. A stop token adds no text; the last token also adds what was held back."""
@@ -41,13 +51,14 @@ class OutputText:
                 text, stopped = self._push_watched(token.id)
             elif token.id not in sequence.stop_ids:
                 text, stopped = self._stops.push(self._detokenizer.push(token.id))
-            if sequence.finish_reason is not None and not stopped:
+            if self.finish_reason is not None and not stopped:
                 tail, stopped = self._stops.push(self._detokenizer.flush())
                 text += tail if stopped else tail + self._stops.flush()
         if stopped:
+            self._stopped = True
             sequence.finish_reason = "stop"
         self.text += text
-        return Delta(text, token, sequence.finish_reason, self.index)
+        return Delta(text, token, self.finish_reason, self.index)
 
     def _push_watched(self, id: int) -> tuple[str, bool]:
         """A special token that may be part of a stop string: what is shown now, and whether one was hit.

@@ -40,7 +40,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The dtypes for which a CUDA backend was opened, on a machine that seems to have a GPU."""
     found: list[str] = []
 
-    def backend(dtype: str, activations: str) -> None:
+    def backend(dtype: str, activations: str, deterministic: bool) -> None:
         found.append(dtype)
         raise OpenedError
 
@@ -92,6 +92,23 @@ def test_heads_that_no_cuda_kernel_has(monkeypatch: pytest.MonkeyPatch, opened: 
     with pytest.raises(DeviceError, match=r"head_dim = 12: the CUDA kernels take multiples of 8 up to 256; --device"):
         cuplama.load(folder, device="cuda")
     assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("free", "tokens"),
+    [
+        (2.0**40, 8 * 128),  # eight texts of full length
+        (float("inf"), 8 * 128),
+        (4 * 7.5 * 16384, 7 * 64),  # whole pages of 16 KiB in a quarter of what is free
+        (4 * 7.0 * 16384, 7 * 64),
+        (4 * 7.0 * 16384 - 1, 6 * 64),
+        (4 * 1.0 * 16384, 128),  # one text of full length at least
+    ],
+)
+def test_a_cache_on_numpy_that_takes_what_there_is(free: float, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_free_memory", lambda: free)
+    with load(LLAMA, context=128, cache_tokens="auto") as model:
+        assert model.engine.cache.pages * 64 == tokens
 
 
 GB = 2**30

@@ -59,6 +59,10 @@ def test_load_options() -> None:
         for name in ("context", "cache_tokens"):
             with pytest.raises(ParameterError, match=f"{name} = {words}; it must be a number from 1 to 1073741824"):
                 load(LLAMA, **{name: tokens})
+    with pytest.raises(
+        ParameterError, match=r"^cache_tokens = 'most' is a str; it must be .* 1073741824, or \"auto\"$"
+    ):
+        load(LLAMA, cache_tokens="most")
     with pytest.raises(ConfigError, match="context 81 is more than the 80 positions that the model learned"):
         load(CHARS, context=81)
     with pytest.raises(DeviceError, match=r"a cache of 1000000000 tokens takes [\d.]+ GB and [\d.]+ GB are free"):

@@ -35,4 +35,5 @@ def assert_all_pages_free(*models: Model) -> None:
     for model in models:
         cache = model.engine.cache
         assert cache.free == cache.pages
-        assert sorted(cache._free) == list(range(cache.pages))
+        assert sorted([*cache._empty, *cache._left]) == list(range(cache.pages))
+        assert not any(cache._owners)

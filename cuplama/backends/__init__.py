@@ -12,7 +12,7 @@ from ..ops.node import Node
 from ..ops.op import Op
 from ..quant.weight import Weight
 
-__all__ = ["Backend", "CapturedGraph", "Event"]
+__all__ = ["Backend", "CapturedGraph", "Event", "Fetch"]
 
 
 class Event(Protocol):
@@ -20,6 +20,13 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has passed it."""
+
+
+class Fetch(Protocol):
+    """Copies of arrays that are on their way to the host."""
+
+    def wait(self) -> list[np.ndarray[Any, Any]]:
+        """The copies, once they are there."""
 
 
 class CapturedGraph(Protocol):
@@ -37,7 +44,8 @@ class Backend(Protocol):
 
     name: ``numpy`` or ``cuda``; dtype: the T of op signatures; activations: "fp8" where products of many rows with fp8
     weights round the other side to fp8 as well, else "auto"; prefill_chunk: tokens of a prefill pass at most; captures:
-    whether prompts and decode steps go through ``capture``; forks: whether a child process that is forked can use it.
+    whether prompts and decode steps go through ``capture``; forks: whether a child process that is forked can use it;
+    deterministic: whether what is computed for a row is the same, bit for bit, however many other rows there are.
     """
 
     name: str
@@ -46,6 +54,7 @@ class Backend(Protocol):
     prefill_chunk: int
     captures: bool
     forks: bool
+    deterministic: bool
 
     @property
     def compile_seconds(self) -> float:
@@ -59,6 +68,9 @@ class Backend(Protocol):
 
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         """The content as a NumPy array, once everything queued before has run."""
+
+    def fetch(self, arrays: Sequence[Array]) -> Fetch:
+        """Copy arrays to the host, in order with what is queued: what is queued later may overwrite them."""
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A device array of zeros."""

@@ -52,6 +52,16 @@ class _CapturedGraph:
         del self._body
 
 
+@dataclass(frozen=True)
+class _Fetched:
+    """Copies that were made at once."""
+
+    arrays: list[np.ndarray[Any, Any]]
+
+    def wait(self) -> list[np.ndarray[Any, Any]]:
+        return self.arrays
+
+
 class NumPyBackend:
     """The ``Backend`` of the CPU. It runs in float32 whatever the checkpoint's dtype, unless another is asked for.
 
@@ -62,6 +72,7 @@ class NumPyBackend:
 
     name = "numpy"
     activations = "auto"
+    deterministic = False  # The sums of OpenBLAS depend on how many rows a product has.
     forks = True
     prefill_chunk = 512
     compile_seconds = 0.0
@@ -80,6 +91,9 @@ class NumPyBackend:
 
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         return np.asarray(array)
+
+    def fetch(self, arrays: Sequence[Array]) -> _Fetched:
+        return _Fetched([np.array(a) for a in arrays])
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.zeros(shape, dtype)

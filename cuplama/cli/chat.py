@@ -14,8 +14,10 @@ from ..errors import PromptError
 from ..text.tokenizer import Tokenizer
 from .chat_session import ChatSession
 from .conversation import Conversation
+from .openai_server import OpenAIServer
 from .options import given_params, model_option, options, run_options, sampling_options
 from .prompt import prompt_options, prompt_text, read_file, read_text
+from .remote_chat import RemoteSession, find_name
 from .repl import repl
 from .running import open_model
 from .streams import print_json
@@ -73,6 +75,15 @@ _template_options = options(
     click.option("--special-text", is_flag=True, help="Special tokens written in a question are control tokens."),
 )
 
+_server_options = options(
+    click.option("--server", metavar="URL", help="Chat with the model of this server, such as http://127.0.0.1:8000."),
+    click.option("--api-key", envvar="CUPLAMA_API_KEY", metavar="KEY", help="With --server: the key that it asks for."),
+)
+# Parameters that say how a model runs here.
+_LOCAL = (
+    "device", "dtype", "quantize", "kv_cache_dtype", "activations", "context", "adapter", "offline", "special_text",
+)  # fmt: skip
+
 
 @click.command(short_help="Answer a QUESTION, or hold a conversation; needs a model with a chat template.")
 @model_option()
@@ -81,6 +92,7 @@ _template_options = options(
 @_template_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr after each answer.")
+@_server_options
 @run_options
 def chat(
     prompt: str | None,
@@ -93,12 +105,16 @@ def chat(
     variables: dict[str, Any],
     as_json: bool,
     stats: bool,
+    server: str | None,
+    api_key: str | None,
     **more: Any,
 ) -> None:
     """Answer a QUESTION, or hold a conversation in a terminal, where /help lists the commands.
 
-    The model must have a chat template. Without a QUESTION, what is piped in is the question: all of it is one. With a
-    QUESTION, standard input is not read.
+    The model must have a chat template. With --server nothing is loaded here: the model is that of a server with
+    OpenAI's interface, and -m names it where there are several.
+
+    Without a QUESTION, what is piped in is the question: all of it is one. With a QUESTION, standard input is not read.
 
     An answer may be as long as the context allows, unless -n is given. When a conversation no longer fits the context,
     its oldest turns are left out. Other sampling options that are not given come from the model's
@@ -111,17 +127,41 @@ def chat(
     if as_json and interactive:
         raise click.UsageError("--json needs a QUESTION, -f FILE or a pipe")
     template = variables | {k: value for k in ("tools", "documents", "special_text") if (value := more.pop(k))}
-    sampling = {"max_tokens": None, **given_params(more)}
+    sampling, conversation = {"max_tokens": None, **given_params(more)}, Conversation(system)
+    if server is not None:
+        _refuse_local_options()
+        there = OpenAIServer(server, api_key)
+        asked = RemoteSession(there, model or find_name(there), sampling, template, conversation, stats, as_json)
+        if interactive:
+            repl(asked, asked.name)
+        else:
+            _answer_once(asked, question, as_json)
+        return
+    if _is_given("api_key"):
+        raise click.UsageError("--api-key needs --server")
     with open_model(model, offline, **loading) as m:
-        session = ChatSession(m, sampling, template, Conversation(system), stats)
+        session = ChatSession(m, sampling, template, conversation, stats)
         session.check()
         if interactive:
             repl(session, Path(model or "").name or m.folder.resolve().name)
         else:
-            _answer_once(session, read_text("-") if question is None else question, as_json)
+            _answer_once(session, question, as_json)
 
 
-def _answer_once(session: ChatSession, question: str, as_json: bool) -> None:
+def _is_given(name: str) -> bool:
+    """Whether the command line has this parameter; the environment and defaults do not count."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_local_options() -> None:
+    for parameter in click.get_current_context().command.params:
+        if parameter.name in _LOCAL and _is_given(parameter.name):
+            raise click.UsageError(f"{max(parameter.opts, key=len)} does not go with --server: the server decides it")
+
+
+def _answer_once(session: ChatSession | RemoteSession, question: str | None, as_json: bool) -> None:
+    question = read_text("-") if question is None else question
     if not question.strip():
         raise PromptError("the question is empty")
     answer = session.ask(question, show=not as_json)

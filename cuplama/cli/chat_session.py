@@ -32,6 +32,12 @@ class ChatSession:
     conversation: Conversation
     stats: bool = False
 
+    @property
+    def where(self) -> str:
+        """What the banner says behind the model's name."""
+        model = self.model
+        return f"({model.config.architecture}) on {model.backend.describe()}, context {model.context}"
+
     def check(self) -> None:
         """Refuse before the first question what no question could make right.
 

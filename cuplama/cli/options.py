@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..device import ACTIVATIONS, DEVICES
-from ..engine.kv_cache import KV_CACHE_DTYPES
+from ..engine.kv_cache import KV_CACHE_DTYPES, MAX_TOKENS
 from ..errors import ParameterError
 from ..loading import DTYPE_NAMES
 from ..quant.grid import GRIDS
@@ -23,6 +23,7 @@ from .streams import QUIET_KEY, no_warnings
 __all__ = [
     "ACTIVATIONS_OPTION",
     "ADAPTER",
+    "CACHE_TOKENS",
     "DEBUG",
     "DEVICE",
     "KV_CACHE_DTYPE",
@@ -100,6 +101,11 @@ ACTIVATIONS_OPTION = click.option(
     default="auto",
     help="fp8: if the weights are fp8, multiply prompts in fp8 as well: faster on a GPU with sm_90, less exact.",
 )
+DETERMINISTIC = click.option(
+    "--deterministic",
+    is_flag=True,
+    help="The same text whatever else is computed at the same time, to the last bit; slower, and on a GPU alone.",
+)
 OR_A_SHAPE = ", or a known shape such as llama-3.2-1b"
 
 
@@ -157,7 +163,10 @@ ADAPTER = click.option(
     shell_complete=complete_model,
     help="Folder or hub id of a LoRA adapter for the model, as PEFT saves it.",
 )
-_LOADING = ("device", "dtype", "quantize", "activations", "kv_cache_dtype", "context", "adapter")
+_LOADING = (
+    "device", "dtype", "quantize", "activations", "kv_cache_dtype", "deterministic", "context", "cache_tokens",
+    "adapter",
+)  # fmt: skip
 CONTEXT = click.option(
     "-c",
     "--context",
@@ -166,6 +175,25 @@ CONTEXT = click.option(
     type=click.IntRange(1),
     metavar="N",
     help="Tokens a text may have.  [default: the model's limit, at most 8192]",
+)
+
+
+def _cache_tokens(_: click.Context, __: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= MAX_TOKENS:
+        raise click.BadParameter(f"{value!r} is not a number from 1 to {MAX_TOKENS}, or auto")
+    return int(value)
+
+
+# For a command that runs many texts at a time.
+CACHE_TOKENS = click.option(
+    "--cache-tokens",
+    callback=_cache_tokens,
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="Tokens that all texts have room for together; auto: as many as fit into memory.",
 )
 
 
@@ -181,7 +209,8 @@ def loading_options(auto: str = "", *more: Decorator) -> Decorator:
             loading = {name: given.pop(name) for name in _LOADING if name in given}
             return command(*args, loading=loading, **given)
 
-        return options(DEVICE, dtype_option(auto), QUANTIZE, KV_CACHE_DTYPE, ACTIVATIONS_OPTION, *more)(gathered)
+        shared = (DEVICE, dtype_option(auto), QUANTIZE, KV_CACHE_DTYPE, ACTIVATIONS_OPTION, DETERMINISTIC)
+        return options(*shared, *more)(gathered)
 
     return decorate
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from typing import Protocol
 
 from ..errors import CuplamaError
-from .chat_session import ChatSession
+from .conversation import Conversation
 from .streams import notice, say
 from .typed import line_history, typed_texts
 
-__all__ = ["repl"]
+__all__ = ["Answer", "Session", "repl"]
 
 _HELP = """\
 /help          this list
@@ -23,13 +24,27 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next; lines pasted
 Anything else is a question, also /no_think or /etc/hosts; a line that begins with a space is never a command."""
 
 
-def repl(session: ChatSession, name: str) -> None:
+class Answer(Protocol):
+    """What a question gave. finish_reason: None where it was stopped."""
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+
+class Session(Protocol):
+    """What answers questions. where: behind the model's name, what and where it is; ask: answers and keeps both."""
+
+    conversation: Conversation
+
+    @property
+    def where(self) -> str: ...
+
+    def ask(self, question: str) -> Answer: ...
+
+
+def repl(session: Session, name: str) -> None:
     """Answer what is typed, until /exit or Ctrl-D. name: what the banner calls the model."""
-    model = session.model
-    notice(
-        f"{name} ({model.config.architecture}) on {model.backend.describe()}, context {model.context}. "
-        "/help lists the commands."
-    )
+    notice(f"{name} {session.where}. /help lists the commands.")
     with line_history():
         for text in typed_texts():
             word, _, rest = text.partition(" ")
@@ -48,7 +63,7 @@ def _question(text: str) -> str:
     return bare if bare.startswith("/") else text
 
 
-def _ask(session: ChatSession, question: str) -> None:
+def _ask(session: Session, question: str) -> None:
     """Answer a question; whatever goes wrong, the conversation before it stands."""
     try:
         if session.ask(question).finish_reason is None:
@@ -69,22 +84,22 @@ def _hint(text: str) -> None:
         notice(f"this is sent as a question; the command would be {usage}")
 
 
-def _clear(session: ChatSession, _: str) -> None:
+def _clear(session: Session, _: str) -> None:
     session.conversation.restart(session.conversation.system)
     notice("the conversation is forgotten")
 
 
-def _system(session: ChatSession, text: str) -> None:
+def _system(session: Session, text: str) -> None:
     session.conversation.restart(text or None)
     notice(f"the conversation is forgotten, and there is {'a new' if text else 'no'} system message")
 
 
-def _undo(session: ChatSession, _: str) -> None:
+def _undo(session: Session, _: str) -> None:
     question = session.conversation.undo()
     say("there is no question yet" if question is None else f"took back: {' '.join(question.split()):.60}")
 
 
-def _retry(session: ChatSession, _: str) -> None:
+def _retry(session: Session, _: str) -> None:
     question = session.conversation.undo()
     if question is None:
         say("there is no question yet")
@@ -93,7 +108,7 @@ def _retry(session: ChatSession, _: str) -> None:
 
 
 _LEAVE = ("/exit", "/quit", "/bye")
-_COMMANDS: Mapping[str, Callable[[ChatSession, str], None]] = {
+_COMMANDS: Mapping[str, Callable[[Session, str], None]] = {
     "/help": lambda session, _: say(_HELP),
     "/clear": _clear,
     "/system": _system,

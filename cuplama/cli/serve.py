@@ -11,7 +11,7 @@ import click
 
 from ..errors import CuplamaError
 from ..hub import BUNDLED
-from .options import Decorator, model_option, options, run_options
+from .options import CACHE_TOKENS, Decorator, model_option, options, run_options
 from .running import open_model
 from .streams import notice, write_text
 
@@ -50,7 +50,7 @@ _options = options(
     _texts("--cors", "origins", metavar="ORIGIN", help="Web page that may ask, https://host or * (repeatable)."),
     _count("--max-running", 1, "Sequences that are computed at a time."),
     _count("--max-waiting", 0, "Requests that may wait; others get status 429."),
-    _count("--cache-tokens", 1, "Tokens that all sequences may have together in the cache."),
+    CACHE_TOKENS,
     click.option(
         "--no-prefix-cache",
         "prefix_cache",

@@ -78,7 +78,7 @@ class Calibration:
         self.x = _array((sum(map(len, samples)), config.hidden_size), spill)
 
     def _batch(self, samples: Sequence[Sequence[int]], tables: RopeTables | None) -> Batch:
-        self._cache.free_all_but([])
+        self._cache.clear()
         parts = []
         for tokens in samples:
             sequence = SequenceState(tokens, SamplingParams(seed=0), frozenset())

@@ -218,7 +218,7 @@ class _Calibrated:
         # One layer's weights are on the device at a time, and its cache: as of a model with a single layer.
         one = replace(config, layers=config.layers[:1])
         few = {name: weight for name, weight in weights.items() if (layer_of(name) or 0) == 0 and name != "lm_head"}
-        self._backend = open_backend(Setup(options.device, "auto", length, length), one, few)
+        self._backend, _ = open_backend(Setup(options.device, "auto", length, length), one, few)
         try:
             self._calibration = Calibration(self._backend, config, samples, work.target.path)
             self._calibration.embed(self._load(["embed_tokens", *{"position_table"} & weights.keys()]))

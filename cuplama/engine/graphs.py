@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["KEPT_CHUNKS", "MAX_STEPS", "GraphCache", "max_logits", "padded_rows", "padded_sequences"]
+__all__ = ["MAX_PASSES", "MAX_STEPS", "GraphCache", "max_logits", "padded_prompts", "padded_rows", "padded_sequences"]
 
 # Captured decode steps that are kept at most. While a batch shrinks from 64 sequences to one it uses a step of each of
 # the 14 sizes below; 20 leave room for a few with other sampling parameters.
 MAX_STEPS = 20
 
-# Captured passes over prompts are kept while their rows together are at most this many times the rows of the largest
-# pass: each has memory of its own for its activations, in proportion to its rows.
-KEPT_CHUNKS = 2
+# Captured passes over prompts that are kept at most. They share their memory, which is that of the largest.
+MAX_PASSES = 64
 
 # (limit, multiple): a pass of up to ``limit`` rows is padded to a multiple of ``multiple`` rows, a longer one to a
 # multiple of the last. A matrix product computes tiles of 128 rows, so finer multiples would save little work there.
 _ROW_MULTIPLES = ((64, 16), (128, 32), (512, 64))
 _LAST_ROW_MULTIPLE = 128
 
-# Decode steps are captured for these numbers of sequences, and beyond them for multiples of 32.
+# Decode steps are captured for these numbers of sequences, and beyond them for multiples of 32; passes over prompts for
+# powers of two: there a sequence that pads a pass costs next to nothing.
 _SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -35,8 +35,13 @@ def padded_rows(rows: int) -> int:
 
 
 def padded_sequences(sequences: int) -> int:
-    """The sequences of the captured step or pass that serves a batch of this many."""
+    """The rows of the captured step that serves a batch of this many sequences."""
     return next((s for s in _SEQUENCES if s >= sequences), -(-sequences // 32) * 32)
+
+
+def padded_prompts(sequences: int) -> int:
+    """The sequences of the captured pass that serves a batch of this many."""
+    return 1 << max(0, sequences - 1).bit_length()
 
 
 def max_logits(vocab_size: int) -> int:
@@ -52,16 +57,14 @@ _Graph = TypeVar("_Graph", bound=_Closable)
 
 
 class GraphCache(Generic[_Graph]):
-    """Captured graphs by size, kept for the next batch of that size while their costs add up to ``max_cost`` at most.
+    """Captured graphs by size, the ``most`` that were used last.
 
-    max_cost: in the unit of the costs that ``keep`` is given: a decode step costs 1, a pass over prompts its rows.
-    A graph is taken out while it is in use, so that two streams that are open at once never share one. The graph that
-    was not used for longest makes room for a new one.
+    A graph is taken out while it is in use.
     """
 
-    def __init__(self, max_cost: int) -> None:
-        self.max_cost = max_cost
-        self._kept: dict[Hashable, tuple[_Graph, int]] = {}
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: dict[Hashable, _Graph] = {}
         self._met: set[Hashable] = set()
 
     def __len__(self) -> int:
@@ -82,27 +85,20 @@ class GraphCache(Generic[_Graph]):
 
     def take(self, size: Hashable) -> _Graph | None:
         """The graph of that size, which is the caller's until ``keep``; None if there is none."""
-        found = self._kept.pop(size, None)
-        return None if found is None else found[0]
+        return self._kept.pop(size, None)
 
-    def make_room(self, cost: int) -> None:
-        """Close graphs until another of that cost may be kept. A size whose graph is closed counts as new."""
-        while self._kept and cost + sum(c for _, c in self._kept.values()) > self.max_cost:
+    def keep(self, size: Hashable, graph: _Graph) -> None:
+        """Keep a graph for later; if there are too many, the one that was not used for longest is closed, and its size
+        counts as new."""
+        self._kept[size] = graph
+        if len(self._kept) > self.most:
             oldest = next(iter(self._kept))
-            self._kept.pop(oldest)[0].close()
+            self._kept.pop(oldest).close()
             self._met.discard(oldest)
-
-    def keep(self, size: Hashable, graph: _Graph, cost: int = 1) -> None:
-        """Keep a graph for later. One that another of its size has replaced meanwhile is closed."""
-        if size in self._kept:
-            graph.close()
-            return
-        self.make_room(cost)
-        self._kept[size] = graph, cost
 
     def close(self) -> None:
         """Close all graphs that are not in use; every size counts as new."""
-        for graph, _ in self._kept.values():
+        for graph in self._kept.values():
             graph.close()
         self._kept.clear()
         self._met.clear()

@@ -1,12 +1,12 @@
 """The paged KV cache: a pool of pages, and the pages that each sequence owns.
 
 Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
+Sequences that begin alike may share the pages of their beginnings: see ``prefix_cache.py``.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from ..backends import Backend
 from ..dtypes import DTYPES, Array
 from ..models.config import ModelConfig
 
-__all__ = ["KV_CACHE_DTYPES", "PAGE", "PagedCache", "cache_dtype", "page_table", "pages_for"]
+__all__ = ["KV_CACHE_DTYPES", "MAX_TOKENS", "PAGE", "PagedCache", "cache_dtype", "page_table", "pages_for"]
 
 # What a caller may ask for -> the short name of what keys and values are stored in; "T" is the model's dtype.
 KV_CACHE_DTYPES: Mapping[str, str] = {"auto": "T", "fp8": "e4m3"}
 PAGE = 64  # tokens per page: 16 KB of one bf16 head of 128, a good size for one bulk copy
+MAX_TOKENS = 2**30  # of a sequence, and of the cache: positions and places are int32, with room for a page more
 
 
 def pages_for(tokens: int) -> int:
@@ -35,6 +36,9 @@ def cache_dtype(asked: str, T: np.dtype[Any]) -> np.dtype[Any]:
 class PagedCache:
     """The pool. ``arrays``: "<layer>.cache.k" and ".v" [pages + 1, kv_heads, PAGE, head_dim] in ``dtype``.
 
+    A page belongs to nobody, to one sequence, or to several. One that has a key, by which its content can be found
+    again, keeps it when the last of them has left, until the page is needed: those that were left first go first.
+
     kv_cache_dtype: one of ``KV_CACHE_DTYPES``.
     """
 
@@ -46,32 +50,68 @@ class PagedCache:
         self.arrays: dict[str, Array] = {
             f"{i}.cache.{part}": backend.zeros(shape, self.dtype) for i in range(config.num_layers) for part in "kv"
         }
-        self.free_all_but([])
+        self.clear()
 
     @property
     def free(self) -> int:
         """Pages that no sequence owns."""
-        return len(self._free)
+        return len(self._empty) + len(self._left)
 
-    def free_all_but(self, owned: list[list[int]]) -> None:
-        """All pages are free but these. Low ones go first: memory that is never used is never touched."""
-        used = set(itertools.chain.from_iterable(owned))
-        self._free = [page for page in range(self.pages - 1, -1, -1) if page not in used]
+    def clear(self) -> None:
+        """All pages are free, and none has a key. Low ones go first: memory that is never used is never touched."""
+        self._empty = list(range(self.pages - 1, -1, -1))
+        self._left: dict[int, None] = {}  # pages with a key that nobody owns, those that were left first in front
+        self._owners = [0] * self.pages
+        self._keys: dict[int, bytes] = {}
+        self._pages: dict[bytes, int] = {}
 
-    def extend(self, owned: list[int], tokens: int) -> None:
-        """Give a sequence the pages it needs for ``tokens`` tokens in all. So many are free: see ``Sharing.take``."""
-        while len(owned) < pages_for(tokens):
-            owned.append(self._free.pop())
-
-    def shrink(self, owned: list[int], tokens: int) -> None:
-        """Take back the pages of a sequence that ``tokens`` tokens do not need."""
-        keep = pages_for(tokens)
-        self._free += reversed(owned[keep:])
-        del owned[keep:]
+    def extend(self, owned: list[int], tokens: int) -> bool:
+        """Give a sequence the pages it needs for ``tokens`` tokens in all; False, and none, if too few are free."""
+        count = pages_for(tokens) - len(owned)
+        if count > self.free:
+            return False
+        for _ in range(count):
+            page = self._empty.pop() if self._empty else self._forget(next(iter(self._left)))
+            self._owners[page] = 1
+            owned.append(page)
+        return True
 
     def release(self, owned: list[int]) -> None:
-        """Take back all pages of a sequence."""
-        self.shrink(owned, 0)
+        """Take back the pages of a sequence. The last are the first to be given away: fewer begin like that."""
+        while owned:
+            page = owned.pop()
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                if page in self._keys:
+                    self._left[page] = None
+                else:
+                    self._empty.append(page)
+
+    def find(self, key: bytes) -> int | None:
+        """The page that has this key."""
+        return self._pages.get(key)
+
+    def share(self, pages: Iterable[int]) -> list[int]:
+        """The same pages, which belong to one more sequence from now on."""
+        shared = list(pages)
+        for page in shared:
+            self._left.pop(page, None)
+            self._owners[page] += 1
+        return shared
+
+    def needs(self, pages: Iterable[int]) -> int:
+        """How many of these pages count as free now, and would not if they were shared."""
+        return sum(page in self._left for page in pages)
+
+    def name(self, page: int, key: bytes) -> None:
+        """Give a page that somebody owns a key, unless it has one or another page has it."""
+        if key not in self._pages and page not in self._keys:
+            self._pages[key], self._keys[page] = page, key
+
+    def _forget(self, page: int) -> int:
+        del self._left[page]
+        del self._pages[self._keys.pop(page)]
+        return page
 
 
 def page_table(sequences: list[list[int]], padding_page: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:

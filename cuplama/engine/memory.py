@@ -1,15 +1,16 @@
 """How much GPU memory a model needs, worked out before anything is allocated.
 
-Weights and cache are products of sizes. The workspace is found by walking the node list of the largest prefill pass
-with array descriptions instead of arrays: what is alive at each node, at its peak. Captured graphs of large batches
-come on top; where they find no room, older ones are dropped.
+Weights and cache are products of sizes. The workspace is found by walking the node lists of the largest prefill pass
+and of the largest decode step with array descriptions instead of arrays: what is alive at each node, at its peak.
+Captured graphs of other sizes come on top; where they find no room, older ones are dropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,21 @@ from ..models.config import ModelConfig
 from ..models.fusion import PREFILL_RULES, fuse
 from ..models.graph import decoder
 from ..models.rope import table_rows
-from ..ops.abstract import infer
+from ..ops.abstract import abstract, infer
 from ..ops.launch import Device, Plan
 from ..ops.node import Node, dying
+from ..sampling_params import SamplingParams
 from .batch import abstract_values, input_shapes
-from .graphs import KEPT_CHUNKS, max_logits, padded_rows
-from .kv_cache import PAGE, pages_for
+from .decode import RING, decode_step, step_inputs
+from .graphs import max_logits, padded_rows, padded_sequences
+from .kv_cache import MAX_TOKENS, PAGE, pages_for
+from .sampler import Sampler
+from .sequence import SequenceState
 
 __all__ = [
     "FIXED",
     "POOL",
+    "SHARE",
     "MemoryPlan",
     "cache_bytes",
     "check",
@@ -37,6 +43,7 @@ __all__ = [
     "peak_bytes",
     "plan",
     "shared_bytes",
+    "step_bytes",
     "workspace_bytes",
 ]
 
@@ -46,6 +53,9 @@ FIXED = 160 << 20
 # What a pool takes for each byte that is alive at the worst moment: its free blocks do not always fit together. CuPy's
 # rules, simulated for the presets, give 1.3 to 1.55 (tests/engine/test_memory.py).
 POOL = 1.6
+# Of the memory that is free beside weights and workspace, the part that the cache takes where it may take what it can:
+# the rest is for captured graphs of other sizes, and for other processes.
+SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,20 @@ def workspace_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int, devi
     return peak_bytes(nodes, {**values}, dtype, device)
 
 
+def step_bytes(config: ModelConfig, dtype: np.dtype[Any], sequences: int, device: Device) -> int:
+    """The most that a decode step of so many sequences takes at one time, the sampler's inputs included: with penalties
+    and a bias those are counts and a number for each token of the vocabulary, as logits and penalised logits are."""
+    params = SamplingParams(repetition_penalty=2.0, logit_bias={0: 1.0})
+    sampler = Sampler(config.vocab_size, [SequenceState([0], params, frozenset())])
+    inputs = sampler.empty_inputs(sequences)
+    shapes = {name: array.shape for name, array in step_inputs(sequences, 1, 0).items()}
+    values: dict[str, Array | None] = {**abstract_values(config, dtype, shapes, 2, 1)}
+    values |= {name: abstract(array.shape, array.dtype) for name, array in inputs.items()}
+    values["ring"] = abstract((RING, sequences), DTYPES["i32"])
+    nodes = decode_step(decoder(config), sequences, sampler.nodes)
+    return sum(array.nbytes for array in inputs.values()) + peak_bytes(nodes, values, dtype, device)
+
+
 def peak_bytes(nodes: Sequence[Node], values: dict[str, Array | None], T: np.dtype[Any], device: Device) -> int:
     """Bytes alive at the worst moment, beyond the given values."""
     alive, peak = dict[str, int](), 0
@@ -138,25 +162,27 @@ def plan(
     device: Device,
     unpacked: int = 0,
     cache: np.dtype[Any] | None = None,
+    running: int = 1,
 ) -> MemoryPlan:
     """What a model takes whose weights have that many bytes, and whose activations have that dtype.
 
     context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass; unpacked:
     bytes of scratch for the numbers of quantised weights, which all passes share; cache: the dtype of keys and values,
-    that of the activations by default.
+    that of the activations by default; running: the most sequences of one decode step.
     """
     cache = cache or dtype
     tables = sum(4 * rope.dim * table_rows(rope, context) for rope in config.ropes.values())
-    # Logits, penalised logits and the sampler's scratch; or those of all tokens, where they are asked for.
-    logits = 4 * config.vocab_size * max(4, min(max_logits(config.vocab_size), chunk, tokens))
-    # What captured passes hold, and one that is not captured.
-    work = (KEPT_CHUNKS + 1) * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
+    # Logits of all tokens of a pass, where they are asked for; or what the largest decode step takes.
+    logits = 4 * config.vocab_size * min(max_logits(config.vocab_size), chunk, tokens)
+    step = math.ceil(POOL * step_bytes(config, dtype, padded_sequences(running), device))
+    # What captured passes share, and one that is not captured.
+    work = 2 * workspace_bytes(config, dtype, padded_rows(min(chunk, max(1, tokens))), device)
     padding = cache_bytes(config, cache, PAGE)
     shared = shared_bytes(config, dtype, cache, tokens, device)
     return MemoryPlan(
         weights=weights,
         cache=cache_bytes(config, cache, tokens),
-        workspace=math.ceil(POOL * work) + tables + logits + padding + unpacked + shared + FIXED,
+        workspace=math.ceil(POOL * work) + tables + max(logits, step) + padding + unpacked + shared + FIXED,
         tokens=tokens,
         dtype=dtype_name(dtype),
         cache_dtype="" if cache == dtype else dtype_name(cache),
@@ -168,19 +194,44 @@ def fit(
     weights: int,
     dtype: np.dtype[Any],
     context: int,
-    tokens: int,
+    tokens: int | None,
     chunks: Sequence[int],
     free: int,
     device: Device,
     unpacked: int = 0,
     cache: np.dtype[Any] | None = None,
+    running: int = 1,
 ) -> tuple[int, MemoryPlan]:
-    """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan."""
+    """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan.
+
+    tokens: as of ``plan``, with decode steps of as many sequences as it has room for at their full length. None: a
+    cache of as many whole pages as ``SHARE`` of what is free beside the rest has room for, with decode steps of
+    ``running`` sequences; and one of ``context`` tokens, as if they were asked for, where it would be smaller.
+    """
+
+    def of(chunk: int, sequences: int, tokens: int) -> MemoryPlan:
+        return plan(config, weights, dtype, context, tokens, chunk, device, unpacked, cache, sequences)
+
+    least = tokens or context
     for chunk in chunks:
-        found = plan(config, weights, dtype, context, tokens, chunk, device, unpacked, cache)
+        found = of(chunk, min(running, max(1, least // context)), least)
         if found.total <= free:
             break
+    if tokens is None:
+        most = _most_tokens(partial(of, chunk, running), max(context, chunk), free)
+        if most > context:
+            found = of(chunk, running, most)
     return chunk, found
+
+
+def _most_tokens(of: Callable[[int], MemoryPlan], start: int, free: int) -> int:
+    """Tokens of as many pages as ``SHARE`` has room for. of: the plan of a cache of that many tokens, whose total grows
+    by as much for each page from ``start`` tokens on."""
+    pages = 1024
+    total = of(start).total
+    page = (of(start + pages * PAGE).total - total) / pages
+    rest = total - pages_for(start) * page
+    return min(MAX_TOKENS, math.floor(SHARE * (free - rest) / page) * PAGE)
 
 
 def check(need: MemoryPlan, free: int, device: str) -> None:

@@ -23,15 +23,25 @@ _Body = Callable[[Mapping[str, Array]], dict[str, Array]]  # the inputs of a pas
 
 
 class PrefillPass:
-    """The body of a pass over ``rows`` new tokens of ``sequences`` sequences, whose batches are padded to that size."""
+    """The body of a pass over ``rows`` new tokens of ``sequences`` sequences, whose batches are padded to that size.
 
-    def __init__(self, backend: Backend, body: _Body, rows: int, sequences: int, pages: int) -> None:
-        """pages: of a sequence at most."""
-        self._backend, self._body = backend, body
+    pages: of a sequence at most; sharing: a captured graph whose memory it uses as well.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        body: _Body,
+        rows: int,
+        sequences: int,
+        pages: int,
+        sharing: CapturedGraph | None = None,
+    ) -> None:
+        self._backend, self._body, self._shared = backend, body, sharing
         shapes = input_shapes(rows, sequences, pages, logit_rows=rows)
         self._inputs = InputBuffer(backend, {name: np.zeros(shape, np.int32) for name, shape in shapes.items()})
         self._hidden: dict[str, Array] = {}
-        self._graph: CapturedGraph | None = None
+        self.graph: CapturedGraph | None = None
 
     def send(self, batch: Batch) -> dict[str, Array]:
         """Copy the batch's inputs to the device, padded. Returns the device arrays by name.
@@ -45,9 +55,9 @@ class PrefillPass:
 
     def replay(self) -> dict[str, Array]:
         """Queue the captured body. Returns its result by name; the next replay overwrites it."""
-        if self._graph is None:
-            self._graph = self._backend.capture(self._captured)
-        self._graph.replay()
+        if self.graph is None:
+            self.graph = self._backend.capture(self._captured, self._shared)
+        self.graph.replay()
         return dict(self._hidden)
 
     def _captured(self) -> None:
@@ -57,6 +67,6 @@ class PrefillPass:
     def close(self) -> None:
         """Give back the graph and its memory."""
         self._hidden = {}
-        if self._graph is not None:
-            self._graph.close()
+        if self.graph is not None:
+            self.graph.close()
         self._inputs.close()

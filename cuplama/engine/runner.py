@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import Backend
+from ..backends import Backend, CapturedGraph, Fetch
 from ..dtypes import Array
 from ..models.config import ModelConfig
 from ..models.fusion import EIGHT_BIT_RULES, PREFILL_RULES, fuse
@@ -19,13 +19,13 @@ from ..models.rope import RopeTables
 from ..ops.node import Node
 from ..ops.weights import MAX_PACKED_ROWS
 from .batch import Batch
-from .decode import DecodeLoop, decode_step
-from .graphs import KEPT_CHUNKS, MAX_STEPS, GraphCache, padded_rows, padded_sequences
+from .decode import DecodeLoop, decode_nodes, draw_nodes
+from .graphs import MAX_PASSES, MAX_STEPS, GraphCache, padded_prompts, padded_rows
 from .input_buffer import InputBuffer
-from .kv_cache import PAGE, PagedCache, pages_for
+from .kv_cache import PagedCache, pages_for
 from .prefill import PrefillPass
-from .sampler import Sampler
-from .sequence import SequenceState, idle_sequence
+from .sampler import TOKEN, Needs, Sampler, scoring_nodes
+from .sequence import SequenceState
 
 __all__ = ["Runner"]
 
@@ -53,9 +53,10 @@ class Runner:
         if backend.activations == "fp8":
             self._large_body = fuse(self.graph.body, EIGHT_BIT_RULES)
         self._head = fuse(self.graph.selected_rows(), PREFILL_RULES)
-        self._step_nodes: dict[Any, list[Node]] = {}
+        self._step_nodes: dict[Any, tuple[list[Node], list[Node]]] = {}
         self.steps = GraphCache[DecodeLoop](MAX_STEPS)
-        self.passes = GraphCache[PrefillPass](KEPT_CHUNKS * padded_rows(min(backend.prefill_chunk, cache.pages * PAGE)))
+        self.passes = GraphCache[PrefillPass](MAX_PASSES)
+        self._shared: CapturedGraph | None = None  # whose memory all captured graphs use: one is busy at a time
 
     # -- prompts
 
@@ -84,30 +85,28 @@ class Runner:
 
     def _captured_size(self, batch: Batch) -> tuple[int, int] | None:
         """(rows, sequences) of the graph that serves the batch. None for a pass that is never captured: it brings
-        rotation tables of its own, or has too many rows to be kept."""
-        sequences = padded_sequences(batch.sequences)
+        rotation tables of its own, or has more rows than memory was reckoned for."""
+        sequences = padded_prompts(batch.sequences)
         # The attention op takes as many rows as sequences for a decode step, so a prompt gets at least one row more.
         rows = padded_rows(max(batch.rows, sequences + 1))
-        if not self.backend.captures or batch.tables or rows > self.passes.max_cost:
+        if not self.backend.captures or batch.tables or rows > padded_rows(self.backend.prefill_chunk):
             return None
         return rows, sequences
 
     def _new_pass(self, size: tuple[int, int]) -> PrefillPass:
-        return PrefillPass(self.backend, self._run_body, *size, self._pages)
+        return PrefillPass(self.backend, self._run_body, *size, self._pages, self._shared)
 
     def _replay(self, size: tuple[int, int], batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
         """Queue the body of a pass as a captured graph. Returns its inputs and its result; see ``PrefillPass``."""
-        chosen = self.passes.take(size)
-        if chosen is None:
-            self.passes.make_room(size[0])
-            chosen = self._new_pass(size)
+        chosen = self.passes.take(size) or self._new_pass(size)
         try:
             inputs, hidden = chosen.send(batch), chosen.replay()
         except BaseException:
             chosen.close()
             raise
-        # A pass is queued as a whole, on one CUDA stream, before another can begin: so runs may share its graph.
-        self.passes.keep(size, chosen, size[0])
+        self._shared = self._shared or chosen.graph
+        # A pass is queued as a whole, on one CUDA stream, before another can begin: so the next may use its graph.
+        self.passes.keep(size, chosen)
         return inputs, hidden
 
     def _run_body(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -117,47 +116,58 @@ class Runner:
         """The nodes of a pass over these rows: one of two lists, since backends keep what they plan for a list."""
         return self._large_body if len(inputs["input_ids"]) > MAX_PACKED_ROWS else self._body
 
-    # -- decoding
-
-    def draw(self, active: Sequence[SequenceState], logits: Array) -> list[np.ndarray[Any, Any]]:
-        """Draw a token for each sequence from its row of the logits: ``Sampler.outs``, in its order, on the host."""
+    def draw(self, active: Sequence[SequenceState], logits: Array) -> Fetch:
+        """Draw a token for each sequence from its row of the logits: ``Sampler.outs``, on their way to the host."""
         # The device is busy with the prompt now, so the host has time to make the sampler's inputs.
         sampler = Sampler(self.config.vocab_size, active)
         seq_lens = np.array([len(s.tokens) for s in active], np.int32)
         inputs = InputBuffer(self.backend, {**sampler.inputs, "seq_lens": seq_lens}).device
         outs = self.backend.run(sampler.nodes, {**inputs, LOGITS: logits}, sampler.outs)
-        return [self.backend.download(outs[name]) for name in sampler.outs]
+        return self.backend.fetch([outs[name] for name in sampler.outs])
 
-    def begin_decode(self, active: Sequence[SequenceState]) -> tuple[Any, DecodeLoop]:
-        """A decode loop that goes on from these sequences, whose last token has been drawn but not fed; and its key.
+    def score(self, logits: Array, tokens: Sequence[int], top_n: int) -> Fetch:
+        """Log-probabilities of tokens [n] under logits [n, V], on their way: tokens, logprob, top_ids, top_logprobs."""
+        given = np.array(tokens, np.int32)
+        nodes = scoring_nodes(min(top_n, self.config.vocab_size))
+        outs = self.backend.run(nodes, {LOGITS: logits, TOKEN: self.backend.upload(given)}, nodes[0].outs)
+        return self.backend.fetch([self.backend.upload(given), *(outs[name] for name in nodes[0].outs)])
 
-        It is the caller's until ``end_decode``.
-        """
-        sampler = Sampler(self.config.vocab_size, active)
-        sequences = padded_sequences(len(active))
-        key = (sequences, sampler.key)
-        loop = self.steps.take(key) or DecodeLoop(
-            self.backend, self._step(key, sampler), self.values, sampler, sequences, self._pages
-        )
-        idle = [idle_sequence(self.cache.padding_page)] * (sequences - len(active))
-        try:
-            loop.begin(self.batch([(s, 1) for s in [*active, *idle]]), sampler)
-        except BaseException:
-            loop.close()
-            raise
-        return key, loop
+    # -- decoding
 
-    def end_decode(self, key: Any, loop: DecodeLoop) -> None:
-        """Keep the loop for later. A closed runner keeps none."""
+    def loop(self, sequences: int, needs: Needs) -> DecodeLoop:
+        """A decode loop of so many rows whose sampler can do that. It is the caller's until ``keep``."""
+        key = sequences, needs
+        found = self.steps.take(key)
+        if found is None:
+            sampler = Sampler(self.config.vocab_size, [], needs)
+            nodes, values = self._step(key, sampler), self.values
+            found = DecodeLoop(
+                self.backend, nodes, values, sampler, sequences, self._pages, self.cache.padding_page, self._shared
+            )
+            self._shared = self._shared or found.graphs[0]
+        return found
+
+    def begin(self, loop: DecodeLoop, active: Sequence[SequenceState]) -> None:
+        """Give the rows of a loop to these sequences, whose last token has been drawn and not fed."""
+        sampler = Sampler(self.config.vocab_size, active, loop.needs)
+        loop.begin(active, self.batch([(s, 1) for s in active]), sampler)
+
+    def join(self, loop: DecodeLoop, row: int, s: SequenceState) -> None:
+        """Give one row to a sequence, behind the steps that are queued."""
+        loop.join(row, s, self.batch([(s, 1)]), Sampler(self.config.vocab_size, [s], loop.needs))
+
+    def keep(self, loop: DecodeLoop) -> None:
+        """Keep a loop for later. A closed runner keeps none."""
         if self.values:
-            self.steps.keep(key, loop)
+            self.steps.keep((loop.sequences, loop.needs), loop)
         else:
             loop.close()
 
-    def _step(self, key: Any, sampler: Sampler) -> list[Node]:
-        """The nodes of a step: one list for each kind, since backends keep what they plan for a list."""
+    def _step(self, key: Any, sampler: Sampler) -> tuple[list[Node], list[Node]]:
+        """The nodes of a step: the same lists for each kind, since backends keep what they plan for a list."""
         if key not in self._step_nodes:
-            self._step_nodes[key] = decode_step(self.graph, key[0], sampler.nodes)
+            nodes = decode_nodes(self.graph, key[0], self.backend.deterministic)
+            self._step_nodes[key] = nodes, draw_nodes(sampler.nodes)
         return self._step_nodes[key]
 
     def drop_graphs(self) -> None:

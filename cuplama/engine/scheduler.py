@@ -1,203 +1,183 @@
-"""Which sequences run together, and which of their tokens go into the next pass.
+"""Which sequences have pages, and which of their tokens go into the next pass.
 
-Of a run's sequences as many are admitted, in order, as the cache has room for at their full length beside other runs,
-one at least; the rest waits until they have ended. How runs share the cache is told in ``sharing.py``.
+Sequences wait in the order of their priority and arrival, and are admitted while there is room for their tokens so far.
+They get further pages as they grow. When none are free, the last in that order loses all of its own and waits again: it
+computes its keys and values anew when it goes on (Kwon et al., "PagedAttention", arXiv:2309.06180, section 4.5,
+"recomputation"). So the first always gets what it needs, and nothing that fits alone is refused because of others.
+
+It computes nothing, and knows no device.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
-from typing import Any
+import time
+from bisect import insort
+from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
+from ..models.rope import Rope
+from .kv_cache import PAGE, PagedCache, pages_for
+from .prefix_cache import PrefixCache
+from .sequence import SequenceState
 
-from ..dtypes import Array, dtype_name
-from ..errors import DeviceError
-from .graphs import max_logits
-from .kv_cache import PAGE, pages_for
-from .runner import Runner
-from .sampler import drawn_tokens
-from .sequence import SequenceState, Token
-from .sharing import Run, Sharing
+__all__ = ["Scheduler"]
 
-__all__ = ["Drawn", "Progress", "Scheduler", "not_finite"]
-
-Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
-Drawn = list[tuple[SequenceState, Token]]  # what one step drew, for the sequences that had not ended
+_SPARE = 100  # of so many pages one stays free when a sequence is admitted beside others: for the growth of those
 
 
-def not_finite(logits: str, dtype: str) -> DeviceError:
-    """The error for logits that nothing can be made of."""
-    return DeviceError(f"{logits} are not finite in {dtype}; --dtype float32 may help, or a weight is damaged")
+def _order(s: SequenceState) -> tuple[int, int]:
+    return s.order
 
 
 class Scheduler:
-    """Runs sequences on a runner until they end. context: tokens a sequence may have; sharing: of the cache."""
+    """waiting, running: the sequences without and with pages, in their order.
 
-    def __init__(self, runner: Runner, context: int) -> None:
-        self.runner, self.context = runner, context
-        self.sharing = Sharing(runner.cache)
+    context: tokens a sequence may have; max_running: sequences that may have pages at a time; ropes: of the model's
+    layers; prefix_cache: whether beginnings are shared. preemptions: how often a sequence has lost its pages.
+    """
 
-    def run(
-        self, sequences: Sequence[SequenceState], progress: Progress | None = None, run: Run | None = None
-    ) -> Generator[Drawn]:
-        """Draw tokens until every sequence has a finish_reason; yields the tokens of each step.
+    def __init__(
+        self, cache: PagedCache, context: int, max_running: int, ropes: Iterable[Rope] = (), prefix_cache: bool = True
+    ) -> None:
+        self.cache, self.context, self.max_running = cache, context, max_running
+        self._ropes = list(ropes)
+        self.prefixes = PrefixCache(cache, self._ropes, prefix_cache)
+        self.waiting, self.running = list[SequenceState](), list[SequenceState]()
+        self.preemptions = 0
 
-        run: what is known of this run, a new one by default. Between two steps, and while progress is told, it may lose
-        its pages to another. Raises DeviceError if the model computes no logits to draw from, and ClosedError if the
-        model is closed meanwhile.
+    # -- who has pages
+
+    def measure(self, s: SequenceState) -> None:
+        """Set how long a sequence may become. One that has that length already ends here, if nothing is to be read."""
+        most = 0 if s.every_logit else s.params.max_tokens
+        s.limit = self.context if most is None else min(self.context, len(s.prompt) + most)
+        if len(s.prompt) >= s.limit and not s.asks_for_prompt:
+            s.finish_reason = "length"
+
+    def add(self, s: SequenceState) -> None:
+        """Let a sequence wait. Its order and limit are set."""
+        insort(self.waiting, s, key=_order)
+
+    def admit(self) -> None:
+        """Give pages to those that wait, in their order, while there is room.
+
+        One whose beginning another is about to read waits for that, and lets others pass.
         """
-        waiting, run = deque(sequences), run or Run()
-        while waiting:
-            run.sequences, run.most = self._admit(waiting, run)
-            with self.sharing.entered(run):
-                active = [s for s in run.sequences if s.finish_reason is None]
-                while active:
-                    logits = self.last_logits(active, progress, run)
-                    yield self._accept(active, self.runner.draw(active, logits))
-                    active = self._still_active(active)
-                    while steps := self._steps_alike(active):
-                        yield from self._decode(active, steps, run)
-                        active = self._still_active(active)
-                    progress = None
+        coming = self._coming() if self.waiting else set[bytes]()
+        for s in self.waiting[:]:
+            if len(self.running) >= self.max_running:
+                return
+            found, following = self.prefixes.find(s)
+            if following in coming:
+                continue
+            if self.running and not self._has_room(s, found):
+                return
+            self.waiting.remove(s)
+            insort(self.running, s, key=_order)
+            self.prefixes.take(s, found)
+            s.admitted = s.admitted or time.perf_counter()
+            coming.update(s.keys[len(found) :])
 
-    def _admit(self, waiting: deque[SequenceState], run: Run) -> tuple[list[SequenceState], int]:
-        """The next sequences that fit into the cache together, one at least, and the pages that they may need."""
-        admitted, room = [waiting.popleft()], self.sharing.room(run)
-        pages = pages_for(self.longest(admitted[0]))
-        while waiting and pages + (need := pages_for(self.longest(waiting[0]))) <= room:
-            pages += need
-            admitted.append(waiting.popleft())
-        for s in admitted:
-            if len(s.prompt) >= self.longest(s):
-                s.finish_reason = "length"
-        return admitted, pages
+    def _coming(self) -> set[bytes]:
+        """The keys of pages that running sequences have not been queued to write yet."""
+        return {key for s in self.running for key in s.keys[s.cached // PAGE :]}
 
-    def longest(self, s: SequenceState) -> int:
-        """Tokens of this sequence at the end."""
-        limit = s.params.max_tokens
-        return self.context if limit is None else min(self.context, len(s.prompt) + limit)
+    def _has_room(self, s: SequenceState, found: Sequence[int]) -> bool:
+        taken = pages_for(len(s.tokens)) - len(found) + self.cache.needs(found)
+        return taken + self.cache.pages // _SPARE <= self.cache.free
 
-    def last_logits(
-        self, active: Sequence[SequenceState], progress: Progress | None = None, run: Run | None = None
-    ) -> Array:
-        """Feed what is not cached yet: the logits after the last token of each sequence, [len(active), vocab_size]."""
-        told = 0
+    def remove(self, s: SequenceState) -> None:
+        """A sequence has ended, or is not wanted any more. Its full pages can be found until others need them."""
+        if s in self.running:
+            self.running.remove(s)
+            self._leave(s)
+        elif s in self.waiting:
+            self.waiting.remove(s)
 
-        def tell(done: int, total: int) -> None:
-            nonlocal told
-            if progress is not None and done > told:
-                told = done
-                progress(done, total)
+    def make_room(self, s: SequenceState, tokens: int) -> bool:
+        """Give a running sequence the pages for so many tokens in all. Others may lose theirs; False if it lost its
+        own, because it is the last."""
+        while not self.cache.extend(s.pages, tokens):
+            last = self.running[-1]
+            self.preempt(last)
+            if last is s:
+                return False
+        return True
 
-        parts: list[Array] = []
-        while any(s.cached < len(s.tokens) for s in active):  # again, if the run was suspended in the middle
-            parts = list(self.prefill(active, False, tell, run))
-        if len(parts) == 1:
-            return parts[0]
-        backend = self.runner.backend
-        return backend.upload(np.concatenate([backend.download(p) for p in parts]))
+    def preempt(self, s: SequenceState) -> None:
+        """Take the pages of a running sequence, and let it wait in its old place."""
+        self.running.remove(s)
+        self._leave(s)
+        s.cached, s.ahead, s.row = 0, 0, None
+        s.life += 1
+        self.preemptions += 1
+        insort(self.waiting, s, key=_order)
 
-    def prefill(
-        self,
-        active: Sequence[SequenceState],
-        all_logits: bool = False,
-        progress: Progress | None = None,
-        run: Run | None = None,
-    ) -> Iterator[Array]:
-        """Feed every token that is not cached yet, in passes of bounded size; yields the logits of each pass.
+    def _leave(self, s: SequenceState) -> None:
+        if s.error is None:
+            self.prefixes.keep(s)
+        self.cache.release(s.pages)
 
-        A decode step without a captured graph is such a pass, of one token per sequence. It ends early if the run is
-        suspended between two passes; then no token is cached.
+    def start_again(self, dropped: Iterable[SequenceState] = ()) -> None:
+        """Nothing that was queued counts any more, and no page holds anything: all that run wait again, but those that
+        are dropped."""
+        gone = set(map(id, dropped))
+        kept = [s for s in (*self.running, *self.waiting) if id(s) not in gone]
+        self.waiting, self.running = sorted(kept, key=_order), []
+        self.cache.clear()
+        for s in self.waiting:
+            if s.pages:
+                s.life += 1
+            s.pages, s.cached, s.ahead, s.row = [], 0, 0, None
+
+    # -- what goes into a pass
+
+    def next_parts(self, rows: int, logits: int, decodes: bool) -> list[tuple[SequenceState, int]]:
+        """The next tokens that a pass takes: (sequence, count) pairs, in order; their pages are there.
+
+        rows: tokens of the pass at most, unless more sequences than that have one token each; logits: those of a
+        sequence at most where the logits of all are asked for, which has a pass of its own. decodes: whether captured
+        steps draw the tokens after the first.
         """
-        run = run or Run()
-        for s in active:
-            if s.cached and any(
-                rope.regime(s.cached) != rope.regime(len(s.tokens)) for rope in self.runner.config.ropes.values()
-            ):
-                s.cached = 0  # the keys were rotated with other frequencies: compute the sequence again
-        self.sharing.take(run, [(s, len(s.tokens)) for s in active])
-        suspensions, done, total = run.suspensions, 0, sum(len(s.tokens) - s.cached for s in active)
-        max_rows = max(self.runner.backend.prefill_chunk, len(active) if total == len(active) else 0)
-        if all_logits:
-            max_rows = min(max_rows, max_logits(self.runner.config.vocab_size))
-        while run.suspensions == suspensions and (parts := _next_parts(active, max_rows)):
-            logits = self.runner.forward(self.runner.batch(parts, all_logits))
-            for s, count in parts:
-                s.cached += count
-                done += count
-            if progress is not None:
-                progress(done, total)
-            if logits is not None:
-                yield logits
-
-    def _accept(self, active: list[SequenceState], outs: Sequence[np.ndarray[Any, Any]]) -> Drawn:
-        """Append the drawn tokens to the sequences that go on, and see which ones end with it."""
-        pairs = zip(active, drawn_tokens(active, outs), strict=True)
-        drawn = [(s, token) for s, token in pairs if s.finish_reason is None]
-        for s, token in drawn:
-            if token.id < 0:
-                raise not_finite(f"the logits after {len(s.tokens)} tokens", dtype_name(self.runner.backend.dtype))
-            s.tokens.append(token.id)
-            if token.id in s.stop_ids:
-                s.finish_reason = "stop"
-            elif len(s.tokens) >= self.longest(s):
-                s.finish_reason = "length"
-        return drawn
-
-    def _still_active(self, active: list[SequenceState]) -> list[SequenceState]:
-        if ended := [s for s in active if s.finish_reason is not None]:
-            self.sharing.release(ended)
-        return [s for s in active if s.finish_reason is None]
-
-    def _steps_alike(self, active: list[SequenceState]) -> int:
-        """Decode steps that one captured step can do from here.
-
-        0 without one, where the rotation changes next, or where keys are to be computed again.
-        """
-        if not active or not self.runner.backend.captures or any(s.cached < len(s.tokens) - 1 for s in active):
-            return 0
-        steps = [self.longest(s) - len(s.tokens) for s in active]
-        steps += [rope.stable_steps(len(s.tokens)) for rope in self.runner.config.ropes.values() for s in active]
-        return min(steps)
-
-    def _decode(self, active: list[SequenceState], steps: int, run: Run) -> Iterator[Drawn]:
-        """Replay up to ``steps`` decode steps, fewer if a sequence ends: what is in flight then is still read.
-
-        Fewer too where the pages end that could be had, or if another run takes some of them; what is in flight then is
-        drawn again.
-        """
-        self.sharing.take(run, [(s, min(self.longest(s), len(s.tokens) + 1)) for s in active])
-        if not self._steps_alike(active):
-            return  # it had to wait for the pages, and has lost those that it had
-        self.sharing.take_ahead(run, [(s, self.longest(s)) for s in active])
-        steps = min([steps, *(len(s.pages) * PAGE - len(s.tokens) for s in active)])
-        key, loop = self.runner.begin_decode(active)
-        run.end_loop = end_loop = partial(self.runner.end_decode, key, loop)
-        launched = 0
-        while run.end_loop is end_loop:
-            going = all(s.finish_reason is None for s in active)
-            while going and launched < steps and loop.in_flight < loop.ahead:
-                loop.launch()
-                launched += 1
-            if not loop.in_flight:
-                break
-            outs = loop.read()
-            for s in active:
-                if s.finish_reason is None:
-                    s.cached = len(s.tokens)
-            if drawn := self._accept(active, outs):
-                yield drawn
-        run.leave_loop()
-
-
-def _next_parts(active: Sequence[SequenceState], max_rows: int) -> list[tuple[SequenceState, int]]:
-    """The next tokens of the sequences, in order, that one pass of so many rows takes; a prompt may be cut."""
-    parts, room = [], max_rows
-    for s in active:
-        if count := min(room, len(s.tokens) - s.cached):
+        parts, left = list[tuple[SequenceState, int]](), rows
+        for s, life in [(s, s.life) for s in self.reading(decodes)]:
+            if s.life != life:
+                continue  # it has just lost its pages
+            room = max(left, int(s.cached == len(s.tokens) - 1))
+            count = min(room, len(s.tokens) - s.cached, logits if s.asks_for_prompt else room)
+            if not count or (parts and s.asks_for_prompt) or not self.make_room(s, s.cached + count):
+                continue
             parts.append((s, count))
-            room -= count
-    return parts
+            left -= count
+            if s.asks_for_prompt:
+                break
+        return [(s, count) for s, count in parts if s.pages]
+
+    def reading(self, decodes: bool) -> list[SequenceState]:
+        """The running sequences with tokens to be fed by a pass; those that captured steps feed are not among them."""
+        found = []
+        for s in self.running:
+            if s.row is None and not s.ahead and s.cached < len(s.tokens) and not (decodes and self.may_decode(s)):
+                if s.cached and any(rope.regime(s.cached) != rope.regime(len(s.tokens)) for rope in self._ropes):
+                    s.cached = 0  # the keys were rotated with other frequencies: compute the sequence again
+                    s.keys = []
+                found.append(s)
+        return found
+
+    def queued(self, parts: Iterable[tuple[SequenceState, int]]) -> Iterator[SequenceState]:
+        """A pass with these parts has been queued; the sequences whose last token it feeds."""
+        for s, count in parts:
+            s.cached += count
+            if s.cached == len(s.tokens):
+                yield s
+            self.prefixes.keep(s)
+
+    def may_decode(self, s: SequenceState) -> bool:
+        """Whether a captured step can draw the next token: the last one was drawn and not fed, and all before it are
+        cached and keep their rotation."""
+        return s.cached == len(s.tokens) - 1 and s.generated > 0 and not s.ahead and self.steps_left(s) > 0
+
+    def steps_left(self, s: SequenceState) -> int:
+        """Captured steps that can be queued for a sequence, beside those that are: to its end, or to where its rotation
+        changes."""
+        stable = min((rope.stable_steps(len(s.tokens)) for rope in self._ropes), default=s.limit)
+        return min(s.limit - len(s.tokens), stable) - s.ahead

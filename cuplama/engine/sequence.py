@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..errors import CuplamaError
 from ..sampling_params import SamplingParams
 from .constraint import Constraint
 
-__all__ = ["SequenceState", "Token", "idle_sequence"]
+__all__ = ["SequenceState", "Token"]
 
 
 @dataclass(frozen=True)
@@ -20,23 +21,40 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class SequenceState:
     """A prompt and what is generated after it. The engine ends it by setting ``finish_reason`` to "stop" or "length".
 
-    So may the caller, between two tokens. prompt: token ids; stop_ids: ids that end it; seed: of its draws; pages: its
-    pages of the cache, in order; constraint: what it may draw, None for anything.
+    So may the caller, between two tokens. What the caller gives: prompt: token ids; stop_ids: ids that end it; seed: of
+    its draws; constraint: what it may draw; every_logit: the logits of the prompt are asked for, and nothing is drawn.
+
+    What the engine keeps: tokens: of prompt and text; cached: of them, those whose keys and values are in the cache or
+    will be when what is queued has run; pages: of the cache, in order; error: why it failed.
     """
 
     prompt: Sequence[int]
     params: SamplingParams
     stop_ids: frozenset[int]
     seed: int = 0
-    tokens: list[int] = field(default_factory=list)  # prompt and generated
-    cached: int = 0  # tokens whose keys and values are in the cache
+    constraint: Constraint | None = None
+    every_logit: bool = False
+    tokens: list[int] = field(default_factory=list)
+    cached: int = 0
     pages: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    constraint: Constraint | None = None
+    error: CuplamaError | None = None
+    prompt_scores: list[Token] = field(default_factory=list)  # of every token of the prompt but the first
+    order: tuple[int, int] = (0, 0)  # (priority, arrival): the lower goes first
+    limit: int = 0  # tokens that it has at the end
+    ahead: int = 0  # tokens that are queued to be drawn for it, and not read yet
+    life: int = 0  # how often it has lost its pages: what was queued before that is not for it any more
+    row: int | None = None  # of the decode loop
+    until: int = 0  # tokens that it has when it leaves that row
+    found: int = 0  # tokens of the prompt that were in the prefix cache when it was admitted first
+    admitted: float = 0.0  # when that was, by time.perf_counter()
+    keys: list[bytes] = field(default_factory=list, repr=False)  # of its full pages, see ``prefix_cache.py``
+    salt: str | None = None  # that they were made with
+    told: int = 0  # tokens of the prompt whose logits or scores the caller has
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -47,7 +65,7 @@ class SequenceState:
         """Tokens drawn so far."""
         return len(self.tokens) - len(self.prompt)
 
-
-def idle_sequence(padding_page: int) -> SequenceState:
-    """A sequence of one token on the padding page: it fills up a decode step, and nobody reads what it computes."""
-    return SequenceState([0], SamplingParams(seed=0), frozenset(), pages=[padding_page])
+    @property
+    def asks_for_prompt(self) -> bool:
+        """Whether anything of the prompt's own logits is asked for."""
+        return self.every_logit or self.params.prompt_logprobs is not None

@@ -1,9 +1,9 @@
 """``cuplama bench``: how fast a model reads prompts and generates, in the manner of llama-bench.
 
 A row is a trial: ``pp512`` reads a prompt of 512 tokens and draws one; ``tg128`` then generates 128. ``@ d4096`` has
-4,096 tokens in the cache before, ``b8`` is eight sequences at once. Times are what a caller of the library sees, by the
-wall clock; each trial is repeated after a warm-up. Beside them stand the machine's peaks, measured in the same run:
-generation is held against the read bandwidth, prompts against the rate of a large matrix product.
+4,096 tokens in the cache before, ``b8`` is eight sequences at once. Times are those of ``Model.generate``, by the wall
+clock of its caller; each trial is repeated after a warm-up. Beside them stand the machine's peaks, measured in the same
+run: generation is held against the read bandwidth, prompts against the rate of a large matrix product.
 """
 
 from __future__ import annotations

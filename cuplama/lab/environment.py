@@ -26,6 +26,8 @@ def environment(backend: Backend) -> dict[str, str]:
     found = {"device": backend.describe(), "dtype": dtype_name(backend.dtype)}
     if backend.activations != "auto":
         found["activations"] = backend.activations
+    if backend.deterministic:
+        found["deterministic"] = "yes"
     if backend.name == "cuda":
         library = driver.load_driver()
         found["driver"] = _driver() or "unknown"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..engine.scheduler import not_finite
+from ..engine.pipeline import not_finite
 from ..errors import ParameterError, PromptError
 from ..model import Model
 

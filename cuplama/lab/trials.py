@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..completion import Timings
 from ..engine.kv_cache import PAGE, pages_for
-from ..engine.sequence import SequenceState
-from ..engine.sharing import Run
 from ..errors import ParameterError
 from ..model import Model
 from ..models.config import ModelConfig
 from ..ops.weights import stored_bytes
-from ..sampling_params import SamplingParams
 
 __all__ = ["UNTIL_REPLAYED", "Runs", "Trial", "cache_tokens", "prompt_operations", "step_bytes", "trials"]
 
@@ -99,41 +97,43 @@ def prompt_operations(config: ModelConfig, trial: Trial) -> float:
 
 
 class Runs:
-    """Runs trials on one model. Prompts are random tokens, others at every repeat."""
+    """Runs trials on one model, by the library's own call: what is timed is what a caller of ``generate`` waits for,
+    text of a model with a tokenizer included. Prompts are random tokens, others at every repeat."""
 
     def __init__(self, model: Model) -> None:
-        self._model, self._engine = model, model.engine
+        self._model = model
         self._rng = np.random.default_rng(0)
 
-    def _sequences(self, batch: int, tokens: int, generated: int) -> list[SequenceState]:
-        params = SamplingParams(temperature=0.0, max_tokens=generated, ignore_eos=True, seed=0)
-        return [SequenceState(self._tokens(tokens), params, frozenset()) for _ in range(batch)]
-
-    def _tokens(self, count: int) -> list[int]:
-        found: list[int] = self._rng.integers(0, self._model.config.vocab_size, count).tolist()
+    def _prompts(self, batch: int, tokens: int) -> list[list[int]]:
+        found: list[list[int]] = self._rng.integers(0, self._model.config.vocab_size, (batch, tokens)).tolist()
         return found
 
+    def _generate(self, prompts: list[list[int]], new: int) -> tuple[float, Timings]:
+        """Seconds from the call to its return, and what it says of them."""
+        began = time.perf_counter()
+        done = self._model.generate(prompts, temperature=0.0, max_tokens=new, ignore_eos=True, seed=0)
+        seconds = time.perf_counter() - began
+        if any(len(c.tokens) != new for c in done):
+            raise AssertionError(f"not every sequence has its {new} tokens")
+        return seconds, done[0].timings
+
     def prompt(self, trial: Trial) -> float:
-        """Seconds from the call to the first token, on the host, when the prompt is fed on top of ``depth`` tokens."""
-        engine, backend = self._engine, self._engine.backend
-        sequences = self._sequences(trial.batch, trial.depth, 1)
-        run = Run(sequences, trial.batch * pages_for(trial.tokens))
-        with engine.sharing.entered(run):
-            if trial.depth:
-                backend.download(engine.scheduler.last_logits(sequences, run=run))
-            for s in sequences:
-                s.tokens += self._tokens(trial.prompt)
-            began = time.perf_counter()
-            engine.runner.draw(sequences, engine.scheduler.last_logits(sequences, run=run))
-            return time.perf_counter() - began
+        """Seconds from the call to the first token, on the host, when the prompt is fed on top of ``depth`` tokens.
+
+        Those are in the prefix cache, as far as they fill pages.
+        """
+        prompts = self._prompts(trial.batch, trial.depth)
+        if trial.depth:
+            self._generate(prompts, 1)
+        more = self._prompts(trial.batch, trial.prompt)
+        return self._generate([a + b for a, b in zip(prompts, more, strict=True)], 1)[0]
 
     def generation(self, trial: Trial) -> tuple[float, float]:
-        """(seconds to the first token, seconds for the ``generated`` tokens of each sequence after it)."""
-        sequences = self._sequences(trial.batch, trial.start, trial.generated + 1)
-        began = time.perf_counter()
-        stamps = []
-        for _ in self._engine.generate(sequences):
-            stamps.append(time.perf_counter())
-        if len(stamps) != trial.generated + 1:  # the cache was made for all sequences together
-            raise AssertionError(f"{trial.name} took {len(stamps)} steps")
-        return stamps[0] - began, stamps[-1] - stamps[0]
+        """(seconds to the first token, seconds for the ``generated`` tokens of each sequence after it).
+
+        All that follows the first token until the call returns counts. Where prompts were read in several passes, some
+        sequences have more tokens by the time when the last has its first; the rate is that of the tokens after it.
+        """
+        seconds, timings = self._generate(self._prompts(trial.batch, trial.start), trial.generated + 1)
+        rest = seconds - timings.prompt_seconds
+        return timings.prompt_seconds, rest * trial.generated * trial.batch / timings.decode_tokens

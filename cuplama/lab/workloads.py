@@ -237,7 +237,7 @@ def decode_workloads(
         s.cached = depth - 1
     sampler = Sampler(config.vocab_size, sequences)
     built = Batch.build([(s, 1) for s in sequences], _rope(config, context), batch * pages)
-    inputs = step_inputs(batch, pages)
+    inputs = step_inputs(batch, pages, batch * pages)
     built.pad_into(inputs)
     inputs |= sampler.inputs | {"ring": np.zeros((RING, batch), np.int32)}
     walk = _Walk(config, dtype, batch * pages, context, "decode", weight_format)

@@ -75,6 +75,11 @@ class Rope:
         """
         return int(self.type == "longrope" and length > self.original)
 
+    def keys_depend_on(self, length: int) -> str:
+        """What cached keys of a sequence of ``length`` tokens depend on, beside its tokens: equal words, equal keys."""
+        stretched = f" {length}" if self.type == "dynamic" and length > self.context else ""
+        return f"{self.regime(length)}{stretched}"
+
     def stable_steps(self, length: int) -> int:
         """Decode steps that keep one regime, for a sequence of ``length`` tokens whose last is not cached yet."""
         if self.type == "longrope" and not self.regime(length - 1):

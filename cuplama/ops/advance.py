@@ -28,11 +28,13 @@ def _advance(
     *,
     S: int,
 ) -> tuple[Array, ...]:
-    input_ids[:] = np.maximum(token, 0)
+    used = np.flatnonzero(seq_lens)
+    input_ids[used] = np.maximum(token[used], 0)
     for counter in (positions, seq_lens, rope_rows):
-        counter += 1
-    page = np.minimum(positions // S, page_table.shape[1] - 1)
-    slot_mapping[:] = page_table[np.arange(len(positions)), page] * S + positions % S
+        counter[used] += 1
+    at = positions[used]
+    page = np.minimum(at // S, page_table.shape[1] - 1)
+    slot_mapping[used] = page_table[used, page] * S + at % S
     ring[step[0] % len(ring)] = token
     step += 1
     return input_ids, positions, slot_mapping, seq_lens, rope_rows, ring, step
@@ -44,7 +46,7 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
     token[1:2] = -1
     return {
         "positions": positions,
-        "seq_lens": positions + 1,
+        "seq_lens": np.where(np.arange(case["b"]) % 4 == 3, 0, positions + 1).astype(np.int32),  # some are empty
         "rope_rows": positions + 7,
         "step": np.array([case["at"]], np.int32),
         "token": token,
@@ -62,7 +64,8 @@ advance = Op(
     " ring[R,b]:i32, step[1]:i32, token[b]:i32, page_table[b,M]:i32, S:i32)",
     doc="The inputs of the next decode step: input_ids = token (0 for -1, which is none); positions, seq_lens and"
     " rope_rows grow by one; slot_mapping follows positions through the page table (its last entry stands for all"
-    " beyond). ring[step % R] = token, then step grows by one: the ring lies in host memory, where the engine reads it"
+    " beyond). A row whose seq_len is 0 belongs to no sequence and stays as it is."
+    " ring[step % R] = token, then step grows by one: the ring lies in host memory, where the engine reads it"
     " behind the GPU.",
     reference=_advance,
     kernels=_kernels,

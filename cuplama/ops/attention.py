@@ -53,6 +53,8 @@ def _attention(
     y = np.zeros((len(x), num_heads * d), x.dtype)
     x = x[:, : num_heads * d].reshape(len(x), num_kv_heads, -1, d)
     for i, length in enumerate(seq_lens.tolist()):
+        if not length:
+            continue  # a row of a decode step that belongs to no sequence
         first, last = int(cu_seqlens[i]), int(cu_seqlens[i + 1])
         pages = page_table[i, : -(-length // size)]
         keys, values = (
@@ -166,7 +168,9 @@ def _bytes(c: Call) -> float:
 
 
 def _kernels(call: Call, device: Device) -> Plan:
-    return decode_plan("attention_decode", call, device) if call["n"] == call["b"] else _prefill(call, device)
+    # The two kernels add in different orders: a decode step that may not differ from a prompt takes the prompt's.
+    decode = call["n"] == call["b"] and not device.deterministic
+    return decode_plan("attention_decode", call, device) if decode else _prefill(call, device)
 
 
 HEAD_DIMS = range(8, 257, 8)
@@ -246,7 +250,8 @@ def prefill_launch(call: Call, device: Device, S: int, **more: Any) -> Launch:
         grid, threads, constants = ((rows // (64 * groups) + b) * H, 1), 128 * groups + 128, {"GROUPS": groups}
     elif tensor:
         # 128 rows are faster once there are some four blocks for each multiprocessor; 64 share out fewer rows better.
-        ROWS = 128 if D <= 128 and rows * H >= 4 * 128 * device.sms else 64
+        many = rows * H >= 4 * 128 * device.sms and not device.deterministic
+        ROWS = 128 if D <= 128 and many else 64
         # What fits into registers; D = 96 and 128 with 64 keys only as the compiler allots them before sm_100, and 128
         # not with rows of x, where addresses take one more.
         KEYS = 64 if D <= 64 or (D in ((96, 128) if S else (96,)) and device.arch <= 90) else 32

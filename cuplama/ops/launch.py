@@ -12,11 +12,13 @@ __all__ = ["Device", "Launch", "Plan"]
 @dataclass(frozen=True)
 class Device:
     """What a launch may depend on. arch: 75, 80, ..., 120; sms: multiprocessors; shared: bytes of shared memory that a
-    block can have."""
+    block can have; deterministic: what is computed for a row may not depend, bit for bit, on how many other rows there
+    are, so one kernel instance with one order of additions serves every number of rows."""
 
     arch: int = 90
     sms: int = 132
     shared: int = 232448
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

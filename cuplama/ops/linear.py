@@ -122,8 +122,8 @@ def _tensor_launch(
     slices of k; the blocks have equal numbers of columns, to one.
     """
     n, m, k, T = call["n"], call["m"], call["k"], call.dtypes["T"]
-    if n - first < _MIN_TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8:
-        return None
+    if n - first < _MIN_TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8 or device.deterministic:
+        return None  # of one row linear.cu adds up the products in another order
     total = -(-k // _CHUNK)
     scales = sum(name in call.arrays for name in ("g", "h"))  # vectors of a norm
     phases = -(-total // _MAX_CHUNKS["normed" if scales else "plain"])
@@ -153,7 +153,7 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
     """
     w = call.arrays["w"]
     if w is not None and (segments := segments_of(w)) is not None:
-        many = call["n"] > MAX_FEW_ROWS and kernel in ("linear", "linear_add")
+        many = (call["n"] > MAX_FEW_ROWS or device.deterministic) and kernel in ("linear", "linear_add")
         plan = many_rows_plan(kernel, call, device) if many else None
         return plan or plan_packed(kernel, call, device, segments, constants)
     n, m, k, size = call["n"], call["m"], call["k"], call.dtypes["T"].itemsize

@@ -142,7 +142,8 @@ def _launch(
     number, weight = segment
     n, k, tensor, normed = call["n"], call["k"], _tensor(call, device), "norm" in kernel
     parts = 2 if constants.get("ACT") == "SILU_MUL" else 1
-    rows_of_x = next(rows for rows in _ROWS if rows >= min(n - first, MAX_FEW_ROWS))
+    wanted = MAX_FEW_ROWS if device.deterministic else min(n - first, MAX_FEW_ROWS)
+    rows_of_x = next(rows for rows in _ROWS if rows >= wanted)
     outs = weight.rows // parts  # columns of y
     units = -(-outs // _BLOCK_ROWS)  # a tile, for silu_mul one of each half
     step = tuning.steps[rows_of_x > 1]

@@ -111,11 +111,12 @@ def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Sha
     GPUs before sm_80, too many rows of x, or a format too large for the shared memory.
 
     kernel: the op's name; shapes: what to try in place of the shapes that were found best. The rows of x are taken 64
-    at a time, segment by segment.
+    at a time, segment by segment. A deterministic device takes any number of rows in the shape for 64, since the shape
+    decides the order of additions.
     """
     n, T = call["n"], call.dtypes["T"]
     segments = segments_of(call.arrays["w"])
-    if segments is None or T.itemsize != 2 or device.arch < 80 or n > MAX_MANY_ROWS:
+    if segments is None or T.itemsize != 2 or device.arch < 80 or (n > MAX_MANY_ROWS and not device.deterministic):
         return None
     launches: list[Launch] = []
     needs = {"partial": 0, "arrivals": 0}
@@ -126,7 +127,8 @@ def many_rows_plan(kernel: str, call: Call, device: Device, shapes: Sequence[Sha
             launches.append(_gather(call, i))
             names["x"] = "gathered"
         for first in range(0, n, _LAUNCH_ROWS):
-            wanted = shapes or _wanted(min(n - first, _LAUNCH_ROWS), call["k"], segment, device)
+            rows = _LAUNCH_ROWS if device.deterministic else min(n - first, _LAUNCH_ROWS)
+            wanted = shapes or _wanted(rows, call["k"], segment, device)
             shape = next((s for s in wanted if _depth(s, segment, device) >= _MIN_DEPTH), None)
             if shape is None:
                 return None

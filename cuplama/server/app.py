@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from .endpoint import Endpoint
 from .endpoints import ENDPOINTS
-from .errors import api_error, error_response
+from .errors import error_response
 from .frame import Answering, Frame
 from .openapi import openapi
 from .service import Service
@@ -47,5 +47,6 @@ def create_app(service: Service, endpoints: Sequence[Endpoint] = ENDPOINTS) -> S
     return app
 
 
-async def _as_json(_: Request, error: Exception) -> Response:
-    return error_response(api_error(error))
+async def _as_json(request: Request, error: Exception) -> Response:
+    service: Service = request.app.state.service
+    return error_response(service.told(error, request.scope))

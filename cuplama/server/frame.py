@@ -122,6 +122,8 @@ class Answering:
             work.cancel()
             if not work.done():
                 await asyncio.wait((work,))  # what it holds of the engine is free when the request is over
+                if not work.cancelled() and (error := work.exception()) is not None:
+                    self.service.log.failure(error, id=scope["state"]["id"], path=scope["path"])
 
     async def _answer(self, request: Request, send: Send) -> None:
         response = await self.endpoint.handler(self.service, request)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from ..completion import Completion, Delta
 from ..model import Model
 from ..sampling_params import SamplingParams
-from .errors import ApiError, api_error
+from .errors import ApiError
 from .fields import Read
 from .generation_fields import constraint
 from .metrics import Meter
@@ -145,12 +145,7 @@ class Running:
 
     def failed(self, error: Exception) -> ApiError:
         """Note an error that comes when the response has begun. What the client is told of it."""
-        told = api_error(error)
-        self.service.noticed(error)
-        if told.status >= 500 and told is not error:
-            self.service.log.failure(error, id=self.request.state.id, path=self.request.url.path)
-        self.meter.fields.setdefault("message", told.message)
-        return told
+        return self.service.told(error, self.request.scope)
 
     async def close(self) -> None:
         """Stop what still runs: its pages of the cache are free then. Closing twice is fine."""

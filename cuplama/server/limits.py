@@ -113,7 +113,7 @@ def _parsed(body: bytes, limits: Limits) -> Any:
     if (found := _levels(body)) > limits.nesting:
         raise ApiError(400, f"the body is nested {found} levels deep; at most {limits.nesting} are allowed")
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        return json.loads(body.decode(), parse_constant=_no_constant)  # of bytes it would take UTF-16 as well
     except (ValueError, RecursionError) as e:  # not UTF-8 is a ValueError, too
         raise ApiError(400, f"the body is not JSON: {' '.join(str(e).split())}") from None
 

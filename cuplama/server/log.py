@@ -26,7 +26,9 @@ class RequestLog:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         known = {name: value for name, value in fields.items() if value is not None}
         line = json.dumps({"time": now, **known}, default=str)
-        print(line, file=self._stream or sys.stderr, flush=True)
+        stream = self._stream or sys.stderr
+        stream.write(f"{line}\n")  # at once: print would let another thread's line in before the line break
+        stream.flush()
 
     def failure(self, error: BaseException, **fields: Any) -> None:
         """A line for what is our fault, or the device's, with the traceback."""

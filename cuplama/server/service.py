@@ -53,8 +53,10 @@ class Service:
     def failure(self) -> str | None:
         """Why the engine's last step failed; None if it did not. A later step may go well, unless the GPU is gone."""
         model = self.model
-        error = None if model is None or model.closed else getattr(model.engine, "failure", None)
-        return None if error is None else api_error(error).message
+        error = None if model is None or model.closed else model.engine.failure
+        if error is None:
+            return None
+        return api_error(error).message if isinstance(error, Exception) else type(error).__name__
 
     @property
     def failed(self) -> bool:

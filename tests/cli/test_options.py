@@ -119,6 +119,7 @@ LOAD: list[tuple[str, str, Any]] = [
     ("--dtype bf16", "dtype", "bf16"),
     ("--quantize int4", "quantize", "int4"),
     ("--activations fp8", "activations", "fp8"),
+    ("--deterministic", "deterministic", True),
     ("--kv-cache-dtype fp8", "kv_cache_dtype", "fp8"),
     ("--context 33", "context", 33),
     ("-c 33", "context", 33),
@@ -127,7 +128,7 @@ LOAD: list[tuple[str, str, Any]] = [
 ]
 LOAD_DEFAULTS = {
     "device": "auto", "dtype": "auto", "quantize": None, "context": None, "kv_cache_dtype": "auto",
-    "activations": "auto", "adapter": None, "offline": True,
+    "activations": "auto", "deterministic": False, "adapter": None, "offline": True,
 }  # fmt: skip
 # The sampling options -> the field of SamplingParams and its value.
 SAMPLING: list[tuple[str, str, Any]] = [
@@ -344,6 +345,7 @@ BENCH: list[tuple[str, dict[str, Any]]] = [
     ("--dtype fp16", {"source": Source(None, dtype="fp16")}),
     ("--quantize fp8", {"source": Source(None, quantize="fp8")}),
     ("--activations fp8", {"source": Source(None, activations="fp8")}),
+    ("--deterministic", {"source": Source(None, deterministic=True)}),
     ("--kv-cache-dtype fp8", {"source": Source(None, kv_cache_dtype="fp8")}),
     ("-p 5,6", {"wanted": trials([5, 6], [128], [0], [1])}),
     ("-n 5,6", {"wanted": trials([512], [5, 6], [0], [1])}),
@@ -377,3 +379,23 @@ def test_options_that_reach_bench(
     assert run("bench", *options.split())[0] == 0
     defaults = {"source": Source(None), "wanted": trials([512], [128], [0], [1]), "repeats": 5, "cold_start": True}
     assert found == {**defaults, "form": "md", "plot": None, **changes}
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"), [("", "auto"), ("--cache-tokens auto", "auto"), ("--cache-tokens 700", 700)]
+)
+def test_cache_tokens_reach_what_is_served(
+    options: str, tokens: int | str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle = pytest.importorskip("cuplama.server.lifecycle", reason="serve needs its extra")
+    loaded: list[Any] = []
+    monkeypatch.setattr("cuplama.cli.serve.open_model", lambda *_, **more: loaded.append(more["cache_tokens"]))
+    monkeypatch.setattr(lifecycle, "serve", lambda service, load, sock, **more: (load(), sock.close()))
+    assert run("serve", "--port", "0", *options.split())[0] == 0
+    assert loaded == [tokens]
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "most", "1.5", "²", str(2**30 + 1)])
+def test_cache_tokens_that_are_no_number(value: str, fails: Fails) -> None:
+    message = fails("serve", "--cache-tokens", value)
+    assert f"'--cache-tokens': '{value}' is not a number from 1 to 1073741824, or auto (cuplama" in message

@@ -12,8 +12,9 @@ from cuplama.dtypes import DTYPES
 from cuplama.engine.batch import abstract_values, input_shapes
 from cuplama.engine.decode import AHEAD, RING, decode_nodes, decode_step
 from cuplama.engine.graphs import padded_sequences
-from cuplama.engine.sampler import sampling_nodes
+from cuplama.engine.sampler import Needs, sampling_nodes
 from cuplama.models.config import load_config
+from cuplama.models.fusion import PREFILL_RULES, fuse
 from cuplama.models.graph import decoder
 from cuplama.ops.abstract import abstract, infer
 from cuplama.ops.binding import bind_plan
@@ -111,7 +112,7 @@ def test_what_is_read_before_a_wait_changes_in_no_step(case: Path, size: int) ->
     """append_attention reads lengths, pages and old keys early. So a step begins with an ordinary launch, which waits
     for the step before and its ``advance``, and nothing but append_attention writes to the cache."""
     config = load_config(case)
-    step = decode_step(decoder(config), size, sampling_nodes(False, False, None))
+    step = decode_step(decoder(config), size, sampling_nodes(Needs()))
     shapes = {**input_shapes(size, size, 2, 0), "step": (1,), "ring": (4, size)}
     values: dict[str, Any] = {**abstract_values(config, DTYPES["bf16"], shapes, 3, 64)}
     floats = dict.fromkeys(("temperature", "top_p", "min_p"), abstract((size,), DTYPES["f32"]))
@@ -135,3 +136,10 @@ def test_norms_are_fused_up_to_the_rows_that_products_stream() -> None:
     graph = decoder(load_config(CASES[0]))
     few, many = (decode_nodes(graph, n) for n in (MAX_STREAMED_ROWS, MAX_STREAMED_ROWS + 1))
     assert len(few) == len(decode_nodes(graph, 1)) < len(many) == len(decode_nodes(graph, 64))
+
+
+@pytest.mark.parametrize("sequences", [1, MAX_STREAMED_ROWS + 1])
+def test_a_deterministic_step_has_the_nodes_of_a_prompt(sequences: int) -> None:
+    graph = decoder(load_config(CASES[0]))
+    prompt = fuse([*graph.body, *graph.every_row()], PREFILL_RULES)
+    assert decode_nodes(graph, sequences, deterministic=True) == prompt != decode_nodes(graph, sequences)

@@ -15,7 +15,8 @@ from cuplama.device import Setup, open_backend
 from cuplama.dtypes import DTYPES
 from cuplama.engine import memory
 from cuplama.engine.engine import Engine
-from cuplama.engine.graphs import KEPT_CHUNKS, padded_rows
+from cuplama.engine.graphs import max_logits, padded_rows
+from cuplama.engine.kv_cache import MAX_TOKENS, PAGE
 from cuplama.engine.memory import MemoryPlan
 from cuplama.engine.sequence import SequenceState
 from cuplama.errors import DeviceError
@@ -80,13 +81,12 @@ def test_the_residual_sum_takes_no_array_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("rows", [16, 128, 640, 1024, 2048])
-def test_the_plan_covers_the_captured_passes_that_are_kept(rows: int) -> None:
-    """As many passes of that many rows as may be kept, each with memory of its own, and one beside them."""
+def test_the_plan_covers_what_captured_passes_share(rows: int) -> None:
+    """And one pass beside them."""
     config, bf16 = _llama_8b(), DTYPES["bf16"]
-    kept = KEPT_CHUNKS * 2048 // rows
     plan = memory.plan(config, _bytes(config, bf16), bf16, 8192, 8192, 2048, Device())
     captured, other = (memory.workspace_bytes(config, bf16, n, Device()) for n in (rows, 2048))
-    assert kept * captured + other + memory.FIXED <= plan.workspace
+    assert captured + other + memory.FIXED <= plan.workspace
 
 
 def test_scratch_for_the_numbers_of_packed_weights_is_there_once() -> None:
@@ -155,11 +155,11 @@ def test_the_context_that_would_fit_does_fit() -> None:
 
 
 def test_the_parts_of_a_workspace() -> None:
-    """Activations of three passes, rotation tables, logits and the padding page, each by hand."""
+    """Activations of two passes, rotation tables, logits and the padding page, each by hand."""
     config, f16 = _small(), DTYPES["f16"]  # heads of 32, 2 KV heads, 2 layers
 
     def rest(config: ModelConfig, tokens: int, chunk: int, context: int = 100, rows: int = 64) -> int:
-        work = 3 * memory.workspace_bytes(config, f16, rows, Device())
+        work = 2 * memory.workspace_bytes(config, f16, rows, Device())
         plan = memory.plan(config, 20, f16, context, tokens, chunk, Device())
         assert (plan.weights, plan.tokens, plan.dtype) == (20, tokens, "f16")
         assert plan.cache == memory.cache_bytes(config, f16, tokens)
@@ -167,14 +167,74 @@ def test_the_parts_of_a_workspace() -> None:
 
     page = 2 * 2 * 2 * 64 * 32 * 2  # keys and values, layers, heads, tokens, elements, bytes
     tables, logits = 2 * 100 * 16 * 4, 4 * 4000
+    step = math.ceil(memory.POOL * memory.step_bytes(config, f16, 1, Device()))
     assert rest(config, 200, 64) == page + tables + 64 * logits
     assert rest(config, 64, 512) == page + tables + 64 * logits  # a pass has no more rows than the cache
     assert rest(config, 200, 64, context=200) == page + 2 * tables + 64 * logits
-    assert rest(config, 200, 3, rows=16) == page + tables + 4 * logits  # the sampler's, with few rows
-    assert rest(config, 0, 64, rows=16) == page + tables + 4 * logits
+    assert rest(config, 200, 3, rows=16) == page + tables + step  # a decode step's, with few rows
+    assert rest(config, 0, 64, rows=16) == page + tables + step
     assert rest(replace(config, layers=(Layer(),) * 2), 200, 64) == page + 64 * logits
     wide = replace(config, vocab_size=1 << 23)
     assert rest(wide, 200, 64) == page + tables + 8 * 4 * (1 << 23)  # no more than max_logits
+
+
+@pytest.mark.parametrize("sequences", [1, 8, 64, 256])
+def test_a_decode_step_has_what_every_token_of_the_vocabulary_takes(sequences: int) -> None:
+    """Logits and penalised logits, counts and bias; activations are small beside them."""
+    config = _llama_8b()
+    taken = memory.step_bytes(config, DTYPES["bf16"], sequences, Device())
+    least = sequences * 4 * 4 * config.vocab_size
+    assert least < taken < 1.02 * least
+
+
+def test_a_plan_has_room_for_the_largest_decode_step() -> None:
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    few, many, odd = (
+        memory.plan(config, GB, bf16, 8192, 8192, 2048, Device(), running=n).workspace for n in (1, 256, 225)
+    )
+    step = math.ceil(memory.POOL * memory.step_bytes(config, bf16, 256, Device()))
+    logits = 4 * config.vocab_size * max_logits(config.vocab_size)
+    assert many - few == step - logits > 0
+    assert odd == many  # as many sequences as the captured step has
+
+
+@pytest.mark.parametrize("cache", ["bf16", "e4m3"])
+@pytest.mark.parametrize("free", [24 * GB, 80 * GB, 139 * GB])
+def test_the_largest_cache_takes_most_of_what_is_free_beside_the_rest(free: int, cache: str) -> None:
+    config, bf16, chunks = _llama_8b(), DTYPES["bf16"], (4096, 2048)
+    size, C = _bytes(_llama_8b(), bf16), DTYPES[cache]
+    chunk, found = memory.fit(config, size, bf16, 8192, None, chunks, free, Device(), 0, C, running=64)
+    assert found == memory.plan(config, size, bf16, 8192, found.tokens, chunk, Device(), 0, C, 64)
+    assert found.tokens % PAGE == 0
+    page = memory.cache_bytes(config, C, PAGE) + (2 * 64 * 8 * 128 * 2 if cache == "e4m3" else 0)
+    taken = found.tokens // PAGE * page
+    rest = found.total - taken
+    assert rest == memory.plan(config, size, bf16, 8192, 8192, 4096, Device(), 0, C, 64).total - 8192 // PAGE * page
+    assert taken <= memory.SHARE * (free - rest) < taken + page
+    assert found.total < free
+
+
+def test_the_largest_cache_holds_one_text_at_least_and_is_refused_as_any_other() -> None:
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    size = _bytes(config, bf16)
+    _, exact = memory.fit(config, size, bf16, 8192, 8192, (512,), 0, Device())
+    for free in (exact.total, exact.total - 1, GB):
+        _, found = memory.fit(config, size, bf16, 8192, None, (512,), free, Device())
+        assert found == exact
+    with pytest.raises(DeviceError, match="--context"):
+        memory.check(found, exact.total - 1, "a GPU")
+
+
+def test_a_step_has_as_many_sequences_as_the_cache_has_room_for() -> None:
+    """Or fewer, if fewer may run; what is not asked for must not keep a model from a card on which it fits."""
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    for tokens, running, sequences in ((8192, 256, 1), (10 * 8192, 256, 10), (10 * 8192, 4, 4), (100, 256, 1)):
+        found = memory.fit(config, GB, bf16, 8192, tokens, (2048,), 10 * GB, Device(), running=running)[1]
+        assert found == memory.plan(config, GB, bf16, 8192, tokens, 2048, Device(), running=sequences)
+
+
+def test_the_largest_cache_has_no_more_tokens_than_places_have_numbers() -> None:
+    assert memory.fit(_small(), 0, DTYPES["f16"], 64, None, (512,), 1 << 60, Device())[1].tokens == MAX_TOKENS
 
 
 def test_an_fp8_cache_takes_half_and_16_bit_pages_of_one_layer() -> None:
@@ -282,7 +342,7 @@ def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.Mo
     monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
     gc.disable()
     try:
-        backend = open_backend(Setup("cuda", "f32", 512, 512), config, weights)
+        backend, _ = open_backend(Setup("cuda", "f32", 512, 512), config, weights)
         engine = Engine(backend, config, {n: backend.load_weight(w) for n, w in weights.items()}, 512, 512)
         _generate(engine, 100)
         del engine, backend
@@ -291,6 +351,22 @@ def test_a_model_that_was_dropped_makes_room_for_the_next(monkeypatch: pytest.Mo
         open_backend(Setup("cuda", "f32", 512, 512), config, weights)
     finally:
         gc.enable()
+
+
+def test_a_model_that_was_dropped_makes_room_for_the_largest_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sizes = _small(), []
+    weights = {name: Weight(name, (name,), (np.zeros(s, np.float32),)) for name, s in config.weight_shapes().items()}
+    gpu = PoolGpu(GB)
+    monkeypatch.setattr("cuplama.backends.cuda.backend.Gpu", lambda device: gpu)
+    monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
+    for _ in range(2):
+        backend, tokens = open_backend(Setup("cuda", "f32", 512, None), config, weights)
+        engine = Engine(backend, config, {n: backend.load_weight(w) for n, w in weights.items()}, 512, tokens)
+        assert engine.cache.pages * PAGE == tokens > 512
+        sizes.append(tokens)
+        del engine, backend
+        gpu.give_back = lambda: None
+    assert sizes[0] == sizes[1]
 
 
 def test_a_head_size_without_kernels_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.completion import Timings
 from cuplama.errors import ParameterError
 from cuplama.lab.dummy import dummy_model
 from cuplama.lab.trials import UNTIL_REPLAYED, Runs, Trial, prompt_operations, step_bytes, trials
@@ -109,3 +111,52 @@ def test_a_warm_prompt_is_replayed(command_gpu: CudaBackend, folder: Path, monke
         for _ in range(UNTIL_REPLAYED + 2):
             done.append(runs.prompt(Trial(20, 0)))
     assert captures == [UNTIL_REPLAYED - 1]
+
+
+class Calls:
+    """Stands for a model: keeps what ``generate`` is called with, and takes its time from a list."""
+
+    def __init__(self, clock: list[float], timings: Timings, tokens: int | None = None) -> None:
+        self.config, self.clock, self.timings, self.tokens = parse_config(TINY), clock, timings, tokens
+        self.calls: list[tuple[list[list[int]], dict[str, Any]]] = []
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> list[Any]:
+        self.calls.append((prompts, options))
+        self.clock.append(self.clock[-1] + 10)
+        count = options["max_tokens"] if self.tokens is None else self.tokens
+        return [SimpleNamespace(tokens=[0] * count, timings=self.timings) for _ in prompts]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found = [0.0]
+    monkeypatch.setattr("cuplama.lab.trials.time.perf_counter", lambda: found[-1])
+    return found
+
+
+def test_generation_is_the_librarys_call(clock: list[float]) -> None:
+    """10 seconds of which 2 are the prompt's; 3 of 16 tokens came while other prompts were read."""
+    model: Any = Calls(clock, Timings(40, 2.0, 13, 7.0))
+    first, taken = Runs(model).generation(Trial(0, 8, 20, 2))
+    assert first == 2
+    assert taken == pytest.approx((10 - 2) * 16 / 13)
+    ((prompts, options),) = model.calls
+    assert [len(p) for p in prompts] == [20, 20]
+    assert options == {"temperature": 0.0, "max_tokens": 9, "ignore_eos": True, "seed": 0}
+
+
+def test_a_prompt_on_top_of_others_is_read_behind_them(clock: list[float]) -> None:
+    model: Any = Calls(clock, Timings(40, 2.0, 0, 0.0))
+    assert Runs(model).prompt(Trial(5, 0, 20, 2)) == 10
+    (before, _), (whole, options) = model.calls
+    assert [len(p) for p in whole] == [25, 25]
+    assert [p[:20] for p in whole] == before
+    assert options["max_tokens"] == 1
+    assert Runs(model).prompt(Trial(5, 0)) == 10
+    assert len(model.calls) == 3  # nothing before where nothing is in the cache
+
+
+def test_a_token_that_is_missing_is_noticed(clock: list[float]) -> None:
+    model: Any = Calls(clock, Timings(40, 2.0, 13, 7.0), tokens=8)
+    with pytest.raises(AssertionError, match="not every sequence has its 9 tokens"):
+        Runs(model).generation(Trial(0, 8))

@@ -11,7 +11,7 @@ import pytest
 from cuplama.cli.kernels.options import parse_shape
 from cuplama.dtypes import DTYPES
 from cuplama.engine.decode import decode_step
-from cuplama.engine.sampler import sampling_nodes
+from cuplama.engine.sampler import Needs, sampling_nodes
 from cuplama.errors import ParameterError
 from cuplama.lab.check import check_launches
 from cuplama.lab.workloads import (
@@ -41,7 +41,7 @@ def _names(nodes: list[Any]) -> list[str]:
 @pytest.mark.parametrize("batch", [1, 16])
 def test_every_node_of_both_passes_is_in_a_workload(name: str, batch: int) -> None:
     config = find_shape(name)[1]
-    graph, greedy = decoder(config), sampling_nodes(False, False, None)
+    graph, greedy = decoder(config), sampling_nodes(Needs())
     step = _names(decode_step(graph, batch, greedy))
     found = decode_workloads(config, "bf16", batch)
     assert sum(w.count for w in found) == len(step)

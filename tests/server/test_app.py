@@ -12,16 +12,19 @@ from cuplama.server.app import create_app
 from cuplama.server.endpoints import ENDPOINTS
 from cuplama.server.log import RequestLog
 from cuplama.server.service import Service
+from tests.server.conftest import Log
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_an_unknown_path_is_a_json_error(client: httpx.AsyncClient) -> None:
+async def test_an_unknown_path_is_a_json_error(client: httpx.AsyncClient, log: Log) -> None:
     response = await client.get("/v1/nothing")
     assert response.status_code == 404
     assert response.json() == {
         "error": {"message": "Not Found", "type": "not_found_error", "param": None, "code": None}
     }
+
+    assert (log()[0]["status"], log()[0]["error"]) == (404, "not_found_error")
 
 
 async def test_an_unknown_method_is_a_json_error(client: httpx.AsyncClient) -> None:

@@ -28,7 +28,7 @@ async def test_health_says_what_is_the_matter(
     assert (await client.get("/health")).json()["error"]["message"] == "the server is shutting down"
     assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 503
     service.draining = False
-    monkeypatch.setattr(model.engine, "failure", DeviceError("the GPU is gone"), raising=False)
+    monkeypatch.setattr(model.engine, "failure", DeviceError("the GPU is gone"))
     response = await client.get("/health")
     assert response.status_code == 503
     assert response.json()["error"]["message"] == "the engine failed: the GPU is gone"

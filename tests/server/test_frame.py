@@ -62,6 +62,13 @@ async def _stream(_: Service, request: Request) -> Response:
     return StreamingResponse(parts())
 
 
+async def _clumsy(_: Service, __: Request) -> Response:
+    try:
+        await asyncio.sleep(60)
+    finally:
+        raise KeyError("a bug in what follows")
+
+
 async def _cut(_: Service, __: Request) -> Response:
     async def parts() -> AsyncIterator[bytes]:
         yield b"begun"
@@ -80,6 +87,7 @@ ENDPOINTS = (
     Endpoint("GET", "/broken", _broken, "A broken GPU."),
     Endpoint("GET", "/endless", _endless, "Computes for a minute."),
     Endpoint("GET", "/stream", _stream, "Streams for a minute."),
+    Endpoint("GET", "/clumsy", _clumsy, "Fails when it is stopped."),
     Endpoint("GET", "/cut", _cut, "Breaks in the middle of a stream."),
     Endpoint("POST", "/echo", _echo, "The number of fields."),
 )
@@ -154,6 +162,14 @@ def test_a_client_that_leaves_is_noticed(url: str, service: Service, log: Log, p
     assert [path] == STOPPED
     (line,) = log()
     assert (line["status"], line.get("finish")) == (499, "abort" if path == "stream" else None)
+
+
+def test_what_fails_when_a_client_has_left_is_logged(url: str, service: Service, log: Log) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(f"{url}/clumsy", timeout=0.1)
+    eventually(lambda: len(log()) == 2)
+    failure, line = log()
+    assert (failure["id"], failure["error"], line["status"]) == (line["id"], "KeyError('a bug in what follows')", 499)
 
 
 def test_an_error_in_the_middle_of_a_stream_ends_the_connection(url: str, log: Log) -> None:

@@ -68,7 +68,7 @@ async def test_what_needs_no_key(client: httpx.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
     open_ = {path for path, methods in paths.items() if any(m["security"] == [] for m in methods.values())}
     assert open_ >= OPEN
-    for path in open_:
+    for path in (path for path in open_ if "{" not in path):
         assert (await client.get(path)).status_code == 200
     for path in ("/v1/models", "/metrics", "/version", "/tokenizer_info"):
         assert (await client.get(path)).status_code == 401

@@ -38,6 +38,7 @@ async def refused(body: bytes, kind: str | None = "application/json") -> ApiErro
         (b'{"a": 1', "the body is not JSON: "),
         (b'{"a": NaN}', "the body is not JSON: NaN is not a JSON value"),
         (b'{"a": "\xff"}', "the body is not JSON: 'utf-8' codec"),
+        ('{"a": 1}'.encode("utf-16"), "the body is not JSON: 'utf-8' codec"),
         (b'{"a": ' + b"9" * 5000 + b"}", "the body is not JSON: Exceeds the limit"),
         (b"[1]", "the body is a JSON array; it must be an object"),
         (b"null", "the body is a JSON null; it must be an object"),

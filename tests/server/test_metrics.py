@@ -118,6 +118,18 @@ def test_two_servers_do_not_share_their_metrics() -> None:
     assert 'finished_reason="stop"' not in other.exposition().decode()
 
 
+def test_a_line_of_the_log_is_written_at_once() -> None:
+    written: list[str] = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    RequestLog(Stream()).write(path="/")
+    assert [text.count("\n") for text in written] == [1]
+
+
 def test_a_line_of_the_log_is_json_on_one_line() -> None:
     stream = io.StringIO()
     log = RequestLog(stream)

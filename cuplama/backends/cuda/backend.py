@@ -34,7 +34,7 @@ from .planning import Planned, make_plan
 from .ranges import nvtx_ranges
 from .unpacking import largest_slice
 
-__all__ = ["CapturedGraph", "CudaBackend", "Event", "convert"]
+__all__ = ["CapturedGraph", "CudaBackend", "Event", "Fetch", "convert"]
 
 _log = logging.getLogger("cuplama")
 
@@ -61,6 +61,18 @@ class Event:
             self._event.synchronize()
         except self._failures as e:
             raise _failure("a kernel before this point", e) from e
+
+
+class Fetch:
+    """Copies of arrays that are on their way to pinned memory."""
+
+    def __init__(self, arrays: list[np.ndarray[Any, Any]], event: Event) -> None:
+        self._arrays, self._event = arrays, event
+
+    def wait(self) -> list[np.ndarray[Any, Any]]:
+        """The copies, once they are there. Raises DeviceError if something before them failed."""
+        self._event.synchronize()
+        return self._arrays
 
 
 class CapturedGraph:
@@ -104,7 +116,7 @@ class CapturedGraph:
 
 
 class CudaBackend:
-    """The ``Backend`` of an NVIDIA GPU. dtype: "f32", "f16" or "bf16"; activations: as of ``load``.
+    """The ``Backend`` of an NVIDIA GPU. dtype: "f32", "f16" or "bf16"; activations, deterministic: as of ``load``.
 
     bf16 needs sm_80; on older GPUs the model runs in fp16, with a warning on the ``cuplama`` logger. Environment:
     CUPLAMA_CHECK=1 fills outputs and scratch with NaN before every node and waits after it, so that an error names its
@@ -123,8 +135,18 @@ class CudaBackend:
     _MAX_LISTS = 64  # node lists whose liveness is kept; when there are more, all are forgotten at once
     _MAX_PLANS = 8192  # plans that are kept, since shapes of prompts vary without end; then all are forgotten at once
 
-    def __init__(self, dtype: str = "bf16", device: int = 0, gpu: Gpu | None = None, activations: str = "auto") -> None:
+    def __init__(
+        self,
+        dtype: str = "bf16",
+        device: int = 0,
+        gpu: Gpu | None = None,
+        activations: str = "auto",
+        deterministic: bool = False,
+    ) -> None:
         self.gpu = gpu or Gpu(device)
+        self.deterministic = deterministic
+        if deterministic:
+            self.gpu.fix_sums()
         if dtype == "bf16" and self.gpu.limits.arch < 80:
             _log.warning("%s (sm_%d) has no bf16; running in fp16", self.gpu.name, self.gpu.limits.arch)
             dtype = "f16"
@@ -203,6 +225,11 @@ class CudaBackend:
         with self._on_gpu() as gpu:
             gpu.check("the array to download", array)
             return gpu.read(array)
+
+    def fetch(self, arrays: Sequence[Array]) -> Fetch:
+        with self._on_gpu() as gpu:
+            copies = [gpu.fetch(array) for array in arrays]
+            return Fetch(copies, Event(gpu.event(), gpu.failures))
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         with self._on_gpu() as gpu:

@@ -14,14 +14,14 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DeviceError
 
-__all__ = ["FORMS", "SCALES", "Cublas", "Heuristic", "Product", "Scales", "load_cublas"]
+__all__ = ["FORMS", "SCALES", "Cublas", "Heuristic", "Kind", "Product", "Scales", "load_cublas"]
 
 _ALIGNMENT = 16  # bytes: the address of every array must be a multiple of it
 # What the library is told of addresses, in turn until it has an algorithm. It knows how long rows are, too; one that
@@ -35,7 +35,7 @@ _UNSUPPORTED = (7, 15)  # cublasStatus_t: INVALID_VALUE, NOT_SUPPORTED
 _OPERATIONS = (ctypes.c_int32(0), ctypes.c_int32(1))  # cublasOperation_t: as it is, transposed
 _ADD_BIAS = ctypes.c_uint32(4)  # cublasLtEpilogue_t
 # cublasLtReductionScheme_t: partial sums are kept in float32 (or there are none), never rounded to 16 bits on the way.
-_REDUCTION = ctypes.c_uint32(2)
+_REDUCTION = 2
 # cublasLtMatmulDescAttributes_t. A is w and B is x. The modes are there from 12.8 on, and mean a scalar where not set.
 _DESC_TRANSA, _DESC_TRANSB, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 4, 7, 8
 _DESC_SCALE_POINTERS, _DESC_SCALE_MODES, _DESC_FAST_ACCUM = (17, 18), (31, 32), 25
@@ -59,6 +59,17 @@ class Heuristic(ctypes.Structure):
         ("waves", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A product but for its sizes; see ``Cublas.product``."""
+
+    T: str
+    U: str
+    bias: bool
+    add: bool
+    form: str
 
 
 @dataclass(frozen=True)
@@ -122,10 +133,16 @@ def load_cublas() -> ctypes.CDLL | None:
 
 # ---- products --------------------------------------------------------------------------------------------------------
 class Cublas:
-    """The library on one device and stream. workspace: address of ``size`` bytes that all products share."""
+    """The library on one device and stream. workspace: address of ``size`` bytes that all products share.
+
+    reduction: mask of the ways in which an algorithm may add up partial sums (cublasLtReductionScheme_t); 0 leaves
+    those that add each sum in one sequence.
+    """
+
+    reduction = _REDUCTION
 
     def __init__(self, library: ctypes.CDLL, stream: int, workspace: int, size: int) -> None:
-        self._library = library
+        self.library = library
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
         self.stream, self.workspace, self.size = stream, workspace, size
@@ -136,7 +153,7 @@ class Cublas:
     def _preference(self, alignment: int) -> ctypes.c_void_p:
         made = self.make("MatmulPreference", self._owned)
         self.set("MatmulPreference", made, _PREF_WORKSPACE, ctypes.c_uint64(self.size))
-        self.set("MatmulPreference", made, _PREF_REDUCTION, _REDUCTION)
+        self.set("MatmulPreference", made, _PREF_REDUCTION, ctypes.c_uint32(self.reduction))
         for operand in _PREF_ALIGNMENTS:
             self.set("MatmulPreference", made, operand, ctypes.c_uint32(alignment))
         return made
@@ -170,14 +187,14 @@ class Cublas:
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library. Raises DeviceError, naming it, if it fails."""
-        if status := getattr(self._library, name)(*arguments):
+        if status := getattr(self.library, name)(*arguments):
             raise DeviceError(f"{name} fails with status {status}")
 
     def make(self, kind: str, owner: ExitStack, *arguments: Any) -> ctypes.c_void_p:
         """An object of the library, which ``owner`` gives back."""
         made = ctypes.c_void_p()
         self.call(f"cublasLt{kind}Create", ctypes.byref(made), *arguments)
-        owner.callback(getattr(self._library, f"cublasLt{kind}Destroy"), made)
+        owner.callback(getattr(self.library, f"cublasLt{kind}Destroy"), made)
         return made
 
     def set(self, kind: str, made: ctypes.c_void_p, attribute: int, value: Any) -> None:
@@ -186,29 +203,32 @@ class Cublas:
 
     def knows(self, desc: ctypes.c_void_p, attribute: int, value: Any) -> bool:
         """Set an attribute of an operation that an older library may not have; whether it has it."""
-        status = self._library.cublasLtMatmulDescSetAttribute(
-            desc, attribute, ctypes.byref(value), ctypes.sizeof(value)
-        )
+        status = self.library.cublasLtMatmulDescSetAttribute(desc, attribute, ctypes.byref(value), ctypes.sizeof(value))
         if status not in (0, *_UNSUPPORTED):
             raise DeviceError(f"cublasLtMatmulDescSetAttribute fails with status {status}")
         return bool(status == 0)
 
-    def choose(self, desc: ctypes.c_void_p, w: ctypes.c_void_p, x: ctypes.c_void_p, y: ctypes.c_void_p) -> Any:
-        """A pointer to the best algorithm for y = w x as cuBLAS sees it; None if there is none.
+    def choose(self, product: Product) -> Heuristic | None:
+        """The best algorithm for a product as cuBLAS sees it; None if there is none.
 
         It is the first that the library names. Timing several would choose another now and then, and with it the order
         of additions: results would not repeat.
         """
+        return next(iter(self.candidates(product, 1)), None)
+
+    def candidates(self, product: Product, most: int) -> list[Heuristic]:
+        """The algorithms for a product, best first as cuBLAS sees it, at most that many; an empty list if there are
+        none."""
         for preference in self._preferences:
-            best, count = Heuristic(), ctypes.c_int()
-            status = self._library.cublasLtMatmulAlgoGetHeuristic(
-                self.handle, desc, w, x, y, y, preference, 1, ctypes.byref(best), ctypes.byref(count)
+            found, count = (Heuristic * most)(), ctypes.c_int()
+            status = self.library.cublasLtMatmulAlgoGetHeuristic(
+                self.handle, *product.described, preference, most, ctypes.byref(found), ctypes.byref(count)
             )
             if status not in (0, *_UNSUPPORTED):
                 raise DeviceError(f"cublasLtMatmulAlgoGetHeuristic fails with status {status}")
-            if status == 0 and count.value and best.state == 0:
-                return ctypes.byref(best.algorithm)
-        return None
+            if status == 0 and (good := [one for one in found[: count.value] if one.state == 0]):
+                return good
+        return []
 
     def close(self) -> None:
         """Give back the library's handle. Products cannot be used afterwards."""
@@ -226,13 +246,16 @@ class Product:
     def __init__(
         self, cublas: Cublas, n: int, m: int, k: int, T: str, U: str, bias: bool, add: bool, width: int,
         scales: Scales | None = None, fast: bool = False, form: str = "nt", line: int = 0,
+        choose: Callable[[Product], Heuristic | None] | None = None,
     ) -> None:  # fmt: skip
+        """choose: gives the algorithm, in place of ``cublas.choose``."""
         turned = FORMS[form]  # x and w
         stored = [size[::-1] if turn else size for size, turn in zip(((n, k), (k, m)), turned, strict=True)]
         steps = (line or stored[0][1], stored[1][1], width)  # from row to row
         left, right = (f"[{rows},{columns}]" for rows, columns in stored)
         product = f"x{left}{'^T' * turned[0]}:{T} w{right}{'^T' * turned[1]}"
         self.text = f"cuBLAS: y[{n},{m}]:{U} = {product}{' + b' * bias}{' + c' * add}"
+        self.sizes, self.kind = (n, m, k), Kind(T, U, bias, add, form)
         self._cublas, self._bias, self._scaled = cublas, bias, scales is not None
         self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(add)
         self._lock = threading.Lock()
@@ -251,9 +274,14 @@ class Product:
                 for dtype, (rows, columns), step in zip((T, T, U), (*stored, (n, m)), steps, strict=True)
             )
             known = scales is None or self._scale(scales, fast)
-            self.algorithm = cublas.choose(self._desc, self._w, self._x, self._y) if known else None
+            self.algorithm = (choose or cublas.choose)(self) if known else None
         except DeviceError as e:
             raise DeviceError(f"{self.text}: {e}") from None
+
+    @property
+    def described(self) -> tuple[ctypes.c_void_p, ...]:
+        """The operation and the layouts of w, x, c and y, as functions of the library take them."""
+        return self._desc, self._w, self._x, self._y, self._y
 
     def _scale(self, scales: Scales, fast: bool) -> bool:
         """Describe the scales of an 8-bit product; whether the library knows such."""
@@ -273,6 +301,7 @@ class Product:
         workspace, stream: those of this call; 0 for the library's own.
         """
         cublas, layout = self._cublas, self._y
+        assert self.algorithm is not None, "a product without an algorithm is not given to anyone"
         if (x | w | y | b | c | x_scale | w_scale) % _ALIGNMENT:
             raise DeviceError(f"{self.text}: an array does not begin at a multiple of {_ALIGNMENT} bytes")
         try:
@@ -284,7 +313,7 @@ class Product:
                         cublas.set("MatmulDesc", self._desc, at, ctypes.c_void_p(scale))
                 cublas.call(
                     "cublasLtMatmul", cublas.handle, self._desc, ctypes.byref(self._alpha), w, self._w, x, self._x,
-                    ctypes.byref(self._beta), c or y, layout, y, layout, self.algorithm,
+                    ctypes.byref(self._beta), c or y, layout, y, layout, ctypes.byref(self.algorithm),
                     workspace or cublas.workspace, cublas.size, stream or cublas.stream,
                 )  # fmt: skip
         except DeviceError as e:

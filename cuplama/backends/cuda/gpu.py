@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from ...ops.signature import OpError
 from ...ops.weights import named_segments, segments_of
 from .cublas import Cublas, load_cublas
 from .driver import PdlLaunch, driver_version, load_driver
+from .fixed_cublas import FixedCublas
 from .functions import Functions
 
 __all__ = ["STAGE", "Gpu", "parallel_copy", "windows"]
@@ -152,6 +154,13 @@ class Gpu:
         self.stream.synchronize()
         return host
 
+    def fetch(self, array: Array) -> np.ndarray[Any, Any]:
+        """A copy in pinned host memory, which is there once everything queued until now has run."""
+        memory = self._cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))  # of a pool: asking CUDA takes 0.1 ms
+        host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+        array.data.copy_to_host_async(host.ctypes.data, host.nbytes, self.stream)
+        return host
+
     def stage(self, array: Array, offset: int, host: np.ndarray[Any, Any]) -> None:
         """Copy 1-D ``host`` to the array's elements from ``offset`` on, through the pinned buffers."""
         self.stage_pieces(array, [(offset * host.itemsize, host.view(np.uint8))])
@@ -237,6 +246,24 @@ class Gpu:
         if not waits or self._early is None:
             return launch
         return self._early_launches.setdefault(id(raw), PdlLaunch(self._early, launch, self.stream.ptr))
+
+    def fix_sums(self) -> None:
+        """From now on a row of a result does not depend on how many rows there are: for plans, and for cuBLAS, whose
+        workspace becomes memory for trials. Called before the first plan is made."""
+        self.limits = replace(self.limits, deterministic=True)
+        if self.cublas is None:
+            return
+        with self:
+            memory, library, byte = self._workspace, self.cublas.library, np.dtype(np.uint8)
+
+            def read(at: int, size: int) -> np.ndarray[Any, Any]:
+                return self.read(self.array_type((size,), byte, memory + at))
+
+            def write(at: int, host: np.ndarray[Any, Any]) -> None:
+                self.write(self.array_type((host.nbytes,), byte, memory + at), host)
+
+            self.cublas.close()
+            self.cublas = FixedCublas(library, self.stream.ptr, memory.ptr, _WORKSPACE, read, write)
 
     def close(self) -> None:
         """Give back memory, handles and modules. Arrays that the caller still holds keep theirs until they die.

@@ -17,6 +17,7 @@ from ...ops.abstract import abstract
 from ...ops.binding import Allocate, BoundLaunch, bind_plan
 from ...ops.launch import Device, Launch, Plan
 from ...ops.linear import MAX_STREAMED_ROWS
+from ...ops.linear_packed_many import many_rows_plan
 from ...ops.op import Call
 from ...ops.signature import OpError
 from ...ops.unpacking import UNPACKED, unpack_launches
@@ -225,7 +226,7 @@ class _Way:
 def _by_library(compiler: Compiler, call: Call) -> _Way | None:
     """How cuBLAS computes the op; None if our kernels do."""
     matmul = call.op.matmul
-    if matmul is None or (matmul.streamed and call["n"] <= _streamed_rows(call)) or (cublas := compiler.cublas) is None:
+    if matmul is None or (matmul.streamed and _streamed(call, compiler.limits)) or (cublas := compiler.cublas) is None:
         return None
     for way in _ways(call, compiler.activations == "fp8"):
         found = [(part, product) for part in way.parts if (product := _product(cublas, call, way, part)) is not None]
@@ -234,9 +235,13 @@ def _by_library(compiler: Compiler, call: Call) -> _Way | None:
     return None
 
 
-def _streamed_rows(call: Call) -> int:
-    """Rows of x up to which the op's kernels are faster."""
-    return MAX_STREAMED_ROWS if segments_of(call.arrays["w"]) is None else MAX_PACKED_ROWS
+def _streamed(call: Call, device: Device) -> bool:
+    """Whether the op's own kernels compute it: up to so many rows of x, where they are faster. On a deterministic
+    device one way serves any number of rows: the kernels where the weight is packed and they take many rows of x."""
+    packed = segments_of(call.arrays["w"]) is not None
+    if device.deterministic:
+        return packed and many_rows_plan(call.op.name, call, device) is not None
+    return bool(call["n"] <= (MAX_PACKED_ROWS if packed else MAX_STREAMED_ROWS))
 
 
 def _product(cublas: Any, call: Call, way: _Way, part: _Part) -> Product | None:

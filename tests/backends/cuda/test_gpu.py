@@ -125,6 +125,28 @@ def test_cublas_gets_the_stream_and_a_workspace_of_the_gpu(make: Callable[..., G
     assert make(Card(), library=None).cublas is None
 
 
+def test_with_fixed_sums_products_have_memory_for_trials(
+    make: Callable[..., Gpu], card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FixedCublas", _Cublas)
+    gpu = make(card, library=(library := object()))
+    before: Any = gpu.cublas
+    before.library = library
+    gpu.fix_sums()
+    assert gpu.limits == Device(arch=gpu.limits.arch, deterministic=True)
+    assert before.closed
+    assert isinstance(gpu.cublas, _Cublas)
+    given, stream, memory, room, read, write = gpu.cublas.given
+    assert (given, stream, memory, room) == (library, gpu.stream.ptr, gpu._workspace.ptr, 32 << 20)
+    numbers = np.arange(8, dtype=np.float32)
+    with gpu:
+        write(512, numbers)
+        assert np.array_equal(read(512 + 8, 16).view(np.float32), numbers[2:6])
+    other = make(Card(), library=None)
+    other.fix_sums()
+    assert (other.cublas, other.limits.deterministic) == (None, True)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
