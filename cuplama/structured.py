@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from threading import Lock
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,15 +31,21 @@ if TYPE_CHECKING:
 __all__ = ["Grammars"]
 
 _KEPT = 16  # compiled grammars of a model
-# What one grammar may cost: those of real requests stay far below. Each of the first three is what the default of
-# llguidance is, or less: 20 ms for the lexer, 100,000 symbols, about 40 MB of its states, and 14 and 1 ms for a mask.
+# What one grammar may cost: a hostile one is refused within a few seconds. In the order of the lines: nodes of its
+# regular expressions (8,000 elements of one, or 3,000 values of an enum), symbols of its rules, states of its lexer
+# (of 1 to 2 kB), and for one mask, steps of the lexer and items of the parser.
 _LIMITS = {
-    "initial_lexer_fuel": 1_000_000,
+    "initial_lexer_fuel": 50_000,
     "max_grammar_size": 100_000,
     "max_lexer_states": 25_000,
-    "step_lexer_fuel": 200_000,
+    "step_lexer_fuel": 50_000,
     "step_max_items": 20_000,
 }
+_MAX_LINES = 500  # of a Lark or GBNF grammar; the time to refuse one grows with the square
+# Bytes of stack to compile on, touched only where they are used: llguidance follows rules and references by recursion,
+# and 1,000 of them in a row overflow the usual 8 MB. The longest text allowed needs less than 64 MB.
+_STACK = 2**28
+_stack_size = threading.Lock()  # the size is that of all threads which start meanwhile
 _LONGEST_ERROR = 300  # characters of llguidance's message
 
 
@@ -51,7 +58,7 @@ class Grammars:
     def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int, stop_ids: Collection[int]) -> None:
         self._tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, frozenset(stop_ids)
         self._vocabulary: LLTokenizer | None = None
-        self._lock = Lock()
+        self._lock = threading.Lock()
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def constraint(self, params: SamplingParams, stops: Collection[int]) -> Constraint | None:
@@ -78,7 +85,8 @@ class Grammars:
                 self._vocabulary = self._read_vocabulary(llguidance)
         vocabulary = self._vocabulary
         limits = llguidance.LLParserLimits(**_LIMITS, verbose_errors=False)
-        matcher = llguidance.LLMatcher(vocabulary, _grammar(llguidance, form, text), log_level=0, limits=limits)
+        grammar = _grammar(llguidance, form, text)
+        matcher = _on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
         if not matcher.is_error():
             matcher.compute_bitmask()  # fails where nothing can begin
         if matcher.is_error():
@@ -87,9 +95,8 @@ class Grammars:
 
     def _read_vocabulary(self, llguidance: Any) -> LLTokenizer:
         tokenizer = self._tokenizer()
-        size = max(self._vocab_size, tokenizer.vocab_size)
         stops = sorted(self._stop_ids)
-        known = _Vocabulary(TokenBytes(tokenizer, size, stops), tokenizer.bos, stops[0] if stops else None)
+        known = _Vocabulary(TokenBytes(tokenizer, self._vocab_size, stops), tokenizer.bos, stops[0] if stops else None)
         found: LLTokenizer = llguidance.LLTokenizer(known, eos_token=stops or None)
         return found
 
@@ -179,6 +186,17 @@ class _Constraint:
         self._forget()
 
 
+def _on_a_large_stack(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns, on a thread of its own."""
+    with _stack_size, ThreadPoolExecutor(1) as pool:
+        before = threading.stack_size(_STACK)
+        try:
+            done = pool.submit(work)  # starts the thread
+        finally:
+            threading.stack_size(before)
+        return done.result()
+
+
 def _llguidance(form: str) -> Any:
     try:
         import llguidance
@@ -192,12 +210,23 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
     """What llguidance compiles. Raises ParameterError for what its converters refuse."""
     try:
         if form == "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=dict(JSON_STYLE))
+            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE)
         if form == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
-        return llguidance.gbnf_to_lark.any_to_lark(text)
+        _check_lines(text)
+        lark = llguidance.gbnf_to_lark.any_to_lark(text)
+        _check_lines(lark)
+        return lark
+    except ParameterError:
+        raise
     except Exception as e:  # the converter from GBNF raises whatever its own code runs into
         raise ParameterError(f"{form} = {shown(text)}: {_said(str(e) or type(e).__name__)}") from None
+
+
+def _check_lines(grammar: str) -> None:
+    lines = max(grammar.count("\n") + 1, grammar.count("::="))
+    if lines > _MAX_LINES:
+        raise ParameterError(f"grammar has {lines} lines; the most is {_MAX_LINES}")
 
 
 def _said(message: str) -> str:

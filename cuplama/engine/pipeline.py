@@ -173,8 +173,8 @@ class Pipeline:
         """Let sequences whose prompts are through draw by captured steps, in the loop that fits."""
         if not self.runner.backend.captures:
             return
-        loop, scheduler = self._loop, self.scheduler
-        joining = [s for s in scheduler.running if s.row is None and scheduler.may_decode(s)]
+        loop = self._loop
+        joining = self._joining()
         if loop is None:
             if joining:
                 self._change_loop()
@@ -196,12 +196,23 @@ class Pipeline:
             for _, s in self._members(old):
                 s.row = None
             self.runner.keep(old)
-        members = [s for s in self.scheduler.running if s.finish_reason is None and self.scheduler.may_decode(s)]
+        members = self._joining()
         if members:
             for row, s in enumerate(members):
                 self._take_row(row, s)
             self._loop = self.runner.loop(*self._fit())
             self.runner.begin(self._loop, members)
+
+    def _joining(self) -> list[SequenceState]:
+        """The sequences without a row that captured steps can go on with. They have the page of their last token; for
+        that others may have lost theirs."""
+        scheduler, found = self.scheduler, list[SequenceState]()
+        for s in scheduler.running[:]:
+            if s.row is None and s.finish_reason is None and scheduler.may_decode(s):
+                if scheduler.make_room(s, len(s.tokens)):
+                    found.append(s)
+                self._vacate()
+        return [s for s in found if s.pages]
 
     def _take_row(self, row: int, s: SequenceState) -> None:
         s.row, s.until = row, len(s.tokens) + self.scheduler.steps_left(s)

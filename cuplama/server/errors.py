@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -95,9 +95,9 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_response(error: ApiError) -> Response:
-    """The response of a request that failed before anything was sent.
+def error_response(error: ApiError, body: Callable[[ApiError], dict[str, Any]] = error_body) -> Response:
+    """The response of a request that failed before anything was sent. body: what it says.
 
     It is ASCII: a message may quote half a surrogate pair, which UTF-8 does not have.
     """
-    return Response(json.dumps(error_body(error)), error.status, error.headers, "application/json")
+    return Response(json.dumps(body(error)), error.status, error.headers, "application/json")

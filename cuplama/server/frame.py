@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .endpoint import Endpoint
-from .errors import ClientGoneError, error_response, unavailable
+from .errors import ClientGoneError, error_body, error_response, unavailable
 from .limits import check_headers, read_body
 from .metrics import Meter
 from .service import Service
@@ -59,6 +59,12 @@ class _Exchange:
         scope.setdefault("state", {}).update(meter=self.meter, id=self.id)
         self.status = 0
 
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The endpoint that the request is for, as far as that is known."""
+        found = self.scope.get("endpoint")
+        return found.endpoint if isinstance(found, Answering) else None
+
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -69,14 +75,14 @@ class _Exchange:
         """Answer with the error, if nothing was sent yet; else the connection ends in the middle of the answer."""
         told = self.service.told(error, self.scope)
         if not self.status:
-            await error_response(told)(self.scope, receive, self.send)
+            body = self.endpoint.error_body if self.endpoint is not None else error_body
+            await error_response(told, body)(self.scope, receive, self.send)
 
     def log(self) -> None:
         """Write the line, and count the request."""
         self.meter.close()
         client = self.scope.get("client")
-        endpoint = self.scope.get("endpoint")
-        path = endpoint.endpoint.path if isinstance(endpoint, Answering) else "none"
+        path = "none" if self.endpoint is None else self.endpoint.path
         method = self.scope["method"]
         self.service.metrics.answered(method if path != "none" else "none", path, self.status)
         self.service.log.write(

@@ -21,7 +21,6 @@ from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
 from ..files import is_missing
 from ..gguf import is_gguf, open_gguf
-from .answer_form import AnswerForm, find_form
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
@@ -31,6 +30,8 @@ from .tokenizer_files import read_file, read_folder
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from .answer_form import AnswerForm
 
 __all__ = ["Tokenizer"]
 
@@ -236,6 +237,8 @@ class Tokenizer:
 
     def find_form(self, *, reasoning: str | None = None, tools: str | None = None) -> AnswerForm:
         """The same with formats chosen by name; see ``find_form`` in text/answer_form.py. Raises ParameterError."""
+        from .answer_form import find_form  # only chats with tools or reasoning need it
+
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         return find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
 

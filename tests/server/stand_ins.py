@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cuplama.async_stream import AsyncStream
 from cuplama.completion import Completion, Delta, Timings
 from cuplama.engine.sequence import Token
-from cuplama.model import Model
 from cuplama.sampling_params import SamplingParams
 
-__all__ = ["ScriptedStream", "Step", "log_softmax", "prompt_scores", "scoring", "scripted"]
+__all__ = ["ScriptedStream", "Step", "log_softmax", "scripted"]
 
 Step = str | float | Exception  # a text that comes, seconds that pass, or an error that ends the stream
 
@@ -27,12 +25,17 @@ def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class ScriptedStream:
-    """A stream of one sequence that does what its steps say. closed: whether aclose() was called."""
+    """A stream of one sequence that does what its steps say, from the moment when it is made.
 
-    def __init__(self, steps: Sequence[Step], prompts: Sequence[list[int]], params: SamplingParams) -> None:
-        self._steps, self._prompts, self._params = list(steps), prompts, params
+    prompts, params: what was asked for; closed: whether aclose() was called.
+    """
+
+    def __init__(self, steps: Sequence[Step], prompts: Sequence[Any], params: SamplingParams) -> None:
+        self._steps, self.params = list(steps), params
+        self.prompts = [prompts] if prompts and isinstance(prompts[0], int) else prompts
         self._texts: list[str] = []
         self._end: str | None = None
+        self._due = time.monotonic()
         self.closed = False
 
     def __aiter__(self) -> ScriptedStream:
@@ -44,11 +47,28 @@ class ScriptedStream:
             if isinstance(step, Exception):
                 raise step
             if isinstance(step, str):
-                self._texts.append(step)
-                self._end = None if any(not isinstance(s, float) for s in self._steps) else "stop"
-                return Delta(step, Token(len(self._texts)), self._end)
-            await asyncio.sleep(step)
+                return self._said(step)
+            self._due += step
+            await asyncio.sleep(self._due - time.monotonic())
         raise StopAsyncIteration
+
+    def ready(self) -> list[Delta]:
+        """The texts that have come by now."""
+        found = []
+        while self._steps and not isinstance(step := self._steps[0], Exception):
+            if isinstance(step, float) and self._due + step > time.monotonic():
+                break
+            self._steps.pop(0)
+            if isinstance(step, str):
+                found.append(self._said(step))
+            else:
+                self._due += step
+        return found
+
+    def _said(self, text: str) -> Delta:
+        self._texts.append(text)
+        self._end = None if any(not isinstance(step, float) for step in self._steps) else "stop"
+        return Delta(text, Token(len(self._texts)), self._end)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -57,11 +77,11 @@ class ScriptedStream:
     def completions(self) -> list[Completion]:
         tokens = list(range(1, len(self._texts) + 1))
         text = "".join(self._texts)
-        return [Completion(text, tokens, self._end, None, self.timings, prompt_tokens=list(self._prompts[0]))]
+        return [Completion(text, tokens, self._end, None, self.timings, prompt_tokens=list(self.prompts[0]))]
 
     @property
     def timings(self) -> Timings:
-        return Timings(len(self._prompts[0]), 0.0, len(self._texts), 0.0)
+        return Timings(len(self.prompts[0]), 0.0, len(self._texts), 0.0)
 
 
 def scripted(*steps: Step) -> tuple[Callable[..., ScriptedStream], list[ScriptedStream]]:
@@ -73,41 +93,3 @@ def scripted(*steps: Step) -> tuple[Callable[..., ScriptedStream], list[Scripted
         return made[-1]
 
     return astream, made
-
-
-class ScoringStream(AsyncStream):
-    """A stream whose completions also have the log-probabilities of the prompt, by NumPy from ``Model.logits``."""
-
-    model: Model
-
-    @property
-    def completions(self) -> list[Completion]:
-        return [self._scored(c) for c in super().completions]
-
-    def _scored(self, c: Completion) -> Completion:
-        most = c.params.prompt_logprobs
-        return c if most is None else replace(c, prompt_logprobs=prompt_scores(self.model, c.prompt_tokens, most))
-
-
-def prompt_scores(model: Model, ids: Sequence[int], most: int) -> list[Token | None]:
-    """For each token of a prompt its log-probability and the best ones; none for the first."""
-    scores = log_softmax(model.logits(ids))
-    found: list[Token | None] = [None]
-    for id, row in zip(ids[1:], scores, strict=False):
-        best = np.argsort(-row, kind="stable")[:most]
-        found.append(Token(id, float(row[id]), tuple((int(b), float(row[b])) for b in best)))
-    return found
-
-
-def scoring(model: Model) -> Callable[..., ScoringStream]:
-    """A stand-in for ``astream`` of the model."""
-    own = model.astream
-
-    def astream(prompts: Any, params: SamplingParams, **options: Any) -> ScoringStream:
-        stream = own(prompts, params, **options)
-        stream.__class__ = ScoringStream
-        assert isinstance(stream, ScoringStream)
-        stream.model = model
-        return stream
-
-    return astream

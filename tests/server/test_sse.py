@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from cuplama.errors import DeviceError
+from cuplama.errors import BusyError, DeviceError
 from cuplama.model import Model
-from cuplama.server import generating
+from cuplama.server import sse
 from cuplama.server.endpoints.completions import ENDPOINTS
 from cuplama.server.limits import Limits
 from cuplama.server.service import Service
@@ -69,7 +69,7 @@ async def test_what_is_ready_together_is_one_event(
 async def test_silence_is_filled_with_comments(
     client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generating, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.02)
     monkeypatch.setattr(model, "astream", scripted(0.1, "a", 0.1, "b")[0])
     sent = (await client.post("/v1/completions", json=BODY)).text
     comments = [block for block in sent.split("\n\n") if block.startswith(":")]
@@ -111,6 +111,19 @@ async def test_the_same_error_without_a_stream_is_a_status(
     response = await client.post("/v1/completions", json={**BODY, "stream": False})
     assert (response.status_code, response.json()["error"]["message"]) == (500, "broken")
     assert made[0].closed
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_too_many_requests_are_a_status_before_the_stream(
+    client: httpx.AsyncClient, model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def astream(*_: Any, **__: Any) -> Any:
+        raise BusyError("8 requests are waiting already")
+
+    monkeypatch.setattr(model, "astream", astream)
+    response = await client.post("/v1/completions", json={**BODY, "stream": stream})
+    assert (response.status_code, response.json()["error"]["message"]) == (429, "8 requests are waiting already")
+    assert int(response.headers["retry-after"]) >= 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -186,3 +199,11 @@ async def test_a_slow_reader_gets_what_came_meanwhile_at_once(model: Model, monk
     got = texts(b"".join(parts).decode())
     assert "".join(got) == "a" + "b" * 20
     assert len(got) <= 3
+
+
+def test_pages_are_free_when_the_client_has_left(url: str, model: Model) -> None:
+    body = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "n": 2, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+        assert model.engine.stats.running == 2
+    eventually(lambda: model.engine.stats.running == 0, 1)
