@@ -290,7 +290,10 @@ def test_a_broken_connection_keeps_what_has_come(page: Page, script: Script) -> 
     page.send("Hello")
     assert page.answered() == "An answer."
     assert page[".error p"].text == "The connection ended before the answer was complete."
-    script.breaks = False
+    script.breaks, script.fault = False, "the logits are not finite"
+    page.press("Try again")
+    eventually(lambda: page.texts(".error p") == ["The server failed on this request.", "the logits are not finite"])
+    script.fault = ""
     page.press("Try again")
     eventually(lambda: not page.all(".error"))
     assert page.answered() == "An answer."
