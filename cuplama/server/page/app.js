@@ -107,24 +107,23 @@ async function answer(conversation, message = { role: "assistant", content: "" }
 /** Reads a stream of events into a message, and shows it as it grows. */
 async function follow(events, conversation, message) {
   const begun = performance.now();
-  let [first, last, saved, usage] = [0, 0, begun, null];
+  let [first, last, saved] = [0, 0, begun];
   for await (const event of events) {
-    const added = readEvent(conversation.kind, event);
+    const { text, reasoning, finish, usage } = readEvent(conversation.kind, event);
     const now = performance.now();
-    usage = added.usage ?? usage;
-    message.end = added.finish ?? message.end;
-    if (!added.text && !added.reasoning) continue;
-    [first, last] = [first || now, now];
-    if (added.reasoning) message.reasoning = (message.reasoning ?? "") + added.reasoning;
-    if (added.text && message.reasoning) message.thought ??= now - first;
-    message.content += added.text;
+    message.end = finish ?? message.end;
+    if (text || reasoning) [first, last] = [first || now, now];
+    if (reasoning) message.reasoning = (message.reasoning ?? "") + reasoning;
+    if (text && message.reasoning) message.thought ??= now - first;
+    message.content += text;
+    if (usage?.completion_tokens) message.stats = statsOf(usage, begun, first || now, last || now);
+    if (!text && !reasoning) continue;
     thread.viewOf(message)?.grow();
     if (now - saved > SAVE) {
       saved = now;
       store.save(conversation, false);
     }
   }
-  if (usage) message.stats = statsOf(usage, begun, first || last, last);
 }
 
 function stop() {

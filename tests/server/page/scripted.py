@@ -96,9 +96,10 @@ class _Interface:
         pause = s.pause
         try:
             for name, pieces in (("reasoning", s.reasoning), ("content", s.pieces)):
-                for piece in pieces:
+                for count, piece in enumerate(pieces, 1):
                     await asyncio.sleep(pause)
-                    yield _event(choices=[{"index": 0, **({"delta": {name: piece}} if chat else {"text": piece})}])
+                    choice = {"index": 0, **({"delta": {name: piece}} if chat else {"text": piece})}
+                    yield _event(choices=[choice], usage={"prompt_tokens": 7, "completion_tokens": count})
             if s.fault:
                 yield _event(error={"message": s.fault, "type": "server_error", "param": None, "code": None})
             if s.breaks or s.fault:

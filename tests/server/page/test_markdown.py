@@ -173,7 +173,7 @@ def test_a_long_stream_is_not_painted_for_each_token(page: Page, script: Script)
     page.js("window.longest = 0; new PerformanceObserver((l) => { for (const e of l.getEntries())"
             " window.longest = Math.max(window.longest, e.duration) }).observe({ type: 'longtask' })")  # fmt: skip
     page.send("Long")
-    eventually(lambda: not page["#stop"].is_displayed() and page.all(".stats"), 30)
+    eventually(lambda: page.texts(".assistant .stats") != [""] and not page["#stop"].is_displayed(), 30)
     assert len(page.answered()) > 70_000
     assert page.js("return document.querySelectorAll('.prose em').length") == 2000
     assert page.js("return window.longest") < 3000
