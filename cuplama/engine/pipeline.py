@@ -116,10 +116,12 @@ class Pipeline:
         s.life += 1
 
     def abandon(self, dropped: Iterable[SequenceState] = ()) -> None:
-        """Something has failed: nothing that is queued counts, and every sequence but those begins again."""
+        """Something has failed: nothing that is queued counts, and every sequence but those begins again.
+
+        What was read before is still news: its tokens are in their sequences.
+        """
         loop, self._loop = self._loop, None
         self._flying.clear()
-        self._news = News()
         if loop is not None:
             loop.close()
         self.runner.drop_graphs()
@@ -131,9 +133,9 @@ class Pipeline:
         captures = runner.backend.captures
         limit = max_logits(runner.config.vocab_size)
         parts = scheduler.next_parts(self._chunk(), limit, captures)
+        self._vacate()
         if not parts:
             return False
-        self._vacate()
         first, start = parts[0][0], parts[0][0].cached
         fed = [(s, max(0, min(count, len(s.prompt) - s.cached))) for s, count in parts]
         logits = runner.forward(runner.batch(parts, first.asks_for_prompt))
@@ -151,13 +153,13 @@ class Pipeline:
         self._flying.append(work)
         return True
 
-    def _asked(self, s: SequenceState, start: int, logits: Array) -> Fetch:
-        """The logits of the tokens from ``start`` on, or the scores of those that follow them in the prompt."""
+    def _asked(self, s: SequenceState, start: int, logits: Array) -> Fetch | None:
+        """The logits of the tokens from ``start`` on, or the scores of those that follow them in the prompt, if any."""
         if s.every_logit:
             return self.runner.backend.fetch([logits])
-        following = s.tokens[start + 1 : start + 1 + len(logits)]
+        following = s.prompt[start + 1 : start + 1 + len(logits)]
         top = s.params.prompt_logprobs or 0
-        return self.runner.score(logits[: len(following)], following, top)
+        return self.runner.score(logits[: len(following)], following, top) if following else None
 
     def _chunk(self) -> int:
         """Tokens of the next pass at most."""
@@ -173,8 +175,7 @@ class Pipeline:
         """Let sequences whose prompts are through draw by captured steps, in the loop that fits."""
         if not self.runner.backend.captures:
             return
-        loop, scheduler = self._loop, self.scheduler
-        joining = [s for s in scheduler.running if s.row is None and scheduler.may_decode(s)]
+        loop, joining = self._loop, self._ready()
         if loop is None:
             if joining:
                 self._change_loop()
@@ -188,6 +189,14 @@ class Pipeline:
             self._take_row(row, s)
             self.runner.join(loop, row, s)
 
+    def _ready(self) -> list[SequenceState]:
+        """The sequences that may take a row: all that can decode and have none, with a page for their last token."""
+        may_decode, make_room = self.scheduler.may_decode, self.scheduler.make_room
+        ready = [s for s in self.scheduler.running if s.row is None and s.finish_reason is None and may_decode(s)]
+        found = [s for s in ready if s.pages and make_room(s, len(s.tokens))]
+        self._vacate()
+        return [s for s in found if s.pages]  # a later one may have lost its own to an earlier one
+
     def _change_loop(self) -> None:
         """Read the steps that are queued, and go on in the loop that fits all that decode."""
         self._read_steps()
@@ -196,7 +205,7 @@ class Pipeline:
             for _, s in self._members(old):
                 s.row = None
             self.runner.keep(old)
-        members = [s for s in self.scheduler.running if s.finish_reason is None and self.scheduler.may_decode(s)]
+        members = self._ready()
         if members:
             for row, s in enumerate(members):
                 self._take_row(row, s)
