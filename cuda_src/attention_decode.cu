@@ -24,8 +24,8 @@
 // Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8 take several
 // blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many as make max_splits
 // splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a captured launch
-// serves every length, and a result depends on the sequence's own length alone: it is the same bit for bit alone, in
-// any batch, and in a table of any width. The block that arrives last adds up the splits, in their order. A sequence of
+// serves every length, and among launches of the same WARPS and min_keys, which the size of the batch decides, a result
+// depends on the sequence's own length alone. The block that arrives last adds up the splits, in their order. A sequence of
 // one split needs none of this. The block with the last split computes the new k and v, attends to its own copy, and
 // (part 0) writes the cache.
 //

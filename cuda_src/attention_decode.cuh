@@ -35,7 +35,7 @@ struct Decode {
     static constexpr int ROOM = larger(PARTS * Q * STRIDE, ROWS * Q * D);
     static constexpr int TILES = 2;  // that a warp has on their way, in registers
     // Blocks per multiprocessor: bounds the registers. ops/attention.py makes splits to fill them.
-    static constexpr int BLOCKS = TENSOR ? 1 : 2;
+    static constexpr int BLOCKS = TENSOR ? 8 / WARPS : 2;
 };
 
 // The arguments of both kernels, as the head of attention_decode.cu describes them.

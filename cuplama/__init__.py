@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .answer import read_answer
     from .async_stream import AsyncStream
     from .chat import ChatOptions
     from .completion import Completion, Delta, Stream, Timings
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
     from .model import Model
     from .models.config import ModelConfig
     from .sampling_params import SamplingOptions, SamplingParams
+    from .text.answer import Answer, ToolCall
     from .text.tokenizer import Tokenizer
 
 __all__ = [
+    "Answer",
     "AsyncStream",
     "BusyError",
     "ChatOptions",
@@ -66,12 +69,15 @@ __all__ = [
     "Token",
     "Tokenizer",
     "TokenizerError",
+    "ToolCall",
     "load",
+    "read_answer",
 ]
 __version__ = "0.1.0"
 
 # The modules of the public names that have one of their own; every other name is an error's.
 _MODULES = {
+    "Answer": "text.answer",
     "AsyncStream": "async_stream",
     "ChatOptions": "chat",
     "Completion": "completion",
@@ -85,6 +91,8 @@ _MODULES = {
     "SamplingOptions": "sampling_params",
     "SamplingParams": "sampling_params",
     "Tokenizer": "text.tokenizer",
+    "ToolCall": "text.answer",
+    "read_answer": "answer",
 }
 
 

@@ -76,7 +76,7 @@ class AsyncStream:
                 if call is None:
                     raise StopAsyncIteration
                 self._ready.clear()
-                ended = call.ended  # asked before reading: what comes in between is read in the next round
+                ended = call.ended  # asked before reading: the last tokens may come between the two
                 drawn = call.read()
                 if isinstance(drawn, list):
                     self._deltas.extend(self._generation.push(drawn))

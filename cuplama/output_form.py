@@ -9,10 +9,13 @@ from typing import Any
 from .arguments import in_range, need_type, shown, type_of
 from .errors import ParameterError
 
-__all__ = ["FORMS", "MAX_TEXT", "asked_form", "check_one_form", "read_form", "read_schema"]
+__all__ = ["FORMS", "JSON_STYLE", "MAX_TEXT", "asked_form", "check_one_form", "read_form", "read_schema"]
 
 FORMS = ("json_schema", "regex", "grammar")
 MAX_TEXT = 2**17  # characters of one of them: at this size one took a second to compile, and most take milliseconds
+# What llguidance is told of JSON: on one line, with at most a space after "," and ":". A small model that may write
+# blanks wherever JSON allows them writes nothing else. A schema's own "x-guidance" takes the place of these.
+JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _FORMATS = "text, json_object, json_schema"
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from threading import Lock
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from .arguments import shown
 from .engine.constraint import Constraint, MaskWords, mask_words
 from .errors import CuplamaError, ParameterError
-from .output_form import FORMS
+from .output_form import FORMS, JSON_STYLE
 from .sampling_params import SamplingParams
 from .text.token_bytes import TokenBytes
 from .text.tokenizer import Tokenizer
@@ -30,18 +31,21 @@ if TYPE_CHECKING:
 __all__ = ["Grammars"]
 
 _KEPT = 16  # compiled grammars of a model
-# What one grammar may cost: those of real requests stay far below. Each of the first three is what the default of
-# llguidance is, or less: 20 ms for the lexer, 100,000 symbols, about 40 MB of its states, and 14 and 1 ms for a mask.
+# What one grammar may cost: a hostile one is refused within a few seconds. In the order of the lines: nodes of its
+# regular expressions (8,000 elements of one, or 3,000 values of an enum), symbols of its rules, states of its lexer
+# (of 1 to 2 kB), and for one mask, steps of the lexer and items of the parser.
 _LIMITS = {
-    "initial_lexer_fuel": 1_000_000,
+    "initial_lexer_fuel": 50_000,
     "max_grammar_size": 100_000,
     "max_lexer_states": 25_000,
-    "step_lexer_fuel": 200_000,
+    "step_lexer_fuel": 50_000,
     "step_max_items": 20_000,
 }
-# JSON on one line, with at most a space after "," and ":". A small model that may write blanks wherever JSON allows
-# them writes nothing else. A schema's own "x-guidance" takes the place of these.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_MAX_LINES = 500  # of a Lark or GBNF grammar; the time to refuse one grows with the square
+# Bytes of stack to compile on, touched only where they are used: llguidance follows rules and references by recursion,
+# and 1,000 of them in a row overflow the usual 8 MB. The longest text allowed needs less than 64 MB.
+_STACK = 2**28
+_stack_size = threading.Lock()  # the size is that of all threads which start meanwhile
 _LONGEST_ERROR = 300  # characters of llguidance's message
 
 
@@ -54,8 +58,13 @@ class Grammars:
     def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int, stop_ids: Collection[int]) -> None:
         self._tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, frozenset(stop_ids)
         self._vocabulary: LLTokenizer | None = None
-        self._lock = Lock()
+        self._lock = threading.Lock()
         self._compiled = lru_cache(_KEPT)(self._compile)
+
+    def check(self, params: SamplingParams) -> None:
+        """Compile what is asked for, which may take a second. Raises what ``constraint`` raises."""
+        if (asked := _asked(params)) is not None:
+            self._compiled(*asked)
 
     def constraint(self, params: SamplingParams, stops: Collection[int]) -> Constraint | None:
         """What a sequence with these parameters may draw; None for anything. stops: the ids that end the sequence.
@@ -63,15 +72,13 @@ class Grammars:
         Raises ParameterError for what is no schema, regex or grammar, with llguidance's own words, and if llguidance is
         missing; TokenizerError if the model has no tokenizer.
         """
-        for form in FORMS:
-            asked = getattr(params, form)
-            if asked is not None:
-                text = asked if isinstance(asked, str) else json.dumps(asked)
-                matcher, words = self._compiled(form, text)
-                ends = _Ends.of(self._vocab_size, params, self._stop_ids, frozenset(stops))
-                # A copy shares the automaton of the lexer, which grows with what any of them has met.
-                return _Constraint(form, matcher.deep_copy(), words, ends, self._forget)
-        return None
+        asked = _asked(params)
+        if asked is None:
+            return None
+        matcher, words = self._compiled(*asked)
+        ends = _Ends.of(self._vocab_size, params, self._stop_ids, frozenset(stops))
+        # A copy shares the automaton of the lexer, which grows with what any of them has met.
+        return _Constraint(asked[0], matcher.deep_copy(), words, ends, self._forget)
 
     def _compile(self, form: str, text: str) -> tuple[LLMatcher, int]:
         """A matcher that has consumed nothing, and knows its first mask; the words of its masks."""
@@ -81,7 +88,8 @@ class Grammars:
                 self._vocabulary = self._read_vocabulary(llguidance)
         vocabulary = self._vocabulary
         limits = llguidance.LLParserLimits(**_LIMITS, verbose_errors=False)
-        matcher = llguidance.LLMatcher(vocabulary, _grammar(llguidance, form, text), log_level=0, limits=limits)
+        grammar = _grammar(llguidance, form, text)
+        matcher = _on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
         if not matcher.is_error():
             matcher.compute_bitmask()  # fails where nothing can begin
         if matcher.is_error():
@@ -90,15 +98,23 @@ class Grammars:
 
     def _read_vocabulary(self, llguidance: Any) -> LLTokenizer:
         tokenizer = self._tokenizer()
-        size = max(self._vocab_size, tokenizer.vocab_size)
         stops = sorted(self._stop_ids)
-        known = _Vocabulary(TokenBytes(tokenizer, size, stops), tokenizer.bos, stops[0] if stops else None)
+        known = _Vocabulary(TokenBytes(tokenizer, self._vocab_size, stops), tokenizer.bos, stops[0] if stops else None)
         found: LLTokenizer = llguidance.LLTokenizer(known, eos_token=stops or None)
         return found
 
     def _forget(self) -> None:
         """Drop what is compiled: the states that copies of a grammar share may have come to their limit."""
         self._compiled.cache_clear()
+
+
+def _asked(params: SamplingParams) -> tuple[str, str] | None:
+    """The form that the parameters ask for, and its text."""
+    for form in FORMS:
+        value = getattr(params, form)
+        if value is not None:
+            return form, value if isinstance(value, str) else json.dumps(value)
+    return None
 
 
 class _Vocabulary:
@@ -182,6 +198,17 @@ class _Constraint:
         self._forget()
 
 
+def _on_a_large_stack(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns, on a thread of its own."""
+    with _stack_size, ThreadPoolExecutor(1) as pool:
+        before = threading.stack_size(_STACK)
+        try:
+            done = pool.submit(work)  # starts the thread
+        finally:
+            threading.stack_size(before)
+        return done.result()
+
+
 def _llguidance(form: str) -> Any:
     try:
         import llguidance
@@ -195,12 +222,23 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
     """What llguidance compiles. Raises ParameterError for what its converters refuse."""
     try:
         if form == "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
+            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=dict(JSON_STYLE))
         if form == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
-        return llguidance.gbnf_to_lark.any_to_lark(text)
+        _check_lines(text)
+        lark = llguidance.gbnf_to_lark.any_to_lark(text)
+        _check_lines(lark)
+        return lark
+    except ParameterError:
+        raise
     except Exception as e:  # the converter from GBNF raises whatever its own code runs into
         raise ParameterError(f"{form} = {shown(text)}: {_said(str(e) or type(e).__name__)}") from None
+
+
+def _check_lines(grammar: str) -> None:
+    lines = max(grammar.count("\n") + 1, grammar.count("::="))
+    if lines > _MAX_LINES:
+        raise ParameterError(f"grammar has {lines} lines; the most is {_MAX_LINES}")
 
 
 def _said(message: str) -> str:
@@ -212,9 +250,8 @@ def _said(message: str) -> str:
 def _bits(vocab_size: int, ids: Collection[int]) -> MaskWords:
     """The mask [mask_words(V)] of some tokens; ids beyond the vocabulary are left out."""
     words = np.zeros(mask_words(vocab_size), np.uint32)
-    for i in ids:
-        if i < vocab_size:
-            words[i // 32] |= np.uint32(1 << i % 32)
+    known = np.array([i for i in ids if i < vocab_size], np.uint32)
+    np.bitwise_or.at(words, known // 32, np.uint32(1) << known % 32)
     return words.view(np.int32)
 
 

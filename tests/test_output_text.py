@@ -81,3 +81,23 @@ def test_characters_that_are_held_back_come_before_the_special_token() -> None:
     assert run(LLAMA, [260, *llama, 1, 260], ["</s>"]) == ("a🦙a", "length", 7)
     half = BYTES.encode("é", bos=False)[:1]
     assert run(BYTES, [*half, 258], ["<|im_end|>"]) == ("\ufffd", "stop", 2)
+
+
+def test_special_tokens_that_are_shown() -> None:
+    ids = encoded("a<|im_start|>b<|im_end|>c")
+    shown: list[tuple[bool | list[int], str]] = [
+        (False, "abc"),
+        (True, "a<|im_start|>b<|im_end|>c"),
+        ([257], "a<|im_start|>bc"),
+        ([5, 10**6], "abc"),
+    ]
+    for special, text in shown:
+        sequence = SequenceState([], SamplingParams(show_special=special), frozenset())
+        output = OutputText(0, sequence, BYTES)
+        assert "".join(output.push(Token(id)).text for id in ids) == text
+    params = SamplingParams(show_special=True, stop=["<|im_start|>b"])
+    output = OutputText(0, SequenceState([], params, frozenset({258})), BYTES)
+    assert [output.push(Token(id)).text for id in ids[:3]] == ["a", "", ""]
+    assert output.sequence.finish_reason == "stop"
+    output = OutputText(0, SequenceState([], SamplingParams(show_special=True), frozenset({258})), BYTES)
+    assert [output.push(Token(id)).text for id in ids[2:4]] == ["b", ""]  # a token that ends the text is not shown

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cuplama.errors import ParameterError
-from cuplama.sampling_params import PARAMETERS, SamplingOptions, SamplingParams, read_parameter
+from cuplama.sampling_params import OPTIONS, PARAMETERS, SamplingOptions, SamplingParams, read_parameter
 
 Array = np.ndarray[Any, Any]
 
@@ -35,6 +35,10 @@ BAD: dict[str, list[Any]] = {  # of the right type, out of range
     "ignore_eos": [],
     "show_special": [[-1]],
     "logprobs": [-1, 65],
+    "prompt_logprobs": [-1, 65],
+    "json_schema": [False, "[]", "true"],
+    "regex": [""],
+    "grammar": [""],
 }
 WRONG: dict[str, list[tuple[Any, str]]] = {  # of a wrong type -> what is said of it
     "max_tokens": [("5", "'5' is a str"), (1.0, "1.0 is a float"), (True, "True is a bool"), ([5], "[5] is a list")],
@@ -77,6 +81,10 @@ WRONG: dict[str, list[tuple[Any, str]]] = {  # of a wrong type -> what is said o
     "ignore_eos": [(1, "1 is an int"), (None, "None is None"), ("yes", "'yes' is a str")],
     "show_special": [(1, "1 is an int"), ("<think>", "'<think>' is a str"), ([True], "[True]: True is a bool")],
     "logprobs": [(True, "True is a bool"), (2.0, "2.0 is a float")],
+    "prompt_logprobs": [(True, "True is a bool"), (2.0, "2.0 is a float")],
+    "json_schema": [(1, "1 is an int"), ([{}], "[{}] is a list"), (b"{}", "b'{}' is a bytes")],
+    "regex": [(1, "1 is an int"), (b"a", "b'a' is a bytes"), (["a"], "['a'] is a list")],
+    "grammar": [(1, "1 is an int"), ({"a": 1}, "{'a': 1} is a dict")],
 }
 GOOD: dict[str, list[tuple[Any, Any]]] = {  # given -> as it is kept
     "max_tokens": [(None, None), (0, 0), (10**30, 10**30), (np.int64(5), 5)],
@@ -95,6 +103,10 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {  # given -> as it is kept
     "ignore_eos": [(True, True)],
     "show_special": [(True, True), (False, False), (None, ()), ([3, 4], (3, 4)), (np.array([3]), (3,))],
     "logprobs": [(None, None), (0, 0), (64, 64)],
+    "prompt_logprobs": [(None, None), (0, 0), (64, 64)],
+    "json_schema": [(None, None), (True, {"type": "object"}), ({}, {}), ('{"enum": [1]}', {"enum": [1]})],
+    "regex": [(None, None), ("a+", "a+")],
+    "grammar": [(None, None), ("start: A", "start: A")],
 }
 
 
@@ -157,8 +169,11 @@ def test_max_tokens_is_not_below_min_tokens() -> None:
 
 
 def test_options_are_the_fields_of_the_parameters() -> None:
-    assert list(SamplingOptions.__annotations__) == [f.name for f in dataclasses.fields(SamplingParams)]
-    assert typing.get_type_hints(SamplingOptions) == typing.get_type_hints(SamplingParams)
+    """And response_format, which stands for one of them."""
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    assert list(SamplingOptions.__annotations__) == [*names, "response_format"] == list(OPTIONS)
+    hints = typing.get_type_hints(SamplingOptions)
+    assert {name: hints[name] for name in names} == typing.get_type_hints(SamplingParams)
     assert SamplingOptions.__required_keys__ == frozenset()
 
 
@@ -179,6 +194,10 @@ FULL: dict[str, Any] = {
     "ignore_eos": True,
     "show_special": [7],
     "logprobs": 3,
+    "prompt_logprobs": 2,
+    "json_schema": {"enum": ["é", None, {"a": [1.5]}]},
+    "regex": None,
+    "grammar": None,
 }
 
 

@@ -53,7 +53,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for folder, patterns, inside in (
-        ("cuplama", ("**/*.py", "py.typed", "simt/*.cpp", "simt/include/*.h"), "cuplama"),
+        ("cuplama", ("**/*.py", "py.typed", "simt/*.cpp", "simt/include/*.h", "server/page/*"), "cuplama"),
         ("cuda_src", ("**/*.cu", "**/*.cuh"), "cuplama/cuda_src"),
         ("weights", ("*.json", "*.safetensors"), "cuplama/weights"),
     ):

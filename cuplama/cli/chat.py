@@ -14,6 +14,7 @@ from ..errors import PromptError
 from ..text.tokenizer import Tokenizer
 from .chat_session import ChatSession
 from .conversation import Conversation
+from .form import form_options
 from .openai_server import OpenAIServer
 from .options import given_params, model_option, options, run_options, sampling_options
 from .prompt import prompt_options, prompt_text, read_file, read_text
@@ -89,6 +90,7 @@ _LOCAL = (
 @model_option()
 @prompt_options("QUESTION")
 @sampling_options
+@form_options
 @_template_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr after each answer.")

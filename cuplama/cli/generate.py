@@ -10,6 +10,7 @@ import click
 
 from ..completion import Stream
 from ..model import Model
+from .form import form_options
 from .options import check_sampling, given_params, model_option, run_options, sampling_options
 from .prompt import prompt_options, prompt_text
 from .running import open_model, say_if_cut, speed
@@ -22,6 +23,7 @@ __all__ = ["generate"]
 @model_option()
 @prompt_options()
 @sampling_options
+@form_options
 @click.option(
     "--logprobs",
     type=int,

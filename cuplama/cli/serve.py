@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,21 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "all addresses" -> one of them, which a browser can open
 
-def _filled(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    if not all(value.strip() for value in values):  # an empty key would let in everybody
+
+def _filled(_: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    # An empty key would let in everybody; so would a variable that is set to nothing by mistake.
+    nothing = not values and isinstance(option.envvar, str) and option.envvar in os.environ
+    if nothing or not all(value.strip() for value in values):
         raise click.BadParameter("the text is empty")
     return values
 
 
 def _texts(*names: str, metavar: str, help: str, envvar: str | None = None) -> Decorator:
-    return click.option(*names, multiple=True, callback=_filled, metavar=metavar, help=help, envvar=envvar)
+    return click.option(
+        *names, multiple=True, callback=_filled, metavar=metavar, help=help, envvar=envvar, show_envvar=True
+    )
 
 
 def _count(name: str, least: int, help: str) -> Decorator:
@@ -44,6 +51,14 @@ _options = options(
     _count("--max-running", 1, "Sequences that are computed at a time."),
     _count("--max-waiting", 0, "Requests that may wait; others get status 429."),
     CACHE_TOKENS,
+    click.option(
+        "--no-prefix-cache",
+        "prefix_cache",
+        flag_value=False,
+        type=bool,
+        default=None,
+        help="Read every prompt from its beginning.",
+    ),
     click.option(
         "--limit",
         "limits",
@@ -79,7 +94,7 @@ def serve(
     log_prompts: bool,
     offline: bool,
     loading: dict[str, Any],
-    **more: int | None,
+    **more: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's interface under /v1, and a page for people at /.
 
@@ -145,5 +160,6 @@ def _is_loopback(host: str) -> bool:
 
 def _say_where(host: str, port: int) -> None:
     """The addresses, on stdout: with --port 0 a program reads the port there."""
+    host = _EVERYWHERE.get(host, host)
     shown = f"[{host}]" if ":" in host else host
     write_text(f"page: http://{shown}:{port}/\nAPI:  http://{shown}:{port}/v1\n")

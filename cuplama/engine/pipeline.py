@@ -28,6 +28,7 @@ from .sequence import SequenceState, Token
 __all__ = ["News", "Pipeline", "not_finite"]
 
 _PASSES = 2  # that may be queued and not read yet: one runs while the host makes the inputs of the other
+_PASSES_A_STEP = 4  # at most, where a long backlog waits: the more sequences a decode step has, the less each costs
 # Tokens of a pass beside decode steps, at least: more make sequences wait longer for their next token (an 8B model on
 # an H200 reads 1,024 tokens in 25 ms), fewer read the weights more often. A backlog of more than _BACKLOG times as many
 # makes it longer, up to the longest pass.
@@ -84,6 +85,7 @@ class Pipeline:
         self._flying: deque[_Pass | _Step] = deque()
         self._loop: DecodeLoop | None = None
         self._best: tuple[int, Needs] | None = None  # the loop that fits; None where that is to be worked out again
+        self._since = 0  # passes queued since the last step
         self._misfit = 0  # steps for which another loop would have been better
         self._news = News()
 
@@ -96,11 +98,19 @@ class Pipeline:
             self._end(s)  # its caller has ended it
         scheduler.admit()
         self._join()
-        again = True
-        while again:
-            passes = sum(isinstance(work, _Pass) for work in self._flying)
-            again = passes < (_PASSES if self.runner.backend.captures else 1) and self._queue_pass()
-            again |= self._queue_step()
+        backlog, longest = self._backlog(), self.runner.backend.prefill_chunk
+        passes_a_step = min(_PASSES_A_STEP, 1 + backlog // (_BACKLOG * longest))
+        chunk = min(longest, max(_LEAST_CHUNK, backlog // _BACKLOG)) if self._decodes else longest
+        while True:
+            flying = sum(isinstance(work, _Pass) for work in self._flying)
+            may_read = flying < (_PASSES if self.runner.backend.captures else 1)
+            read = may_read and self._queue_pass(chunk)
+            self._since += read
+            is_due = self._since >= passes_a_step or (may_read and not read)
+            if is_due and self._queue_step():
+                self._since = 0
+            elif not read:
+                return
 
     def read(self) -> News:
         """Wait for the oldest that is queued, unless something was read on the way to here; what that gave."""
@@ -127,12 +137,22 @@ class Pipeline:
         self.runner.drop_graphs()
         self.scheduler.start_again(dropped)
 
-    def _queue_pass(self) -> bool:
-        """Queue a pass over the next tokens of prompts, if there are any."""
+    def _backlog(self) -> int:
+        """Tokens of prompts that are to be read."""
+        scheduler = self.scheduler
+        return sum(len(s.tokens) - s.cached for s in (*scheduler.running, *scheduler.waiting) if s.row is None)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether any sequence draws by captured steps now."""
+        return self._loop is not None and any(s is not None for s in self._loop.rows)
+
+    def _queue_pass(self, chunk: int) -> bool:
+        """Queue a pass over the next tokens of prompts, ``chunk`` at most, if there are any."""
         scheduler, runner = self.scheduler, self.runner
         captures = runner.backend.captures
         limit = max_logits(runner.config.vocab_size)
-        parts = scheduler.next_parts(self._chunk(), limit, captures)
+        parts = scheduler.next_parts(chunk, limit, captures)
         self._vacate()
         if not parts:
             return False
@@ -161,21 +181,14 @@ class Pipeline:
         top = s.params.prompt_logprobs or 0
         return self.runner.score(logits[: len(following)], following, top) if following else None
 
-    def _chunk(self) -> int:
-        """Tokens of the next pass at most."""
-        longest = self.runner.backend.prefill_chunk
-        if self._loop is None or not any(self._loop.rows):
-            return longest
-        backlog = sum(len(s.tokens) - s.cached for s in (*self.scheduler.running, *self.scheduler.waiting))
-        return min(longest, max(_LEAST_CHUNK, backlog // _BACKLOG))
-
     # -- the decode loop
 
     def _join(self) -> None:
         """Let sequences whose prompts are through draw by captured steps, in the loop that fits."""
         if not self.runner.backend.captures:
             return
-        loop, joining = self._loop, self._ready()
+        loop = self._loop
+        joining = self._joining()
         if loop is None:
             if joining:
                 self._change_loop()
@@ -189,14 +202,6 @@ class Pipeline:
             self._take_row(row, s)
             self.runner.join(loop, row, s)
 
-    def _ready(self) -> list[SequenceState]:
-        """The sequences that may take a row: all that can decode and have none, with a page for their last token."""
-        may_decode, make_room = self.scheduler.may_decode, self.scheduler.make_room
-        ready = [s for s in self.scheduler.running if s.row is None and s.finish_reason is None and may_decode(s)]
-        found = [s for s in ready if s.pages and make_room(s, len(s.tokens))]
-        self._vacate()
-        return [s for s in found if s.pages]  # a later one may have lost its own to an earlier one
-
     def _change_loop(self) -> None:
         """Read the steps that are queued, and go on in the loop that fits all that decode."""
         self._read_steps()
@@ -205,12 +210,23 @@ class Pipeline:
             for _, s in self._members(old):
                 s.row = None
             self.runner.keep(old)
-        members = self._ready()
+        members = self._joining()
         if members:
             for row, s in enumerate(members):
                 self._take_row(row, s)
             self._loop = self.runner.loop(*self._fit())
             self.runner.begin(self._loop, members)
+
+    def _joining(self) -> list[SequenceState]:
+        """The sequences without a row that captured steps can go on with. They have the page of their last token; for
+        that others may have lost theirs."""
+        scheduler, found = self.scheduler, list[SequenceState]()
+        for s in scheduler.running[:]:
+            if s.row is None and s.finish_reason is None and scheduler.may_decode(s):
+                if scheduler.make_room(s, len(s.tokens)):
+                    found.append(s)
+                self._vacate()
+        return [s for s in found if s.pages]
 
     def _take_row(self, row: int, s: SequenceState) -> None:
         s.row, s.until = row, len(s.tokens) + self.scheduler.steps_left(s)
@@ -330,7 +346,9 @@ class Pipeline:
         s.ahead -= 1
         if s.finish_reason is not None:
             return
-        if token.id < 0:
+        if s.constraint is not None and s.constraint.error is not None:
+            s.error, s.finish_reason = s.constraint.error, "error"  # its mask could not be made
+        elif token.id < 0:
             s.error = not_finite(f"the logits after {len(s.tokens)} tokens", dtype_name(self.runner.backend.dtype))
             s.finish_reason = "error"
         else:
@@ -342,7 +360,8 @@ class Pipeline:
             elif s.constraint is not None:
                 s.constraint.accept(token.id)
                 if s.constraint.finished:
-                    s.finish_reason = "stop"
+                    s.error = s.constraint.error
+                    s.finish_reason = "stop" if s.error is None else "error"
             if s.finish_reason is None and len(s.tokens) >= s.limit:
                 s.finish_reason = "length"
         if s.finish_reason is not None:

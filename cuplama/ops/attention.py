@@ -191,6 +191,19 @@ _MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives la
 _BLOCKS_PER_PLACE = 8
 
 
+# (pairs of sequence and key head, at least; (warps of a block, keys of a split at least)). One sequence needs many
+# blocks for its keys, each with as many keys on their way as a multiprocessor can have. Where there are more pairs than
+# multiprocessors, what counts is that one block begins or ends while others read. Microseconds on an H200, 32 query
+# and 8 key heads of 128 (benchmarks/results/2026-11-28-h200-attention-batches.txt):
+#                                  8 warps, 256   4 warps, 256   4 warps, 1024   2 warps, 1024
+#     8 sequences of 512 keys         16.4           13.1           15.9            25.4
+#     64 of 512                       87.3           70.7           47.5            45.1
+#     64 of 2048                       242            206            181             202
+#     512 of 16                        141             89             89              58
+#     512 of 576                       621            475            376             364
+_BLOCKS = ((1024, (2, 1024)), (128, (4, 1024)), (64, (4, 256)), (0, (8, 256)))
+
+
 def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Plan:
     """The launch of a kernel of attention_decode.cu: one new token per sequence.
 
@@ -201,9 +214,9 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     check_head(D)
     parts = -(-num_heads // H // _MAX_HEADS)
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
-    warps = 8 if tensor else 4
-    min_keys = 256 if tensor else 64  # Two tiles of 16 keys for each warp: for fewer a second block would not pay.
-    resident = device.sms * (1 if tensor else 2)  # Blocks that the GPU holds at once: __launch_bounds__ of the kernel.
+    # On tensor cores a warp's tiles fill its registers: a multiprocessor holds 8 warps, in one block or several.
+    warps, min_keys = next(found for least, found in _BLOCKS if b * H * parts >= least) if tensor else (4, 64)
+    resident = device.sms * (8 // warps if tensor else 2)  # Blocks that the GPU holds at once: __launch_bounds__.
     max_splits = max(1, min(_MAX_SPLITS, resident // (H * parts)))
     keys = call["M"] * call["S"]
     if call["window"]:

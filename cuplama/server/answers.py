@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -17,11 +17,37 @@ from .errors import error_body
 from .fields import Read
 from .generating import Asked, Running, usage
 from .service import Service
-from .sse import DONE, KEEP_ALIVE, EventStream, event
+from .sse import DONE, EventStream, event, events_with
 
-__all__ = ["Choice", "Form", "answer"]
+__all__ = ["RESPONSE_SCHEMA", "Choice", "Form", "answer"]
 
 Choice = dict[str, Any]
+_COUNT = {"type": "integer", "minimum": 0}
+# What every whole response has. Fields beside these depend on what was asked for.
+RESPONSE_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"enum": ["chat.completion", "text_completion"]},
+        "created": _COUNT,
+        "model": {"type": "string"},
+        "system_fingerprint": {"type": "string"},
+        "choices": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["index", "logprobs", "finish_reason"],
+                "properties": {"index": _COUNT, "finish_reason": {"enum": ["stop", "length", "tool_calls"]}},
+            },
+        },
+        "usage": {
+            "type": "object",
+            "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+            "additionalProperties": {"anyOf": [_COUNT, {"type": "object", "additionalProperties": _COUNT}]},
+        },
+    },
+}
 
 
 class Form(Protocol):
@@ -97,20 +123,21 @@ async def _events(
     running: Running, form: Form, head: Mapping[str, Any], options: Mapping[str, bool]
 ) -> AsyncIterator[bytes]:
     """The events of a stream. An error in its middle is its last object."""
-    stream = _Stream(running, form, head, options)
+    stream, write = _Stream(running, form, options), events_with(head)
     try:
         async for deltas in running:
-            yield b"".join(map(event, stream.chunks(deltas))) if deltas else KEEP_ALIVE
-        yield b"".join(map(event, stream.end())) + DONE
+            if chunks := stream.chunks(deltas):
+                yield b"".join(map(write, chunks))
+        yield b"".join(map(write, stream.end())) + DONE
     except Exception as error:
         yield event(error_body(running.failed(error))) + DONE
 
 
 class _Stream:
-    """Makes the objects of a stream's events."""
+    """Makes the objects of a stream's events, without the fields that all of them have."""
 
-    def __init__(self, running: Running, form: Form, head: Mapping[str, Any], options: Mapping[str, bool]) -> None:
-        self._running, self._form, self._head = running, form, head
+    def __init__(self, running: Running, form: Form, options: Mapping[str, bool]) -> None:
+        self._running, self._form = running, form
         self._include = options.get("include_usage", False)
         self._always = self._include and options.get("continuous_usage_stats", False)
         self._first, self._generated = True, 0
@@ -123,6 +150,7 @@ class _Stream:
         new: dict[int, list[Delta]] = {}
         for delta in deltas:
             new.setdefault(delta.index, []).append(delta)
+        self._begin(new)
         for index, together in new.items():
             self._generated += len(together)
             end = together[-1].finish_reason
@@ -132,21 +160,26 @@ class _Stream:
     def end(self) -> list[dict[str, Any]]:
         """The objects for texts that ended without a token, and the count of tokens."""
         completions = self._running.completions
+        self._begin(self._open)
         found = [chunk for i in sorted(self._open) for chunk in self._pieces(i, [], completions[i].finish_reason)]
         if self._include:
             counted = usage(completions, self._running.asked.n, self._form.reasoning_tokens)
-            found.append({**self._head, "choices": [], "usage": counted})
+            found.append({"choices": [], "usage": counted})
         return found
 
+    def _begin(self, indices: Collection[int]) -> None:
+        """Keep the completions of texts that begin: what is of their prompts is whole by now."""
+        if begin := [index for index in indices if index not in self._begun]:
+            completions = self._running.completions
+            self._begun |= {index: completions[index] for index in begin}
+
     def _pieces(self, index: int, deltas: list[Delta], end: str | None) -> list[dict[str, Any]]:
-        if index not in self._begun:
-            self._begun |= {c.index: c for c in self._running.completions}
         if end is not None:
             self._open.discard(index)
         return [self._object(choice) for choice in self._form.pieces(deltas, end, self._begun[index])]
 
     def _object(self, choice: Choice) -> dict[str, Any]:
-        found = {**self._head, "choices": [choice]}
+        found: dict[str, Any] = {"choices": [choice]}
         if self._first:
             self._first = False
             found |= self._form.head(list(self._begun.values()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -12,7 +14,7 @@ from starlette.routing import Route
 
 from .endpoint import Endpoint
 from .endpoints import ENDPOINTS
-from .errors import api_error, error_response
+from .errors import error_response
 from .frame import Answering, Frame
 from .openapi import openapi
 from .service import Service
@@ -20,18 +22,24 @@ from .service import Service
 __all__ = ["create_app"]
 
 
-def create_app(service: Service) -> Starlette:
+def create_app(service: Service, endpoints: Sequence[Endpoint] = ENDPOINTS) -> Starlette:
     """The application that serves the service's model, at all endpoints."""
-    document = openapi(ENDPOINTS)
+    document = openapi(endpoints)
 
     async def described(_: Service, __: Request) -> Response:
         return JSONResponse(document)
 
     own = Endpoint("GET", "/openapi.json", described, "This document.", open=True)
-    routes = [Route(e.path, Answering(service, e), methods=[e.method]) for e in (*ENDPOINTS, own)]
+    routes = [Route(e.path, Answering(service, e), methods=[e.method]) for e in (*endpoints, own)]
     middleware = [Middleware(Frame, service=service)]
     if service.origins:
-        cors = Middleware(CORSMiddleware, allow_origins=service.origins, allow_methods=["*"], allow_headers=["*"])
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=service.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
         middleware.insert(0, cors)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _as_json})
     app.router.redirect_slashes = False
@@ -39,5 +47,6 @@ def create_app(service: Service) -> Starlette:
     return app
 
 
-async def _as_json(_: Request, error: Exception) -> Response:
-    return error_response(api_error(error))
+async def _as_json(request: Request, error: Exception) -> Response:
+    service: Service = request.app.state.service
+    return error_response(service.told(error, request.scope))

@@ -103,13 +103,12 @@ class ChatForm:
         ends: list[str | None] = [None] * len(parts)
         if end is not None:
             parts, ends = [*parts, {}], [*ends, _finish_reason(text, end)]
-        blank = {"index": so_far.index, "logprobs": None}
-        found = [{**blank, "delta": d, "finish_reason": why} for d, why in zip(parts, ends, strict=True)]
+        found = [_piece(so_far.index, part, why) for part, why in zip(parts, ends, strict=True)]
         if found:
             found[0] |= more
         if found and not text.begun:
             text.begun = True
-            found.insert(0, {**blank, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+            found.insert(0, _piece(so_far.index, {"role": "assistant", "content": ""}, None))
         return found
 
     def _text(self, index: int) -> _Text:
@@ -144,6 +143,10 @@ class ChatForm:
         if not self._shown.logprobs:
             return None
         return chat_logprobs(self._spelling, [token for token in tokens if token.id not in self._stop_ids])
+
+
+def _piece(index: int, delta: dict[str, Any], end: str | None) -> Choice:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": end}
 
 
 def _finish_reason(text: _Text, end: str | None) -> str | None:

@@ -11,6 +11,7 @@ from ..errors import ParameterError, TokenizerError
 from ..model import Model
 from ..text.answer_form import AnswerForm
 from ..text.splitter import Splitter
+from ..text.tokenizer import Tokenizer
 from ..text.tool_calls.tools import Tool, read_tools
 from .errors import ApiError
 from .kinds import json_shown
@@ -51,47 +52,55 @@ def read_chat_request(
     Raises ApiError 400 for messages that the template does not take, and for an effort that it does not read;
     ParameterError for tools that are none.
     """
-    tokenizer = model.tokenizer
-    known = read_tools(tools)
-    full = tokenizer.answer_form
-    form = full if known else replace(full, tools=None)
-    given = {**_effort(model, effort), **_variables(model, options, bool(known))}
-    chat = {**options, "template_args": given, **({"tools": list(tools)} if known and tools else {})}
+    tokenizer, known = model.tokenizer, read_tools(tools)
+    form = tokenizer.answer_form if known else replace(tokenizer.answer_form, tools=None)
+    variables = {**_effort(tokenizer, effort), **_variables(tokenizer, options, bool(known))}
+    chat = {**options, "template_args": variables, "tools": list(tools) if known and tools else None}
     try:
         ids, _ = read_chat(tokenizer, _as_read(tokenizer.chat_template, messages), chat)
     except TokenizerError as error:
         raise ApiError(400, str(error), param="messages" if str(error).startswith("messages") else None) from None
-    end = tokenizer.decode(ids[-_END:], skip_special=False)
-    return ChatRequest(ids, form, known, form.is_reasoning(end))
+    return ChatRequest(ids, form, known, form.is_reasoning(tokenizer.decode(ids[-_END:], skip_special=False)))
 
 
-def _as_read(template: str | None, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages in the roles of the template: one that does not know developers, as most do not, has them as system."""
-    if "developer" in (template or ""):
-        return list(messages)
-    return [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+def _as_read(template: str | None, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Messages with the roles and names that templates know.
+
+    A template that does not know developers, as most do not, has them as system. Reasoning goes by DeepSeek's name,
+    also where a client sends it back by vLLM's.
+    """
+    knows_developers = "developer" in (template or "")
+    found = []
+    for message in messages:
+        message = dict(message)
+        if message.get("role") == "developer" and not knows_developers:
+            message["role"] = "system"
+        if (reasoning := message.pop("reasoning", None)) is not None:
+            message.setdefault("reasoning_content", reasoning)
+        found.append(message)
+    return found
 
 
-def _variables(model: Model, options: Mapping[str, Any], tools: bool) -> Mapping[str, Any]:
+def _variables(tokenizer: Tokenizer, options: Mapping[str, Any], tools: bool) -> Mapping[str, Any]:
     """The variables that the client names, if the template reads them."""
     given: Mapping[str, Any] = options.get("template_args", {})
     try:
-        model.tokenizer.check_variables(given, tools=tools, chat_template=options.get("chat_template"))
+        tokenizer.check_variables(given, tools=tools, chat_template=options.get("chat_template"))
     except ParameterError as error:
         raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
     return given
 
 
-def _effort(model: Model, effort: str | None) -> dict[str, Any]:
+def _effort(tokenizer: Tokenizer, effort: str | None) -> dict[str, Any]:
     """The variable of the template that says how much to reason."""
-    reads = model.tokenizer.template_variables
+    reads = tokenizer.template_variables
     if effort is None:
         return {}
     if "reasoning_effort" in reads:
         return {"reasoning_effort": effort}
     if switches := [name for name in _SWITCHES if name in reads]:
         return {switches[0]: effort != "none"}
-    if effort == "none" and model.tokenizer.answer_form.reasoning is None:
+    if effort == "none" and tokenizer.answer_form.reasoning is None:
         return {}
     said = f"reasoning_effort = {json_shown(effort)} is not supported: the model's chat template reads nothing like it"
     raise ApiError(400, said, param="reasoning_effort")

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .errors import ApiError, error_body
 from .service import Service
 
 __all__ = ["Endpoint", "Handler"]
@@ -23,7 +24,7 @@ class Endpoint:
     path: as starlette writes it, "/v1/models/{id:path}"; handler: may raise ApiError or a CuplamaError, and is
     cancelled when the client leaves, also while its response is sent; summary: one line for OpenAPI; request_schema,
     response_schema: JSON schemas of the bodies, or None; response_types: media types of a good answer; open: needs no
-    key.
+    key; error_body: what an error is in the answer.
     """
 
     method: str
@@ -34,3 +35,4 @@ class Endpoint:
     response_schema: Mapping[str, Any] | None = None
     response_types: tuple[str, ...] = ("application/json",)
     open: bool = False
+    error_body: Callable[[ApiError], dict[str, Any]] = error_body

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from ..errors import (
     BusyError,
@@ -20,7 +21,7 @@ from ..errors import (
     TokenizerError,
 )
 
-__all__ = ["ApiError", "ClientGoneError", "api_error", "error_body", "error_response"]
+__all__ = ["ApiError", "ClientGoneError", "api_error", "error_body", "error_response", "unavailable"]
 
 _INVALID = "invalid_request_error"
 _RETRY_SECONDS = 1  # Retry-After of what a moment may mend
@@ -61,6 +62,11 @@ class ApiError(Exception):
             self.headers.setdefault("Retry-After", str(_RETRY_SECONDS))
 
 
+def unavailable(said: str) -> ApiError:
+    """The error of a server that cannot answer now; the code is llama.cpp's."""
+    return ApiError(503, said, "unavailable_error", code=503)
+
+
 class ClientGoneError(Exception):
     """The client has left: nobody reads an answer."""
 
@@ -89,6 +95,9 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The response of a request that failed before anything was sent."""
-    return JSONResponse(error_body(error), error.status, error.headers)
+def error_response(error: ApiError, body: Callable[[ApiError], dict[str, Any]] = error_body) -> Response:
+    """The response of a request that failed before anything was sent. body: what it says.
+
+    It is ASCII: a message may quote half a surrogate pair, which UTF-8 does not have.
+    """
+    return Response(json.dumps(body(error)), error.status, error.headers, "application/json")

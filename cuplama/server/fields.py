@@ -140,7 +140,6 @@ class Fields:
         for name in unknown:
             near = difflib.get_close_matches(name.lower()[:64], names, n=1, cutoff=_ALIKE)
             if near and body[name] is not None:
-                raise ApiError(
-                    400, f"{json_shown(name)} is no field of this request; did you mean {near[0]}?", param=name
-                )
+                said = json_shown(name)
+                raise ApiError(400, f"{said} is no field of this request; did you mean {near[0]}?", param=said[1:-1])
         return unknown

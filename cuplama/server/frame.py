@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .endpoint import Endpoint
-from .errors import ApiError, ClientGoneError, api_error, error_response
+from .errors import ClientGoneError, error_body, error_response, unavailable
 from .limits import check_headers, read_body
 from .metrics import Meter
 from .service import Service
@@ -41,7 +40,7 @@ class Frame:
         except ClientGoneError:
             exchange.status = _GONE
         except asyncio.CancelledError:  # the server ends, and has waited long enough
-            await exchange.fail(ApiError(503, "the server is shutting down", "unavailable_error", code=503), receive)
+            await exchange.fail(unavailable("the server is shutting down"), receive)
         except Exception as e:
             await exchange.fail(e, receive)
         finally:
@@ -60,6 +59,12 @@ class _Exchange:
         scope.setdefault("state", {}).update(meter=self.meter, id=self.id)
         self.status = 0
 
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The endpoint that the request is for, as far as that is known."""
+        found = self.scope.get("endpoint")
+        return found.endpoint if isinstance(found, Answering) else None
+
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -68,19 +73,16 @@ class _Exchange:
 
     async def fail(self, error: Exception, receive: Receive) -> None:
         """Answer with the error, if nothing was sent yet; else the connection ends in the middle of the answer."""
-        told = api_error(error)
-        self.service.noticed(error)
-        if told.status >= 500 and told is not error:
-            self.service.log.failure(error, id=self.id, path=self.scope["path"])
+        told = self.service.told(error, self.scope)
         if not self.status:
-            await error_response(told)(self.scope, receive, self.send)
-        self.meter.fields.setdefault("message", told.message)
+            body = self.endpoint.error_body if self.endpoint is not None else error_body
+            await error_response(told, body)(self.scope, receive, self.send)
 
     def log(self) -> None:
         """Write the line, and count the request."""
+        self.meter.close()
         client = self.scope.get("client")
-        endpoint = self.scope.get("endpoint")
-        path = endpoint.endpoint.path if isinstance(endpoint, Answering) else "none"
+        path = "none" if self.endpoint is None else self.endpoint.path
         method = self.scope["method"]
         self.service.metrics.answered(method if path != "none" else "none", path, self.status)
         self.service.log.write(
@@ -104,6 +106,8 @@ class Answering:
         if not self.endpoint.open:
             self.service.keys.check(Headers(scope=scope))
         body = await read_body(scope, receive, self.service.limits)
+        if self.service.log.prompts and body:
+            scope["state"]["meter"].fields["body"] = body.decode(errors="replace")
         over = asyncio.Event()  # the client has left, or has its whole answer
 
         async def sending(message: Message) -> None:
@@ -122,8 +126,10 @@ class Answering:
             over.set()
             watch.cancel()
             work.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await work  # what it holds of the engine is free when the request is over
+            if not work.done():
+                await asyncio.wait((work,))  # what it holds of the engine is free when the request is over
+                if not work.cancelled() and (error := work.exception()) is not None:
+                    self.service.log.failure(error, id=scope["state"]["id"], path=scope["path"])
 
     async def _answer(self, request: Request, send: Send) -> None:
         response = await self.endpoint.handler(self.service, request)

@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,15 @@ from starlette.requests import Request
 from ..completion import Completion, Delta
 from ..model import Model
 from ..sampling_params import SamplingParams
-from .errors import ApiError, api_error
+from .chat_request import ChatRequest
+from .errors import ApiError
 from .fields import Read
 from .generation_fields import constraint
 from .metrics import Meter
 from .service import Service
-from .sse import KEEP_ALIVE_SECONDS
+from .tool_choice import ToolChoice, tool_constraint
 
-__all__ = ["Asked", "Running", "prepare", "usage"]
+__all__ = ["Asked", "Running", "check_count", "prepare", "prepare_chat", "usage"]
 
 # Where neither the request nor the model's generation_config.json says: as OpenAI, and not as the library.
 _DEFAULTS = {"temperature": 1.0, "max_tokens": None}
@@ -55,13 +55,13 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
     if best_of not in (None, n):
         raise ApiError(400, f"best_of = {best_of} is not supported; it must be n = {n}", param="best_of")
     stop = read.sampling.get("stop", ())
-    _check("n", n, limits.choices)
-    _check("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, " stop strings")
+    if n > limits.choices:
+        raise ApiError(400, f"n = {n} is out of range; at most {limits.choices} are allowed", param="n")
+    check_count("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, "stop strings")
 
     def make() -> Asked:
-        params = _params(model, read)
         prompts = encode(model)
-        _check("prompt", len(prompts), limits.prompts, " prompts")
+        params = _params(model, read)
         for ids in prompts:
             if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
                 said = f"the prompt has {len(ids)} tokens; at most {limits.prompt_tokens} are allowed"
@@ -71,9 +71,40 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
     return await asyncio.to_thread(make)
 
 
-def _check(name: str, count: int, most: int, nouns: str = "") -> None:
+async def prepare_chat(
+    service: Service, read: Read, encode: Callable[[Model], ChatRequest], choice: ToolChoice, parallel: bool = True
+) -> tuple[Asked, ChatRequest]:
+    """The same for a chat. encode: makes its prompt; choice: of its tools, of which ``parallel`` allows several calls.
+
+    Raises ApiError 400 also for a choice that cannot be enforced.
+    """
+    found: list[ChatRequest] = []
+
+    def make(model: Model) -> list[list[int]]:
+        chat = encode(model)
+        held = _held(model, chat, read, choice, parallel)
+        read.sampling = {"show_special": model.tokenizer.special_in(chat.form.texts), **read.sampling, **held}
+        found.append(chat)
+        return [chat.ids]
+
+    return await prepare(service, read, make), found[0]
+
+
+def _held(model: Model, chat: ChatRequest, read: Read, choice: ToolChoice, parallel: bool) -> dict[str, str]:
+    """What holds the answer to its tools. Where another form is asked for, that one counts, unless a call must come."""
+    held = tool_constraint(model, chat, choice, parallel)
+    formed = constraint(read.own) or read.sampling.get("response_format", {}).get("type", "text") != "text"
+    if choice.required and formed:
+        raise ApiError(400, "tool_choice asks for a call; that excludes another form of the text", param="tool_choice")
+    if choice.required and not held:
+        raise ApiError(400, "tool_choice: calls in this model's form cannot be enforced", param="tool_choice")
+    return {} if formed else held
+
+
+def check_count(name: str, count: int, most: int, nouns: str) -> None:
+    """Raises ApiError 400 where a field of the request has too many elements."""
     if count > most:
-        raise ApiError(400, f"{name} has {count}{nouns}; at most {most} are allowed", param=name)
+        raise ApiError(400, f"{name} has {count} {nouns}; at most {most} are allowed", param=name)
 
 
 def _params(model: Model, read: Read) -> SamplingParams:
@@ -92,75 +123,53 @@ def _params(model: Model, read: Read) -> SamplingParams:
 class Running:
     """The generation of one request, from the call to the last token. It must be closed, in whatever way it ends.
 
-    Iterating gives the deltas that have come since the last look, as a list; an empty one where nothing has come for
-    KEEP_ALIVE_SECONDS. Raises what the generation raises, and ApiError 503 where no token comes in time.
+    Iterating gives the deltas that have come since the last look, joined in a list: a client that is slow to take what
+    was sent does not hold up the engine. Raises what the generation raises, and ApiError 503 where no token comes in
+    time.
     """
 
     def __init__(self, service: Service, request: Request, asked: Asked) -> None:
         self.service, self.request, self.asked = service, request, asked
         self.meter: Meter = request.state.meter
-        self._ready: list[Delta] = []
-        self._news = asyncio.Event()
         self._closed = False
-        self._stream = asked.model.astream(asked.prompts, asked.params, n=asked.n, priority=asked.priority)
-        self._pump = asyncio.create_task(self._read())
+        prompt = asked.prompts[0] if len(asked.prompts) == 1 else asked.prompts  # errors number those of a list
+        self._stream = asked.model.astream(prompt, asked.params, n=asked.n, priority=asked.priority)
 
     @property
     def completions(self) -> list[Completion]:
         """What each sequence has so far: prompt by prompt, and of each its choices."""
         return self._stream.completions
 
-    async def _read(self) -> None:
-        """Take the deltas as the engine gives them, also while the client is slow to take what was sent."""
-        try:
-            async for delta in self._stream:
-                self._ready.append(delta)
-                self._news.set()
-        finally:
-            self._news.set()
-
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        started, patience = False, self.service.limits.waiting_seconds
-        while True:
-            if not self._ready and not self._pump.done():
-                left = KEEP_ALIVE_SECONDS if started else min(KEEP_ALIVE_SECONDS, patience - self.meter.seconds)
-                await self._wait(left)
-            deltas, self._ready = self._ready, []
-            self._news.clear()
-            if deltas:
-                started = True
-                for index, count in Counter(delta.index for delta in deltas).items():
+        delta = await self._first()
+        while delta is not None:
+            deltas = [delta, *self._stream.ready()]
+            if len(deltas) == 1:  # which is most of the time
+                self.meter.tokens(1, delta.index)
+            else:
+                for index, count in Counter(d.index for d in deltas).items():
                     self.meter.tokens(count, index)
-            elif self._pump.done():
-                break
-            elif not started and self.meter.seconds >= patience:
-                raise ApiError(503, f"no token came within {patience:g} seconds: too much is going on", "server_error")
             yield deltas
-        self._pump.result()  # raises what ended the generation before its time
+            delta = await anext(self._stream, None)
 
-    async def _wait(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
+    async def _first(self) -> Delta | None:
+        patience = self.service.limits.waiting_seconds
+        try:
+            async with asyncio.timeout(patience - self.meter.seconds):
+                return await anext(self._stream, None)
+        except TimeoutError:
+            said = f"no token came within {patience:g} seconds: too much is going on"
+            raise ApiError(503, said, "server_error") from None
 
     def failed(self, error: Exception) -> ApiError:
         """Note an error that comes when the response has begun. What the client is told of it."""
-        told = api_error(error)
-        self.service.noticed(error)
-        if told.status >= 500 and told is not error:
-            self.service.log.failure(error, id=self.request.state.id, path=self.request.url.path)
-        self.meter.fields.setdefault("message", told.message)
-        return told
+        return self.service.told(error, self.request.scope)
 
     async def close(self) -> None:
         """Stop what still runs: its pages of the cache are free then. Closing twice is fine."""
         if self._closed:
             return
         self._closed = True
-        self._pump.cancel()
-        await asyncio.wait([self._pump])
-        if not self._pump.cancelled():
-            self._pump.exception()  # asyncio complains of errors that nobody has looked at
         await self._stream.aclose()
         self.meter.finished(self.completions, self._stream.timings)
 

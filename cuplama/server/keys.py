@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
@@ -17,7 +18,7 @@ class Keys:
     """The keys that the server takes; without any it takes every request."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = [_digest(key) for key in keys]  # of one length: comparing them tells no key's length
+        self._digests = [_digest(os.fsencode(key)) for key in keys]  # of one length: no key's length is told
 
     def __bool__(self) -> bool:
         return bool(self._digests)
@@ -30,7 +31,8 @@ class Keys:
         if not self._digests:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+        said = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = _digest(said.encode("latin-1"))  # as starlette has decoded the header's bytes
         if True not in [hmac.compare_digest(given, digest) for digest in self._digests]:  # a list: all are compared
             raise ApiError(
                 401,
@@ -41,5 +43,5 @@ class Keys:
             )
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

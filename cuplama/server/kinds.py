@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ def json_shown(value: Any, width: int = 80) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError):  # a number of thousands of digits
         text = "..."
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a character cannot be sent back
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -138,6 +140,7 @@ def table(kind: Kind, key: Callable[[str], Any], pattern: str, wanted: str) -> K
 
     def read(value: Any) -> dict[Any, Any]:
         need_type(isinstance(value, dict), value)
+        in_range(all(re.search(pattern, name) for name in value))
         return {key(name): kind.read(item) for name, item in value.items()}
 
     names = {"pattern": pattern}

@@ -12,7 +12,10 @@ __all__ = ["RequestLog"]
 
 
 class RequestLog:
-    """Writes a line per request. prompts: whether handlers may note what was asked; nothing else holds such text."""
+    """Writes a line per request. prompts: whether it has the request's body; without, no text of a request is written.
+
+    Where something broke the traceback's last line is what the error says, which may quote such text.
+    """
 
     def __init__(self, stream: TextIO | None = None, prompts: bool = False) -> None:
         self._stream = stream
@@ -23,7 +26,9 @@ class RequestLog:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         known = {name: value for name, value in fields.items() if value is not None}
         line = json.dumps({"time": now, **known}, default=str)
-        print(line, file=self._stream or sys.stderr, flush=True)
+        stream = self._stream or sys.stderr
+        stream.write(f"{line}\n")  # at once: print would let another thread's line in before the line break
+        stream.flush()
 
     def failure(self, error: BaseException, **fields: Any) -> None:
         """A line for what is our fault, or the device's, with the traceback."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .answer_form import AnswerForm
-from .splitter import ArgumentsDelta, CallBegins, ContentDelta, Event, ReasoningDelta, Splitter
-from .tool_calls.tools import read_tools
+from .tool_calls.events import ArgumentsDelta, CallBegins, ContentDelta, Event, ReasoningDelta
+
+if TYPE_CHECKING:
+    from .answer_form import AnswerForm
 
 __all__ = ["Answer", "ToolCall", "collect", "split_answer"]
 
@@ -51,6 +52,9 @@ def split_answer(
 
     reasoning: it begins inside the reasoning. Raises ParameterError for tools that are none.
     """
+    from .splitter import Splitter  # the table of forms, which `import cuplama` need not wait for
+    from .tool_calls.tools import read_tools
+
     splitter = Splitter(form, read_tools(tools), reasoning=reasoning)
     return collect([*splitter.push(text), *splitter.flush()])
 

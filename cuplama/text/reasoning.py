@@ -13,7 +13,7 @@ class ReasoningFormat:
     """start, end: the tags around reasoning. anywhere: it may come more than once, and after content.
 
     markers: texts of which one, in the chat template or in a token, tells the form. skipped: further tags, which
-    nobody is shown.
+    nobody is shown. after: what a model writes between the end tag and a tool call.
     """
 
     name: str
@@ -22,6 +22,7 @@ class ReasoningFormat:
     end: str
     anywhere: bool = False
     skipped: tuple[str, ...] = ()
+    after: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -52,6 +53,7 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
                 "<|end|>",
                 "<|return|>",
             ),
+            after="<|start|>assistant",
         ),
         ReasoningFormat("mistral", ("[THINK]",), "[THINK]", "[/THINK]"),
         ReasoningFormat("think", ("</think>",), "<think>", "</think>"),

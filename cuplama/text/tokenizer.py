@@ -14,13 +14,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import checked, flag
 from ..errors import CuplamaError, PromptError, TokenizerError
 from ..files import is_missing
 from ..gguf import is_gguf, open_gguf
-from .answer_form import AnswerForm, find_form
 from .chat_prompt import ChatTemplates, chat_messages, chat_values, check_names, harmless_chats, prompt_text
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
@@ -30,6 +30,8 @@ from .tokenizer_files import read_file, read_folder
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from .answer_form import AnswerForm
 
 __all__ = ["Tokenizer"]
 
@@ -235,14 +237,21 @@ class Tokenizer:
 
     def find_form(self, *, reasoning: str | None = None, tools: str | None = None) -> AnswerForm:
         """The same with formats chosen by name; see ``find_form`` in text/answer_form.py. Raises ParameterError."""
+        from .answer_form import find_form  # only chats with tools or reasoning need it
+
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         return find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
+
+    @cached_property
+    def special_texts(self) -> Mapping[str, int]:
+        """Text of each special token -> its id."""
+        pieces = ((self.piece(id), id) for id in sorted(self.special_ids))
+        return {piece: id for piece, id in pieces if piece}
 
     def special_in(self, texts: Iterable[str]) -> list[int]:
         """The ids of the special tokens that are spelled in one of the texts."""
         texts = list(texts)
-        pieces = ((id, self.piece(id)) for id in sorted(self.special_ids))
-        return [id for id, piece in pieces if piece and any(piece in text for text in texts)]
+        return [id for piece, id in self.special_texts.items() if any(piece in text for text in texts)]
 
     def spells_special(self, text: str) -> bool:
         """Whether a token that `decode(skip_special=True)` leaves out is spelled somewhere in `text`."""
@@ -271,6 +280,11 @@ class Tokenizer:
     def template_variables(self) -> frozenset[str]:
         """Names of the variables that the default chat template reads; empty if there is no template."""
         return frozenset() if self.chat_template is None else self._templates.choose().reading.variables
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The tokens that the folder names: bos_token, eos_token, ... -> their text."""
+        return MappingProxyType(self._special_tokens)
 
     def _named_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)

@@ -156,6 +156,7 @@ SAMPLING: list[tuple[str, str, Any]] = [
     ("--stop a -r b --reverse-prompt c", "stop", ("a", "b", "c")),
     ("--min-tokens 3", "min_tokens", 3),
     ("--ignore-eos", "ignore_eos", True),
+    ("--regex [a-z]+", "regex", "[a-z]+"),
 ]
 
 CHAT = {"system": None, "stats": False}  # what reaches a chat without any option
@@ -293,8 +294,29 @@ def test_wrong_options_of_chat(option: str, words: str, fails: Fails, tmp_path: 
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
-    """But the one that a list of options would stand for: token ids that stop, of which users know the text."""
-    assert {name for _, name, _ in SAMPLING} | {"logprobs"} == set(PARAMETERS) - {"stop_token_ids"}
+    """But token ids that stop, of which users know the text; what is said of a prompt, which perplexity says; and to
+    show special tokens, which --json tells by their ids."""
+    from_files = {"json_schema", "grammar"}
+    found = {name for _, name, _ in SAMPLING} | {"logprobs"} | from_files
+    assert found == set(PARAMETERS) - {"stop_token_ids", "prompt_logprobs", "show_special"}
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_forms_from_files(command: str, run: Run, recorder: Recorder, fails: Fails, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "a.lark"
+    schema.write_text('{"type": "null"}')
+    grammar.write_text('start: "a"')
+    assert run(command, "Hi", "--json-schema", str(schema))[0] == 0
+    assert recorder.given["json_schema"] == {"type": "null"}
+    assert run(command, "Hi", "--grammar", str(grammar))[0] == 0
+    assert recorder.given["grammar"] == 'start: "a"'
+    for args, words in (
+        (["--json-schema", str(schema), "--regex", "a"], "--json-schema and --regex do not go together"),
+        (["--json-schema", str(grammar)], "json_schema = 'start: \"a\"' is no JSON: Expecting value"),
+        (["--grammar", "nowhere"], "cannot read nowhere: No such file"),
+        (["--regex", ""], "regex = '' is out of range"),
+    ):
+        assert words in fails(command, "Hi", "-m", "not loaded", *args)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +16,12 @@ import httpx
 import uvicorn
 
 from cuplama.server.app import create_app
+from cuplama.server.endpoint import Endpoint
+from cuplama.server.endpoints import ENDPOINTS
 from cuplama.server.service import Service
 from tests.cli.processes import LAUNCHER, environment, interruptible
 
-__all__ = ["ServerProcess", "eventually", "in_thread"]
+__all__ = ["ServerProcess", "eventually", "in_thread", "read_all"]
 
 
 def eventually(true: Callable[[], Any], seconds: float = 10) -> None:
@@ -29,10 +32,16 @@ def eventually(true: Callable[[], Any], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
 @contextmanager
-def in_thread(service: Service) -> Iterator[str]:
+def in_thread(service: Service, endpoints: Sequence[Endpoint] = ENDPOINTS) -> Iterator[str]:
     """uvicorn with the service's application; yields its address, as in http://127.0.0.1:1234."""
-    config = uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, lifespan="off", http="h11")
+    app = create_app(service, endpoints)
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off", http="h11")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -23,12 +23,11 @@ BODIES: Mapping[str, tuple[Fields, dict[str, Any]]] = {
     "chat": (chat.FIELDS, {"messages": [{"role": "user", "content": "Hi"}]}),
     "completions": (completions.FIELDS, {"prompt": "Hi"}),
 }
+KEYS = ("0", "7", "42", "a", "name", "json")
 SCALARS = st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats(-5, 5) | st.text(max_size=3)
 JSON = st.recursive(
     SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("0 7 42 a name json".split()), inner, max_size=2)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=2),
     max_leaves=4,
 )
 _TYPES: Mapping[str, Any] = {
@@ -44,7 +43,7 @@ _TYPES: Mapping[str, Any] = {
 
 def fits(schema: Mapping[str, Any], value: Any) -> bool:
     """Whether a value is of a JSON schema, as far as the tables use that language. An unknown word raises."""
-    rules = {
+    rules: Mapping[str, Callable[[Any], bool]] = {
         "description": lambda _: True,
         "default": lambda _: True,
         "type": lambda s: any(_TYPES[t](value) for t in ([s] if isinstance(s, str) else s)),
@@ -174,7 +173,7 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(case: str) ->
 
 
 def test_a_missing_prompt_is_named() -> None:
-    with pytest.raises(ApiError, match="^messages is missing; it must be a non-empty list of messages$"):
+    with pytest.raises(ApiError, match=r"^messages is missing; it must be a non-empty list of messages$"):
         chat.FIELDS.read({})
 
 

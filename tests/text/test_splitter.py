@@ -1,4 +1,4 @@
-"""An answer is split the same however it is cut, nothing of it is lost, and what is written as a call is read as one."""
+"""An answer is split the same however it is cut, nothing of it is lost, and a call as its model writes it is read."""
 
 from __future__ import annotations
 
@@ -193,6 +193,10 @@ def test_reasoning_that_the_prompt_began(name: str) -> None:
     assert parts(collect(split(form, ["So"], reasoning=True))) == ("", "So", [])
 
 
+HEAD = '<tool_call>{"name": "weather", "arguments": '
+THOUGHT = "<|channel|>analysis<|message|>a<|end|><|start|>assistant"
+TO_WEATHER = "<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{}"
+TWELVE = xml([("weather", {"city": "12", "days": 12})])[0]
 CASES: list[tuple[str, str, tuple[str, str, list[tuple[str, str]]]]] = [
     # What is no call is content, with its tags.
     ("hermes", "<tool_call>oops</tool_call> x", ("<tool_call>oops</tool_call> x", "", [])),
@@ -208,24 +212,24 @@ CASES: list[tuple[str, str, tuple[str, str, list[tuple[str, str]]]]] = [
     ("hermes", "Use <think> tags.</think>", ("Use <think> tags.</think>", "", [])),
     ("hermes", "<think>a</think><think>b", ("", "a\nb", [])),
     # Errors that models make.
-    ("hermes", '<tool_call>{"name": "weather", "arguments": {"days": 1}</tool_call>', ("", "", [("weather", '{"days": 1}')])),
+    ("hermes", HEAD + '{"days": 1}</tool_call>', ("", "", [("weather", '{"days": 1}')])),
     ("hermes", '<tool_call>{"arguments": {"days": 1}, "name": "weather"}', ("", "", [("weather", '{"days": 1}')])),
-    ("hermes", '<tool_call>{"name": "weather", "arguments": "{}"}</tool_call>', ("", "", [("weather", "{}")])),
+    ("hermes", HEAD + '"{}"}</tool_call>', ("", "", [("weather", "{}")])),
     ("hermes", '<tool_call>{"name": "weather"}</tool_call>', ("", "", [("weather", "{}")])),
     ("qwen-xml", "So\n<function=weather>\n</function>\n</tool_call>", ("So", "", [("weather", "{}")])),
     # A text that ends inside the arguments leaves them incomplete.
-    ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "Ro', ("", "", [("weather", '{"city": "Ro')])),
+    ("hermes", HEAD + '{"city": "Ro', ("", "", [("weather", '{"city": "Ro')])),
     # Tags inside strings are text.
-    ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "</tool_call>"}}</tool_call>', ("", "", [("weather", '{"city": "</tool_call>"}')])),
+    ("hermes", HEAD + '{"city": "</tool_call>"}}</tool_call>', ("", "", [("weather", '{"city": "</tool_call>"}')])),
     # Typed through the schema.
-    ("qwen-xml", "<tool_call><function=weather><parameter=city>12</parameter><parameter=days>12</parameter></function></tool_call>", ("", "", [("weather", '{"city": "12", "days": 12}')])),
+    ("qwen-xml", f"<tool_call>{TWELVE}</tool_call>", ("", "", [("weather", '{"city": "12", "days": 12}')])),
     # Calls of tools that nobody offered, where tags say that it is a call.
     ("hermes", '<tool_call>{"name": "other", "arguments": {}}</tool_call>', ("", "", [("other", "{}")])),
     # Without tags.
     ("llama-json", '\n{"name": "weather", "parameters": {}}', ("", "", [("weather", "{}")])),
     ("pythonic", '[weather(city="a]"), weather()]', ("", "", [("weather", '{"city": "a]"}'), ("weather", "{}")])),
     ("mistral-args", "[TOOL_CALLS]weather[CALL_ID]x1[ARGS]{}", ("", "", [("weather", "{}")])),
-    ("harmony", "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary<|message|>b<|end|><|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{}", ("b", "a", [("weather", "{}")])),
+    ("harmony", THOUGHT + "<|channel|>commentary<|message|>b<|end|>" + TO_WEATHER, ("b", "a", [("weather", "{}")])),
     ("harmony", "<|channel|>final<|message|>Yes.<|return|>", ("Yes.", "", [])),
     # Content around calls does not run together.
     ("hermes", 'a\n<tool_call>{"name": "weather"}</tool_call>\nb', ("a\nb", "", [("weather", "{}")])),

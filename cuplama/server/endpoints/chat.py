@@ -9,18 +9,19 @@ from starlette.responses import Response
 
 from ...arguments import in_range, need_type
 from ...model import Model
-from ..answers import answer
+from ..answers import RESPONSE_SCHEMA, answer
 from ..chat_form import ChatForm, Shown
 from ..chat_request import ChatRequest, read_chat_request
 from ..endpoint import Endpoint
 from ..errors import ApiError
-from ..fields import Fields, Read, chat, harmless, own, refused
-from ..generating import prepare
+from ..fields import Fields, chat, harmless, own, refused
+from ..generating import prepare_chat
 from ..generation_fields import COMMON
-from ..kinds import ANY_OBJECT, FLAG, Kind, either, integer, json_shown, listed, record, string, word
+from ..kinds import ANY_OBJECT, FLAG, Kind, either, integer, listed, record, string, word
 from ..limits import read_object
 from ..logprobs import Spelling
 from ..service import Service
+from ..tool_choice import read_choice
 
 __all__ = ["ENDPOINTS", "FIELDS"]
 
@@ -33,7 +34,8 @@ def _read_messages(value: Any) -> list[Any]:
     return list(value)
 
 
-_MESSAGE = record({"role": string(1), "content": either(string(), listed(ANY_OBJECT, "parts"))}, ["role"])
+_PART = record({"type": word("text"), "text": string()}, ["type", "text"])
+_MESSAGE = record({"role": string(1), "content": either(string(), listed(_PART, "parts"))}, ["role"])
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _FUNCTION = record({"type": word("function"), "function": record({"name": string(1)}, ["name"])}, ["function"])
 FIELDS = Fields(
@@ -77,43 +79,30 @@ FIELDS = Fields(
 
 async def _chat(service: Service, request: Request) -> Response:
     read = FIELDS.read(await read_object(request, service.limits))
-    wanted = read.own
-    service.check_name(wanted["model"])
-    if wanted["top_logprobs"] and not wanted["logprobs"]:
-        said = f"top_logprobs = {wanted['top_logprobs']} needs logprobs = true"
+    service.check_name(read.own["model"])
+    if read.own["logprobs"]:
+        read.sampling["logprobs"] = read.own["top_logprobs"]
+    elif read.own["top_logprobs"]:
+        said = f"top_logprobs = {read.own['top_logprobs']} needs logprobs = true"
         raise ApiError(400, said, param="top_logprobs")
-    if wanted["logprobs"]:
-        read.sampling["logprobs"] = wanted["top_logprobs"]
-    asked_chat: list[ChatRequest] = []
+    choice, parallel = read_choice(read.own["tool_choice"]), read.own["parallel_tool_calls"]
+    messages, effort = read.own["messages"], read.own["reasoning_effort"]
+    tools = read.own["tools"] if choice.tools else None
 
-    def encode(model: Model) -> list[list[int]]:
-        found = read_chat_request(model, wanted["messages"], read.chat, _tools(read), wanted["reasoning_effort"])
-        asked_chat.append(found)
-        read.sampling.setdefault("show_special", model.tokenizer.special_in(found.form.texts))
-        return [found.ids]
+    def encode(model: Model) -> ChatRequest:
+        return read_chat_request(model, messages, read.chat, tools, effort)
 
-    asked = await prepare(service, read, encode)
+    asked, chat_request = await prepare_chat(service, read, encode, choice, parallel)
     shown = Shown(
-        logprobs=wanted["logprobs"],
+        logprobs=read.own["logprobs"],
         prompt_logprobs=read.sampling.get("prompt_logprobs"),
-        ids=wanted["return_token_ids"],
-        reasoning=wanted["include_reasoning"],
-        several_calls=wanted["parallel_tool_calls"],
+        ids=read.own["return_token_ids"],
+        reasoning=read.own["include_reasoning"],
+        several_calls=parallel,
     )
-    spelling = Spelling(asked.model.tokenizer, wanted["return_tokens_as_token_ids"])
-    form = ChatForm(spelling, asked_chat[0].splitter, asked.stop_ids, shown)
+    spelling = Spelling(asked.model.tokenizer, read.own["return_tokens_as_token_ids"])
+    form = ChatForm(spelling, chat_request.splitter, asked.stop_ids, shown)
     return await answer(service, request, read, asked, form)
-
-
-def _tools(read: Read) -> list[dict[str, Any]] | None:
-    """The tools that the model sees. Raises ApiError 400 for a choice that cannot be enforced."""
-    choice, tools = read.own["tool_choice"], read.own["tools"]
-    if choice == "none":
-        return None
-    if choice not in (None, "auto"):
-        said = f"tool_choice = {json_shown(choice)} is not supported; supported: none, auto"
-        raise ApiError(400, said, param="tool_choice")
-    return list(tools) if tools else None
 
 
 ENDPOINTS = (
@@ -123,7 +112,7 @@ ENDPOINTS = (
         _chat,
         "The answer to a conversation.",
         request_schema=FIELDS.schema,
-        response_schema={"type": "object"},
+        response_schema=RESPONSE_SCHEMA,
         response_types=("application/json", "text/event-stream"),
     ),
 )

@@ -14,10 +14,10 @@ from ...completion import Completion, Delta
 from ...engine.sequence import Token
 from ...model import Model
 from ...prompts import prompt_of_batch
-from ..answers import Choice, answer
+from ..answers import RESPONSE_SCHEMA, Choice, answer
 from ..endpoint import Endpoint
 from ..fields import Fields, Read, own, refused
-from ..generating import prepare
+from ..generating import check_count, prepare
 from ..generation_fields import COMMON
 from ..kinds import FLAG, Kind, either, integer, listed, string
 from ..limits import read_object
@@ -26,6 +26,7 @@ from ..service import Service
 
 __all__ = ["ENDPOINTS", "FIELDS"]
 
+_CONTEXT = 32  # tokens of a prompt that may hold the beginning of a character which the text completes
 _MAX_TOKENS = 16  # as OpenAI has it, where the request does not say
 
 
@@ -42,7 +43,7 @@ def _read_prompt(value: Any) -> list[str] | list[list[int]]:
     if isinstance(value[0], str):
         for text in value:
             need_type(isinstance(text, str), text)
-        return value
+        return list(value)
     if not isinstance(value[0], list):
         return [_ids(value)]
     for ids in value:
@@ -76,6 +77,7 @@ FIELDS = Fields(
 async def _completions(service: Service, request: Request) -> Response:
     read = FIELDS.read(await read_object(request, service.limits))
     service.check_name(read.own["model"])
+    check_count("prompt", len(read.own["prompt"]), service.limits.prompts, "prompts")
     form = _Form(read)
     read.sampling.setdefault("max_tokens", _MAX_TOKENS)
     if (logprobs := read.own["logprobs"]) is not None:
@@ -107,7 +109,8 @@ class _Form:
         self._own = read.own
         self._skip_special = not read.sampling.get("show_special", False)
         self._prompt_logprobs: int | None = read.sampling.get("prompt_logprobs")  # those that the client asks for
-        self._logprobs: dict[int, LegacyLogprobs] = {}  # of the texts that have begun
+        self._begun: set[int] = set()  # indices of texts
+        self._logprobs: dict[int, LegacyLogprobs] = {}
 
     def spell(self, model: Model) -> None:
         """Take the model's tokenizer."""
@@ -133,14 +136,19 @@ class _Form:
     def _piece(self, text: str, tokens: Sequence[Token], end: str | None, so_far: Completion) -> Choice:
         own, index = self._own, so_far.index
         more: dict[str, Any] = {"token_ids": [token.id for token in tokens]} if own["return_token_ids"] else {}
-        if index not in self._logprobs:
-            context = () if own["echo"] else so_far.prompt_tokens
-            self._logprobs[index] = LegacyLogprobs(self._spelling, context, self._skip_special)
+        if index not in self._begun:
+            self._begun.add(index)
             more |= self._of_prompt(so_far)
             if own["echo"]:
                 text, tokens = self._prompt_text(so_far) + text, [*self._prompt_tokens(so_far), *tokens]
-        logprobs = None if own["logprobs"] is None else self._logprobs[index].push(tokens)
+        logprobs = None if own["logprobs"] is None else self._legacy(so_far).push(tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": end, **more}
+
+    def _legacy(self, so_far: Completion) -> LegacyLogprobs:
+        if so_far.index not in self._logprobs:
+            before = () if self._own["echo"] else so_far.prompt_tokens[-_CONTEXT:]
+            self._logprobs[so_far.index] = LegacyLogprobs(self._spelling, before, self._skip_special)
+        return self._logprobs[so_far.index]
 
     def _of_prompt(self, so_far: Completion) -> dict[str, Any]:
         more: dict[str, Any] = {}
@@ -172,7 +180,7 @@ ENDPOINTS = (
         _completions,
         "Texts that go on from prompts.",
         request_schema=FIELDS.schema,
-        response_schema={"type": "object"},
+        response_schema=RESPONSE_SCHEMA,
         response_types=("application/json", "text/event-stream"),
     ),
 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ...errors import TokenizerError
+from ...model import Model
 from ..endpoint import Endpoint
 from ..service import Service
 
@@ -23,7 +26,14 @@ def _described(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "cuplama",
         "root": None if model is None else model.name,
         "max_model_len": None if model is None else model.context,
+        "chat_template": None if model is None else _can_chat(model),
     }
+
+
+def _can_chat(model: Model) -> bool:
+    with suppress(TokenizerError):
+        return model.tokenizer.chat_template is not None
+    return False
 
 
 async def _models(service: Service, _: Request) -> Response:
@@ -32,7 +42,7 @@ async def _models(service: Service, _: Request) -> Response:
 
 async def _model(service: Service, request: Request) -> Response:
     name = request.path_params["id"]
-    service.check_name(name)
+    service.check_name(name or "/")  # no name is none of a model
     return JSONResponse(_described(service, name))
 
 
@@ -46,6 +56,7 @@ _MODEL: Mapping[str, Any] = {
         "owned_by": {"type": "string"},
         "root": {"type": ["string", "null"]},
         "max_model_len": {"type": ["integer", "null"]},
+        "chat_template": {"type": ["boolean", "null"]},  # whether there is one: without it only completions work
     },
 }
 _LIST: Mapping[str, Any] = {

@@ -26,7 +26,7 @@ class ToolFormat:
     bare: what a call without a start tag begins with, "" if there is none. bare_anywhere: also after other content.
     separator: of the body `named`, between name and arguments, a regular expression; written: the same as a grammar
     writes it. tokens: further tokens in a body.
-    short_ids: ids of calls have nine letters.
+    ends_turn: the end tag is a stop token. short_ids: ids of calls have nine letters.
     """
 
     name: str
@@ -39,6 +39,7 @@ class ToolFormat:
     separator: str = ""
     written: str = ""
     tokens: tuple[str, ...] = ()
+    ends_turn: bool = False
     short_ids: bool = False
 
     def reader(self, tools: Mapping[str, Tool], numbering: Numbering, *, bare: bool) -> CallReader:
@@ -100,6 +101,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             separator=r"[^{]*?<\|message\|>\s*",
             written=" <|constrain|>json<|message|>",
             tokens=("<|message|>", "<|constrain|>"),
+            ends_turn=True,
         ),
         # From version 11 of Mistral's tokenizer on.
         ToolFormat(
