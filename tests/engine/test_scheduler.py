@@ -52,7 +52,7 @@ def _drawn(s: SequenceState, count: int = 1) -> None:
     s.cached, s.ahead = len(s.tokens) - 1, 0
 
 
-# ---- who has pages -----------------------------------------------------------------------------------------------------
+# ---- who has pages ---------------------------------------------------------------------------------------------------
 
 
 def test_sequences_are_admitted_in_order_while_there_is_room_for_their_tokens() -> None:
@@ -174,7 +174,7 @@ def test_nothing_counts_after_a_failure_and_the_dropped_have_neither_pages_nor_r
     assert [s.found for s in scheduler.running] == [0, 0]  # what was in the pages is not there any more
 
 
-# ---- what goes into a pass ---------------------------------------------------------------------------------------------
+# ---- what goes into a pass -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
