@@ -46,19 +46,20 @@ class OutputText:
         """What a token that was drawn adds. A stop token adds no text; the last token also adds what was held back."""
         self.tokens.append(token)
         sequence, text, stopped = self.sequence, "", False
+        reason = self.finish_reason
         if self._detokenizer is not None:
             if token.id in self._watched:
                 text, stopped = self._push_watched(token.id)
             elif token.id not in sequence.stop_ids:
                 text, stopped = self._stops.push(self._detokenizer.push(token.id))
-            if not stopped and self.finish_reason is not None:
+            if not stopped and reason is not None:
                 tail, stopped = self._stops.push(self._detokenizer.flush())
                 text += tail if stopped else tail + self._stops.flush()
         if stopped:
             self._stopped = True
-            sequence.finish_reason = "stop"
+            sequence.finish_reason = reason = "stop"
         self.text += text
-        return Delta(text, token, self.finish_reason, self.index)
+        return Delta(text, token, reason, self.index)
 
     def _push_watched(self, id: int) -> tuple[str, bool]:
         """A special token that may be part of a stop string: what is shown now, and whether one was hit.

@@ -17,7 +17,7 @@ from .errors import error_body
 from .fields import Read
 from .generating import Asked, Running, usage
 from .service import Service
-from .sse import DONE, EventStream, event, events_with
+from .sse import DONE, EventStream, TextEvents, event, events_with, text_events
 
 __all__ = ["RESPONSE_SCHEMA", "Choice", "Form", "answer"]
 
@@ -72,12 +72,17 @@ class Form(Protocol):
         """An element of ``choices`` of a whole response."""
         ...
 
-    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice]:
-        """Elements of ``choices`` of a stream's events, each for an event of its own.
+    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice | str]:
+        """Elements of ``choices`` of a stream's events, each for an event of its own. A string stands for the element
+        that ``more`` makes of it: most events of a stream are such, and are written at once.
 
         deltas: of one text, what is new; end: the finish_reason, where this is the last of the text; so_far: its
         completion when it began, which has the prompt.
         """
+        ...
+
+    def more(self, index: int, text: str) -> Choice:
+        """An element that says no more than how the text of that index goes on."""
         ...
 
     def head(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -123,49 +128,46 @@ async def _events(
     running: Running, form: Form, head: Mapping[str, Any], options: Mapping[str, bool]
 ) -> AsyncIterator[bytes]:
     """The events of a stream. An error in its middle is its last object."""
-    stream, write = _Stream(running, form, options), events_with(head)
+    stream = _Stream(running, form, head, options)
     try:
         async for deltas in running:
-            if chunks := stream.chunks(deltas):
-                yield b"".join(map(write, chunks))
-        yield b"".join(map(write, stream.end())) + DONE
+            if events := stream.events(deltas):
+                yield events
+        yield stream.end() + DONE
     except Exception as error:
         yield event(error_body(running.failed(error))) + DONE
 
 
 class _Stream:
-    """Makes the objects of a stream's events, without the fields that all of them have."""
+    """Writes a stream's events. head: the fields that all of them have."""
 
-    def __init__(self, running: Running, form: Form, options: Mapping[str, bool]) -> None:
-        self._running, self._form = running, form
+    def __init__(self, running: Running, form: Form, head: Mapping[str, Any], options: Mapping[str, bool]) -> None:
+        self._running, self._form, self._write = running, form, events_with(head)
         self._include = options.get("include_usage", False)
         self._always = self._include and options.get("continuous_usage_stats", False)
         self._first, self._generated = True, 0
         self._open = set(range(len(running.asked.prompts) * running.asked.n))
         self._begun: dict[int, Completion] = {}
+        self._more: dict[int, TextEvents] = {}
 
-    def chunks(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
-        """The objects for deltas that came together; what belongs to one text is joined."""
-        found: list[dict[str, Any]] = []
+    def events(self, deltas: Sequence[Delta]) -> bytes:
+        """The events for deltas that came together; what belongs to one text is joined."""
         new: dict[int, list[Delta]] = {}
         for delta in deltas:
             new.setdefault(delta.index, []).append(delta)
         self._begin(new)
-        for index, together in new.items():
-            self._generated += len(together)
-            end = together[-1].finish_reason
-            found += self._pieces(index, together, end)
-        return found
+        self._generated += len(deltas)
+        return b"".join([self._pieces(i, together, together[-1].finish_reason) for i, together in new.items()])
 
-    def end(self) -> list[dict[str, Any]]:
-        """The objects for texts that ended without a token, and the count of tokens."""
+    def end(self) -> bytes:
+        """The events for texts that ended without a token, and for the count of tokens."""
         completions = self._running.completions
         self._begin(self._open)
-        found = [chunk for i in sorted(self._open) for chunk in self._pieces(i, [], completions[i].finish_reason)]
+        found = [self._pieces(i, [], completions[i].finish_reason) for i in sorted(self._open)]
         if self._include:
             counted = usage(completions, self._running.asked.n, self._form.reasoning_tokens)
-            found.append({"choices": [], "usage": counted})
-        return found
+            found.append(self._write({"choices": [], "usage": counted}))
+        return b"".join(found)
 
     def _begin(self, indices: Collection[int]) -> None:
         """Keep the completions of texts that begin: what is of their prompts is whole by now."""
@@ -173,10 +175,20 @@ class _Stream:
             completions = self._running.completions
             self._begun |= {index: completions[index] for index in begin}
 
-    def _pieces(self, index: int, deltas: list[Delta], end: str | None) -> list[dict[str, Any]]:
+    def _pieces(self, index: int, deltas: list[Delta], end: str | None) -> bytes:
         if end is not None:
             self._open.discard(index)
-        return [self._object(choice) for choice in self._form.pieces(deltas, end, self._begun[index])]
+        pieces = self._form.pieces(deltas, end, self._begun[index])
+        return b"".join([self._event(index, piece) for piece in pieces])
+
+    def _event(self, index: int, piece: Choice | str) -> bytes:
+        if not isinstance(piece, str):
+            return self._write(self._object(piece))
+        if self._always:  # the count is another one each time
+            return self._write(self._object(self._form.more(index, piece)))
+        if index not in self._more:
+            self._more[index] = text_events(self._write, lambda text: self._object(self._form.more(index, text)))
+        return self._more[index](piece)
 
     def _object(self, choice: Choice) -> dict[str, Any]:
         found: dict[str, Any] = {"choices": [choice]}

@@ -49,6 +49,7 @@ class ChatForm:
     ) -> None:
         self._spelling, self._splitter, self._stop_ids, self._shown = spelling, splitter, stop_ids, shown
         self._texts: dict[int, _Text] = {}
+        self._plain = not (shown.logprobs or shown.ids)  # a piece of content has nothing beside it
 
     @property
     def reasoning_tokens(self) -> int:
@@ -86,10 +87,13 @@ class ChatForm:
         }
         return found | ({"token_ids": completion.tokens} if self._shown.ids else {})
 
-    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice]:
+    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice | str]:
         """The role first, then what has come, each kind by itself, and at last the reason of the end."""
         text = self._text(so_far.index)
-        parts = _joined(text.split.push(deltas, last=end is not None))
+        events = text.split.push(deltas, last=end is not None)
+        if text.begun and end is None and self._plain and (more := _content(events)) is not None:
+            return [more] if more else []
+        parts = _joined(events)
         more: dict[str, Any] = {"logprobs": self._logprobs([delta.token for delta in deltas])}
         if self._shown.ids:
             more["token_ids"] = [delta.token.id for delta in deltas]
@@ -104,7 +108,11 @@ class ChatForm:
         if found and not text.begun:
             text.begun = True
             found.insert(0, _piece(so_far.index, {"role": "assistant", "content": ""}, None))
-        return found
+        return [*found]
+
+    def more(self, index: int, text: str) -> Choice:
+        """See ``Form``."""
+        return _piece(index, {"content": text}, None)
 
     def _text(self, index: int) -> _Text:
         if index not in self._texts:
@@ -122,6 +130,12 @@ class ChatForm:
 
 def _piece(index: int, delta: dict[str, Any], end: str | None) -> Choice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": end}
+
+
+def _content(events: Sequence[Event]) -> str | None:
+    """The text of events that are content alone; None of others."""
+    texts = [event.text for event in events if isinstance(event, ContentDelta)]
+    return "".join(texts) if len(texts) == len(events) else None
 
 
 def _finish_reason(text: _Text, end: str | None) -> str | None:

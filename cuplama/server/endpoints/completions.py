@@ -109,6 +109,7 @@ class _Form:
         self._own = read.own
         self._skip_special = not read.sampling.get("show_special", False)
         self._prompt_logprobs: int | None = read.sampling.get("prompt_logprobs")  # those that the client asks for
+        self._plain = self._own["logprobs"] is None and not self._own["return_token_ids"]
         self._begun: set[int] = set()  # indices of texts
         self._logprobs: dict[int, LegacyLogprobs] = {}
 
@@ -128,10 +129,17 @@ class _Form:
         tokens = completion.logprobs or [Token(id) for id in completion.tokens]
         return self._piece(completion.text, tokens, completion.finish_reason, completion)
 
-    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice]:
+    def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice | str]:
         """See ``Form``. Nothing where a piece would be empty: text is held back until a character is complete."""
+        if end is None and self._plain and so_far.index in self._begun:
+            text = "".join([d.text for d in deltas])
+            return [text] if text else []
         piece = self._piece("".join(d.text for d in deltas), [d.token for d in deltas], end, so_far)
         return [piece] if piece["text"] or piece["logprobs"] or end is not None or self._own["return_token_ids"] else []
+
+    def more(self, index: int, text: str) -> Choice:
+        """See ``Form``."""
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
 
     def _piece(self, text: str, tokens: Sequence[Token], end: str | None, so_far: Completion) -> Choice:
         own, index = self._own, so_far.index
@@ -142,7 +150,7 @@ class _Form:
             if own["echo"]:
                 text, tokens = self._prompt_text(so_far) + text, [*self._prompt_tokens(so_far), *tokens]
         logprobs = None if own["logprobs"] is None else self._legacy(so_far).push(tokens)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": end, **more}
+        return {**self.more(index, text), "logprobs": logprobs, "finish_reason": end, **more}
 
     def _legacy(self, so_far: Completion) -> LegacyLogprobs:
         if so_far.index not in self._logprobs:
