@@ -48,5 +48,12 @@ def create_app(service: Service, endpoints: Sequence[Endpoint] = ENDPOINTS) -> S
 
 
 async def _as_json(request: Request, error: Exception) -> Response:
+    """What starlette refuses: a path that there is not, or not with this method. Its own words name neither."""
+    assert isinstance(error, HTTPException)
+    path, allowed = request.scope["path"], (error.headers or {}).get("Allow")
+    if error.status_code == 404:
+        error.detail = f"there is no {path!r:.200}; /openapi.json lists what there is"
+    elif allowed is not None:
+        error.detail = f"{path} does not take {request.method}; allowed: {allowed}"
     service: Service = request.app.state.service
     return error_response(service.told(error, request.scope))

@@ -20,9 +20,8 @@ pytestmark = pytest.mark.anyio
 async def test_an_unknown_path_is_a_json_error(client: httpx.AsyncClient, log: Log) -> None:
     response = await client.get("/v1/nothing")
     assert response.status_code == 404
-    assert response.json() == {
-        "error": {"message": "Not Found", "type": "not_found_error", "param": None, "code": None}
-    }
+    said = "there is no '/v1/nothing'; /openapi.json lists what there is"
+    assert response.json() == {"error": {"message": said, "type": "not_found_error", "param": None, "code": None}}
 
     assert (log()[0]["status"], log()[0]["error"]) == (404, "not_found_error")
 
@@ -31,7 +30,9 @@ async def test_an_unknown_method_is_a_json_error(client: httpx.AsyncClient) -> N
     response = await client.delete("/v1/models")
     assert response.status_code == 405
     assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD"}
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"] in [f"/v1/models does not take DELETE; allowed: {a}" for a in ("GET, HEAD", "HEAD, GET")]
 
 
 async def test_the_model_is_listed(client: httpx.AsyncClient) -> None:
