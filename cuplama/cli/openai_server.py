@@ -7,7 +7,6 @@ By Python's own urllib: what else speaks HTTP among the dependencies changes wit
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
 import urllib.error
 import urllib.request
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import CuplamaError, ParameterError
+from .addresses import is_loopback
 
 __all__ = ["OpenAIServer", "ServerError"]
 
@@ -45,7 +45,7 @@ class OpenAIServer:
         self.base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
         self._key = key
         # A proxy that the environment names is for other machines.
-        own = [urllib.request.ProxyHandler({})] if _is_loopback(parts.hostname) else []
+        own = [urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else []
         self._opener = urllib.request.build_opener(*own)
 
     def models(self) -> list[str]:
@@ -102,13 +102,6 @@ class OpenAIServer:
         message, code = _said(said)
         hint = "; --api-key gives a key" if error.code == 401 and self._key is None else ""
         return ServerError(f"{self.base} answers {error.code}: {message or error.reason}{hint}", code)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _chunk(data: bytes) -> dict[str, Any]:

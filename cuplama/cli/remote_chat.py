@@ -21,6 +21,7 @@ from .streams import notice, say, write_text
 __all__ = ["Answer", "RemoteSession", "find_name"]
 
 _MOST_NAMED = 10  # models that a message names
+_MOST_CALLS = 128  # of tools in one answer
 _TOO_LONG = "context_length_exceeded"  # the code of a prompt that is too long
 
 
@@ -237,6 +238,8 @@ def _gather(calls: list[dict[str, Any]], deltas: Iterable[Mapping[str, Any]]) ->
     for delta in deltas:
         at = delta.get("index")
         at = len(calls) if not isinstance(at, int) else at
+        if not 0 <= at < _MOST_CALLS:
+            raise ServerError(f"the server numbers a tool call {at}; it must be 0 to {_MOST_CALLS - 1}")
         while len(calls) <= at:
             calls.append({"name": "", "arguments": ""})
         function = delta.get("function") or {}

@@ -212,6 +212,10 @@ BROKEN: list[tuple[Any, str]] = [
     ((307, b""), "/v1 answers 307: Temporary Redirect"),
     ([delta(content="half"), {"error": {"message": "out of memory"}}], "the server says: out of memory"),
     ([delta(content="half")], "the server broke off before the answer had ended"),
+    *(
+        ([delta(content="half"), delta(tool_calls=[{"index": i}])], f"numbers a tool call {i}; it must be 0 to 127")
+        for i in (10**9, -1)
+    ),
     ([b"data: {"], "the server sends what is no JSON object: '{'"),
     ([b"data: []"], "the server sends what is no JSON object: '[]'"),
 ]
