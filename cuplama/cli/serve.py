@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 
 from ..errors import CuplamaError
 from ..hub import BUNDLED
+from .addresses import is_loopback
 from .options import CACHE_TOKENS, Decorator, model_option, options, run_options
 from .running import open_model
 from .streams import notice, write_text
@@ -112,14 +112,13 @@ def serve(
         from ..text.answer_form import find_form
     except ModuleNotFoundError as e:
         raise CuplamaError(f"there is no module {e.name}; serve needs an extra: pip install 'cuplama[serve]'") from None
-    find_form(
-        None, (), reasoning=reasoning_format, tools=tool_format
-    )  # a wrong name is told before the model is loaded
+    # A wrong name is told before the model is loaded.
+    find_form(None, (), reasoning=reasoning_format, tools=tool_format)
     loading |= {name: value for name, value in more.items() if value is not None}
     log = RequestLog(prompts=log_prompts)
     service = Service(names or (_name(model),), limits=_limits(limits), keys=keys, origins=origins, log=log)
     sock = lifecycle.listen(host, port)
-    if not keys and not _is_loopback(host):
+    if not keys and not is_loopback(host):
         notice(f"{host} can be reached from other machines, and no --api-key is set: everybody there may use the model")
     _say_where(host, sock.getsockname()[1])
     context = click.get_current_context()
@@ -132,7 +131,7 @@ def serve(
             notice(f"ready: {opened!r}")
             return opened
 
-    lifecycle.serve(service, load, sock, drain_seconds=drain_seconds)
+    lifecycle.serve(service, load, sock, drain_seconds=drain_seconds, say=notice)
 
 
 def _name(model: str | None) -> str:
@@ -159,13 +158,6 @@ def _limits(given: tuple[str, ...]) -> Limits:
             raise click.BadParameter(f"--limit {text}: it must be a whole number, as in {name}=100")
         fields[name] = int(value)
     return Limits(**fields)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _say_where(host: str, port: int) -> None:

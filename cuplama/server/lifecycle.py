@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -54,27 +55,35 @@ def serve(
     sock: socket.socket,
     *,
     drain_seconds: float = 30.0,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Answer requests on the socket until a signal comes. Raises what ``load`` raises.
 
     load: makes the model, in a thread; until it is there requests get 503.
     drain_seconds: what running requests have to end after SIGTERM or SIGINT; a second signal does not wait.
+    say: is told, in a line for people, that the server waits for them.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of whatever clients do
-    server = Server(service, drain_seconds)
+    server = Server(service, drain_seconds, say=say)
     failed: list[BaseException] = []
 
     def loading() -> None:
         try:
             service.model = load()
+            # What is there now stays: looking through it for garbage takes 10 to 30 ms, and holds up all requests.
+            gc.collect()
+            gc.freeze()
         except BaseException as e:
             failed.append(e)
             server.should_exit = True
 
     # A daemon: the process may end while it loads.
     threading.Thread(target=loading, name="cuplama-load", daemon=True).start()
-    server.run(sockets=[sock])
+    try:
+        server.run(sockets=[sock])
+    finally:
+        gc.unfreeze()
     if failed:
         raise failed[0]
     if service.model is not None:
@@ -98,7 +107,13 @@ class _Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server with another end: the first signal lets running requests finish, the second ends the process."""
 
-    def __init__(self, service: Service, drain_seconds: float, endpoints: Sequence[Endpoint] = ENDPOINTS) -> None:
+    def __init__(
+        self,
+        service: Service,
+        drain_seconds: float,
+        endpoints: Sequence[Endpoint] = ENDPOINTS,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         config = uvicorn.Config(
             create_app(service, endpoints),
             http=_Protocol,  # it bounds the size of headers, which httptools does not
@@ -115,6 +130,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service, self._drain_seconds = service, drain_seconds
         self._deadline: float | None = None
+        self._say = say
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came; called between two operations of the main thread."""
@@ -126,6 +142,10 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether the server ends now."""
+        if self._deadline is not None and self.service.running and self._say is not None:
+            say, self._say = self._say, None  # once
+            seconds = f"{self._drain_seconds:g} seconds"
+            say(f"shutting down: requests that run ({self.service.running}) have {seconds}; a second signal ends them")
         if self._deadline is not None and (self.service.running == 0 or time.monotonic() > self._deadline):
             self.config.timeout_graceful_shutdown = _CLOSING if self.service.running == 0 else 0
             self.should_exit = True

@@ -21,7 +21,14 @@ from tests.cli.conftest import CHARS, NUMPY, Fails, Run
 class Started:
     """What ``lifecycle.serve`` was called with."""
 
-    def __init__(self, service: Service, load: Callable[[], Model], sock: socket.socket, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        load: Callable[[], Model],
+        sock: socket.socket,
+        drain_seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
         self.service, self.load, self.drain_seconds = service, load, drain_seconds
         self.port = sock.getsockname()[1]
         sock.close()

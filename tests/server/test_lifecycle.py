@@ -94,6 +94,18 @@ def test_running_requests_end_and_new_ones_are_refused(model: Model) -> None:
         assert not thread.is_alive()
 
 
+def test_people_are_told_once_that_the_server_waits() -> None:
+    said: list[str] = []
+    server = lifecycle.Server(Service(["m"]), 20, SLOW, said.append)
+    server.service.running = 2
+    asyncio.run(server.on_tick(1))
+    assert said == []
+    server.handle_exit(signal.SIGTERM, None)
+    for _ in range(2):
+        asyncio.run(server.on_tick(1))
+    assert said == ["shutting down: requests that run (2) have 20 seconds; a second signal ends them"]
+
+
 def test_nobody_is_waited_for_longer_than_said(model: Model) -> None:
     with slow_server(model, drain_seconds=0.1) as (server, url, thread):
         running = Asking(f"{url}/slow?seconds=30")
@@ -127,8 +139,8 @@ def serving(load: Callable[[], Model], monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
 
     class Noted(lifecycle.Server):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             servers.append(self)
 
     monkeypatch.setattr(lifecycle, "Server", Noted)
