@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arguments import WrongTypeError, flag, in_range, need_type, real, whole_number
@@ -24,6 +24,7 @@ __all__ = [
     "json_shown",
     "json_type",
     "listed",
+    "messages",
     "nullable",
     "number",
     "record",
@@ -133,6 +134,11 @@ def listed(kind: Kind, nouns: str, least: int = 0, most: int | None = None) -> K
     limits = {name: limit for name, limit in length.items() if limit is not None}
     wanted = f"a {'non-empty ' if least else ''}list of {'' if most is None else f'at most {most} '}{nouns}"
     return Kind({"type": "array", "items": kind.schema, **limits}, read, wanted)
+
+
+def messages(kind: Kind) -> Kind:
+    """The messages of a chat, which are of that kind; what is inside is checked where the template's form is known."""
+    return replace(listed(kind, "messages", 1), read=listed(ANY_OBJECT, "messages", 1).read)
 
 
 def table(kind: Kind, key: Callable[[str], Any], pattern: str, wanted: str) -> Kind:

@@ -85,17 +85,20 @@ async def test_tokens_as_clients_of_llama_cpp_ask_for_them(client: httpx.AsyncCl
 @pytest.mark.parametrize(
     ("path", "body", "status", "said"),
     [
-        ("/tokenize", {}, 400, "one of prompt, messages, content must be given"),
-        ("/tokenize", {"prompt": "a", "content": "b"}, 400, "one of prompt, messages, content must be given"),
-        ("/tokenize", {"prompt": 3}, 400, "prompt = 3 is an int; it must be a text"),
-        ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, 400, "add_special_tokens = 1 is an int; it must be"),
+        ("/tokenize", {}, 400, "exactly one of prompt, messages, content must be given"),
+        ("/tokenize", {"prompt": "a", "content": "b"}, 400, "exactly one of prompt, messages, content must be given"),
+        ("/tokenize", {"prompt": 3}, 400, "prompt = 3 is a number; it must be a string"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, 400, "add_special_tokens = 1 is a number; it must be"),
         ("/tokenize", {"prompt": "a", "model": "b"}, 404, "the model 'b' is not served here; served: stories-7m"),
         ("/tokenize", {"messages": "Hi"}, 400, "messages"),
-        ("/tokenize", {"messages": [], "chat_template_kwargs": 3}, 400, "template_args = 3"),
+        ("/tokenize", {"messages": [], "chat_template_kwargs": 3}, 400, "messages = [] is out of range"),
         ("/tokenize", {"content": "a", "parse_special": False}, 400, "parse_special = false is not supported"),
         ("/detokenize", {}, 400, "tokens is missing"),
-        ("/detokenize", {"tokens": "abc"}, 400, "decode takes a list of token ids"),
-        ("/detokenize", {"tokens": [1, None]}, 400, "a token id is a whole number; None is None"),
+        ("/tokenize", {"messages": [{}], "chat_template_kwargs": 3}, 400, "chat_template_kwargs = 3 is a number"),
+        ("/tokenize", {"prompt": "a", "add_special_token": 1}, 400, "did you mean add_special_tokens?"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens = [-1] is out of range"),
+        ("/detokenize", {"tokens": "abc"}, 400, 'tokens = "abc" is a string; it must be a list of token ids'),
+        ("/detokenize", {"tokens": [1, None]}, 400, "tokens = [1, null]: null is null; it must be a list of token ids"),
     ],
 )
 async def test_what_is_wrong_is_named(

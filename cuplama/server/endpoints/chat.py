@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...arguments import in_range, need_type
 from ...model import Model
 from ..answers import RESPONSE_SCHEMA, answer
 from ..chat_form import ChatForm, Shown
@@ -17,21 +14,13 @@ from ..errors import ApiError
 from ..fields import Fields, chat, harmless, own, refused
 from ..generating import prepare_chat
 from ..generation_fields import COMMON
-from ..kinds import ANY_OBJECT, FLAG, Kind, either, integer, listed, record, string, word
+from ..kinds import ANY_OBJECT, FLAG, either, integer, listed, messages, record, string, word
 from ..limits import read_object
 from ..logprobs import Spelling
 from ..service import Service
 from ..tool_choice import read_choice
 
 __all__ = ["ENDPOINTS", "FIELDS"]
-
-
-def _read_messages(value: Any) -> list[Any]:
-    need_type(isinstance(value, list), value)
-    in_range(len(value) > 0)
-    for message in value:
-        need_type(isinstance(message, dict), message)
-    return list(value)
 
 
 _PART = record({"type": word("text"), "text": string()}, ["type", "text"])
@@ -42,8 +31,7 @@ FIELDS = Fields(
     (
         own(
             "messages",
-            # What is inside is checked where the template's form is known.
-            Kind(listed(_MESSAGE, "", 1).schema, _read_messages, "a non-empty list of messages"),
+            messages(_MESSAGE),
             "The conversation: dicts with a role and a content, text or a list of text parts.",
             required=True,
         ),
@@ -86,11 +74,10 @@ async def _chat(service: Service, request: Request) -> Response:
         said = f"top_logprobs = {read.own['top_logprobs']} needs logprobs = true"
         raise ApiError(400, said, param="top_logprobs")
     choice, parallel = read_choice(read.own["tool_choice"]), read.own["parallel_tool_calls"]
-    messages, effort = read.own["messages"], read.own["reasoning_effort"]
     tools = read.own["tools"] if choice.tools else None
 
     def encode(model: Model) -> ChatRequest:
-        return read_chat_request(model, messages, read.chat, tools, effort)
+        return read_chat_request(model, read.own["messages"], read.chat, tools, read.own["reasoning_effort"])
 
     asked, chat_request = await prepare_chat(service, read, encode, choice, parallel)
     shown = Shown(

@@ -9,7 +9,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...arguments import in_range, need_type
 from ...model import Model
 from ..blocks import Blocks, answer_in_blocks
 from ..chat_messages import Conversation, text_of, wanted
@@ -20,7 +19,7 @@ from ..fields import Field, Fields, Read, harmless, own, refused, sampling
 from ..fields import chat as chat_option
 from ..generating import prepare, prepare_chat
 from ..generation_fields import COMMON
-from ..kinds import ANY_OBJECT, Kind, either, integer, json_shown, listed, record, string, word
+from ..kinds import ANY_OBJECT, either, integer, json_shown, listed, messages, record, string, word
 from ..limits import read_object
 from ..messages_form import MessagesWriter, message_error
 from ..service import Service
@@ -33,19 +32,11 @@ _CHOICES = word("auto", "any", "tool", "none")
 _ROLES = ("user", "assistant", "system")
 
 
-def _read_messages(value: Any) -> list[Any]:
-    need_type(isinstance(value, list), value)
-    in_range(len(value) > 0)
-    for message in value:
-        need_type(isinstance(message, dict), message)
-    return list(value)
-
-
 _MESSAGE = record({"role": word("user", "assistant"), "content": either(string(), listed(ANY_OBJECT, "blocks"))})
 _FIELDS: tuple[Field, ...] = (
     own(
         "messages",
-        Kind(listed(_MESSAGE, "", 1).schema, _read_messages, "a non-empty list of messages"),
+        messages(_MESSAGE),
         "The conversation. If the last message is the assistant's, the answer goes on from its end.",
         required=True,
     ),
@@ -96,13 +87,13 @@ async def _count(service: Service, request: Request) -> Response:
 
 def _read_chat(model: Model, read: Read, choice: ToolChoice) -> ChatRequest:
     given = read.own
-    messages = _conversation(given["messages"], given["system"])
+    conversation = _conversation(given["messages"], given["system"])
     options = dict(read.chat)
-    if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+    if conversation[-1]["role"] == "assistant" and "tool_calls" not in conversation[-1]:
         options["continue_final_message"] = True
     if (thinking := (given["thinking"] or {}).get("type")) is not None:
         options["enable_thinking"] = thinking != "disabled"
-    return read_chat_request(model, messages, options, _tools(given["tools"]) if choice.tools else None)
+    return read_chat_request(model, conversation, options, _tools(given["tools"]) if choice.tools else None)
 
 
 def _choice(given: Mapping[str, Any] | None) -> tuple[ToolChoice, bool]:
@@ -140,9 +131,9 @@ def _output_format(read: Read) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
 
 
-def _conversation(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
+def _conversation(given: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
     chat = Conversation()
-    for i, message in enumerate(messages):
+    for i, message in enumerate(given):
         where, role = f"messages[{i}]", message.get("role")
         if role not in _ROLES:
             said = f"{where}.role = {json_shown(role)} is not supported; supported: {', '.join(_ROLES)}"

@@ -8,7 +8,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...arguments import need_type
 from ...model import Model
 from ..blocks import Blocks, answer_in_blocks
 from ..chat_messages import Conversation, text_of, wanted
@@ -19,7 +18,7 @@ from ..fields import Fields, Read, harmless, own, refused, sampling
 from ..fields import chat as chat_option
 from ..generating import prepare_chat
 from ..generation_fields import COMMON
-from ..kinds import ANY_OBJECT, FLAG, Kind, either, integer, json_shown, listed, record, string, table
+from ..kinds import ANY_OBJECT, FLAG, either, integer, json_shown, listed, record, string, table
 from ..limits import read_object
 from ..responses_form import ResponsesWriter
 from ..service import Service
@@ -31,18 +30,11 @@ __all__ = ["ENDPOINTS", "FIELDS"]
 _TEXTS = ("input_text", "output_text", "text")
 
 
-def _read_input(value: Any) -> Any:
-    need_type(isinstance(value, (str, list)), value)
-    for item in value if isinstance(value, list) else ():
-        need_type(isinstance(item, dict), item)
-    return value
-
-
 FIELDS = Fields(
     (
         own(
             "input",
-            Kind(either(string(), listed(ANY_OBJECT, "items")).schema, _read_input, "a string or a list of items"),
+            either(string(), listed(ANY_OBJECT, "items")),
             "A message of the user, or the items of the conversation.",
             required=True,
         ),

@@ -9,60 +9,77 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...arguments import checked, flag, need_type
 from ...model import Model
 from ...text.tokenizer import Tokenizer
 from ..endpoint import Endpoint
 from ..errors import ApiError
+from ..fields import Fields, own, refused
+from ..kinds import ANY_OBJECT, FLAG, integer, listed, string
 from ..limits import read_object
 from ..service import Service
 
 __all__ = ["ENDPOINTS"]
 
 
+_MODEL = own("model", string(), "The name of the served model, or none.")
+_FIELDS = Fields(
+    (
+        _MODEL,
+        own("prompt", string(), "A text, in vLLM's form."),
+        own("messages", listed(ANY_OBJECT, "messages", 1), "A chat, in vLLM's form."),
+        own("content", string(), "A text, in llama.cpp's form."),
+        own("add_special_tokens", FLAG, "Put the tokenizer's BOS before a prompt.", True),
+        own("add_generation_prompt", FLAG, "Begin the assistant's answer. Default: unless continue_final_message."),
+        own("continue_final_message", FLAG, "Go on from the end of the last message.", False),
+        own("tools", listed(ANY_OBJECT, "functions"), "Functions that the model may call."),
+        own("chat_template_kwargs", ANY_OBJECT, "Variables of the template."),
+        own("return_token_strs", FLAG, "Return the tokens' texts, too.", False),
+        own("add_special", FLAG, "Put the tokenizer's BOS before a content.", False),
+        own("with_pieces", FLAG, "Return the texts of a content's tokens, too.", False),
+        refused("parse_special", "the texts of special tokens are always such", True),
+    )
+)
+_BACK = Fields((_MODEL, own("tokens", listed(integer(0, 2**31 - 1), "token ids"), "Token ids.", required=True)))
+
+
 async def _tokenize(service: Service, request: Request) -> Response:
     model = service.loaded
-    fields = await read_object(request, service.limits)
-    service.check_name(_field(fields, "model", None, _text))
-    given = [name for name in _FORMS if fields.get(name) is not None]
+    fields = _FIELDS.read(await read_object(request, service.limits)).own
+    service.check_name(fields["model"])
+    given = [name for name in _FORMS if fields[name] is not None]
     if len(given) != 1:
-        raise ApiError(400, f"one of {', '.join(_FORMS)} must be given", param="prompt")
+        raise ApiError(400, f"exactly one of {', '.join(_FORMS)} must be given", param="prompt")
     # Beside the event loop: a long text takes a second.
     return await asyncio.to_thread(lambda: JSONResponse(_FORMS[given[0]](model, fields)))
 
 
 def _of_prompt(model: Model, fields: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's form for a text."""
-    bos = _field(fields, "add_special_tokens", True, flag)
-    return _vllm(model, fields, model.tokenizer.encode(_field(fields, "prompt", "", _text), bos=bos))
+    return _vllm(model, fields, model.tokenizer.encode(fields["prompt"], bos=fields["add_special_tokens"]))
 
 
 def _of_messages(model: Model, fields: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's form for a chat."""
-    going_on = _field(fields, "continue_final_message", False, flag)
-    begin = _field(fields, "add_generation_prompt", None if going_on else True, flag)
+    begin, going_on = fields["add_generation_prompt"], fields["continue_final_message"]
     ids = model.encode_chat(
         fields["messages"],
-        tools=fields.get("tools"),
-        add_generation_prompt=begin,
+        tools=fields["tools"],
+        add_generation_prompt=not going_on if begin is None else begin,
         continue_final_message=going_on,
-        template_args=fields.get("chat_template_kwargs"),
+        template_args=fields["chat_template_kwargs"],
     )
     return _vllm(model, fields, ids)
 
 
 def _vllm(model: Model, fields: Mapping[str, Any], ids: list[int]) -> dict[str, Any]:
-    texts = [model.tokenizer.piece(id) for id in ids] if _field(fields, "return_token_strs", False, flag) else None
+    texts = [model.tokenizer.piece(id) for id in ids] if fields["return_token_strs"] else None
     return {"count": len(ids), "max_model_len": model.context, "tokens": ids, "token_strs": texts}
 
 
 def _of_content(model: Model, fields: Mapping[str, Any]) -> dict[str, Any]:
     """llama.cpp's form."""
-    if not _field(fields, "parse_special", True, flag):
-        raise ApiError(400, "parse_special = false is not supported; it must be true", param="parse_special")
-    bos = _field(fields, "add_special", False, flag)
-    ids = model.tokenizer.encode(_field(fields, "content", "", _text), bos=bos)
-    if _field(fields, "with_pieces", False, flag):
+    ids = model.tokenizer.encode(fields["content"], bos=fields["add_special"])
+    if fields["with_pieces"]:
         return {"tokens": [{"id": id, "piece": model.tokenizer.token_text(id)} for id in ids]}
     return {"tokens": ids}
 
@@ -76,10 +93,8 @@ _FORMS: Mapping[str, Callable[[Model, Mapping[str, Any]], dict[str, Any]]] = {
 
 async def _detokenize(service: Service, request: Request) -> Response:
     model = service.loaded
-    fields = await read_object(request, service.limits)
-    service.check_name(_field(fields, "model", None, _text))
-    if "tokens" not in fields:
-        raise ApiError(400, "tokens is missing; it must be a list of token ids", param="tokens")
+    fields = _BACK.read(await read_object(request, service.limits)).own
+    service.check_name(fields["model"])
     text = await asyncio.to_thread(model.decode, fields["tokens"], False)
     return JSONResponse({"prompt": text, "content": text})  # as vLLM and as llama.cpp call it
 
@@ -100,51 +115,13 @@ async def _info(service: Service, _: Request) -> Response:
     )
 
 
-def _field(fields: Mapping[str, Any], name: str, default: Any, read: Callable[[Any], Any]) -> Any:
-    """A field of a request; null is the default. Raises ParameterError."""
-    value = fields.get(name)
-    return default if value is None else checked(name, value, read, _WANTED[read])
-
-
-def _text(value: Any) -> str:
-    need_type(isinstance(value, str), value)
-    return str(value)
-
-
-_WANTED: Mapping[Callable[[Any], Any], str] = {flag: "true or false", _text: "a text"}
-
-_TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
-_IDS = {"type": "array", "items": {"type": "integer"}}
-_REQUEST: Mapping[str, Any] = {
-    "type": "object",
-    "properties": {
-        "model": _TEXT,
-        "prompt": _TEXT,
-        "messages": {"type": "array", "items": {"type": "object"}},
-        "content": _TEXT,
-        "add_special_tokens": _FLAG,
-        "add_generation_prompt": _FLAG,
-        "continue_final_message": _FLAG,
-        "return_token_strs": _FLAG,
-        "tools": {"type": "array", "items": {"type": "object"}},
-        "chat_template_kwargs": {"type": "object"},
-        "add_special": _FLAG,
-        "parse_special": {"const": True},
-        "with_pieces": _FLAG,
-    },
-    "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}, {"required": ["content"]}],
-}
+_REQUEST = {**_FIELDS.schema, "oneOf": [{"required": [name]} for name in _FORMS]}
 _TOKENS: Mapping[str, Any] = {"type": "object", "required": ["tokens"], "properties": {"tokens": {"type": "array"}}}
-_BACK: Mapping[str, Any] = {
-    "type": "object",
-    "required": ["tokens"],
-    "properties": {"model": _TEXT, "tokens": _IDS},
-}
 _TOLD: Mapping[str, Any] = {"type": "object", "required": ["prompt", "content"]}
 _INFO: Mapping[str, Any] = {"type": "object", "required": ["tokenizer_class", "eos_token", "chat_template"]}
 
 ENDPOINTS = (
     Endpoint("POST", "/tokenize", _tokenize, "The tokens of a text or a chat.", _REQUEST, _TOKENS),
-    Endpoint("POST", "/detokenize", _detokenize, "The text of tokens.", _BACK, _TOLD),
+    Endpoint("POST", "/detokenize", _detokenize, "The text of tokens.", _BACK.schema, _TOLD),
     Endpoint("GET", "/tokenizer_info", _info, "Special tokens and chat template.", response_schema=_INFO),
 )
