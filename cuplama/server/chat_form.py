@@ -91,8 +91,8 @@ class ChatForm:
         """The role first, then what has come, each kind by itself, and at last the reason of the end."""
         text = self._text(so_far.index)
         events = text.split.push(deltas, last=end is not None)
-        if text.begun and end is None and self._plain and (more := _content(events)) is not None:
-            return [more] if more else []
+        if text.begun and end is None and self._plain and (content := _content(events)) is not None:
+            return [content] if content else []
         parts = _joined(events)
         more: dict[str, Any] = {"logprobs": self._logprobs([delta.token for delta in deltas])}
         if self._shown.ids:

@@ -59,14 +59,9 @@ class Service:
         return api_error(error).message if isinstance(error, Exception) else type(error).__name__
 
     @property
-    def failed(self) -> bool:
-        """Whether the engine's last step failed."""
-        return self.failure is not None
-
-    @property
     def ready(self) -> bool:
         """Whether requests that need the model are answered."""
-        return self.model is not None and not self.failed and not self.draining
+        return self.model is not None and self.failure is None and not self.draining
 
     @property
     def loaded(self) -> Model:

@@ -73,8 +73,9 @@ class ChatTemplates:
         if self.sources:
             return f"the model has no chat template named {name!r} (only {', '.join(self.sources)})"
         return (
-            "the model has no chat template: use generate with a plain prompt, put a chat_template.jinja into the "
-            f"model folder, or take a model that has one, such as {' or '.join(MODELS_WITH_TEMPLATE)}"
+            "the model has no chat template: use generate (of a server: /v1/completions) with a plain prompt, put a "
+            "chat_template.jinja into the model folder, or take a model that has one, such as "
+            f"{' or '.join(MODELS_WITH_TEMPLATE)}"
         )
 
 

@@ -28,6 +28,8 @@ class StopStrings:
 
         hidden: `text` counts for stop strings and is never shown: that of a special token.
         """
+        if not self._stops:  # which is most of the time
+            return ("" if hidden else text), False
         if self._hit:
             return "", True
         self._visible += [not hidden] * len(text)

@@ -19,7 +19,7 @@ from cuplama.server import sse
 from cuplama.server.endpoints.completions import ENDPOINTS
 from cuplama.server.limits import Limits
 from cuplama.server.service import Service
-from cuplama.server.sse import DONE, EventStream, event, events_with
+from cuplama.server.sse import DONE, EventStream, event, events_with, text_events
 from tests.server.conftest import Log
 from tests.server.running import eventually
 from tests.server.stand_ins import Step, scripted
@@ -211,3 +211,10 @@ def test_pages_are_free_when_the_client_has_left(url: str, model: Model) -> None
         assert next(response.iter_lines()).startswith("data: ")
         assert model.engine.stats.running == 2
     eventually(lambda: model.engine.stats.running == 0, 1)
+
+
+@given(st.text())
+def test_events_of_a_text_are_as_if_written_whole(text: str) -> None:
+    write = events_with({"id": "a", "model": '"text"'})
+    write_text = text_events(write, lambda text: {"choices": [{"text": text}], "usage": None})
+    assert write_text(text) == write({"choices": [{"text": text}], "usage": None})
