@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import logging
@@ -28,6 +29,7 @@ from .service import Service
 __all__ = ["Server", "listen", "serve"]
 
 _KEEP_ALIVE = 75  # seconds that a connection without a request stays open: longer than proxies keep theirs
+_HEADER_SECONDS = 60  # for the headers of a request to arrive
 _CLOSING = 5  # seconds that connections have to close when all requests have ended
 # The loop's thread and the engine's share Python's lock. Whoever wants it from a thread that computes waits that long:
 # Python's own 5 ms are more than a whole step of a small model takes.
@@ -91,7 +93,29 @@ def serve(
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1, whose own refusals have the form of all other errors."""
+    """HTTP/1.1, whose own refusals have the form of all other errors, and which does not wait for headers for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_headers(self.conn.their_state is h11.IDLE)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait_for_headers(self.conn.their_state is h11.IDLE)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._wait_for_headers(False)
+
+    def _wait_for_headers(self, waits: bool) -> None:
+        """Close the connection some time after headers began to be missing; uvicorn's own clock ends with a byte."""
+        if self._late is not None and not waits:
+            self._late.cancel()
+            self._late = None
+        elif self._late is None and waits:
+            self._late = self.loop.call_later(_HEADER_SECONDS, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or has headers that are longer than may be looked at. Called while h11 complains."""

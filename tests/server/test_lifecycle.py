@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,6 +117,25 @@ def test_nobody_is_waited_for_longer_than_said(model: Model) -> None:
         assert response.status_code == 503
         thread.join(5)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTT"])
+def test_headers_are_not_waited_for_for_ever(sent: bytes, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_HEADER_SECONDS", 0.2)
+    with slow_server(model, drain_seconds=0) as (_, url, __):
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=5) as sock:
+            for byte in sent:
+                sock.sendall(bytes([byte]))
+            assert read_all(sock) == b""
+
+
+def test_a_request_may_take_longer_than_its_headers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_HEADER_SECONDS", 0.1)
+    with slow_server(model, drain_seconds=0) as (_, url, __), httpx.Client() as client:
+        for _ in range(2):
+            assert client.get(f"{url}/slow?seconds=0.3").text == "done"
+            time.sleep(0.2)  # between two requests uvicorn's clock counts
 
 
 def test_headers_that_are_too_long_are_refused(model: Model) -> None:
