@@ -25,22 +25,20 @@ class SplitText:
 
     def push(self, deltas: Iterable[Delta], *, last: bool = False) -> list[Event]:
         """What is certain now. last: nothing more comes, so nothing is held back."""
-        found: list[Event] = []
+        shown: list[Event] = []
         for delta in deltas:
-            events = self._splitter.push(delta.text)
-            found += events
-            if events:
+            if events := self._splitter.push(delta.text):
                 self._thinks = any(isinstance(event, ReasoningDelta) for event in events)
+                shown += [event for event in events if self._is_shown(event)]
             self.reasoning_tokens += self._thinks
         if last:
-            found += self._splitter.flush()
-        shown = [event for event in found if self._is_shown(event)]
+            shown += [event for event in self._splitter.flush() if self._is_shown(event)]
         self.called = self.called or any(isinstance(event, CallBegins) for event in shown)
         return shown
 
     def _is_shown(self, event: Event) -> bool:
+        if isinstance(event, ContentDelta):  # which most are
+            return True
         if isinstance(event, ReasoningDelta):
             return self._reasoning
-        if isinstance(event, (CallBegins, ArgumentsDelta, CallEnds)):
-            return self._several or event.index == 0
-        return isinstance(event, ContentDelta)
+        return isinstance(event, (CallBegins, ArgumentsDelta, CallEnds)) and (self._several or event.index == 0)

@@ -63,7 +63,7 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # the latter is nginx's
         del self.headers["content-length"]
         self._events, self._close = events, close
-        self._sending, self._last = asyncio.Lock(), 0.0
+        self._last = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as they come. A reader who is slow makes ``send`` wait, and the next events join."""
@@ -81,9 +81,9 @@ class EventStream(Response):
             await self._close()
 
     async def _send(self, send: Send, part: bytes) -> None:
-        async with self._sending:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-            self._last = time.monotonic()
+        """Send a part. Where a reader is slow the comment may wait beside an event: either goes as a whole."""
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+        self._last = time.monotonic()
 
     async def _keep_alive(self, send: Send) -> None:
         """Send a comment after each silence; the events need not wait for a clock of their own."""
