@@ -302,8 +302,7 @@ class Model:
         """
         stream = self.astream(prompt, params, n=n, priority=priority, **options)
         async with stream:
-            async for _ in stream:
-                pass
+            await stream.finish()
         return stream.result
 
     def astream(
