@@ -149,7 +149,7 @@ def test_a_task_that_is_cancelled_frees_its_pages(
     """In whatever it does, and the others go on."""
     monkeypatch.setattr(model.backend, "prefill_chunk", 8)
     model.engine.scheduler.max_running = 1 if phase == "waiting" else 99
-    prompt, scheduler = "a" * 50, model.engine.scheduler
+    prompt = "a" * 50
 
     async def reads(stream: Any) -> None:
         async for _ in stream:
@@ -159,7 +159,7 @@ def test_a_task_that_is_cancelled_frees_its_pages(
     async def work() -> str:
         other = asyncio.create_task(model.agenerate("The", **GREEDY))  # type: ignore[arg-type]
         if phase == "waiting":
-            await _until(lambda: len(scheduler.running) == 1)
+            await asyncio.sleep(0)  # it comes first
         if phase == "before":
             victim = asyncio.create_task(model.agenerate(prompt, **GREEDY))  # type: ignore[arg-type]
         else:
@@ -176,9 +176,8 @@ def test_a_task_that_is_cancelled_frees_its_pages(
             await asyncio.sleep(0)
             await _until(reached)
         victim.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await victim
-            raise asyncio.CancelledError  # it was through already
+        await asyncio.wait([victim])
+        assert victim.cancelled() or phase == "end"
         if phase != "before":
             await _until(lambda: not sequence.pages)
         return (await other).text  # type: ignore[no-any-return, union-attr]
