@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import cuplama
-from cuplama.engine.runner import Runner
 from cuplama.engine.sequence import SequenceState
 from cuplama.models.config import load_config
 from cuplama.models.graph import LAST, decoder
@@ -29,7 +28,7 @@ def _load(case: Path, **options: Any) -> tuple[cuplama.Model, list[list[int]]]:
 
 
 def _fed(model: cuplama.Model, prompts: list[list[int]], passes: list[dict[int, int | None]]) -> dict[int, Any]:
-    """The logits after each prompt, in these passes: number of a prompt -> how many of its tokens, None for the rest."""
+    """The logits after each prompt, by these passes: number of a prompt -> how many tokens of it, None for the rest."""
     runner, found = model.engine.runner, dict[int, Any]()
     sequences = [SequenceState(p, model.params(), frozenset()) for p in prompts]
     for s in sequences:
@@ -121,7 +120,5 @@ def test_an_adapter_goes_with_its_weights(folder: Path) -> None:
         with np.load(folder / "golden.npz") as data:
             prompts = [data[f"prompt_{j}"].tolist() for j in range(3)]
             wanted = [data[f"logits_{j}"][-1] for j in range(3)]
-        runner: Runner = model.engine.runner
-        assert any(node.op == "lora_add" for node in runner.graph.cut().last)
         for j, logits in _fed(model, prompts, [{0: None, 1: 2}, {2: 1, 1: None}, {2: None}]).items():
             np.testing.assert_allclose(logits, wanted[j], atol=2e-4, rtol=0)
