@@ -227,7 +227,8 @@ class Engine:
             self._check_open()
             pipeline.queue()
             news = pipeline.read()
-            self.failure = None
+            if news:  # a step with nothing to do tells nothing of the device
+                self.failure = None
         except Exception as e:
             self._fail(e)
             return
