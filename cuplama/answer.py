@@ -29,10 +29,10 @@ def read_answer(model: Model, completion: Completion, tools: Sequence[Mapping[st
     params = replace(completion.params, show_special=shown)
     stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else model.stop_ids)
     sequence = SequenceState(completion.prompt_tokens, params, stops)
+    sequence.tokens += completion.tokens
+    sequence.finish_reason = completion.finish_reason or "length"  # nothing more comes
     output = OutputText(0, sequence, tokenizer)
-    for i, id in enumerate(completion.tokens):
-        if i == len(completion.tokens) - 1:
-            sequence.finish_reason = completion.finish_reason or "length"  # nothing more comes
+    for id in completion.tokens:
         output.push(Token(id))
     end = tokenizer.decode(completion.prompt_tokens[-_END:], skip_special=False)
     return split_answer(output.text, form, tools, reasoning=form.is_reasoning(end))

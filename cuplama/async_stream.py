@@ -73,12 +73,13 @@ class AsyncStream:
                 if call is None:
                     raise StopAsyncIteration
                 self._ready.clear()
+                ended = call.ended  # asked before reading: the last tokens may come between the two
                 drawn = call.read()
                 if isinstance(drawn, list):
                     self._deltas.extend(self._generation.push(drawn))
                     if self._generation.ended:
                         self._leave()
-                elif call.ended:
+                elif ended:
                     self._leave()
                 else:
                     await self._ready.wait()

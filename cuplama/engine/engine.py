@@ -130,13 +130,14 @@ class Engine:
         call = self.submit(sequences)
         try:
             while True:
+                ended = call.ended  # asked before reading: the last result may come between the two
                 result = call.read()
                 told, call.progress = call.progress, None
                 if progress is not None and told is not None:
                     progress(*told)
                 if result is not None:
                     yield result
-                elif call.ended:
+                elif ended:
                     if call.error is None:
                         return
                 else:
