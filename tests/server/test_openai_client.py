@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response
 from pydantic import BaseModel
 
 from tests.server.live import Live
@@ -90,6 +94,28 @@ def test_a_stream_is_the_same_text(client: OpenAI, live: Live) -> None:
     assert last.choices == []
     assert last.usage is not None
     assert last.usage.completion_tokens == 12
+
+
+@pytest.mark.parametrize(
+    ("path", "form", "more"),
+    [
+        ("chat/completions", ChatCompletion, {"messages": CHAT, "logprobs": True, "top_logprobs": 2}),
+        ("chat/completions", ChatCompletion, {"messages": CHAT, "tools": [WEATHER], "tool_choice": "required"}),
+        ("chat/completions", ChatCompletionChunk, {"messages": CHAT, "logprobs": True, "stream": True}),
+        ("completions", Completion, {"prompt": "Once", "logprobs": 2, "n": 2}),
+        ("responses", Response, {"input": "Hi", "max_output_tokens": 8}),
+    ],
+)
+def test_every_field_has_the_type_that_the_client_declares(live: Live, path: str, form: Any, more: Any) -> None:
+    """The client itself takes whatever comes."""
+    most = {} if path == "responses" else {"max_tokens": 8}
+    answer = httpx.post(
+        f"{live.url}/v1/{path}", json={"model": live.name, "temperature": 0, **most, **more}, timeout=30
+    )
+    assert answer.status_code == 200, answer.text
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")] or [answer.text]
+    for line in lines:
+        assert form.model_validate(json.loads(line), strict=False)
 
 
 def test_without_the_option_a_stream_has_no_usage(client: OpenAI, live: Live) -> None:
