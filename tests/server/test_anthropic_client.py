@@ -113,7 +113,7 @@ def test_a_tool_that_must_be_used(client: httpx.Client, choice: dict[str, Any]) 
 
 
 def test_results_of_tools_are_read(client: httpx.Client) -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         *HELLO,
         {
             "role": "assistant",

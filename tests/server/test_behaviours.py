@@ -159,7 +159,7 @@ def test_forms_of_answers(client: httpx.Client, form: Any, pattern: str | None) 
     body = {"model": "stories-7m", "messages": CHAT, "response_format": form}
     answer = client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == "response_format"
+    assert answer.json()["error"]["param"] in ("response_format", "json_schema")  # the latter is a part of it
 
 
 def test_token_ids_of_prompt_and_text(client: httpx.Client, live: Live) -> None:

@@ -59,7 +59,7 @@ def request(i: int, tokens: int) -> dict[str, Any]:
 
 
 def test_two_hundred_at_once(live: Live) -> None:
-    bodies = [request(i, 4) for i in range(20)]
+    bodies = [request(i, 2) for i in range(20)]
     wanted = [alone(live.model, body) for body in bodies]
     assert ask_all(live.url, bodies * 10) == wanted * 10
     live.wait_idle()
@@ -74,14 +74,14 @@ def narrow(model_folder: Path) -> Iterator[Live]:
 
 def test_a_cache_that_is_too_small_for_all_at_once(narrow: Live) -> None:
     """Nothing that fits alone is refused: sequences wait, or are preempted and go on."""
-    bodies = [{**request(i, 30), "prompt": [i + 1] * 60} for i in range(8)]
+    bodies = [{**request(i, 20), "prompt": [i + 1] * 70} for i in range(7)]
     wanted = [alone(narrow.model, body) for body in bodies]
     assert ask_all(narrow.url, bodies) == wanted
     narrow.wait_idle()
 
 
 def test_several_choices_that_do_not_fit_at_once(narrow: Live) -> None:
-    how: Any = {"max_tokens": 70, "temperature": 1.0, "seed": 3, "ignore_eos": True, "n": 4}
+    how: Any = {"max_tokens": 50, "temperature": 1.0, "seed": 3, "ignore_eos": True, "n": 4}
     wanted = [c.text for c in narrow.model.generate("Once upon a time", **how)]
     body = {"model": "stories-7m", "prompt": "Once upon a time", **how}
     answer = httpx.post(f"{narrow.url}/v1/completions", json=body, timeout=120)

@@ -52,6 +52,7 @@ def test_running_requests_end_after_sigterm_and_new_ones_are_refused(run_server:
     assert line["finish"] == "length"
 
 
+@pytest.mark.slow
 def test_requests_that_take_too_long_are_cut_off(run_server: Start) -> None:
     server = run_server("--drain-seconds", "0.5").ready()
     stream = Reading(server.url, 1000)
