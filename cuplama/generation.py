@@ -31,6 +31,7 @@ class Generation:
     context: int
     adapter: str | None = None
     clock: Clock = field(default_factory=Clock)
+    _first_open: int = 0  # no sequence before this one is open
     _output_of: dict[int, OutputText] = field(default_factory=dict, repr=False)
 
     def begin(self) -> list[SequenceState]:
@@ -52,7 +53,9 @@ class Generation:
     @property
     def ended(self) -> bool:
         """Whether every sequence has a finish_reason."""
-        return all(output.finish_reason is not None for output in self.outputs)
+        while self._first_open < len(self.outputs) and self.outputs[self._first_open].finish_reason is not None:
+            self._first_open += 1  # what has ended stays so
+        return self._first_open == len(self.outputs)
 
     def completions(self) -> list[Completion]:
         """What each sequence has so far; without a finish_reason if it has not ended."""

@@ -51,7 +51,7 @@ class OutputText:
                 text, stopped = self._push_watched(token.id)
             elif token.id not in sequence.stop_ids:
                 text, stopped = self._stops.push(self._detokenizer.push(token.id))
-            if self.finish_reason is not None and not stopped:
+            if not stopped and self.finish_reason is not None:
                 tail, stopped = self._stops.push(self._detokenizer.flush())
                 text += tail if stopped else tail + self._stops.flush()
         if stopped:

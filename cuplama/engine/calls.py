@@ -20,7 +20,7 @@ Drawn = list[tuple[SequenceState, Token]]  # what one step drew, for the sequenc
 class Call:
     """Sequences that one caller waits for. tell: called, from any thread, when there is something new to read.
 
-    thread: that waits for it; error: what ended it before its time.
+    thread: that waits for it; error: what ended it before its time; asks_for_progress: whether ``progress`` is wanted.
     """
 
     def __init__(self, sequences: Sequence[SequenceState], tell: Callable[[], None] | None = None) -> None:
@@ -28,7 +28,7 @@ class Call:
         self.thread = threading.get_ident()
         self.error: BaseException | None = None
         self.progress: tuple[int, int] | None = None  # what is to be told of the prompts
-        self._done = 0
+        self.asks_for_progress, self._done = False, 0
         self._left = sum(s.finish_reason is None for s in sequences)
         self._news: deque[Drawn | np.ndarray[Any, Any]] = deque()
         self._ready = threading.Event()
@@ -53,10 +53,11 @@ class Call:
 
     def tell_progress(self) -> None:
         """More of the prompts has been read. What is told never goes back, even if a sequence begins again."""
-        done = sum(len(s.prompt) if s.generated else min(s.cached, len(s.prompt)) for s in self.sequences)
-        if done > self._done:
-            self._done = done
-            self.progress = done, sum(len(s.prompt) for s in self.sequences)
+        if self.asks_for_progress:
+            done = sum(len(s.prompt) if s.generated else min(s.cached, len(s.prompt)) for s in self.sequences)
+            if done > self._done:
+                self._done = done
+                self.progress = done, sum(len(s.prompt) for s in self.sequences)
 
     def fail(self, error: BaseException) -> None:
         """The call cannot go on."""

@@ -20,10 +20,11 @@ import numpy as np
 
 from ..backends import Backend, CapturedGraph, Event, Fetch
 from ..dtypes import Array
-from ..models.fusion import BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, fuse
+from ..models.fusion import BATCH_RULES, EIGHT_BIT_BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, fuse
 from ..models.graph import LOGITS, Graph
 from ..ops.linear import MAX_STREAMED_ROWS
 from ..ops.node import Node
+from ..ops.weights import MAX_PACKED_ROWS
 from .batch import INPUTS, Batch, input_shapes
 from .input_buffer import InputBuffer
 from .kv_cache import PAGE
@@ -41,14 +42,16 @@ RING = AHEAD + 1  # rows of the ring of drawn tokens: one for each step in fligh
 _ADVANCED = ("input_ids", "positions", "slot_mapping", "seq_lens", "rope.rows", "ring", "step")
 
 
-def decode_nodes(graph: Graph, sequences: int, deterministic: bool = False) -> list[Node]:
+def decode_nodes(graph: Graph, sequences: int, deterministic: bool = False, activations: str = "auto") -> list[Node]:
     """The nodes from the last tokens of so many sequences to their logits, fused where that is faster.
 
     For more than ``MAX_STREAMED_ROWS`` sequences other kernels or a library compute the products, and neither fuses
     norms or activations with them. deterministic: the nodes are those of a prompt for any number of sequences, so that
-    a token is computed alike in both.
+    a token is computed alike in both. activations: of the backend.
     """
     rules = FEW_ROWS_RULES if sequences <= MAX_STREAMED_ROWS else BATCH_RULES
+    if activations == "fp8" and sequences > MAX_PACKED_ROWS:
+        rules = EIGHT_BIT_BATCH_RULES
     return fuse([*graph.body, *graph.every_row()], PREFILL_RULES if deterministic else rules)
 
 

@@ -128,6 +128,7 @@ class Engine:
     def _results(self, sequences: Sequence[SequenceState], progress: Progress | None) -> Generator[Any]:
         """The results of a call, as they come; this thread makes steps while nobody else does."""
         call = self.submit(sequences)
+        call.asks_for_progress = progress is not None
         try:
             while True:
                 ended = call.ended  # asked before reading: the last result may come between the two
@@ -277,8 +278,7 @@ class Engine:
                 call.add(rows)
                 told[id(call)] = call
         for s, _ in news.fed:
-            if (call := self._calls.get(id(s))) is not None:
-                call.tell_progress()
+            if (call := self._calls.get(id(s))) is not None and call.asks_for_progress:
                 told[id(call)] = call
         for s in news.ended:
             if (call := self._calls.pop(id(s), None)) is not None:
@@ -287,6 +287,7 @@ class Engine:
                     call.fail(s.error)
                 told[id(call)] = call
         for call in told.values():
+            call.tell_progress()
             call.wake()
 
     # -- the engine's own thread

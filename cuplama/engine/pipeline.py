@@ -28,6 +28,7 @@ from .sequence import SequenceState, Token
 __all__ = ["News", "Pipeline", "not_finite"]
 
 _PASSES = 2  # that may be queued and not read yet: one runs while the host makes the inputs of the other
+_PASSES_A_STEP = 4  # at most, where a long backlog waits: the more sequences a decode step has, the less each costs
 # Tokens of a pass beside decode steps, at least: more make sequences wait longer for their next token (an 8B model on
 # an H200 reads 1,024 tokens in 25 ms), fewer read the weights more often. A backlog of more than _BACKLOG times as many
 # makes it longer, up to the longest pass.
@@ -84,6 +85,7 @@ class Pipeline:
         self._flying: deque[_Pass | _Step] = deque()
         self._loop: DecodeLoop | None = None
         self._best: tuple[int, Needs] | None = None  # the loop that fits; None where that is to be worked out again
+        self._since = 0  # passes queued since the last step
         self._misfit = 0  # steps for which another loop would have been better
         self._news = News()
 
@@ -96,11 +98,19 @@ class Pipeline:
             self._end(s)  # its caller has ended it
         scheduler.admit()
         self._join()
-        again = True
-        while again:
-            passes = sum(isinstance(work, _Pass) for work in self._flying)
-            again = passes < (_PASSES if self.runner.backend.captures else 1) and self._queue_pass()
-            again |= self._queue_step()
+        backlog, longest = self._backlog(), self.runner.backend.prefill_chunk
+        passes_a_step = min(_PASSES_A_STEP, 1 + backlog // (_BACKLOG * longest))
+        chunk = min(longest, max(_LEAST_CHUNK, backlog // _BACKLOG)) if self._decodes else longest
+        while True:
+            flying = sum(isinstance(work, _Pass) for work in self._flying)
+            may_read = flying < (_PASSES if self.runner.backend.captures else 1)
+            read = may_read and self._queue_pass(chunk)
+            self._since += read
+            is_due = self._since >= passes_a_step or (may_read and not read)
+            if is_due and self._queue_step():
+                self._since = 0
+            elif not read:
+                return
 
     def read(self) -> News:
         """Wait for the oldest that is queued, unless something was read on the way to here; what that gave."""
@@ -125,12 +135,22 @@ class Pipeline:
         self.runner.drop_graphs()
         self.scheduler.start_again(dropped)
 
-    def _queue_pass(self) -> bool:
-        """Queue a pass over the next tokens of prompts, if there are any."""
+    def _backlog(self) -> int:
+        """Tokens of prompts that are to be read."""
+        scheduler = self.scheduler
+        return sum(len(s.tokens) - s.cached for s in (*scheduler.running, *scheduler.waiting) if s.row is None)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether any sequence draws by captured steps now."""
+        return self._loop is not None and any(s is not None for s in self._loop.rows)
+
+    def _queue_pass(self, chunk: int) -> bool:
+        """Queue a pass over the next tokens of prompts, ``chunk`` at most, if there are any."""
         scheduler, runner = self.scheduler, self.runner
         captures = runner.backend.captures
         limit = max_logits(runner.config.vocab_size)
-        parts = scheduler.next_parts(self._chunk(), limit, captures)
+        parts = scheduler.next_parts(chunk, limit, captures)
         if not parts:
             return False
         self._vacate()
@@ -158,14 +178,6 @@ class Pipeline:
         following = s.tokens[start + 1 : start + 1 + len(logits)]
         top = s.params.prompt_logprobs or 0
         return self.runner.score(logits[: len(following)], following, top)
-
-    def _chunk(self) -> int:
-        """Tokens of the next pass at most."""
-        longest = self.runner.backend.prefill_chunk
-        if self._loop is None or not any(self._loop.rows):
-            return longest
-        backlog = sum(len(s.tokens) - s.cached for s in (*self.scheduler.running, *self.scheduler.waiting))
-        return min(longest, max(_LEAST_CHUNK, backlog // _BACKLOG))
 
     # -- the decode loop
 

@@ -166,7 +166,7 @@ class Runner:
     def _step(self, key: Any, sampler: Sampler) -> tuple[list[Node], list[Node]]:
         """The nodes of a step: the same lists for each kind, since backends keep what they plan for a list."""
         if key not in self._step_nodes:
-            nodes = decode_nodes(self.graph, key[0], self.backend.deterministic)
+            nodes = decode_nodes(self.graph, key[0], self.backend.deterministic, self.backend.activations)
             self._step_nodes[key] = nodes, draw_nodes(sampler.nodes)
         return self._step_nodes[key]
 

@@ -14,7 +14,7 @@ from ..dtypes import DTYPES
 from ..ops import OPS
 from ..ops.node import Node
 
-__all__ = ["BATCH_RULES", "EIGHT_BIT_RULES", "FEW_ROWS_RULES", "PREFILL_RULES", "Rule", "fuse"]
+__all__ = ["BATCH_RULES", "EIGHT_BIT_BATCH_RULES", "EIGHT_BIT_RULES", "FEW_ROWS_RULES", "PREFILL_RULES", "Rule", "fuse"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ def _norm_linear(norm: str, act: str | None) -> Rule:
 PREFILL_RULES: tuple[Rule, ...] = (Rule(("linear", "add"), "linear_add"),)
 
 # For many rows where activations are rounded to 8 bits: what comes before a product writes them so.
-EIGHT_BIT_RULES: tuple[Rule, ...] = (
+_EIGHT_BIT: tuple[Rule, ...] = (
     _norm_linear("rms_norm", None),
     Rule(("silu_mul", "linear", "add"), "silu_mul_linear_add"),
-    *PREFILL_RULES,
 )
+EIGHT_BIT_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *PREFILL_RULES)
 
 # For a decode step, where every sequence has one new token.
 BATCH_RULES: tuple[Rule, ...] = (
@@ -56,6 +56,9 @@ BATCH_RULES: tuple[Rule, ...] = (
     Rule(("rope", "kv_append", "attention"), "append_attention"),
     Rule(("kv_append", "attention"), "append_attention"),
 )
+
+# The same for more rows than packed weights are multiplied with as they are, where activations are rounded to 8 bits.
+EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *BATCH_RULES)
 
 # For a decode step of at most ``MAX_STREAMED_ROWS`` rows, whose products our own kernels compute. The first rule that
 # fits is taken, so longer patterns stand before shorter ones.

@@ -17,7 +17,7 @@ from .errors import error_body
 from .fields import Read
 from .generating import Asked, Running, usage
 from .service import Service
-from .sse import DONE, EventStream, event
+from .sse import DONE, EventStream, event, events_with
 
 __all__ = ["RESPONSE_SCHEMA", "Choice", "Form", "answer"]
 
@@ -123,21 +123,21 @@ async def _events(
     running: Running, form: Form, head: Mapping[str, Any], options: Mapping[str, bool]
 ) -> AsyncIterator[bytes]:
     """The events of a stream. An error in its middle is its last object."""
-    stream = _Stream(running, form, head, options)
+    stream, write = _Stream(running, form, options), events_with(head)
     try:
         async for deltas in running:
             if chunks := stream.chunks(deltas):
-                yield b"".join(map(event, chunks))
-        yield b"".join(map(event, stream.end())) + DONE
+                yield b"".join(map(write, chunks))
+        yield b"".join(map(write, stream.end())) + DONE
     except Exception as error:
         yield event(error_body(running.failed(error))) + DONE
 
 
 class _Stream:
-    """Makes the objects of a stream's events."""
+    """Makes the objects of a stream's events, without the fields that all of them have."""
 
-    def __init__(self, running: Running, form: Form, head: Mapping[str, Any], options: Mapping[str, bool]) -> None:
-        self._running, self._form, self._head = running, form, head
+    def __init__(self, running: Running, form: Form, options: Mapping[str, bool]) -> None:
+        self._running, self._form = running, form
         self._include = options.get("include_usage", False)
         self._always = self._include and options.get("continuous_usage_stats", False)
         self._first, self._generated = True, 0
@@ -164,7 +164,7 @@ class _Stream:
         found = [chunk for i in sorted(self._open) for chunk in self._pieces(i, [], completions[i].finish_reason)]
         if self._include:
             counted = usage(completions, self._running.asked.n, self._form.reasoning_tokens)
-            found.append({**self._head, "choices": [], "usage": counted})
+            found.append({"choices": [], "usage": counted})
         return found
 
     def _begin(self, indices: Collection[int]) -> None:
@@ -179,7 +179,7 @@ class _Stream:
         return [self._object(choice) for choice in self._form.pieces(deltas, end, self._begun[index])]
 
     def _object(self, choice: Choice) -> dict[str, Any]:
-        found = {**self._head, "choices": [choice]}
+        found: dict[str, Any] = {"choices": [choice]}
         if self._first:
             self._first = False
             found |= self._form.head(list(self._begun.values()))

@@ -22,7 +22,7 @@ from .metrics import Meter
 from .service import Service
 from .tool_choice import ToolChoice, tool_constraint
 
-__all__ = ["Asked", "Running", "prepare", "prepare_chat", "usage"]
+__all__ = ["Asked", "Running", "check_count", "prepare", "prepare_chat", "usage"]
 
 # Where neither the request nor the model's generation_config.json says: as OpenAI, and not as the library.
 _DEFAULTS = {"temperature": 1.0, "max_tokens": None}
@@ -57,12 +57,11 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
     stop = read.sampling.get("stop", ())
     if n > limits.choices:
         raise ApiError(400, f"n = {n} is out of range; at most {limits.choices} are allowed", param="n")
-    _check("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, "stop strings")
+    check_count("stop", len([stop] if isinstance(stop, str) else stop), limits.stops, "stop strings")
 
     def make() -> Asked:
         prompts = encode(model)
         params = _params(model, read)
-        _check("prompt", len(prompts), limits.prompts, "prompts")
         for ids in prompts:
             if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
                 said = f"the prompt has {len(ids)} tokens; at most {limits.prompt_tokens} are allowed"
@@ -102,7 +101,8 @@ def _held(model: Model, chat: ChatRequest, read: Read, choice: ToolChoice, paral
     return {} if formed else held
 
 
-def _check(name: str, count: int, most: int, nouns: str) -> None:
+def check_count(name: str, count: int, most: int, nouns: str) -> None:
+    """Raises ApiError 400 where a field of the request has too many elements."""
     if count > most:
         raise ApiError(400, f"{name} has {count} {nouns}; at most {most} are allowed", param=name)
 

@@ -36,7 +36,8 @@ _SWITCH_SECONDS = 0.0005
 def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound. Raises DeviceError, in one line, where that does not work: mostly the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family)
+    # With the protocol named asyncio knows TCP, and sends small pieces at once, not with the next ACK (40 ms).
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))

@@ -100,6 +100,8 @@ class Splitter:
 
     def push(self, text: str) -> list[Event]:
         """What is certain now that this text has come."""
+        if not (self._outside or self._inside):  # most chats have nothing to split
+            return [ContentDelta(text, text)] if text else []
         self._rest += text
         return self._run(last=False)
 

@@ -19,7 +19,7 @@ from cuplama.server import sse
 from cuplama.server.endpoints.completions import ENDPOINTS
 from cuplama.server.limits import Limits
 from cuplama.server.service import Service
-from cuplama.server.sse import DONE, EventStream, event
+from cuplama.server.sse import DONE, EventStream, event, events_with
 from tests.server.conftest import Log
 from tests.server.running import eventually
 from tests.server.stand_ins import Step, scripted
@@ -52,6 +52,10 @@ def test_an_event_is_one_line_whatever_a_reader_takes_for_the_end_of_one(text: s
 
 def test_an_event_may_have_a_name() -> None:
     assert event({"a": 1}, "ping") == b'event: ping\ndata: {"a":1}\n\n'
+
+
+def test_events_may_have_a_head_in_common() -> None:
+    assert events_with({"a": 1, "b": "x"})({"c": [2]}) == event({"a": 1, "b": "x", "c": [2]})
 
 
 async def test_what_is_ready_together_is_one_event(

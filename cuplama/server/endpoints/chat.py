@@ -34,7 +34,8 @@ def _read_messages(value: Any) -> list[Any]:
     return list(value)
 
 
-_MESSAGE = record({"role": string(1), "content": either(string(), listed(ANY_OBJECT, "parts"))}, ["role"])
+_PART = record({"type": word("text"), "text": string()}, ["type", "text"])
+_MESSAGE = record({"role": string(1), "content": either(string(), listed(_PART, "parts"))}, ["role"])
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _FUNCTION = record({"type": word("function"), "function": record({"name": string(1)}, ["name"])}, ["function"])
 FIELDS = Fields(

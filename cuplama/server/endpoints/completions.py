@@ -17,7 +17,7 @@ from ...prompts import prompt_of_batch
 from ..answers import RESPONSE_SCHEMA, Choice, answer
 from ..endpoint import Endpoint
 from ..fields import Fields, Read, own, refused
-from ..generating import prepare
+from ..generating import check_count, prepare
 from ..generation_fields import COMMON
 from ..kinds import FLAG, Kind, either, integer, listed, string
 from ..limits import read_object
@@ -77,6 +77,7 @@ FIELDS = Fields(
 async def _completions(service: Service, request: Request) -> Response:
     read = FIELDS.read(await read_object(request, service.limits))
     service.check_name(read.own["model"])
+    check_count("prompt", len(read.own["prompt"]), service.limits.prompts, "prompts")
     form = _Form(read)
     read.sampling.setdefault("max_tokens", _MAX_TOKENS)
     if (logprobs := read.own["logprobs"]) is not None:
