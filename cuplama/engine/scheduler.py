@@ -62,18 +62,22 @@ class Scheduler:
 
         One whose beginning another is about to read waits for that, and lets others pass.
         """
-        coming = self._coming() if self.waiting else set[bytes]()
+        if not self.waiting:
+            return
+        coming = self._coming()
+        owed = sum(self._owed(s) for s in self.running)  # pages that are taken only when a pass needs them
         for s in self.waiting[:]:
             if len(self.running) >= self.max_running:
                 return
             found, following = self.prefixes.find(s)
             if following in coming:
                 continue
-            if self.running and not self._has_room(s, found):
+            if self.running and not self._has_room(s, found, owed):
                 return
             self.waiting.remove(s)
             insort(self.running, s, key=_order)
             self.prefixes.take(s, found)
+            owed += self._owed(s)
             s.admitted = s.admitted or time.perf_counter()
             coming.update(s.keys[len(found) :])
 
@@ -81,8 +85,12 @@ class Scheduler:
         """The keys of pages that running sequences have not been queued to write yet."""
         return {key for s in self.running for key in s.keys[s.cached // PAGE :]}
 
-    def _has_room(self, s: SequenceState, found: Sequence[int]) -> bool:
-        taken = pages_for(len(s.tokens)) - len(found) + self.cache.needs(found)
+    @staticmethod
+    def _owed(s: SequenceState) -> int:
+        return max(0, pages_for(len(s.tokens)) - len(s.pages))
+
+    def _has_room(self, s: SequenceState, found: Sequence[int], owed: int) -> bool:
+        taken = owed + pages_for(len(s.tokens)) - len(found) + self.cache.needs(found)
         return taken + self.cache.pages // _SPARE <= self.cache.free
 
     def remove(self, s: SequenceState) -> None:

@@ -61,7 +61,9 @@ def request(i: int, tokens: int) -> dict[str, Any]:
 def test_two_hundred_at_once(live: Live) -> None:
     bodies = [request(i, 2) for i in range(20)]
     wanted = [alone(live.model, body) for body in bodies]
+    before = live.model.engine.stats.preemptions
     assert ask_all(live.url, bodies * 10) == wanted * 10
+    assert live.model.engine.stats.preemptions - before < 200  # all that wait were admitted, once, at every step
     live.wait_idle()
 
 
