@@ -108,7 +108,8 @@ class Model:
 
         Without ``params``: the defaults of SamplingParams, those that the model's generation_config.json sets in place
         of them, and then ``options``. A SamplingParams is complete: the model's own defaults do not count beside it,
-        only ``options`` take the place of its fields. A response_format is the parameter that it stands for.
+        only ``options`` take the place of its fields. A response_format is the parameter that it stands for. A schema,
+        regex or grammar is compiled here, which may take a second; generate finds it then.
         """
         given = given_options(options)
         if params is None:
@@ -126,6 +127,7 @@ class Model:
                     raise ParameterError(
                         f"{name}: token id {token} is out of range; the vocabulary has {self.config.vocab_size}"
                     )
+        self._grammars.check(params)
         return params
 
     def encode(self, prompt: Prompt) -> list[int]:

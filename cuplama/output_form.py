@@ -13,8 +13,8 @@ __all__ = ["FORMS", "JSON_STYLE", "MAX_TEXT", "asked_form", "check_one_form", "r
 
 FORMS = ("json_schema", "regex", "grammar")
 MAX_TEXT = 2**17  # characters of one of them: at this size one took a second to compile, and most take milliseconds
-# JSON on one line, with at most a space after "," and ":", as llguidance's "x-guidance" of a schema. A small model that
-# may write blanks wherever JSON allows them writes nothing else. A schema's own "x-guidance" goes before.
+# What llguidance is told of JSON: on one line, with at most a space after "," and ":". A small model that may write
+# blanks wherever JSON allows them writes nothing else. A schema's own "x-guidance" takes the place of these.
 JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _FORMATS = "text, json_object, json_schema"

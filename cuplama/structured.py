@@ -61,21 +61,24 @@ class Grammars:
         self._lock = threading.Lock()
         self._compiled = lru_cache(_KEPT)(self._compile)
 
+    def check(self, params: SamplingParams) -> None:
+        """Compile what is asked for, which may take a second. Raises what ``constraint`` raises."""
+        if (asked := _asked(params)) is not None:
+            self._compiled(*asked)
+
     def constraint(self, params: SamplingParams, stops: Collection[int]) -> Constraint | None:
         """What a sequence with these parameters may draw; None for anything. stops: the ids that end the sequence.
 
         Raises ParameterError for what is no schema, regex or grammar, with llguidance's own words, and if llguidance is
         missing; TokenizerError if the model has no tokenizer.
         """
-        for form in FORMS:
-            asked = getattr(params, form)
-            if asked is not None:
-                text = asked if isinstance(asked, str) else json.dumps(asked)
-                matcher, words = self._compiled(form, text)
-                ends = _Ends.of(self._vocab_size, params, self._stop_ids, frozenset(stops))
-                # A copy shares the automaton of the lexer, which grows with what any of them has met.
-                return _Constraint(form, matcher.deep_copy(), words, ends, self._forget)
-        return None
+        asked = _asked(params)
+        if asked is None:
+            return None
+        matcher, words = self._compiled(*asked)
+        ends = _Ends.of(self._vocab_size, params, self._stop_ids, frozenset(stops))
+        # A copy shares the automaton of the lexer, which grows with what any of them has met.
+        return _Constraint(asked[0], matcher.deep_copy(), words, ends, self._forget)
 
     def _compile(self, form: str, text: str) -> tuple[LLMatcher, int]:
         """A matcher that has consumed nothing, and knows its first mask; the words of its masks."""
@@ -103,6 +106,15 @@ class Grammars:
     def _forget(self) -> None:
         """Drop what is compiled: the states that copies of a grammar share may have come to their limit."""
         self._compiled.cache_clear()
+
+
+def _asked(params: SamplingParams) -> tuple[str, str] | None:
+    """The form that the parameters ask for, and its text."""
+    for form in FORMS:
+        value = getattr(params, form)
+        if value is not None:
+            return form, value if isinstance(value, str) else json.dumps(value)
+    return None
 
 
 class _Vocabulary:
@@ -210,7 +222,7 @@ def _grammar(llguidance: Any, form: str, text: str) -> Any:
     """What llguidance compiles. Raises ParameterError for what its converters refuse."""
     try:
         if form == "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE)
+            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=dict(JSON_STYLE))
         if form == "regex":
             return llguidance.LLMatcher.grammar_from_regex(text)
         _check_lines(text)
@@ -238,9 +250,8 @@ def _said(message: str) -> str:
 def _bits(vocab_size: int, ids: Collection[int]) -> MaskWords:
     """The mask [mask_words(V)] of some tokens; ids beyond the vocabulary are left out."""
     words = np.zeros(mask_words(vocab_size), np.uint32)
-    for i in ids:
-        if i < vocab_size:
-            words[i // 32] |= np.uint32(1 << i % 32)
+    known = np.array([i for i in ids if i < vocab_size], np.uint32)
+    np.bitwise_or.at(words, known // 32, np.uint32(1) << known % 32)
     return words.view(np.int32)
 
 

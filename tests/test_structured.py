@@ -113,6 +113,15 @@ def test_json_of_a_schema(stories: Model) -> None:
     assert stories.generate(PROMPT, seed=1, response_format=asked).text == done.text
 
 
+def test_parameters_are_refused_before_a_call(stories: Model) -> None:
+    with pytest.raises(ParameterError, match="unclosed group"):
+        stories.params(regex="a(")
+    stories.params(regex="a{3}!")
+    before = stories._grammars._compiled.cache_info()
+    assert stories.generate(PROMPT, regex="a{3}!").text == "aaa!"
+    assert stories._grammars._compiled.cache_info().misses == before.misses
+
+
 def test_choices_follow_the_grammar_each_for_itself(stories: Model) -> None:
     found = stories.generate([PROMPT, "The dog"], n=4, regex="[A-Z][a-z]{2,5}( [a-z]{1,6}){1,2}[.!]", seed=5)
     assert len(found) == 8
@@ -286,6 +295,8 @@ def test_stop_tokens_wait_for_min_tokens_and_ignore_eos_as_long_as_anything_else
 def test_a_ban_of_all_that_may_follow_is_an_error(grammars: Grammars, stories: Model) -> None:
     (a,) = grammars._tokenizer().encode("a", bos=False)
     assert a not in allowed(grammars, "", regex="a|b", logit_bias={a: -INF})
+    others = {i: -INF for i in range(grammars._vocab_size) if i != a}
+    assert allowed(grammars, "", regex="[ab]+", logit_bias=others) == {a}
     constraint = grammars.constraint(SamplingParams(regex="a", logit_bias={a: -INF}), ())
     assert constraint is not None
     row = np.zeros(mask_words(grammars._vocab_size), np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,25 +16,25 @@ from .prompt import read_file
 __all__ = ["form_options"]
 
 
-def _text(context: click.Context, parameter: click.Parameter, given: str | Path | None) -> str | None:
-    """What was given, or the file has, if it can be what the parameter of that name takes."""
+def _form(context: click.Context, parameter: click.Parameter, given: str | Path | None) -> Any:
+    """What was given, or the file has, as the parameter of that name keeps it."""
     if given is None:
         return None
     text = read_file(given) if isinstance(given, Path) else given
     try:
-        read_parameter(str(parameter.name), text)
+        form = read_parameter(str(parameter.name), text)
     except ParameterError as e:
         raise click.BadParameter(str(e)) from None
     others = [name for name in FORMS if name != parameter.name and context.params.get(name) is not None]
     if others:
         names = " and ".join("--" + str(name).replace("_", "-") for name in (others[0], parameter.name))
         raise click.UsageError(f"{names} do not go together: a text has one form")
-    return text
+    return form
 
 
 _FILE = click.Path(path_type=Path)
 form_options = options(
-    click.option("--json-schema", type=_FILE, callback=_text, metavar="FILE", help="The text is JSON of this schema."),
-    click.option("--regex", callback=_text, metavar="REGEX", help="The whole text matches."),
-    click.option("--grammar", type=_FILE, callback=_text, metavar="FILE", help="The text follows a Lark or GBNF file."),
+    click.option("--json-schema", type=_FILE, callback=_form, metavar="FILE", help="The text is JSON of this schema."),
+    click.option("--regex", callback=_form, metavar="REGEX", help="The whole text matches."),
+    click.option("--grammar", type=_FILE, callback=_form, metavar="FILE", help="The text follows a Lark or GBNF file."),
 )

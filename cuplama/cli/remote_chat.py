@@ -168,6 +168,9 @@ class RemoteSession:
             body["logit_bias"] = {str(t): v if math.isfinite(v) else -100 for t, v in body["logit_bias"].items()}
         if "stop" in body:
             body["stop"] = list(body["stop"])
+        if "json_schema" in body:  # as every server of this interface knows it
+            form = {"name": "answer", "schema": body.pop("json_schema")}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
         variables = {k: v for k, v in self.template.items() if k not in ("tools", "documents")}
         body |= {k: v for k, v in self.template.items() if k not in variables}
         if variables:

@@ -11,9 +11,9 @@ from typing import Generic, Protocol, TypeVar
 
 __all__ = ["MAX_PASSES", "MAX_STEPS", "GraphCache", "max_logits", "padded_prompts", "padded_rows", "padded_sequences"]
 
-# Captured decode steps that are kept at most. While a batch shrinks from 64 sequences to one it uses a step of each of
-# the 14 sizes below; 20 leave room for a few with other sampling parameters.
-MAX_STEPS = 20
+# Captured decode steps that are kept at most. While a batch grows to 512 sequences it uses a step of each of 28 sizes;
+# 40 leave room for some with other sampling parameters.
+MAX_STEPS = 40
 
 # Captured passes over prompts that are kept at most. They share their memory, which is that of the largest.
 MAX_PASSES = 64

@@ -344,7 +344,9 @@ class Pipeline:
         s.ahead -= 1
         if s.finish_reason is not None:
             return
-        if token.id < 0:
+        if s.constraint is not None and s.constraint.error is not None:
+            s.error, s.finish_reason = s.constraint.error, "error"  # its mask could not be made
+        elif token.id < 0:
             s.error = not_finite(f"the logits after {len(s.tokens)} tokens", dtype_name(self.runner.backend.dtype))
             s.finish_reason = "error"
         else:
@@ -356,7 +358,8 @@ class Pipeline:
             elif s.constraint is not None:
                 s.constraint.accept(token.id)
                 if s.constraint.finished:
-                    s.finish_reason = "stop"
+                    s.error = s.constraint.error
+                    s.finish_reason = "stop" if s.error is None else "error"
             if s.finish_reason is None and len(s.tokens) >= s.limit:
                 s.finish_reason = "length"
         if s.finish_reason is not None:

@@ -164,7 +164,9 @@ def _penalties(vocab_size: int, active: Sequence[SequenceState], needs: Needs) -
     found: dict[str, np.ndarray[Any, Any]] = {"seen": seen, "stop_ids": stop_ids}
     if needs.biased:
         found["bias"] = bias
-    ends = [min(len(s.prompt) + s.params.min_tokens, 2**31 - 1) for s in active]
+    # A constraint holds stop tokens back by itself: it knows whether anything else may follow.
+    least = [0 if s.constraint is not None else s.params.min_tokens for s in active]
+    ends = [min(len(s.prompt) + n, 2**31 - 1) for s, n in zip(active, least, strict=True)]
     return {**found, "min_positions": np.array(ends, np.int32)}
 
 

@@ -294,10 +294,11 @@ def test_wrong_options_of_chat(option: str, words: str, fails: Fails, tmp_path: 
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
-    """But token ids that stop, of which users know the text, and what is said of a prompt, which perplexity says."""
+    """But token ids that stop, of which users know the text; what is said of a prompt, which perplexity says; and to
+    show special tokens, which --json tells by their ids."""
     from_files = {"json_schema", "grammar"}
     found = {name for _, name, _ in SAMPLING} | {"logprobs"} | from_files
-    assert found == set(PARAMETERS) - {"stop_token_ids", "prompt_logprobs"}
+    assert found == set(PARAMETERS) - {"stop_token_ids", "prompt_logprobs", "show_special"}
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -306,7 +307,7 @@ def test_forms_from_files(command: str, run: Run, recorder: Recorder, fails: Fai
     schema.write_text('{"type": "null"}')
     grammar.write_text('start: "a"')
     assert run(command, "Hi", "--json-schema", str(schema))[0] == 0
-    assert recorder.given["json_schema"] == '{"type": "null"}'
+    assert recorder.given["json_schema"] == {"type": "null"}
     assert run(command, "Hi", "--grammar", str(grammar))[0] == 0
     assert recorder.given["grammar"] == 'start: "a"'
     for args, words in (

@@ -133,6 +133,15 @@ def test_what_was_given_is_sent(run: Run, server: FakeServer, tmp_path: Any) -> 
     }  # fmt: skip
 
 
+def test_a_schema_is_sent_as_every_server_knows_it(run: Run, server: FakeServer, tmp_path: Any) -> None:
+    server.answers = [says("null")]
+    (tmp_path / "s.json").write_text('{"type": "null"}')
+    assert run("chat", "Hi", "--server", server.url, "-m", "x", "--json-schema", str(tmp_path / "s.json"))[0] == 0
+    form = {"name": "answer", "schema": {"type": "null"}}
+    assert server.body["response_format"] == {"type": "json_schema", "json_schema": form}
+    assert "json_schema" not in server.body
+
+
 def test_the_key_may_come_from_the_environment(run: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPLAMA_API_KEY", "hidden")
     server.answers = [says("x")]

@@ -75,6 +75,18 @@ class Fetch:
         return self._arrays
 
 
+@dataclass
+class _GraphMemory:
+    """The memory pool of captured graphs. graphs: how many there are.
+
+    A graph that was captured writes to blocks which the pool takes for free, so none may go back to CUDA before the
+    last of them is closed.
+    """
+
+    pool: Any
+    graphs: int = 0
+
+
 class CapturedGraph:
     """Repeats a body of calls as one CUDA graph.
 
@@ -85,7 +97,8 @@ class CapturedGraph:
 
     def __init__(self, backend: CudaBackend, body: Callable[[], None], sharing: CapturedGraph | None) -> None:
         self._backend, self._gpu, self._body = backend, backend.gpu, body
-        self._pool: Any = backend.gpu.new_pool() if sharing is None else sharing._pool
+        self._memory = _GraphMemory(backend.gpu.new_pool()) if sharing is None else sharing._memory
+        self._memory.graphs += 1
         self._graph: Any = None
         self._warm = False
 
@@ -94,7 +107,7 @@ class CapturedGraph:
         with self._gpu as gpu:
             try:
                 if self._graph is None:
-                    with gpu.drawing_from(self._pool):
+                    with gpu.drawing_from(self._memory.pool):
                         if self._warm and not self._backend.checking:
                             self._graph = gpu.capture(self._body)
                         else:
@@ -110,9 +123,11 @@ class CapturedGraph:
     def close(self) -> None:
         """Give back the graph and its memory. It cannot be replayed afterwards."""
         with self._gpu as gpu, suppress(*gpu.failures):
+            self._memory.graphs -= 1
             gpu.synchronize()
             del self._graph, self._body
-            self._pool.free_all_blocks()
+            if not self._memory.graphs:
+                self._memory.pool.free_all_blocks()
 
 
 class CudaBackend:
