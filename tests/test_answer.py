@@ -54,7 +54,7 @@ def _pair(merge: Any) -> list[str]:
 def completed(model: Model, text: str, **options: Any) -> cuplama.Completion:
     """A completion as the model would have made it, had it written this text."""
     ids = model.tokenizer.encode(text, bos=False)
-    found: cuplama.Completion = model.chat(USER, max_tokens=1, **options)
+    found: cuplama.Completion = model.chat(USER, max_tokens=1, temperature=0, **options)
     return replace(found, text=model.decode(ids), tokens=ids, finish_reason="stop")
 
 
@@ -80,10 +80,10 @@ def test_reasoning_that_the_prompt_began(model: Model) -> None:
 
 
 def test_what_ended_the_text_is_not_in_it(model: Model) -> None:
-    completion = model.chat(USER, max_tokens=20, stop=["a"])
+    completion = model.chat(USER, max_tokens=20, stop=["a"], temperature=0)
     assert completion.finish_reason == "stop"
     assert cuplama.read_answer(model, completion).content == completion.text
-    cut = model.chat(USER, max_tokens=3)
+    cut = model.chat(USER, max_tokens=3, temperature=0)
     assert cuplama.read_answer(model, cut).content == cut.text
 
 

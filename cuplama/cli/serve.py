@@ -74,6 +74,8 @@ _options = options(
         metavar="S",
         help="Time that running requests have to end after SIGTERM.",
     ),
+    click.option("--reasoning-format", metavar="NAME", help="How the model writes reasoning, or none."),
+    click.option("--tool-format", metavar="NAME", help="How the model writes tool calls, or none."),
     click.option("--log-prompts", is_flag=True, help="Write prompts into the log."),
 )
 
@@ -92,6 +94,8 @@ def serve(
     limits: tuple[str, ...],
     drain_seconds: float,
     log_prompts: bool,
+    reasoning_format: str | None,
+    tool_format: str | None,
     offline: bool,
     loading: dict[str, Any],
     **more: Any,
@@ -105,8 +109,12 @@ def serve(
         from ..server import lifecycle
         from ..server.log import RequestLog
         from ..server.service import Service
+        from ..text.answer_form import find_form
     except ModuleNotFoundError as e:
         raise CuplamaError(f"there is no module {e.name}; serve needs an extra: pip install 'cuplama[serve]'") from None
+    find_form(
+        None, (), reasoning=reasoning_format, tools=tool_format
+    )  # a wrong name is told before the model is loaded
     loading |= {name: value for name, value in more.items() if value is not None}
     log = RequestLog(prompts=log_prompts)
     service = Service(names or (_name(model),), limits=_limits(limits), keys=keys, origins=origins, log=log)
@@ -119,6 +127,8 @@ def serve(
     def load() -> Model:
         with context.scope(cleanup=False):  # of another thread: --quiet counts there, too
             opened = open_model(model, offline, **loading)
+            if reasoning_format or tool_format:
+                opened.tokenizer.choose_form(reasoning=reasoning_format, tools=tool_format)
             notice(f"ready: {opened!r}")
             return opened
 

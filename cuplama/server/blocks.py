@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..completion import Completion, Delta
-from ..text.splitter import ArgumentsDelta, CallBegins, CallEnds, ContentDelta, Event, ReasoningDelta, Splitter
+from ..text.splitter import ArgumentsDelta, CallBegins, CallEnds, ContentDelta, Event, ReasoningDelta
 from .errors import ApiError
 from .fields import Read
 from .generating import Asked, Running
 from .service import Service
+from .split_text import SplitText
 from .sse import EventStream, event
 
 __all__ = ["Block", "Blocks", "Happening", "Named", "Step", "Writer", "answer_in_blocks"]
@@ -53,49 +54,32 @@ class Step:
 
 
 class Blocks:
-    """Makes blocks of the deltas of one answer. parallel: whether calls after the first count.
+    """Makes blocks of the deltas of one answer. split: says what they are; blocks: those that have begun."""
 
-    reasoning_tokens: tokens that were reasoning; one whose text is held back counts as the one before.
-    """
-
-    def __init__(self, splitter: Splitter, parallel: bool = True, reasoning: bool = True) -> None:
+    def __init__(self, split: SplitText) -> None:
+        self.split = split
         self.blocks: list[Block] = []
-        self.reasoning_tokens = 0
-        self._splitter, self._parallel, self._reasoning = splitter, parallel, reasoning
         self._open: Block | None = None
-        self._thinks = False
 
     def push(self, deltas: Iterable[Delta]) -> list[Step]:
         """What deltas do to the blocks."""
-        steps: list[Step] = []
-        for delta in deltas:
-            events = self._splitter.push(delta.text)
-            if events:
-                self._thinks = any(isinstance(new, ReasoningDelta) for new in events)
-            self.reasoning_tokens += self._thinks
-            steps += self._steps(events)
-        return steps
+        return self._steps(self.split.push(deltas))
 
     def end(self) -> list[Step]:
         """What was held back, and the end of the last block. An answer has one block at least."""
-        steps = self._steps(self._splitter.flush())
+        steps = self._steps(self.split.push([], last=True))
         if not self.blocks:
             steps += self._begin("text")
         return steps + self._close()
-
-    @property
-    def called(self) -> bool:
-        """Whether the model has called a tool."""
-        return any(block.kind == "call" for block in self.blocks)
 
     def _steps(self, events: Sequence[Event]) -> list[Step]:
         steps: list[Step] = []
         for new in events:
             if isinstance(new, ContentDelta):
                 steps += self._add("text", new.text)
-            elif isinstance(new, ReasoningDelta) and self._reasoning:
+            elif isinstance(new, ReasoningDelta):
                 steps += self._add("reasoning", new.text)
-            elif isinstance(new, (CallBegins, ArgumentsDelta, CallEnds)) and (self._parallel or not new.index):
+            elif isinstance(new, (CallBegins, ArgumentsDelta, CallEnds)):
                 steps += self._call(new)
         return steps
 

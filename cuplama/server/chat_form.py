@@ -10,9 +10,10 @@ from typing import Any
 from ..completion import Completion, Delta
 from ..engine.sequence import Token
 from ..text.answer import collect
-from ..text.splitter import ArgumentsDelta, CallBegins, ContentDelta, Event, ReasoningDelta, Splitter
+from ..text.splitter import ArgumentsDelta, CallBegins, CallEnds, ContentDelta, Event, ReasoningDelta, Splitter
 from .answers import Choice
 from .logprobs import Spelling, chat_logprobs, prompt_logprobs
+from .split_text import SplitText
 
 __all__ = ["ChatForm", "Shown"]
 
@@ -31,17 +32,11 @@ class Shown:
 
 @dataclass
 class _Text:
-    """One answer as far as it has come.
+    """One answer as far as it has come. events: of a whole response; begun: whether a stream has said the role."""
 
-    thinks: the text that came last was reasoning; tokens whose text is held back count as what came before them.
-    """
-
-    splitter: Splitter
+    split: SplitText
     events: list[Event] = field(default_factory=list)
-    reasoning_tokens: int = 0
-    thinks: bool = False
     begun: bool = False
-    called: bool = False
 
 
 class ChatForm:
@@ -58,7 +53,7 @@ class ChatForm:
     @property
     def reasoning_tokens(self) -> int:
         """Tokens of reasoning in all answers."""
-        return sum(text.reasoning_tokens for text in self._texts.values())
+        return sum(text.split.reasoning_tokens for text in self._texts.values())
 
     def head(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """What is of the prompt, of which there is one."""
@@ -71,7 +66,7 @@ class ChatForm:
     def watch(self, delta: Delta) -> None:
         """Split what has come."""
         text = self._text(delta.index)
-        text.events += self._events(text, [delta], delta.finish_reason)
+        text.events += text.split.push([delta], last=delta.finish_reason is not None)
 
     def choice(self, completion: Completion) -> Choice:
         """The whole answer as a message."""
@@ -94,7 +89,7 @@ class ChatForm:
     def pieces(self, deltas: Sequence[Delta], end: str | None, so_far: Completion) -> list[Choice]:
         """The role first, then what has come, each kind by itself, and at last the reason of the end."""
         text = self._text(so_far.index)
-        parts = _joined(self._events(text, deltas, end))
+        parts = _joined(text.split.push(deltas, last=end is not None))
         more: dict[str, Any] = {"logprobs": self._logprobs([delta.token for delta in deltas])}
         if self._shown.ids:
             more["token_ids"] = [delta.token.id for delta in deltas]
@@ -113,30 +108,10 @@ class ChatForm:
 
     def _text(self, index: int) -> _Text:
         if index not in self._texts:
-            self._texts[index] = _Text(self._splitter())
+            shown = self._shown
+            split = SplitText(self._splitter(), reasoning=shown.reasoning, several_calls=shown.several_calls)
+            self._texts[index] = _Text(split)
         return self._texts[index]
-
-    def _events(self, text: _Text, deltas: Sequence[Delta], end: str | None) -> list[Event]:
-        """What the deltas are, as far as the client wants to see it."""
-        found: list[Event] = []
-        for delta in deltas:
-            events = text.splitter.push(delta.text)
-            found += events
-            if events:
-                text.thinks = any(isinstance(event, ReasoningDelta) for event in events)
-            text.reasoning_tokens += text.thinks
-        if end is not None:
-            found += text.splitter.flush()
-        shown = [event for event in found if self._wanted(event)]
-        text.called = text.called or any(isinstance(event, CallBegins) for event in shown)
-        return shown
-
-    def _wanted(self, event: Event) -> bool:
-        if isinstance(event, ReasoningDelta):
-            return self._shown.reasoning
-        if isinstance(event, (CallBegins, ArgumentsDelta)):
-            return self._shown.several_calls or event.index == 0
-        return isinstance(event, ContentDelta)
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Those of the content: a stop token is none."""
@@ -150,7 +125,7 @@ def _piece(index: int, delta: dict[str, Any], end: str | None) -> Choice:
 
 
 def _finish_reason(text: _Text, end: str | None) -> str | None:
-    return "tool_calls" if text.called and end == "stop" else end
+    return "tool_calls" if text.split.called and end == "stop" else end
 
 
 def _reasoning(text: str) -> dict[str, str]:
@@ -160,7 +135,8 @@ def _reasoning(text: str) -> dict[str, str]:
 
 def _joined(events: Sequence[Event]) -> list[dict[str, Any]]:
     """Deltas of OpenAI's form; neighbours of one kind are one."""
-    groups = groupby(events, lambda event: (type(event), getattr(event, "index", 0)))
+    seen = (event for event in events if not isinstance(event, CallEnds))
+    groups = groupby(seen, lambda event: (type(event), getattr(event, "index", 0)))
     return [_delta(list(group)) for _, group in groups]
 
 

@@ -77,7 +77,7 @@ class MessagesWriter:
             reason = "max_tokens"
         elif stop is not None:
             reason = "stop_sequence"
-        elif self.blocks.called:
+        elif self.blocks.split.called:
             reason = "tool_use"
         return {"stop_reason": reason, "stop_sequence": stop}
 

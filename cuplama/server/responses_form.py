@@ -81,13 +81,13 @@ class ResponsesWriter:
         return {**self._head, **rest}
 
     def _usage(self, completion: Completion) -> dict[str, Any]:
-        counted = usage([completion], 1, self.blocks.reasoning_tokens)
+        counted = usage([completion], 1, self.blocks.split.reasoning_tokens)
         cached = counted["prompt_tokens_details"]["cached_tokens"]
         return {
             "input_tokens": counted["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": counted["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": self.blocks.reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": self.blocks.split.reasoning_tokens},
             "total_tokens": counted["total_tokens"],
         }
 

@@ -59,6 +59,7 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens or {})
         self._templates = ChatTemplates(dict(chat_templates or {}))
         self._control: dict[str, ControlTokens] = {}  # by the source of the chat template
+        self._answer_form: AnswerForm | None = None
         self._warned: set[str] = set()  # names of what a template was given and does not read
         self.stages = decoder_stages(backend)
         self._pieces: dict[int, str | None] = {}
@@ -230,17 +231,23 @@ class Tokenizer:
             self._control[template.source] = found
         return found
 
-    @cached_property
+    @property
     def answer_form(self) -> AnswerForm:
         """How the model writes reasoning and tool calls, as its default template and its added tokens tell."""
-        return self.find_form()
+        if self._answer_form is None:
+            self.choose_form()
+        assert self._answer_form is not None
+        return self._answer_form
 
-    def find_form(self, *, reasoning: str | None = None, tools: str | None = None) -> AnswerForm:
-        """The same with formats chosen by name; see ``find_form`` in text/answer_form.py. Raises ParameterError."""
+    def choose_form(self, *, reasoning: str | None = None, tools: str | None = None) -> None:
+        """Make ``answer_form`` one with these formats, named as in text/reasoning.py and text/tool_calls/formats.py.
+
+        "none": reasoning, or calls, are not told from content; None: what the template tells. Raises ParameterError.
+        """
         from .answer_form import find_form  # only chats with tools or reasoning need it
 
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        return find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
+        self._answer_form = find_form(self.chat_template, added, reasoning=reasoning, tools=tools)
 
     @cached_property
     def special_texts(self) -> Mapping[str, int]:

@@ -144,3 +144,13 @@ def test_without_its_extra(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(builtins, "__import__", imported)
     assert fails("serve") == "cuplama: there is no module uvicorn; serve needs an extra: pip install 'cuplama[serve]'\n"
+
+
+def test_formats_of_answers_are_chosen_by_name(run: Run, fails: Fails, started: list[Started]) -> None:
+    assert "tool_format = 'x' is not supported; supported: none, " in fails("serve", "--tool-format", "x")
+    options = ["--reasoning-format", "think", "--tool-format", "none", "-m", str(CHARS), *NUMPY]
+    assert run("serve", "--port", "0", *options)[0] == 0
+    with started[0].load() as model:
+        form = model.tokenizer.answer_form
+        assert form.reasoning is not None
+        assert (form.reasoning.name, form.tools) == ("think", None)

@@ -61,6 +61,14 @@ async def test_the_page_needs_no_key_and_no_model() -> None:
         assert (await client.get("/v1/models")).status_code == 401
 
 
+async def test_the_page_learns_whether_the_model_can_chat(client: httpx.AsyncClient) -> None:
+    (described,) = (await client.get("/v1/models")).json()["data"]
+    assert described["chat_template"] is True
+    transport = httpx.ASGITransport(create_app(Service(["loading"])))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
+        assert (await other.get("/v1/models/loading")).json()["chat_template"] is None
+
+
 @pytest.mark.parametrize("path", ["/page/", "/page/nothing.js", "/page/..%2fapp.py", "/page/../app.py", "/page/%2e%2e"])
 async def test_nothing_else_is_served(client: httpx.AsyncClient, path: str) -> None:
     response = await client.get(path)

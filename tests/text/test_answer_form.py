@@ -67,7 +67,10 @@ def test_special_tokens_that_tags_have() -> None:
     ids = tokenizer.special_in(tokenizer.answer_form.texts)
     assert [tokenizer.piece(id) for id in ids] == ["[TOOL_CALLS]", "[ARGS]"]
     assert {tokenizer.special_texts[text] for text in ("[TOOL_CALLS]", "[ARGS]")} == set(ids)
-    assert tokenizer.find_form(reasoning="think").reasoning == REASONING_FORMATS["think"]
+    tokenizer.choose_form(reasoning="think", tools="none")
+    assert tokenizer.answer_form == AnswerForm(REASONING_FORMATS["think"], None)
+    with pytest.raises(ParameterError, match="tool_format = 'x'"):
+        tokenizer.choose_form(tools="x")
 
 
 def test_texts_have_no_empty_ones() -> None:

@@ -219,6 +219,7 @@ CASES: list[tuple[str, str, tuple[str, str, list[tuple[str, str]]]]] = [
     ("qwen-xml", "So\n<function=weather>\n</function>\n</tool_call>", ("So", "", [("weather", "{}")])),
     # A text that ends inside the arguments leaves them incomplete.
     ("hermes", HEAD + '{"city": "Ro', ("", "", [("weather", '{"city": "Ro')])),
+    ("hermes", HEAD + '{"city": "a\nb"}}', ("", "", [("weather", '{"city": "a\\nb"}')])),
     # Tags inside strings are text.
     ("hermes", HEAD + '{"city": "</tool_call>"}}</tool_call>', ("", "", [("weather", '{"city": "</tool_call>"}')])),
     # Typed through the schema.

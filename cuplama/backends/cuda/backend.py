@@ -97,7 +97,7 @@ class CapturedGraph:
 
     def __init__(self, backend: CudaBackend, body: Callable[[], None], sharing: CapturedGraph | None) -> None:
         self._backend, self._gpu, self._body = backend, backend.gpu, body
-        self._memory = _GraphMemory(backend.gpu.new_pool()) if sharing is None else sharing._memory
+        self._memory: _GraphMemory = _GraphMemory(backend.gpu.new_pool()) if sharing is None else sharing._memory
         self._memory.graphs += 1
         self._graph: Any = None
         self._warm = False

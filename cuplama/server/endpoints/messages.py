@@ -24,6 +24,7 @@ from ..kinds import ANY_OBJECT, Kind, either, integer, json_shown, listed, recor
 from ..limits import read_object
 from ..messages_form import MessagesWriter, message_error
 from ..service import Service
+from ..split_text import SplitText
 from ..tool_choice import AUTO, NONE, ToolChoice
 
 __all__ = ["COUNT_FIELDS", "ENDPOINTS", "FIELDS"]
@@ -80,7 +81,7 @@ async def _messages(service: Service, request: Request) -> Response:
     service.check_name(read.own["model"])
     asked, chat = await prepare_chat(service, read, lambda model: _read_chat(model, read, choice), choice, parallel)
     silent = (read.own["thinking"] or {}).get("type") == "disabled"
-    blocks = Blocks(chat.splitter(), parallel, reasoning=not silent)
+    blocks = Blocks(SplitText(chat.splitter(), reasoning=not silent, several_calls=parallel))
     writer = MessagesWriter(blocks, request.state.id, service.name, asked)
     return await answer_in_blocks(service, request, read, asked, writer)
 

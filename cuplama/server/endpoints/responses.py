@@ -23,6 +23,7 @@ from ..kinds import ANY_OBJECT, FLAG, Kind, either, integer, json_shown, listed,
 from ..limits import read_object
 from ..responses_form import ResponsesWriter
 from ..service import Service
+from ..split_text import SplitText
 from ..tool_choice import read_choice
 
 __all__ = ["ENDPOINTS", "FIELDS"]
@@ -84,7 +85,7 @@ async def _responses(service: Service, request: Request) -> Response:
         return read_chat_request(model, messages, read.chat, tools if choice.tools else None, effort)
 
     asked, chat = await prepare_chat(service, read, encode, choice, parallel)
-    blocks = Blocks(chat.splitter(), parallel)
+    blocks = Blocks(SplitText(chat.splitter(), several_calls=parallel))
     writer = ResponsesWriter(blocks, request.state.id, service.name, _echoed(read, asked.params.max_tokens))
     return await answer_in_blocks(service, request, read, asked, writer)
 

@@ -20,13 +20,7 @@ let current = store.create("chat");
 const runs = new Map(); // id of a conversation -> {controller} while it is answered
 
 const isBusy = () => runs.has(current.id);
-const kinds = () =>
-  model?.chat_template === false
-    ? [["text", "Text"]]
-    : [
-        ["chat", "Chat"],
-        ["text", "Plain text"],
-      ];
+const kinds = () => (model?.chat_template === false ? ["text"] : ["chat", "text"]);
 
 function refresh() {
   byId("title").textContent = current.title || "New conversation";
@@ -40,16 +34,13 @@ function refresh() {
 function refreshComposer() {
   thread.setBusy(isBusy());
   const { stats } = current.messages.findLast((m) => m.stats) ?? {};
-  const used =
-    stats && model?.max_model_len
-      ? [stats.prompt + stats.tokens, model.max_model_len].map((n) => n.toLocaleString("en"))
-      : null;
+  const [used, room] = [stats && stats.prompt + stats.tokens, model?.max_model_len].map((n) => n?.toLocaleString("en"));
   showComposer({
     busy: isBusy(),
     ready: isReady(),
     kind: current.kind,
     canGoOn: current.kind === "text" && current.messages.length > 0,
-    used: used ? `${used[0]} of ${used[1]} tokens of context` : "",
+    used: used && room ? `${used} of ${room} tokens of context` : "",
   });
 }
 
@@ -66,7 +57,7 @@ function openAndWrite(conversation) {
   focusPrompt();
 }
 
-const fresh = () => openAndWrite(store.create(kinds()[0][0]));
+const fresh = () => openAndWrite(store.create(kinds()[0]));
 
 /** Not on a phone, where the keyboard would cover the page. */
 function focusPrompt() {
@@ -116,24 +107,23 @@ async function answer(conversation, message = { role: "assistant", content: "" }
 /** Reads a stream of events into a message, and shows it as it grows. */
 async function follow(events, conversation, message) {
   const begun = performance.now();
-  let [first, last, saved, usage] = [0, 0, begun, null];
+  let [first, last, saved] = [0, 0, begun];
   for await (const event of events) {
-    const added = readEvent(conversation.kind, event);
+    const { text, reasoning, finish, usage } = readEvent(conversation.kind, event);
     const now = performance.now();
-    usage = added.usage ?? usage;
-    message.end = added.finish ?? message.end;
-    if (!added.text && !added.reasoning) continue;
-    [first, last] = [first || now, now];
-    if (added.reasoning) message.reasoning = (message.reasoning ?? "") + added.reasoning;
-    if (added.text && message.reasoning) message.thought ??= now - first;
-    message.content += added.text;
+    message.end = finish ?? message.end;
+    if (text || reasoning) [first, last] = [first || now, now];
+    if (reasoning) message.reasoning = (message.reasoning ?? "") + reasoning;
+    if (text && message.reasoning) message.thought ??= now - first;
+    message.content += text;
+    if (usage?.completion_tokens) message.stats = statsOf(usage, begun, first || now, last || now);
+    if (!text && !reasoning) continue;
     thread.viewOf(message)?.grow();
     if (now - saved > SAVE) {
       saved = now;
       store.save(conversation, false);
     }
   }
-  if (usage) message.stats = statsOf(usage, begun, first || last, last);
 }
 
 function stop() {
@@ -234,8 +224,7 @@ async function greet() {
   model = found;
   byId("model").textContent = model.id;
   if (!current.messages.length) {
-    const fits = kinds().some(([kind]) => kind === current.kind);
-    actions.setKind(fits ? current.kind : kinds()[0][0]);
+    actions.setKind(kinds().includes(current.kind) ? current.kind : kinds()[0]);
   }
 }
 

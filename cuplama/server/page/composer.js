@@ -6,7 +6,7 @@ const HEIGHT = 240; // pixels; a longer text scrolls within the field
 const WORDS = {
   chat: "Write a message",
   text: "Write a beginning",
-  more: "Write more, or let the model go on",
+  more: "Write more",
 };
 
 /** `send(text)` gives whether the text was taken; `stop()` ends the answer that is under way. */

@@ -42,8 +42,9 @@ export class MessageView {
   #shown = 0; // characters of the content that #text has
   #timer = 0;
   #body = el("div", { class: "body" });
-  #foot = el("div", { class: "foot" });
-  #thought = null; // of a model that reasons: {node, summary, text, shown}
+  #stats = el("p", { class: "stats" });
+  #foot = el("div", { class: "foot" }, this.#stats);
+  #thought = null; // of a model that reasons: {summary, text, shown}
 
   constructor(message, kind, actions, painted) {
     [this.#message, this.#actions, this.#painted] = [message, actions, painted];
@@ -53,7 +54,10 @@ export class MessageView {
     this.#body.classList.add(marked ? "prose" : "plain");
     this.#text = new (marked ? Markdown : Plain)(this.#body);
     if (message.role === "user" || message.end || message.error) this.finish();
-    else this.node.classList.add("waiting");
+    else {
+      this.node.classList.add("waiting");
+      if (message.content || message.reasoning) this.grow();
+    }
   }
 
   /** Called when the message has grown: paints soon. */
@@ -67,17 +71,18 @@ export class MessageView {
     this.#timer = Infinity; // a late call of grow does nothing
     this.#paint(true);
     this.node.classList.remove("waiting");
-    this.#foot.replaceChildren(...this.#notes(), this.#tools());
+    this.#foot.replaceChildren(...this.#notes(), this.#stats, this.#tools());
     this.#painted();
   }
 
   #paint(whole) {
     const begun = performance.now();
-    const { content } = this.#message;
+    const { content, stats } = this.#message;
     this.#text.append(content.slice(this.#shown));
     this.#shown = content.length;
     this.#text.paint(whole);
     this.#paintThought(whole);
+    if (stats) this.#stats.textContent = figures(stats);
     if (content) this.node.classList.remove("waiting");
     this.#painted();
     if (whole) return;
@@ -108,7 +113,7 @@ export class MessageView {
   }
 
   #notes() {
-    const { error, end, stats } = this.#message;
+    const { error, end } = this.#message;
     const notes = [];
     if (error) {
       const words = [el("p", {}, error.message), ...(error.detail ? [el("p", { class: "detail" }, error.detail)] : [])];
@@ -122,7 +127,6 @@ export class MessageView {
       );
     }
     if (ENDS[end]) notes.push(el("p", { class: "note" }, ENDS[end]));
-    if (stats) notes.push(el("p", { class: "stats" }, figures(stats)));
     return notes;
   }
 

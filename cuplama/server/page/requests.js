@@ -88,18 +88,18 @@ const KINDS = {
 export function requestOf(conversation, settings, model) {
   const { path, prompt } = KINDS[conversation.kind];
   const messages = conversation.messages.filter((m) => m.content);
-  const options = { model, stream: true, stream_options: { include_usage: true } };
+  const options = { model, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
   return { path, body: { ...options, ...prompt({ ...conversation, messages }), ...settings } };
 }
 
-/** What an event adds: text, reasoning, and at the end why it ended and what was counted. */
+/** What an event adds: text, reasoning, at the end why it ended, and what was counted until now. */
 export function readEvent(kind, { choices, usage }) {
   const choice = choices?.[0];
   const added = choice ? KINDS[kind].read(choice) : { text: "", reasoning: "" };
   return { ...added, finish: choice?.finish_reason ?? null, usage: usage ?? null };
 }
 
-/** Figures of an answer. Times in milliseconds: of the request, its first token, and its last. */
+/** Figures of an answer so far. Times in milliseconds: of the request, its first token, and its last. */
 export function statsOf(usage, begun, first, last) {
   const { prompt_tokens: prompt, completion_tokens: tokens, prompt_tokens_details: details } = usage;
   // The first token waits for the prompt; what follows shows the speed. Few tokens may all come in one piece.

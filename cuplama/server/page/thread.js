@@ -4,6 +4,7 @@ import { button, byId, el } from "./dom.js";
 import { MessageView } from "./message.js";
 
 const NEAR = 48; // pixels from the end within which the page follows a growing answer
+const KINDS = { chat: "Chat", text: "Plain text" };
 const STARTS = ["Once upon a time", "One day, a little girl named Lily", "There was a small dog who"];
 
 const root = () => byId("thread");
@@ -51,7 +52,7 @@ export const viewOf = (message) => views.get(message);
 function welcome({ kind }, actions) {
   const kinds = actions
     .kinds()
-    .map(([name, label]) => button(label, () => actions.setKind(name), { "aria-pressed": String(name === kind) }));
+    .map((name) => button(KINDS[name], () => actions.setKind(name), { "aria-pressed": String(name === kind) }));
   const choice = kinds.length > 1 ? [el("div", { class: "choice", role: "group", "aria-label": "Kind" }, kinds)] : [];
   const text = kind === "text";
   const starts = STARTS.map((start) => button(start, () => actions.begin(start)));

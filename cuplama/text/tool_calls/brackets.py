@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 __all__ = ["Brackets"]
 
 _OUTSIDE = {quotes: re.compile(f"[][(){{}}{quotes}]") for quotes in ('"', "\"'")}
 _INSIDE = {quote: re.compile(rf"[\\{quote}]") for quote in "\"'"}
+_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 class Brackets:
@@ -41,3 +43,21 @@ class Brackets:
                 if self._depth <= 0:
                     return at
         return -1
+
+    def escaped(self, text: str) -> str:
+        """JSON that goes on here, with control characters in its strings escaped: models write line breaks as they are.
+
+        It is to be asked before ``end`` has seen the same piece.
+        """
+        if _CONTROL.search(text) is None:
+            return text
+        inside, escaped, found = bool(self._quote), self._escaped, []
+        for char in text:
+            if not inside or escaped:
+                inside, escaped = inside or char == '"', False
+            elif char in '\\"':
+                inside, escaped = char == "\\", char == "\\"
+            elif char < " ":
+                char = json.dumps(char)[1:-1]
+            found.append(char)
+        return "".join(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection
+from copy import copy
 
 from .brackets import Brackets
 from .events import ArgumentsDelta, CallEnds, Event, MalformedCallError, Numbering, Skipped
@@ -50,9 +51,9 @@ class _Streaming:
         """Inside the arguments. A text that ends here leaves them incomplete."""
         if not text and not last:
             return None
-        end = self._brackets.end(text)
+        before, end = copy(self._brackets), self._brackets.end(text)
         part = text if end < 0 else text[:end]
-        events: list[Event] = [ArgumentsDelta(self._call, part, part)] if part else []
+        events: list[Event] = [ArgumentsDelta(self._call, before.escaped(part), part)] if part else []
         if end >= 0:
             self._state = self._tail
         elif last:

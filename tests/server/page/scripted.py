@@ -30,9 +30,9 @@ class Script:
     """What the server does next, and what it was asked.
 
     pieces: of the text of an answer; reasoning: pieces before them; pause: seconds before each piece; breaks: the
-    stream ends before it is complete; refusal: status, body and headers in place of an answer; asked: the bodies of all
-    requests; closed: answers whose client left; key: the one that is wanted; loading: whether /health says so;
-    template: whether the model can chat.
+    stream ends before it is complete; fault: it ends with this error; refusal: status, body and headers in place of an
+    answer; asked: the bodies of all requests; closed: answers whose client left; key: the one that is wanted; loading:
+    whether /health says so; template: whether the model can chat.
     """
 
     url: str = ""
@@ -40,6 +40,7 @@ class Script:
     reasoning: Sequence[str] = ()
     pause: float = 0.0
     breaks: bool = False
+    fault: str = ""
     refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     closed: int = 0
@@ -95,10 +96,13 @@ class _Interface:
         pause = s.pause
         try:
             for name, pieces in (("reasoning", s.reasoning), ("content", s.pieces)):
-                for piece in pieces:
+                for count, piece in enumerate(pieces, 1):
                     await asyncio.sleep(pause)
-                    yield _event(choices=[{"index": 0, **({"delta": {name: piece}} if chat else {"text": piece})}])
-            if s.breaks:
+                    choice = {"index": 0, **({"delta": {name: piece}} if chat else {"text": piece})}
+                    yield _event(choices=[choice], usage={"prompt_tokens": 7, "completion_tokens": count})
+            if s.fault:
+                yield _event(error={"message": s.fault, "type": "server_error", "param": None, "code": None})
+            if s.breaks or s.fault:
                 return
             yield _event(choices=[{"index": 0, **({"delta": {}} if chat else {"text": ""}), "finish_reason": "stop"}])
             yield _event(choices=[], usage={"prompt_tokens": 7, "completion_tokens": len(s.pieces)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,24 +25,24 @@ def test_an_answer_is_shown_as_it_comes_and_found_again(page: Page, script: Scri
     page.send("Hello")
     eventually(lambda: len(page.texts(".assistant .body")[0].split()) > 3)
     assert len(page.texts(".assistant .body")[0].split()) < 60, "it was not shown piece by piece"
-    assert not page.all(".stats")
+    assert re.match(r"\d+ tokens, [\d.]+ tokens/s", page[".assistant .stats"].text), "no figures while it grows"
     assert page.answered().split() == "".join(WORDS[:60]).split()
     assert page["#prompt"].get_property("value") == ""
-    assert "60 tokens" in page[".stats"].text
-    assert "prompt of 7" in page[".stats"].text
+    assert "60 tokens" in page[".assistant .stats"].text
+    assert "prompt of 7" in page[".assistant .stats"].text
     assert page["#used"].text == "67 of 1,024 tokens of context"
     assert "The answer is complete. word0" in page.texts("#status")[0]
     (asked,) = script.asked
     assert asked == {
         "model": "stories-7m",
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "messages": [{"role": "user", "content": "Hello"}],
     }
     page.load().ready()
     assert page.texts(".body") == ["Hello", "".join(WORDS[:60]).strip()]
     assert page["#title"].text == "Hello"
-    assert "60 tokens" in page[".stats"].text
+    assert "60 tokens" in page[".assistant .stats"].text
 
 
 def test_the_conversation_so_far_is_sent(page: Page, script: Script) -> None:
@@ -63,6 +64,7 @@ def test_stop_keeps_what_has_come(page: Page, script: Script, by: str) -> None:
     assert text.startswith("word0 word1")
     assert "word199" not in text
     assert "Stopped." in page.texts(".note")
+    assert "tokens/s" in page[".assistant .stats"].text
     eventually(lambda: script.closed == 1)
     assert page.focus() == "prompt"
 
@@ -290,7 +292,10 @@ def test_a_broken_connection_keeps_what_has_come(page: Page, script: Script) -> 
     page.send("Hello")
     assert page.answered() == "An answer."
     assert page[".error p"].text == "The connection ended before the answer was complete."
-    script.breaks = False
+    script.breaks, script.fault = False, "the logits are not finite"
+    page.press("Try again")
+    eventually(lambda: page.texts(".error p") == ["The server failed on this request.", "the logits are not finite"])
+    script.fault = ""
     page.press("Try again")
     eventually(lambda: not page.all(".error"))
     assert page.answered() == "An answer."
@@ -485,7 +490,7 @@ def test_the_bundled_model_tells_a_story(page: Page) -> None:
         page.send("Once upon a time")
         expected = model.generate("Once upon a time", temperature=0, max_tokens=24).text
         assert page.answered() == expected
-        assert "24 tokens" in page[".stats"].text
+        assert "24 tokens" in page[".assistant .stats"].text
 
 
 def test_every_setting_is_one_that_the_server_takes(page: Page, service: Service, model: Model) -> None:

@@ -29,3 +29,18 @@ def test_strings_of_python() -> None:
     assert Brackets().end("[f(a=']')] x") == 9  # in JSON that is no string
     assert Brackets(depth=1).end(', "x": {}} y') == 10
     assert Brackets().end('{"a": "\\') == -1
+
+
+@given(text=st.text(st.sampled_from('a\n\t\x01"\\{}: ,'), max_size=12), cut=st.integers(0))
+def test_control_characters_in_strings_become_json(text: str, cut: int) -> None:
+    value = {"k": text}
+    raw = json.dumps(value).replace("\\n", "\n").replace("\\t", "\t").replace("\\u0001", "\x01")
+    if json.loads(raw, strict=False) != value:
+        return  # the text has a backslash of its own before one of these letters
+    at = cut % len(raw)
+    brackets = Brackets()
+    found = brackets.escaped(raw[:at])
+    assert brackets.end(raw[:at]) == -1
+    found += brackets.escaped(raw[at:])
+    assert json.loads(found) == value
+    assert Brackets().escaped('{\n"a": 1}') == '{\n"a": 1}'
