@@ -82,6 +82,7 @@ def test_a_cache_that_is_too_small_for_all_at_once(narrow: Live) -> None:
     narrow.wait_idle()
 
 
+@pytest.mark.slow
 def test_several_choices_that_do_not_fit_at_once(narrow: Live) -> None:
     how: Any = {"max_tokens": 50, "temperature": 1.0, "seed": 3, "ignore_eos": True, "n": 4}
     wanted = [c.text for c in narrow.model.generate("Once upon a time", **how)]

@@ -38,7 +38,7 @@ class Reading:
 
 def test_running_requests_end_after_sigterm_and_new_ones_are_refused(run_server: Start) -> None:
     server = run_server().ready()
-    stream = Reading(server.url, 250)
+    stream = Reading(server.url, 120)
     server.signal(signal.SIGTERM)
     eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503)
     refused = httpx.post(f"{server.url}/v1/completions", json=STREAM)
@@ -48,7 +48,7 @@ def test_running_requests_end_after_sigterm_and_new_ones_are_refused(run_server:
     assert server.wait() == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/health")
-    (line,) = [line for line in server.log() if line.get("completion_tokens") == 250]
+    (line,) = [line for line in server.log() if line.get("completion_tokens") == 120]
     assert line["finish"] == "length"
 
 

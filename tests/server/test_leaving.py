@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import httpx
@@ -77,8 +78,10 @@ PHASES: dict[str, Callable[[socket.socket, Live], None]] = {
 }
 
 
-@pytest.mark.parametrize("leave", [socket.socket.close, reset])
-@pytest.mark.parametrize("phase", PHASES)
+LEAVING = list(zip(PHASES, cycle((socket.socket.close, reset)), strict=False))
+
+
+@pytest.mark.parametrize(("phase", "leave"), LEAVING)
 def test_a_client_that_leaves_is_noticed_within_a_second(
     live: Live, phase: str, leave: Callable[[socket.socket], None]
 ) -> None:

