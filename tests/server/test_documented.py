@@ -34,6 +34,12 @@ CHECKS: list[CheckFunction] = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+# Schemas cannot say what a conversation is, so most that are made of them are refused: here are some that are not.
+CONVERSATIONS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(("user", "assistant")), "content": st.text(max_size=20)}),
+    min_size=1,
+    max_size=3,
+)
 OPERATIONS = [(e.method, e.path.replace(":path}", "}")) for e in ENDPOINTS]
 
 
@@ -43,6 +49,14 @@ def live(model_folder: Path) -> Iterator[Live]:
         yield live
 
 
+def with_messages(case: schemathesis.Case[Any], messages: Any) -> schemathesis.Case[Any]:
+    """The request with other messages, if it has any."""
+    if messages is not None and isinstance(case.body, dict) and "messages" in case.body:
+        case.body["messages"] = messages
+        case.body.pop("model", None)
+    return case
+
+
 def check(live: Live, operation: tuple[str, str], examples: int) -> None:
     schema = schemathesis.openapi.from_dict(httpx.get(f"{live.url}/openapi.json").json())
     found = schema[operation[1]][operation[0]]
@@ -50,7 +64,7 @@ def check(live: Live, operation: tuple[str, str], examples: int) -> None:
     if found.body:
         cases.append(found.as_strategy(schemathesis.GenerationMode.NEGATIVE))
 
-    @given(case=st.one_of(cases))
+    @given(case=st.builds(with_messages, st.one_of(cases), st.none() | CONVERSATIONS))
     @settings(
         max_examples=examples,
         deadline=None,
