@@ -98,6 +98,14 @@ struct WarpTile {
         }
     }
 
+    // The tile from `at` on comes to the L2, for registers have no room for a third one: its keys by one lane, its
+    // values by another.
+    static __device__ __forceinline__ void prefetch(const History<C>& past, int at, int high) {
+        if (S % TILE != 0 || at >= high || threadIdx.x % WARP > 1) return;
+        const C* from = threadIdx.x % WARP ? past.v : past.k;
+        prefetch_l2(from + token_offset<S, D>(past.table, at, past.head, past.H), TILE * D * sizeof(C));
+    }
+
     // The new token, number `number` of the tile, is not read from the cache.
     __device__ __forceinline__ void insert_key(const C* key, int number) {
         const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
@@ -289,6 +297,7 @@ __device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES]
             float p[2][2];
             tile.template dot<QUERY>(q, p);
             tile.fetch_keys(past, at + TILES * STEP, high);
+            if constexpr (WARPS < 8) tile.prefetch(past, at + (TILES + 1) * STEP, high);
             sums.weigh(p, at, past.low, end, scale);
             if (newest) tile.insert_value(past.value, past.fresh - at);
             sums.add(tile, p);

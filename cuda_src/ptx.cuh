@@ -190,6 +190,13 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(void* bar, unsigned by
 #endif
 }
 
+// `bytes` (a multiple of 16) from a 16-byte boundary on come to the L2 (from sm_90 on; before, nothing happens).
+__device__ __forceinline__ void prefetch_l2(const void* global, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes));
+#endif
+}
+
 // One thread copies for all: `bytes` (a multiple of 16), both addresses on 16-byte boundaries; their arrival counts in
 // the barrier (sm_90).
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes, void* bar) {

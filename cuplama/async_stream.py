@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -26,7 +27,8 @@ class _Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
         self._waiting: deque[asyncio.Event] = deque()
-        self._lock, self._woken = threading.Lock(), False
+        # Reentrant: the garbage collector may end a forgotten stream in here, and so wake another.
+        self._lock, self._woken = threading.RLock(), False
 
     def post(self, event: asyncio.Event) -> None:
         """Set an event of the loop; called from any thread."""
@@ -34,8 +36,9 @@ class _Mailbox:
         with self._lock:
             woken, self._woken = self._woken, True
         loop = self._loop()
-        if not woken and loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._deliver)
+        if not woken and loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         with self._lock:
@@ -92,7 +95,9 @@ class AsyncStream:
         """The deltas that are there already, without waiting: what a step brought for several sequences."""
         found = list(self._deltas)
         self._deltas.clear()
-        while self._call is not None and isinstance(drawn := self._call.read(), list):
+        while self._call is not None and self._call.has_results:
+            drawn = self._call.read()
+            assert isinstance(drawn, list)
             found += self._generation.push(drawn)
             if self._generation.ended:
                 self._leave()

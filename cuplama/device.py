@@ -123,6 +123,12 @@ def weight_bytes(weights: Iterable[Weight], dtype: np.dtype[Any]) -> int:
     return sum(w.device_bytes(dtype) for w in {w.source: w for w in weights}.values())
 
 
+def _row_bytes(weights: Mapping[str, Weight]) -> int:
+    """Bytes of the codes of packed matrices by rows, with a scale for each row or 128 columns of it."""
+    unique = {w.source: w for w in weights.values() if w.packed and w.name != "embed_tokens"}
+    return sum(w.elements + w.elements // 32 for w in unique.values())
+
+
 def check_head_dim(config: ModelConfig) -> None:
     """Raise DeviceError for a head_dim that is not in the CUDA kernels."""
     if config.head_dim not in HEAD_DIMS:
@@ -154,19 +160,28 @@ def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight])
     size, cache = weight_bytes(weights.values(), backend.dtype), cache_dtype(setup.kv_cache_dtype, backend.dtype)
     unpacked = largest_slice({w.name: w.shape for w in weights.values() if w.packed}, backend.dtype.itemsize)
 
-    def fit(free: int) -> tuple[int, memory.MemoryPlan]:
+    codes = _row_bytes(weights) if backend.activations == "fp8" else 0
+
+    def fit(free: int) -> memory.MemoryPlan:
+        """The plan, with the codes of the weights by rows beside them where there is room."""
         context, tokens, chunks, limits = setup.context, setup.tokens, backend.prefill_chunks, backend.gpu.limits
         more = (unpacked, cache, setup.max_running)
-        return memory.fit(config, size, backend.dtype, context, tokens, chunks, free, limits, *more)
+        for kept in dict.fromkeys((codes, 0)):
+            backend.keeps_codes = kept > 0
+            found = memory.fit(config, size + kept, backend.dtype, context, tokens, chunks, free, limits, *more)
+            backend.prefill_chunk, plan = found
+            if plan.total <= free:
+                break
+        return plan
 
     if setup.tokens is None:
         gc.collect()  # as below
     free = backend.free_memory()
-    backend.prefill_chunk, plan = fit(free)
+    plan = fit(free)
     if plan.total > free:
         gc.collect()  # a model that was dropped without close() holds its memory until it is found
         free = backend.free_memory()
-        backend.prefill_chunk, plan = fit(free)
+        plan = fit(free)
     try:
         memory.check(plan, free, backend.gpu.name)
     except DeviceError:

@@ -10,6 +10,7 @@ import pytest
 
 from cuplama.model import Model
 from tests import speeds
+from tests.fakes import LateNumPyBackend
 from tests.tiny import CHARS, LLAMA, assert_all_pages_free, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -39,6 +40,20 @@ def llama() -> Iterator[Model]:
     """The golden Llama with grouped queries."""
     with load(LLAMA, context=128, cache_tokens=1024) as model:
         yield model
+
+
+@pytest.fixture(params=["plain", "late"])
+def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Models that the test loads run on NumPy, or on NumPy that captures and is late: see ``LateNumPyBackend``."""
+    if request.param == "late":
+        monkeypatch.setattr("cuplama.backends.numpy.NumPyBackend", LateNumPyBackend)
+    return str(request.param)
+
+
+@pytest.fixture
+def late_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that the test loads run on NumPy that captures and is late."""
+    monkeypatch.setattr("cuplama.backends.numpy.NumPyBackend", LateNumPyBackend)
 
 
 @pytest.fixture

@@ -204,6 +204,10 @@ class FakeGpu(Gpu):
         self.peak = self.synchronised = 0
 
     @property
+    def is_capturing(self) -> bool:
+        return self.captured is not None
+
+    @property
     def compile_seconds(self) -> float:
         return 0.0
 

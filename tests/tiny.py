@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,24 @@ def copy(folder: Path, to: Path, **files: Any) -> Path:
         if content is not None:
             path.write_text(content if isinstance(content, str) else json.dumps(content))
     return to
+
+
+def in_threads(*calls: Callable[[], Any], seconds: float = 60.0) -> list[Any]:
+    """The results of calls that run at once; an error is one of them. A call that takes longer fails the test."""
+    results: list[Any] = [TimeoutError("a thread did not come back")] * len(calls)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = calls[i]()
+        except BaseException as e:
+            results[i] = e
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+    return results
 
 
 def assert_all_pages_free(*models: Model) -> None:

@@ -85,7 +85,9 @@ class Batch:
         rows: np.ndarray[Any, Any] = np.zeros(len(positions))
         tables: dict[str, np.ndarray[Any, Any]] = {}
         if rope is not None:
-            cos, sin, rows = rope.lookup([Span(s.cached, count, len(s.tokens)) for s, count in parts])
+            cos, sin, rows = rope.lookup(
+                [Span(s.cached, n, len(s.tokens), min(len(s.prompt), len(s.tokens))) for s, n in parts]
+            )
             tables = {"rope.cos": cos, "rope.sin": sin} if cos is not rope.cos else {}
         arrays = {
             "input_ids": np.concatenate([s.tokens[s.cached : s.cached + count] for s, count in parts]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,13 +32,20 @@ class Call:
         self.asks_for_progress, self._done = False, 0
         self._left = sum(s.finish_reason is None for s in sequences)
         self._news: deque[Drawn | np.ndarray[Any, Any]] = deque()
-        self._ready = threading.Event()
-        self._tell = tell or self._ready.set
+        self.waits = False  # for the turn to make steps, or for somebody else's
+        # A lock that is open while there is something to look at. Unlike an Event it takes no lock of Python's own,
+        # which the garbage collector, when it ends a forgotten stream in the middle of a wait, would wait for.
+        self._ready = threading.Lock()
+        self._ready.acquire()
+        self._tell = tell or self._open
 
     def wait(self, seconds: float) -> None:
         """Until there is something new, or somebody is needed to make steps."""
-        self._ready.wait(seconds)
-        self._ready.clear()
+        self._ready.acquire(timeout=seconds)
+
+    def _open(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it is open already
+            self._ready.release()
 
     def wake(self) -> None:
         """Let the caller look again."""
@@ -66,7 +74,12 @@ class Call:
     @property
     def is_new(self) -> bool:
         """Whether there is something to read: a result, progress, an error or the end."""
-        return bool(self._news) or self.progress is not None or self.ended
+        return self.has_results or self.progress is not None or self.ended
+
+    @property
+    def has_results(self) -> bool:
+        """Whether ``read`` gives a result."""
+        return bool(self._news)
 
     @property
     def ended(self) -> bool:

@@ -139,8 +139,7 @@ class Engine:
                 if result is not None:
                     yield result
                 elif ended:
-                    if call.error is None:
-                        return
+                    return
                 else:
                     self._advance(call)
         finally:
@@ -201,23 +200,28 @@ class Engine:
 
     def _advance(self, call: Call) -> None:
         """Make steps until there is something new for a call, or wait for the thread that makes them."""
-        call.thread = threading.get_ident()
+        call.thread, call.waits = threading.get_ident(), True
         if not self._turn.acquire(blocking=False):
             call.wait(_LOOK_AGAIN)
+            call.waits = False
             return
+        call.waits = False
         try:
             while not call.is_new:
                 self._step()
         finally:
             self._turn.release()
             self._let_go()
-            self._hand_over(call)
+            self._hand_over()
 
-    def _hand_over(self, done: Call | None = None) -> None:
-        """Wake one of those that wait for steps, so that it makes them."""
+    def _hand_over(self) -> None:
+        """Wake one of those that wait for steps, so that it makes them; the engine's own thread takes its turn itself.
+
+        A stream that nobody reads now is none of them.
+        """
         if not self._turn.locked():
             for other in list(self._calls.values()):
-                if other is not done and not other.is_new:
+                if other.waits and not other.is_new:
                     other.wake()
                     return
 
@@ -225,8 +229,10 @@ class Engine:
         """One step for everybody. The turn is held. What it raises was told to the calls that it concerns."""
         self._settle()
         pipeline = self.pipeline
+        if self._closed is not None:
+            self._fail_all(self._closed())
+            return
         try:
-            self._check_open()
             pipeline.queue()
             news = pipeline.read()
             if news:  # a step with nothing to do tells nothing of the device
@@ -259,6 +265,11 @@ class Engine:
         gone = [s for call in calls.values() for s in call.sequences]
         self.pipeline.abandon(gone)
         for call in calls.values():
+            call.fail(error)
+            call.wake()
+
+    def _fail_all(self, error: CuplamaError) -> None:
+        for call in {id(c): c for c in self._calls.values()}.values():
             call.fail(error)
             call.wake()
 
@@ -322,9 +333,7 @@ class Engine:
             self._work.notify_all()
         with self._turn:
             self._settle()
-            for call in {id(c): c for c in self._calls.values()}.values():
-                call.fail(self._closed())
-                call.wake()
+            self._fail_all(self._closed())
             self.pipeline.abandon(list(self.scheduler.running) + list(self.scheduler.waiting))
             self.runner.close()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -342,11 +351,12 @@ class Engine:
         own, calls = threading.get_ident(), list(self._calls.values())
         self._fresh_locks()
         kept = {id(c): c for c in calls if c.thread == own}
-        self.pipeline.abandon(s for c in calls if id(c) not in kept for s in c.sequences)
         self._calls = {id(s): c for c in kept.values() for s in c.sequences if s.finish_reason is None}
-        if not self.backend.forks:
-            self._closed = partial(
-                DeviceError,
-                f"a model on {self.backend.name} cannot be used in a child that was forked after it was loaded;"
-                ' load it in the child, or start processes by "spawn"',
-            )
+        if self.backend.forks:
+            self.pipeline.abandon(s for c in calls if id(c) not in kept for s in c.sequences)
+            return
+        self._closed = partial(
+            DeviceError,
+            f"a model on {self.backend.name} cannot be used in a child that was forked after it was loaded;"
+            ' load it in the child, or start processes by "spawn"',
+        )

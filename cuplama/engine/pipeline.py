@@ -126,10 +126,12 @@ class Pipeline:
         s.life += 1
 
     def abandon(self, dropped: Iterable[SequenceState] = ()) -> None:
-        """Something has failed: nothing that is queued counts, and every sequence but those begins again."""
+        """Something has failed: nothing that is queued counts, and every sequence but those begins again.
+
+        What was read before is still news: its tokens are in their sequences.
+        """
         loop, self._loop = self._loop, None
         self._flying.clear()
-        self._news = News()
         if loop is not None:
             loop.close()
         self.runner.drop_graphs()
@@ -151,9 +153,9 @@ class Pipeline:
         captures = runner.backend.captures
         limit = max_logits(runner.config.vocab_size)
         parts = scheduler.next_parts(chunk, limit, captures)
+        self._vacate()
         if not parts:
             return False
-        self._vacate()
         first, start = parts[0][0], parts[0][0].cached
         fed = [(s, max(0, min(count, len(s.prompt) - s.cached))) for s, count in parts]
         logits = runner.forward(runner.batch(parts, first.asks_for_prompt))
@@ -171,13 +173,13 @@ class Pipeline:
         self._flying.append(work)
         return True
 
-    def _asked(self, s: SequenceState, start: int, logits: Array) -> Fetch:
-        """The logits of the tokens from ``start`` on, or the scores of those that follow them in the prompt."""
+    def _asked(self, s: SequenceState, start: int, logits: Array) -> Fetch | None:
+        """The logits of the tokens from ``start`` on, or the scores of those that follow them in the prompt, if any."""
         if s.every_logit:
             return self.runner.backend.fetch([logits])
-        following = s.tokens[start + 1 : start + 1 + len(logits)]
+        following = s.prompt[start + 1 : start + 1 + len(logits)]
         top = s.params.prompt_logprobs or 0
-        return self.runner.score(logits[: len(following)], following, top)
+        return self.runner.score(logits[: len(following)], following, top) if following else None
 
     # -- the decode loop
 

@@ -59,7 +59,7 @@ class PrefixCache:
     def take(self, s: SequenceState, pages: Sequence[int]) -> None:
         """Begin a sequence with pages that were found."""
         s.pages = self.cache.share(pages)
-        s.cached = len(pages) * PAGE
+        s.cached, s.regime = len(pages) * PAGE, self.regime(s)
         if not s.life:  # what it computes again, because it lost its pages, is no new question
             s.found = s.cached
             self.queries += len(s.prompt)
@@ -70,17 +70,18 @@ class PrefixCache:
 
         Keys that were rotated by other frequencies than the sequence has at its length now are not among them.
         """
-        if self.enabled and self._salt(len(s.prompt)) == self._salt(len(s.tokens)):
+        if self.enabled and s.regime == self.regime(s):
             for page, key in zip(s.pages, self._keys(s, s.cached // PAGE), strict=False):
                 self.cache.name(page, key)
 
     def _keys(self, s: SequenceState, count: int) -> list[bytes]:
         """The keys of the first full pages of a sequence."""
-        salt = self._salt(len(s.tokens))
+        salt = " ".join(rope.keys_depend_on(len(s.prompt), len(s.tokens)) for rope in self._ropes)
         if s.salt != salt:
             s.salt, s.keys = salt, []
         extend_keys(s.keys, s.tokens, count, salt)
         return s.keys[:count]
 
-    def _salt(self, length: int) -> str:
-        return " ".join(rope.keys_depend_on(length) for rope in self._ropes)
+    def regime(self, s: SequenceState) -> tuple[int, ...]:
+        """The regimes of rotation of a sequence of this length; see ``Rope.regime``."""
+        return tuple(rope.regime(len(s.tokens)) for rope in self._ropes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from ..models.rope import Rope
 from .kv_cache import PAGE, PagedCache, pages_for
@@ -64,20 +64,21 @@ class Scheduler:
         """
         if not self.waiting:
             return
-        coming = self._coming()
-        owed = sum(self._owed(s) for s in self.running)  # pages that are taken only when a pass needs them
+        coming, promised = self._coming(), self._promised()
         for s in self.waiting[:]:
             if len(self.running) >= self.max_running:
                 return
             found, following = self.prefixes.find(s)
             if following in coming:
                 continue
-            if self.running and not self._has_room(s, found, owed):
+            taken = pages_for(len(s.tokens)) - len(found)
+            needed = promised + taken + self.cache.needs(found) + self.cache.pages // _SPARE
+            if self.running and needed > self.cache.free:
                 return
+            promised += taken
             self.waiting.remove(s)
             insort(self.running, s, key=_order)
             self.prefixes.take(s, found)
-            owed += self._owed(s)
             s.admitted = s.admitted or time.perf_counter()
             coming.update(s.keys[len(found) :])
 
@@ -85,13 +86,9 @@ class Scheduler:
         """The keys of pages that running sequences have not been queued to write yet."""
         return {key for s in self.running for key in s.keys[s.cached // PAGE :]}
 
-    @staticmethod
-    def _owed(s: SequenceState) -> int:
-        return max(0, pages_for(len(s.tokens)) - len(s.pages))
-
-    def _has_room(self, s: SequenceState, found: Sequence[int], owed: int) -> bool:
-        taken = owed + pages_for(len(s.tokens)) - len(found) + self.cache.needs(found)
-        return taken + self.cache.pages // _SPARE <= self.cache.free
+    def _promised(self) -> int:
+        """Free pages that running sequences were admitted for, and have not got yet."""
+        return sum(max(0, pages_for(len(s.tokens)) - len(s.pages)) for s in self.running)
 
     def remove(self, s: SequenceState) -> None:
         """A sequence has ended, or is not wanted any more. Its full pages can be found until others need them."""
@@ -128,11 +125,10 @@ class Scheduler:
     def start_again(self, dropped: Iterable[SequenceState] = ()) -> None:
         """Nothing that was queued counts any more, and no page holds anything: all that run wait again, but those that
         are dropped."""
-        gone = set(map(id, dropped))
-        kept = [s for s in (*self.running, *self.waiting) if id(s) not in gone]
-        self.waiting, self.running = sorted(kept, key=_order), []
+        gone, everyone = set(map(id, dropped)), (*self.running, *self.waiting)
+        self.waiting, self.running = sorted((s for s in everyone if id(s) not in gone), key=_order), []
         self.cache.clear()
-        for s in self.waiting:
+        for s in everyone:
             if s.pages:
                 s.life += 1
             s.pages, s.cached, s.ahead, s.row = [], 0, 0, None
@@ -165,9 +161,11 @@ class Scheduler:
         found = []
         for s in self.running:
             if s.row is None and not s.ahead and s.cached < len(s.tokens) and not (decodes and self.may_decode(s)):
-                if s.cached and any(rope.regime(s.cached) != rope.regime(len(s.tokens)) for rope in self._ropes):
-                    s.cached = 0  # the keys were rotated with other frequencies: compute the sequence again
-                    s.keys = []
+                if s.regime != self.prefixes.regime(s):
+                    # The keys were rotated by other frequencies: compute the sequence again, and on other pages, for
+                    # these may be shared, or be found by what they hold.
+                    self.cache.release(s.pages)
+                    s.cached, s.keys, s.regime = 0, [], self.prefixes.regime(s)
                 found.append(s)
         return found
 

@@ -40,6 +40,7 @@ class SequenceState:
     every_logit: bool = False
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
+    regime: tuple[int, ...] = ()  # of the rotation of those
     pages: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: CuplamaError | None = None
@@ -67,5 +68,6 @@ class SequenceState:
 
     @property
     def asks_for_prompt(self) -> bool:
-        """Whether anything of the prompt's own logits is asked for."""
-        return self.every_logit or self.params.prompt_logprobs is not None
+        """Whether anything of the prompt's own logits is asked for, and not told yet."""
+        scores = len(self.prompt) - 1 if self.params.prompt_logprobs is not None else 0
+        return self.every_logit or self.told < scores

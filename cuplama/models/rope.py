@@ -75,9 +75,12 @@ class Rope:
         """
         return int(self.type == "longrope" and length > self.original)
 
-    def keys_depend_on(self, length: int) -> str:
-        """What cached keys of a sequence of ``length`` tokens depend on, beside its tokens: equal words, equal keys."""
-        stretched = f" {length}" if self.type == "dynamic" and length > self.context else ""
+    def keys_depend_on(self, prompt: int, length: int) -> str:
+        """What cached keys of a sequence depend on, beside its tokens: equal words, equal keys.
+
+        prompt, length: tokens of its prompt, and in all.
+        """
+        stretched = f" {prompt}" if self.type == "dynamic" and prompt > self.context else ""
         return f"{self.regime(length)}{stretched}"
 
     def stable_steps(self, length: int) -> int:
@@ -169,12 +172,19 @@ class Span:
     """New tokens of one sequence in one pass: positions start .. start + count - 1.
 
     total: the length that the sequence reaches once its prompt is through, which in a chunked prefill is more than
-    start + count; it decides the frequencies, so that chunks of a prompt agree with the prompt as a whole.
+    start + count; it decides the frequencies, so that chunks of a prompt agree with the prompt as a whole. prompt: the
+    tokens that came together; those behind them came one by one. By default all of them did.
     """
 
     start: int
     count: int
     total: int
+    prompt: int | None = None
+
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int_]]:
+        """For each new token how long the sequence was when it came."""
+        prompt = self.total if self.prompt is None else self.prompt
+        return np.maximum(np.arange(self.start, self.start + self.count) + 1, prompt)
 
 
 def table_rows(rope: Rope, positions: int) -> int:
@@ -215,8 +225,9 @@ class RopeTables:
         The tables are ``self.cos`` and ``self.sin`` unless the pass needs its own.
         """
         positions = [np.arange(s.start, s.start + s.count) for s in spans]
-        if self.rope.type == "dynamic" and any(s.total > self.rope.context and s.total != s.start + 1 for s in spans):
-            own = [self._rows(p, s.total) for p, s in zip(positions, spans, strict=True)]
+        lengths = [s.lengths() for s in spans] if self.rope.type == "dynamic" else []
+        if any(n[0] > max(self.rope.context, s.start + 1) for n, s in zip(lengths, spans, strict=False)):
+            own = [self._rows(p, n) for p, n in zip(positions, lengths, strict=True)]
             cos, sin = (np.concatenate(tables) for tables in zip(*own, strict=True))
             return cos, sin, np.arange(len(cos), dtype=np.int32)
         rows = [p + self.positions * self.rope.regime(s.total) for p, s in zip(positions, spans, strict=True)]

@@ -87,6 +87,24 @@ def test_prompts_on_the_emulator(given: tuple[list[int], np.ndarray[Any, Any]]) 
     assert launches["auto"].count("unpack") == 4 * layers
 
 
+@pytest.mark.slow
+def test_codes_that_are_kept_give_the_same_and_are_made_once(given: tuple[list[int], np.ndarray[Any, Any]]) -> None:
+    tokens, _ = given
+    found, unpacked = [], []
+    for keeps in (False, True):
+        gpu: Any = FakeGpu(emulate=True, cublas=HostCublas())
+        backend = CudaBackend("bf16", gpu=gpu, activations="fp8")
+        backend.keeps_codes = keeps
+        engine = opened(backend, loads=False)
+        for _ in range(4):  # launch by launch, then to make plans, captured, and replayed
+            rows = logits(engine, tokens)
+        found.append(rows)
+        unpacked.append(sum(name.startswith("unpack_codes") for name in gpu.launches))
+    np.testing.assert_array_equal(*found)
+    assert unpacked == [4 * unpacked[1], unpacked[1]]
+
+
+
 @pytest.fixture
 def gpu() -> None:
     works, reason = cuda_available()

@@ -11,7 +11,7 @@ import pytest
 from cuplama.dtypes import DTYPES
 from cuplama.engine.batch import INPUTS, Batch, abstract_values, input_shapes
 from cuplama.engine.kv_cache import PAGE
-from cuplama.engine.sequence import SequenceState, idle_sequence
+from cuplama.engine.sequence import SequenceState
 from cuplama.models.config import load_config
 from cuplama.models.graph import decoder
 from cuplama.models.rope import Rope, RopeTables
@@ -70,13 +70,6 @@ def test_inputs_that_are_not_asked_for_are_left_out() -> None:
     host = {"seq_lens": np.zeros(3, np.int32)}
     _batch().pad_into(host)
     assert host["seq_lens"].tolist() == [70, 2, 2]
-
-
-def test_an_idle_sequence_is_a_token_on_the_padding_page() -> None:
-    batch = Batch.build([(_sequence(70, 69, [4, 2]), 1), (idle_sequence(SPARE), 1)], ROPE, SPARE)
-    assert batch.arrays["slot_mapping"].tolist() == [2 * PAGE + 5, SPARE * PAGE]
-    assert batch.arrays["page_table"].tolist() == [[4, 2], [SPARE, SPARE]]
-    assert batch.arrays["seq_lens"].tolist() == [70, 1]
 
 
 def test_dynamic_rope_brings_tables_of_its_own() -> None:

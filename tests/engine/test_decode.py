@@ -71,14 +71,17 @@ def test_a_captured_step_serves_again() -> None:
     """A second generation replays the graph of the first, with its own prompt and parameters."""
     model, prompts, golden = _load(CASES[-1])
     model.backend.captures = True
+    loops = set[Any]()
     for _ in range(2):
         for j, prompt in enumerate(prompts):
             completion = model.generate(prompt, max_tokens=24, temperature=0.0, ignore_eos=True)
             assert completion.tokens == golden[f"greedy_{j}"].tolist()
-    assert len(model.engine.runner.steps) == 1
+            loops.add(model.engine.pipeline._loop)
+    assert len(loops) == 1
+    assert not len(model.engine.runner.steps)  # the loop is ready for the next sequence
 
 
-def test_two_open_streams_do_not_share_a_captured_step() -> None:
+def test_two_open_streams_share_captured_steps() -> None:
     model, prompts, golden = _load(CASES[-1])
     model.backend.captures = True
     greedy: dict[str, Any] = dict(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -86,7 +89,10 @@ def test_two_open_streams_do_not_share_a_captured_step() -> None:
     pairs = list(zip(*streams, strict=True))
     for i, j in enumerate((1, 2)):
         assert [pair[i].token.id for pair in pairs] == golden[f"greedy_{j}"].tolist()
-    assert len(model.engine.runner.steps) == 1
+    assert {*model.engine.runner.steps.sizes} == {(1, Needs())}
+    loop = model.engine.pipeline._loop
+    assert loop is not None
+    assert loop.sequences == 2
     assert model.engine.cache.free == model.engine.cache.pages
 
 

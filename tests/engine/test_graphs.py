@@ -13,11 +13,11 @@ class _Graph:
         self.closed += 1
 
 
-def _filled(max_cost: int, *sizes: int) -> tuple[GraphCache[_Graph], dict[int, _Graph]]:
-    graphs, made = GraphCache[_Graph](max_cost), {size: _Graph() for size in sizes}
+def _filled(most: int, *sizes: int) -> tuple[GraphCache[_Graph], dict[int, _Graph]]:
+    graphs, made = GraphCache[_Graph](most), {size: _Graph() for size in sizes}
     for size, graph in made.items():
         graphs.first_time(size)
-        graphs.keep(size, graph, size)
+        graphs.keep(size, graph)
     return graphs, made
 
 
@@ -27,43 +27,26 @@ def test_only_a_size_that_comes_again_is_captured() -> None:
 
 
 def test_the_graph_that_was_not_used_for_longest_makes_room() -> None:
-    graphs, made = _filled(8, 1, 3, 4)
+    graphs, made = _filled(3, 1, 3, 4)
     used = graphs.take(1)
     assert used is made[1]
-    graphs.keep(1, used, 1)
-    graphs.keep(2, _Graph(), 2)
+    graphs.keep(1, used)
+    graphs.keep(2, _Graph())
     assert graphs.sizes == [4, 1, 2]
     assert [g.closed for g in made.values()] == [0, 1, 0]
     assert graphs.first_time(3)  # its graph is gone, so the size is new again
     assert not graphs.first_time(4)
 
 
-def test_room_is_made_before_a_graph_is_captured() -> None:
-    graphs, made = _filled(8, 3, 4)
-    graphs.make_room(5)
-    assert (graphs.sizes, made[3].closed, made[4].closed) == ([], 1, 1)
-    graphs, made = _filled(8, 3, 4)
-    graphs.make_room(1)
-    assert graphs.sizes == [3, 4]
-
-
 def test_a_graph_in_use_is_neither_found_nor_closed() -> None:
-    graphs, made = _filled(8, 3)
+    graphs, made = _filled(1, 3)
     taken = graphs.take(3)
     assert taken is made[3]
     assert graphs.take(3) is None
-    graphs.make_room(8)
     graphs.close()
     assert made[3].closed == 0
-    graphs.keep(3, made[3], 3)
+    graphs.keep(3, made[3])
     assert len(graphs) == 1
-
-
-def test_of_two_graphs_of_a_size_the_later_is_closed() -> None:
-    graphs, made = _filled(8, 3)
-    second = _Graph()
-    graphs.keep(3, second, 3)
-    assert (second.closed, made[3].closed, graphs.take(3)) == (1, 0, made[3])
 
 
 def test_closing_forgets_every_size() -> None:

@@ -50,27 +50,72 @@ def test_a_sequence_owns_the_pages_of_its_tokens() -> None:
     assert two == [1]
 
 
-def test_a_sequence_gives_back_the_pages_that_so_many_tokens_do_not_need() -> None:
-    cache, owned = _cache(4), list[int]()
-    cache.extend(owned, 4 * PAGE)
-    cache.shrink(owned, PAGE + 1)
-    assert (owned, cache.free) == ([0, 1], 2)
-    cache.shrink(owned, 3 * PAGE)
-    assert owned == [0, 1]
-    cache.extend(owned, 3 * PAGE)
-    assert owned == [0, 1, 2]
-    cache.shrink(owned, 0)
-    assert (owned, cache.free) == ([], 4)
+def test_pages_are_given_all_or_none() -> None:
+    cache, one, two = _cache(4), list[int](), list[int]()
+    assert cache.extend(one, 2 * PAGE)
+    assert not cache.extend(two, 3 * PAGE)
+    assert (two, cache.free) == ([], 2)
+    assert cache.extend(two, 2 * PAGE)
+    assert not cache.extend(one, 2 * PAGE + 1)
+    assert (one, cache.free) == ([0, 1], 0)
 
 
-def test_all_pages_but_some_become_free() -> None:
-    cache, owned = _cache(5), [3]
-    cache.free_all_but([owned, []])
+def test_a_page_of_several_is_free_when_the_last_has_left() -> None:
+    cache, one = _cache(3), list[int]()
+    cache.extend(one, 2 * PAGE)
+    two = cache.share(one)
+    assert (two, two is one, cache.free) == ([0, 1], False, 1)
+    cache.release(one)
+    assert cache.free == 1
+    cache.release(two)
+    assert cache.free == 3
+
+
+def test_a_page_with_a_key_is_found_until_it_is_needed_the_first_that_was_left_first() -> None:
+    cache = _cache(4)
+    one, two, key = list[int](), list[int](), [bytes([i]) for i in range(4)]
+    cache.extend(one, 2 * PAGE)
+    cache.extend(two, 2 * PAGE)
+    for page in range(4):
+        cache.name(page, key[page])
+    cache.release(two)  # its last page, 3, goes first
+    cache.release(one)
+    assert (cache.free, [cache.find(k) for k in key], cache.needs([0, 1])) == (4, [0, 1, 2, 3], 2)
+    kept = cache.share([3])
+    assert (cache.free, cache.needs([3, 0])) == (3, 1)
+    new = list[int]()
+    cache.extend(new, 2 * PAGE)
+    assert new == [2, 1]
+    assert [cache.find(k) for k in key] == [0, None, None, 3]
+    cache.release(kept)
+    cache.release(new)
     assert cache.free == 4
+    cache.extend(new, 2 * PAGE)  # those without a key go first
+    assert ([cache.find(k) for k in key], sorted(new)) == ([0, None, None, 3], [1, 2])
+
+
+def test_a_key_has_one_page_and_a_page_one_key() -> None:
+    cache, owned = _cache(3), list[int]()
     cache.extend(owned, 3 * PAGE)
-    assert owned == [3, 0, 1]
-    cache.free_all_but([])
-    assert cache.free == 5
+    cache.name(0, b"a")
+    cache.name(1, b"a")
+    cache.name(0, b"b")
+    assert (cache.find(b"a"), cache.find(b"b")) == (0, None)
+    cache.release(owned)
+    cache.extend(owned, 3 * PAGE)
+    assert cache.find(b"a") is None
+    assert sorted(owned) == [0, 1, 2]
+
+
+def test_clearing_forgets_keys_and_owners() -> None:
+    cache, owned = _cache(3), list[int]()
+    cache.extend(owned, 2 * PAGE)
+    cache.name(0, b"a")
+    cache.clear()
+    assert (cache.free, cache.find(b"a")) == (3, None)
+    again = list[int]()
+    assert cache.extend(again, 3 * PAGE)
+    assert again == [0, 1, 2]
 
 
 def test_a_page_table_is_as_wide_as_the_longest_sequence() -> None:

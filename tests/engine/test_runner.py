@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.engine.decode import DecodeLoop
-from cuplama.engine.graphs import KEPT_CHUNKS
 from cuplama.engine.kv_cache import PAGE, PagedCache
 from cuplama.engine.prefill import PrefillPass
 from cuplama.engine.runner import Runner
+from cuplama.engine.sampler import Needs
 from cuplama.engine.sequence import SequenceState
 from cuplama.models.config import load_config
 from cuplama.sampling_params import SamplingParams
@@ -36,29 +37,18 @@ def _sequence(runner: Runner, tokens: int) -> SequenceState:
     return s
 
 
-def test_a_loop_that_cannot_begin_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, closed = _runner(), list[DecodeLoop]()
-
-    def fail(loop: DecodeLoop, *_: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(DecodeLoop, "begin", fail)
-    monkeypatch.setattr(DecodeLoop, "close", lambda loop: closed.append(loop))
-    with pytest.raises(MemoryError):
-        runner.begin_decode([_sequence(runner, 3)])
-    assert len(closed) == 1
-    assert len(runner.steps) == 0
-
-
 def test_a_loop_is_kept_and_one_of_a_closed_runner_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = _runner()
-    key, loop = runner.begin_decode([_sequence(runner, 3)])
-    runner.end_decode(key, loop)
-    assert runner.begin_decode([_sequence(runner, 5)]) == (key, loop)
+    loop = runner.loop(1, Needs())
+    assert runner.loop(1, Needs()) is not loop  # it is in use
+    runner.keep(loop)
+    assert [runner.loop(*key) is loop for key in ((2, Needs()), (1, Needs(top_n=0)), (1, Needs()))] == [False] * 2 + [
+        True
+    ]
     runner.close()
     closed = list[DecodeLoop]()
     monkeypatch.setattr(DecodeLoop, "close", lambda loop: closed.append(loop))
-    runner.end_decode(key, loop)
+    runner.keep(loop)
     assert (closed, len(runner.steps)) == ([loop], 0)
     assert (runner.values, runner.cache.arrays) == ({}, {})
 
@@ -66,50 +56,55 @@ def test_a_loop_is_kept_and_one_of_a_closed_runner_is_not(monkeypatch: pytest.Mo
 def test_steps_of_one_kind_share_their_nodes() -> None:
     """Backends keep what they plan for a list of nodes."""
     runner = _runner()
-    pairs = [runner.begin_decode([_sequence(runner, 3) for _ in range(n)]) for n in (1, 1, 2)]
-    one, same, other = (loop for _, loop in pairs)
+    one, same, other = (runner.loop(n, Needs()) for n in (1, 1, 2))
     assert one is not same
-    assert one._nodes is same._nodes
-    assert one._nodes is not other._nodes
+    assert one._forward is same._forward
+    assert one._draw is same._draw
+    assert one._forward is not other._forward
 
 
 def test_a_closed_loop_holds_neither_graph_nor_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, closed = _runner(), list[Any]()
-    _, loop = runner.begin_decode([_sequence(runner, 3)])
+    loop = runner.loop(1, Needs())
+    runner.begin(loop, [_sequence(runner, 3)])
     loop.launch()
     loop.read()
-    monkeypatch.setattr(type(loop._graph), "close", lambda graph: closed.append(graph))
+    (graph,) = loop.graphs
+    monkeypatch.setattr(type(graph), "close", lambda graph: closed.append(graph))
     loop.close()
-    assert closed == [loop._graph]
+    assert closed == [graph]
     assert (loop._inputs.device, loop._outs) == ({}, {})
 
 
-def test_room_for_the_rows_of_a_pass_is_made_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, asked = _runner(pages=4, chunk=32), list[int]()
-    s = SequenceState([1] * 40, SamplingParams(seed=0), frozenset(), pages=[0, 1])
-    with monkeypatch.context() as patch:
-        patch.setattr(runner.passes, "make_room", asked.append)
-        for _ in range(2):
-            runner.forward(runner.batch([(s, 40)]))
-    assert asked == [48, 48]  # before the capture, and as it is kept
-    assert runner.passes.sizes == [(48, 1)]
+def test_all_captured_graphs_use_the_memory_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is busy at a time."""
+    runner, shared = _runner(), list[Any]()
+    capture = runner.backend.capture
+    graphs = list[Any]()
+
+    def captured(body: Any, sharing: Any = None) -> Any:
+        shared.append(sharing)
+        graphs.append(capture(body, sharing))
+        return graphs[-1]
+
+    monkeypatch.setattr(runner.backend, "capture", captured)
+    s = SequenceState([1] * 3, SamplingParams(seed=0), frozenset(), pages=[0])
+    for _ in range(2):
+        runner.forward(runner.batch([(s, 3)]))
+    runner.loop(1, Needs())
+    runner.loop(1, Needs(masked=True))  # two graphs
+    assert shared == [None, graphs[0], graphs[0], graphs[2]]  # the last one's memory is that of the one before it
 
 
-@pytest.mark.parametrize(
-    ("pages", "chunk", "rows"), [(4, 100, 128), (4, 4096, 256), (3, 4096, 192), (4, 16, 16), (40, 2048, 2048)]
-)
-def test_passes_are_kept_for_two_chunks_of_what_the_cache_holds(pages: int, chunk: int, rows: int) -> None:
-    assert _runner(pages, chunk).passes.max_cost == KEPT_CHUNKS * rows
-
-
-def test_a_pass_that_could_not_be_kept_is_not_captured() -> None:
+def test_passes_of_more_rows_than_a_chunk_or_with_their_own_tables_are_not_captured() -> None:
     runner = _runner(pages=4, chunk=32)
-    assert runner.passes.max_cost == 64
-    for tokens, size in ((64, (64, 1)), (65, None), (1, (16, 1))):
+    for tokens, size in ((32, (32, 1)), (33, None), (1, (16, 1))):
         s = SequenceState([1] * tokens, SamplingParams(seed=0), frozenset(), pages=[0, 1])
         assert runner._captured_size(runner.batch([(s, tokens)])) == size
+    batch = runner.batch([(s, 1)])
+    assert runner._captured_size(replace(batch, tables={"rope.cos": np.zeros(1)})) is None
     runner.backend.captures = False
-    assert runner._captured_size(runner.batch([(s, 1)])) is None
+    assert runner._captured_size(batch) is None
 
 
 def test_a_prompt_has_more_rows_than_sequences() -> None:
@@ -118,7 +113,8 @@ def test_a_prompt_has_more_rows_than_sequences() -> None:
     parts = [(SequenceState([1], SamplingParams(seed=0), frozenset(), pages=[0]), 1)] * 16
     assert runner._captured_size(runner.batch(parts[:15])) == (32, 16)
     assert runner._captured_size(runner.batch(parts)) == (32, 16)
-    assert runner._captured_size(runner.batch(parts[:12])) == (16, 12)
+    assert runner._captured_size(runner.batch(parts[:9])) == (32, 16)
+    assert runner._captured_size(runner.batch(parts[:8])) == (16, 8)
 
 
 def test_a_closed_pass_holds_neither_graph_nor_arrays() -> None:

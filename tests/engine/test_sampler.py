@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cuplama.backends.numpy import NumPyBackend
-from cuplama.engine.sampler import Sampler, drawn_tokens
+from cuplama.engine.sampler import Needs, Sampler, drawn_tokens
 from cuplama.engine.sequence import SequenceState, Token
 from cuplama.models.graph import LOGITS
 from cuplama.sampling_params import SamplingParams
@@ -121,7 +121,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     p = SamplingParams(temperature=2, top_k=1, logit_bias={7: 50.0}, logprobs=3)
     s = SequenceState([1], p, frozenset())
     sampler = Sampler(VOCAB, [s])
-    assert sampler.top_n == 3
+    assert sampler.needs == Needs(penalised=True, biased=True, top_n=3)
     token, chosen, ids, best = run(sampler, logits[None], np.array([1], np.int32))
     wanted = logits - np.log(np.exp(logits).sum())
     assert token.tolist() == [7]
@@ -169,7 +169,8 @@ def test_tokens_are_counted_twice_and_those_of_the_prompt_are_marked() -> None:
 
 def test_stop_tokens_are_padded_with_no_token() -> None:
     sampler = Sampler(8, [_sequence([1], [], {7, 3}, min_tokens=2), _sequence([1, 2], [], {4}), _sequence([1], [])])
-    assert sampler.inputs["stop_ids"].tolist() == [[3, 7], [4, -1], [-1, -1]]
+    # Without min_tokens none is held back, so the second may draw its own.
+    assert sampler.inputs["stop_ids"].tolist() == [[3, 7], [-1, -1], [-1, -1]]
     assert sampler.inputs["min_positions"].tolist() == [3, 2, 1]
     none = Sampler(8, [_sequence([1], [], min_tokens=2)])
     assert none.inputs["stop_ids"].tolist() == [[-1]]
@@ -195,19 +196,19 @@ def test_rows_of_no_sequence_change_nothing() -> None:
 
 def test_as_many_best_tokens_as_the_most_that_one_sequence_asks_for() -> None:
     def top_n(*asked: int | None) -> int | None:
-        return Sampler(4, [_sequence([1], [], logprobs=n) for n in asked]).top_n
+        return Sampler(4, [_sequence([1], [], logprobs=n) for n in asked]).needs.top_n
 
     assert [top_n(None), top_n(0), top_n(2, None, 3, 1), top_n(4), top_n(5)] == [None, 0, 3, 4, 4]
 
 
 def test_samplers_with_the_same_needs_share_a_captured_step() -> None:
     one = Sampler(VOCAB, [_sequence([1], [2], {5, 6}, min_tokens=3)])
-    two = Sampler(VOCAB, [_sequence([3], [], {7, 8}, frequency_penalty=1.0), _sequence([4], [])])
-    assert one.key == two.key
+    two = Sampler(VOCAB, [_sequence([3], [], {7, 8}, min_tokens=1), _sequence([4], [], frequency_penalty=1.0)])
+    assert one.needs == two.needs
     assert one.nodes is two.nodes
     others: list[dict[str, Any]] = [{"logprobs": 0}, {"logit_bias": {1: 1.0}}, {"stops": {5}}, {"min_tokens": 0}]
-    keys = [Sampler(VOCAB, [_sequence([1], [], **{"stops": {5, 6}, "min_tokens": 3, **o})]).key for o in others]
-    assert one.key not in keys
+    keys = [Sampler(VOCAB, [_sequence([1], [], **{"stops": {5, 6}, "min_tokens": 3, **o})]).needs for o in others]
+    assert one.needs not in keys
     assert len(set(keys)) == len(keys)
 
 
@@ -216,5 +217,45 @@ def test_every_sequence_gets_the_log_probabilities_that_it_asked_for() -> None:
     ids, best = np.array([4, 5, 6, 0]), np.array([[7, 8, 9]] * 4)
     scores = np.array([[-1.0, -2.0, -3.0]] * 4)
     outs = [ids, np.array([-0.5, -0.25, -0.125, 0.0]), best, scores]
-    assert drawn_tokens(active, outs) == [Token(4), Token(5, -0.25), Token(6, -0.125, ((7, -1.0), (8, -2.0)))]
-    assert drawn_tokens(active[:2], outs[:1]) == [Token(4), Token(5)]
+    rows = list(enumerate(active))
+    assert drawn_tokens(rows, outs) == [Token(4), Token(5, -0.25), Token(6, -0.125, ((7, -1.0), (8, -2.0)))]
+    assert drawn_tokens(rows[:2], outs[:1]) == [Token(4), Token(5)]
+    assert drawn_tokens([(3, active[1]), (0, active[0])], outs) == [Token(0, 0.0), Token(4)]  # any rows, in any order
+
+
+def test_a_sampler_that_can_do_more_draws_the_same() -> None:
+    """A sequence that joins a decode loop gets the sampler that is there."""
+    logits = np.random.default_rng(0).standard_normal((1, VOCAB)).astype(np.float32)
+    s, at = _sequence([1, 2], [3], temperature=1.0, seed=4), np.array([3], np.int32)
+    (wanted,) = run(Sampler(VOCAB, [s]), logits, at)
+    for needs in (Needs(True), Needs(True, True), Needs(True, False, 4), Needs(masked=True), Needs(top_n=2)):
+        assert run(Sampler(VOCAB, [s], needs), logits, at)[0] == wanted
+    held = _sequence([1], [], {int(np.argmax(logits))}, temperature=0, min_tokens=1)
+    (wanted,) = run(Sampler(VOCAB, [held]), logits, np.array([1], np.int32))
+    wider = Sampler(VOCAB, [held], Needs(True, True, 8, True, 3))
+    assert run(wider, logits, np.array([1], np.int32))[0] == wanted != np.argmax(logits)
+
+
+NEEDS = [
+    Needs(),
+    Needs(True),
+    Needs(True, True),
+    Needs(True, False, 2),
+    Needs(True, True, 4),
+    Needs(masked=True),
+    Needs(top_n=0),
+    Needs(top_n=3),
+    Needs(True, True, 4, True, 3),
+]
+
+
+@pytest.mark.parametrize("one", NEEDS, ids=str)
+def test_one_sampler_covers_another_where_every_single_need_is_covered(one: Needs) -> None:
+    def words(needs: Needs) -> set[Any]:
+        """What a sampler can do, one thing at a time."""
+        can: set[Any] = {name for name in ("penalised", "biased", "masked") if getattr(needs, name)}
+        can |= {("stops", n) for n in range(needs.stops + 1) if needs.penalised}
+        return can | {("top", n) for n in range(-1 if needs.top_n is None else needs.top_n + 1)}
+
+    for other in NEEDS:
+        assert one.cover(other) == (words(one) >= words(other))

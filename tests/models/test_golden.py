@@ -13,6 +13,7 @@ import pytest
 
 import cuplama
 from cuplama import Model
+from tests.engine.feeding import last_logits
 from tests.paths import GOLDEN
 
 CASES = sorted(p for p in (GOLDEN).iterdir() if (p / "meta.json").exists())
@@ -103,7 +104,7 @@ def decode_steps(model: Model, prompts: list[list[int]], greedy: list[list[int]]
     rows: list[list[Array]] = [[] for _ in prompts]
     try:
         for step in range(len(greedy[0])):
-            logits = engine.backend.download(engine.scheduler.last_logits(sequences))
+            logits = last_logits(engine, sequences)
             for i, s in enumerate(sequences):
                 rows[i].append(logits[i])
                 s.tokens.append(greedy[i][step])

@@ -105,22 +105,3 @@ def test_replayed_prompts(name: str) -> None:
     assert len(passes) == 2
     kept: list[Any] = [passes.take(size) for size in passes.sizes]
     assert all(p._graph._graph for p in kept)
-
-
-@pytest.mark.slow
-def test_streams_that_take_pages_from_each_other() -> None:
-    """One inside the other, in a cache of two pages: the outer one is suspended with steps in flight."""
-    model, golden, _ = _load(next(c for c in CASES if c.name == "gpt2-char"), "f32")
-    model.engine.cache.pages = 2
-    model.engine.cache.free_all_but([])
-    greedy: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
-    prompts = [[*range(50), *golden[f"prompt_{j}"].tolist()[:12]] for j in (1, 2)]
-    wanted = [model.generate(p, **greedy).tokens for p in prompts]
-    outer, inner = [], []
-    for i, delta in enumerate(model.stream(prompts[0], **greedy)):
-        outer.append(delta.token.id)
-        if i == 3:  # it has tokens on both pages
-            inner = model.generate(prompts[1], **greedy).tokens
-            assert [run.suspensions for run in model.engine.sharing._runs] == [1]
-    assert [outer, inner] == wanted
-    assert model.engine.cache.free == 2

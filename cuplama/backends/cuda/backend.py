@@ -138,6 +138,8 @@ class CudaBackend:
     node; CUPLAMA_NVTX=1 marks each node and each replay with a range for Nsight Systems. Raises DeviceError if there is
     no usable GPU, CompileError if a kernel does not compile.
 
+    keeps_codes: whether the codes of weights of 8-bit floats are kept by rows beside the packed ones, where products of
+    many rows take them so: a byte more for each number, and 0.7 of 6.9 seconds less for 512 requests of an 8B model.
     checking: whether it does so, at first by the environment; replay_hook: makes a context manager that is entered
     around the queueing of every replay of a captured graph, for those who time replays.
     """
@@ -173,6 +175,8 @@ class CudaBackend:
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
         self._kept: dict[tuple[str, tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
+        self._codes: dict[int, tuple[Array, list[Array]]] = {}  # by the id of a weight: itself, and what is kept
+        self.keeps_codes = False
         self._loading: Loading | None = None
         self._packed: dict[str, tuple[int, ...]] = {}
         self._shared: list[Array] = []
@@ -348,11 +352,14 @@ class CudaBackend:
             if len(self._plans) >= self._MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = planned
-        arrays = [*ins, *[None] * (planned.width - len(ins)), *[gpu.empty(b.shape, b.dtype) for b in planned.new]]
+        kept = self._codes_of(planned, ins[planned.weight]) if planned.of_weight and self.keeps_codes else {}
+        new = (kept[i] if i in kept else gpu.empty(b.shape, b.dtype) for i, b in enumerate(planned.new, planned.width))
+        arrays = [*ins, *[None] * (planned.width - len(ins)), *new]
         if self.checking:
-            for array in arrays[planned.width :]:
-                gpu.fill(array, 0xFF)  # NaN in every float dtype
-        for action in planned.actions:
+            for i in range(planned.width, len(arrays)):
+                if i not in kept:
+                    gpu.fill(arrays[i], 0xFF)  # NaN in every float dtype
+        for action in planned.actions[bool(kept) :]:
             try:
                 action(arrays)
             except gpu.failures as e:
@@ -364,12 +371,31 @@ class CudaBackend:
                 raise _failure("; ".join(a.text for a in planned.actions), e, node) from e
         return tuple(arrays[i] for i in planned.outs)
 
+    def _codes_of(self, planned: Planned, weight: Array) -> dict[int, Array]:
+        """What the first action of a plan makes of a weight alone, by the numbers of the arrays: made once, and kept.
+
+        Nothing while a graph is captured, which would make it at every replay: what it runs has run before.
+        """
+        if id(weight) not in self._codes:
+            if self.gpu.is_capturing:
+                return {}
+            buffers = [planned.new[i - planned.width] for i in planned.of_weight]
+            found = [self._lasting(b.shape, b.dtype) for b in buffers]
+            arrays: list[Array | None] = [None] * (planned.width + len(planned.new))
+            arrays[planned.weight] = weight
+            for i, array in zip(planned.of_weight, found, strict=True):
+                arrays[i] = array
+            planned.actions[0](arrays)
+            self._codes[id(weight)] = weight, found
+        return dict(zip(planned.of_weight, self._codes[id(weight)][1], strict=True))
+
     def _plan(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> Planned:
         """Check the arrays against the op's signature and decide the launches."""
         for spec, array in zip(op.signature.ins, ins, strict=False):
             if array is not None:
                 self.gpu.check(f"{op.name}: {spec.name}", array)
-        return make_plan(op.bind(ins, attributes(op, attrs, self.dtype)), self.gpu, self._zeros, shared=self._scratch)
+        call = op.bind(ins, attributes(op, attrs, self.dtype))
+        return make_plan(call, self.gpu, self._zeros, shared=self._scratch, keeps_weights=self.keeps_codes)
 
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Scratch that kernels find and leave zero, so all share it. Never freed: captured graphs use it."""
@@ -424,6 +450,7 @@ class CudaBackend:
         self._prepared.clear()
         self._zeroed.clear()
         self._kept.clear()
+        self._codes.clear()
         self._shared.clear()
         self._loading = None
         self.gpu.close()

@@ -78,6 +78,11 @@ class Gpu:
         self._device.__exit__(*exc)
 
     @property
+    def is_capturing(self) -> bool:
+        """Whether launches become a part of a graph, and do not run now."""
+        return self._capturing
+
+    @property
     def compile_seconds(self) -> float:
         """Seconds spent on compiling kernels, or on finding them in the cache and loading them."""
         return self.functions.compile_seconds

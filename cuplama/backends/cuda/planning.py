@@ -69,7 +69,8 @@ class Buffer:
 class Planned:
     """An op for given shapes. Arrays are numbered: inputs (``width`` of them), then new outputs, then scratch.
 
-    outs: which numbers are the outputs; new: the new outputs, ``made`` of them, and then the scratch.
+    outs: which numbers are the outputs; new: the new outputs, ``made`` of them, and then the scratch; weight: the
+    number of an input that alone decides what the first action writes, to the arrays ``of_weight``: it can be kept.
     """
 
     width: int
@@ -77,6 +78,8 @@ class Planned:
     new: tuple[Buffer, ...]
     made: int
     actions: tuple[Action, ...]
+    weight: int = -1
+    of_weight: tuple[int, ...] = ()
 
 
 class _Launch:
@@ -144,12 +147,14 @@ def make_plan(
     zeros: Allocate | None = None,
     aligned: bool = True,
     shared: Allocate | None = None,
+    keeps_weights: bool = False,
 ) -> Planned:
     """Decide the launches of an op that is bound to its inputs. Nothing is launched.
 
     zeros: gives the scratch that launches find and leave zero, where the caller keeps such; else each call makes it.
     shared: gives the scratch for an unpacked weight, which may be larger, and what a plan says is shared, where the
     caller keeps one for all calls; else each call makes it.
+    keeps_weights: whether the codes of a weight by rows, which products of 8-bit floats take, may be kept beside it.
     aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
     kernels or sizes that they do not take, CompileError, and DeviceError.
     """
@@ -164,6 +169,7 @@ def make_plan(
         return abstract(shape, dtype)
 
     way = _by_library(compiler, call) if aligned else None
+    kept = keeps_weights and way is not None and way.kept
     if way is not None:
         plan = way.before
     elif op.kernels is not None:
@@ -175,7 +181,7 @@ def make_plan(
     own: dict[str, Array] = {}
 
     def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        if shared is None or name not in (UNPACKED, *plan.shared):
+        if shared is None or kept or name not in (UNPACKED, *plan.shared):
             return buffer(name, shape, dtype)
         own[name] = shared(name, shape, dtype)
         return own[name]
@@ -192,7 +198,12 @@ def make_plan(
         for part, product in reversed(way.products):  # from the last, so that the numbers of launches stay right
             actions.insert(part.launches, _Matmul(product, compiler, pointers, part.start * itemsize))
     outs = tuple(position[spec.name] for spec in signature.outs)
-    return Planned(width, outs, tuple(new), sum(i >= width for i in outs), tuple(actions))
+    made = sum(i >= width for i in outs)
+    if not kept:
+        return Planned(width, outs, tuple(new), made, tuple(actions))
+    assert way is not None
+    of_weight = tuple(position[name] for name in way.kept)
+    return Planned(width, outs, tuple(new), made, tuple(actions), position["w"], of_weight)
 
 
 # ---- products by a library -------------------------------------------------------------------------------------------
@@ -212,14 +223,15 @@ class _Way:
     """A way to compute an op by cuBLAS: launches, and products among them.
 
     arrays: for each argument of the products the name of its array; parts: what the products compute, in order; scales:
-    of which kind those of 8-bit floats are, "" for products of T; products: the parts with their products, once those
-    are planned.
+    of which kind those of 8-bit floats are, "" for products of T; kept: arrays that the first launch makes of the
+    weight alone; products: the parts with their products, once those are planned.
     """
 
     before: Plan
     arrays: Mapping[str, str]
     parts: tuple[_Part, ...]
     scales: str = ""
+    kept: tuple[str, ...] = ()
     products: tuple[tuple[_Part, Product], ...] = ()
 
 
@@ -275,13 +287,19 @@ def _ways(call: Call, eight_bit: bool = False) -> Iterator[_Way]:
 
 def _of_codes(call: Call, before: Plan, arrays: Mapping[str, str], kind: str) -> _Way:
     """Products of 8-bit floats."""
-    launches, parts = [*before.launches, quantise_launch(call, kind)], []
-    for start, stop in row_slices(call["m"], call["k"], call.dtypes["T"].itemsize):
-        launches.append(unpack_codes_launch(call, start, stop))
-        parts.append(_Part(len(launches), start, stop))
-    scratch = {**before.scratch, **row_scratch(call, kind), **weight_scratch(call, parts[0].stop, kind)}
+    slices = row_slices(call["m"], call["k"], call.dtypes["T"].itemsize)
+    unpacking = [unpack_codes_launch(call, start, stop) for start, stop in slices]
+    # The first slice of the weight comes before everything else: where it is the only one, it can be kept.
+    launches = [unpacking[0], *before.launches, quantise_launch(call, kind)]
+    parts = [_Part(len(launches), *slices[0])]
+    for launch, rows in zip(unpacking[1:], slices[1:], strict=True):
+        launches.append(launch)
+        parts.append(_Part(len(launches), *rows))
+    weights = weight_scratch(call, parts[0].stop, kind)
+    scratch = {**before.scratch, **row_scratch(call, kind), **weights}
     own = {"x": "x_codes", "w": UNPACKED, "x_scale": "x_scale", "w_scale": "w_scale"}
-    return _Way(Plan(tuple(launches), scratch), {**arrays, **own}, tuple(parts), kind)
+    kept = tuple(weights) if len(parts) == 1 else ()
+    return _Way(Plan(tuple(launches), scratch), {**arrays, **own}, tuple(parts), kind, kept)
 
 
 def _of_numbers(call: Call, before: Plan, arrays: Mapping[str, str]) -> _Way:

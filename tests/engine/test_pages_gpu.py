@@ -1,4 +1,4 @@
-"""Runs that share the cache of a model on a GPU, whose steps are queued ahead: each gives what it gives alone."""
+"""Calls that share a cache too small for all on a GPU, with steps queued ahead: each gives what it gives alone."""
 
 from __future__ import annotations
 
