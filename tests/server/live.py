@@ -34,7 +34,7 @@ class Live:
         stats = self.model.engine.stats
         return (self.service.running, stats.running, stats.waiting, stats.pages_used) == (0, 0, 0, 0)
 
-    def wait_idle(self, seconds: float = 1.0) -> None:
+    def wait_idle(self, seconds: float = 3.0) -> None:
         """Fails unless everything is free by then."""
         eventually(self.idle, seconds)
 
