@@ -158,7 +158,7 @@ def make_plan(
     aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
     kernels or sizes that they do not take, CompileError, and DeviceError.
     """
-    op, signature = call.op, call.op.signature
+    signature = call.op.signature
     width = len(signature.ins)
     position = {spec.name: i for i, spec in enumerate(signature.ins)}
     new: list[Buffer] = []
@@ -170,12 +170,7 @@ def make_plan(
 
     way = _by_library(compiler, call) if aligned else None
     kept = keeps_weights and way is not None and way.kept
-    if way is not None:
-        plan = way.before
-    elif op.kernels is not None:
-        plan = op.kernels(call, compiler.limits)
-    else:
-        raise OpError(f"{op.name} has no CUDA kernel")
+    plan = _own_launches(call, compiler.limits) if way is None else way.before
     actions: list[Action] = []
     zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
     own: dict[str, Array] = {}
@@ -204,6 +199,12 @@ def make_plan(
     assert way is not None
     of_weight = tuple(position[name] for name in way.kept)
     return Planned(width, outs, tuple(new), made, tuple(actions), position["w"], of_weight)
+
+
+def _own_launches(call: Call, device: Device) -> Plan:
+    if call.op.kernels is None:
+        raise OpError(f"{call.op.name} has no CUDA kernel")
+    return call.op.kernels(call, device)
 
 
 # ---- products by a library -------------------------------------------------------------------------------------------
