@@ -158,7 +158,7 @@ def make_plan(
     aligned: whether all inputs begin at multiples of 16 bytes, as cuBLAS demands. Raises OpError for an op without
     kernels or sizes that they do not take, CompileError, and DeviceError.
     """
-    signature = call.op.signature
+    op, signature = call.op, call.op.signature
     width = len(signature.ins)
     position = {spec.name: i for i, spec in enumerate(signature.ins)}
     new: list[Buffer] = []
@@ -170,7 +170,12 @@ def make_plan(
 
     way = _by_library(compiler, call) if aligned else None
     kept = keeps_weights and way is not None and way.kept
-    plan = _own_launches(call, compiler.limits) if way is None else way.before
+    if way is not None:
+        plan = way.before
+    elif op.kernels is not None:
+        plan = op.kernels(call, compiler.limits)
+    else:
+        raise OpError(f"{op.name} has no CUDA kernel")
     actions: list[Action] = []
     zeros = zeros or (lambda name, shape, dtype: buffer(name, shape, dtype, zeroed=True))
     own: dict[str, Array] = {}
@@ -185,13 +190,9 @@ def make_plan(
         function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
         actions.append(_Launch(function, bound, position, launch))
     if way is not None:
-        pointers = {argument: own.get(array, position.get(array)) for argument, array in way.arrays.items()}
         if compiler.workspace:
             buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
-            pointers["workspace"] = position["workspace"]
-        itemsize = call.dtype(signature.outs[0]).itemsize
-        for part, product in reversed(way.products):  # from the last, so that the numbers of launches stay right
-            actions.insert(part.launches, _Matmul(product, compiler, pointers, part.start * itemsize))
+        _insert_products(actions, way, compiler, position | own, call.dtype(signature.outs[0]).itemsize)
     outs = tuple(position[spec.name] for spec in signature.outs)
     made = sum(i >= width for i in outs)
     if not kept:
@@ -201,10 +202,15 @@ def make_plan(
     return Planned(width, outs, tuple(new), made, tuple(actions), position["w"], of_weight)
 
 
-def _own_launches(call: Call, device: Device) -> Plan:
-    if call.op.kernels is None:
-        raise OpError(f"{call.op.name} has no CUDA kernel")
-    return call.op.kernels(call, device)
+def _insert_products(
+    actions: list[Action], way: _Way, compiler: Compiler, arrays: Mapping[str, int | Array], itemsize: int
+) -> None:
+    """Put the products of a way among its launches. arrays: by name, or their numbers; itemsize: of the result."""
+    pointers = {argument: arrays[array] for argument, array in way.arrays.items()}
+    if "workspace" in arrays:
+        pointers["workspace"] = arrays["workspace"]
+    for part, product in reversed(way.products):  # from the last, so that the numbers of launches stay right
+        actions.insert(part.launches, _Matmul(product, compiler, pointers, part.start * itemsize))
 
 
 # ---- products by a library -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is queued in the stream: events, copies on their way to the host, and captured graphs."""
+"""What is queued on a GPU: points in the stream, copies on their way to the host, and captured graphs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,12 @@ from .gpu import Gpu
 __all__ = ["CapturedGraph", "Event", "Fetch", "failure"]
 
 
-class _Replaying(Protocol):
-    """The backend, as a graph sees it. checking: run call by call; replay_hook: gives what surrounds a replay."""
+class _Owner(Protocol):
+    """What a captured graph asks of its backend; see ``CudaBackend``."""
 
     gpu: Gpu
     checking: bool
     replay_hook: Callable[[], AbstractContextManager[Any]]
-
-
-def failure(what: str, error: Exception, node: Node | None = None) -> DeviceError:
-    """The error for what CUDA complains about. what: after which it does; node: that is run, where it is known."""
-    hint = "" if node is not None else " (CUPLAMA_CHECK=1 names the node)"
-    return DeviceError(f"{f'node {node}: ' if node is not None else ''}{what}: {error}{hint}")
 
 
 class Event:
@@ -76,7 +70,7 @@ class CapturedGraph:
     graphs that share memory have one pool.
     """
 
-    def __init__(self, backend: _Replaying, body: Callable[[], None], sharing: CapturedGraph | None) -> None:
+    def __init__(self, backend: _Owner, body: Callable[[], None], sharing: CapturedGraph | None) -> None:
         self._backend, self._gpu, self._body = backend, backend.gpu, body
         self._memory: _GraphMemory = _GraphMemory(backend.gpu.new_pool()) if sharing is None else sharing._memory
         self._memory.graphs += 1
@@ -109,3 +103,9 @@ class CapturedGraph:
             del self._graph, self._body
             if not self._memory.graphs:
                 self._memory.pool.free_all_blocks()
+
+
+def failure(what: str, error: Exception, node: Node | None = None) -> DeviceError:
+    """The error for what CUDA complains about: what failed, and at which node, if that is known."""
+    hint = "" if node is not None else " (CUPLAMA_CHECK=1 names the node)"
+    return DeviceError(f"{f'node {node}: ' if node is not None else ''}{what}: {error}{hint}")
