@@ -1,5 +1,5 @@
 // add          y[n,d] = a[n,d] + b[n,d]       all f32
-// select_rows  y[r,d] = x[rows[r]]            x[n,d]: f32, rows: i32
+// select_rows  y[r,d] = x[rows[r]]            x[n,d], y: U, rows: i32
 // cast         y[n,d] = x[n,d]                x: f32, y: U
 // slice_rows   y[r,d] = x[first+r]            x[n,d], y: T
 // place_rows   y[first+r] = x[r,d]            x, y[n,d]: T; the other rows of y stay
@@ -24,12 +24,14 @@ __global__ void add(const f32* __restrict__ a, const f32* __restrict__ b, f32* _
     }
 }
 
-__global__ void select_rows(const f32* __restrict__ x, const i32* __restrict__ rows, f32* __restrict__ y, int d) {
-    const f32* from = x + i64(rows[blockIdx.x]) * d;
-    f32* to = y + i64(blockIdx.x) * d;
-    const bool vectorized = d % 4 == 0 && aligned(x, y);
-    for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * 4; i < d; i += gridDim.y * blockDim.x * 4)
-        store_row<4>(to, i, d, vectorized, load_row<4>(from, i, d, vectorized));
+template <typename U>
+__global__ void select_rows(const U* __restrict__ x, const i32* __restrict__ rows, U* __restrict__ y, int d) {
+    constexpr int W = 16 / sizeof(U);
+    const U* from = x + i64(rows[blockIdx.x]) * d;
+    U* to = y + i64(blockIdx.x) * d;
+    const bool vectorized = d % W == 0 && aligned(x, y);
+    for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * W; i < d; i += gridDim.y * blockDim.x * W)
+        store_row<W>(to, i, d, vectorized, load_row<W>(from, i, d, vectorized));
 }
 
 template <typename U>

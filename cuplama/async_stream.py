@@ -26,13 +26,13 @@ class _Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._waiting: deque[asyncio.Event] = deque()
+        self._waiting: deque[AsyncStream] = deque()
         # Reentrant: the garbage collector may end a forgotten stream in here, and so wake another.
         self._lock, self._woken = threading.RLock(), False
 
-    def post(self, event: asyncio.Event) -> None:
-        """Set an event of the loop; called from any thread."""
-        self._waiting.append(event)
+    def post(self, stream: AsyncStream) -> None:
+        """Tell a stream of the loop; called from any thread."""
+        self._waiting.append(stream)
         with self._lock:
             woken, self._woken = self._woken, True
         loop = self._loop()
@@ -44,7 +44,7 @@ class _Mailbox:
         with self._lock:
             self._woken = False
         while self._waiting:
-            self._waiting.popleft().set()
+            self._waiting.popleft()._come()
 
 
 _mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
@@ -63,8 +63,14 @@ class AsyncStream:
         mailbox = _mailboxes.setdefault(loop, _Mailbox(loop))
         self._engine, self._generation = engine, generation
         self._deltas: deque[Delta] = deque()
-        self._ready = ready = asyncio.Event()
-        self._call: Call | None = engine.submit(generation.begin(), priority, lambda: mailbox.post(ready))
+        self._ready, self._is_read = asyncio.Event(), True
+        own = weakref.ref(self)  # the engine must not keep a stream that everybody else has forgotten
+
+        def tell() -> None:
+            if (stream := own()) is not None:
+                mailbox.post(stream)
+
+        self._call: Call | None = engine.submit(generation.begin(), priority, tell)
 
     def __aiter__(self) -> AsyncStream:
         return self
@@ -90,6 +96,26 @@ class AsyncStream:
         except BaseException:
             self._leave()
             raise
+
+    def _come(self) -> None:
+        """There is something new. Where nobody looks at single deltas, it is taken in at once, and the end is told."""
+        if not self._is_read:
+            try:
+                self.ready()
+            except Exception:  # the reader gets it
+                self._ready.set()
+                return
+        if self._is_read or self._call is None or self._call.ended:
+            self._ready.set()
+
+    async def finish(self) -> None:
+        """Wait for the end of the generation, whose text is in the completions then; its deltas are left out.
+
+        Cheaper than reading them: the task is not woken for every token.
+        """
+        self._is_read = False
+        async for _ in self:
+            pass
 
     def ready(self) -> list[Delta]:
         """The deltas that are there already, without waiting: what a step brought for several sequences."""

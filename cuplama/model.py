@@ -138,9 +138,9 @@ class Model:
             if self.bos is None:
                 raise PromptError("the prompt is empty and the model has no BOS token to start from")
             ids = [self.bos]
-        for t in ids:
-            if not 0 <= t < self.config.vocab_size:
-                raise PromptError(f"token id {t} is out of range; the vocabulary has {self.config.vocab_size} tokens")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            wrong = next(t for t in ids if not 0 <= t < self.config.vocab_size)
+            raise PromptError(f"token id {wrong} is out of range; the vocabulary has {self.config.vocab_size} tokens")
         return ids
 
     def decode(self, ids: TokenIds, skip_special: bool = True) -> str:
@@ -302,8 +302,7 @@ class Model:
         """
         stream = self.astream(prompt, params, n=n, priority=priority, **options)
         async with stream:
-            async for _ in stream:
-                pass
+            await stream.finish()
         return stream.result
 
     def astream(

@@ -42,6 +42,8 @@ def plain_prompts(prompt: Prompt | Prompts) -> tuple[list[PlainPrompt], bool]:
     """
     if isinstance(prompt, str) or not _holds_items(prompt):
         return [plain_prompt(prompt)], True
+    if len(prompt) and _are_plain(prompt):
+        return [whole_ids(prompt)], True
     if len(prompt) and not any(type(i) is not int and isinstance(i, (Sequence, np.ndarray)) for i in prompt):
         return [whole_ids(prompt)], True
     several: list[PlainPrompt] = []
@@ -67,6 +69,8 @@ def whole_ids(ids: Any, wanted: str = "a prompt is text or a list of token ids")
         raise PromptError(f"{wanted}, and not {what}")
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
+    if _are_plain(ids):
+        return list(ids)
     for id in ids:
         if type(id) is not int and (not isinstance(id, Integral) or isinstance(id, bool)):
             raise PromptError(f"a token id is a whole number; {shown(id, 40)} is {type_of(id)}")
@@ -82,6 +86,11 @@ def prompt_of_batch(number: int | None) -> Iterator[None]:
         if number is None:
             raise
         raise type(e)(f"prompt {number}: {e}") from None
+
+
+def _are_plain(ids: Any) -> bool:
+    """Whether all are Python's own ints; a prompt may have thousands, and this looks at each for 10 nanoseconds."""
+    return set(map(type, ids)) <= {int}
 
 
 def _holds_items(value: Any) -> bool:

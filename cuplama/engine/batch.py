@@ -13,12 +13,13 @@ import numpy as np
 
 from ..dtypes import DTYPES
 from ..models.config import ModelConfig
+from ..models.graph import LAST
 from ..models.rope import RopeTables, Span, table_rows
 from ..ops.abstract import AbstractArray, abstract
 from .kv_cache import PAGE, page_table
 from .sequence import SequenceState
 
-__all__ = ["INPUTS", "Batch", "Input", "abstract_tables", "abstract_values", "input_shapes"]
+__all__ = ["ASKED", "INPUTS", "Batch", "Input", "abstract_tables", "abstract_values", "input_shapes"]
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,36 @@ INPUTS: tuple[Input, ...] = (
     Input("seq_lens", ("b",), "tokens of each sequence, new ones included"),
     Input("page_table", ("b", "M"), "pages of each sequence, in order", lambda b: b.padding_page),
     Input("logit_rows", ("r",), "rows whose logits are asked for"),
+    Input(LAST["cu_seqlens"], ("e+1",), "0, 1, ...: of the sequences that end here each has its last token, a row"),
+    Input(LAST["seq_lens"], ("e",), "tokens of each of them"),
+    Input(LAST["page_table"], ("e", "M"), "pages of each of them"),
 )
+
+# What is cut, and not padded, to the rows that are asked for.
+ASKED = tuple(spec.name for spec in INPUTS if spec.dims[0] in ("r", "e", "e+1"))
 
 
 def input_shapes(rows: int, sequences: int, pages: int, logit_rows: int) -> dict[str, tuple[int, ...]]:
     """The shape of each input for n = ``rows`` new tokens of b = ``sequences`` sequences.
 
-    pages: M, of the page table's rows; logit_rows: r, rows whose logits are asked for.
+    pages: M, of the page table's rows; logit_rows: r, rows whose logits are asked for, of e sequences that end in the
+    pass.
     """
-    sizes = {"n": rows, "b": sequences, "b+1": sequences + 1, "M": pages, "r": logit_rows}
+    ended = min(sequences, logit_rows)
+    sizes = {"n": rows, "b": sequences, "b+1": sequences + 1, "M": pages, "r": logit_rows, "e": ended, "e+1": ended + 1}
     return {spec.name: tuple(sizes[d] for d in spec.dims) for spec in INPUTS}
 
 
 @dataclass(frozen=True)
 class Batch:
     """New tokens of several sequences. arrays: every input by name; tables: "rope.cos" and "rope.sin", if the pass
-    needs tables of its own; padding_page: the cache's page that belongs to no sequence."""
+    needs tables of its own; padding_page: the cache's page that belongs to no sequence; all_logits: whether the logits
+    of every token are asked for."""
 
     arrays: Mapping[str, np.ndarray[Any, Any]]
     tables: Mapping[str, np.ndarray[Any, Any]]
     padding_page: int
+    all_logits: bool = False
 
     @classmethod
     def build(
@@ -81,7 +92,8 @@ class Batch:
         positions = np.concatenate([np.arange(s.cached, s.cached + count) for s, count in parts])
         table = page_table([s.pages for s, _ in parts], padding_page)
         owner = np.repeat(np.arange(len(parts)), counts)
-        complete = [s.cached + count == len(s.tokens) for s, count in parts]
+        seq_lens = np.array([s.cached + count for s, count in parts])
+        complete = np.flatnonzero(seq_lens == [len(s.tokens) for s, _ in parts])
         rows: np.ndarray[Any, Any] = np.zeros(len(positions))
         tables: dict[str, np.ndarray[Any, Any]] = {}
         if rope is not None:
@@ -95,11 +107,14 @@ class Batch:
             "slot_mapping": table[owner, positions // PAGE] * PAGE + positions % PAGE,
             "rope.rows": rows,
             "cu_seqlens": cu_seqlens,
-            "seq_lens": np.array([s.cached + count for s, count in parts]),
+            "seq_lens": seq_lens,
             "page_table": table,
             "logit_rows": np.arange(len(positions)) if all_logits else cu_seqlens[1:][complete] - 1,
+            LAST["cu_seqlens"]: np.arange(len(complete) + 1),
+            LAST["seq_lens"]: seq_lens[complete],
+            LAST["page_table"]: table[complete],
         }
-        return cls({name: array.astype(np.int32) for name, array in arrays.items()}, tables, padding_page)
+        return cls({name: array.astype(np.int32) for name, array in arrays.items()}, tables, padding_page, all_logits)
 
     @property
     def rows(self) -> int:

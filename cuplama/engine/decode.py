@@ -25,7 +25,7 @@ from ..models.graph import LOGITS, Graph
 from ..ops.linear import MAX_STREAMED_ROWS
 from ..ops.node import Node
 from ..ops.weights import MAX_PACKED_ROWS
-from .batch import INPUTS, Batch, input_shapes
+from .batch import ASKED, INPUTS, Batch, input_shapes
 from .input_buffer import InputBuffer
 from .kv_cache import PAGE
 from .sampler import MASK, TOKEN, Sampler, fill_masks
@@ -71,8 +71,8 @@ def step_inputs(sequences: int, pages: int, padding_page: int) -> dict[str, np.n
     pages: columns of the page table. "step" [1] counts the steps since ``begin``; the ring's row follows from it.
     """
     shapes = input_shapes(sequences, sequences, pages, logit_rows=0) | {"step": (1,)}
-    del shapes["logit_rows"]  # a step makes the logits of every row
-    found = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+    # A step makes the logits of every row.
+    found = {name: np.zeros(shape, np.int32) for name, shape in shapes.items() if name not in ASKED}
     found["cu_seqlens"][:] = np.arange(sequences + 1)
     found["slot_mapping"][:] = padding_page * PAGE
     found["page_table"][:] = padding_page

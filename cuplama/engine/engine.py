@@ -235,7 +235,8 @@ class Engine:
         try:
             pipeline.queue()
             news = pipeline.read()
-            self.failure = None
+            if news:  # a step with nothing to do tells nothing of the device
+                self.failure = None
         except Exception as e:
             self._fail(e)
             return

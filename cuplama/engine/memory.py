@@ -95,7 +95,8 @@ def cache_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int) -> int:
 
 
 def workspace_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int, device: Device, logit_rows: int = 1) -> int:
-    """The most that activations and scratch take at one time in a pass over ``tokens`` tokens of one sequence."""
+    """The most that activations and scratch take at one time in a pass over ``tokens`` tokens of one sequence, with the
+    whole of the last layer: so it is where the logits of all of them are asked for."""
     pages = pages_for(tokens)
     values = abstract_values(config, dtype, input_shapes(tokens, 1, pages, logit_rows), pages, tokens)
     graph = decoder(config)

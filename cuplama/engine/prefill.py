@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends import Backend, CapturedGraph
 from ..dtypes import Array
-from .batch import Batch, input_shapes
+from .batch import ASKED, Batch, input_shapes
 from .input_buffer import InputBuffer
 
 __all__ = ["PrefillPass"]
@@ -46,12 +46,12 @@ class PrefillPass:
     def send(self, batch: Batch) -> dict[str, Array]:
         """Copy the batch's inputs to the device, padded. Returns the device arrays by name.
 
-        "logit_rows" is cut to the rows that the batch asks for. The next ``send`` overwrites the arrays.
+        Those of ``ASKED`` are cut to the rows that the batch asks for. The next ``send`` overwrites the arrays.
         """
         batch.pad_into(self._inputs.host)
         self._inputs.send()
         device = self._inputs.device
-        return {**device, "logit_rows": device["logit_rows"][: len(batch.arrays["logit_rows"])]}
+        return {**device, **{name: device[name][: len(batch.arrays[name])] for name in ASKED}}
 
     def replay(self) -> dict[str, Array]:
         """Queue the captured body. Returns its result by name; the next replay overwrites it."""

@@ -27,10 +27,12 @@ def extend_keys(keys: list[bytes], tokens: Sequence[int], count: int, salt: str)
 
     salt: what its pages depend on beside the tokens.
     """
-    for at in range(len(keys) * PAGE, count * PAGE, PAGE):
-        before = keys[-1] if keys else salt.encode()
-        content = np.array(tokens[at : at + PAGE], np.int32).tobytes()
-        keys.append(hashlib.blake2b(before + content, digest_size=_KEY_BYTES).digest())
+    first = len(keys)
+    content = np.array(tokens[first * PAGE : count * PAGE], np.int32).tobytes()
+    before = keys[-1] if keys else salt.encode()
+    for at in range(0, len(content), 4 * PAGE):
+        before = hashlib.blake2b(before + content[at : at + 4 * PAGE], digest_size=_KEY_BYTES).digest()
+        keys.append(before)
 
 
 class PrefixCache:

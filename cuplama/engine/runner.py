@@ -49,10 +49,14 @@ class Runner:
             self.values["rope.cos"], self.values["rope.sin"] = map(backend.upload, (self.rope.cos, self.rope.sin))
         self._pages = pages_for(context)  # of a sequence at most
         self.graph = decoder(config)
-        self._body = self._large_body = fuse(self.graph.body, PREFILL_RULES)
+        self._cut = cut = self.graph.cut()
+        head = fuse(self.graph.selected_rows(), PREFILL_RULES)
+        self._body = self._large_body = fuse(cut.body, PREFILL_RULES)
+        self._head = self._large_head = [*fuse(cut.rest, PREFILL_RULES), *head]
         if backend.activations == "fp8":
-            self._large_body = fuse(self.graph.body, EIGHT_BIT_RULES)
-        self._head = fuse(self.graph.selected_rows(), PREFILL_RULES)
+            self._large_body = fuse(cut.body, EIGHT_BIT_RULES)
+            self._large_head = [*fuse(cut.rest, EIGHT_BIT_RULES), *head]
+        self._last = fuse(cut.last, PREFILL_RULES)
         self._step_nodes: dict[Any, tuple[list[Node], list[Node]]] = {}
         self.steps = GraphCache[DecodeLoop](MAX_STEPS)
         self.passes = GraphCache[PrefillPass](MAX_PASSES)
@@ -78,10 +82,13 @@ class Runner:
         else:
             inputs, hidden = self._replay(size, batch)
         if hidden is None:
-            hidden = self.backend.run(self._body_of(inputs), {**self.values, **inputs}, (self.graph.out,))
+            hidden = self._run_body(inputs)
         if not len(batch.arrays["logit_rows"]):
             return None
-        return self.backend.run(self._head, {**self.values, **inputs, **hidden}, (LOGITS,))[LOGITS]
+        head = self._last
+        if batch.all_logits:
+            head = self._of_size(inputs, self._head, self._large_head)
+        return self.backend.run(head, {**self.values, **inputs, **hidden}, (LOGITS,))[LOGITS]
 
     def _captured_size(self, batch: Batch) -> tuple[int, int] | None:
         """(rows, sequences) of the graph that serves the batch. None for a pass that is never captured: it brings
@@ -110,11 +117,13 @@ class Runner:
         return inputs, hidden
 
     def _run_body(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return self.backend.run(self._body_of(inputs), {**self.values, **inputs}, (self.graph.out,))
+        nodes = self._of_size(inputs, self._body, self._large_body)
+        return self.backend.run(nodes, {**self.values, **inputs}, self._cut.between)
 
-    def _body_of(self, inputs: Mapping[str, Array]) -> list[Node]:
+    @staticmethod
+    def _of_size(inputs: Mapping[str, Array], few: list[Node], many: list[Node]) -> list[Node]:
         """The nodes of a pass over these rows: one of two lists, since backends keep what they plan for a list."""
-        return self._large_body if len(inputs["input_ids"]) > MAX_PACKED_ROWS else self._body
+        return many if len(inputs["input_ids"]) > MAX_PACKED_ROWS else few
 
     def draw(self, active: Sequence[SequenceState], logits: Array) -> Fetch:
         """Draw a token for each sequence from its row of the logits: ``Sampler.outs``, on their way to the host."""

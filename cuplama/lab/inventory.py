@@ -211,7 +211,10 @@ def _passes(
         standing = abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT, stored)
         return {**standing, **described_weights(config, weight_format)}
 
-    prompt = [*fuse(graph.body, PREFILL_RULES), *fuse(graph.selected_rows(), PREFILL_RULES)]
+    # A prompt whose last logits are asked for, and what one does beside where all are.
+    cut = graph.cut()
+    parts = cut.body, cut.last, cut.rest, graph.selected_rows()
+    prompt = [node for part in parts for node in fuse(part, PREFILL_RULES)]
     walked = (_QUANTISED_SEQUENCES, ()) if weight_format else (_SEQUENCES, _SEQUENCES[:1])
     for stored, counts in zip((T, DTYPES["e4m3"]), walked, strict=True):
         for sequences in counts:

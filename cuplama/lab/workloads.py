@@ -250,8 +250,8 @@ def prompt_workloads(
 ) -> list[Workload]:
     """Every op of reading a prompt of one sequence and drawing a token. chunk: tokens of a pass at most."""
     pages = pages_for(tokens)
-    graph, rope = decoder(config), _rope(config, tokens)
-    body, head = fuse(graph.body, PREFILL_RULES), fuse(graph.selected_rows(), PREFILL_RULES)
+    cut, rope = decoder(config).cut(), _rope(config, tokens)
+    body, head = fuse(cut.body, PREFILL_RULES), fuse(cut.last, PREFILL_RULES)
     (sequence,) = _sequences(config, 1, tokens, pages)
     sampler = Sampler(config.vocab_size, [sequence])
     walk = _Walk(config, dtype, pages, tokens, "prefill", weight_format)

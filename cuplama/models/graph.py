@@ -15,10 +15,28 @@ from typing import Any
 from ..ops.node import Node
 from .config import ModelConfig
 
-__all__ = ["HIDDEN", "LOGITS", "Graph", "decoder"]
+__all__ = ["HIDDEN", "LAST", "LOGITS", "Cut", "Graph", "decoder"]
 
 HIDDEN = "hidden"  # [r, d] float32: the rows of the residual stream that the head takes
 LOGITS = "logits"  # [r, vocab_size] float32
+
+# An input of attention -> its name where attention is of the last tokens of some sequences, a row for each.
+LAST = {name: f"last.{name}" for name in ("cu_seqlens", "seq_lens", "page_table")}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model cut behind the last layer's keys and values, the last that every token of a prompt needs.
+
+    body: from token ids to those; rest: the nodes behind them, up to the residual stream; between: the values of the
+    body that the rest reads, [n, ...]; last: from those to logits, for the rows that "logit_rows" names alone. Each
+    such row is the last token of a sequence, which ``LAST`` describes.
+    """
+
+    body: Sequence[Node]
+    rest: Sequence[Node]
+    between: tuple[str, ...]
+    last: Sequence[Node]
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,20 @@ class Graph:
         return [
             replace(node, ins=tuple(self.out if name == HIDDEN else name for name in node.ins)) for node in self.head
         ]
+
+    def cut(self) -> Cut:
+        """The model in the two parts of a pass over prompts. Only a graph with a cache can be cut."""
+        body, rest, needed = list[Node](), list[Node](), set[str]()
+        for node in reversed(self.body):
+            part = body if node.op == "kv_append" or needed & set(node.outs) else rest
+            part.insert(0, node)
+            needed.update(node.ins if part is body else ())
+        made = {name for node in body for name in node.outs if name not in node.ins}
+        between = tuple(dict.fromkeys(name for node in rest for name in node.ins if name in made))
+        names = LAST | {name: f"last.{name}" for name in between}
+        rows = [Node("select_rows", (names[name],), (name, "logit_rows")) for name in between]
+        behind = [replace(n, ins=tuple(names.get(name, name) for name in n.ins)) for n in (*rest, *self.every_row())]
+        return Cut(body, rest, between, [*rows, *behind])
 
 
 def decoder(config: ModelConfig, cached: bool = True, dropout: float = 0.0) -> Graph:

@@ -63,7 +63,8 @@ def _add_kernels(call: Call, device: Device) -> Plan:
 
 
 def _select_kernels(call: Call, device: Device) -> Plan:
-    return Plan((Launch("residual.cu:select_rows", (call["r"], -(-call["d"] // (4 * _THREADS))), (_THREADS,)),))
+    width = 16 // call.dtypes["U"].itemsize
+    return Plan((Launch("residual.cu:select_rows", (call["r"], -(-call["d"] // (width * _THREADS))), (_THREADS,)),))
 
 
 def _cast_kernels(call: Call, device: Device) -> Plan:
@@ -96,16 +97,16 @@ add = Op(
 
 select_rows = Op(
     "select_rows",
-    "y[r,d]:f32 = (x[n,d]:f32, rows[r]:i32)",
+    "y[r,d]:U = (x[n,d]:U, rows[r]:i32)",
     doc="y = x[rows]: the tokens whose logits are asked for",
     reference=_select_rows,
     kernels=_select_kernels,
-    cases=[dict(n=n, r=r, d=d) for n, r, d in ((1, 1, 64), (9, 3, 7), (6, 6, 896))],
-    sizes=lambda draw: dict(n=draw(1, 9), r=draw(1, 9), d=draw(1, 3000)),
+    cases=[dict(n=n, r=r, d=d, U=U) for U in ("f32", "T") for n, r, d in ((1, 1, 64), (9, 3, 7), (6, 6, 896))],
+    sizes=lambda draw: dict(n=draw(1, 9), r=draw(1, 9), d=draw(1, 3000), U="f32" if draw(0, 1) else "T"),
     ranges={"rows": "n"},
     tolerance=EXACT,
     library=_cupy_select_rows,
-    bytes=lambda c: c["r"] * (4 + 8 * c["d"]),
+    bytes=lambda c: c["r"] * (4 + 2 * c["d"] * c.dtypes["U"].itemsize),
 )
 
 cast = Op(

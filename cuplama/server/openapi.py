@@ -11,13 +11,14 @@ from .endpoint import Endpoint
 
 __all__ = ["openapi"]
 
+# Errors of Anthropic's form have no param and no code.
 _ERROR: Mapping[str, Any] = {
     "type": "object",
     "required": ["error"],
     "properties": {
         "error": {
             "type": "object",
-            "required": ["message", "type", "param", "code"],
+            "required": ["message", "type"],
             "properties": {
                 "message": {"type": "string"},
                 "type": {"type": "string"},

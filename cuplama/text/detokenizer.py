@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 
-from .token_decoder import Pipeline
+from .token_decoder import Pipeline, is_byte
 from .tokenizer import Tokenizer
 
 __all__ = ["Detokenizer"]
+
+_END = 16  # tokens at each end of a context that are looked at, at least; an incomplete character has 3 bytes at most
 
 
 class Detokenizer:
@@ -35,9 +38,24 @@ class Detokenizer:
         self._pipeline = Pipeline(tokenizer.stages)
         self._seen = ""  # of the text still held back, what the context's own decoding already shows
         if context:
-            for id in context:
+            for id in self._ends_of(context):
                 self.push(id)
             self._seen = copy.deepcopy(self._pipeline).flush()
+
+    def _ends_of(self, context: Sequence[int]) -> Iterator[int]:
+        """The tokens of a context that can still matter, for a push takes 3 microseconds: the first ones, which stages
+        may treat in a way of their own, and the last ones, from one on that completes what came before it."""
+        at = len(context) - _END
+        while at > _END and not self._completes(context[at]):
+            at -= 1
+        if at <= _END:
+            return iter(context)
+        return chain(islice(context, _END), (context[i] for i in range(at, len(context))))
+
+    def _completes(self, id: int) -> bool:
+        """Whether a token ends a run of bytes: it shows, and is no byte."""
+        piece = None if id in self._hidden else self._piece(id)
+        return piece is not None and piece != "" and not is_byte(piece)
 
     def push(self, id: int) -> str:
         """The text that is certain now that token `id` has come; "" while a character is incomplete."""

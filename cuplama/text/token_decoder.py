@@ -20,7 +20,12 @@ from ..errors import TokenizerError
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["Pipeline", "Stage", "decoder_stages", "lone_bytes"]
+__all__ = ["Pipeline", "Stage", "decoder_stages", "is_byte", "lone_bytes"]
+
+
+def is_byte(piece: str) -> bool:
+    """Whether a piece is sentencepiece's spelling of a byte, `<0x0A>`."""
+    return _BYTE_TOKEN.fullmatch(piece) is not None
 
 
 class Stage(Protocol):

@@ -46,6 +46,9 @@ def test_the_inputs_of_ragged_sequences() -> None:
         "seq_lens": [70, 2, 2],
         "page_table": [[4, 2], [7, SPARE], [5, SPARE]],
         "logit_rows": [2, 4],  # the third prompt is not through
+        "last.cu_seqlens": [0, 1, 2],
+        "last.seq_lens": [70, 2],
+        "last.page_table": [[4, 2], [7, SPARE]],
     }
     assert {name: array.tolist() for name, array in batch.arrays.items()} == wanted
     assert {array.dtype for array in batch.arrays.values()} == {np.dtype(np.int32)}
@@ -84,11 +87,14 @@ def test_a_graph_reads_weights_caches_tables_and_these_inputs(case: Path) -> Non
     """A name that no one fills would be found only when it runs; a shape that does not fit, only on its backend."""
     config = load_config(case)
     graph = decoder(config)
-    nodes = [*graph.body, *graph.selected_rows()]
+    cut = graph.cut()
+    nodes = [*cut.body, *cut.last, *cut.rest, *graph.selected_rows()]
     values: dict[str, Any] = {**abstract_values(config, DTYPES["bf16"], input_shapes(7, 2, 3, 2), 9, 64)}
     given = set(values)
     calls = [call for _, call in infer(nodes, values, DTYPES["bf16"])]
     assert len(calls) == len(nodes)
+    (last,) = (call for node, call in zip(nodes, calls, strict=True) if "last.seq_lens" in node.ins)
+    assert (last["n"], last["b"]) == (2, 2)
     assert values["logits"].shape == (2, config.vocab_size)
     read = {name for node in nodes for name in node.ins}
     unused = given - read - {"rope.rows", "positions"}  # learned positions and rotation exclude each other

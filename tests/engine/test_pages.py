@@ -5,6 +5,7 @@ NumPy plays the device; with captured steps as one that is late: what a replay w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from cuplama import Model
 from cuplama.engine.kv_cache import PAGE, PagedCache
 from cuplama.errors import ClosedError
+from tests.paths import GOLDEN
 from tests.tiny import CHARS, assert_all_pages_free, in_threads, load
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": None}
@@ -205,17 +207,18 @@ def test_threads_that_nest(model: Model, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", [7, 512])
-def test_dynamic_rotation_gives_the_same_tokens_after_the_loss_of_pages(
-    either_device: str, monkeypatch: pytest.MonkeyPatch, chunk: int
+@pytest.mark.parametrize("name", ["llama-rope-dynamic", "phi3-longrope"])
+def test_stretched_rotation_gives_the_same_tokens_after_the_loss_of_pages(
+    either_device: str, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
 ) -> None:
-    """Its frequencies are those of the length that the sequence had when a token came."""
-    from tests.models.test_golden import CASES
-
-    folder = next(c for c in CASES if c.name == "llama-rope-dynamic")
+    """dynamic's frequencies are those of the length that the sequence had when a token came; longrope computes again
+    what has grown beyond its original context, and reads a prompt beyond it in chunks."""
+    folder = GOLDEN / name
     data = np.load(folder / "golden.npz")
     prompts = [data[f"prompt_{j}"].tolist() for j in range(4)]
     params: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
-    with load(folder, context=192, cache_tokens=192) as model:
+    context = json.loads((folder / "meta.json").read_text())["context"]
+    with load(folder, context=context, cache_tokens=max(192, context)) as model:
         monkeypatch.setattr(model.backend, "prefill_chunk", chunk)
         spoil_new_pages(model.engine.cache, monkeypatch)
         alone = [model.generate(p, **params).tokens for p in prompts]

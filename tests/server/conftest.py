@@ -20,6 +20,7 @@ from cuplama.model import Model
 from cuplama.server.app import create_app
 from cuplama.server.log import RequestLog
 from cuplama.server.service import Service
+from tests.server.live import Live, serving
 from tests.server.running import ServerProcess, in_thread
 
 # It says who speaks, as in "user: Hi\nassistant:"; enough for a model that only tells stories.
@@ -96,3 +97,10 @@ def run_server(model_folder: Path) -> Iterator[Callable[..., ServerProcess]]:
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def live(model: Model) -> Iterator[Live]:
+    """The model on a port, for all tests of a file."""
+    with serving(model) as live:
+        yield live

@@ -18,9 +18,11 @@ from cuplama.generation_config import Settings
 from cuplama.model import Model
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
+from tests.engine.test_joining import assert_same, follow
 from tests.engine.test_prefill import continued
 from tests.fakes import FakeGpu
 from tests.paths import GOLDEN
+from tests.tiny import assert_all_pages_free
 from tools.verify_models import kl, stepwise
 
 CASES = sorted((GOLDEN).iterdir())
@@ -104,4 +106,40 @@ def test_replayed_prompts(name: str) -> None:
     passes = model.engine.runner.passes
     assert len(passes) == 2
     kept: list[Any] = [passes.take(size) for size in passes.sizes]
-    assert all(p._graph._graph for p in kept)
+    assert all(p.graph._graph for p in kept)
+
+
+@pytest.mark.parametrize("name", ["llama3-gqa", "gpt2-char", "phi3-longrope", "qwen2-window"])
+def test_sequences_that_join_and_leave_captured_steps(name: str) -> None:
+    """At any token, with all that a sampler can do, across the border of a page, and where pages are short."""
+    case = next(c for c in CASES if c.name == name)
+    model, golden, meta = _load(case, "f32")
+    plain = cuplama.load(case, device="numpy", context=meta["context"], prefix_cache=False)
+    vocab, first = model.config.vocab_size, golden["prompt_1"].tolist()
+    long = [(3 * i + 1) % vocab for i in range(min(61, meta["context"] - 12))]
+    plan: list[tuple[int, list[int], dict[str, Any]]] = [
+        (0, long, {"temperature": 0.0, "max_tokens": 9, "ignore_eos": True}),
+        (2, first, {"temperature": 1.0, "seed": 2, "max_tokens": 4}),
+        (4, first[:3], {"temperature": 1.0, "seed": 3, "max_tokens": 5, "frequency_penalty": 0.5, "logprobs": 2}),
+        (5, long[:64], {"temperature": 0.0, "logit_bias": {3: 2.0}, "min_tokens": 2, "max_tokens": 3}),
+    ]
+    for found, (_, tokens, params) in zip(follow(model, plan), plan, strict=True):
+        assert_same(found, plain.generate(tokens, **params))
+    model.engine.pipeline.abandon()
+    assert_all_pages_free(model)
+
+
+@pytest.mark.slow
+def test_captured_steps_whose_sequences_lose_their_pages() -> None:
+    """Three of up to 80 tokens in a cache of three pages: those that come later lose theirs with steps in flight."""
+    model, golden, _ = _load(next(c for c in CASES if c.name == "gpt2-char"), "f32")
+    plain = cuplama.load(model.folder, device="numpy", context=80, prefix_cache=False)
+    scheduler = model.engine.scheduler
+    held = list[int]()
+    scheduler.cache.extend(held, 64)  # of four pages
+    greedy: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    prompts = [[*range(46), *golden[f"prompt_{j}"].tolist()[:12]] for j in (1, 2, 0)]
+    wanted = [plain.generate(p, **greedy).tokens for p in prompts]
+    found = follow(model, [(i, p, greedy) for i, p in enumerate(prompts)])
+    assert [c.tokens for c in found] == wanted
+    assert scheduler.preemptions > 0

@@ -324,12 +324,32 @@ def check_ids(tokenizer: Tokenizer, data: st.DataObject) -> None:
         assert prompt + stream(tokenizer, ids[at:], context=ids[:at]) == whole
 
 
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def check_long_contexts(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """What follows reads as if every token had been looked at; runs of bytes may be longer than an end."""
+    any_id = st.one_of(st.integers(0, tokenizer.vocab_size - 1), st.integers(3, 258))
+    ids = data.draw(st.lists(any_id, min_size=20, max_size=90))
+    ids += data.draw(st.lists(st.integers(3, 258), max_size=40))  # bytes, in a vocabulary that has them
+    more = data.draw(st.lists(any_id, max_size=6))
+    whole = Detokenizer(tokenizer)
+    for id in ids:
+        whole.push(id)
+    seen = copy.deepcopy(whole).flush()
+    wanted = "".join([*map(whole.push, more), whole.flush()]).removeprefix(seen)
+    assert stream(tokenizer, more, context=ids) == wanted
+
+
 def test_streaming_text_equals_full_decoding(tokenizer: Tokenizer) -> None:
     check_text(tokenizer)
 
 
 def test_streaming_any_ids_equals_full_decoding(tokenizer: Tokenizer) -> None:
     check_ids(tokenizer)
+
+
+def test_only_the_ends_of_a_long_context_are_looked_at(tokenizer: Tokenizer) -> None:
+    check_long_contexts(tokenizer)
 
 
 PIECES = [
