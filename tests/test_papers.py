@@ -223,3 +223,10 @@ def test_the_glossary_has_every_letter_of_the_signatures() -> None:
             used |= {n for d in spec.dims or () for n in dim_names(d) if len(n) == 1}
             used |= {spec.dtype} - DTYPES.keys()
     assert used - listed == set()
+
+
+def test_the_floors_in_the_architecture_are_all_of_the_package() -> None:
+    floors = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("```")[1]
+    drawn = set(re.findall(r"\b(\w+)(?:/|\.py)", floors))
+    modules = {p.stem for p in (ROOT / "cuplama").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert {m for m in modules if not m.startswith("__")} - drawn == set()
