@@ -140,8 +140,12 @@ class Engine:
                     yield result
                 elif ended:
                     return
-                else:
-                    self._advance(call)
+                elif self._takes_turn(call):
+                    try:
+                        while not call.is_new:
+                            self._step()
+                    finally:
+                        self._end_turn()
         finally:
             self.leave(call)
 
@@ -198,21 +202,19 @@ class Engine:
 
     # -- steps
 
-    def _advance(self, call: Call) -> None:
-        """Make steps until there is something new for a call, or wait for the thread that makes them."""
+    def _takes_turn(self, call: Call) -> bool:
+        """Whether this thread makes steps now; if another does, this one has waited for something new."""
         call.thread, call.waits = threading.get_ident(), True
-        if not self._turn.acquire(blocking=False):
+        taken = self._turn.acquire(blocking=False)
+        if not taken:
             call.wait(_LOOK_AGAIN)
-            call.waits = False
-            return
         call.waits = False
-        try:
-            while not call.is_new:
-                self._step()
-        finally:
-            self._turn.release()
-            self._let_go()
-            self._hand_over()
+        return taken
+
+    def _end_turn(self) -> None:
+        self._turn.release()
+        self._let_go()
+        self._hand_over()
 
     def _hand_over(self) -> None:
         """Wake one of those that wait for steps, so that it makes them; the engine's own thread takes its turn itself.
