@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import weakref
 from collections import deque
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .completion import Completion, Delta, Timings, only
 from .engine.calls import Call
 from .engine.engine import Engine
 from .errors import CopyError
 from .generation import Generation
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["AsyncStream"]
 
@@ -59,6 +61,8 @@ class AsyncStream:
 
     def __init__(self, engine: Engine, generation: Generation, priority: int) -> None:
         """Raises BusyError or ClosedError, and RuntimeError where no event loop is running."""
+        import asyncio  # 24 ms, a fifth of what the package's own modules take; who runs a loop has imported it
+
         loop = asyncio.get_running_loop()
         mailbox = _mailboxes.setdefault(loop, _Mailbox(loop))
         self._engine, self._generation = engine, generation

@@ -98,27 +98,18 @@ def load(
 
     Raises ParameterError, ConfigError, CheckpointError, TokenizerError or DeviceError, each naming the culprit.
     """
-    quantized = {} if quantize is None else {"quantize": quantize}
-    _check_words(dtype=dtype, device=device, activations=activations, kv_cache_dtype=kv_cache_dtype, **quantized)
-    flags = {
-        name: checked(name, value, flag, "True or False")
-        for name, value in (("deterministic", deterministic), ("prefix_cache", prefix_cache))
-    }
+    _check_words(dtype=dtype, device=device, quantize=quantize, activations=activations, kv_cache_dtype=kv_cache_dtype)
+    how = _how(deterministic, prefix_cache, max_running, max_waiting)
     folder = find_model(model, checked("offline", offline, flag, "True or False"))
     with held_open(folder):
         config = load_config(folder)
-        length = context_length(config, context)
-        tokens = cache_size(length, cache_tokens)
-        _warn_of_length(config, length)
+        length, tokens = _sizes(config, context, cache_tokens)
         tokenizer = Tokenizer.find(folder)
         settings = Settings.read(folder, config, tokenizer)
-        weights = load_weights(folder, config)
-    if quantize is not None:
-        weights = round_weights(weights, config, quantize)
+        weights = _weights(folder, config, quantize)
     name = BUNDLED if model is None else os.fspath(model)
     if adapter is not None:
         config, weights = _adapted(config, weights, find_model(adapter, offline), name)
-    how = {**flags, **_counts(max_running, max_waiting)}
     setup = Setup(device, DTYPE_NAMES[dtype], length, tokens, kv_cache_dtype, activations, **how)
     engine = start_engine(config, weights, setup, progress)
     return Model(folder, config, tokenizer, engine, settings, name, None if adapter is None else os.fspath(adapter))
@@ -127,19 +118,31 @@ def load(
 def _check_words(**given: Any) -> None:
     """Raises ParameterError unless each argument is one of its words."""
     for name, value in given.items():
-        one_of(name, value, _WORDS[name])
+        if name != "quantize" or value is not None:
+            one_of(name, value, _WORDS[name])
 
 
-def _counts(max_running: int | None, max_waiting: int | None) -> dict[str, Any]:
-    """The fields of a Setup. Raises ParameterError for what is no number of sequences."""
+def _how(deterministic: Any, prefix_cache: Any, max_running: int | None, max_waiting: int | None) -> dict[str, Any]:
+    """These fields of a Setup. Raises ParameterError."""
+    switches = {"deterministic": deterministic, "prefix_cache": prefix_cache}
+    how: dict[str, Any] = {name: checked(name, on, flag, "True or False") for name, on in switches.items()}
     running = checked("max_running", max_running, whole_number(1, none=True), "a whole number >= 1, or None")
     waiting = checked("max_waiting", max_waiting, whole_number(0, none=True), "a whole number >= 0, or None")
-    return {"max_running": MAX_RUNNING if running is None else running, "max_waiting": waiting}
+    return {**how, "max_running": MAX_RUNNING if running is None else running, "max_waiting": waiting}
 
 
-def _warn_of_length(config: ModelConfig, length: int) -> None:
+def _sizes(config: ModelConfig, context: int | None, cache_tokens: int | str | None) -> tuple[int, int | None]:
+    """Tokens of a sequence, and of the cache as ``cache_size`` gives them. Raises ParameterError and ConfigError."""
+    length = context_length(config, context)
+    tokens = cache_size(length, cache_tokens)
     if length > config.context and any(rope.type != "dynamic" for rope in config.ropes.values()):
         _log.warning("a context of %d tokens is more than the %d that the model was made for", length, config.context)
+    return length, tokens
+
+
+def _weights(folder: Path, config: ModelConfig, quantize: str | None) -> Mapping[str, Weight]:
+    weights = load_weights(folder, config)
+    return weights if quantize is None else round_weights(weights, config, quantize)
 
 
 def _adapted(

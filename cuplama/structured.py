@@ -47,6 +47,8 @@ _MAX_LINES = 500  # of a Lark or GBNF grammar; the time to refuse one grows with
 _STACK = 2**28
 _stack_size = threading.Lock()  # the size is that of all threads which start meanwhile
 _LONGEST_ERROR = 300  # characters of llguidance's message
+# What llguidance calls by a name of its own.
+_ERRORS = {"NoExtensionBias": "the vocabulary has no token that could come next"}
 
 
 class Grammars:
@@ -242,8 +244,9 @@ def _check_lines(grammar: str) -> None:
 
 
 def _said(message: str) -> str:
-    """llguidance's message on one line."""
+    """llguidance's message on one line, in words."""
     line = " ".join(message.replace("<non-verbose/>", "").split())
+    line = _ERRORS.get(line, line)
     return line if len(line) <= _LONGEST_ERROR else line[: _LONGEST_ERROR - 3] + "..."
 
 

@@ -16,11 +16,12 @@ from tests.paths import ROOT
 LIMIT = 0.2  # seconds
 LAZY = ["cupy", "cupy_backends", "cuda", "torch", "transformers"]
 EVERYTHING = "import cuplama; [getattr(cuplama, name) for name in cuplama.__all__]"
-LAZY += ["jinja2", "huggingface_hub", "rich", "click", "tokenizers"]
+LAZY += ["asyncio", "jinja2", "huggingface_hub", "rich", "click", "tokenizers"]
 
 
 def python(code: str) -> str:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # or every start compiles the package again
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     return done.stdout.strip()
 
@@ -59,6 +60,7 @@ def test_public_names() -> None:
     assert cuplama.__all__ == sorted(cuplama.__all__)
     assert set(errors.__all__) < set(cuplama.__all__)
     others = {"ChatOptions", "Completion", "Delta", "Model", "ModelConfig", "SamplingOptions", "SamplingParams"}
+    others |= {"Answer", "AsyncStream", "ToolCall", "read_answer"}
     assert set(cuplama.__all__) - set(errors.__all__) == others | {"Stream", "Timings", "Token", "Tokenizer", "load"}
     for name in cuplama.__all__:
         assert getattr(cuplama, name).__module__.startswith("cuplama.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import cuplama
 from cuplama import Model, SamplingParams
 from cuplama.errors import ParameterError
 from cuplama.output_form import MAX_TEXT, asked_form
@@ -56,17 +57,23 @@ def test_a_text_has_one_form() -> None:
         asked_form({"response_format": {"type": "json_object"}, "regex": "a"})
 
 
-def test_response_format_becomes_a_parameter(chars: Model) -> None:
+def test_response_format_becomes_a_parameter() -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install 'cuplama[serve]'")
+    with cuplama.load(device="numpy", context=128) as model:
+        _check_asked(model)
+
+
+def _check_asked(model: Model) -> None:
     def asked(**response_format: Any) -> Any:
-        return chars.params(response_format=response_format).json_schema
+        return model.params(response_format=response_format).json_schema
 
     assert asked(type="text") is None
     assert asked(type="json_object") == {"type": "object"}
     assert asked(type="json_schema", json_schema={"name": "x", "strict": True, "schema": SCHEMA}) == SCHEMA
-    assert chars.params(SamplingParams(top_k=3), response_format={"type": "json_object"}).top_k == 3
-    assert chars.params(response_format=None, regex="a").regex == "a"
+    assert model.params(SamplingParams(top_k=3), response_format={"type": "json_object"}).top_k == 3
+    assert model.params(response_format=None, regex="a").regex == "a"
     with pytest.raises(ParameterError, match=r"^json_schema and regex are both"):
-        chars.params(SamplingParams(regex="a"), response_format={"type": "json_object"})
+        model.params(SamplingParams(regex="a"), response_format={"type": "json_object"})
 
 
 @pytest.mark.parametrize(

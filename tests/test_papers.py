@@ -26,8 +26,8 @@ PAPERS = sorted(
 )
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp", ".md", ".json", ".toml", ".txt", ".csv", ".png", ".npz", ".yml")
 PLACEHOLDER = re.compile(r"(?<![A-Za-z])(?:NAME|DATE)\b")
-# This paper names files that are gone.
-HISTORY = (ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "results" / "README.md")
+# These papers name files that are gone: results name those of the commit that they were measured on.
+HISTORY = (ROOT / "CHANGELOG.md", *(ROOT / "benchmarks" / "results").glob("*.md"))
 
 _FENCE = re.compile(r"^```.*?\n(.*?)^```", re.M | re.S)
 _SPAN = re.compile(r"`([^`\n]+)`")

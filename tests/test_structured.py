@@ -419,3 +419,10 @@ def test_llguidance_is_asked_for_only_by_a_grammar(grammars: Grammars, monkeypat
     assert grammars.constraint(SamplingParams(), ()) is None
     with pytest.raises(ParameterError, match=r"^regex needs llguidance .*: pip install 'cuplama\[serve\]'$"):
         grammars.constraint(SamplingParams(regex="a"), ())
+
+
+def test_a_vocabulary_without_the_characters_is_named(chars: Model) -> None:
+    with pytest.raises(ParameterError, match=r"^json_schema = .*: the vocabulary has no token that could come next$"):
+        chars.generate("First", json_schema=True)  # it has no braces
+    with pytest.raises(ParameterError, match=r"^grammar: after 1 tokens: the vocabulary has no token that could come"):
+        chars.generate("First", grammar='start: "a" "{" "b"')

@@ -140,12 +140,12 @@ class Engine:
                     yield result
                 elif ended:
                     return
-                elif self._takes_turn(call):
+                elif self._take_turn(call):
                     try:
                         while not call.is_new:
                             self._step()
                     finally:
-                        self._end_turn()
+                        self._give_turn()
         finally:
             self.leave(call)
 
@@ -202,8 +202,8 @@ class Engine:
 
     # -- steps
 
-    def _takes_turn(self, call: Call) -> bool:
-        """Whether this thread makes steps now; if another does, this one has waited for something new."""
+    def _take_turn(self, call: Call) -> bool:
+        """Whether this thread is to make steps, for its call; where another does, it has waited for that one."""
         call.thread, call.waits = threading.get_ident(), True
         taken = self._turn.acquire(blocking=False)
         if not taken:
@@ -211,7 +211,7 @@ class Engine:
         call.waits = False
         return taken
 
-    def _end_turn(self) -> None:
+    def _give_turn(self) -> None:
         self._turn.release()
         self._let_go()
         self._hand_over()

@@ -104,7 +104,6 @@ def test_codes_that_are_kept_give_the_same_and_are_made_once(given: tuple[list[i
     assert unpacked == [4 * unpacked[1], unpacked[1]]
 
 
-
 @pytest.fixture
 def gpu() -> None:
     works, reason = cuda_available()

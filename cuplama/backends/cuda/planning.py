@@ -190,13 +190,9 @@ def make_plan(
         function = compiler.function(bound.file, bound.expression, bound.shared, bound.prototype.waits)
         actions.append(_Launch(function, bound, position, launch))
     if way is not None:
-        pointers = {argument: own.get(array, position.get(array)) for argument, array in way.arrays.items()}
         if compiler.workspace:
             buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
-            pointers["workspace"] = position["workspace"]
-        itemsize = call.dtype(signature.outs[0]).itemsize
-        for part, product in reversed(way.products):  # from the last, so that the numbers of launches stay right
-            actions.insert(part.launches, _Matmul(product, compiler, pointers, part.start * itemsize))
+        _insert_products(actions, way, compiler, position | own, call.dtype(signature.outs[0]).itemsize)
     outs = tuple(position[spec.name] for spec in signature.outs)
     made = sum(i >= width for i in outs)
     if not kept:
@@ -204,6 +200,17 @@ def make_plan(
     assert way is not None
     of_weight = tuple(position[name] for name in way.kept)
     return Planned(width, outs, tuple(new), made, tuple(actions), position["w"], of_weight)
+
+
+def _insert_products(
+    actions: list[Action], way: _Way, compiler: Compiler, arrays: Mapping[str, int | Array], itemsize: int
+) -> None:
+    """Put the products of a way among its launches. arrays: by name, or their numbers; itemsize: of the result."""
+    pointers = {argument: arrays[array] for argument, array in way.arrays.items()}
+    if "workspace" in arrays:
+        pointers["workspace"] = arrays["workspace"]
+    for part, product in reversed(way.products):  # from the last, so that the numbers of launches stay right
+        actions.insert(part.launches, _Matmul(product, compiler, pointers, part.start * itemsize))
 
 
 # ---- products by a library -------------------------------------------------------------------------------------------
