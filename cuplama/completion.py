@@ -19,7 +19,7 @@ _SHOWN = 60  # characters of a text that a repr shows
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and tokens of a run, all its sequences together.
+    """Seconds and tokens of a call, all its sequences together.
 
     The prompt's time ends with the first token drawn, and decode is of the tokens after it: a rate that is not blurred
     by the prompt's length. In a batch that the cache cannot hold at once, the prompts read later count as prompts too.
@@ -47,7 +47,7 @@ class Timings:
 
 @dataclass
 class Clock:
-    """Measures where the time of a run goes; the fields are those of ``Timings``. last: when the last step ended.
+    """Measures where the time of a call goes; the fields are those of ``Timings``. last: when the last step ended.
 
     In a batch that the cache cannot hold at once, the prompts that had to wait are read between tokens of the others.
     """

@@ -107,7 +107,7 @@ def _check_deterministic(setup: Setup, config: ModelConfig) -> None:
     """Raise ParameterError for what makes a token's keys depend on more than the tokens before it."""
     if setup.activations != "auto":
         raise ParameterError(
-            f"activations = '{setup.activations}' rounds the prompts of more than 64 tokens and nothing else;"
+            f"activations = '{setup.activations}' rounds in passes of more than 64 rows and in no others;"
             " with deterministic=True it must be auto"
         )
     for rope in config.ropes.values():

@@ -85,8 +85,8 @@ def load(
     NumPy eight sequences of full length, in at most a quarter of the free memory.
     kv_cache_dtype: "fp8" stores keys and values as 8-bit floats (e4m3, without scales): half the bytes of 16 bits, so
     that more tokens fit and long texts are generated faster, at some precision. "auto" stores the model's dtype.
-    activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in prompts of more than 64
-    tokens: faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
+    activations: "fp8" rounds what is multiplied with fp8 weights to fp8 (e4m3) as well, in passes of more than 64 rows
+    (tokens or sequences): faster on GPUs of compute capability 9.0, and less precise. "auto" does not.
     adapter: a folder or hub id of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
     deterministic: a text's logits are the same bit for bit whatever is computed beside it, however its prompt is cut,
     and whether its tokens are read or were generated. On CUDA alone, and slower.

@@ -208,7 +208,8 @@ class Model:
         progress: called with (prompt tokens done, prompt tokens in all).
 
         Raises ParameterError for a parameter, PromptError for a prompt that cannot be used, ContextError for one that
-        is too long, and ClosedError after close(). Errors of a prompt in a list begin with its number, counted from 0.
+        is too long, BusyError where too many sequences wait, and ClosedError after close(). Errors of a prompt in a
+        list begin with its number, counted from 0.
         """
         generation = self._start(prompt, self.params(params, **options), n)
         for _ in self._deltas(generation, progress):

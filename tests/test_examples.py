@@ -46,7 +46,7 @@ def test_each_example_is_tested_and_has_a_line_in_the_readme() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
     tested = set(re.findall(r"\brun\(\"(\w+\.py)\"", (ROOT / "tests" / "test_examples.py").read_text(encoding="utf-8")))
     listed = set(re.findall(r"^\| \[`(\w+\.py)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.M))
-    assert len(names) == 10
+    assert len(names) == 11
     assert tested == names
     assert listed == names
 
@@ -61,6 +61,12 @@ def test_batch_gives_what_each_prompt_gives_alone(model: cuplama.Model) -> None:
     prompts = constants("batch.py")["PROMPTS"]
     expected = "".join(f"{prompt}{model.generate(prompt, max_tokens=20, seed=1).text}\n" for prompt in prompts)
     assert run("batch.py") == expected
+
+
+def test_tasks_end_in_the_order_of_their_lengths(model: cuplama.Model) -> None:
+    pairs = zip(constants("tasks.py")["PROMPTS"], (30, 20, 10), strict=True)
+    expected = [f"{prompt}{model.generate(prompt, max_tokens=n, seed=1).text}\n" for prompt, n in pairs]
+    assert run("tasks.py") == "".join(reversed(expected))
 
 
 def test_chat_answers_each_question_inside_its_quotation_marks() -> None:

@@ -194,6 +194,16 @@ def test_the_programs_of_the_page_on_training_run(tmp_path: Path) -> None:
     assert (tmp_path / "fox" / "model.safetensors").exists()
 
 
+def test_the_program_of_the_page_on_batches_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "batching.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    found, shared = _printed(program, tmp_path)
+    assert found.startswith("128 of ")  # two full pages of 64 tokens
+    tokens, steps, lost = map(int, re.findall(r"\d+", shared))
+    assert (tokens > 400, lost) == (True, 0)
+    assert steps < tokens / 2  # eight callers in turn would take a step for each token
+
+
 def _printed(program: str, folder: Path) -> list[str]:
     """The lines that a program prints, run in a folder without a GPU."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
@@ -213,3 +223,10 @@ def test_the_glossary_has_every_letter_of_the_signatures() -> None:
             used |= {n for d in spec.dims or () for n in dim_names(d) if len(n) == 1}
             used |= {spec.dtype} - DTYPES.keys()
     assert used - listed == set()
+
+
+def test_the_floors_in_the_architecture_are_all_of_the_package() -> None:
+    floors = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("```")[1]
+    drawn = set(re.findall(r"\b(\w+)(?:/|\.py)", floors))
+    modules = {p.stem for p in (ROOT / "cuplama").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert {m for m in modules if not m.startswith("__")} - drawn == set()

@@ -38,7 +38,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("cuplama", "cuda_src", "tests/ops"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    tests = (f"tests/{name}.py" for name in ("__init__", "conftest", "paths", "speeds", "tiny"))
+    tests = (f"tests/{name}.py" for name in ("__init__", "conftest", "fakes", "paths", "speeds", "tiny"))
     for name in ("cli.py", "pyproject.toml", "weights/config.json", *tests):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)

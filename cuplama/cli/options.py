@@ -99,7 +99,7 @@ ACTIVATIONS_OPTION = click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
     default="auto",
-    help="fp8: if the weights are fp8, multiply prompts in fp8 as well: faster on a GPU with sm_90, less exact.",
+    help="fp8: multiply prompts and large batches in fp8, if the weights are: faster on a GPU with sm_90, less exact.",
 )
 DETERMINISTIC = click.option(
     "--deterministic",

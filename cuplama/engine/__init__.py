@@ -1,1 +1,1 @@
-"""Sequences of token ids in, drawn tokens out: scheduler, runner, sampler, page cache, captured graphs, memory plan."""
+"""Sequences of token ids in, drawn tokens out. docs/batching.md is a guide; ``engine.py`` is where to begin."""

@@ -19,7 +19,8 @@ __all__ = ["InputBuffer"]
 
 _WORD = 4  # bytes of what is changed singly
 _CHANGES = 64  # words that the smallest message of changes has room for
-_MAX_WORDS = 4096  # A run of more is copied by itself: a word that is set singly takes three on the way.
+# Words of one message. A run of more is copied as it is: a word that is set singly is two on its way, place and value.
+_MAX_WORDS = 4096
 _ALIGNMENT = 16  # bytes: every array begins at a multiple of it, because kernels may read 16 bytes at a time
 
 

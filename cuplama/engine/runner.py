@@ -82,7 +82,7 @@ class Runner:
         else:
             inputs, hidden = self._replay(size, batch)
         if hidden is None:
-            hidden = self._run_body(inputs)
+            hidden = self.backend.run(*self._body_call(inputs))
         if not len(batch.arrays["logit_rows"]):
             return None
         head = self._last
@@ -117,8 +117,12 @@ class Runner:
         return inputs, hidden
 
     def _run_body(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return self.backend.run(*self._body_call(inputs))
+
+    def _body_call(self, inputs: Mapping[str, Array]) -> tuple[list[Node], dict[str, Array], Sequence[str]]:
+        """What the backend is to run: nodes, values, and what to keep."""
         nodes = self._of_size(inputs, self._body, self._large_body)
-        return self.backend.run(nodes, {**self.values, **inputs}, self._cut.between)
+        return nodes, {**self.values, **inputs}, self._cut.between
 
     @staticmethod
     def _of_size(inputs: Mapping[str, Array], few: list[Node], many: list[Node]) -> list[Node]:

@@ -23,9 +23,10 @@ class Token:
 
 @dataclass(eq=False)
 class SequenceState:
-    """A prompt and what is generated after it. The engine ends it by setting ``finish_reason`` to "stop" or "length".
+    """A prompt and what is generated after it. The engine ends it by setting ``finish_reason``: "stop", "length", or
+    "error" where ``error`` says why. So may the caller, between two tokens.
 
-    So may the caller, between two tokens. What the caller gives: prompt: token ids; stop_ids: ids that end it; seed: of
+    What the caller gives: prompt: token ids; stop_ids: ids that end it; seed: of
     its draws; constraint: what it may draw; every_logit: the logits of the prompt are asked for, and nothing is drawn.
 
     What the engine keeps: tokens: of prompt and text; cached: of them, those whose keys and values are in the cache or
@@ -48,7 +49,7 @@ class SequenceState:
     order: tuple[int, int] = (0, 0)  # (priority, arrival): the lower goes first
     limit: int = 0  # tokens that it has at the end
     ahead: int = 0  # tokens that are queued to be drawn for it, and not read yet
-    life: int = 0  # how often it has lost its pages: what was queued before that is not for it any more
+    life: int = 0  # how often it has lost its pages, or ended: what was queued before that is not for it any more
     row: int | None = None  # of the decode loop
     until: int = 0  # tokens that it has when it leaves that row
     found: int = 0  # tokens of the prompt that were in the prefix cache when it was admitted first

@@ -63,22 +63,22 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     announced = headers.get("content-length", "")
     too_long = announced.isdigit() and int(announced[:20]) > limits.body_bytes
     parts: list[bytes] = []
-    size = 0
+    size, more = 0, True
     try:
         async with asyncio.timeout(limits.body_seconds):
-            while not too_long:
+            while more and not too_long:
                 message = await _received(receive)
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-                too_long = size > limits.body_bytes
+                too_long, more = size > limits.body_bytes, message.get("more_body", False)
     except TimeoutError:
         raise ApiError(
             408, f"the body did not come within {limits.body_seconds:g} seconds", headers={"Connection": "close"}
         ) from None
+    if not too_long:
+        return b"".join(parts)
     del parts
-    if "expect" not in headers:  # with it, the client waits for a word before it sends the body
+    if more and "expect" not in headers:  # with it, the client waits for a word before it sends the body
         with suppress(TimeoutError):
             async with asyncio.timeout(_DISCARD_SECONDS):
                 while (await _received(receive)).get("more_body", False):

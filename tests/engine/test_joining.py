@@ -110,6 +110,7 @@ def test_prompts_that_end_at_the_border_of_a_page(model: Model, plain: Model, to
 
 
 def test_the_loop_grows_and_shrinks(model: Model, plain: Model) -> None:
+    plan: list[tuple[int, list[int], dict[str, Any]]]
     plan = [(i // 3, prompt(i), {"temperature": 0, "max_tokens": 60 if i < 2 else 24 + i % 5}) for i in range(30)]
     for found, (_, tokens, params) in zip(follow(model, plan), plan, strict=True):
         assert_same(found, plain.generate(tokens, **params))

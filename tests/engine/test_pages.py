@@ -157,7 +157,8 @@ def test_scores_of_a_prompt_are_told_once(model: Model, monkeypatch: pytest.Monk
     assert alone.prompt_logprobs[0] is stream.completion.prompt_logprobs[0] is None
     logits = model.logits(tokens).astype(np.float64)
     scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    for done in (alone, stream.completion):
+    both: list[Any] = [alone, stream.completion]
+    for done in both:
         assert [t.id for t in done.prompt_logprobs[1:] if t] == tokens[1:]
         for i, token in enumerate(done.prompt_logprobs[1:]):
             assert token is not None

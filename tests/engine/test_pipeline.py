@@ -294,7 +294,8 @@ def test_who_loses_its_pages_loses_its_row_even_if_the_pass_has_no_part_left() -
     scheduler.admit()
     scheduler.cache.extend(held, 2 * PAGE)
     pipeline.queue()
-    assert (decodes.pages, decodes.row, reader.pages) == ([], None, [])
+    assert decodes.row is None
+    assert decodes.pages == reader.pages == []
     assert not any(any(loop.rows) for loop in runner.loops)
     scheduler.cache.release(held)
     _run(pipeline)

@@ -67,7 +67,7 @@ def test_streams_that_are_closed_forgotten_or_half_read_hold_nobody_up(model: Mo
     reader = model.stream("Half", **GREEDY)
     text = "".join(next(reader).text for _ in range(9))
 
-    def reads() -> str:
+    def reads() -> Any:
         begun.wait(60)
         return model.generate("First", **GREEDY).text
 
@@ -123,7 +123,7 @@ def test_a_stream_is_closed_without_waiting_for_another_threads_step(model: Mode
     next(stream)
     held, leave, cache = threading.Event(), threading.Event(), model.engine.cache
 
-    def hold() -> str:
+    def hold() -> Any:
         with model.engine._turn:
             held.set()
             assert leave.wait(60)

@@ -94,6 +94,18 @@ async def test_nothing_is_kept_of_a_body_that_is_too_long() -> None:
     assert await read_body(scope, receive, Limits(body_bytes=60)) == b"x" * 60
 
 
+async def test_the_last_part_of_a_body_counts() -> None:
+    """A body without a length may come in one part; a client that has sent all of it waits for no timeout."""
+    parts = [{"type": "http.request", "body": b"x" * 101, "more_body": False}]
+
+    async def receive() -> Message:
+        return parts.pop()
+
+    with pytest.raises(ApiError, match="more than 100 bytes") as caught:
+        await read_body({"type": "http", "headers": []}, receive, Limits(body_bytes=100))
+    assert caught.value.status == 413
+
+
 def test_headers_are_bounded() -> None:
     check_headers({"headers": [(b"a" * 50, b"b" * 50)]}, LIMITS)
     with pytest.raises(ApiError, match="101 bytes; at most 100") as caught:
