@@ -133,6 +133,11 @@ class AsyncStream:
                 self._leave()
         return found
 
+    @property
+    def ended(self) -> bool:
+        """Whether every delta has been read."""
+        return self._call is None and not self._deltas
+
     def _leave(self) -> None:
         call, self._call = self._call, None
         if call is not None:

@@ -10,7 +10,6 @@ import pytest
 
 from cuplama.model import Model
 from tests import speeds
-from tests.fakes import LateNumPyBackend
 from tests.tiny import CHARS, LLAMA, assert_all_pages_free, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -43,16 +42,18 @@ def llama() -> Iterator[Model]:
 
 
 @pytest.fixture(params=["plain", "late"])
-def either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def either_device(request: pytest.FixtureRequest) -> str:
     """Models that the test loads run on NumPy, or on NumPy that captures and is late: see ``LateNumPyBackend``."""
     if request.param == "late":
-        monkeypatch.setattr("cuplama.backends.numpy.NumPyBackend", LateNumPyBackend)
+        request.getfixturevalue("late_device")
     return str(request.param)
 
 
 @pytest.fixture
 def late_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that the test loads run on NumPy that captures and is late."""
+    from tests.fakes import LateNumPyBackend
+
     monkeypatch.setattr("cuplama.backends.numpy.NumPyBackend", LateNumPyBackend)
 
 

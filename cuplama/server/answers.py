@@ -105,7 +105,7 @@ async def answer(service: Service, request: Request, read: Read, asked: Asked, f
         events = _events(running, form, {**head, "object": form.chunk}, read.own["stream_options"] or {})
         return EventStream(events, running.close)
     try:
-        async for deltas in running:
+        async for deltas in running.seldom():
             for delta in deltas:
                 form.watch(delta)
         completions = running.completions

@@ -140,7 +140,7 @@ async def answer_in_blocks(service: Service, request: Request, read: Read, asked
     if read.own["stream"]:
         return EventStream(_events(running, writer), running.close)
     try:
-        async for deltas in running:
+        async for deltas in running.seldom():
             writer.blocks.push(deltas)
         writer.blocks.end()
         whole = writer.whole(running.completions[0])

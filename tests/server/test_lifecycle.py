@@ -82,7 +82,7 @@ def slow_server(model: Model, drain_seconds: float) -> Iterator[tuple[lifecycle.
 
 def test_running_requests_end_and_new_ones_are_refused(model: Model) -> None:
     with slow_server(model, drain_seconds=20) as (server, url, thread):
-        running = Asking(f"{url}/slow?seconds=0.4")
+        running = Asking(f"{url}/slow?seconds=1")  # longer than both requests below on a busy machine
         eventually(lambda: server.service.running == 1)
         server.handle_exit(signal.SIGTERM, None)
         for path in ("slow?seconds=0", "health"):
