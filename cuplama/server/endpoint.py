@@ -24,7 +24,8 @@ class Endpoint:
     path: as starlette writes it, "/v1/models/{id:path}"; handler: may raise ApiError or a CuplamaError, and is
     cancelled when the client leaves, also while its response is sent; summary: one line for OpenAPI; request_schema,
     response_schema: JSON schemas of the bodies, or None; response_types: media types of a good answer; open: needs no
-    key; error_body: what an error is in the answer.
+    key; quiet: a good answer leaves no line in the log, for it is asked every few seconds; error_body: what an error is
+    in the answer.
     """
 
     method: str
@@ -35,4 +36,5 @@ class Endpoint:
     response_schema: Mapping[str, Any] | None = None
     response_types: tuple[str, ...] = ("application/json",)
     open: bool = False
+    quiet: bool = False
     error_body: Callable[[ApiError], dict[str, Any]] = error_body

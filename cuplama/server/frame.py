@@ -85,6 +85,8 @@ class _Exchange:
         path = "none" if self.endpoint is None else self.endpoint.path
         method = self.scope["method"]
         self.service.metrics.answered(method if path != "none" else "none", path, self.status)
+        if self.endpoint is not None and self.endpoint.quiet and self.status < 400:
+            return
         self.service.log.write(
             id=self.id,
             method=method,

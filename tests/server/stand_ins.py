@@ -52,6 +52,11 @@ class ScriptedStream:
             await asyncio.sleep(self._due - time.monotonic())
         raise StopAsyncIteration
 
+    @property
+    def ended(self) -> bool:
+        """Whether every step has been taken."""
+        return not self._steps
+
     def ready(self) -> list[Delta]:
         """The texts that have come by now."""
         found = []

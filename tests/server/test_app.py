@@ -17,6 +17,18 @@ from tests.server.conftest import Log
 pytestmark = pytest.mark.anyio
 
 
+async def test_what_is_asked_every_few_seconds_is_logged_where_it_fails(
+    client: httpx.AsyncClient, service: Service, log: Log
+) -> None:
+    for path in ("/health", "/metrics"):
+        assert (await client.get(path)).status_code == 200
+    assert log() == []
+    service.model, model = None, service.model
+    assert (await client.get("/health")).status_code == 503
+    service.model = model
+    assert [line["path"] for line in log()] == ["/health"]
+
+
 async def test_an_unknown_path_is_a_json_error(client: httpx.AsyncClient, log: Log) -> None:
     response = await client.get("/v1/nothing")
     assert response.status_code == 404

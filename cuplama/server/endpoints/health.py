@@ -20,6 +20,6 @@ _STATUS = {"type": "object", "required": ["status"], "properties": {"status": {"
 _SUMMARY = "Whether requests can be answered: 200, or 503 while the model is loaded, or when the engine failed."
 
 ENDPOINTS = tuple(
-    Endpoint("GET", path, _health, _SUMMARY, response_schema=_STATUS, open=True)
+    Endpoint("GET", path, _health, _SUMMARY, response_schema=_STATUS, open=True, quiet=True)
     for path in ("/health", "/v1/health", "/ping")
 )

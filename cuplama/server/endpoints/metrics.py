@@ -20,5 +20,12 @@ async def _metrics(service: Service, _: Request) -> Response:
 
 
 ENDPOINTS = (
-    Endpoint("GET", "/metrics", _metrics, "Counters and histograms for Prometheus.", response_types=("text/plain",)),
+    Endpoint(
+        "GET",
+        "/metrics",
+        _metrics,
+        "Counters and histograms for Prometheus.",
+        response_types=("text/plain",),
+        quiet=True,
+    ),
 )
