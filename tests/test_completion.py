@@ -116,8 +116,8 @@ def test_logits_that_are_not_finite_are_refused(records: bool, temperature: floa
         assert model.engine.cache.free == model.engine.cache.pages
 
 
-def test_times_of_a_batch_that_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompt of the second sequence is read when the first has ended, and is prompt time all the same."""
+def test_times_of_a_batch_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sequence loses its page to the first. That its 64 tokens are computed again is no prompt's time."""
     now = [0.0]
     monkeypatch.setattr("cuplama.completion.time.perf_counter", lambda: now[0])
     with load(CHARS) as model:
@@ -129,7 +129,7 @@ def test_times_of_a_batch_that_takes_turns(monkeypatch: pytest.MonkeyPatch) -> N
 
         monkeypatch.setattr(model.backend, "run", slow)
         one, two = model.generate(["First", "Second"], max_tokens=70)
-    assert one.timings == two.timings == Timings(11, 2 * 11.0, 2 * 69, 2 * 2 * 69.0, 2 * 70)
+    assert one.timings == two.timings == Timings(11, 2 * 11.0, 2 * 69, 2 * (2 * 69.0 + 64), 2 * 70)
 
 
 class Interrupter:
