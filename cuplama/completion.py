@@ -49,7 +49,8 @@ class Timings:
 class Clock:
     """Measures where the time of a call goes; the fields are those of ``Timings``. last: when the last step ended.
 
-    In a batch that the cache cannot hold at once, the prompts that had to wait are read between tokens of the others.
+    In a batch that the cache cannot hold at once, the prompts that had to wait are read between tokens of the others,
+    and tokens that are computed again, because their pages were taken, count as decode.
     """
 
     prompt_tokens: int = 0

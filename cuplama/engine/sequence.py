@@ -26,8 +26,8 @@ class SequenceState:
     """A prompt and what is generated after it. The engine ends it by setting ``finish_reason``: "stop", "length", or
     "error" where ``error`` says why. So may the caller, between two tokens.
 
-    What the caller gives: prompt: token ids; stop_ids: ids that end it; seed: of
-    its draws; constraint: what it may draw; every_logit: the logits of the prompt are asked for, and nothing is drawn.
+    What the caller gives: prompt: token ids; stop_ids: ids that end it; seed: of its draws; constraint: what it may
+    draw; every_logit: the logits of the prompt are asked for, and nothing is drawn.
 
     What the engine keeps: tokens: of prompt and text; cached: of them, those whose keys and values are in the cache or
     will be when what is queued has run; pages: of the cache, in order; error: why it failed.
