@@ -116,8 +116,8 @@ def test_logits_that_are_not_finite_are_refused(records: bool, temperature: floa
         assert model.engine.cache.free == model.engine.cache.pages
 
 
-def test_times_of_a_batch_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second sequence loses its page to the first. That its 64 tokens are computed again is no prompt's time."""
+def test_times_of_a_sequence_that_loses_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second reads 64 tokens again when the first has ended: that is no prompt time."""
     now = [0.0]
     monkeypatch.setattr("cuplama.completion.time.perf_counter", lambda: now[0])
     with load(CHARS) as model:

@@ -91,7 +91,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "pack" / "__init__.py").touch()
     (tmp_path / "pack" / "module.py").write_text(MODULE)
     (tmp_path / "test_it.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: x\n    gpu: x\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:schemathesis\nmarkers =\n    slow: x\n    gpu: x\n")
     return tmp_path
 
 
