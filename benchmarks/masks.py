@@ -22,7 +22,8 @@ from cuplama.sampling_params import SamplingParams
 from cuplama.structured import Grammars
 from cuplama.text.tokenizer import Tokenizer
 
-_PERSON = {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array", "items": {"type": "string"}}}
+_TAGS = {"type": "array", "items": {"type": "string"}}
+_PERSON = {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": _TAGS}
 FORMS: dict[str, dict[str, Any]] = {
     "schema": {"json_schema": {"type": "object", "properties": _PERSON, "required": ["name", "age"]}},
     "regex": {"regex": r"[A-Z][a-z]{2,20}( [A-Z][a-z]{2,20}){1,3}, \d{1,3}"},

@@ -124,22 +124,24 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), after=st.integers(0, 6), fault=st.sampled_from([KeyboardInterrupt, ZeroDivisionError]))
     def fail(self, data: st.DataObject, after: int, fault: type[BaseException]) -> None:
         """Something goes wrong on the device while one reads. Ctrl-C ends that one; an error ends all that ran."""
+        i = data.draw(st.integers(0, len(self.streams) - 1))  # first: drawing may end the example
+        never = 1 << 60
         run, left = self.model.backend.run, [after]
 
         def failing(*args: Any) -> Any:
             left[0] -= 1
             if left[0] < 0:
-                self.model.backend.run = run  # type: ignore[method-assign]
+                left[0] = never
                 raise fault
             return run(*args)
 
         self.model.backend.run = failing  # type: ignore[method-assign, assignment]
-        i = data.draw(st.integers(0, len(self.streams) - 1))
         try:
             self._read(i, 40)
         except fault:
             del self.streams[i]
         self.model.backend.run = run  # type: ignore[method-assign]
+        left[0] = never  # a pass that was captured meanwhile goes on calling it
         calls = {id(s): call for call in self.model.engine._calls.values() for s in call.sequences}
         for entry in self.streams[:]:
             (state,) = _states(entry[0])
