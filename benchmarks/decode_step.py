@@ -17,15 +17,13 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.record import record
-from cuplama.backends.cuda.backend import CudaBackend
+from benchmarks.replays import replay_events
 from cuplama.lab.dummy import dummy_model
 from cuplama.model import Model
 
@@ -44,24 +42,8 @@ def idle(model: Model, prompt: list[int], steps: int) -> float:
     """The share of time in which the GPU waits between replayed steps."""
     import cupy
 
-    backend, events = model.backend, list[tuple[Any, Any]]()
-    assert isinstance(backend, CudaBackend)
-    stream = backend.gpu.stream
-
-    @contextmanager
-    def between_events() -> Iterator[None]:
-        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        begin.record(stream)
-        yield
-        end.record(stream)
-        events.append((begin, end))
-
-    plain, backend.replay_hook = backend.replay_hook, between_events
-    try:
+    with replay_events(model) as events:
         model.generate(prompt, max_tokens=steps, **GREEDY)
-    finally:
-        backend.replay_hook = plain
-    events[-1][1].synchronize()
     used = events[8:]
     between = [cupy.cuda.get_elapsed_time(a[1], b[0]) for a, b in itertools.pairwise(used)]
     total = cupy.cuda.get_elapsed_time(used[0][0], used[-1][1])

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import record
-from cuplama.backends.cuda.backend import CudaBackend
+from benchmarks.replays import replay_events
 from cuplama.completion import Completion
 from cuplama.engine.kv_cache import KV_CACHE_DTYPES
 from cuplama.lab.dummy import Source
@@ -97,24 +97,9 @@ def _steps(model: Model, last: int) -> Iterator[dict[str, float]]:
     """Inside, events stand around every replay. Afterwards the dict has what the last ``last`` of them took."""
     import cupy
 
-    backend, events = model.backend, list[tuple[Any, Any]]()
-    assert isinstance(backend, CudaBackend)
-    stream, plain, found = backend.gpu.stream, backend.replay_hook, dict[str, float]()
-
-    @contextmanager
-    def between_events() -> Iterator[None]:
-        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        begin.record(stream)
-        yield
-        end.record(stream)
-        events.append((begin, end))
-
-    backend.replay_hook = between_events
-    try:
+    found = dict[str, float]()
+    with replay_events(model) as events:
         yield found
-    finally:
-        backend.replay_hook = plain
-    events[-1][1].synchronize()
     used = events[-last:]
     elapsed = cupy.cuda.get_elapsed_time  # milliseconds
     busy = sum(elapsed(*pair) for pair in used)
