@@ -28,11 +28,12 @@ class _Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._waiting: deque[AsyncStream] = deque()
+        # Weak: a message that a closed loop never delivers must not keep the stream, which knows its loop.
+        self._waiting: deque[weakref.ref[AsyncStream]] = deque()
         # Reentrant: the garbage collector may end a forgotten stream in here, and so wake another.
         self._lock, self._woken = threading.RLock(), False
 
-    def post(self, stream: AsyncStream) -> None:
+    def post(self, stream: weakref.ref[AsyncStream]) -> None:
         """Tell a stream of the loop; called from any thread."""
         self._waiting.append(stream)
         with self._lock:
@@ -46,7 +47,8 @@ class _Mailbox:
         with self._lock:
             self._woken = False
         while self._waiting:
-            self._waiting.popleft()._come()
+            if (stream := self._waiting.popleft()()) is not None:
+                stream._come()
 
 
 _mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
@@ -69,12 +71,7 @@ class AsyncStream:
         self._deltas: deque[Delta] = deque()
         self._ready, self._is_read = asyncio.Event(), True
         own = weakref.ref(self)  # the engine must not keep a stream that everybody else has forgotten
-
-        def tell() -> None:
-            if (stream := own()) is not None:
-                mailbox.post(stream)
-
-        self._call: Call | None = engine.submit(generation.begin(), priority, tell)
+        self._call: Call | None = engine.submit(generation.begin(), priority, lambda: mailbox.post(own))
 
     def __aiter__(self) -> AsyncStream:
         return self

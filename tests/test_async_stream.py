@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,12 +251,19 @@ def test_a_loop_that_ends_in_the_middle_leaves_the_others_alone(model: Model, ch
     assert _run(works).text == chars.generate("The", **GREEDY).text
 
 
+class _Told:
+    """In place of a stream: what it does when it is told that there is something new."""
+
+    def __init__(self, come: Callable[[], None]) -> None:
+        self._come = come
+
+
 def test_a_message_to_a_loop_that_has_just_been_closed_is_dropped() -> None:
     loop = asyncio.new_event_loop()
     mailbox = _Mailbox(loop)
     loop.close()
-    stream: Any = SimpleNamespace()
-    mailbox.post(stream)
+    stream: Any = _Told(lambda: None)
+    mailbox.post(weakref.ref(stream))
 
 
 def test_what_a_step_brings_for_many_streams_wakes_their_loop_once() -> None:
@@ -271,9 +278,9 @@ def test_what_a_step_brings_for_many_streams_wakes_their_loop_once() -> None:
 
         loop.call_soon_threadsafe = counted  # type: ignore[method-assign, assignment]
         events = [asyncio.Event() for _ in range(9)]
-        for event in events:
-            stream: Any = SimpleNamespace(_come=event.set)
-            mailbox.post(stream)
+        streams: list[Any] = [_Told(event.set) for event in events]
+        for stream in streams:
+            mailbox.post(weakref.ref(stream))
         await asyncio.gather(*(event.wait() for event in events))
         loop.call_soon_threadsafe = call_soon  # type: ignore[method-assign]
         return woken[0]
@@ -288,7 +295,29 @@ def test_a_loop_is_not_kept_alive(model: Model) -> None:
         return weakref.ref(asyncio.get_running_loop())
 
     loop = _run(work)
-    gc.collect()
+    _assert_collected(loop)
+
+
+def test_a_message_that_is_never_delivered_keeps_no_loop_alive(model: Model) -> None:
+    streams: list[Any] = []
+
+    async def work() -> Any:
+        streams.append(model.astream("First", **GREEDY))
+        await streams[0].finish()
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = _run(work)
+    _mailboxes[loop()].post(weakref.ref(streams[0]))
+    streams.clear()
+    _assert_collected(loop)
+
+
+def _assert_collected(loop: Any) -> None:
+    """Soon: the engine's thread may still be telling the loop of the last token."""
+    deadline = time.monotonic() + 10
+    while loop() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.001)
     assert loop() is None
 
 
