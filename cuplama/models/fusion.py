@@ -118,6 +118,7 @@ def _fused(rule: Rule, parts: tuple[Node, ...]) -> Node:
     in_place = tuple(name for p in parts[:-1] for name in p.outs if name in p.ins)
     signature = OPS[rule.fused].signature
     known = {s.name for s in signature.attrs} | {s.dtype for s in signature.outs} - DTYPES.keys()
-    attrs = {s.name: 0.0 for s in signature.attrs if s.dtype == "f32"}  # an eps that no part gives is not used
+    # An eps that no part gives is not used.
+    attrs = {s.name: 0.0 for s in signature.attrs if s.dtype == "f32" and s.default is None}
     attrs |= {k: v for p in parts for k, v in p.attrs.items() if k in known}
     return Node(rule.fused, (*parts[-1].outs, *in_place), _inputs(rule, parts), attrs, parts)

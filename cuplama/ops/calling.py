@@ -55,12 +55,13 @@ class Parameters:
         return {spec.name: i for i, spec in enumerate(self.signature.ins)}
 
     @cached_property
-    def _required(self) -> frozenset[str]:
+    def _attributes(self) -> frozenset[str]:
         return frozenset(spec.name for spec in self.signature.attrs)
 
     @cached_property
     def _defaults(self) -> dict[str, Any]:
-        return dict.fromkeys(self.free, "T") if "T" in self.choices else {}
+        letters = dict.fromkeys(self.free, "T") if "T" in self.choices else {}
+        return {**self.signature.defaults, **letters}
 
     def take(
         self, arrays: Sequence[Array | None], named: Mapping[str, Any]
@@ -72,7 +73,7 @@ class Parameters:
         ins: list[Array | None] = [*arrays, *[None] * (width - len(arrays))]
         attrs = self._defaults.copy()
         for key, value in named.items():
-            if key in self._required:
+            if key in self._attributes:
                 attrs[key] = value
             elif (at := self._positions.get(key)) is not None:
                 if at < len(arrays):
@@ -82,7 +83,7 @@ class Parameters:
                 attrs[key] = _short(self.name, key, value, self.choices)
             else:
                 raise OpError(f"{self.name} has no argument {key!r}: {self.text}")
-        if len(attrs) < len(self._required) + len(self.free):
+        if len(attrs) < len(self._attributes) + len(self.free):
             names = (*(s.name for s in self.signature.attrs), *self.free)
             missing = next(name for name in names if name not in attrs)
             raise OpError(f"{self.name}: attribute {missing} is missing: {self.text}")
@@ -102,11 +103,9 @@ class Parameters:
         for i, spec in enumerate(self.signature.ins):
             default = None if spec.optional and i > last else inspect.Parameter.empty
             found.append(inspect.Parameter(spec.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
-        for spec in self.signature.attrs:
-            found.append(inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY))
-        for letter in self.free:
-            default = self._defaults.get(letter, inspect.Parameter.empty)
-            found.append(inspect.Parameter(letter, inspect.Parameter.KEYWORD_ONLY, default=default))
+        for name in (*(spec.name for spec in self.signature.attrs), *self.free):
+            default = self._defaults.get(name, inspect.Parameter.empty)
+            found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
         return inspect.Signature(found)
 
     def documentation(self, doc: str) -> str:
@@ -160,12 +159,12 @@ def checked_attributes(name: str, signature: Signature, attrs: Mapping[str, Any]
     has to be."""
     found = dict(attrs)
     for spec in signature.attrs:
-        whole = DTYPES[spec.dtype].kind != "f"
+        whole, value = DTYPES[spec.dtype].kind != "f", attrs.get(spec.name, spec.default)
         try:
-            found[spec.name] = operator.index(attrs[spec.name]) if whole else float(attrs[spec.name])
+            found[spec.name] = operator.index(value) if whole else float(value)
         except (TypeError, ValueError):
             wanted = "a whole number" if whole else "a number"
-            raise OpError(f"{name}: {spec.name} is {attrs[spec.name]!r}, not {wanted}") from None
+            raise OpError(f"{name}: {spec.name} is {value!r}, not {wanted}") from None
     return found
 
 

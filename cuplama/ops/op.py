@@ -4,8 +4,9 @@ An op's signature is one line::
 
     y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)
 
-``name[dims]:dtype`` is an array, ``name:dtype`` a scalar attribute, ``?`` marks an input that may be absent, and a name
-on both sides is updated in place. Dims are names, or sums and products of names and numbers (``b+1``, ``num_heads*D``).
+``name[dims]:dtype`` is an array, ``name:dtype`` a scalar attribute, ``?`` marks an input that may be absent, ``=0`` is
+the value of an attribute that is left out, and a name on both sides is updated in place. Dims are names, or sums and
+products of names and numbers (``b+1``, ``num_heads*D``).
 Dtypes are ``f32 i32 u64 ...`` or a letter that the call decides: ``T`` is the model's dtype; a letter that no input
 fixes is an attribute of the node (``U`` of ``linear``). ``W`` is the format of a weight: plain, which holds ``T``, or
 packed, see ``weights.py``. ``C`` is what the cache of keys and values holds: ``T``, or ``e4m3``.
@@ -257,9 +258,9 @@ class Op:
         """
         call = Call(self, {}, {}, {})
         for spec in self.signature.attrs:
-            if spec.name not in attrs:
+            call.env[spec.name] = attrs.get(spec.name, spec.default)
+            if call.env[spec.name] is None:
                 raise OpError(f"{self.name}: attribute {spec.name} is missing")
-            call.env[spec.name] = attrs[spec.name]
         letters = {key: value for key, value in attrs.items() if key in _letters(self.signature)}
         call.dtypes.update((key, DTYPES[value]) for key, value in letters.items() if value in DTYPES)
         if len(ins) > len(self.signature.ins):

@@ -30,6 +30,7 @@ class Spec:
     dims: tuple[str, ...] | None  # None: a scalar attribute
     dtype: str
     optional: bool = False
+    default: float | None = None  # of an attribute that a call may leave out
 
     @property
     def letter(self) -> str:
@@ -67,8 +68,13 @@ class Signature:
         """The arrays that are both inputs and outputs."""
         return frozenset(s.name for s in self.outs) & frozenset(s.name for s in self.ins)
 
+    @cached_property
+    def defaults(self) -> dict[str, float]:
+        """The attributes that a call may leave out, with their values then."""
+        return {s.name: s.default for s in self.attrs if s.default is not None}
 
-_SPEC = re.compile(r"\s*(\w+)(?:\[([^\]]*)\])?:(\w+)(\??)\s*(?:,|$)")
+
+_SPEC = re.compile(r"\s*(\w+)(?:\[([^\]]*)\])?:(\w+)(\??)(?:=([-\d.]+))?\s*(?:,|$)")
 
 
 def _specs(text: str) -> tuple[Spec, ...]:
@@ -77,11 +83,12 @@ def _specs(text: str) -> tuple[Spec, ...]:
         m = _SPEC.match(text, at)
         if m is None:
             raise ValueError(f"cannot read the signature at {text[at:]!r}")
-        name, dims, dtype, optional = m.groups()
+        name, dims, dtype, optional, default = m.groups()
         if dtype not in DTYPES and not re.fullmatch("[A-Z]", dtype):
             raise ValueError(f"{name} has the dtype {dtype}; it may be {', '.join(DTYPES)}, or a capital letter")
         split = None if dims is None else tuple(d.strip() for d in dims.split(","))
-        specs.append(Spec(name, split, dtype, bool(optional)))
+        number = None if default is None else float(default) if dtype == "f32" else int(default)
+        specs.append(Spec(name, split, dtype, bool(optional), number))
         at = m.end()
     return tuple(specs)
 

@@ -151,7 +151,7 @@ class _NodeGradient:
         return self._name(name) != ""
 
     def attr(self, name: str) -> Any:
-        return self.node.attrs[name]
+        return {**OPS[self.op].signature.defaults, **self.node.attrs}[name]
 
     def of(self, out: str) -> str:
         return self.backward.gradient(self._name(out))

@@ -64,7 +64,7 @@ class Tape:
         return name in self.node.ins
 
     def attr(self, name: str) -> Any:
-        return self.node.attrs[name]
+        return {**OPS[self.op].signature.defaults, **self.node.attrs}[name]
 
     def of(self, out: str) -> str:
         assert out in self.node.outs

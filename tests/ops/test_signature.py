@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -66,6 +67,23 @@ def test_registry_is_consistent(op: Op) -> None:
         s.name for s in op.signature.attrs
     }
     assert {n for s in op.signature.outs for d in s.dims or () for n in dim_names(d)} <= known
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_a_reference_has_the_defaults_of_the_signature(op: Op) -> None:
+    given = inspect.signature(op.reference).parameters
+    assert {name: given[name].default for name in op.signature.defaults} == op.signature.defaults
+
+
+def test_an_attribute_may_have_a_default() -> None:
+    signature = Signature.parse("y[n]:T = (x[n]:T, eps:f32, first:i32=-1, offset:f32=0.5)")
+    assert signature.defaults == {"first": -1, "offset": 0.5}
+    op = Op("shifted", signature.text, "y = x", lambda x, eps, first=-1, offset=0.5: x + offset)
+    assert op(np.ones(2, np.float32), eps=0)[0] == 1.5
+    assert op(np.ones(2, np.float32), eps=0, offset=2)[0] == 3
+    assert str(inspect.signature(op)) == "(x, *, eps, first=-1, offset=0.5)"
+    with pytest.raises(OpError, match="attribute eps is missing"):
+        op(np.ones(2, np.float32))
 
 
 @pytest.mark.parametrize("name", DTYPES)
