@@ -57,6 +57,11 @@ class ModelConfig:
     optional weights exist; dtype: of the checkpoint as config.json states it ("bfloat16", ...), or None; bos, eos:
     token ids; raw: all of config.json, and ``quantization_config`` also where a file of its own holds it; adapter: what
     is added to linear layers, see lora.py.
+
+    What some families multiply or limit: embedding_scale, of the embedding's rows; residual_scale, of what a layer adds
+    to the residual stream; attention_scale, of queries times keys, 0 for head_dim^-0.5; logits_scale; attention_cap,
+    logits_cap, the soft limits of scores and of logits, 0 for none; query_temperature, query_context: queries at
+    position p are multiplied by 1 + query_temperature * log(1 + p // query_context).
     """
 
     architecture: str
@@ -78,6 +83,14 @@ class ModelConfig:
     eos: tuple[int, ...]
     raw: Mapping[str, Any] = field(repr=False, compare=False)
     adapter: Adapter | None = field(default=None, repr=False)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float = 0.0
+    logits_scale: float = 1.0
+    attention_cap: float = 0.0
+    logits_cap: float = 0.0
+    query_temperature: float = 0.0
+    query_context: float = 0.0
 
     def __repr__(self) -> str:
         return (

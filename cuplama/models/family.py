@@ -5,7 +5,7 @@ The defaults are those of transformers for a config that leaves the field out (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,16 @@ __all__ = [
     "HARMLESS_TENSORS",
     "NO_WINDOW",
     "OFF",
+    "ONE_ROTATION",
     "REQUIRED",
     "SILU",
     "WINDOW_BY_LAYER",
     "Family",
+    "Number",
     "Recipe",
+    "Rotations",
     "Windows",
+    "Wrapper",
     "fields",
     "one",
     "window_everywhere",
@@ -100,6 +104,51 @@ WINDOW_BY_LAYER = Windows(("sliding_window", "use_sliding_window", "max_window_l
 
 
 @dataclass(frozen=True)
+class Rotations:
+    """A rule for the rotations of layers.
+
+    reads: the fields of config.json that it goes by; rule: (config.json, the window of each layer) -> for each layer
+    the key of its settings in ``rope_parameters``, "" where these are one object for all layers, None for a layer
+    without rotation; settings: (config.json) -> ``rope_parameters`` by layer type, where a config has other names for
+    them.
+    """
+
+    reads: tuple[str, ...]
+    rule: Callable[[Mapping[str, Any], Sequence[int]], list[str | None]]
+    settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+
+
+ONE_ROTATION = Rotations((), lambda raw, windows: [""] * len(windows))
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that the mathematics needs, as config.json gives it.
+
+    key: its field, or None for a constant; default: of a field that is absent, or the constant; make: from the field's
+    value to the number, which is 0 where the field is null.
+    """
+
+    key: str | None
+    default: Any = REQUIRED
+    make: Callable[[float], float] = float
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of text and more, of which the text part runs: its settings are ``text_config``.
+
+    architectures, model_type: its names in the outer config.json; prefixes: of its text part's tensors, in place of the
+    family's own; left_out: what the names of the other parts' tensors begin with.
+    """
+
+    architectures: tuple[str, ...]
+    model_type: str
+    prefixes: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
@@ -110,7 +159,12 @@ class Family:
     those that it may have; rope_aliases: other names of rope types; partial_rotary: whether a part of the head may stay
     unrotated; original_context: its own default of original_max_position_embeddings; neutral, ignored: further fields
     as in ``NEUTRAL`` and ``HARMLESS`` of config_fields.py; tied: whether head and embedding are one matrix where a
-    config of a model without a head does not say.
+    config of a model without a head does not say; norm_offset: what is added to the weights of norms; rope: the op that
+    rotates; rotations: the rule for those of layers; numbers: fields of ModelConfig that are multipliers and limits ->
+    how config.json gives them; wrappers: models of which this is the text part.
+
+    Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
+    keys are normalised. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope".
     """
 
     architecture: str
@@ -131,6 +185,11 @@ class Family:
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     tied: bool = False
+    norm_offset: float = 0.0
+    rope: str = "rope"
+    rotations: Rotations = ONE_ROTATION
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+    wrappers: tuple[Wrapper, ...] = ()
 
 
 # Llama's: quantity -> (its field in config.json, the default of an absent one).
