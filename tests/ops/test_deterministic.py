@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qk_norm": dict(n=N, num_heads=3, num_kv_heads=1, D=80, eps=1e-6),
     "rope": dict(n=N, num_heads=3, num_kv_heads=1, D=80, h=40, R=70),
     "rope_pairs": dict(n=N, num_heads=3, num_kv_heads=1, D=80, h=20, R=70),
+    "scale_queries": dict(n=N, num_heads=3, num_kv_heads=1, D=80, temperature=0.5, context=16),
     "silu_mul": dict(n=N, f=172),
     "gelu_tanh_mul": dict(n=N, f=172),
     "gelu_erf_mul": dict(n=N, f=172),
