@@ -21,6 +21,7 @@ from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe
 from .lora import Adapter, LowRank, part_rows
 from .rope import Rope
+from .rope_reader import rotations
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
 
@@ -227,42 +228,28 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     name, family = reader.family()
     reader.neutral(family)
     reader.quantised()
-    values = {name: reader.get(*source) for name, source in family.fields.items()}
-    sizes: dict[str, Any] = {
-        name: reader.size(family.fields[name][0], values[name])
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads")
-    }
-    hidden, heads, layers = sizes["hidden_size"], sizes["num_heads"], sizes.pop("num_layers")
-    if layers > _MAX_LAYERS:
-        reader.refuse(family.fields["num_layers"][0], f"at most {_MAX_LAYERS:,} layers")
-    kv_heads = reader.size("num_key_value_heads", _or(values.get("num_kv_heads"), heads))
-    intermediate = reader.size(family.fields["intermediate_size"][0], _or(values["intermediate_size"], 4 * hidden))
-    context = reader.size(family.fields["context"][0], values["context"])
-    if values.get("head_dim") is None and hidden % heads:
-        reader.refuse(family.fields["num_heads"][0], f"a divisor of hidden size {hidden} (or an explicit head_dim)")
-    head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
-    if heads % kv_heads:
-        reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
-    activation = values["activation"]
+    sizes: dict[str, Any] = dict(_sizes(reader, family))
+    layers = _layers(reader, family, sizes.pop("num_layers"), sizes["head_dim"], sizes["context"])
+    activation = reader.get(*family.fields["activation"])
     if not isinstance(activation, str) or activation not in family.activations:
         reader.refuse(family.fields["activation"][0], ", ".join(family.activations))
-    eps = values["eps"]
+    eps = reader.get(*family.fields["eps"])
     if not is_number(eps) or eps < 0:
         reader.refuse(family.fields["eps"][0], "a number >= 0")
-    rope = reader.rope(family, head_dim, context) if family.rotary else None
+    numbers: dict[str, Any] = {}
+    for quantity, source in family.numbers.items():
+        if (number := reader.number(source)) is not None:
+            numbers[quantity] = number
     if left_out := reader.left_out(family):
         _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
     return ModelConfig(
         architecture=family.architecture,
         family=family,
         **sizes,
-        num_kv_heads=kv_heads,
-        intermediate_size=intermediate,
-        head_dim=head_dim,
+        **numbers,
         eps=float(eps),
-        context=context,
         activation=family.activations[activation],
-        layers=tuple(Layer(window, rope) for window in reader.windows(family, layers)),
+        layers=layers,
         tied=reader.tied(name, family),
         flags=frozenset(
             flag
@@ -274,6 +261,40 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         eos=token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id"),
         raw=raw,
     )
+
+
+def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
+    """The sizes of a ModelConfig by name, and num_layers."""
+    quantities = (name for name in family.fields if name not in ("activation", "eps"))
+    values = {name: reader.get(*family.fields[name]) for name in quantities}
+    sizes = {
+        name: reader.size(family.fields[name][0], values[name])
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads")
+    }
+    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
+    if sizes["num_layers"] > _MAX_LAYERS:
+        reader.refuse(family.fields["num_layers"][0], f"at most {_MAX_LAYERS:,} layers")
+    kv_heads = reader.size("num_key_value_heads", _or(values.get("num_kv_heads"), heads))
+    intermediate = reader.size(family.fields["intermediate_size"][0], _or(values["intermediate_size"], 4 * hidden))
+    context = reader.size(family.fields["context"][0], values["context"])
+    if values.get("head_dim") is None and hidden % heads:
+        reader.refuse(family.fields["num_heads"][0], f"a divisor of hidden size {hidden} (or an explicit head_dim)")
+    head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
+    if heads % kv_heads:
+        reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
+    return sizes | {
+        "num_kv_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "context": context,
+        "head_dim": head_dim,
+    }
+
+
+def _layers(reader: ConfigReader, family: Family, count: int, head_dim: int, context: int) -> tuple[Layer, ...]:
+    windows = reader.windows(family, count)
+    if not family.rotary:
+        return tuple(map(Layer, windows))
+    return tuple(map(Layer, windows, rotations(reader, family, windows, head_dim, context)))
 
 
 def _or(value: Any, default: int) -> Any:

@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "short_factor": [1.0 + i / 8 for i in range(8)],
         "long_factor": [2.0 + i for i in range(8)],
     },
+    "proportional": {"partial_rotary_factor": 0.3},
 }
 
 
@@ -47,6 +48,13 @@ def check(found: tuple[Any, float], wanted: list[float], factor: float = 1.0) ->
 def test_static_types(length: int) -> None:
     check(rope("default").frequencies(length), base())
     check(rope("linear").frequencies(length), [f / 4 for f in base()])
+
+
+def test_proportional_rotates_the_fastest_part_of_the_whole_head() -> None:
+    """int(0.3 * 16 // 2) = 2 pairs of 8, at the frequencies that they have in a whole head."""
+    check(rope("proportional").frequencies(1), [*base()[:2], *[0.0] * 6])
+    check(rope("proportional", factor=8.0).frequencies(1), [*(f / 8 for f in base()[:2]), *[0.0] * 6])
+    check(rope("proportional", partial_rotary_factor=1.0).frequencies(1), base())
 
 
 def test_dynamic_grows_its_base_beyond_the_context() -> None:
