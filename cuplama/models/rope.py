@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROPE_BY_LENGTH", "ROPE_HARMLESS", "ROPE_KEYS", "ROPE_LEFT_OUT", "Rope", "RopeTables", "Span", "table_rows"]
+__all__ = [
+    "ROPE_BY_LENGTH",
+    "ROPE_HARMLESS",
+    "ROPE_KEYS",
+    "ROPE_LEFT_OUT",
+    "Rope",
+    "RopeTables",
+    "RotationTables",
+    "Span",
+    "table_rows",
+]
 
 _FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 # The keys that each type takes beside rope_type and rope_theta: (required, optional). Any type may be of a part of the
@@ -245,3 +255,25 @@ class RopeTables:
             return cos, sin, np.arange(len(cos), dtype=np.int32)
         rows = [p + self.positions * self.rope.regime(s.total) for p, s in zip(positions, spans, strict=True)]
         return self.cos, self.sin, np.concatenate(rows).astype(np.int32)
+
+
+class RotationTables:
+    """The tables of a model's rotations for every position below ``positions``, which may be none.
+
+    arrays: by name, "rope.cos", "rope.sin", "rope1.cos", ... One row number serves all of them: it is the position
+    itself, except where there is one rotation that depends on the length.
+    """
+
+    def __init__(self, ropes: Mapping[str, Rope], positions: int) -> None:
+        """ropes: by the name of their tables, as a model's ``ropes``."""
+        self._tables = {name: RopeTables(rope, positions) for name, rope in ropes.items()}
+        self.arrays: dict[str, _FloatArray] = {}
+        for name, tables in self._tables.items():
+            self.arrays |= {f"{name}.cos": tables.cos, f"{name}.sin": tables.sin}
+
+    def lookup(self, spans: Sequence[Span]) -> tuple[dict[str, _FloatArray], np.ndarray[Any, np.dtype[np.int32]]]:
+        """(tables, rows): those of ``arrays`` that the pass has its own of, and for each new token its row in all."""
+        for name, tables in self._tables.items():
+            cos, sin, rows = tables.lookup(spans)
+            return {} if cos is tables.cos else {f"{name}.cos": cos, f"{name}.sin": sin}, rows
+        return {}, np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int32) for s in spans])
