@@ -124,7 +124,8 @@ class _One:
     def _check_keys(self, kind: str, settings: Mapping[str, Any], dim: int) -> None:
         required, optional = ROPE_KEYS[kind]
         for name in sorted(required - settings.keys()):
-            raise ConfigError(f"{self.reader.where}: {self.path}.{name} is missing; rope type {kind} needs it")
+            path = self.reader.path(f"{self.path}.{name}")
+            raise ConfigError(f"{self.reader.where}: {path} is missing; rope type {kind} needs it")
         for name in sorted(settings.keys() - required - optional):
             supported = ", ".join(sorted(required | optional)) or "no setting"
             self.reader.refuse(f"{self.path}.{name}", f"{supported} for {kind}", settings[name])

@@ -220,5 +220,5 @@ def test_one_row_number_serves_the_tables_of_all_rotations() -> None:
     assert np.array_equal(both.arrays["rope1.sin"], RopeTables(other, 48).sin)
     for tables in (both, RotationTables({}, 48)):
         own, rows = tables.lookup(spans)
-        assert (own, rows.tolist(), rows.dtype) == ({}, [0, 1, 2, 40, 41], np.int32)
+        assert (len(own), rows.tolist(), rows.dtype.name) == (0, [0, 1, 2, 40, 41], "int32")
     assert RotationTables({}, 48).arrays == {}
