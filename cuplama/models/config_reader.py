@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import ConfigError
@@ -17,7 +17,7 @@ from .family import REQUIRED, Family, Number
 __all__ = ["MAX_NUMBER", "ConfigReader", "is_number"]
 
 _log = logging.getLogger("cuplama")
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=Sized)
 # Class names of a supported model_type whose models are others: with another head, in both directions, with experts.
 _OTHER_MODELS = re.compile(
     r"For(?!CausalLM$)|Reward|Classif|Embed|Encoder|Bidirectional|Bi(?=[A-Z])|Eagle|Medusa|Mo[eE]"
@@ -155,7 +155,7 @@ class ConfigReader:
             self.refuse("max_window_layers", "a whole number >= 0")
         self.switch("use_sliding_window")
         rule = family.windows
-        windows = tuple(self.ruled(rule.reads, lambda: rule.rule(self.raw, layers)))
+        windows = tuple(self.ruled(rule.reads, lambda: rule.rule(self.raw, layers), layers))
         for i, kind in enumerate(types or ()):
             if kind not in ("full_attention", "sliding_attention"):
                 self.refuse(f"layer_types[{i}]", "full_attention, sliding_attention", kind)
@@ -167,10 +167,16 @@ class ConfigReader:
                 )
         return windows
 
-    def ruled(self, reads: Sequence[str], rule: Callable[[], list[_T]]) -> list[_T]:
-        """What a family's rule makes of the fields that it reads, which are to blame where it cannot."""
+    def ruled(self, reads: Sequence[str], rule: Callable[[], _T], layers: int | None = None) -> _T:
+        """What a family's rule makes of the fields that it reads, which are to blame where it cannot.
+
+        layers: how many layers it must make something for, if it is for layers.
+        """
         try:
-            return rule()
+            found = rule()
+            if layers in (None, len(found)):
+                return found
+            raise ValueError
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             given = {key: self.raw[key] for key in reads if key in self.raw}
             key = next(iter(given), reads[0])

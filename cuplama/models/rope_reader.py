@@ -22,7 +22,7 @@ def rotations(
     Raises ConfigError naming the setting, its value and what is supported.
     """
     rule = family.rotations
-    keys = reader.ruled(rule.reads, lambda: rule.rule(reader.raw, windows))
+    keys = reader.ruled(rule.reads, lambda: rule.rule(reader.raw, windows), len(windows))
     name, by_key = _settings(reader, family)
     found: dict[str, Rope] = {}
     for key in dict.fromkeys(k for k in keys if k is not None):
@@ -48,8 +48,9 @@ def _settings(reader: ConfigReader, family: Family) -> tuple[str, Mapping[str, A
     for field, value in (("rope_scaling", older), ("rope_parameters", newer)):
         if not isinstance(value, dict):
             reader.refuse(field, "an object of settings")
-    if family.rotations.settings is not None:
-        return name, family.rotations.settings(reader.raw)
+    rule = family.rotations
+    if (own := rule.settings) is not None:
+        return name, reader.ruled((name, *rule.reads), lambda: own(reader.raw))
     if older and newer and older != newer:  # transformers reads the older name where both are given
         reader.dropped.append("rope_parameters")
     if not any(isinstance(value, dict) for value in settings.values()):
