@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..family import Recipe, one
 
-__all__ = ["EMBED_AND_HEAD", "KV_ROWS", "LAYER", "LLAMA", "Q_ROWS"]
+__all__ = ["EMBED_AND_HEAD", "KV_ROWS", "LAYER", "LLAMA", "NORM_BIASES", "Q_ROWS", "UNGATED"]
 
 LAYER = "model.layers.{i}."
 Q_ROWS, KV_ROWS = "num_heads*D", "num_kv_heads*D"
@@ -38,4 +38,18 @@ LLAMA = {
         (("f", LAYER + "mlp.gate_proj.bias"), ("f", LAYER + "mlp.up_proj.bias")), when="mlp_bias"
     ),
     "{i}.down_proj.bias": one("d", LAYER + "mlp.down_proj.bias", when="mlp_bias"),
+}
+
+# The same with an MLP that has no gate.
+UNGATED = {
+    **{name: recipe for name, recipe in LLAMA.items() if not name.startswith("{i}.gate_up_proj")},
+    "{i}.up_proj": one("f,d", LAYER + "mlp.up_proj.weight"),
+    "{i}.up_proj.bias": one("f", LAYER + "mlp.up_proj.bias", when="mlp_bias"),
+}
+
+# Of LayerNorm, beside the weights that any norm has.
+NORM_BIASES = {
+    "norm.bias": one("d", "model.norm.bias"),
+    "{i}.attn_norm.bias": one("d", LAYER + "input_layernorm.bias"),
+    "{i}.mlp_norm.bias": one("d", LAYER + "post_attention_layernorm.bias"),
 }
