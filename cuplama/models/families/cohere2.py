@@ -3,8 +3,9 @@ layers rotate, neighbour by neighbour; scaled logits."""
 
 from __future__ import annotations
 
-from ..family import OFF, Family, Number, Rotations, fields, window_by_pattern
+from ..family import OFF, Family, Number, Rotations, fields
 from .layout import LLAMA
+from .mixed import window_but_every
 
 __all__ = ["FAMILY"]
 
@@ -15,7 +16,7 @@ FAMILY = Family(
     {name: recipe for name, recipe in LLAMA.items() if name != "{i}.mlp_norm"},
     {**fields(max_position_embeddings=8192), "eps": ("layer_norm_eps", 1e-5)},
     norm="layer_norm",
-    windows=window_by_pattern(4096, 4),
+    windows=window_but_every(4, key="sliding_window_pattern"),
     flags={"parallel": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     neutral={
         "mlp_bias": OFF,

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..family import OFF, Family, Rotations, fields, one, window_by_pattern
-from .layout import LAYER, LLAMA
+from ..family import OFF, Family, Rotations, fields, one
+from .layout import LAYER, OLMO
+from .mixed import window_but_every
 
 __all__ = ["FAMILY"]
 
 _WEIGHTS = {
-    **{name: recipe for name, recipe in LLAMA.items() if name not in ("{i}.attn_norm", "{i}.mlp_norm")},
+    **OLMO,
     "{i}.q_norm": one("D", LAYER + "self_attn.q_norm.weight"),
     "{i}.k_norm": one("D", LAYER + "self_attn.k_norm.weight"),
-    "{i}.attn_post_norm": one("d", LAYER + "post_attention_layernorm.weight"),
-    "{i}.mlp_post_norm": one("d", LAYER + "post_feedforward_layernorm.weight"),
 }
 
 
@@ -29,7 +28,7 @@ FAMILY = Family(
     "exaone4",
     _WEIGHTS,
     fields(num_key_value_heads=32, rms_norm_eps=1e-5),
-    windows=window_by_pattern(4096, 4),
+    windows=window_but_every(4, key="sliding_window_pattern"),
     rotations=Rotations(("sliding_window",), _where_windows_are),
     neutral={"attention_bias": OFF, "mlp_bias": OFF},
 )

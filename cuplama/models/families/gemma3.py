@@ -1,0 +1,43 @@
+"""Gemma 3: Gemma 2 with norms of queries and keys and a rotation for windows, without limits of scores."""
+
+from __future__ import annotations
+
+from ..family import Family, Number, Wrapper, one
+from .gemma import GATED_GELU, GEMMA, GEMMA_NUMBERS, gemma_fields
+from .layout import LAYER
+from .mixed import rotation_by_window, window_but_every
+
+__all__ = ["FAMILY"]
+
+_WEIGHTS = {
+    **GEMMA,
+    "{i}.q_norm": one("D", LAYER + "self_attn.q_norm.weight"),
+    "{i}.k_norm": one("D", LAYER + "self_attn.k_norm.weight"),
+}
+
+FAMILY = Family(
+    "Gemma3ForCausalLM",
+    "gemma3_text",
+    _WEIGHTS,
+    gemma_fields(131072),
+    activations=GATED_GELU,
+    windows=window_but_every(6, key="sliding_window_pattern"),
+    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+    tied=True,
+    norm_offset=1.0,
+    rotations=rotation_by_window(1e6, 1e4, "rope_local_base_freq"),
+    numbers={
+        **GEMMA_NUMBERS,
+        "attention_cap": Number("attn_logit_softcapping", None),
+        "logits_cap": Number("final_logit_softcapping", None),
+    },
+    ignored=("hidden_act", "cache_implementation"),
+    wrappers=(
+        Wrapper(
+            ("Gemma3ForConditionalGeneration",),
+            "gemma3",
+            ("language_model.model.", "model.language_model."),
+            ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+        ),
+    ),
+)

@@ -1,0 +1,57 @@
+"""Rules of families that mix layers with a sliding window and layers without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..family import Rotations, Windows
+
+__all__ = ["rotation_by_window", "window_but_every"]
+
+
+def window_but_every(nth: int, absent: int | None = 4096, key: str = "layer_types") -> Windows:
+    """``sliding_window`` in the layers that ``layer_types`` names, without it in all but every nth layer.
+
+    absent: the window of a config that leaves the field out; key: a field that may hold another nth, or letters such as
+    "LLLG", which mean windows for L, again and again, but never for the last layer.
+    """
+
+    def rule(raw: Mapping[str, Any], layers: int) -> list[int]:
+        window = raw.get("sliding_window", absent) or 0
+        every = nth if key == "layer_types" else raw.get(key, nth)
+        if not window:
+            return [0] * layers
+        if types := raw.get("layer_types"):
+            sliding = [kind == "sliding_attention" for kind in types]
+        elif isinstance(every, str):
+            sliding = [every[i % len(every)] == "L" and i + 1 < layers for i in range(layers)]
+        else:
+            sliding = [(i + 1) % every != 0 for i in range(layers)]
+        return [window if on else 0 for on in sliding]
+
+    return Windows(("sliding_window", key), rule)
+
+
+def rotation_by_window(theta: float, local_theta: float, local_key: str = "") -> Rotations:
+    """One rotation for layers with a window and one for those without, to which alone ``rope_scaling`` applies.
+
+    theta, local_theta: the defaults of ``rope_theta``, for full attention and for windows; local_key: the field of
+    the latter in files that have no ``rope_parameters``, if there is one.
+    """
+
+    def settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        given = raw.get("rope_parameters") or {"full_attention": {}, "sliding_attention": {}}
+        if not all(isinstance(value, dict | None) for value in given.values()):
+            return {}  # one object for all layers, which these families do not have
+        whole, local = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+        return {
+            "full_attention": {"rope_theta": raw.get("rope_theta", theta), **whole, **(raw.get("rope_scaling") or {})},
+            "sliding_attention": {"rope_theta": raw.get(local_key, local_theta), **local},
+        }
+
+    return Rotations(
+        ("layer_types", *([local_key] if local_key else [])),
+        lambda raw, windows: ["sliding_attention" if window else "full_attention" for window in windows],
+        settings,
+    )

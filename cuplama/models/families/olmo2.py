@@ -1,0 +1,18 @@
+"""OLMo 2: norms behind attention and MLP alone, and over all queries and all keys of a token together."""
+
+from __future__ import annotations
+
+from ..family import OFF, Family, fields
+from .layout import OLMO
+
+__all__ = ["FAMILY"]
+
+
+FAMILY = Family(
+    "Olmo2ForCausalLM",
+    "olmo2",
+    OLMO,
+    fields(rms_norm_eps=1e-5),
+    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+    neutral={"mlp_bias": OFF},
+)
