@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gelu_erf_mul": dict(n=N, f=172),
     "gelu_tanh": dict(n=N, f=172),
     "gelu_erf": dict(n=N, f=172),
+    "scale": dict(n=N, d=900, factor=1.5),
     "linear": dict(n=N, m=70, k=264, b=True, U="T"),
     "linear_add": dict(n=N, m=70, k=264, b=True),
 }
