@@ -3,6 +3,7 @@
 // gelu_erf       y[n,f] = x/2 (1 + erf(x / sqrt(2)))
 // gelu_tanh_mul, gelu_erf_mul
 //                y[n,f] = gelu(g) * u,            [g, u] = x[n,2f], with the gelu of that name
+// relu_squared   y[n,f] = max(x, 0)^2
 //                all x, y: T
 //
 // Where x is very negative, 1 + tanh and 1 + erf cancel to a few bits. The same values without the cancellation are
@@ -67,4 +68,9 @@ __global__ void gelu_tanh(const T* __restrict__ x, T* __restrict__ y, int n, int
 template <typename T>
 __global__ void gelu_erf(const T* __restrict__ x, T* __restrict__ y, int n, int f) {
     map_elements<gelu_erf_of<T>>(x, y, i64(n) * f);
+}
+
+template <typename T>
+__global__ void relu_squared(const T* __restrict__ x, T* __restrict__ y, int n, int f) {
+    map_elements<relu_squared_of>(x, y, i64(n) * f);
 }

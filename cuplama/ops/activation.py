@@ -2,6 +2,7 @@
 
 silu_mul, gelu_tanh_mul, gelu_erf_mul: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 gelu: Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
+relu_squared: So et al., "Primer", arXiv:2109.08668.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .team import fill_rows
 
-__all__ = ["erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "silu_mul"]
+__all__ = ["erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "relu_squared", "silu_mul"]
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _CUPY_SILU = "float a = (float)g; y = (T)(a / (1.0f + expf(-a)) * (float)u)"
@@ -56,6 +57,10 @@ def _gelu_tanh(x: Array) -> Array:
 def _gelu_erf(x: Array) -> Array:
     x = upcast(x)
     return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
+
+
+def _relu_squared(x: Array) -> Array:
+    return np.maximum(upcast(x), 0) ** 2
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -163,4 +168,18 @@ gelu_erf = Op(
     sizes=_sizes,
     shape={"n": 1, "f": 3072},
     flops=lambda c: 5 * c["n"] * c["f"],
+)
+
+relu_squared = Op(
+    "relu_squared",
+    "y[n,f]:T = (x[n,f]:T)",
+    doc="y = max(x, 0)^2",
+    reference=_relu_squared,
+    gradient=_gradient,
+    recompute="cheap",
+    kernels=_flat_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 18432},
+    flops=lambda c: 2 * c["n"] * c["f"],
 )
