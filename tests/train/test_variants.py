@@ -14,6 +14,7 @@ from tests.models.synthetic import PARALLEL, model_of, synthetic, two_rotations,
 VARIANTS: dict[str, dict[str, Any]] = {
     "parallel": PARALLEL,
     "two rotations": {"layers": two_rotations()},
+    "no norm": {"drop": "mlp_norm"},
     "scales": {"embedding_scale": 4.0, "residual_scale": 0.25, "logits_scale": 0.5, "logits_cap": 3.0},
 }
 IDS = np.array([[3, 17, 5, 60, 42, 8, 9, 31, 2]])
