@@ -57,6 +57,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("activation_backward.cu", "gradient * gate * share", "gradient * share"),
     ("activation_backward.cu", "store_row<8>(out + f, i, f, vectorized, u)",
      "store_row<8>(out + f, i, f, vectorized, g)"),
+    ("activation_backward.cu", "gradient * FUNCTION(gate)", "gradient * FUNCTION(up)"),
+    ("activation_backward.cu", "0.f : 2.f * x", "0.f : x"),
     ("activation_backward.cu", "0.134145f", "0.044715f"),
     ("activation_backward.cu", "share + x * share", "x * share"),
     ("activation_backward.cu", "half = -0.5f", "half = 0.5f"),

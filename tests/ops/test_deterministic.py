@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gelu_tanh": dict(n=N, f=172),
     "gelu_erf": dict(n=N, f=172),
     "relu_squared": dict(n=N, f=172),
+    "xielu": dict(n=N, f=172, beta=0.5, eps=-1e-6),
     "scale": dict(n=N, d=900, factor=1.5),
     "linear": dict(n=N, m=70, k=264, b=True, U="T"),
     "linear_add": dict(n=N, m=70, k=264, b=True),
