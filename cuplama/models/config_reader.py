@@ -69,7 +69,7 @@ class ConfigReader:
             self.refuse("model_type", f"{family.model_type} for {names[0]}")
         if _OTHER_MODELS.search(names[0]):
             self.refuse("architectures", f"{family.architecture} for {family.model_type}")
-        if not names[0].lower().startswith(family.model_type):
+        if names[0] != family.architecture and not names[0].lower().startswith(family.model_type):
             _log.warning("%s: architectures = %r is read as %s, by model_type", self.where, names, family.architecture)
         return names[0], family
 

@@ -33,6 +33,8 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             value = 0.25 * noise if name.endswith("bias") else 1.0 + 0.3 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
+        elif "alpha_" in name:  # of xIELU
+            value = p + 0.3 * noise
         elif "embed_tokens" in name or "wte" in name:
             # An untied embedding is kept small, where the first norm's epsilon shows.
             value = noise * (2.5 / model.config.hidden_size**0.5 if tied else 0.3)
@@ -44,7 +46,7 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             fan_in = p.shape[0] if conv1d else p.shape[1]
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn"))
-            sharp |= "mlp.c_" in name  # the two GELUs differ by 5e-4 at most: amplify what they feed
+            sharp |= any(part in name for part in ("mlp.c_", "mlp.fc"))  # the two GELUs differ by 5e-4 at most: amplify what they feed
             value = noise * (1.7 if sharp else 1.0) / fan_in**0.5
         p.copy_(exact(value))
 

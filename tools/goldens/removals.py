@@ -8,11 +8,17 @@ from typing import Any
 import torch
 import transformers
 
-from tools.goldens.cases import Case, Config
+from tools.goldens.case import Case, Config
+from tools.goldens.removals_more import more_removals
 
 __all__ = ["removals"]
 
 Mutate = Callable[[Any], None]
+# Parameters that some models have: the words by which their names are found.
+PARTS = (
+    "q_proj.bias", "v_proj.bias", "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias", "dense.bias",
+    "fc1.bias", "fc2.bias", "layernorm.bias", "model.norm.bias", "lm_head.bias", "alpha_p", "alpha_n",
+)  # fmt: skip
 
 
 def zero(match: str) -> Mutate:
@@ -118,12 +124,13 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
             yield part, zero(part), {}
         return
     yield "rotation", no_rotation, {}
-    for part in ("q_proj.bias", "v_proj.bias", "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias"):
+    yield from more_removals(model)
+    for part in PARTS:
         if any(part in n for n in names):
             yield part, zero(part), {}
-    if any("q_norm" in n for n in names):
-        yield "q_norm", norms_one("q_norm"), {}
-        yield "k_norm", norms_one("k_norm"), {}
+    for part in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
+        if any(part in n for n in names):
+            yield part, norms_one(part), {}
     if 1 < cfg.num_key_value_heads < cfg.num_attention_heads:
         yield "kv_sharing", swapped_kv_heads, {}
     rope_type = cfg.rope_parameters["rope_type"]

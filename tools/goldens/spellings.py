@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.goldens.cases import Case, Config
+from tools.goldens.case import Case, Config
 
 __all__ = ["write_char_tokenizer", "write_configs", "write_json"]
 

@@ -1,30 +1,13 @@
-"""Rules of families that mix layers with a sliding window and layers without."""
+"""The rotations of families that mix layers with a sliding window and layers without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..family import Rotations, Windows
+from ..family import Rotations
 
-__all__ = ["rotation_by_window", "window_but_every"]
-
-
-def window_but_every(nth: int, absent: int | None = 4096, key: str = "layer_types") -> Windows:
-    """``sliding_window`` in the layers that ``layer_types`` names, without it in all but every nth layer.
-
-    absent: the window of a config that leaves the field out; key: a field that may hold another nth.
-    """
-
-    def rule(raw: Mapping[str, Any], layers: int) -> list[int]:
-        window = raw.get("sliding_window", absent) or 0
-        every = nth if key == "layer_types" else raw.get(key, nth)
-        types = raw.get("layer_types") or [
-            "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)
-        ]
-        return [window if kind == "sliding_attention" else 0 for kind in types]
-
-    return Windows(("sliding_window", key), rule)
+__all__ = ["rotation_by_window"]
 
 
 def rotation_by_window(theta: float, local_theta: float, local_key: str = "") -> Rotations:
