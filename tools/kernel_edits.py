@@ -89,8 +89,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("advance.cu", "min(at / S, M - 1)] * S", "min(at / S + 1, M - 1)] * S"),
     # factors, operands, lanes
     ("kv_cache.cu", "head < H ? k : v", "head < H ? v : k"),
-    ("rope.cu", "low != BACK ? -to_float(partner.v[j])", "low != BACK ? to_float(partner.v[j])"),
-    ("rope.cu", "low ? at + h : at - h", "low ? at + h : at + h"),
+    ("rope.cu", "first != BACK ? -to_float(partner.v[j])", "first != BACK ? to_float(partner.v[j])"),
+    ("rope.cu", "low ? apart : -apart", "apart"),
     ("norm.cu", "inverse * to_float(scale[c].v[j])", "to_float(scale[c].v[j])"),
     ("activation.cu", "const T* up = gate + f;", "const T* up = gate + f + 1;"),
     ("activation.cuh", "over_one_plus_exp<T>(x, x);", "over_one_plus_exp<T>(x, -x);"),

@@ -73,8 +73,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("dropout.cu", "u64(seed[1]) << 32 | seed[0]", "u64(seed[0]) << 32 | seed[1]"),
     ("philox.cuh", "round < 10", "round < 9"),
     # rope.cu, residual.cu
-    ("rope.cu", "low != BACK ? -to_float(partner.v[j])", "low ? -to_float(partner.v[j])"),
-    ("rope.cu", "rotate_token<false>(x,", "rotate_token<true>(x,"),
+    ("rope.cu", "first != BACK ? -to_float(partner.v[j])", "first ? -to_float(partner.v[j])"),
+    ("rope.cu", "rotate_token<false, false>(x,", "rotate_token<false, true>(x,"),
     ("residual.cu", "from_float<U>(from.v[j])", "from_float<U>(from.v[j ^ 1])"),
     ("residual.cu", "copy(x + i64(first) * d, y,", "copy(x, y,"),
     ("residual.cu", "copy(x, y + i64(first) * d,", "copy(x, y,"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROPE_BY_LENGTH", "ROPE_HARMLESS", "ROPE_KEYS", "ROPE_LEFT_OUT", "Rope", "RopeTables", "Span", "table_rows"]
+__all__ = ["ROPE_BY_LENGTH", "ROPE_HARMLESS", "ROPE_KEYS", "ROPE_LEFT_OUT", "Rope", "RopeTables", "Span", "all_tables", "table_rows"]
 
 _FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 # The keys that each type takes beside rope_type and rope_theta: (required, optional). Any type may be of a part of the
@@ -252,3 +252,15 @@ class RopeTables:
             return cos, sin, np.arange(len(cos), dtype=np.int32)
         rows = [p + self.positions * self.rope.regime(s.total) for p, s in zip(positions, spans, strict=True)]
         return self.cos, self.sin, np.concatenate(rows).astype(np.int32)
+
+
+def all_tables(ropes: Mapping[str, Rope], positions: int) -> tuple[RopeTables | None, dict[str, _FloatArray]]:
+    """(tables that the rows of a pass are looked up in, None for a model without; every table by its name in a graph,
+    "rope.cos", "rope.sin", "rope1.cos", ...).
+
+    ropes: ``ModelConfig.ropes``. Where there are several, none of ``ROPE_BY_LENGTH`` is among them, so all have the
+    same rows.
+    """
+    tables = {name: RopeTables(rope, positions) for name, rope in ropes.items()}
+    arrays = {f"{name}.{part}": array for name, t in tables.items() for part, array in (("cos", t.cos), ("sin", t.sin))}
+    return next(iter(tables.values()), None), arrays

@@ -1,13 +1,14 @@
 """Activations of the feed-forward layer. Kernels: cuda_src/activation.cu.
 
-silu_mul: SwiGLU, Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+silu_mul, gelu_tanh_mul, gelu_erf_mul: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 gelu: Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .team import fill_rows
 
-__all__ = ["erf", "gelu_erf", "gelu_tanh", "silu_mul"]
+__all__ = ["erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "silu_mul"]
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _CUPY_SILU = "float a = (float)g; y = (T)(a / (1.0f + expf(-a)) * (float)u)"
@@ -32,16 +33,19 @@ def erf(x: Array) -> Array:
     return np.asarray(_erf(x)).astype(x.dtype)
 
 
-def _silu_mul(x: Array) -> Array:
+def _mul(activation: Callable[[Array], Array], x: Array) -> Array:
     x = upcast(x)
     f = x.shape[-1] // 2
 
     def piece(rows: slice) -> Array:
-        gate, up = x[rows, :f], x[rows, f:]
-        with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
-            return gate / (1 + np.exp(-gate)) * up
+        return activation(x[rows, :f]) * x[rows, f:]
 
     return fill_rows(np.empty((len(x), f), x.dtype), piece, _COST)
+
+
+def _silu(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        return x / (1 + np.exp(-x))
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -95,7 +99,7 @@ silu_mul = Op(
     "silu_mul",
     "y[n,f]:T = (x[n,2*f]:T)",
     doc="y = silu(gate) * up with x = [gate, up] and silu(a) = a / (1 + exp(-a))",
-    reference=_silu_mul,
+    reference=partial(_mul, _silu),
     gradient=_gradient,
     recompute="cheap",
     kernels=_row_kernels,
@@ -103,6 +107,34 @@ silu_mul = Op(
     sizes=_sizes,
     flops=lambda c: 5 * c["n"] * c["f"],
     library=_cupy_silu_mul,
+)
+
+gelu_tanh_mul = Op(
+    "gelu_tanh_mul",
+    "y[n,f]:T = (x[n,2*f]:T)",
+    doc="y = gelu(gate) * up with x = [gate, up] and gelu(a) = a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3)))",
+    reference=partial(_mul, _gelu_tanh),
+    gradient=_gradient,
+    recompute="cheap",
+    kernels=_row_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 9216},
+    flops=lambda c: 9 * c["n"] * c["f"],
+)
+
+gelu_erf_mul = Op(
+    "gelu_erf_mul",
+    "y[n,f]:T = (x[n,2*f]:T)",
+    doc="y = gelu(gate) * up with x = [gate, up] and gelu(a) = a/2 (1 + erf(a / sqrt(2)))",
+    reference=partial(_mul, _gelu_erf),
+    gradient=_gradient,
+    recompute="cheap",
+    kernels=_row_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 9216},
+    flops=lambda c: 6 * c["n"] * c["f"],
 )
 
 gelu_tanh = Op(

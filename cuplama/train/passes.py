@@ -12,22 +12,26 @@ from ..dtypes import Array
 from ..engine.input_buffer import InputBuffer
 from ..errors import ParameterError
 from ..models.config import ModelConfig
-from ..models.rope import RopeTables
+from ..models.rope import RopeTables, all_tables
 from ..ops.node import Node
 from .batch import Batch
 
 __all__ = ["Passes", "rope_tables"]
 
 
-def rope_tables(config: ModelConfig, context: int) -> RopeTables | None:
-    """The rotation tables of a model for documents of up to ``context`` tokens; None for a model without.
+def rope_tables(
+    config: ModelConfig, context: int
+) -> tuple[RopeTables | None, dict[str, np.ndarray[Any, np.dtype[np.float32]]]]:
+    """``all_tables`` of a model for documents of up to ``context`` tokens.
 
     Raises ParameterError where the rotation of a token would depend on what comes after it.
     """
-    rope = config.ropes.get("rope")
-    if rope is not None and rope.type == "dynamic" and context > rope.context:
-        raise ParameterError(f"context {context} is more than the {rope.context} from which on dynamic rope changes")
-    return None if rope is None else RopeTables(rope, context)
+    for rope in config.ropes.values():
+        if rope.type == "dynamic" and context > rope.context:
+            raise ParameterError(
+                f"context {context} is more than the {rope.context} from which on dynamic rope changes"
+            )
+    return all_tables(config.ropes, context)
 
 
 class Passes:

@@ -176,7 +176,7 @@ def _teacher(teacher: Teacher) -> Graph:
     names = {v: _SHARED.get(v) or teacher_value(teacher.number, v) for v in values}
     body, head = ([_renamed(node, names) for node in part] for part in (graph.body, graph.head))
     head = [replace(node, ins=tuple(_as_hidden(v, names) for v in node.ins)) for node in head]
-    return Graph(body, head, names[graph.out])
+    return Graph(body, head, [names[stream] for stream in graph.streams])
 
 
 def _as_hidden(value: str, names: Mapping[str, str]) -> str:

@@ -22,6 +22,7 @@ from ..errors import CheckpointError, ParameterError
 from ..files import writing
 from ..models.config import ModelConfig
 from ..models.export import checkpoint_tensors
+from ..models.rope import RopeTables
 from ..ops.node import Node
 from ..quant.weight import Weight
 from .backward import gradient_name
@@ -127,8 +128,7 @@ class Trainer:
             if "embed_tokens" in trained:
                 self._gradients[gradient_name("lm_head")] = self._gradients[gradient_name("embed_tokens")]
         self._names = (*trained, *(("lm_head",) if self._tied and "embed_tokens" in trained else ()))
-        self._rope = rope_tables(config, context)
-        self._add_tables("", config, context)
+        self._rope = self._add_tables("", config, context)
         self._teachers = [self._add_teacher(i, teacher, context) for i, teacher in enumerate(teachers)]
         backend.end_loading()
         self._passes = Passes(backend, self._step_nodes, self._rope)
@@ -261,11 +261,12 @@ class Trainer:
         self._add_tables(teacher_value(number, ""), teacher.config, context)
         return Teacher(teacher.config, number)
 
-    def _add_tables(self, prefix: str, config: ModelConfig, context: int) -> None:
-        tables, upload = rope_tables(config, context), self._backend.upload
-        self._values |= {f"{prefix}{name}": upload(part) for name, part in config.lora_parts().items()}
-        if tables is not None:
-            self._values |= {f"{prefix}rope.cos": upload(tables.cos), f"{prefix}rope.sin": upload(tables.sin)}
+    def _add_tables(self, prefix: str, config: ModelConfig, context: int) -> RopeTables | None:
+        """Upload what no file holds. Returns the tables that rows are looked up in."""
+        rope, tables = rope_tables(config, context)
+        arrays = {**config.lora_parts(), **tables}
+        self._values |= {f"{prefix}{name}": self._backend.upload(array) for name, array in arrays.items()}
+        return rope
 
     def _step_nodes(self, rows: int) -> tuple[Sequence[Node], Mapping[str, Array]]:
         settings, backend = self.settings, self._backend

@@ -34,9 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "layer_norm": dict(n=N, d=900, eps=1e-5),
     "qk_norm": dict(n=N, num_heads=3, num_kv_heads=1, D=80, eps=1e-6),
     "rope": dict(n=N, num_heads=3, num_kv_heads=1, D=80, h=40, R=70),
+    "rope_pairs": dict(n=N, num_heads=3, num_kv_heads=1, D=80, h=20, R=70),
     "silu_mul": dict(n=N, f=172),
+    "gelu_tanh_mul": dict(n=N, f=172),
+    "gelu_erf_mul": dict(n=N, f=172),
     "gelu_tanh": dict(n=N, f=172),
     "gelu_erf": dict(n=N, f=172),
+    "scale": dict(n=N, d=900, factor=1.5),
     "linear": dict(n=N, m=70, k=264, b=True, U="T"),
     "linear_add": dict(n=N, m=70, k=264, b=True),
 }
