@@ -27,6 +27,7 @@ __all__ = [
     "Wrapper",
     "fields",
     "one",
+    "window_by_pattern",
     "window_everywhere",
 ]
 
@@ -92,6 +93,28 @@ class Windows:
 def window_everywhere(absent: int | None) -> Windows:
     """``sliding_window`` in every layer. absent: the window of a config that leaves the field out."""
     return Windows(("sliding_window",), lambda raw, layers: [raw.get("sliding_window", absent) or 0] * layers)
+
+
+def window_by_pattern(absent: int | None, period: int) -> Windows:
+    """``sliding_window`` in the layers that ``layer_types`` names; where that is not given, in those that
+    ``sliding_window_pattern`` says: n for all but every n-th, "LLLG" for L again and again, but never the last layer.
+
+    absent, period: what a config that leaves these fields out means.
+    """
+
+    def rule(raw: Mapping[str, Any], layers: int) -> list[int]:
+        window, pattern = raw.get("sliding_window", absent) or 0, raw.get("sliding_window_pattern", period)
+        if not window:
+            return [0] * layers
+        if types := raw.get("layer_types"):
+            local = [kind == "sliding_attention" for kind in types]
+        elif isinstance(pattern, str):
+            local = [pattern[i % len(pattern)] == "L" and i + 1 < layers for i in range(layers)]
+        else:
+            local = [(i + 1) % pattern > 0 for i in range(layers)]
+        return [window * here for here in local]
+
+    return Windows(("sliding_window", "sliding_window_pattern"), rule)
 
 
 def _from_a_layer_on(raw: Mapping[str, Any], layers: int) -> list[int]:

@@ -3,9 +3,8 @@ layers rotate, neighbour by neighbour; scaled logits."""
 
 from __future__ import annotations
 
-from ..family import OFF, Family, Number, Rotations, fields
+from ..family import OFF, Family, Number, Rotations, fields, window_by_pattern
 from .layout import LLAMA
-from .mixed import window_but_every
 
 __all__ = ["FAMILY"]
 
@@ -16,7 +15,7 @@ FAMILY = Family(
     {name: recipe for name, recipe in LLAMA.items() if name != "{i}.mlp_norm"},
     {**fields(max_position_embeddings=8192), "eps": ("layer_norm_eps", 1e-5)},
     norm="layer_norm",
-    windows=window_but_every(4, key="sliding_window_pattern"),
+    windows=window_by_pattern(4096, 4),
     flags={"parallel": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     neutral={
         "mlp_bias": OFF,
@@ -26,7 +25,13 @@ FAMILY = Family(
         "rotary_pct": (None, 1, 1.0),
     },
     # Notes of the makers' own code, which transformers does not read: layer_types or sliding_window_pattern say it.
-    ignored=("layer_switch", "order_of_interleaved_layers", "use_*_embedding", "use_embedding_*", "cache_implementation"),
+    ignored=(
+        "layer_switch",
+        "order_of_interleaved_layers",
+        "use_*_embedding",
+        "use_embedding_*",
+        "cache_implementation",
+    ),
     tied=True,
     rope="rope_pairs",
     rotations=Rotations(("sliding_window",), lambda raw, windows: ["" if window else None for window in windows]),

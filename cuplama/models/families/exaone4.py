@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..family import OFF, Family, Rotations, fields, one
-from .layout import LAYER, OLMO
-from .mixed import window_but_every
+from ..family import OFF, Family, Rotations, fields, window_by_pattern
+from .layout import HEAD_NORMS, POST_NORMS
 
 __all__ = ["FAMILY"]
-
-_WEIGHTS = {
-    **OLMO,
-    "{i}.q_norm": one("D", LAYER + "self_attn.q_norm.weight"),
-    "{i}.k_norm": one("D", LAYER + "self_attn.k_norm.weight"),
-}
 
 
 def _where_windows_are(raw: Mapping[str, Any], windows: Sequence[int]) -> list[str | None]:
@@ -26,9 +19,9 @@ def _where_windows_are(raw: Mapping[str, Any], windows: Sequence[int]) -> list[s
 FAMILY = Family(
     "Exaone4ForCausalLM",
     "exaone4",
-    _WEIGHTS,
+    POST_NORMS | HEAD_NORMS,
     fields(num_key_value_heads=32, rms_norm_eps=1e-5),
-    windows=window_but_every(4, key="sliding_window_pattern"),
+    windows=window_by_pattern(4096, 4),
     rotations=Rotations(("sliding_window",), _where_windows_are),
     neutral={"attention_bias": OFF, "mlp_bias": OFF},
 )

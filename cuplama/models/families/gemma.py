@@ -6,15 +6,14 @@ import math
 from typing import Any
 
 from ..family import GELU, Number, fields, one
-from .layout import LAYER, LLAMA
+from .layout import LAYER, LLAMA, POST_NORMS
 
 __all__ = ["GATED_GELU", "GEMMA", "GEMMA_NUMBERS", "gemma_fields"]
 
 GEMMA = {
     **LLAMA,
-    "{i}.attn_post_norm": one("d", LAYER + "post_attention_layernorm.weight"),
+    **POST_NORMS,
     "{i}.mlp_norm": one("d", LAYER + "pre_feedforward_layernorm.weight"),
-    "{i}.mlp_post_norm": one("d", LAYER + "post_feedforward_layernorm.weight"),
 }
 
 GATED_GELU = {name: f"{op}_mul" for name, op in GELU.items()}

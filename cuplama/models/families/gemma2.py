@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..family import Family, Number
+from ..family import Family, Number, window_by_pattern
 from .gemma import GATED_GELU, GEMMA, GEMMA_NUMBERS, gemma_fields
-from .mixed import window_but_every
 
 __all__ = ["FAMILY"]
 
@@ -15,7 +14,7 @@ FAMILY = Family(
     GEMMA,
     gemma_fields(8192),
     activations=GATED_GELU,
-    windows=window_but_every(2),
+    windows=window_by_pattern(4096, 2),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     tied=True,
     norm_offset=1.0,

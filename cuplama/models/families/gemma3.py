@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from ..family import Family, Number, Wrapper, one
+from ..family import Family, Number, Wrapper, window_by_pattern
 from .gemma import GATED_GELU, GEMMA, GEMMA_NUMBERS, gemma_fields
-from .layout import LAYER
-from .mixed import rotation_by_window, window_but_every
+from .layout import HEAD_NORMS
+from .mixed import rotation_by_window
 
 __all__ = ["FAMILY"]
 
-_WEIGHTS = {
-    **GEMMA,
-    "{i}.q_norm": one("D", LAYER + "self_attn.q_norm.weight"),
-    "{i}.k_norm": one("D", LAYER + "self_attn.k_norm.weight"),
-}
 
 FAMILY = Family(
     "Gemma3ForCausalLM",
     "gemma3_text",
-    _WEIGHTS,
+    GEMMA | HEAD_NORMS,
     gemma_fields(131072),
     activations=GATED_GELU,
-    windows=window_but_every(6, key="sliding_window_pattern"),
+    windows=window_by_pattern(4096, 6),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     tied=True,
     norm_offset=1.0,

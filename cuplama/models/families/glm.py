@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, Rotations, fields, one
+from dataclasses import replace
+
+from ..family import OFF, ONE_ROTATION, Family, fields, one
 from .layout import LAYER, LLAMA
 
 __all__ = ["FAMILY", "GLM", "GLM_FIELDS", "HALF_ROTATION"]
 
 GLM = {**LLAMA, "{i}.gate_up_proj": one("2*f,d", LAYER + "mlp.gate_up_proj.weight")}
-GLM_FIELDS = fields(
-    num_key_value_heads=2, head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072
-)
-HALF_ROTATION = Rotations((), lambda raw, windows: [""] * len(windows), defaults={"partial_rotary_factor": 0.5})
+GLM_FIELDS = fields(num_key_value_heads=2, head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072)
+HALF_ROTATION = replace(ONE_ROTATION, defaults={"partial_rotary_factor": 0.5})
 
 FAMILY = Family(
     "GlmForCausalLM",

@@ -1,36 +1,13 @@
-"""Rules of families that mix layers with a sliding window and layers without."""
+"""The rotations of families that mix layers with a sliding window and layers without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..family import Rotations, Windows
+from ..family import Rotations
 
-__all__ = ["rotation_by_window", "window_but_every"]
-
-
-def window_but_every(nth: int, absent: int | None = 4096, key: str = "layer_types") -> Windows:
-    """``sliding_window`` in the layers that ``layer_types`` names, without it in all but every nth layer.
-
-    absent: the window of a config that leaves the field out; key: a field that may hold another nth, or letters such as
-    "LLLG", which mean windows for L, again and again, but never for the last layer.
-    """
-
-    def rule(raw: Mapping[str, Any], layers: int) -> list[int]:
-        window = raw.get("sliding_window", absent) or 0
-        every = nth if key == "layer_types" else raw.get(key, nth)
-        if not window:
-            return [0] * layers
-        if types := raw.get("layer_types"):
-            sliding = [kind == "sliding_attention" for kind in types]
-        elif isinstance(every, str):
-            sliding = [every[i % len(every)] == "L" and i + 1 < layers for i in range(layers)]
-        else:
-            sliding = [(i + 1) % every != 0 for i in range(layers)]
-        return [window if on else 0 for on in sliding]
-
-    return Windows(("sliding_window", key), rule)
+__all__ = ["rotation_by_window"]
 
 
 def rotation_by_window(theta: float, local_theta: float, local_key: str = "") -> Rotations:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, fields
-from .layout import OLMO
+from ..family import OFF, Family, fields, one
+from .layout import KV_ROWS, LAYER, POST_NORMS, Q_ROWS
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "OLMO"]
 
+OLMO = {
+    **POST_NORMS,
+    "{i}.q_norm": one(Q_ROWS, LAYER + "self_attn.q_norm.weight"),
+    "{i}.k_norm": one(KV_ROWS, LAYER + "self_attn.k_norm.weight"),
+}
 
 FAMILY = Family(
     "Olmo2ForCausalLM",

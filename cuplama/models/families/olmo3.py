@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, fields
-from .layout import OLMO
-from .mixed import rotation_by_window, window_but_every
+from ..family import OFF, Family, fields, window_by_pattern
+from .mixed import rotation_by_window
+from .olmo2 import OLMO
 
 __all__ = ["FAMILY"]
 
@@ -14,7 +14,7 @@ FAMILY = Family(
     "olmo3",
     OLMO,
     fields(rms_norm_eps=1e-5),
-    windows=window_but_every(4),
+    windows=window_by_pattern(4096, 4),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     neutral={"mlp_bias": OFF},
     rotations=rotation_by_window(5e5, 5e5),
