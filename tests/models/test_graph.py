@@ -176,7 +176,7 @@ def changed(
 )
 def test_a_scale_is_as_if_weights_were_multiplied(knob: str, ends: tuple[str, ...]) -> None:
     """With an eps that counts, which a scaled residual stream needs another one for."""
-    config = synthetic(eps=0.05, **({"embedding_scale": 3.0} if knob == "residual_scale" else {}))
+    config = synthetic(eps=0.05, embedding_scale=3.0 if knob == "residual_scale" else 1.0)
     weights = weights_of(config)
     wanted = logits(config, changed(weights, ends, 0.25))
     found = logits(replace(config, **{knob: 0.25}), weights)  # type: ignore[arg-type]
