@@ -64,4 +64,11 @@ MORE_CASES: dict[str, Case] = {
         layer_norms(SMALL),
     ),
     "apertus": Case("apertus", {"num_attention_heads": 4, "num_key_value_heads": 2, **LLAMA3}),
+    "internlm3": Case(
+        "internlm3",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": O, "attention_bias": True, "mlp_bias": True,
+         **rope("dynamic", factor=6.0)},
+        spelling="internlm3",
+        sequential=True,
+    ),
 }  # fmt: skip

@@ -38,6 +38,13 @@ def spell_v1(config: Config) -> Config:
     return {**kept, "torch_dtype": "float32", "transformers_version": "4.28.1"}
 
 
+def spell_internlm3(config: Config) -> Config:
+    """As InternLM 3 is published: its own class, and switches for biases by its own names."""
+    out = spell_v4(config)
+    biases = {"qkv_bias": out.pop("attention_bias"), "bias": out.pop("mlp_bias")}
+    return {**out, **biases, "architectures": ["InternLM3ForCausalLM"]}
+
+
 def write_json(path: Path, data: Any) -> None:
     """JSON as the golden files have it."""
     path.write_text(json.dumps(data, indent=1) + "\n")
@@ -49,7 +56,7 @@ def write_configs(case: Case, folder: Path) -> None:
     if case.family == "qwen2" and case.spelling == "v4":
         # Qwen's own files: a window that is switched off, and max_window_layers.
         saved.update(use_sliding_window=False, sliding_window=64, max_window_layers=2)
-    spell = {"v5": lambda c: c, "v4": spell_v4, "v1": spell_v1}[case.spelling]
+    spell = {"v5": lambda c: c, "v4": spell_v4, "v1": spell_v1, "internlm3": spell_internlm3}[case.spelling]
     write_json(folder / "config.json", spell(saved))
     if case.twins:
         write_json(folder / "config.v5.json", saved)
