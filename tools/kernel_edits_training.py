@@ -57,6 +57,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("activation_backward.cu", "gradient * gate * share", "gradient * share"),
     ("activation_backward.cu", "store_row<8>(out + f, i, f, vectorized, u)",
      "store_row<8>(out + f, i, f, vectorized, g)"),
+    ("activation_backward.cu", "gradient * FUNCTION(gate)", "gradient * FUNCTION(up)"),
+    ("activation_backward.cu", "0.f : 2.f * x", "0.f : x"),
     ("activation_backward.cu", "0.134145f", "0.044715f"),
     ("activation_backward.cu", "share + x * share", "x * share"),
     ("activation_backward.cu", "half = -0.5f", "half = 0.5f"),
@@ -76,6 +78,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("rope.cu", "first != BACK ? -to_float(partner.v[j])", "first ? -to_float(partner.v[j])"),
     ("rope.cu", "rotate_token<false, false>(x,", "rotate_token<false, true>(x,"),
     ("residual.cu", "from_float<U>(from.v[j])", "from_float<U>(from.v[j ^ 1])"),
+    ("residual.cu", "(a != nullptr ? to.v[j] : 0.f)", "0.f"),
     ("residual.cu", "copy(x + i64(first) * d, y,", "copy(x, y,"),
     ("residual.cu", "copy(x, y + i64(first) * d,", "copy(x, y,"),
     # embedding_backward.cu: pieces and runs

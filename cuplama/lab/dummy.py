@@ -92,7 +92,7 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
             shape,
             dtype,
             ("embed_tokens",) if name == "lm_head" and config.tied else (name,),
-            float(name.endswith("norm")),
+            1 - config.family.norm_offset if name.endswith("norm") else 0.0,
         )
         for name, shape in config.weight_shapes().items()
     }

@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROPE_BY_LENGTH", "ROPE_HARMLESS", "ROPE_KEYS", "ROPE_LEFT_OUT", "Rope", "RopeTables", "Span", "all_tables", "table_rows"]
+__all__ = [
+    "ROPE_BY_LENGTH",
+    "ROPE_HARMLESS",
+    "ROPE_KEYS",
+    "ROPE_LEFT_OUT",
+    "Rope",
+    "RopeTables",
+    "Span",
+    "all_tables",
+    "table_rows",
+]
 
 _FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 # The keys that each type takes beside rope_type and rope_theta: (required, optional). Any type may be of a part of the

@@ -2,7 +2,7 @@
 
 As GPT-2 begins (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019): matrices are drawn from a
 normal distribution, and those whose results are added to the residual stream from a narrower one, by the root of how
-many they are, so that the stream does not grow with the depth. Norms are 1 and biases 0.
+many they are, so that the stream does not grow with the depth. Norms multiply by 1; other vectors, biases, are 0.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
         numbers = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
         width = deviation / math.sqrt(2 * config.num_layers) if name.endswith(_ADDED) else deviation
         shapes = [tuple(dim_value(d, dims) for d in shape.split(",")) for shape, _ in recipe.parts]
-        parts = tuple(_part(name, shape, width, numbers) for shape in shapes)
+        constant = 1 - config.family.norm_offset if name.endswith("norm") else 0.0
+        parts = tuple(_part(shape, constant, width, numbers) for shape in shapes)
         found[name] = Weight(name, tuple(tensor for _, tensor in recipe.parts), parts)
     return found
 
 
-def _part(name: str, shape: tuple[int, ...], width: float, numbers: np.random.Generator) -> np.ndarray[Any, Any]:
+def _part(shape: tuple[int, ...], constant: float, width: float, numbers: np.random.Generator) -> np.ndarray[Any, Any]:
     if len(shape) == 1:
-        return np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
+        return np.full(shape, constant, np.float32)
     drawn = numbers.standard_normal(shape, np.float32)
     drawn *= np.float32(width)
     return drawn

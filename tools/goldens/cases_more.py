@@ -34,7 +34,7 @@ MORE_CASES: dict[str, Case] = {
     ),
     "phi": Case(
         "phi",
-        {"hidden_size": 40, "num_key_value_heads": 2, **rope("default", partial_rotary_factor=0.4)},
+        {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, **rope("default", partial_rotary_factor=0.4)},
         layer_norms(SMALL),
     ),
     "nemotron": Case(
