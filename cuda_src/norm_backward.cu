@@ -1,7 +1,7 @@
-// With s = 1 / sqrt(mean(x^2) + eps), c = x s and g = dy w, over a row:
+// With s = 1 / sqrt(mean(x^2) + eps), c = x s and g = dy (offset + w), over a row:
 // rms_norm_backward    dx[n,d] = s (g - c mean(g c)) + a;   dw[d] += sum over rows of dy c
 //
-// With z = x - mean(x), s = 1 / sqrt(mean(z^2) + eps), c = z s and g = dy w:
+// With z = x - mean(x), s = 1 / sqrt(mean(z^2) + eps), c = z s and g = dy (offset + w):
 // layer_norm_backward  dx[n,d] = s (g - mean(g) - c mean(g c)) + a;   dw[d] += sum of dy c;   db[d] += sum of dy
 //                      x, a, dx[n,d]: f32, a may be absent: 0;   w[d], dy[n,d]: T;   dw, db[d]: f32
 //
@@ -45,16 +45,18 @@ struct Piece {
     Pack<T, 8> dy, w;
 
     // The element of g.
-    __device__ __forceinline__ float g(int j) const { return to_float(dy.v[j]) * to_float(w.v[j]); }
+    __device__ __forceinline__ float g(int j, f32 offset) const {
+        return to_float(dy.v[j]) * (offset + to_float(w.v[j]));
+    }
     // Adds up x and g, for their means.
-    __device__ __forceinline__ void add_to(float2& sums) const {
+    __device__ __forceinline__ void add_to(float2& sums, f32 offset) const {
 #pragma unroll
-        for (int j = 0; j < 8; j++) sums.x += x.v[j], sums.y += g(j);
+        for (int j = 0; j < 8; j++) sums.x += x.v[j], sums.y += g(j, offset);
     }
     // Adds up x^2 and g x.
-    __device__ __forceinline__ void add_products_to(float2& sums) const {
+    __device__ __forceinline__ void add_products_to(float2& sums, f32 offset) const {
 #pragma unroll
-        for (int j = 0; j < 8; j++) sums.x += x.v[j] * x.v[j], sums.y += g(j) * x.v[j];
+        for (int j = 0; j < 8; j++) sums.x += x.v[j] * x.v[j], sums.y += g(j, offset) * x.v[j];
     }
     // Takes the mean off x, but not off the zeros behind the row. at: where the piece begins.
     __device__ __forceinline__ void centre(float mean, int at, int d) {
@@ -109,7 +111,7 @@ struct Arrays {
 
 // HELD: pieces of a row that a thread holds; 0: none, it reads the row again for each pass.
 template <bool CENTRED, typename T, int HELD>
-__device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
+__device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps, f32 offset) {
     constexpr int PIECES = HELD > 0 ? HELD : 1;
     const int chunks = HELD > 0 ? HELD : (to.d + 8 * blockDim.x - 1) / (8 * blockDim.x);
     Piece<T> pieces[PIECES];
@@ -123,7 +125,7 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
         for (int c = 0; c < HELD; c++) to.load_piece(pieces[c], start, c);
         if constexpr (CENTRED) {
 #pragma unroll PIECES
-            for (int c = 0; c < chunks; c++) to.template piece_of<HELD>(pieces, start, c).add_to(means);
+            for (int c = 0; c < chunks; c++) to.template piece_of<HELD>(pieces, start, c).add_to(means, offset);
             means = block_sums(means, turn);
             means = {means.x / to.d, means.y / to.d};
             turn ^= 1;
@@ -132,7 +134,7 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
         for (int c = 0; c < chunks; c++) {
             Piece<T>& piece = to.template piece_of<HELD>(pieces, start, c);
             if (CENTRED) piece.centre(means.x, to.at(c), to.d);
-            piece.add_products_to(products);
+            piece.add_products_to(products, offset);
         }
         products = block_sums(products, turn);
         turn ^= 1;
@@ -147,7 +149,7 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
             for (int j = 0; j < 8; j++) {
                 to_db.v[j] = to_float(piece.dy.v[j]);
                 to_dw.v[j] = to_db.v[j] * (piece.x.v[j] * inverse);
-                dx.v[j] = piece.a.v[j] + inverse * (piece.g(j) - means.y - piece.x.v[j] * factor);
+                dx.v[j] = piece.a.v[j] + inverse * (piece.g(j, offset) - means.y - piece.x.v[j] * factor);
                 if (HELD > 0) dw[c].v[j] += to_dw.v[j], db[c].v[j] += to_db.v[j];
             }
             to.store(to.dx + start, c, dx);
@@ -165,22 +167,22 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
 template <typename T, int HELD>
 __global__ void __launch_bounds__(512)
     rms_norm_backward(const f32* __restrict__ x, const T* __restrict__ w, const T* __restrict__ dy,
-                      const f32* __restrict__ a, f32* __restrict__ dx, f32* __restrict__ partial, int n, int d,
-                      f32 eps) {
+                      const f32* __restrict__ a, f32* __restrict__ dx, f32* __restrict__ partial, int n, int d, f32 eps,
+                      f32 offset) {
     launch_dependents();
     const bool vectorized = d % 8 == 0 && aligned(x, w, dy, a, dx, partial);
-    backward<false, T, HELD>({x, w, dy, a, dx, partial + i64(blockIdx.x) * d, nullptr, d, vectorized}, n, eps);
+    backward<false, T, HELD>({x, w, dy, a, dx, partial + i64(blockIdx.x) * d, nullptr, d, vectorized}, n, eps, offset);
 }
 
 template <typename T, int HELD>
 __global__ void __launch_bounds__(512)
     layer_norm_backward(const f32* __restrict__ x, const T* __restrict__ w, const T* __restrict__ dy,
                         const f32* __restrict__ a, f32* __restrict__ dx, f32* __restrict__ partial, int n, int d,
-                        f32 eps) {
+                        f32 eps, f32 offset) {
     launch_dependents();
     const bool vectorized = d % 8 == 0 && aligned(x, w, dy, a, dx, partial);
     f32 *dw = partial + i64(blockIdx.x) * d, *db = dw + i64(gridDim.x) * d;
-    backward<true, T, HELD>({x, w, dy, a, dx, dw, db, d, vectorized}, n, eps);
+    backward<true, T, HELD>({x, w, dy, a, dx, dw, db, d, vectorized}, n, eps, offset);
 }
 
 // ---- heads ----------------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ template <typename T, int LANES, int CHUNKS>
 __global__ void __launch_bounds__(QK_THREADS)
     qk_norm_backward(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
                      const T* __restrict__ dy, T* __restrict__ dx, f32* __restrict__ partial, int n, int num_heads,
-                     int num_kv_heads, int D, f32 eps) {
+                     int num_kv_heads, int D, f32 eps, f32 offset) {
     launch_dependents();
     constexpr int GROUPS = QK_THREADS / LANES;
     const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, dy, dx);
@@ -246,7 +248,7 @@ __global__ void __launch_bounds__(QK_THREADS)
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 squares += to_float(v[c].v[j]) * to_float(v[c].v[j]);
-                along += to_float(g[c].v[j]) * to_float(w.v[j]) * to_float(v[c].v[j]);
+                along += to_float(g[c].v[j]) * (offset + to_float(w.v[j])) * to_float(v[c].v[j]);
             }
         }
         const float inverse = 1.f / sqrtf(head_sum<LANES>(squares) / D + eps);
@@ -261,7 +263,8 @@ __global__ void __launch_bounds__(QK_THREADS)
                 const float to_sum = gradient * (number * inverse);  // 0 for value heads, whose x is not read
                 dq[c].v[j] += is_q ? to_sum : 0.f;
                 dk[c].v[j] += is_q ? 0.f : to_sum;
-                if (!is_v) g[c].v[j] = from_float<T>(inverse * (gradient * to_float(w.v[j]) - number * factor));
+                if (!is_v)
+                    g[c].v[j] = from_float<T>(inverse * (gradient * (offset + to_float(w.v[j])) - number * factor));
             }
             store_row<8>(dx + index * D, at, there, vectorized, g[c]);
         }

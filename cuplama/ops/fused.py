@@ -7,7 +7,7 @@ A fused op is defined by its parts: the references below do nothing but call the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,14 +65,19 @@ def _sizes(draw: Draw) -> dict[str, Any]:
     return {**product_sizes(draw), "n": draw(1, 8)}
 
 
+def _varied(i: int, scales: Sequence[str]) -> dict[str, Any]:
+    """What else the i-th case of an op with a norm has: an offset of its weights, a shift or none."""
+    return {"offset": i % 2, **({"h": i % 4 < 2} if "h" in scales else {})}
+
+
 def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
     """norm -> linear -> activation, as one op. tolerance: by output dtype, where it is not what such ops have."""
     _, scales = _NORMS[norm_op.name]
     rows = _ACTIVATIONS[act.name] if act else 1
 
-    def reference(x: Array, *weights: Array, eps: float, U: str = "") -> Array:
+    def reference(x: Array, *weights: Array, eps: float, offset: float = 0.0, U: str = "") -> Array:
         scale, (w, *b) = weights[: len(scales)], weights[len(scales) :]
-        y = linear.reference(norm_op.reference(x, *scale, eps=eps), w, *b)
+        y = linear.reference(norm_op.reference(x, *scale, eps=eps, offset=offset), w, *b)
         return act.reference(y) if act else y
 
     def kernels(call: Call, device: Device) -> Plan:
@@ -85,17 +90,23 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
     out = "y[n,m]:T" if act else "y[n,m]:U"
     width = "2*m" if rows == 2 else "m"
     formula = f"y = act({norm_op.name}(x) w^T + b)"  # what a kernel computes, which serves several activations
-    vectors = ", ".join(f"{s}[k]:T" for s in scales)
+    vectors = ", ".join(f"{s}[k]:T{'?' if s == 'h' else ''}" for s in scales)
     return Op(
         f"{norm_op.name}_linear_{act.name}" if act else f"{norm_op.name}_linear",
-        f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:W, b[{width}]:T?, eps:f32)",
+        f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:W, b[{width}]:T?, eps:f32, offset:f32=0)",
         doc=f"y = {f'{act.name}(' if act else ''}{norm_op.name}(x) w^T + b{')' if act else ''}",
         reference=reference,
         kernels=kernels,
         cases=[
-            *(dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES),
+            *(
+                dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"}), **_varied(i, scales))
+                for i, (n, m, k, b) in enumerate(_SHAPES)
+            ),
             *([] if act else [dict(n=2, m=10, k=k, b=True, eps=1e-5, U="f32") for k in (27, 40)]),
-            *(dict(n=n, m=32, k=200, b=True, eps=1e-5, W=W, **({} if act else {"U": "T"})) for n, W in _PACKED),
+            *(
+                dict(n=n, m=32, k=200, b=True, eps=1e-5, W=W, **({} if act else {"U": "T"}), **_varied(i, scales))
+                for i, (n, W) in enumerate(_PACKED)
+            ),
         ],
         sizes=_sizes,
         shape={"n": 1, "m": 3072, "k": 768},
