@@ -1,9 +1,10 @@
-"""The golden models: a row per case. Those of further families are in cases_more.py."""
+"""The golden models: a row per case. Those of further families are in cases_more.py and cases_scaled.py."""
 
 from __future__ import annotations
 
 from tools.goldens.case import SMALL, Case, Config, O, rope
 from tools.goldens.cases_more import MORE_CASES
+from tools.goldens.cases_scaled import SCALED_CASES
 
 __all__ = ["CASES", "Case", "Config"]
 
@@ -148,4 +149,5 @@ CASES: dict[str, Case] = {
     ),
     "gpt2-exact-gelu": Case("gpt2", {"activation_function": "gelu"}, GPT2, context=80),
     **MORE_CASES,
+    **SCALED_CASES,
 }

@@ -36,8 +36,10 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
         elif "alpha_" in name:  # of xIELU
             value = p + 0.3 * noise
         elif "embed_tokens" in name or "wte" in name:
-            # An untied embedding is kept small, where the first norm's epsilon shows.
-            value = noise * (2.5 / model.config.hidden_size**0.5 if tied else 0.3)
+            # An untied embedding is kept small, where the first norm's epsilon shows. A tied one that is multiplied
+            # must not outweigh the layers, or each token is followed by itself.
+            multiplied = hasattr(model.get_input_embeddings(), "embed_scale")
+            value = noise * ((1.0 if multiplied else 2.5) / model.config.hidden_size**0.5 if tied else 0.3)
         elif "wpe" in name:
             value = 0.5 * noise
         elif "lm_head" in name:
@@ -46,7 +48,9 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             fan_in = p.shape[0] if conv1d else p.shape[1]
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn"))
-            sharp |= any(part in name for part in ("mlp.c_", "mlp.fc"))  # the two GELUs differ by 5e-4 at most: amplify what they feed
+            sharp |= any(
+                part in name for part in ("mlp.c_", "mlp.fc")
+            )  # the two GELUs differ by 5e-4 at most: amplify what they feed
             value = noise * (1.7 if sharp else 1.0) / fan_in**0.5
         p.copy_(exact(value))
 

@@ -36,8 +36,8 @@ def rotated_everywhere(model: Any) -> None:
 def other_pairs(model: Any) -> None:
     """Halves in place of neighbours: the rows of q and k are permuted, which changes nothing but what rotates them."""
     for layer in model.model.layers:
-        d = layer.self_attn.head_dim
-        order = torch.tensor([*range(0, d, 2), *range(1, d, 2)])
+        d, n = layer.self_attn.head_dim, 2 * len(model.model.rotary_emb.inv_freq)
+        order = torch.tensor([*range(0, n, 2), *range(1, n, 2), *range(n, d)])
         for module in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             for parameter in module.parameters():
                 parameter.data = parameter.data.unflatten(0, (-1, d))[:, order].flatten(0, 1)
@@ -83,9 +83,13 @@ def keep(model: Any) -> None:
     """Change the config alone."""
 
 
-_PAIRED = ("cohere2", "ernie4_5", "helium")
+_PAIRED = ("cohere2", "ernie4_5", "glm", "glm4", "helium")
 _PARALLEL = ("cohere2", "phi")
-_ACTIVATIONS = {"relu2": ("relu_not_squared", nn.ReLU()), "gelu_new": ("other_gelu", nn.GELU())}
+_ACTIVATIONS = {
+    "relu2": ("relu_not_squared", nn.ReLU()),
+    "gelu_new": ("other_gelu", nn.GELU()),
+    "gelu_pytorch_tanh": ("other_gelu", nn.GELU()),
+}
 
 
 def more_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
@@ -100,12 +104,13 @@ def more_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
         yield "no_rotation_in_full_layers", rotated_everywhere, {}
     if family == "hunyuan_v1_dense":
         yield "norms_behind_rotation", norms_before_rotation, {}
-    if family == "nemotron":
+    if family in ("gemma2", "gemma3_text", "nemotron"):
         yield "norm_offset", norm_offset, {}
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         yield "partial_rotary", keep, {"rope_parameters": {**settings, "partial_rotary_factor": 1.0}}
-    if cfg.hidden_act in _ACTIVATIONS:
-        name, other = _ACTIVATIONS[cfg.hidden_act]
+    activation = getattr(cfg, "hidden_act", None) or cfg.hidden_activation
+    if activation in _ACTIVATIONS:
+        name, other = _ACTIVATIONS[activation]
         yield name, other_activation(other), {}
     if getattr(cfg, "logit_scale", 1.0) != 1.0:
         yield "logit_scale", unscaled_logits, {}

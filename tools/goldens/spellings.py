@@ -17,6 +17,10 @@ def spell_v4(config: Config) -> Config:
     """As checkpoints of transformers 4 spell it: rope_theta and rope_scaling at the top."""
     out = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype", "layer_types")}
     settings = dict(config["rope_parameters"])
+    if "full_attention" in settings:  # one rotation for each type of layer: the top has that of full attention
+        out["rope_local_base_freq"] = settings["sliding_attention"]["rope_theta"]
+        out["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+        settings = dict(settings["full_attention"])
     out["rope_theta"] = settings.pop("rope_theta")
     if (partial := settings.pop("partial_rotary_factor", 1.0)) != 1.0:
         out["partial_rotary_factor"] = partial
@@ -24,7 +28,8 @@ def spell_v4(config: Config) -> Config:
     if config["model_type"] == "phi3" and rope_type == "longrope":
         # Phi-3 keeps it at the top only.
         settings.pop("original_max_position_embeddings")
-    key = "rope_type" if rope_type == "llama3" else "type"  # "type" is the older name, which Qwen and Phi use
+    # "type" is the older name, which Qwen and Phi use.
+    key = "rope_type" if rope_type == "llama3" or "sliding_window_pattern" in out else "type"
     out["rope_scaling"] = None if rope_type == "default" else {key: rope_type, **settings}
     out["torch_dtype"] = "float32"
     out["transformers_version"] = "4.44.0"

@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and behind attention and MLP, soft limits of scores and logits, a window in every other layer."""
+"""Gemma 2: norms before and behind attention and MLP, soft limits of scores and logits, a window in every other one."""
 
 from __future__ import annotations
 

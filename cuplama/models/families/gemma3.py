@@ -21,11 +21,7 @@ FAMILY = Family(
     tied=True,
     norm_offset=1.0,
     rotations=rotation_by_window(1e6, 1e4, "rope_local_base_freq"),
-    numbers={
-        **GEMMA_NUMBERS,
-        "attention_cap": Number("attn_logit_softcapping", None),
-        "logits_cap": Number("final_logit_softcapping", None),
-    },
+    numbers={**GEMMA_NUMBERS, "logits_cap": Number("final_logit_softcapping", None)},
     ignored=("hidden_act", "cache_implementation"),
     wrappers=(
         Wrapper(
