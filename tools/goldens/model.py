@@ -27,10 +27,11 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
     Gains are chosen for logits of a few units: a fan-in scaling for matrices, doubled for q and k.
     """
     rng = torch.Generator().manual_seed(seed)
+    mean = 0.0 if model.config.model_type == "nemotron" else 1.0  # of norm weights, to which Nemotron adds one
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=rng)
         if "norm" in name or ".ln_" in name:
-            value = 0.25 * noise if name.endswith("bias") else 1.0 + 0.3 * noise
+            value = 0.25 * noise if name.endswith("bias") else mean + 0.3 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
         elif "alpha_" in name:  # of xIELU
@@ -48,9 +49,8 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             fan_in = p.shape[0] if conv1d else p.shape[1]
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn"))
-            sharp |= any(
-                part in name for part in ("mlp.c_", "mlp.fc")
-            )  # the two GELUs differ by 5e-4 at most: amplify what they feed
+            # The two GELUs differ by 5e-4 at most: amplify what they feed.
+            sharp |= any(part in name for part in ("mlp.c_", "mlp.fc"))
             value = noise * (1.7 if sharp else 1.0) / fan_in**0.5
         p.copy_(exact(value))
 
