@@ -8,6 +8,9 @@
 // qk_norm_backward     rms_norm_backward of each query head (w = q_norm) and key head (k_norm), D elements of a row;
 //                      value heads: dx = dy      x, dy, dx[n,(num_heads+2*num_kv_heads)*D]: T, dq_norm, dk_norm[D]: f32
 //
+// qk_norm_wide_backward  the same for all query heads of a row together, and for all its key heads
+//                      q_norm, dq_norm[num_heads*D], k_norm, dk_norm[num_kv_heads*D]
+//
 // Mapping: a block takes a row, then the row gridDim.x further on, and so on. A thread holds HELD times 8 elements of x, a,
 // dy, w and of the sums for dw and db: memory is read once, and a block has one row of sums however many rows it took. It
 // writes that to `partial`; a second launch adds up the rows of `partial`, 32 columns a block, in a fixed order. Longer
@@ -65,17 +68,17 @@ struct Piece {
     }
 };
 
-// The arrays of a call, and this block's rows of sums.
-template <typename T>
+// The arrays of a call, whose rows of d elements begin every `stride` elements, and this block's rows of sums.
+template <typename T, typename X>
 struct Arrays {
-    const f32* __restrict__ x;
+    const X* __restrict__ x;
     const T* __restrict__ w;
     const T* __restrict__ dy;
     const f32* __restrict__ a;
-    f32* __restrict__ dx;
+    X* __restrict__ dx;
     f32* dw;
     f32* db;
-    int d;
+    int d, stride;
     bool vectorized;
 
     static __device__ __forceinline__ int at(int chunk) { return (chunk * blockDim.x + threadIdx.x) * 8; }
@@ -83,12 +86,18 @@ struct Arrays {
     __device__ __forceinline__ Pack<E, 8> load(const E* row, int chunk) const {
         return load_row<8>(row, at(chunk), d, vectorized);
     }
-    __device__ __forceinline__ void store(f32* row, int chunk, const Pack<f32, 8>& y) const {
-        store_row<8>(row, at(chunk), d, vectorized, y);
+    template <typename E>
+    __device__ __forceinline__ void store(E* row, int chunk, const Pack<f32, 8>& y) const {
+        Pack<E, 8> rounded;
+#pragma unroll
+        for (int j = 0; j < 8; j++) rounded.v[j] = from_float<E>(y.v[j]);
+        store_row<8>(row, at(chunk), d, vectorized, rounded);
     }
     // A piece of the row that begins at `start`, but for w.
     __device__ __forceinline__ void load_piece(Piece<T>& piece, i64 start, int chunk) const {
-        piece.x = load(x + start, chunk);
+        const Pack<X, 8> number = load(x + start, chunk);
+#pragma unroll
+        for (int j = 0; j < 8; j++) piece.x.v[j] = to_float(number.v[j]);
         piece.dy = load(dy + start, chunk);
         piece.a = a == nullptr ? Pack<f32, 8>{} : load(a + start, chunk);
     }
@@ -110,8 +119,8 @@ struct Arrays {
 };
 
 // HELD: pieces of a row that a thread holds; 0: none, it reads the row again for each pass.
-template <bool CENTRED, typename T, int HELD>
-__device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps, f32 offset) {
+template <bool CENTRED, int HELD, typename T, typename X>
+__device__ __forceinline__ void backward(const Arrays<T, X>& to, int n, f32 eps, f32 offset) {
     constexpr int PIECES = HELD > 0 ? HELD : 1;
     const int chunks = HELD > 0 ? HELD : (to.d + 8 * blockDim.x - 1) / (8 * blockDim.x);
     Piece<T> pieces[PIECES];
@@ -119,7 +128,7 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps, f3
     int turn = 0;
     for (int c = 0; c < HELD; c++) pieces[c].w = to.load(to.w, c);
     for (int row = blockIdx.x; row < n; row += gridDim.x) {
-        const i64 start = i64(row) * to.d;
+        const i64 start = i64(row) * to.stride;
         float2 means = {0.f, 0.f}, products = {0.f, 0.f};
 #pragma unroll
         for (int c = 0; c < HELD; c++) to.load_piece(pieces[c], start, c);
@@ -171,7 +180,8 @@ __global__ void __launch_bounds__(512)
                       f32 offset) {
     launch_dependents();
     const bool vectorized = d % 8 == 0 && aligned(x, w, dy, a, dx, partial);
-    backward<false, T, HELD>({x, w, dy, a, dx, partial + i64(blockIdx.x) * d, nullptr, d, vectorized}, n, eps, offset);
+    backward<false, HELD, T, f32>({x, w, dy, a, dx, partial + i64(blockIdx.x) * d, nullptr, d, d, vectorized}, n, eps,
+                                  offset);
 }
 
 template <typename T, int HELD>
@@ -182,7 +192,31 @@ __global__ void __launch_bounds__(512)
     launch_dependents();
     const bool vectorized = d % 8 == 0 && aligned(x, w, dy, a, dx, partial);
     f32 *dw = partial + i64(blockIdx.x) * d, *db = dw + i64(gridDim.x) * d;
-    backward<true, T, HELD>({x, w, dy, a, dx, dw, db, d, vectorized}, n, eps, offset);
+    backward<true, HELD, T, f32>({x, w, dy, a, dx, dw, db, d, d, vectorized}, n, eps, offset);
+}
+
+// blockIdx.y: queries, keys, values.
+template <typename T, int HELD>
+__global__ void __launch_bounds__(512)
+    qk_norm_wide_backward(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
+                          const T* __restrict__ dy, T* __restrict__ dx, f32* __restrict__ partial, int n, int num_heads,
+                          int num_kv_heads, int D, f32 eps, f32 offset) {
+    launch_dependents();
+    const int part = blockIdx.y, queries = num_heads * D, keys = num_kv_heads * D, stride = queries + 2 * keys;
+    const int d = part == 0 ? queries : keys;
+    const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, dy, dx, partial);
+    const i64 from = part == 0 ? 0 : queries + (part - 1) * keys;
+    x += from, dy += from, dx += from;
+    if (part == 2) {
+        for (int row = blockIdx.x; row < n; row += gridDim.x)
+            for (int at = threadIdx.x * 8; at < d; at += blockDim.x * 8)
+                store_row<8>(dx + i64(row) * stride, at, d, vectorized,
+                             load_row<8>(dy + i64(row) * stride, at, d, vectorized));
+        return;
+    }
+    f32* sums = partial + (part == 0 ? 0 : i64(gridDim.x) * queries) + i64(blockIdx.x) * d;
+    const T* w = part == 0 ? q_norm : k_norm;
+    backward<false, HELD, T, T>({x, w, dy, nullptr, dx, sums, nullptr, d, stride, vectorized}, n, eps, offset);
 }
 
 // ---- heads ----------------------------------------------------------------------------------------------------------
@@ -310,4 +344,15 @@ __global__ void __launch_bounds__(1024)
     qk_norm_backward_sums(const f32* partial, f32* dq_norm, f32* dk_norm, int blocks, int D) {
     pdl_wait();
     add_rows(partial + i64(blockIdx.y) * blocks * D, blockIdx.y == 0 ? dq_norm : dk_norm, blocks, D);
+}
+
+// blockIdx.y: dq_norm, dk_norm.
+__global__ void __launch_bounds__(1024) qk_norm_wide_backward_sums(const f32* partial, f32* dq_norm, f32* dk_norm,
+                                                                   int blocks, int num_heads, int num_kv_heads, int D) {
+    pdl_wait();
+    const int queries = num_heads * D;
+    if (blockIdx.y == 0)
+        add_rows(partial, dq_norm, blocks, queries);
+    else
+        add_rows(partial + i64(blocks) * queries, dk_norm, blocks, num_kv_heads * D);
 }

@@ -11,6 +11,7 @@ difference from 1, as Gemma's do.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_add",
     "row_launch",
+    "wide_parts",
 ]
 
 _SIZES = ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120), (1, 12288))
@@ -79,7 +81,7 @@ _WIDTH = 8  # elements that a thread takes at once, as in the kernels
 _MAX_THREADS = 1024  # of a block, which has one row
 _MAX_CHUNKS = 2  # times _WIDTH elements that a thread of so large a block holds without spilling registers
 MAX_NORM_ELEMENTS = _WIDTH * _MAX_THREADS * _MAX_CHUNKS
-"""Elements of a row that ``rms_norm`` and ``layer_norm`` take on a GPU."""
+"""Elements of a row that the norms over whole rows take on a GPU."""
 _BLOCK_HEADS = 4  # heads that a block of qk_norm takes, one for each warp
 
 
@@ -89,17 +91,14 @@ def _head_sizes(draw: Draw) -> dict[str, Any]:
     )
 
 
-def row_launch(kernel: str, rows: int, d: int, parts: int = 1) -> Launch:
-    """The launch of a kernel whose blocks have a row of d elements each; OpError if they are too long.
-
-    parts: of each row, of d elements at most, which have a block each.
-    """
+def row_launch(kernel: str, rows: int, d: int) -> Launch:
+    """The launch of a kernel whose blocks have a row of d elements each; OpError if they are too long."""
     vectors = -(-d // _WIDTH)
     threads = min(_MAX_THREADS, -(-vectors // 32) * 32)
     chunks = -(-vectors // threads)
     if d > MAX_NORM_ELEMENTS:
         raise OpError(f"{kernel}: d is {d}; the kernel takes at most {MAX_NORM_ELEMENTS}")
-    return Launch(f"norm.cu:{kernel}", (rows, parts), (threads,), constants={"CHUNKS": chunks})
+    return Launch(f"norm.cu:{kernel}", (rows,), (threads,), constants={"CHUNKS": chunks})
 
 
 def _row_kernels(call: Call, device: Device) -> Plan:
@@ -107,8 +106,8 @@ def _row_kernels(call: Call, device: Device) -> Plan:
 
 
 def _wide_kernels(call: Call, device: Device) -> Plan:
-    d = max(call["num_heads"], call["num_kv_heads"]) * call["D"]
-    return Plan((row_launch(call.op.name, call["n"], d, parts=3),))
+    n, d = call["n"], max(call["num_heads"], call["num_kv_heads"]) * call["D"]
+    return Plan((replace(row_launch(call.op.name, n, d), grid=(n, 3)),))  # a block for queries, keys, values
 
 
 def _qk_kernels(call: Call, device: Device) -> Plan:

@@ -6,13 +6,21 @@ sums dy * xhat over the rows. For layer_norm x and h lose their means as well.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..dtypes import Array, upcast
 from .launch import Device, Launch, Plan
+from .norm import wide_parts
 from .op import Call, Draw, Op
 
-__all__ = ["layer_norm_backward", "layer_norm_no_b_backward", "qk_norm_backward", "rms_norm_backward"]
+__all__ = [
+    "layer_norm_backward",
+    "layer_norm_no_b_backward",
+    "qk_norm_backward",
+    "qk_norm_wide_backward",
+    "rms_norm_backward",
+]
 
 _CASES = [
     dict(n=n, d=d, eps=1e-5, a=a, offset=offset)
@@ -83,11 +91,24 @@ def _qk_norm_backward(
     return dx.reshape(len(x), -1), dq_norm, dk_norm
 
 
+def _qk_norm_wide_backward(
+    x: Array, q_norm: Array, k_norm: Array, dy: Array, dq_norm: Array, dk_norm: Array,
+    *, num_heads: int, num_kv_heads: int, eps: float, offset: float = 0.0,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    x, dx = upcast(x), upcast(dy).copy()
+    for (columns, w), dw in zip(wide_parts(q_norm, k_norm), (dq_norm, dk_norm), strict=True):
+        dx[:, columns], scaled = _rms_backward(x[:, columns], w, dx[:, columns], eps, offset)
+        dw += scaled.sum(0)
+    return dx, dq_norm, dk_norm
+
+
 _MAX_THREADS = 512  # of a block, which has a row at a time
 _WIDTH = 8  # elements of a piece of a row, as in the kernels
 _COLUMNS = 32  # of a block that adds up the sums of the others
 _MIN_ROWS = 2  # that a block takes if there are more: a row of sums for every row would double the traffic
-_HELD = {"rms_norm_backward": 2, "layer_norm_backward": 1}  # pieces that a thread holds without spilling registers
+# Pieces that a thread holds without spilling registers.
+_HELD = {"rms_norm_backward": 2, "layer_norm_backward": 1, "qk_norm_wide_backward": 2}
+_WIDE_PARTS = 3  # of a row, which have blocks of their own: queries, keys, values
 _RESIDENT = 768  # threads that a multiprocessor has registers for; half as many where each holds two pieces
 _QK_THREADS = 128  # of a block of qk_norm_backward
 _QK_BLOCKS = 7  # of these that a multiprocessor has registers for
@@ -114,14 +135,30 @@ def _layer_kernels(call: Call, device: Device) -> Plan:
 
 def _row_plan(call: Call, device: Device, name: str, sums: int) -> Plan:
     """sums: that the kernel leaves, of which the op may want the first alone."""
-    n, d, wanted = call["n"], call["d"], len(call.op.signature.in_place)
+    d, wanted = call["d"], len(call.op.signature.in_place)
+    rows = _row_launch(name, call["n"], d, device)
+    (blocks,) = rows.grid
+    added = _added("rms_norm_backward" if wanted == 1 else name, wanted, blocks, d)
+    return Plan((rows, added), {"partial": ((sums, blocks, d), "f32")})
+
+
+def _wide_kernels(call: Call, device: Device) -> Plan:
+    D, heads, kv_heads = call["D"], call["num_heads"], call["num_kv_heads"]
+    d = max(heads, kv_heads) * D
+    rows = _row_launch("qk_norm_wide_backward", call["n"], d, device)
+    (blocks,) = rows.grid
+    added = _added("qk_norm_wide_backward", 2, blocks, d)
+    scratch = {"partial": ((blocks, (heads + kv_heads) * D), "f32")}
+    return Plan((replace(rows, grid=(blocks, _WIDE_PARTS)), added), scratch)
+
+
+def _row_launch(name: str, n: int, d: int, device: Device) -> Launch:
+    """The launch that goes through n rows of d elements."""
     pieces = -(-d // (_WIDTH * _MAX_THREADS))
     held = pieces if pieces <= _HELD[name] else 0
     threads = -(-d // (_WIDTH * (held or pieces) * 32)) * 32
     blocks = _spread(n, device.sms * max(1, _RESIDENT // threads // max(1, held)))
-    rows = Launch(f"norm_backward.cu:{name}", (blocks,), (threads,), constants={"HELD": held})
-    added = _added("rms_norm_backward" if wanted == 1 else name, wanted, blocks, d)
-    return Plan((rows, added), {"partial": ((sums, blocks, d), "f32")})
+    return Launch(f"norm_backward.cu:{name}", (blocks,), (threads,), constants={"HELD": held})
 
 
 def _qk_kernels(call: Call, device: Device) -> Plan:
@@ -214,6 +251,33 @@ qk_norm_backward = Op(
     sizes=lambda draw: dict(
         n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(_SMALLEST, 300), eps=1e-6, offset=draw(0, 1)
     ),
+    tolerance=_TOLERANCE,
+    flops=lambda c: 12 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
+)
+
+qk_norm_wide_backward = Op(
+    "qk_norm_wide_backward",
+    "dx[n,(num_heads+2*num_kv_heads)*D]:T, dq_norm[num_heads*D]:f32, dk_norm[num_kv_heads*D]:f32 ="
+    " (x[n,(num_heads+2*num_kv_heads)*D]:T, q_norm[num_heads*D]:T, k_norm[num_kv_heads*D]:T,"
+    " dy[n,(num_heads+2*num_kv_heads)*D]:T, dq_norm[num_heads*D]:f32, dk_norm[num_kv_heads*D]:f32,"
+    " num_heads:i32, num_kv_heads:i32, eps:f32, offset:f32=0)",
+    doc="The gradient of qk_norm_wide; those of its weights are added to dq_norm and dk_norm.",
+    reference=_qk_norm_wide_backward,
+    kernels=_wide_kernels,
+    kernel_docs={
+        "qk_norm_wide_backward": "The gradient dx, and for each block what dq_norm and dk_norm grow by.",
+        "qk_norm_wide_backward_sums": "Adds to dq_norm and dk_norm what the blocks have, in a fixed order.",
+    },
+    cases=[
+        dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6, offset=i % 2)
+        for i, (n, h, k, d) in enumerate(
+            ((1, 4, 2, 64), (3, 2, 2, 8), (9, 3, 1, 20), (5, 40, 8, 128), (2, 65, 4, 128), (2, 1, 4, 33))
+        )
+    ],
+    sizes=lambda draw: dict(
+        n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(_SMALLEST, 300), eps=1e-6, offset=draw(0, 1)
+    ),
+    shape={"n": 512, "num_heads": 32, "num_kv_heads": 32, "D": 128},
     tolerance=_TOLERANCE,
     flops=lambda c: 12 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
 )

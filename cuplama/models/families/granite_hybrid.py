@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..family import Family, Rotations, fields, one
+from ..family import Family, Rotations, Windows, fields, one
 from .granite import GRANITE_NUMBERS
 from .layout import LAYER, LLAMA
 
@@ -27,6 +27,7 @@ FAMILY = Family(
     "granitemoehybrid",
     _WEIGHTS,
     {**fields(), "intermediate_size": ("shared_intermediate_size", 1024)},
+    windows=Windows(("layer_types",), lambda raw, layers: [0 for _ in raw["layer_types"]]),  # absent: all are Mamba's
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     numbers=GRANITE_NUMBERS,
     rotations=Rotations(("position_embedding_type",), _rotations),
