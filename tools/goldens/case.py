@@ -31,8 +31,9 @@ class Case:
     """One golden model.
 
     spelling: how config.json is written: "v5" as saved, "v4" with rope_theta and rope_scaling, "v1" like the first
-    Llama configs, which name no rope, KV heads or head_dim at all, or as a family has it that is named. twins: also write config.v4.json and config.v5.json.
-    sequential: transformers' decoding with its cache is not the same function as one pass (dynamic RoPE only).
+    Llama configs, which name no rope, KV heads or head_dim at all, or a family's name for a way of its own. twins: also
+    write config.v4.json and config.v5.json. sequential: transformers' decoding with its cache is not the same function
+    as one pass (dynamic RoPE only).
     """
 
     family: str

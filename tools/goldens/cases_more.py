@@ -22,7 +22,8 @@ MORE_CASES: dict[str, Case] = {
     "seed-oss": Case("seed_oss", {**WIDE, **rope("default", 1e6)}),
     "exaone4-hybrid": Case("exaone4", {"num_hidden_layers": 4, "sliding_window": 8, **rope("default", 1e5)}),
     "exaone4-full": Case(
-        "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True, **LLAMA3}
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True, **LLAMA3},
     ),
     # "dynamic" with an alpha does not depend on the length; files of this family have the other numbers beside it.
     "hunyuan": Case(
@@ -34,7 +35,12 @@ MORE_CASES: dict[str, Case] = {
     ),
     "phi": Case(
         "phi",
-        {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, **rope("default", partial_rotary_factor=0.4)},
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            **rope("default", partial_rotary_factor=0.4),
+        },
         layer_norms(SMALL),
     ),
     "nemotron": Case(
@@ -50,8 +56,13 @@ MORE_CASES: dict[str, Case] = {
     ),
     "cohere2": Case(
         "cohere2",
-        {"num_hidden_layers": 4, "num_attention_heads": 4, "sliding_window": 8, "logit_scale": 0.25,
-         **rope("default", 50000.0)},
+        {
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "sliding_window": 8,
+            "logit_scale": 0.25,
+            **rope("default", 50000.0),
+        },
         layer_norms(SMALL),
     ),
     "ernie45": Case("ernie4_5", {**WIDE, **rope("default", 500000.0)}),
@@ -59,16 +70,27 @@ MORE_CASES: dict[str, Case] = {
     "helium": Case("helium", {"head_dim": 16, **rope("default", 100000.0)}),
     "stablelm": Case(
         "stablelm",
-        {"hidden_size": 48, "num_attention_heads": 3, "use_qkv_bias": True,
-         **rope("default", partial_rotary_factor=0.25)},
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "use_qkv_bias": True,
+            **rope("default", partial_rotary_factor=0.25),
+        },
         layer_norms(SMALL),
     ),
     "apertus": Case("apertus", {"num_attention_heads": 4, "num_key_value_heads": 2, **LLAMA3}),
     "internlm3": Case(
         "internlm3",
-        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": O, "attention_bias": True, "mlp_bias": True,
-         **rope("dynamic", factor=6.0)},
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": O,
+            "attention_bias": True,
+            "mlp_bias": True,
+            **rope("dynamic", factor=6.0),
+        },
         spelling="internlm3",
         sequential=True,
     ),
-}  # fmt: skip
+}
