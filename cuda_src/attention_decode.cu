@@ -174,7 +174,8 @@ __device__ __forceinline__ const C* stored(const T*, const C* rounded) {
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------
 
-template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, typename T, typename C, typename Wait>
+template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS, typename T, typename C,
+          typename Wait>
 __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<T, C>& token, Wait wait) {
     using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
     using Product = Products<T, C>;
@@ -218,49 +219,49 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
 
     for (int split = blockIdx.x; split < span.count; split += gridDim.x) {
         const int begin = span.begin(split), end = span.end(split);
+        const Scaling<T, CAPPED> scaling(a.scale, a.softcap, TENSOR ? 1.f / Product::QUERY_SCALE : 1.f);
         if constexpr (TENSOR) {
             if (split != int(blockIdx.x)) fetch_tiles<WARPS>(tiles, past, begin, min(end, fresh));
-            const float scale = a.scale * (LOG2_E / Product::QUERY_SCALE);
-            attend_warp<QUERY, Q, WARPS, STRIDE>(tiles, q, past, begin, end, scale, room + warp * Q * STRIDE,
+            attend_warp<QUERY, Q, WARPS, STRIDE>(tiles, q, past, begin, end, scaling, room + warp * Q * STRIDE,
                                                  largest[warp], sum[warp]);
             __syncthreads();
         } else {
             for (int i = threadIdx.x; i < Q * STRIDE; i += THREADS) {
                 const int row = i / STRIDE, column = i % STRIDE;
-                room[i] = row < here && column < D ? to_float(q[row * QUERY + column]) * (a.scale * LOG2_E) : 0.f;
+                room[i] = row < here && column < D ? to_float(q[row * QUERY + column]) * scaling.of_query() : 0.f;
             }
-            attend_block<D, S, Q, WARPS>(past, begin, end, room, largest[0], sum[0]);
+            attend_block<D, S, Q, WARPS>(past, begin, end, scaling, room, largest[0], sum[0]);
         }
-        store_split<D, Q, WARPS, TENSOR>(a, heads, y, split, span.count == 1, room, largest, sum);
+        store_split<D, Q, WARPS, TENSOR, SINKS>(a, heads, y, split, span.count == 1, room, largest, sum);
         __syncthreads();
     }
     if (span.count == 1) return;
     if (!arrives_last(a.arrivals + i64(heads.sequence) * gridDim.y + blockIdx.y, taking)) return;
-    add_up_splits<D, Q, THREADS, Numbers::ROWS>(a, heads, y, span.count, room);
+    add_up_splits<D, Q, THREADS, Numbers::ROWS, SINKS>(a, heads, y, span.count, room);
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR>
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS>
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
     attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
                      f32* stats, u32* arrivals, int num_heads, int H, int M, int window, int min_keys, int max_splits,
-                     int splits, float scale) {
+                     int splits, float scale, const T* sinks, float softcap) {
     launch_dependents();
     pdl_wait();
-    const Arguments<T, C> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
-                            num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
-    decode<false, D, S, Q, WARPS, TENSOR>(a, NewToken<T, C>{}, [] {});
+    const Arguments<T, C> a{x, k, v,      seq_lens, page_table, y,      partial, stats, arrivals, num_heads,
+                            H, M, window, min_keys, max_splits, splits, scale,   sinks, softcap};
+    decode<false, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR>
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS>
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
                      f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int M, int h, int window,
-                     int min_keys, int max_splits, int splits, float scale, float eps) {
+                     int min_keys, int max_splits, int splits, float scale, float eps, const T* sinks, float softcap) {
     launch_dependents();
     const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
-    const Arguments<T, C> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
-                            num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
+    const Arguments<T, C> a{x, k, v,      seq_lens, page_table, y,      partial, stats, arrivals, num_heads,
+                            H, M, window, min_keys, max_splits, splits, scale,   sinks, softcap};
     const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps};
-    decode<true, D, S, Q, WARPS, TENSOR>(a, token, wait);
+    decode<true, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, token, wait);
 }

@@ -49,6 +49,8 @@ struct Arguments {
     u32* arrivals;
     int num_heads, H, M, window, min_keys, max_splits, splits;
     float scale;
+    const T* sinks;
+    float softcap;
 };
 
 // The arguments of append_attention alone; k and v are the cache again, to write to.
@@ -101,7 +103,7 @@ struct History {
 };
 
 // A split's result from the PARTS sums in room [PARTS][Q][STRIDE]: rows of y if it is the only one, else partial sums.
-template <int D, int Q, int WARPS, bool TENSOR, typename T, typename C, int PARTS>
+template <int D, int Q, int WARPS, bool TENSOR, bool SINKS, typename T, typename C, int PARTS>
 __device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Heads<Q>& heads, T* y, int split, bool only,
                                             const float* room, const float (&largest)[PARTS][Q],
                                             const float (&sum)[PARTS][Q]) {
@@ -119,7 +121,7 @@ __device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Head
             weights += sum[w][row] * factor;
         }
         if (only) {
-            y[i] = from_float<T>(total / weights);
+            y[i] = from_float<T>(total / with_sink<SINKS>(weights, top, a.sinks, heads.first + row));
             continue;
         }
         const i64 at = (first + row) * a.splits + split;
@@ -183,7 +185,7 @@ struct SplitSums {
 
 // Rows of y from all splits of the block's heads. ROWS threads share 4 columns of a head, each with a softmax of its
 // own over every ROWS-th split. room: [ROWS][Q][D]
-template <int D, int Q, int THREADS, int ROWS, typename T, typename C>
+template <int D, int Q, int THREADS, int ROWS, bool SINKS, typename T, typename C>
 __device__ __forceinline__ void add_up_splits(const Arguments<T, C>& a, const Heads<Q>& heads, T* y, int count,
                                               float* room) {
     constexpr int ITEMS = Q * D / 4;
@@ -208,7 +210,7 @@ __device__ __forceinline__ void add_up_splits(const Arguments<T, C>& a, const He
             total += room[r * Q * D + i] * factor;
             weights += totals[r][i / D] * factor;
         }
-        y[i] = from_float<T>(total / weights);
+        y[i] = from_float<T>(total / with_sink<SINKS>(weights, top, a.sinks, heads.first + i / D));
     }
 }
 

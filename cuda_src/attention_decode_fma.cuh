@@ -129,15 +129,17 @@ struct BlockTile {
 };
 
 // Scores of the keys from `tile` on to weights. shrink: what the sums so far are to be multiplied with.
-template <int WARPS, int KEYS, int Q>
+template <int WARPS, bool CAPPED, typename T, int KEYS, int Q>
 __device__ __forceinline__ void weigh(float (&score)[KEYS][Q], float (&shrink)[Q], int tile, int low, int end,
-                                      float* largest, float* sum) {
+                                      const Scaling<T, CAPPED>& scaling, float* largest, float* sum) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     for (int h = warp; h < Q; h += WARPS) {
         const float before = largest[h];
         float most = before, total = 0.f;
-        for (int j = lane; j < KEYS; j += WARP)
+        for (int j = lane; j < KEYS; j += WARP) {
+            if constexpr (CAPPED) score[j][h] = scaling.rest(score[j][h]);
             if (tile + j >= low && tile + j < end) most = fmaxf(most, score[j][h]);
+        }
         most = warp_max(most);
         for (int j = lane; j < KEYS; j += WARP) {
             const float p = tile + j >= low && tile + j < end ? exp2f(score[j][h] - most) : 0.f;
@@ -155,8 +157,9 @@ __device__ __forceinline__ void weigh(float (&score)[KEYS][Q], float (&shrink)[Q
 }
 
 // The block's share, begin .. end-1. out: [Q][8*LANES], the scaled queries before and the sums after.
-template <int D, int S, int Q, int WARPS, typename C>
-__device__ __forceinline__ void attend_block(const History<C>& past, int begin, int end, float* out, float* largest,
+template <int D, int S, int Q, int WARPS, typename C, typename T, bool CAPPED>
+__device__ __forceinline__ void attend_block(const History<C>& past, int begin, int end,
+                                             const Scaling<T, CAPPED>& scaling, float* out, float* largest,
                                              float* sum) {
     BlockTile<C, D, S, Q, WARPS> rows;
     __shared__ float score[rows.KEYS][Q];  // then p
@@ -169,7 +172,7 @@ __device__ __forceinline__ void attend_block(const History<C>& past, int begin, 
         rows.fetch(past, tile, end);
         rows.dot(out, score);
         __syncthreads();
-        weigh<WARPS>(score, shrink, tile, past.low, end, largest, sum);
+        weigh<WARPS>(score, shrink, tile, past.low, end, scaling, largest, sum);
         __syncthreads();
 #pragma unroll
         for (int h = 0; h < Q; h++) {

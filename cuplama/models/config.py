@@ -122,6 +122,12 @@ class ModelConfig:
         return next((name for name, rope in self.ropes.items() if rope == self.layers[layer].rope), None)
 
     @property
+    def head_is_tied(self) -> bool:
+        """Whether head and embedding are one matrix as far as no weights show it: what the config says, or what its
+        family has without saying."""
+        return self.family.tied if self.tied is None else self.tied
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """The window of each layer in tokens, 0 for none."""
         return tuple(layer.window for layer in self.layers)

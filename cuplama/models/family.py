@@ -15,6 +15,7 @@ __all__ = [
     "NO_WINDOW",
     "OFF",
     "ONE_ROTATION",
+    "RELU_SQUARED",
     "REQUIRED",
     "SILU",
     "WINDOW_BY_LAYER",
@@ -26,6 +27,7 @@ __all__ = [
     "Wrapper",
     "fields",
     "one",
+    "window_by_pattern",
     "window_everywhere",
 ]
 
@@ -54,8 +56,9 @@ def one(shape: str, name: str, **options: Any) -> Recipe:
     return Recipe(((shape, name),), **options)
 
 
-# Tensors that old exporters left in their files and that hold nothing to load.
+# Tensors that files hold and that are nothing to load: leftovers of old exporters, and xIELU's constants.
 HARMLESS_TENSORS = (
+    r"model\.layers\.\d+\.mlp\.act_fn\.(beta|eps)",
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
 )
@@ -71,6 +74,8 @@ GELU = {
     "gelu": "gelu_erf",
     "gelu_python": "gelu_erf",
 }
+
+RELU_SQUARED = {"relu2": "relu_squared"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,28 @@ class Windows:
 def window_everywhere(absent: int | None) -> Windows:
     """``sliding_window`` in every layer. absent: the window of a config that leaves the field out."""
     return Windows(("sliding_window",), lambda raw, layers: [raw.get("sliding_window", absent) or 0] * layers)
+
+
+def window_by_pattern(absent: int | None, period: int) -> Windows:
+    """``sliding_window`` in the layers that ``layer_types`` names; where that is not given, in those that
+    ``sliding_window_pattern`` says: n for all but every n-th, "LLLG" for L again and again, but never the last layer.
+
+    absent, period: what a config that leaves these fields out means.
+    """
+
+    def rule(raw: Mapping[str, Any], layers: int) -> list[int]:
+        window, pattern = raw.get("sliding_window", absent) or 0, raw.get("sliding_window_pattern", period)
+        if not window:
+            return [0] * layers
+        if types := raw.get("layer_types"):
+            local = [kind == "sliding_attention" for kind in types]
+        elif isinstance(pattern, str):
+            local = [pattern[i % len(pattern)] == "L" and i + 1 < layers for i in range(layers)]
+        else:
+            local = [(i + 1) % pattern > 0 for i in range(layers)]
+        return [window * here for here in local]
+
+    return Windows(("sliding_window", "sliding_window_pattern"), rule)
 
 
 def _from_a_layer_on(raw: Mapping[str, Any], layers: int) -> list[int]:

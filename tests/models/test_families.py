@@ -93,19 +93,29 @@ def test_a_tied_matrix_has_two_names(family: str) -> None:
 
 
 def test_names_ops_and_rotations() -> None:
-    """(model_type, embedding, norm, prefix, rope types, whether a part of the head may stay unrotated)."""
-    every = "default linear dynamic llama3 yarn longrope"
+    """Of each family what is not as in Llama."""
+    llama = FAMILIES["LlamaForCausalLM"]
+    assert (llama.embed, llama.norm, llama.rope, llama.prefix) == ("embedding", "rms_norm", "rope", "model.")
+    assert llama.rope_types == ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+    fields = ("embed", "norm", "rope", "prefix", "norm_offset", "rotary", "rope_types", "partial_rotary")
     found = {
-        name: (f.model_type, f.embed, f.norm, f.prefix, " ".join(f.rope_types) if f.rotary else "", f.partial_rotary)
-        for name, f in FAMILIES.items()
+        f.model_type: {field: getattr(f, field) for field in fields if getattr(f, field) != getattr(llama, field)}
+        for f in FAMILIES.values()
     }
-    assert found == {
-        "LlamaForCausalLM": ("llama", "embedding", "rms_norm", "model.", every, False),
-        "MistralForCausalLM": ("mistral", "embedding", "rms_norm", "model.", every, False),
-        "Qwen2ForCausalLM": ("qwen2", "embedding", "rms_norm", "model.", every, False),
-        "Qwen3ForCausalLM": ("qwen3", "embedding", "rms_norm", "model.", every, False),
-        "Phi3ForCausalLM": ("phi3", "embedding", "rms_norm", "model.", "default longrope", True),
-        "GPT2LMHeadModel": ("gpt2", "embedding_pos", "layer_norm", "transformer.", "", False),
+    assert {name: differences for name, differences in found.items() if differences} == {
+        "cohere2": {"norm": "layer_norm", "rope": "rope_pairs"},
+        "ernie4_5": {"rope": "rope_pairs"},
+        "gemma2": {"norm_offset": 1.0},
+        "gemma3_text": {"norm_offset": 1.0},
+        "glm": {"rope": "rope_pairs", "partial_rotary": True},
+        "glm4": {"rope": "rope_pairs", "partial_rotary": True},
+        "gpt2": {"embed": "embedding_pos", "norm": "layer_norm", "prefix": "transformer.", "rotary": False},
+        "helium": {"rope": "rope_pairs"},
+        "hunyuan_v1_dense": {"rope_types": ("default", "ntk_alpha")},
+        "nemotron": {"norm": "layer_norm", "norm_offset": 1.0, "partial_rotary": True},
+        "phi": {"norm": "layer_norm", "partial_rotary": True},
+        "phi3": {"rope_types": ("default", "longrope"), "partial_rotary": True},
+        "stablelm": {"norm": "layer_norm", "partial_rotary": True},
     }
 
 
