@@ -131,9 +131,9 @@ def _row_bytes(weights: Mapping[str, Weight]) -> int:
 
 def check_head_dim(config: ModelConfig) -> None:
     """Raise DeviceError for a head_dim that is not in the CUDA kernels."""
-    if config.head_dim not in HEAD_DIMS:
+    if missing := sorted(config.head_dims - {*HEAD_DIMS}):
         raise DeviceError(
-            f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
+            f"head_dim = {missing[0]}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
             " --device numpy takes any"
         )
 

@@ -73,12 +73,12 @@ def facts(
         memory = device = {name: math.prod(shape) * T.itemsize for name, shape in shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in reversed(shapes.items()) if name != "lm_head" or not tied}
     parts = _by_part({name: memory[name] for name in sizes})
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * T.itemsize
+    per_token = config.kv_size * T.itemsize
     context = min(config.context, DEFAULT_CONTEXT)
     return {
         "folder": None if folder is None else str(folder),
         "architecture": config.architecture,
-        "parameters": sum(size for name, size in sizes.items() if not _is_adapter(name)),
+        "parameters": config.parameters(tied),
         **_shape(config),
         "context": config.context,
         "default_context": context,
@@ -103,7 +103,7 @@ def _adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Any]:
     """Of an adapter: its ranks, its numbers, the kinds of layers that it changes, and what it was made for."""
     return {
         "ranks": sorted({added.rank for added in adapter.modules.values()}),
-        "parameters": adapter.parameters(config.own_recipes(), config.dims()),
+        "parameters": adapter.parameters(config.own_recipes(), config.dims),
         "modules": sorted({module.rpartition(".")[2] for module in adapter.modules}),
         "base": adapter.base or None,
     }
@@ -212,7 +212,7 @@ def _gpu_bytes(
     quantised weights, whose numbers have room in it."""
     from ..backends.cuda.backend import CudaBackend
 
-    if config.head_dim not in HEAD_DIMS:
+    if not config.head_dims <= {*HEAD_DIMS}:
         return None
     chunk, unpacked = CudaBackend.prefill_chunks[-1], largest_slice(packed, T.itemsize)
     return plan(config, weights, T, context, context, chunk, Device(), unpacked).total

@@ -145,8 +145,8 @@ def abstract_values(
     rotation tables cover; cache: what keys and values are stored in, ``T`` by default.
     """
     found = {name: abstract(shape, T) for name, shape in config.weight_shapes().items()}
-    pool = abstract((pages, config.num_kv_heads, PAGE, config.head_dim), cache or T)
-    found |= {f"{i}.cache.{part}": pool for i in range(config.num_layers) for part in "kv"}
+    for i, (heads, size) in config.caches.items():
+        found |= {f"{i}.cache.{part}": abstract((pages, heads, PAGE, size), cache or T) for part in "kv"}
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
     found |= abstract_tables(config, positions)
     return found | {name: abstract(shape, DTYPES["i32"]) for name, shape in shapes.items()}

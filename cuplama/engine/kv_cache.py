@@ -34,7 +34,8 @@ def cache_dtype(asked: str, T: np.dtype[Any]) -> np.dtype[Any]:
 
 
 class PagedCache:
-    """The pool. ``arrays``: "<layer>.cache.k" and ".v" [pages + 1, kv_heads, PAGE, head_dim] in ``dtype``.
+    """The pool. ``arrays``: "<layer>.cache.k" and ".v" [pages + 1, kv_heads, PAGE, head_dim] in ``dtype``, for the
+    layers that have keys and values of their own.
 
     A page belongs to nobody, to one sequence, or to several. One that has a key, by which its content can be found
     again, keeps it when the last of them has left, until the page is needed: those that were left first go first.
@@ -44,11 +45,12 @@ class PagedCache:
 
     def __init__(self, backend: Backend, config: ModelConfig, pages: int, kv_cache_dtype: str = "auto") -> None:
         self.dtype = cache_dtype(kv_cache_dtype, backend.dtype)
-        shape = (pages + 1, config.num_kv_heads, PAGE, config.head_dim)
         self.pages = pages
         self.padding_page = pages  # belongs to no sequence: the rows that pad a batch write there
         self.arrays: dict[str, Array] = {
-            f"{i}.cache.{part}": backend.zeros(shape, self.dtype) for i in range(config.num_layers) for part in "kv"
+            f"{i}.cache.{part}": backend.zeros((pages + 1, heads, PAGE, size), self.dtype)
+            for i, (heads, size) in config.caches.items()
+            for part in "kv"
         }
         self.clear()
 

@@ -91,7 +91,7 @@ class MemoryPlan:
 
 def cache_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int) -> int:
     """Keys and values of all layers for that many tokens, in whole pages. dtype: of the cache."""
-    return 2 * config.num_layers * pages_for(tokens) * PAGE * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return config.kv_size * pages_for(tokens) * PAGE * dtype.itemsize
 
 
 def workspace_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int, device: Device, logit_rows: int = 1) -> int:
@@ -150,7 +150,7 @@ def shared_bytes(
     values = abstract_values(config, dtype, input_shapes(rows, 1, 1, 1), pages_for(tokens) + 1, rows, cache)
     calls = (call for _, call in infer(decoder(config).body, {**values}, dtype) if "C" in call.dtypes)
     plans = (call.op.kernels(call, device) for call in calls if call.op.kernels is not None)
-    return max(_scratch_bytes(plan, plan.shared) for plan in plans)
+    return sum({_scratch_bytes(plan, plan.shared) for plan in plans})  # once for each size of a layer's pages
 
 
 def plan(

@@ -180,9 +180,7 @@ def _eight_bit_calls(dtype: str) -> Sequence[Call]:
 @cache
 def _model_calls(model: str, dtype: str, weight_format: str = "") -> Sequence[Call]:
     """The calls of a known model's passes, each once. Layers that differ in nothing are one."""
-    config = find_shape(model)[1]
-    layers = tuple(layer for i, layer in enumerate(config.layers) if layer not in config.layers[:i])
-    config, T = replace(config, layers=layers), DTYPES[dtype]
+    config, T = find_shape(model)[1].every_kind(), DTYPES[dtype]
     found: dict[Any, Call] = {}
     for nodes, values, stored in _passes(config, T, weight_format):
         for node, call in infer(executable(nodes), values, T):

@@ -49,7 +49,7 @@ WEIGHT_FORMATS = (*CATALOG, *MIXTURES)
 def layer_formats(config: ModelConfig, name: str, weight_format: str) -> list[tuple[int, Format]]:
     """(rows, format) of each run of equal rows of a layer's matrix. weight_format: one of ``WEIGHT_FORMATS``."""
     base, wide = MIXTURES.get(weight_format, (weight_format, weight_format))
-    layer, layers, dims = int(name.split(".")[0]), config.num_layers, config.dims()
+    layer, layers, dims = int(name.split(".")[0]), config.num_layers, config.dims(name)
     eighth = layers // 8
     more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
     found: list[tuple[int, Format]] = []

@@ -16,6 +16,7 @@ from ..engine.kv_cache import PAGE, pages_for
 from ..errors import ParameterError
 from ..model import Model
 from ..models.config import ModelConfig
+from ..models.family import TABLES
 from ..ops.weights import stored_bytes
 
 __all__ = ["UNTIL_REPLAYED", "Runs", "Trial", "cache_tokens", "prompt_operations", "step_bytes", "trials"]
@@ -77,23 +78,33 @@ def step_bytes(model: Model, length: float, batch: int) -> float:
     A table from which only rows are taken (embedding, learned positions) counts only if it is the head as well.
     """
     values, config = model.engine.runner.values, model.config
-    used = {id(values[n]): values[n] for n in config.weight_shapes() if n not in ("embed_tokens", "position_table")}
+    used = {id(values[n]): values[n] for n in config.weight_shapes() if n not in TABLES}
     weights = sum(stored_bytes(a) for a in used.values())
-    seen = sum(min(length, w) if w else length for w in config.windows)
-    return weights + 2 * batch * seen * config.num_kv_heads * config.head_dim * model.engine.cache.dtype.itemsize
+    seen = 0.0  # numbers of the cache, of one sequence
+    for i, layer in enumerate(config.layers):
+        heads, size = config.caches[i if layer.kv_layer is None else layer.kv_layer]
+        seen += 2 * heads * size * (min(length, layer.window) if layer.window else length)
+    return weights + batch * seen * model.engine.cache.dtype.itemsize
 
 
 def prompt_operations(config: ModelConfig, trial: Trial) -> float:
-    """Floating-point operations of reading a prompt: two per multiply-add, causal attention by the pairs it sees."""
-    rows = trial.batch * trial.prompt
-    shapes = config.weight_shapes()
-    matrices = sum(
-        s[0] * s[1] for n, s in shapes.items() if len(s) == 2 and n not in ("embed_tokens", "position_table", "lm_head")
-    )
-    head = trial.batch * shapes["lm_head"][0] * shapes["lm_head"][1]  # of the last token alone
+    """Floating-point operations of reading a prompt: two per multiply-add, causal attention by the pairs it sees.
+
+    Layers behind the last keys and values that are cached read the last token alone, and so does the head.
+    """
+    last = max(config.caches)
+    matrices = {True: 0, False: 0}  # whether they read every token -> numbers that they have
+    for name, shape in config.weight_shapes().items():
+        if len(shape) == 2 and name not in TABLES:
+            number = name.partition(".")[0]
+            matrices[name != "lm_head" and not (number.isdigit() and int(number) > last)] += shape[0] * shape[1]
     at = np.arange(trial.depth, trial.depth + trial.prompt, dtype=np.float64) + 1
-    pairs = sum(float((np.minimum(at, w) if w else at).sum()) for w in config.windows)
-    return 2 * (rows * matrices + head) + 4 * config.num_heads * config.head_dim * trial.batch * pairs
+    pairs = sum(
+        float((np.minimum(at, layer.window) if layer.window else at).sum()) * (layer.head_dim or config.head_dim)
+        for layer in config.layers[: last + 1]
+    )
+    rows = trial.batch * trial.prompt
+    return 2 * (rows * matrices[True] + trial.batch * matrices[False]) + 4 * config.num_heads * trial.batch * pairs
 
 
 class Runs:

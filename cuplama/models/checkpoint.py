@@ -45,22 +45,21 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
     An adapter's are not among them; peft.py reads those. Raises CheckpointError naming the file and the tensor that is
     missing, left over, of the wrong shape or unreadable.
     """
-    dims = config.dims()
     if is_gguf(folder):
         from .gguf import gguf_name, gguf_tensors
 
         gguf = open_gguf(folder)
-        layout = Layout(folder, gguf_tensors(gguf, dims), "its metadata", partial(gguf_name, gguf))
+        layout = Layout(folder, gguf_tensors(gguf, config.dims()), "its metadata", partial(gguf_name, gguf))
     else:
         layout = Layout(folder, _safetensors(folder, config), "config.json", str)
     tensors = layout.tensors
     used: set[str] = set()
     weights = {}
     for name, recipe in config.own_recipes().items():
-        weight = assemble(layout, name, recipe, dims)
+        weight = assemble(layout, name, recipe, config.dims(name))
         weights[name] = weight
         used.update(weight.source)
-    for name in sorted(tensors.keys() - used):
+    for name in sorted(tensors.keys() - used - config.unused_tensors()):
         t = tensors[name]
         if not any(re.fullmatch(pattern, name) for pattern in HARMLESS_TENSORS) and not _adds_nothing(name, tensors):
             raise CheckpointError(

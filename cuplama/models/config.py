@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,19 @@ _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a 
 class Layer:
     """What may differ from layer to layer.
 
-    window: the tokens that attention sees, a token itself included, 0 for all; rope: its rotation, None for none.
+    window: the tokens that attention sees, a token itself included, 0 for all; rope: its rotation, None for none;
+    head_dim, num_kv_heads, intermediate_size: its own sizes, None where they are the model's; kv_layer: the earlier
+    layer whose keys and values it attends to, None for its own; flags: which of its weights are made in another way
+    than those of most layers (``Recipe.instead``).
     """
 
     window: int = 0
     rope: Rope | None = None
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+    kv_layer: int | None = None
+    flags: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -137,17 +146,44 @@ class ModelConfig:
         """The checkpoint's dtype by the config, as ops name it; float32 where the config does not say."""
         return {"float16": "f16", "bfloat16": "bf16"}.get(self.dtype or "", "f32")
 
-    def dims(self) -> dict[str, int]:
-        """The sizes by the names that weight recipes use."""
+    def dims(self, weight: str = "") -> dict[str, int]:
+        """The sizes by the names that weight recipes use. weight: a canonical name, "3.qkv_proj" or "3." of a layer:
+        then those of its layer, where it has its own."""
+        number = weight.partition(".")[0]
+        layer = self.layers[int(number)] if number.isdigit() else Layer()
         return {
             "V": self.vocab_size,
             "d": self.hidden_size,
-            "f": self.intermediate_size,
+            "f": layer.intermediate_size or self.intermediate_size,
             "P": self.context,
             "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "D": self.head_dim,
+            "num_kv_heads": layer.num_kv_heads or self.num_kv_heads,
+            "D": layer.head_dim or self.head_dim,
         }
+
+    @cached_property
+    def caches(self) -> Mapping[int, tuple[int, int]]:
+        """Layer -> (key/value heads, their size), for the layers that have keys and values of their own."""
+        dims = {i: self.dims(f"{i}.") for i, layer in enumerate(self.layers) if layer.kv_layer is None}
+        return {i: (sizes["num_kv_heads"], sizes["D"]) for i, sizes in dims.items()}
+
+    @cached_property
+    def head_dims(self) -> frozenset[int]:
+        """The sizes of heads of all layers."""
+        return frozenset(layer.head_dim or self.head_dim for layer in self.layers)
+
+    @property
+    def kv_size(self) -> int:
+        """Numbers that the keys and values of one token are, of all layers together."""
+        return sum(2 * heads * size for heads, size in self.caches.values())
+
+    def every_kind(self) -> ModelConfig:
+        """The same model with one layer of each kind: every two differ in something."""
+        kinds = [layer for i, layer in enumerate(self.layers) if layer not in self.layers[:i]]
+        for i, layer in enumerate(kinds):
+            if layer.kv_layer is not None:
+                kinds[i] = replace(layer, kv_layer=kinds.index(self.layers[layer.kv_layer]))
+        return replace(self, layers=tuple(kinds))
 
     def recipes(self) -> dict[str, Recipe]:
         """Canonical weight name -> recipe, for the weights that this model has, with layer numbers filled in.
@@ -164,21 +200,41 @@ class ModelConfig:
             if recipe.when is not None and recipe.when not in self.flags:
                 continue
             for i in range(self.num_layers) if "{i}" in name else (0,):
-                found[name.replace("{i}", str(i))] = Recipe(
-                    tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in recipe.parts),
-                    recipe.transposed,
-                    None if self.tied is False else recipe.otherwise,
-                )
+                chosen = recipe.of_layer(self.layers[i].flags) if "{i}" in name else recipe
+                if chosen is not None:
+                    found[name.replace("{i}", str(i))] = Recipe(
+                        tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in chosen.parts),
+                        chosen.transposed,
+                        None if self.tied is False else chosen.otherwise,
+                    )
         return found
+
+    def unused_tensors(self) -> set[str]:
+        """Names of tensors that layers of another kind have, and that a layer has no use for: files may hold them."""
+        alike = replace(self, layers=tuple(replace(layer, flags=frozenset()) for layer in self.layers))
+        named, used = (
+            {tensor for recipe in config.own_recipes().values() for _, tensor in recipe.parts}
+            for config in (alike, self)
+        )
+        return named - used
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical weight name -> shape. A head that is tied to the embedding is listed under both names."""
-        dims = self.dims()
         shapes = {}
         for name, recipe in self.recipes().items():
+            dims = self.dims(name)
             parts = [tuple(dim_value(x, dims) for x in shape.split(",")) for shape, _ in recipe.parts]
             shapes[name] = (sum(p[0] for p in parts), *parts[0][1:])
         return shapes
+
+    def parameters(self, tied: bool) -> int:
+        """How many numbers the model's own tensors hold, each once. tied: whether head and embedding are one matrix."""
+        found = {}
+        for name, recipe in self.own_recipes().items():
+            if name != "lm_head" or not tied:
+                dims = self.dims(name)
+                found |= {t: math.prod(dim_value(x, dims) for x in shape.split(",")) for shape, t in recipe.parts}
+        return sum(found.values())
 
     @cached_property
     def low_ranks(self) -> Mapping[str, LowRank]:
@@ -191,8 +247,8 @@ class ModelConfig:
 
     def lora_parts(self) -> dict[str, np.ndarray[Any, Any]]:
         """The values of an adapter that no file holds: ``X.lora_part``, int32 [rows of X]; see lora.py."""
-        recipes, dims = self.own_recipes(), self.dims()
-        return {f"{name}.lora_part": part_rows(recipes[name], dims) for name in self.low_ranks}
+        recipes = self.own_recipes()
+        return {f"{name}.lora_part": part_rows(recipes[name], self.dims(name)) for name in self.low_ranks}
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
@@ -238,7 +294,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     reader.neutral(family)
     reader.quantised()
     sizes: dict[str, Any] = dict(_sizes(reader, family))
-    layers = _layers(reader, family, sizes.pop("num_layers"), sizes["head_dim"], sizes["context"])
+    layers = _layers(reader, family, sizes)
+    del sizes["num_layers"]
     activation = reader.get(*family.fields["activation"])
     if not isinstance(activation, str) or activation not in family.activations:
         reader.refuse(family.fields["activation"][0], ", ".join(family.activations))
@@ -300,11 +357,19 @@ def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
     }
 
 
-def _layers(reader: ConfigReader, family: Family, count: int, head_dim: int, context: int) -> tuple[Layer, ...]:
-    windows = reader.windows(family, count)
+def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> tuple[Layer, ...]:
+    windows, rule = reader.windows(family, sizes["num_layers"]), family.kinds
+    kinds = reader.ruled(rule.reads, lambda: rule.rule(reader.raw, windows), len(windows))
+    layers = tuple(Layer(window, **kind) for window, kind in zip(windows, kinds, strict=True))
+    for layer in layers:
+        heads = layer.num_kv_heads or sizes["num_kv_heads"]
+        if sizes["num_heads"] % heads:
+            reader.refuse(rule.reads[0], f"divisors of num_attention_heads = {sizes['num_heads']}", heads)
     if not family.rotary:
-        return tuple(map(Layer, windows))
-    return tuple(map(Layer, windows, rotations(reader, family, windows, head_dim, context)))
+        return layers
+    head_dims = [layer.head_dim or sizes["head_dim"] for layer in layers]
+    ropes = rotations(reader, family, windows, head_dims, sizes["context"])
+    return tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True))
 
 
 def _ids(reader: ConfigReader, key: str) -> tuple[int, ...]:

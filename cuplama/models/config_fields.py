@@ -110,7 +110,7 @@ def read_by(family: Family) -> set[str]:
     flags = (key for key in family.flags.values() if isinstance(key, str))
     numbers = (number.key.partition(".")[0] for number in family.numbers.values() if number.key is not None)
     fields = (key for key, _ in family.fields.values())
-    return {*fields, *flags, *numbers, *family.windows.reads, *family.rotations.reads}
+    return {*fields, *flags, *numbers, *family.windows.reads, *family.rotations.reads, *family.kinds.reads}
 
 
 def unclassified(raw: Mapping[str, Any], family: Family) -> list[str]:

@@ -21,11 +21,10 @@ def checkpoint_tensors(
     arrays: canonical name -> weight, or whatever has its shape, such as its gradient. A head that is tied to the
     embedding is not in it, as in checkpoints.
     """
-    dims = config.dims()
     for name, recipe in config.recipes().items():
         if name not in arrays:
             continue
-        at = 0
+        at, dims = 0, config.dims(name)
         for shape, tensor in recipe.parts:
             rows = dim_value(shape.split(",")[0], dims)
             part = arrays[name][at : at + rows]

@@ -5,11 +5,12 @@ The defaults are those of transformers for a config that leaves the field out (t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "ALL_ALIKE",
     "GELU",
     "HARMLESS_TENSORS",
     "NO_WINDOW",
@@ -18,8 +19,10 @@ __all__ = [
     "RELU_SQUARED",
     "REQUIRED",
     "SILU",
+    "TABLES",
     "WINDOW_BY_LAYER",
     "Family",
+    "Kinds",
     "Number",
     "Recipe",
     "Rotations",
@@ -42,19 +45,28 @@ class Recipe:
     V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads and D (head_dim), as
     the *canonical* weight has them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name
     to try when the first part's is not there, unless the config says that head and embedding are not tied. when: the
-    config flag under which the weight exists.
+    config flag under which the weight exists. instead: flag of a layer -> the recipe that such a layer has, or None
+    where it has no such weight.
     """
 
     parts: tuple[tuple[str, str], ...]
     transposed: bool = False
     otherwise: str | None = None
     when: str | None = None
+    instead: Mapping[str, Recipe | None] = field(default_factory=dict)
+
+    def of_layer(self, flags: Collection[str]) -> Recipe | None:
+        """The recipe that a layer with these flags has."""
+        return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
 
 
 def one(shape: str, name: str, **options: Any) -> Recipe:
     """The recipe of a weight that is one tensor. options: the other fields of ``Recipe``."""
     return Recipe(((shape, name),), **options)
 
+
+# Canonical weights whose rows are looked up.
+TABLES = ("embed_tokens", "position_table", "embed_tokens_per_layer")
 
 # Tensors that files hold and that are nothing to load: leftovers of old exporters, and xIELU's constants.
 HARMLESS_TENSORS = (
@@ -150,6 +162,21 @@ ONE_ROTATION = Rotations((), lambda raw, windows: [""] * len(windows))
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """A rule for what else differs from layer to layer.
+
+    reads: the fields of config.json that it goes by; rule: (config.json, the window of each layer) -> for each layer
+    the fields of ``Layer`` that it has beside window and rotation.
+    """
+
+    reads: tuple[str, ...]
+    rule: Callable[[Mapping[str, Any], Sequence[int]], Sequence[Mapping[str, Any]]]
+
+
+ALL_ALIKE = Kinds((), lambda raw, windows: [{}] * len(windows))
+
+
+@dataclass(frozen=True)
 class Number:
     """A number that the mathematics needs, as config.json gives it.
 
@@ -189,8 +216,9 @@ class Family:
     unrotated; original_context: its own default of original_max_position_embeddings; neutral, ignored: further fields
     as in ``NEUTRAL`` and ``HARMLESS`` of config_fields.py; tied: whether head and embedding are one matrix where a
     config of a model without a head does not say; norm_offset: what is added to the weights of norms; rope: the op that
-    rotates; rotations: the rule for those of layers; numbers: fields of ModelConfig that are multipliers and limits ->
-    how config.json gives them; wrappers: models of which this is the text part.
+    rotates; rotations, kinds: the rules for those of layers, and for what else differs among these; numbers: fields of
+    ModelConfig that are multipliers and limits -> how config.json gives them; wrappers: models of which this is the
+    text part.
 
     Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
     keys are normalised. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope".
@@ -217,6 +245,7 @@ class Family:
     norm_offset: float = 0.0
     rope: str = "rope"
     rotations: Rotations = ONE_ROTATION
+    kinds: Kinds = ALL_ALIKE
     numbers: Mapping[str, Number] = field(default_factory=dict)
     wrappers: tuple[Wrapper, ...] = ()
 

@@ -114,12 +114,16 @@ class _Nodes:
         self.cached, self.dropout, self.streams = cached, dropout, itertools.count()
         offset = config.family.norm_offset
         self.norms = {"eps": config.eps, **({"offset": offset} if offset else {})}
-        self.heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
         self.found: list[Node] = []
 
     def emit(self, op: str, out: str, *ins: str, **attrs: Any) -> str:
         self.found.append(Node(op, (out,), ins, attrs))
         return out
+
+    def heads(self, i: int) -> dict[str, int]:
+        """How many heads of each kind a row of layer i has: one that shares keys and values has queries alone."""
+        own = self.config.caches.get(i, (0, 0))
+        return {"num_heads": self.config.num_heads, "num_kv_heads": own[0]}
 
     def present(self, *names: str) -> tuple[str, ...]:
         """Those of the weights that the model has."""
@@ -195,36 +199,40 @@ class _Nodes:
             h = part(i, h)
         if config.query_temperature:
             attrs = {"temperature": config.query_temperature, "context": config.query_context}
-            h = self.emit("scale_queries", f"{i}.tempered", h, "positions", **self.heads, **attrs)
+            h = self.emit("scale_queries", f"{i}.tempered", h, "positions", **self.heads(i), **attrs)
         return self.linear(self.attend(i, h), f"{i}.o_proj", U="f32")
 
     def normed(self, i: int, h: str) -> str:
         """Queries and keys normalised, where the model has such norms: each head, or all heads of a row together."""
-        norms = (f"{i}.q_norm", f"{i}.k_norm")
-        if not self.present(*norms):
+        norms = self.present(f"{i}.q_norm", f"{i}.k_norm")
+        if not norms:
             return h
-        op = "qk_norm" if self.weights[norms[0]] == (self.config.head_dim,) else "qk_norm_wide"
-        return self.emit(op, f"{i}.normed", h, *norms, **self.heads, **self.norms)
+        op = "qk_norm" if self.weights[norms[0]] == (self.config.dims(f"{i}.")["D"],) else "qk_norm_wide"
+        # Queries alone have no norm of keys, and the op, which has no keys then either, takes any.
+        return self.emit(op, f"{i}.normed", h, norms[0], norms[-1], **self.heads(i), **self.norms)
 
     def rotated(self, i: int, h: str) -> str:
         """Queries and keys rotated by their positions, in a layer that does so. All tables have the same rows."""
         if (rope := self.config.rope_name(i)) is None:
             return h
         tables = ("rope.rows", f"{rope}.cos", f"{rope}.sin")
-        return self.emit(self.config.family.rope, f"{i}.rotated", h, *tables, **self.heads, D=self.config.head_dim)
+        D = self.config.dims(f"{i}.")["D"]
+        return self.emit(self.config.family.rope, f"{i}.rotated", h, *tables, **self.heads(i), D=D)
 
     def attend(self, i: int, h: str) -> str:
-        """Layer i's attention itself, of rows of queries, keys and values."""
-        config, out = self.config, f"{i}.attended"
-        scale, cap = config.attention_scale or config.head_dim**-0.5, config.attention_cap
-        settings: dict[str, Any] = {"num_heads": config.num_heads, "window": config.layers[i].window, "scale": scale}
+        """Layer i's attention itself, of rows of queries, keys and values, or of queries where it shares the others."""
+        config, out, dims, layer = self.config, f"{i}.attended", self.config.dims(f"{i}."), self.config.layers[i]
+        scale, cap = config.attention_scale or dims["D"] ** -0.5, config.attention_cap
+        settings: dict[str, Any] = {"num_heads": config.num_heads, "window": layer.window, "scale": scale}
         settings |= {"softcap": cap} if cap else {}
         if not self.cached:
-            sizes = {"H": config.num_kv_heads, "D": config.head_dim}
+            sizes = {"H": dims["num_kv_heads"], "D": dims["D"]}
             self.found.append(Node("self_attention", (out, f"{i}.lse"), (h, "cu_seqlens"), {**settings, **sizes}))
             return out
-        cache = (f"{i}.cache.k", f"{i}.cache.v")
-        self.found.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
+        source = i if layer.kv_layer is None else layer.kv_layer
+        cache = (f"{source}.cache.k", f"{source}.cache.v")
+        if source == i:
+            self.found.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
         return self.emit("attention", out, h, *cache, "cu_seqlens", "seq_lens", "page_table", **settings)
 
     def feed_forward(self, i: int, h: str) -> str:

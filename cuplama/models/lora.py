@@ -16,22 +16,20 @@ a product with its B, and that of the B one with its A.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..ops.signature import dim_value
-from .family import Recipe
+from .family import TABLES, Recipe
 
 __all__ = ["ALL_LINEAR", "Adapter", "LowRank", "ends_in", "linear_modules", "lora_name", "modules_of", "part_rows"]
 
 ALL_LINEAR = "all-linear"
 """What stands for every linear layer but the head, where layers are named."""
 _PREFIX = "base_model.model."  # PEFT wraps a model twice
-# Matrices whose rows are looked up. PEFT stores another kind of adapter for such.
-_TABLES = ("embed_tokens", "position_table")
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,12 @@ class Adapter:
         module = tensor.removeprefix(_PREFIX).rpartition(".lora_")[0]
         return not module or module in self.modules
 
-    def parameters(self, recipes: Mapping[str, Recipe], dims: Mapping[str, int]) -> int:
+    def parameters(self, recipes: Mapping[str, Recipe], dims: Callable[[str], Mapping[str, int]]) -> int:
         """How many numbers it has. recipes: as of ``matrices``; dims: ``ModelConfig.dims``."""
-        every = (part for name, recipe in recipes.items() for part in linear_modules(name, recipe))
+        every = ((dims(name), *part) for name, recipe in recipes.items() for part in linear_modules(name, recipe))
         return sum(
-            self.modules[module].rank * sum(dim_value(size, dims) for size in shape.split(","))
-            for shape, module in every
+            self.modules[module].rank * sum(dim_value(size, sizes) for size in shape.split(","))
+            for sizes, shape, module in every
             if module in self.modules
         )
 
@@ -92,8 +90,11 @@ class Adapter:
 
 
 def linear_modules(name: str, recipe: Recipe) -> list[tuple[str, str]]:
-    """(shape of the matrix, name of the module) of each part of a canonical weight; none if it is no linear layer's."""
-    if name in _TABLES or not all("," in shape for shape, _ in recipe.parts):
+    """(shape of the matrix, name of the module) of each part of a canonical weight; none if it is no linear layer's.
+
+    PEFT stores another kind of adapter for tables whose rows are looked up.
+    """
+    if name in TABLES or not all("," in shape for shape, _ in recipe.parts):
         return []
     return [(shape, tensor.removesuffix(".weight")) for shape, tensor in recipe.parts]
 

@@ -66,10 +66,10 @@ def load_adapter(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[s
             f"{file}: tensor {t.name} {list(t.shape)} has no place in the adapter as {ADAPTER_CONFIG} describes it;"
             " refusing to ignore it"
         )
-    dims = config.dims()
     recipes = {n: r for n, r in adapted.recipes().items() if n.endswith((".lora_a", ".lora_b"))}
     weights = {}
     for name, recipe in recipes.items():
+        dims = config.dims(name)
         dtype = next((tensors[n].dtype for _, n in recipe.parts if n in tensors), "F32")
         zeros = {
             n: _zeros(n, file, dtype, [dim_value(d, dims) for d in shape.split(",")])

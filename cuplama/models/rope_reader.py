@@ -15,30 +15,31 @@ __all__ = ["rotations"]
 
 
 def rotations(
-    reader: ConfigReader, family: Family, windows: Sequence[int], head_dim: int, context: int
+    reader: ConfigReader, family: Family, windows: Sequence[int], head_dims: Sequence[int], context: int
 ) -> list[Rope | None]:
-    """The rotation of each layer by the family's rule, None for none. windows: of the layers.
+    """The rotation of each layer by the family's rule, None for none. windows, head_dims: of the layers.
 
     Raises ConfigError naming the setting, its value and what is supported.
     """
     rule = family.rotations
     keys = reader.ruled(rule.reads, lambda: rule.rule(reader.raw, windows), len(windows))
     name, by_key = _settings(reader, family)
-    found: dict[str, Rope] = {}
-    for key in dict.fromkeys(k for k in keys if k is not None):
+    found: dict[tuple[str, int], Rope] = {}
+    layers = [None if key is None else (key, size) for key, size in zip(keys, head_dims, strict=True)]
+    for key, head_dim in dict.fromkeys(layer for layer in layers if layer is not None):
         if key not in by_key:
             supported = f"settings for {key} in it" if key else "one object of settings (not one per layer type)"
             reader.refuse(name, supported)
         given = by_key[key] or {}
         if not isinstance(given, Mapping):
             reader.refuse(f"{name}.{key}", "an object of settings", given)
-        found[key] = _One(reader, family, name, key).rope(dict(given), head_dim, context)
+        found[key, head_dim] = _One(reader, family, name, key).rope(dict(given), head_dim, context)
     several = any(rope != other for rope in found.values() for other in found.values())
-    for key, rope in found.items():
+    for (key, _), rope in found.items():
         if several and rope.type in ROPE_BY_LENGTH:
             types = (kind for kind in family.rope_types if kind not in ROPE_BY_LENGTH)
             reader.refuse(f"{name}.{key}.rope_type", f"{', '.join(types)} beside another rotation", rope.type)
-    return [None if layer is None else found[layer] for layer in keys]
+    return [None if layer is None else found[layer] for layer in layers]
 
 
 def _settings(reader: ConfigReader, family: Family) -> tuple[str, Mapping[str, Any]]:

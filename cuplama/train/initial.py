@@ -34,13 +34,14 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
         raise ConfigError(
             f"config.json: initializer_range = {deviation!r} is not supported; supported: a number above 0"
         )
-    dims, tied, found = config.dims(), config.head_is_tied, dict[str, Weight]()
+    tied, found = config.head_is_tied, dict[str, Weight]()
     for number, (name, recipe) in enumerate(config.recipes().items()):
         if name == "lm_head" and tied:
             found[name] = Weight(name, found["embed_tokens"].source, found["embed_tokens"].parts)
             continue
         numbers = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
         width = deviation / math.sqrt(2 * config.num_layers) if name.endswith(_ADDED) else deviation
+        dims = config.dims(name)
         shapes = [tuple(dim_value(d, dims) for d in shape.split(",")) for shape, _ in recipe.parts]
         constant = 1 - config.family.norm_offset if name.endswith("norm") else 0.0
         parts = tuple(_part(shape, constant, width, numbers) for shape in shapes)

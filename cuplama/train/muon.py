@@ -30,10 +30,11 @@ _STACKED = {"qkv_proj": ("num_heads*D", "num_kv_heads*D", "num_kv_heads*D"), "ga
 
 def layer_matrices(config: ModelConfig) -> Matrices:
     """The matrices of a model's layers, without embeddings and head, and without adapters."""
-    dims, found = config.dims(), {}
+    found = {}
     for name, shape in config.weight_shapes().items():
         layer, _, module = name.partition(".")
         if layer.isdigit() and "." not in module and len(shape) == 2:
+            dims = config.dims(name)
             rows = [dim_value(part, dims) for part in _STACKED.get(module, ())] or [shape[0]]
             found[name] = [(r, shape[1]) for r in rows]
     return found
