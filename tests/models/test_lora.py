@@ -55,8 +55,8 @@ def test_an_adapter_has_so_many_numbers(name: str) -> None:
     assert config.adapter is not None
     own = config.own_recipes()
     sizes = {n: int(np.prod(s)) for n, s in config.weight_shapes().items() if n not in own}
-    assert config.adapter.parameters(own, config.dims()) == sum(sizes.values()) > 0
-    assert adapted(Q).adapter.parameters(LLAMA.own_recipes(), LLAMA.dims()) == 4 * (32 + 32)  # type: ignore[union-attr]
+    assert config.adapter.parameters(own, config.dims) == sum(sizes.values()) > 0
+    assert adapted(Q).adapter.parameters(LLAMA.own_recipes(), LLAMA.dims) == 4 * (32 + 32)  # type: ignore[union-attr]
 
 
 def test_only_layers_that_are_adapted_have_further_nodes() -> None:
