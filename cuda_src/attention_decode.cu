@@ -10,7 +10,7 @@
 //                     by row rope_rows[i] of cos and sin (if there are any; dims 2h .. D stay), and the new k and v go
 //                     to slot_mapping[i] of the cache. Each step rounds to T, as the ops do that it stands for.
 //
-//   x           [b, (num_heads+2H)*D] T    query, key and value heads of the new tokens
+//   x           [b, heads*D] T    query, key and value heads of the new tokens; attention_decode reads the queries alone
 //   k, v        [P, H, S, D] C    pages of S tokens; token t of sequence i is on page page_table[i][t / S]
 //   seq_lens    [b] i32; page_table [b, M] i32
 //   slot_mapping, rope_rows [b] i32; cos, sin [R, h] f32; q_norm, k_norm [D] T
@@ -139,7 +139,7 @@ __device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const Ne
             scales[i] = load<E>((warp + i * WARPS < here ? token.q_norm : token.k_norm) + lane * E);
     }
     wait();
-    const T* x = a.x + i64(heads.sequence) * (a.num_heads + 2 * a.H) * D + lane * E;
+    const T* x = a.x + i64(heads.sequence) * a.heads * D + lane * E;
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
         const int j = warp + i * WARPS;
@@ -248,12 +248,12 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
 template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS>
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
     attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
-                     f32* stats, u32* arrivals, int num_heads, int H, int M, int window, int min_keys, int max_splits,
-                     int splits, float scale, const T* sinks, float softcap) {
+                     f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int window, int min_keys,
+                     int max_splits, int splits, float scale, const T* sinks, float softcap) {
     launch_dependents();
     pdl_wait();
-    const Arguments<T, C> a{x, k, v,      seq_lens, page_table, y,      partial, stats, arrivals, num_heads,
-                            H, M, window, min_keys, max_splits, splits, scale,   sinks, softcap};
+    const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
+                            H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
     decode<false, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
 }
 
@@ -261,12 +261,12 @@ template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, b
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
-                     f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int M, int h, int window,
+                     f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int h, int window,
                      int min_keys, int max_splits, int splits, float scale, float eps, const T* sinks, float softcap) {
     launch_dependents();
     const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
-    const Arguments<T, C> a{x, k, v,      seq_lens, page_table, y,      partial, stats, arrivals, num_heads,
-                            H, M, window, min_keys, max_splits, splits, scale,   sinks, softcap};
+    const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
+                            H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
     const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps};
     decode<true, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, token, wait);
 }

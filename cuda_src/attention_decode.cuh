@@ -51,7 +51,7 @@ struct Arguments {
     T* y;
     f32 *partial, *stats;
     u32* arrivals;
-    int num_heads, H, M, window, min_keys, max_splits, splits;
+    int num_heads, H, heads, M, window, min_keys, max_splits, splits;
     float scale;
     const T* sinks;
     float softcap;

@@ -6,7 +6,7 @@
 // CAPPED, scores s = q k^T * scale are softcap * tanh(s / softcap); with SINKS each head has one more logit in the sum of
 // its softmax, without a value.
 //
-//   x           [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are the new tokens of sequence i, the
+//   x           [n, heads*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are the new tokens of sequence i, the
 //                                          last of its seq_lens[i] tokens; the query heads come first in a row
 //   k, v        [P, H, S, D] C             pages of S tokens
 //   cu_seqlens  [b+1] i32
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_prefill_fma(const T* __restrict__ x, const C* __restrict__ k, const C* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
-                          int num_heads, int H, int M, int window, float scale, const T* __restrict__ sinks,
+                          int num_heads, int H, int heads, int M, int window, float scale, const T* __restrict__ sinks,
                           float softcap) {
     DYNAMIC_SHARED(float, q);                // [ROWS][STRIDE], scaled
     float* kv = q + ROWS * STRIDE<D>;        // [KEYS][STRIDE], keys and values in turn
@@ -121,7 +121,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     if (part.first >= part.end) return;
 
     const i32* table = page_table + i64(part.sequence) * M;
-    const int heads = num_heads + 2 * H;
     if constexpr (S == 0) {
         k = x + (i64(part.start) * heads + num_heads + kv_head) * D;
         v = k + H * D;

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     attention_prefill_mma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
-                          int num_heads, int H, int M, int window, float scale, const T* __restrict__ sinks,
+                          int num_heads, int H, int heads, int M, int window, float scale, const T* __restrict__ sinks,
                           float softcap) {
     constexpr int WIDTH = Layout<D>::WIDTH, STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS, MT = SIZE / 16;
     DYNAMIC_SHARED(T, queries);        // [ROWS][WIDTH]; at the end the outputs
@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(THREADS, 2)
     // Positions of the warp's first and last token; a warp without rows has none.
     const int mine = tile.first + warp * SIZE;
     const int near = old + mine / group, far = mine < rows ? old + (mine + SIZE - 1) / group : -1;
-    const int heads = num_heads + 2 * H;
     if constexpr (S == 0) {
         k = x + (i64(tile.start) * heads + num_heads + kv_head) * D;
         v = k + H * D;

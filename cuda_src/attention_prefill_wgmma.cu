@@ -315,8 +315,8 @@ __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
     attention_prefill_wgmma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
                             const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                             const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
-                            int num_heads, int H, int M, int window, float scale, const T* __restrict__ sinks,
-                            float softcap) {
+                            int num_heads, int H, int heads, int M, int window, float scale,
+                            const T* __restrict__ sinks, float softcap) {
     constexpr int ROWS = GROUPS * MINE, WIDTH = (D + PANEL - 1) / PANEL * PANEL, STAGE = KEYS * WIDTH;
     DYNAMIC_SHARED(unsigned char, raw);
     T* queries = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
@@ -342,22 +342,22 @@ __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
 
     if (threadIdx.x / GROUP == 0) {
         registers_fewer<GROUPS == 2 ? 40 : 32>();
-        const int table = tile.sequence * M, heads = S == 0 ? num_heads + 2 * H : H;
+        const int table = tile.sequence * M, stored = S == 0 ? heads : H;
         if constexpr (S == 0) {
             k = x + (i64(tile.start) * heads + num_heads + kv_head) * D;
             v = k + H * D;
         }
         if (threadIdx.x < 64)
-            produce<T, D, S>(keys, bar.k_full, bar.k_empty, k, page_table, table, kv_head, heads, band.low, band.high);
+            produce<T, D, S>(keys, bar.k_full, bar.k_empty, k, page_table, table, kv_head, stored, band.low, band.high);
         else
-            produce<T, D, S>(values, bar.v_full, bar.v_empty, v, page_table, table, kv_head, heads, band.low,
+            produce<T, D, S>(values, bar.v_full, bar.v_empty, v, page_table, table, kv_head, stored, band.low,
                              band.high);
     } else {
         registers_more<GROUPS == 2 ? 232 : 160>();
         const int consumer = threadIdx.x / GROUP - 1;
         T* q = queries + consumer * MINE * WIDTH;
         GroupRows<T, D> rows(tile, group, tile.first + consumer * MINE);
-        rows.fetch_queries(q, x, kv_head, num_heads + 2 * H);
+        rows.fetch_queries(q, x, kv_head, heads);
         bar_sync(1 + consumer, GROUP);
         const Scaling<T, CAPPED> scaling(scale, softcap);
         consume(rows, bar, q, keys, values, band, window, scaling, 1 + consumer);

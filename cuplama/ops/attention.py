@@ -159,14 +159,15 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
 
 def attention_case(
     num_heads: int, H: int, D: int, new: list[int], seq_lens: list[int], window: int = 0, S: int = 16, C: str = "T",
-    softcap: float = 0.0, sinks: bool = False,
+    softcap: float = 0.0, sinks: bool = False, queries: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A case with sequences of ``seq_lens`` tokens, the last ``new`` of each new, on pages of ``S`` tokens. C: what the
-    cache holds, "T" or "e4m3"."""
+    cache holds, "T" or "e4m3"; queries: whether rows of x have queries alone."""
     need = [-(-length // S) for length in seq_lens]
     return dict(
         n=sum(new), b=len(new), num_heads=num_heads, H=H, D=D, new=new, seq_lens=seq_lens, window=window, S=S,
         P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5, C=C, softcap=softcap, sinks=sinks,
+        w=(num_heads + (0 if queries else 2 * H)) * D,
     )  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def random_sequences(draw: Draw) -> dict[str, Any]:
     seq_lens = [n + draw(0, 90) for n in new]
     window, S, C = draw(0, 1) * draw(1, 60), 8 * draw(1, 8), "e4m3" if draw(0, 1) else "T"
     group, softcap, sinks = draw(1, 5), draw(0, 1) * 0.25 * draw(1, 9), bool(draw(0, 1))
-    return attention_case(H * group, H, D, new, seq_lens, window, S, C, softcap, sinks)
+    return attention_case(H * group, H, D, new, seq_lens, window, S, C, softcap, sinks, bool(draw(0, 1)))
 
 
 _PAGE = 64  # tokens of a page, as the engine has them
@@ -244,6 +245,11 @@ def _softmax_constants(call: Call) -> dict[str, Any]:
     return {"CAPPED": call["softcap"] != 0, "SINKS": call.arrays["sinks"] is not None}
 
 
+def _heads(call: Call) -> int:
+    """Heads in a row of x: queries, and behind them keys and values, which attention over a cache does not read."""
+    return int(call.arrays["x"].shape[1] // call["D"])  # type: ignore[union-attr]
+
+
 # attention_decode.cu. A sequence's keys are divided into splits, one for a block at a time.
 _MAX_HEADS, _MAX_WIDE_HEADS = 8, 4  # query heads that a block takes, up to D = 256 and beyond: as registers hold sums
 _MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives last adds them all up
@@ -286,7 +292,8 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     blocks = max(1, min(splits, _BLOCKS_PER_PLACE * resident // (H * parts * b)))
     constants |= {
         "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor,
-        "min_keys": min_keys, "max_splits": max_splits, "splits": splits, **_softmax_constants(call),
+        "min_keys": min_keys, "max_splits": max_splits, "splits": splits, "heads": _heads(call),
+        **_softmax_constants(call),
     }  # fmt: skip
     scratch = {
         "partial": ((b, num_heads, splits, D), "f32"),
@@ -340,7 +347,8 @@ def prefill_launch(call: Call, device: Device, S: int, **more: Any) -> Launch:
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
         name = "attention_prefill_fma.cu:attention_prefill_fma"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
-    return Launch(name, grid, (threads,), shared, constants={**constants, **_softmax_constants(call), "S": S, **more})
+    constants |= {"heads": _heads(call), "S": S, **_softmax_constants(call), **more}
+    return Launch(name, grid, (threads,), shared, constants=constants)
 
 
 _WIDEN_THREADS = 256
@@ -394,13 +402,14 @@ _E4M3_CASES = (
 
 attention = Op(
     "attention",
-    "y[n,num_heads*D]:T = (x[n,(num_heads+2*H)*D]:T, k[P,H,S,D]:C, v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
+    "y[n,num_heads*D]:T = (x[n,w]:T, k[P,H,S,D]:C, v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
     " page_table[b,M]:i32, sinks[num_heads]:T?, num_heads:i32, window:i32, scale:f32, softcap:f32=0)",
-    doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of"
-    " its seq_lens[i] tokens; its keys lie on pages page_table[i]. A query sees itself and what came before, the last"
-    " `window` tokens only if window > 0. Rows that belong to no sequence are not computed. n = b is a decode step: a"
-    " row each. D: a multiple of 8 up to 256, or of 16 up to 512. softcap, if not 0: scores s = q k^T * scale become"
-    " softcap * tanh(s / softcap). sinks: of each head one more logit of the softmax, without a value.",
+    doc="y = softmax(q k^T * scale) v per head. A row of x begins with its queries; what is behind them is not read."
+    " Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of its seq_lens[i] tokens; its keys lie on"
+    " pages page_table[i]. A query sees itself and what came before, the last `window` tokens only if window > 0. Rows"
+    " that belong to no sequence are not computed. n = b is a decode step: a row each. D: a multiple of 8 up to 256, or"
+    " of 16 up to 512. softcap, if not 0: scores s = q k^T * scale become softcap * tanh(s / softcap). sinks: of each"
+    " head one more logit of the softmax, without a value.",
     reference=_attention,
     kernels=_kernels,
     kernel_docs={
@@ -449,13 +458,17 @@ attention = Op(
         *_KNOBS_CASES,
         *_WIDE_CASES,
         *_E4M3_CASES,
+        # rows of queries alone, by each kernel
+        attention_case(6, 2, 64, [1, 1], [20, 300], S=64, queries=True),
+        attention_case(4, 1, 128, [33, 31], [64, 129], S=64, queries=True),
+        attention_case(6, 2, 256, [3, 20], [40, 20], window=30, S=16, queries=True),
     ],
     sizes=random_sequences,
     # The decode kernel is that of append_attention's cases; it comes by itself with the known models' last rows.
     compiled=lambda case: well_known(case) and case["n"] > case["b"],
     inputs=_inputs,
     shape=DEFAULT_SIZES,
-    rules=("num_heads % H == 0", "new <= length"),
+    rules=("num_heads % H == 0", "num_heads * D <= w", "w % D == 0", "new <= length"),
     complete=equal_sequences,
     tolerance={"f32": 60.0},  # sums over thousands of keys, one after the other: see PRODUCT_TOLERANCE
     bytes=_bytes,

@@ -293,7 +293,8 @@ def _append_complete(s: Mapping[str, Any]) -> dict[str, Any]:
 def _append_cases() -> list[dict[str, Any]]:
     """The decode cases of attention, with and without rotation and qk_norm, fully and partially rotated."""
     found = []
-    for i, case in enumerate(c for c in attention.cases if c["n"] == c["b"]):
+    decode = (c for c in attention.cases if c["n"] == c["b"] and c["w"] > c["num_heads"] * c["D"])
+    for i, case in enumerate(decode):
         half = case["D"] // 2 if i % 3 else case["D"] // 4
         found.append(
             {
