@@ -3,6 +3,8 @@
 // gelu_erf       y[n,f] = x/2 (1 + erf(x / sqrt(2)))
 // gelu_tanh_mul, gelu_erf_mul
 //                y[n,f] = gelu(g) * u,            [g, u] = x[n,2f], with the gelu of that name
+// gelu_tanh_mul_part
+//                y[n,f] = gelu_tanh(x) * u[n,first:first+f],    x[n,f], u[n,m]: f32
 // relu_squared   y[n,f] = max(x, 0)^2
 // xielu          y[n,f] = beta x + above x^2 where x > 0, beta x + below (exp(min(x, eps)) - 1 - x) elsewhere,
 //                above = log(1 + exp(alpha_p)), below = beta + log(1 + exp(alpha_n))
@@ -19,15 +21,13 @@
 #include "activation.cuh"
 #include "common.cuh"
 
-// The activation of the gates times the other half, for the row of a block.
-template <float (*FUNCTION)(float), typename T>
-__device__ __forceinline__ void map_gates(const T* x, T* y, int f) {
-    const T* gate = x + i64(blockIdx.x) * 2 * f;
-    const T* up = gate + f;
+// The activation of f gates times as many other numbers, for the row of a block.
+template <float (*FUNCTION)(float), typename U, typename T>
+__device__ __forceinline__ void map_gates(const T* gate, const U* up, T* y, int f, bool vectorized) {
     T* out = y + i64(blockIdx.x) * f;
-    const bool vectorized = f % 8 == 0 && aligned(x, y);
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8; i < f; i += gridDim.y * blockDim.x * 8) {
-        const Pack<T, 8> g = load_row<8>(gate, i, f, vectorized), u = load_row<8>(up, i, f, vectorized);
+        const Pack<T, 8> g = load_row<8>(gate, i, f, vectorized);
+        const Pack<U, 8> u = load_row<8>(up, i, f, vectorized);
         Pack<T, 8> v;
 #pragma unroll
         for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(FUNCTION(to_float(g.v[j])) * to_float(u.v[j]));
@@ -35,19 +35,33 @@ __device__ __forceinline__ void map_gates(const T* x, T* y, int f) {
     }
 }
 
+// The same where gates and the others are the two halves of a row of x.
+template <float (*FUNCTION)(float), typename T>
+__device__ __forceinline__ void map_halves(const T* x, T* y, int f) {
+    const T* gate = x + i64(blockIdx.x) * 2 * f;
+    map_gates<FUNCTION>(gate, gate + f, y, f, f % 8 == 0 && aligned(x, y));
+}
+
 template <typename T>
 __global__ void silu_mul(const T* __restrict__ x, T* __restrict__ y, int f) {
-    map_gates<silu_of<T>>(x, y, f);
+    map_halves<silu_of<T>>(x, y, f);
 }
 
 template <typename T>
 __global__ void gelu_tanh_mul(const T* __restrict__ x, T* __restrict__ y, int f) {
-    map_gates<gelu_tanh_of<T>>(x, y, f);
+    map_halves<gelu_tanh_of<T>>(x, y, f);
 }
 
 template <typename T>
 __global__ void gelu_erf_mul(const T* __restrict__ x, T* __restrict__ y, int f) {
-    map_gates<gelu_erf_of<T>>(x, y, f);
+    map_halves<gelu_erf_of<T>>(x, y, f);
+}
+
+template <typename T>
+__global__ void gelu_tanh_mul_part(const T* __restrict__ x, const f32* __restrict__ u, T* __restrict__ y, int f, int m,
+                                   int first) {
+    const bool vectorized = f % 8 == 0 && m % 8 == 0 && first % 8 == 0 && aligned(x, u, y);
+    map_gates<gelu_tanh_of<T>>(x + i64(blockIdx.x) * f, u + i64(blockIdx.x) * m + first, y, f, vectorized);
 }
 
 // One activation over all n * f elements.

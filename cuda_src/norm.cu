@@ -1,8 +1,10 @@
 // rms_norm      y[n,d] = x / sqrt(mean(x^2) + eps) * (offset + w)            x[n,d]: f32, w[d]: T, y: T
-// rms_norm_add  y[n,d] = a + rms_norm(x)                                     a, y: f32 (the residual stream)
+// rms_norm_add  y[n,m] = (a + rms_norm(x)) * scalar      a, y: f32 (the residual stream); scalar[1] (may be null): T
+//               of rows of m = 2 d, 3 d, ... each d elements are normalised by themselves: they are rows to the kernel
 // layer_norm    y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * (offset + w) + b    b[d] (may be null): T
 // qk_norm       rms_norm of each head, D elements of a row of x      x[n,(num_heads+2*num_kv_heads)*D], y: T
-//               weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
+//               weight q_norm[D] for query heads, k_norm[D] for key heads, none for value heads if v_norm, else they
+//               are copied
 // qk_norm_wide  the same, but of all query heads of a row together, and of all its key heads
 //               q_norm[num_heads*D], k_norm[num_kv_heads*D]
 //
@@ -17,11 +19,11 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-// y = a + rms_norm(x) for the block's row of d elements, where a may be null. wait: pdl_wait, which the kernels
-// themselves call so that they are known to be early.
+// y = rms_norm(x) for the block's row of d elements, or (a + rms_norm(x)) * factor if a is not null. wait: pdl_wait,
+// which the kernels themselves call so that they are known to be early.
 template <int CHUNKS, typename X, typename T, typename Y, typename Wait>
-__device__ __forceinline__ void normalise(const X* x, const T* w, const f32* a, Y* y, int d, f32 eps, f32 offset,
-                                          bool vectorized, Wait wait) {
+__device__ __forceinline__ void normalise(const X* x, const T* w, const f32* a, f32 factor, Y* y, int d, f32 eps,
+                                          f32 offset, bool vectorized, Wait wait) {
     Pack<X, 8> v[CHUNKS];
     Pack<T, 8> scale[CHUNKS];
     Pack<f32, 8> residual[CHUNKS] = {};
@@ -44,7 +46,7 @@ __device__ __forceinline__ void normalise(const X* x, const T* w, const f32* a, 
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float value = to_float(v[c].v[j]) * inverse * (offset + to_float(scale[c].v[j]));
-            out.v[j] = from_float<Y>(a != nullptr ? residual[c].v[j] + value : value);
+            out.v[j] = from_float<Y>(a != nullptr ? (residual[c].v[j] + value) * factor : value);
         }
         store_row<8>(y, at, d, vectorized, out);
     }
@@ -57,17 +59,18 @@ __global__ void __launch_bounds__(1024)
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
     const f32* a = nullptr;
-    normalise<CHUNKS>(x, w, a, y, d, eps, offset, d % 8 == 0 && aligned(x, w, y), [] { pdl_wait(); });
+    normalise<CHUNKS>(x, w, a, 1.f, y, d, eps, offset, d % 8 == 0 && aligned(x, w, y), [] { pdl_wait(); });
 }
 
 template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(1024)
-    rms_norm_add(const f32* x, const T* __restrict__ w, const f32* a, f32* y, int d, f32 eps, f32 offset) {
+__global__ void __launch_bounds__(1024) rms_norm_add(const f32* x, const T* __restrict__ w, const f32* a,
+                                                     const T* __restrict__ scalar, f32* y, int d, f32 eps, f32 offset) {
     launch_dependents();
+    const f32 factor = scalar != nullptr ? to_float(*scalar) : 1.f;
     x += i64(blockIdx.x) * d;
     a += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
-    normalise<CHUNKS>(x, w, a, y, d, eps, offset, d % 8 == 0 && aligned(x, w, a, y), [] { pdl_wait(); });
+    normalise<CHUNKS>(x, w, a, factor, y, d, eps, offset, d % 8 == 0 && aligned(x, w, a, y), [] { pdl_wait(); });
 }
 
 template <typename T, int CHUNKS>
@@ -113,7 +116,8 @@ __global__ void __launch_bounds__(1024)
 
 template <typename T, int CHUNKS>
 __global__ void qk_norm(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
-                        T* __restrict__ y, int n, int num_heads, int num_kv_heads, int D, f32 eps, f32 offset) {
+                        T* __restrict__ y, int n, int num_heads, int num_kv_heads, int D, f32 eps, f32 offset,
+                        int v_norm) {
     const int lane = threadIdx.x % WARP;
     const i64 index = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;  // of the head, over all tokens
     if (index >= i64(n) * (num_heads + 2 * num_kv_heads)) return;                  // a whole warp
@@ -139,6 +143,9 @@ __global__ void qk_norm(const T* __restrict__ x, const T* __restrict__ q_norm, c
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse * (offset + to_float(scale.v[j])));
+        } else if (v_norm) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse);
         }
         store_row<8>(y, at, D, vectorized, v[c]);
     }
@@ -160,6 +167,6 @@ __global__ void __launch_bounds__(1024)
         return;
     }
     const f32* a = nullptr;
-    normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, a, y + from, d, eps, offset, vectorized,
+    normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, a, 1.f, y + from, d, eps, offset, vectorized,
                       [] { pdl_wait(); });
 }

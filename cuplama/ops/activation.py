@@ -21,7 +21,10 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .team import fill_rows
 
-__all__ = ["erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "relu_squared", "silu_mul", "xielu"]
+__all__ = [
+    "erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "gelu_tanh_mul_part", "relu_squared", "silu_mul",
+    "xielu",
+]  # fmt: skip
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _CUPY_SILU = "float a = (float)g; y = (T)(a / (1.0f + expf(-a)) * (float)u)"
@@ -58,6 +61,10 @@ def _gelu_tanh(x: Array) -> Array:
 def _gelu_erf(x: Array) -> Array:
     x = upcast(x)
     return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
+
+
+def _gelu_tanh_mul_part(x: Array, u: Array, *, first: int) -> Array:
+    return _gelu_tanh(x) * u[:, first : first + x.shape[1]]
 
 
 def _relu_squared(x: Array) -> Array:
@@ -147,6 +154,24 @@ gelu_erf_mul = Op(
     sizes=_sizes,
     shape={"n": 1, "f": 9216},
     flops=lambda c: 6 * c["n"] * c["f"],
+)
+
+gelu_tanh_mul_part = Op(
+    "gelu_tanh_mul_part",
+    "y[n,f]:T = (x[n,f]:T, u[n,m]:f32, first:i32)",
+    doc="y = gelu(x) * u[:, first : first + f] with the gelu of gelu_tanh: what a layer is given beside the residual"
+    " stream, of a row that holds as much for every layer",
+    reference=_gelu_tanh_mul_part,
+    kernels=_row_kernels,
+    cases=[
+        dict(n=n, f=f, m=parts * f, first=part * f)
+        for n, f, parts, part in ((1, 256, 42, 3), (3, 8, 3, 2), (2, 20, 2, 1), (5, 1000, 1, 0))
+    ],
+    sizes=lambda draw: dict(n=draw(1, 5), f=draw(1, 600), m=1600, first=draw(0, 1000)),
+    rules=("first + f <= m",),
+    shape={"n": 1, "f": 256, "m": 10752, "first": 256},
+    bytes=lambda c: c["n"] * c["f"] * (4 + 2 * c.dtypes["T"].itemsize),
+    flops=lambda c: 9 * c["n"] * c["f"],
 )
 
 gelu_tanh = Op(

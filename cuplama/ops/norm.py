@@ -43,8 +43,12 @@ def _rms_norm(x: Array, w: Array, *, eps: float, offset: float = 0.0) -> Array:
     return x / np.sqrt(mean_square + eps) * (offset + upcast(w))
 
 
-def _rms_norm_add(x: Array, w: Array, a: Array, *, eps: float, offset: float = 0.0) -> Array:
-    return a + _rms_norm(x, w, eps=eps, offset=offset)
+def _rms_norm_add(
+    x: Array, w: Array, a: Array, scalar: Array | None = None, *, eps: float, offset: float = 0.0
+) -> Array:
+    parts = x.reshape(len(x), -1, len(w))
+    y = a + _rms_norm(parts, w, eps=eps, offset=offset).reshape(x.shape)
+    return y if scalar is None else y * upcast(scalar)
 
 
 def _layer_norm(x: Array, w: Array, b: Array | None = None, *, eps: float, offset: float = 0.0) -> Array:
@@ -54,11 +58,15 @@ def _layer_norm(x: Array, w: Array, b: Array | None = None, *, eps: float, offse
 
 
 def _qk_norm(
-    x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float, offset: float = 0.0
-) -> Array:
+    x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float, offset: float = 0.0,
+    v_norm: int = 0,
+) -> Array:  # fmt: skip
     y = upcast(x).reshape(len(x), num_heads + 2 * num_kv_heads, len(q_norm)).copy()
-    for heads, w in ((slice(num_heads), q_norm), (slice(num_heads, num_heads + num_kv_heads), k_norm)):
-        y[:, heads] = _rms_norm(y[:, heads], w, eps=eps, offset=offset)
+    queries, keys, values = np.split(y, (num_heads, num_heads + num_kv_heads), 1)
+    queries[:] = _rms_norm(queries, q_norm, eps=eps, offset=offset)
+    keys[:] = _rms_norm(keys, k_norm, eps=eps, offset=offset)
+    if v_norm:
+        values[:] = _rms_norm(values, np.ones_like(q_norm), eps=eps)
     return y.reshape(len(x), -1)
 
 
@@ -91,6 +99,11 @@ def _head_sizes(draw: Draw) -> dict[str, Any]:
     )
 
 
+def _added_sizes(draw: Draw) -> dict[str, Any]:
+    d, offset = draw(1, 9000), draw(0, 1)
+    return dict(n=draw(1, 5), m=d * draw(1, 3), d=d, eps=1e-6, offset=offset, scalar=bool(draw(0, 1)))
+
+
 def row_launch(kernel: str, rows: int, d: int) -> Launch:
     """The launch of a kernel whose blocks have a row of d elements each; OpError if they are too long."""
     vectors = -(-d // _WIDTH)
@@ -102,7 +115,8 @@ def row_launch(kernel: str, rows: int, d: int) -> Launch:
 
 
 def _row_kernels(call: Call, device: Device) -> Plan:
-    return Plan((row_launch(call.op.name, call["n"], call["d"]),))
+    d = call["d"]
+    return Plan((row_launch(call.op.name, call["n"] * call.env.get("m", d) // d, d),))
 
 
 def _wide_kernels(call: Call, device: Device) -> Plan:
@@ -129,6 +143,8 @@ def _rms_gradient(g: Gradient) -> None:
 
 
 def _rms_add_gradient(g: Gradient) -> None:
+    if g.has("scalar"):
+        raise OpError("rms_norm_add: a stored scalar has no gradient yet, so models that have it cannot be trained")
     _row_gradient(g, "rms_norm_backward", g.rounded("y"), "w")
     g.give("a", g.of("y"))
 
@@ -138,6 +154,12 @@ def _layer_gradient(g: Gradient) -> None:
         _row_gradient(g, "layer_norm_backward", g.of("y"), "w", "b")
     else:
         _row_gradient(g, "layer_norm_no_b_backward", g.of("y"), "w")
+
+
+def _head_gradient(g: Gradient) -> None:
+    if g.attr("v_norm"):
+        raise OpError("qk_norm: norms of values have no gradient yet, so models that have them cannot be trained")
+    _qk_gradient(g)
 
 
 def _qk_gradient(g: Gradient) -> None:
@@ -168,16 +190,18 @@ rms_norm = Op(
 
 rms_norm_add = Op(
     "rms_norm_add",
-    "y[n,d]:f32 = (x[n,d]:f32, w[d]:T, a[n,d]:f32, eps:f32, offset:f32=0)",
-    doc="y = a + x / sqrt(mean(x^2) + eps) * (offset + w): a norm behind a sublayer, and the residual stream",
+    "y[n,m]:f32 = (x[n,m]:f32, w[d]:T, a[n,m]:f32, scalar[1]:T?, eps:f32, offset:f32=0)",
+    doc="y = (a + x / sqrt(mean(x^2) + eps) * (offset + w)) * scalar: a norm behind a sublayer, and the residual"
+    " stream. Of a row of several times d elements each d are normalised by themselves.",
     reference=_rms_norm_add,
     gradient=_rms_add_gradient,
     kernels=_row_kernels,
-    cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6, offset=draw(0, 1)),
-    shape={"n": 1, "d": 2304},
+    cases=[{**case, "m": case["d"] * (1 + 2 * (i % 3 == 2)), "scalar": i % 4 == 1} for i, case in enumerate(_CASES)],
+    sizes=_added_sizes,
+    shape={"n": 1, "m": 2304, "d": 2304},
+    rules=("m % d == 0",),
     tolerance=_ROW_TOLERANCE,
-    flops=lambda c: 5 * c["n"] * c["d"],
+    flops=lambda c: 5 * c["n"] * c["m"],
 )
 
 layer_norm = Op(
@@ -197,17 +221,20 @@ layer_norm = Op(
 qk_norm = Op(
     "qk_norm",
     "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, q_norm[D]:T, k_norm[D]:T,"
-    " num_heads:i32, num_kv_heads:i32, eps:f32, offset:f32=0)",
-    doc="RMSNorm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied.",
+    " num_heads:i32, num_kv_heads:i32, eps:f32, offset:f32=0, v_norm:i32=0)",
+    doc="RMSNorm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied, or with"
+    " v_norm = 1 normalised without a weight.",
     reference=_qk_norm,
-    gradient=_qk_gradient,
+    gradient=_head_gradient,
     recompute="layers",
     kernels=_qk_kernels,
     cases=[
-        dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6, offset=i % 2)
-        for i, (n, h, k, d) in enumerate(((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256)))
+        dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6, offset=i % 2, v_norm=i % 3 == 1)
+        for i, (n, h, k, d) in enumerate(
+            ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256), (3, 4, 0, 512))
+        )
     ],
-    sizes=_head_sizes,
+    sizes=lambda draw: {**_head_sizes(draw), "num_kv_heads": draw(0, 4), "v_norm": draw(0, 1)},
     flops=lambda c: 4 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
 )
 
