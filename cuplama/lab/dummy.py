@@ -92,7 +92,7 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
             shape,
             dtype,
             ("embed_tokens",) if name == "lm_head" and config.head_is_tied else (name,),
-            1 - config.family.norm_offset if name.endswith("norm") else 0.0,
+            1 - config.family.norm_offset if name.endswith(("norm", "scalar")) else 0.0,
         )
         for name, shape in config.weight_shapes().items()
     }

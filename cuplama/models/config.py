@@ -37,6 +37,7 @@ _INSTEAD = {
     "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
 }
+_OPTIONAL_SIZES = frozenset({"per_layer_size", "per_layer_vocab"})
 _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
@@ -74,6 +75,9 @@ class ModelConfig:
     to the residual stream; attention_scale, of queries times keys, 0 for head_dim^-0.5; logits_scale; attention_cap,
     logits_cap, the soft limits of scores and of logits, 0 for none; query_temperature, query_context: queries at
     position p are multiplied by 1 + query_temperature * log(1 + p // query_context).
+
+    per_layer_size: of what each layer is given beside the residual stream, 0 for nothing; per_layer_vocab: tokens that
+    have an embedding for that.
     """
 
     architecture: str
@@ -104,6 +108,8 @@ class ModelConfig:
     logits_cap: float = 0.0
     query_temperature: float = 0.0
     query_context: float = 0.0
+    per_layer_size: int = 0
+    per_layer_vocab: int = 0
 
     def __repr__(self) -> str:
         return (
@@ -159,6 +165,9 @@ class ModelConfig:
             "num_heads": self.num_heads,
             "num_kv_heads": layer.num_kv_heads or self.num_kv_heads,
             "D": layer.head_dim or self.head_dim,
+            "num_layers": self.num_layers,
+            "per_layer_size": self.per_layer_size,
+            "per_layer_vocab": self.per_layer_vocab,
         }
 
     @cached_property
@@ -317,11 +326,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         activation=family.activations[activation],
         layers=layers,
         tied=reader.tied(name, family),
-        flags=frozenset(
-            flag
-            for flag, source in family.flags.items()
-            if (reader.switch(source) if isinstance(source, str) else source)
-        ),
+        flags=_flags(reader, family, sizes),
         dtype=reader.dtype(),
         bos=next(iter(_ids(reader, "bos_token_id")), None),
         eos=_ids(reader, "eos_token_id"),
@@ -349,6 +354,8 @@ def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
     head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
     if heads % kv_heads:
         reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
+    for name in _OPTIONAL_SIZES & values.keys():
+        sizes[name] = reader.size(family.fields[name][0], values[name]) if values[name] else 0
     return sizes | {
         "num_kv_heads": kv_heads,
         "intermediate_size": intermediate,
@@ -370,6 +377,13 @@ def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> t
     head_dims = [layer.head_dim or sizes["head_dim"] for layer in layers]
     ropes = rotations(reader, family, windows, head_dims, sizes["context"])
     return tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True))
+
+
+def _flags(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> frozenset[str]:
+    """The flags of recipes that the config sets, and the sizes that may be 0 and are not."""
+    sources = family.flags.items()
+    found = {flag for flag, source in sources if (reader.switch(source) if isinstance(source, str) else source)}
+    return frozenset(found | {name for name in _OPTIONAL_SIZES if sizes.get(name)})
 
 
 def _ids(reader: ConfigReader, key: str) -> tuple[int, ...]:

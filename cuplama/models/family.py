@@ -42,10 +42,11 @@ class Recipe:
     """How a canonical weight is made of checkpoint tensors.
 
     parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over
-    V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads and D (head_dim), as
-    the *canonical* weight has them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name
-    to try when the first part's is not there, unless the config says that head and embedding are not tied. when: the
-    config flag under which the weight exists. instead: flag of a layer -> the recipe that such a layer has, or None
+    V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads, D (head_dim),
+    num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), as the *canonical* weight has
+    them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first
+    part's is not there, unless the config says that head and embedding are not tied. when: the config flag, or the
+    size above 0, under which the weight exists. instead: flag of a layer -> the recipe that such a layer has, or None
     where it has no such weight.
     """
 
@@ -221,7 +222,8 @@ class Family:
     text part.
 
     Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
-    keys are normalised. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope".
+    keys are normalised. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope"; "v_norm", for
+    values that are normalised with them, without a weight.
     """
 
     architecture: str

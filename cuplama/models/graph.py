@@ -8,6 +8,7 @@ concatenated: every activation is [n, ...] for n new tokens.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,16 +21,18 @@ __all__ = ["HIDDEN", "LAST", "LOGITS", "Cut", "Graph", "decoder"]
 HIDDEN = "hidden"  # [r, d] float32: the rows of the residual stream that the head takes
 LOGITS = "logits"  # [r, vocab_size] float32
 
-# An input of attention -> its name where attention is of the last tokens of some sequences, a row for each.
-LAST = {name: f"last.{name}" for name in ("cu_seqlens", "seq_lens", "page_table")}
+# An input of a pass -> its name where the pass is of the last tokens of some sequences, a row for each.
+LAST = {name: f"last.{name}" for name in ("input_ids", "rope.rows", "cu_seqlens", "seq_lens", "page_table")}
 
+_LAYER_INPUTS = "layer_inputs"
 # The constants of xIELU, whose other two numbers are weights.
 _XIELU = {"beta": 0.5, "eps": -1e-6}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A model cut behind the last layer's keys and values, the last that every token of a prompt needs.
+    """A model cut behind the last keys and values that go to the cache, the last that every token of a prompt needs:
+    those of the last layer, or of an earlier one where layers behind it share them.
 
     body: from token ids to those; rest: the nodes behind them, up to the residual stream; between: the values of the
     body that the rest reads, [n, ...]; last: from those to logits, for the rows that "logit_rows" names alone. Each
@@ -155,7 +158,19 @@ class _Nodes:
         learned = ("positions",) if "position_table" in self.weights else ()
         tables = ("embed_tokens", *self.present("position_table"))
         x = self.emit(config.family.embed, "x", "input_ids", *learned, *tables)
+        if config.per_layer_size:
+            self.layer_inputs(x)
         return self.dropped(self.scaled(x, config.embedding_scale / config.residual_scale))
+
+    def layer_inputs(self, x: str) -> None:
+        """What layers are given of a token beside the residual stream, ``_LAYER_INPUTS`` [n, layers * size] float32,
+        as in Gemma 3n: an embedding of its own, and one made of its embedding x, with an equal share."""
+        size = self.config.per_layer_size
+        given = self.emit("embedding", "given", "input_ids", "embed_tokens_per_layer")
+        made = self.linear(self.emit("cast", "x.cast", x, U="T"), "layer_inputs_proj", U="f32")
+        given = self.scaled(given, math.sqrt(size))
+        both = self.emit("rms_norm_add", "given.both", made, "layer_inputs_norm", given, **self.norms)
+        self.emit("scale", _LAYER_INPUTS, both, factor=math.sqrt(0.5))
 
     def logits(self) -> None:
         config = self.config
@@ -173,7 +188,9 @@ class _Nodes:
         y = self.added(x, self.attention(i, h), f"{i}.attn_post_norm", f"{i}.x")
         if not parallel or f"{i}.mlp_norm" in self.weights:
             h = self.read(x if parallel else y, f"{i}.mlp_norm")
-        return self.added(y, self.feed_forward(i, h), f"{i}.mlp_post_norm", f"{i + 1}.x0")
+        out, more, scalar = f"{i + 1}.x0", self.config.per_layer_size > 0, self.present(f"{i}.layer_scalar")
+        z = self.added(y, self.feed_forward(i, h), f"{i}.mlp_post_norm", *((f"{i}.z",) if more else (out, *scalar)))
+        return self.added(z, self.layer_input(i, z), f"{i}.layer_input_norm", out, *scalar) if more else z
 
     def read(self, x: str, weight: str) -> str:
         """The residual stream in the model's dtype: normalised, or as it is where the model has no such norm."""
@@ -183,11 +200,12 @@ class _Nodes:
         attrs = {**self.norms, "eps": config.eps / config.residual_scale**2}
         return self.emit(config.family.norm, out, x, weight, *self.present(f"{weight}.bias"), **attrs)
 
-    def added(self, x: str, y: str, weight: str, out: str) -> str:
-        """x and what a sublayer gives, y, which is normalised first where the model has such a norm."""
+    def added(self, x: str, y: str, weight: str, out: str, *scalar: str) -> str:
+        """x and what a sublayer gives, y, which is normalised first where the model has such a norm. scalar: a stored
+        number that the sum is multiplied by, if the model has that beside such a norm."""
         y = self.dropped(y)
         if weight in self.weights:
-            return self.emit(f"{self.config.family.norm}_add", out, y, weight, x, **self.norms)
+            return self.emit(f"{self.config.family.norm}_add", out, y, weight, x, *scalar, **self.norms)
         return self.emit("add", out, x, y)
 
     def attention(self, i: int, h: str) -> str:
@@ -208,8 +226,9 @@ class _Nodes:
         if not norms:
             return h
         op = "qk_norm" if self.weights[norms[0]] == (self.config.dims(f"{i}.")["D"],) else "qk_norm_wide"
+        values = {"v_norm": 1} if "v_norm" in self.config.flags and i in self.config.caches else {}
         # Queries alone have no norm of keys, and the op, which has no keys then either, takes any.
-        return self.emit(op, f"{i}.normed", h, norms[0], norms[-1], **self.heads(i), **self.norms)
+        return self.emit(op, f"{i}.normed", h, norms[0], norms[-1], **self.heads(i), **self.norms, **values)
 
     def rotated(self, i: int, h: str) -> str:
         """Queries and keys rotated by their positions, in a layer that does so. All tables have the same rows."""
@@ -234,6 +253,13 @@ class _Nodes:
         if source == i:
             self.found.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
         return self.emit("attention", out, h, *cache, "cu_seqlens", "seq_lens", "page_table", **settings)
+
+    def layer_input(self, i: int, x: str) -> str:
+        """What layer i makes of its own part of ``_LAYER_INPUTS``, through a gate that the residual stream x opens."""
+        size = self.config.per_layer_size
+        h = self.linear(self.emit("cast", f"{i}.gate_in", x, U="T"), f"{i}.layer_input_gate", U="T")
+        h = self.emit(f"{self.config.activation}_part", f"{i}.gated", h, _LAYER_INPUTS, first=i * size)
+        return self.linear(h, f"{i}.layer_input_proj", U="f32")
 
     def feed_forward(self, i: int, h: str) -> str:
         """Layer i's MLP, of what its norm gives. A gated MLP has its two first matrices stacked in one."""

@@ -35,6 +35,19 @@ GRANITE: Config = {
     "rms_norm_eps": 1e-2,
 }
 
+# Layers without a window have other heads; rotated: half of these.
+GEMMA4: Config = {
+    **{key: value for key, value in GEMMA.items() if key != "query_pre_attn_scalar"},
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "global_head_dim": 24,
+    "hidden_size_per_layer_input": 0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+
 SCALED_CASES: dict[str, Case] = {
     "gemma2": Case("gemma2", {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 12.0}, GEMMA, spelling="v4"),
     "gemma3": Case(
@@ -54,6 +67,24 @@ SCALED_CASES: dict[str, Case] = {
         "gemma3_text",
         {"attention_bias": True, "final_logit_softcapping": 12.0},
         {**GEMMA, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "gemma4-shared": Case(
+        "gemma4_text",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 12,
+            "vocab_size_per_layer_input": 96,
+            "final_logit_softcapping": 12.0,
+        },
+        GEMMA4,
+    ),
+    "gemma4-same": Case(
+        "gemma4_text",
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "attention_bias": True},
+        GEMMA4,
     ),
     "olmo2": Case("olmo2", rope("default", 500000.0), GQA, spelling="v4"),
     "olmo3": Case(

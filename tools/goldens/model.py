@@ -27,6 +27,9 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
     Gains are chosen for logits of a few units: a fan-in scaling for matrices, doubled for q and k.
     """
     rng = torch.Generator().manual_seed(seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.copy_(exact(0.7 + 0.1 * torch.randn(buffer.shape, generator=rng)))
     mean = 0.0 if model.config.model_type == "nemotron" else 1.0  # of norm weights, to which Nemotron adds one
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=rng)

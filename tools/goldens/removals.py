@@ -112,10 +112,11 @@ def other_gelu(model: Any) -> None:
 def swapped_kv_heads(model: Any) -> None:
     """KV head h % n_kv in place of h // group, the other way one might share them."""
     cfg = model.config
-    n, kv, d = cfg.num_attention_heads, cfg.num_key_value_heads, model.model.layers[0].self_attn.head_dim
-    order = [h for k in range(kv) for h in range(n) if h % kv == k]
-    rows = torch.tensor([h * d + i for h in order for i in range(d)])
+    n = cfg.num_attention_heads
     for layer in model.model.layers:
+        kv, d = n // layer.self_attn.num_key_value_groups, layer.self_attn.head_dim
+        order = [h for k in range(kv) for h in range(n) if h % kv == k]
+        rows = torch.tensor([h * d + i for h in order for i in range(d)])
         q, o = layer.self_attn.q_proj, layer.self_attn.o_proj
         for tensors in (q, getattr(layer.self_attn, "q_norm", None)):
             for parameter in tensors.parameters() if tensors is not None else ():
@@ -149,7 +150,7 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     for part in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
         if any(part in n for n in names):
             yield part, norms_one(part), {}
-    if 1 < cfg.num_key_value_heads < cfg.num_attention_heads:
+    if 1 < model.model.layers[0].self_attn.num_key_value_groups < cfg.num_attention_heads:
         yield "kv_sharing", swapped_kv_heads, {}
     for kind, settings in rotations(cfg).items():
         if settings["rope_type"] != "default":
@@ -163,5 +164,6 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
         yield "window", keep, {"sliding_window": 1000}
         yield "window_plus_one", keep, {"sliding_window": width + 1}
         yield "window_minus_one", keep, {"sliding_window": width - 1}
-    if "sliding_attention" in (getattr(cfg, "layer_types", None) or []):
+    alike = len({layer.self_attn.head_dim for layer in model.model.layers}) == 1
+    if alike and "sliding_attention" in (getattr(cfg, "layer_types", None) or []):
         yield "max_window_layers", keep, {"layer_types": ["sliding_attention"] * cfg.num_hidden_layers}

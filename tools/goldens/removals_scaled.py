@@ -60,6 +60,28 @@ def heads_normalised(model: Any) -> None:
             norm.forward = by_head(norm, layer.self_attn.head_dim)
 
 
+def plain_values(model: Any) -> None:
+    """Values as they come from their matrix."""
+    for layer in model.model.layers:
+        if hasattr(layer.self_attn, "v_norm"):
+            layer.self_attn.v_norm = nn.Identity()
+
+
+def unscaled_layers(model: Any) -> None:
+    """The residual stream as layers leave it."""
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(1.0)
+
+
+def without_layer_inputs(part: str) -> Mutate:
+    """One of the two parts of what layers are given of a token left out."""
+
+    def mutate(model: Any) -> None:
+        getattr(model.model, part).weight.data.zero_()
+
+    return mutate
+
+
 def rotated_in_every_layer(model: Any) -> None:
     """Rotation also in the layers that have none."""
     for layer in model.model.layers:
@@ -69,7 +91,8 @@ def rotated_in_every_layer(model: Any) -> None:
 def one_rotation(model: Any) -> None:
     """The rotation of full attention in the layers with a window too."""
     rotary = model.model.rotary_emb
-    rotary.sliding_attention_inv_freq.copy_(rotary.full_attention_inv_freq)
+    size = len(rotary.sliding_attention_inv_freq)
+    rotary.sliding_attention_inv_freq.copy_(rotary.full_attention_inv_freq[:size])
 
 
 def keep(model: Any) -> None:
@@ -94,6 +117,13 @@ def scaled_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
                 yield norm, without(norm), {}
     if cfg.model_type in ("olmo2", "olmo3"):
         yield "whole_width", heads_normalised, {}
+    if hasattr(layer, "layer_scalar"):
+        yield "v_norm", plain_values, {}
+        yield "layer_scalar", unscaled_layers, {}
+    if getattr(cfg, "hidden_size_per_layer_input", 0):
+        for part in ("embed_tokens_per_layer", "per_layer_model_projection"):
+            yield part, without_layer_inputs(part), {}
+        yield "post_per_layer_input_norm", without("post_per_layer_input_norm"), {}
     if 0 in getattr(cfg, "no_rope_layers", ()):
         yield "no_rope_layers", rotated_in_every_layer, {}
     if "full_attention" in cfg.rope_parameters:
