@@ -23,7 +23,7 @@ from ..engine.sequence import SequenceState
 from ..errors import DeviceError, PromptError
 from ..models.config import ModelConfig
 from ..models.graph import Graph, decoder
-from ..models.rope import RopeTables, all_tables
+from ..models.rope import RotationTables
 from ..ops import OPS
 from ..ops.node import Node
 from ..quant.gptq import Matrix
@@ -68,21 +68,21 @@ class Calibration:
         each = max(1, backend.prefill_chunk // longest)  # samples of a pass
         # The cache of one layer: each layer runs over all samples before the next one does.
         self._cache = PagedCache(backend, replace(config, layers=config.layers[:1]), each * pages_for(longest))
-        rope, tables = all_tables(config.ropes, longest)
-        self._tables = {name: backend.upload(table) for name, table in tables.items()}
-        self._passes = [self._batch(samples[i : i + each], rope) for i in range(0, len(samples), each)]
+        rotations = RotationTables(config.ropes, longest)
+        self._tables = {name: backend.upload(table) for name, table in rotations.arrays.items()}
+        self._passes = [self._batch(samples[i : i + each], rotations) for i in range(0, len(samples), each)]
         graph = decoder(config)
         self._streams, ((self._embed,), *self._layers) = graph.streams, _cut(graph)
         self.x = _array((sum(map(len, samples)), config.hidden_size), spill)
 
-    def _batch(self, samples: Sequence[Sequence[int]], rope: RopeTables | None) -> Batch:
+    def _batch(self, samples: Sequence[Sequence[int]], rotations: RotationTables) -> Batch:
         self._cache.clear()
         parts = []
         for tokens in samples:
             sequence = SequenceState(tokens, SamplingParams(seed=0), frozenset())
             self._cache.extend(sequence.pages, len(tokens))
             parts.append((sequence, len(tokens)))
-        return Batch.build(parts, rope, self._cache.padding_page)
+        return Batch.build(parts, rotations, self._cache.padding_page)
 
     def embed(self, weights: Mapping[str, Array]) -> None:
         """Fill the residual stream with the embeddings of the samples. weights: on the device, by canonical name."""

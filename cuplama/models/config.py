@@ -18,10 +18,11 @@ from ..gguf import is_gguf, open_gguf
 from ..ops.signature import dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
-from .family import Family, Recipe
+from .family import Family, Recipe, Wrapper
 from .lora import Adapter, LowRank, part_rows
 from .rope import Rope
 from .rope_reader import rotations
+from .wrapper import open_config
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
 
@@ -57,7 +58,8 @@ class ModelConfig:
     layer to layer; tied: whether head and embedding are one matrix, None where the config does not say; flags: which
     optional weights exist; dtype: of the checkpoint as config.json states it ("bfloat16", ...), or None; bos, eos:
     token ids; raw: all of config.json, and ``quantization_config`` also where a file of its own holds it; adapter: what
-    is added to linear layers, see lora.py.
+    is added to linear layers, see lora.py; wrapper: the model of which this is the text part, then ``raw`` is what a
+    model of the text part alone would have.
 
     What some families multiply or limit: embedding_scale, of the embedding's rows; residual_scale, of what a layer adds
     to the residual stream; attention_scale, of queries times keys, 0 for head_dim^-0.5; logits_scale; attention_cap,
@@ -84,6 +86,7 @@ class ModelConfig:
     eos: tuple[int, ...]
     raw: Mapping[str, Any] = field(repr=False, compare=False)
     adapter: Adapter | None = field(default=None, repr=False)
+    wrapper: Wrapper | None = field(default=None, repr=False)
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float = 0.0
@@ -224,7 +227,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
     Raises ConfigError. What nothing here reads, though it may mean something, is named in one warning.
     """
-    reader = ConfigReader(raw, where)
+    reader, wrapper = open_config(raw, where)
     name, family = reader.family()
     reader.neutral(family)
     reader.quantised()
@@ -257,9 +260,10 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
             if (reader.switch(source) if isinstance(source, str) else source)
         ),
         dtype=reader.dtype(),
-        bos=next(iter(token_ids(raw.get("bos_token_id"), f"{where}: bos_token_id")), None),
-        eos=token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id"),
-        raw=raw,
+        bos=next(iter(_ids(reader, "bos_token_id")), None),
+        eos=_ids(reader, "eos_token_id"),
+        raw=reader.raw,
+        wrapper=wrapper,
     )
 
 
@@ -295,6 +299,10 @@ def _layers(reader: ConfigReader, family: Family, count: int, head_dim: int, con
     if not family.rotary:
         return tuple(map(Layer, windows))
     return tuple(map(Layer, windows, rotations(reader, family, windows, head_dim, context)))
+
+
+def _ids(reader: ConfigReader, key: str) -> tuple[int, ...]:
+    return token_ids(reader.raw.get(key), f"{reader.where}: {reader.path(key)}")
 
 
 def _or(value: Any, default: int) -> Any:

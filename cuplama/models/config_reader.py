@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import ConfigError
@@ -17,7 +17,7 @@ from .family import REQUIRED, Family, Number
 __all__ = ["MAX_NUMBER", "ConfigReader", "is_number"]
 
 _log = logging.getLogger("cuplama")
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=Sized)
 # Class names of a supported model_type whose models are others: with another head, in both directions, with experts.
 _OTHER_MODELS = re.compile(
     r"For(?!CausalLM$)|Reward|Classif|Embed|Encoder|Bidirectional|Bi(?=[A-Z])|Eagle|Medusa|Mo[eE]"
@@ -33,19 +33,26 @@ def is_number(value: Any) -> bool:
 class ConfigReader:
     """Reads fields of one config.json. Every method raises ConfigError, which names field, value and what is supported.
 
-    where: the file's path, for errors.
+    where: the file's path, for errors; within: the object of the file that the fields are in, "" for all of it;
+    beside: the names of those that are not in it but beside it. raw: the fields; dropped: the names of settings of
+    rotations and of quantised weights that were met and left out.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw, self.where = raw, where
-        self.dropped: list[str] = []  # settings of rotations and of quantised weights that were met and left out
+    def __init__(self, raw: Mapping[str, Any], where: str, within: str = "", beside: Collection[str] = ()) -> None:
+        self.raw, self.where, self._within, self._beside = raw, where, within, beside
+        self.dropped: list[str] = []
+
+    def path(self, key: str) -> str:
+        """The name of a field, or of a field's field, in the file."""
+        inside = self._within and key.partition(".")[0].partition("[")[0] not in self._beside
+        return f"{self._within}.{key}" if inside else key
 
     def refuse(self, key: str, supported: str, value: Any = ...) -> NoReturn:
         """Raise. supported: what the field may be; value: what it is, if not the field's own value."""
         shown = json.dumps(self.raw.get(key) if value is ... else value, default=str)
         if len(shown) > 80:
             shown = shown[:77] + "..."
-        raise ConfigError(f"{self.where}: {key} = {shown} is not supported; supported: {supported}")
+        raise ConfigError(f"{self.where}: {self.path(key)} = {shown} is not supported; supported: {supported}")
 
     def family(self) -> tuple[str, Family]:
         """(class name, family) by ``architectures``, or by ``model_type`` where that is not given or says no more.
@@ -54,17 +61,18 @@ class ConfigReader:
         computes something else, is refused.
         """
         names, model_type = self.raw.get("architectures"), self.raw.get("model_type")
+        wrappers = {w.model_type: w.architectures for f in FAMILIES.values() for w in f.wrappers}
         named = next((f for f in FAMILIES.values() if f.model_type == model_type), None)
         if not names:
             if named is not None:
                 return named.architecture, named
             if "model_type" in self.raw:
-                self.refuse("model_type", ", ".join(f.model_type for f in FAMILIES.values()))
+                self.refuse("model_type", ", ".join([*(f.model_type for f in FAMILIES.values()), *wrappers]))
             raise ConfigError(f"{self.where}: neither architectures nor model_type is given; is this a model's config?")
         known = isinstance(names, list) and isinstance(names[0], str)
         family = FAMILIES.get(names[0], named) if known else None
         if family is None:
-            self.refuse("architectures", ", ".join(FAMILIES))
+            self.refuse("architectures", ", ".join([*FAMILIES, *(name for w in wrappers.values() for name in w)]))
         if (model_type or family.model_type) != family.model_type:
             self.refuse("model_type", f"{family.model_type} for {names[0]}")
         if _OTHER_MODELS.search(names[0]):
@@ -87,23 +95,23 @@ class ConfigReader:
 
     def left_out(self, family: Family) -> list[str]:
         """The names of what the config says and nothing has read, sorted."""
-        return sorted([*unclassified(self.raw, family), *self.dropped])
+        return sorted(self.path(name) for name in (*unclassified(self.raw, family), *self.dropped))
 
     def get(self, key: str, default: Any) -> Any:
         """A field's value, or the default of one that is left out; REQUIRED is none."""
         if key not in self.raw:
             if default is REQUIRED:
-                raise ConfigError(f"{self.where}: {key} is missing")
+                raise ConfigError(f"{self.where}: {self.path(key)} is missing")
             return default
         if self.raw[key] is None and default is REQUIRED:
-            raise ConfigError(f"{self.where}: {key} is null")
+            raise ConfigError(f"{self.where}: {self.path(key)} is null")
         return self.raw[key]
 
     def size(self, key: str, value: Any) -> int:
         """A value that must be a positive whole number."""
         if type(value) is not int or not 1 <= value < 2**31:
             shown = json.dumps(value, default=str)
-            raise ConfigError(f"{self.where}: {key} = {shown:.80} is not a positive whole number below 2^31")
+            raise ConfigError(f"{self.where}: {self.path(key)} = {shown:.80} is not a positive whole number below 2^31")
         return value
 
     def tied(self, name: str, family: Family) -> bool | None:
@@ -147,7 +155,7 @@ class ConfigReader:
             self.refuse("max_window_layers", "a whole number >= 0")
         self.switch("use_sliding_window")
         rule = family.windows
-        windows = tuple(self.ruled(rule.reads, lambda: rule.rule(self.raw, layers)))
+        windows = tuple(self.ruled(rule.reads, lambda: rule.rule(self.raw, layers), layers))
         for i, kind in enumerate(types or ()):
             if kind not in ("full_attention", "sliding_attention"):
                 self.refuse(f"layer_types[{i}]", "full_attention, sliding_attention", kind)
@@ -159,10 +167,16 @@ class ConfigReader:
                 )
         return windows
 
-    def ruled(self, reads: Sequence[str], rule: Callable[[], list[_T]]) -> list[_T]:
-        """What a family's rule makes of the fields that it reads, which are to blame where it cannot."""
+    def ruled(self, reads: Sequence[str], rule: Callable[[], _T], layers: int | None = None) -> _T:
+        """What a family's rule makes of the fields that it reads, which are to blame where it cannot.
+
+        layers: how many layers it must make something for, if it is for layers.
+        """
         try:
-            return rule()
+            found = rule()
+            if layers in (None, len(found)):
+                return found
+            raise ValueError
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             given = {key: self.raw[key] for key in reads if key in self.raw}
             key = next(iter(given), reads[0])
@@ -178,7 +192,7 @@ class ConfigReader:
             found = found.get(part) if isinstance(found, Mapping) else None
         value = found.get(name, source.default) if isinstance(found, Mapping) else source.default
         if value is REQUIRED:
-            raise ConfigError(f"{self.where}: {source.key} is missing")
+            raise ConfigError(f"{self.where}: {self.path(source.key)} is missing")
         if value is None:
             return None
         try:

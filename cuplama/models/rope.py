@@ -23,8 +23,8 @@ __all__ = [
     "ROPE_LEFT_OUT",
     "Rope",
     "RopeTables",
+    "RotationTables",
     "Span",
-    "all_tables",
     "table_rows",
 ]
 
@@ -257,13 +257,23 @@ class RopeTables:
         return self.cos, self.sin, np.concatenate(rows).astype(np.int32)
 
 
-def all_tables(ropes: Mapping[str, Rope], positions: int) -> tuple[RopeTables | None, dict[str, _FloatArray]]:
-    """(tables that the rows of a pass are looked up in, None for a model without; every table by its name in a graph,
-    "rope.cos", "rope.sin", "rope1.cos", ...).
+class RotationTables:
+    """The tables of a model's rotations for every position below ``positions``, which may be none.
 
-    ropes: ``ModelConfig.ropes``. Where there are several, none of ``ROPE_BY_LENGTH`` is among them, so all have the
-    same rows.
+    arrays: by name, "rope.cos", "rope.sin", "rope1.cos", ... One row number serves all of them: it is the position
+    itself, except where there is one rotation that depends on the length.
     """
-    tables = {name: RopeTables(rope, positions) for name, rope in ropes.items()}
-    arrays = {f"{name}.{part}": array for name, t in tables.items() for part, array in (("cos", t.cos), ("sin", t.sin))}
-    return next(iter(tables.values()), None), arrays
+
+    def __init__(self, ropes: Mapping[str, Rope], positions: int) -> None:
+        """ropes: by the name of their tables, as a model's ``ropes``."""
+        self._tables = {name: RopeTables(rope, positions) for name, rope in ropes.items()}
+        self.arrays: dict[str, _FloatArray] = {}
+        for name, tables in self._tables.items():
+            self.arrays |= {f"{name}.cos": tables.cos, f"{name}.sin": tables.sin}
+
+    def lookup(self, spans: Sequence[Span]) -> tuple[dict[str, _FloatArray], np.ndarray[Any, np.dtype[np.int32]]]:
+        """(tables, rows): those of ``arrays`` that the pass has its own of, and for each new token its row in all."""
+        for name, tables in self._tables.items():
+            cos, sin, rows = tables.lookup(spans)
+            return {} if cos is tables.cos else {f"{name}.cos": cos, f"{name}.sin": sin}, rows
+        return {}, np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int32) for s in spans])

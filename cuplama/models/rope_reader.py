@@ -22,7 +22,7 @@ def rotations(
     Raises ConfigError naming the setting, its value and what is supported.
     """
     rule = family.rotations
-    keys = reader.ruled(rule.reads, lambda: rule.rule(reader.raw, windows))
+    keys = reader.ruled(rule.reads, lambda: rule.rule(reader.raw, windows), len(windows))
     name, by_key = _settings(reader, family)
     found: dict[str, Rope] = {}
     for key in dict.fromkeys(k for k in keys if k is not None):
@@ -48,8 +48,9 @@ def _settings(reader: ConfigReader, family: Family) -> tuple[str, Mapping[str, A
     for field, value in (("rope_scaling", older), ("rope_parameters", newer)):
         if not isinstance(value, dict):
             reader.refuse(field, "an object of settings")
-    if family.rotations.settings is not None:
-        return name, family.rotations.settings(reader.raw)
+    rule = family.rotations
+    if (own := rule.settings) is not None:
+        return name, reader.ruled((name, *rule.reads), lambda: own(reader.raw))
     if older and newer and older != newer:  # transformers reads the older name where both are given
         reader.dropped.append("rope_parameters")
     if not any(isinstance(value, dict) for value in settings.values()):
@@ -124,7 +125,8 @@ class _One:
     def _check_keys(self, kind: str, settings: Mapping[str, Any], dim: int) -> None:
         required, optional = ROPE_KEYS[kind]
         for name in sorted(required - settings.keys()):
-            raise ConfigError(f"{self.reader.where}: {self.path}.{name} is missing; rope type {kind} needs it")
+            path = self.reader.path(f"{self.path}.{name}")
+            raise ConfigError(f"{self.reader.where}: {path} is missing; rope type {kind} needs it")
         for name in sorted(settings.keys() - required - optional):
             supported = ", ".join(sorted(required | optional)) or "no setting"
             self.reader.refuse(f"{self.path}.{name}", f"{supported} for {kind}", settings[name])

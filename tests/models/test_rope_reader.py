@@ -88,6 +88,22 @@ def test_layers_without_rotation(parse: Any, caplog: pytest.LogCaptureFixture) -
     assert caplog.messages == []
 
 
+def test_a_rule_that_does_not_fit_names_what_it_reads(parse: Any) -> None:
+    def refused(family: Family, **changes: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            parse(family, **changes)
+        return str(caught.value)
+
+    rule = Rotations(("no_rope_layers",), lambda raw, windows: ["" if on else None for on in raw["no_rope_layers"]])
+    short = refused(replace(MIXED, rotations=rule), no_rope_layers=[0, 1])
+    assert short.startswith("config.json: no_rope_layers = [0, 1] is not supported")
+    odd = refused(replace(MIXED, rotations=rule), no_rope_layers=4)
+    assert odd.startswith("config.json: no_rope_layers = 4 is not supported")
+    own = replace(BY_TYPE, settings=lambda raw: {key: {**value} for key, value in raw["rope_parameters"].items()})
+    odd = refused(replace(MIXED, rotations=own), rope_parameters={"full_attention": 3})
+    assert odd.startswith('config.json: rope_parameters = {"full_attention": 3} is not supported')
+
+
 def test_older_names_are_the_familys(parse: Any) -> None:
     def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         return {"full_attention": raw.get("rope_scaling") or {}, "sliding_attention": {"rope_theta": raw["local"]}}
