@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from cuplama.errors import ConfigError
-from cuplama.models.config import ModelConfig, parse_config
+from cuplama.models.checkpoint import load_weights
+from cuplama.models.config import ModelConfig, load_config, parse_config
+from cuplama.models.export import checkpoint_tensors
 from cuplama.models.families import FAMILIES
+from cuplama.models.family import one
+from cuplama.models.lora import Adapter, LowRank
 from cuplama.ops.signature import dim_value
+from tests.paths import GOLDEN
 
 # V = 96, d = 32, f = 48, 4 query heads and 2 KV heads of 16, one layer; GPT-2: 4 heads of 8, 20 positions.
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
@@ -112,6 +120,7 @@ def test_names_ops_and_rotations() -> None:
         "gpt2": {"embed": "embedding_pos", "norm": "layer_norm", "prefix": "transformer.", "rotary": False},
         "helium": {"rope": "rope_pairs"},
         "hunyuan_v1_dense": {"rope_types": ("default", "ntk_alpha")},
+        "internlm2": {"rope_types": ("default", "linear", "dynamic")},
         "nemotron": {"norm": "layer_norm", "norm_offset": 1.0, "partial_rotary": True},
         "phi": {"norm": "layer_norm", "partial_rotary": True},
         "phi3": {"rope_types": ("default", "longrope"), "partial_rotary": True},
@@ -193,3 +202,27 @@ def test_fields_that_would_change_the_mathematics(
         for value in refused:
             with pytest.raises(ConfigError, match=rf"{field} = .* is not supported; supported: {field} = "):
                 parse(family, **{field: value})
+
+
+def test_rows_by_head_become_queries_keys_and_values() -> None:
+    """Two key heads of size 2, each with two queries: the file has q q k v, q q k v."""
+    recipe = one("num_heads*D+2*num_kv_heads*D", "x", by_head=True)
+    dims = {"num_heads": 4, "num_kv_heads": 2, "D": 2}
+    found = recipe.canonical(np.arange(16), dims)
+    assert found.tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert recipe.stored(found, dims).tolist() == list(range(16))
+
+
+def test_internlm2_goes_back_to_its_files() -> None:
+    """Its matrix by head, and the B of an adapter of that."""
+    folder = GOLDEN / "internlm2"
+    config, tensors = load_config(folder), load_file(folder / "model.safetensors")
+    arrays = {name: weight.array() for name, weight in load_weights(folder, config).items()}
+    found = dict(checkpoint_tensors(config, arrays))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    adapter = Adapter({"model.layers.0.attention.wqkv": LowRank(2, 1.0)})
+    recipes = replace(config, adapter=adapter).recipes()
+    assert recipes["0.qkv_proj.lora_b"].by_head
+    assert not recipes["0.qkv_proj.lora_a"].by_head
