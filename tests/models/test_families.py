@@ -226,3 +226,36 @@ def test_internlm2_goes_back_to_its_files() -> None:
     recipes = replace(config, adapter=adapter).recipes()
     assert recipes["0.qkv_proj.lora_b"].by_head
     assert not recipes["0.qkv_proj.lora_a"].by_head
+
+
+# What a config means that leaves fields out, of 160 heads in a hidden size of 1280, as transformers' classes have it:
+# (KV heads, size of a head, eps, context, type of the rotation, its base, rotated elements). InternLM 2's are its own.
+ABSENT = {
+    "Apertus": (160, 8, 1e-5, 65536, "llama3", 12e6, 8),
+    "Arcee": (160, 8, 1e-5, 4096, "default", 1e4, 8),
+    "Cohere2": (160, 8, 1e-5, 8192, "default", 1e4, 8),
+    "Ernie4_5": (2, 128, 1e-5, 131072, "default", 5e5, 128),
+    "Exaone4": (32, 8, 1e-5, 2048, "default", 1e4, 8),
+    "Helium": (20, 128, 1e-8, 4096, "default", 1e5, 128),
+    "HunYuanDenseV1": (160, 8, 1e-5, 2048, "default", 1e4, 8),
+    "InternLM2": (160, 8, 1e-6, 2048, "default", 1e4, 8),
+    "InternLM3": (2, 128, 1e-5, 32768, "default", 1e4, 128),
+    "Nemotron": (160, 8, 1e-5, 4096, "default", 1e4, 4),
+    "Phi": (160, 8, 1e-5, 2048, "default", 1e4, 4),
+    "SeedOss": (8, 128, 1e-6, 524288, "default", 1e4, 128),
+    "StableLm": (32, 8, 1e-5, 4096, "default", 1e4, 2),
+}
+
+
+@pytest.mark.parametrize(("family", "wanted"), ABSENT.items())
+def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[Any, ...]) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 1280, "intermediate_size": 48, "num_attention_heads": 160}
+    raw = {"architectures": [f"{family}ForCausalLM"], **sizes, "num_hidden_layers": 4}
+    config = parse_config(raw)
+    (rope,) = config.ropes.values()
+    found = (config.num_kv_heads, config.head_dim, config.eps, config.context, rope.type, rope.theta, rope.dim)
+    assert found == wanted
+    windows = (4096, 4096, 4096, 0) if family in ("Cohere2", "Exaone4") else (0,) * 4
+    assert config.windows == windows
+    assert config.head_is_tied == (family in ("Cohere2", "Ernie4_5"))
+    assert config.logits_scale == (0.0625 if family == "Cohere2" else 1)
