@@ -4,6 +4,8 @@
 // gelu_erf_backward   dx[n,f] = dy (erfc(-x / sqrt(2)) / 2 + x exp(-x^2 / 2) / sqrt(2 pi))
 // gelu_tanh_mul_backward, gelu_erf_mul_backward
 //                     [dg, du][n,2f] = [dy u gelu'(g), dy gelu(g)],  [g, u] = x[n,2f], dy[n,f], gelu' as above
+// relu_squared_backward
+//                     dx[n,f] = 2 dy max(x, 0)
 //                     all x, dy, dx: T
 //
 // gelu_tanh is x S(a), because (1 + tanh(b)) / 2 = S(2b).
@@ -27,6 +29,8 @@ __device__ __forceinline__ float gelu_erf_slope(float x) {
     const float half = -0.5f * x * x;
     return 0.5f * erfcf(x * -0.7071067812f) + 0.3989422804f * x * (sizeof(T) == 2 ? __expf(half) : expf(half));
 }
+
+__device__ __forceinline__ float relu_squared_slope(float x) { return x < 0.f ? 0.f : 2.f * x; }
 
 // The gradients of a gate and of what it is multiplied with.
 struct Gated {
@@ -106,4 +110,10 @@ template <typename T>
 __global__ void __launch_bounds__(256)
     gelu_erf_backward(const T* __restrict__ x, const T* __restrict__ dy, T* __restrict__ dx, int n, int f) {
     map_slopes<gelu_erf_slope<T>>(x, dy, dx, i64(n) * f);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256)
+    relu_squared_backward(const T* __restrict__ x, const T* __restrict__ dy, T* __restrict__ dx, int n, int f) {
+    map_slopes<relu_squared_slope>(x, dy, dx, i64(n) * f);
 }

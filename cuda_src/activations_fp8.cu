@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(bound<CHUNKS, 4>, 1)
 template <typename T, int CHUNKS, bool GROUPS>
 __global__ void __launch_bounds__(bound<CHUNKS, 2>, 1)
     rms_norm_quantise(const f32* __restrict__ x, const T* __restrict__ g, u32* __restrict__ x_codes,
-                      f32* __restrict__ x_scale, int n, int k, f32 eps) {
+                      f32* __restrict__ x_scale, int n, int k, f32 eps, f32 offset) {
     Pack<f32, 8> v[CHUNKS];
     Pack<T, 8> scale[CHUNKS];
     float squares = 0.f;
@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(bound<CHUNKS, 2>, 1)
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) out[c].v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale[c].v[j]));
+        for (int j = 0; j < 8; j++)
+            out[c].v[j] = from_float<T>(v[c].v[j] * inverse * (offset + to_float(scale[c].v[j])));
     }
     write_codes<GROUPS>(out, x_codes, x_scale, n, k);
 }

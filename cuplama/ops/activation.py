@@ -2,6 +2,8 @@
 
 silu_mul, gelu_tanh_mul, gelu_erf_mul: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 gelu: Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
+relu_squared: So et al., "Primer", arXiv:2109.08668.
+xielu: Huang & Schlag, "Deriving Activation Functions Using Integration", arXiv:2411.13010.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .team import fill_rows
 
-__all__ = ["erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "silu_mul"]
+__all__ = ["erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "relu_squared", "silu_mul", "xielu"]
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _CUPY_SILU = "float a = (float)g; y = (T)(a / (1.0f + expf(-a)) * (float)u)"
@@ -56,6 +58,16 @@ def _gelu_tanh(x: Array) -> Array:
 def _gelu_erf(x: Array) -> Array:
     x = upcast(x)
     return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
+
+
+def _relu_squared(x: Array) -> Array:
+    return np.maximum(upcast(x), 0) ** 2
+
+
+def _xielu(x: Array, alpha_p: Array, alpha_n: Array, *, beta: float, eps: float) -> Array:
+    x = upcast(x)
+    above, below = np.logaddexp(0, upcast(alpha_p)), beta + np.logaddexp(0, upcast(alpha_n))
+    return beta * x + np.where(x > 0, above * x * x, below * (np.expm1(np.minimum(x, eps)) - x))
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -163,4 +175,31 @@ gelu_erf = Op(
     sizes=_sizes,
     shape={"n": 1, "f": 3072},
     flops=lambda c: 5 * c["n"] * c["f"],
+)
+
+relu_squared = Op(
+    "relu_squared",
+    "y[n,f]:T = (x[n,f]:T)",
+    doc="y = max(x, 0)^2",
+    reference=_relu_squared,
+    gradient=_gradient,
+    recompute="cheap",
+    kernels=_flat_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 18432},
+    flops=lambda c: 2 * c["n"] * c["f"],
+)
+
+xielu = Op(
+    "xielu",
+    "y[n,f]:T = (x[n,f]:T, alpha_p[1]:T, alpha_n[1]:T, beta:f32, eps:f32)",
+    doc="y = beta x + (p x^2 where x > 0, else q (exp(min(x, eps)) - 1 - x)), with p = softplus(alpha_p),"
+    " q = beta + softplus(alpha_n) and softplus(a) = log(1 + exp(a))",
+    reference=_xielu,
+    kernels=_flat_kernels,
+    cases=[dict(**case, beta=0.5, eps=-1e-6) for case in _CASES],
+    sizes=lambda draw: dict(**_sizes(draw), beta=0.25 * draw(0, 4), eps=-0.125 * draw(0, 2)),
+    shape={"n": 1, "f": 21504},
+    flops=lambda c: 8 * c["n"] * c["f"],
 )

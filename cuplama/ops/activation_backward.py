@@ -20,6 +20,7 @@ __all__ = [
     "gelu_erf_mul_backward",
     "gelu_tanh_backward",
     "gelu_tanh_mul_backward",
+    "relu_squared_backward",
     "silu_mul_backward",
 ]
 
@@ -63,6 +64,10 @@ def _gelu_tanh_backward(x: Array, dy: Array) -> Array:
 
 def _gelu_erf_backward(x: Array, dy: Array) -> Array:
     return upcast(dy) * _gelu_erf(upcast(x))[1]
+
+
+def _relu_squared_backward(x: Array, dy: Array) -> Array:
+    return upcast(dy) * 2 * np.maximum(upcast(x), 0)
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -137,4 +142,16 @@ gelu_erf_backward = Op(
     cases=_CASES,
     sizes=_sizes,
     flops=lambda c: 9 * c["n"] * c["f"],
+)
+
+relu_squared_backward = Op(
+    "relu_squared_backward",
+    "dx[n,f]:T = (x[n,f]:T, dy[n,f]:T)",
+    doc="The gradient of relu_squared.",
+    reference=_relu_squared_backward,
+    kernels=_flat_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 18432},
+    flops=lambda c: 3 * c["n"] * c["f"],
 )

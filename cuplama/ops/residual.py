@@ -1,4 +1,7 @@
-"""Sums, multiples and parts of the residual stream, and what it is in the model's dtype. Kernels: cuda_src/residual.cu."""
+"""The residual stream: its sum, a multiple of it, parts of it, and what it is in the model's dtype.
+
+Kernels: cuda_src/residual.cu.
+"""
 
 from __future__ import annotations
 

@@ -17,16 +17,10 @@ from ..models.config import ModelConfig
 from ..ops.signature import dim_value
 from ..quant.weight import Weight
 
-__all__ = ["head_is_tied", "initial_weights"]
+__all__ = ["initial_weights"]
 
 _DEVIATION = 0.02  # of a config without initializer_range
 _ADDED = ("o_proj", "down_proj")  # what is added to the residual stream, twice in a layer
-
-
-def head_is_tied(config: ModelConfig) -> bool:
-    """Whether head and embedding of a new model are one matrix: what the config says, or what its family has without
-    saying."""
-    return config.family.tied if config.tied is None else config.tied
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
@@ -40,7 +34,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
         raise ConfigError(
             f"config.json: initializer_range = {deviation!r} is not supported; supported: a number above 0"
         )
-    dims, tied, found = config.dims(), head_is_tied(config), dict[str, Weight]()
+    dims, tied, found = config.dims(), config.head_is_tied, dict[str, Weight]()
     for number, (name, recipe) in enumerate(config.recipes().items()):
         if name == "lm_head" and tied:
             found[name] = Weight(name, found["embed_tokens"].source, found["embed_tokens"].parts)
