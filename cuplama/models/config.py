@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,11 @@ class ModelConfig:
             if recipe.when is not None and recipe.when not in self.flags:
                 continue
             for i in range(self.num_layers) if "{i}" in name else (0,):
-                found[name.replace("{i}", str(i))] = Recipe(
-                    tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in recipe.parts),
-                    recipe.transposed,
-                    None if self.tied is False else recipe.otherwise,
+                found[name.replace("{i}", str(i))] = replace(
+                    recipe,
+                    parts=tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in recipe.parts),
+                    otherwise=None if self.tied is False else recipe.otherwise,
+                    when=None,
                 )
         return found
 
