@@ -70,6 +70,14 @@ def test_what_goes_with_a_product_of_the_library_is_there() -> None:
     assert bias["cast_bias<bf16, f32>"].ops == products
 
 
+def test_what_a_case_launches_may_be_left_out() -> None:
+    ours, short = OPS["add"], replace(OPS["add"], compiled=lambda case: case["n"] > 10**9)
+    assert inventory.needed(Device(), outside=[ours]).keys() == {"residual.cu"}
+    assert inventory.needed(Device(), outside=[short]) == {}
+    heads = {e.split(", ")[2] for e in _needed(90)["attention_prefill_fma.cu"]}
+    assert heads == {"64", "80", "96", "128", "256", "512"}
+
+
 def test_what_measures_the_machine_belongs_to_no_op() -> None:
     assert _needed(90)["peaks.cu"]["read_sum"] == inventory.Need()
     assert "peaks.cu" not in inventory.needed(Device(), ["add"])
