@@ -49,7 +49,7 @@ __device__ __forceinline__ void put_weights(float* weights, const float (&w)[R][
 // ---- dk and dv ------------------------------------------------------------------------------------------------------
 
 template <typename T, int D, int KEYS, int ROWS, bool CAPPED>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_backward_keys_fma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                 const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens, T* __restrict__ dx,
                                 int b, int num_heads, int H, int window, float scale, float softcap) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 // ---- dq -------------------------------------------------------------------------------------------------------------
 
 template <typename T, int D, int ROWS, int KEYS, bool CAPPED>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_backward_queries_fma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                    const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens,
                                    T* __restrict__ dx, int b, int num_heads, int H, int window, float scale,

@@ -37,7 +37,7 @@ struct BlockTile {
     static constexpr int E = SHARE<D>, WIDTH = E * LANES;
     static constexpr int ROWS = THREADS / LANES, QP = power_of_two(Q);
     // K and V wait in registers, as do E * Q sums.
-    static constexpr int MAX_STEPS = (sizeof(C) == 4 || Q > 4 ? 4 : 8) * 8 / E;
+    static constexpr int MAX_STEPS = E > 8 ? 2 : sizeof(C) == 4 || Q > 4 ? 4 : 8;
     static constexpr int STEPS = LANES / 2 < MAX_STEPS ? LANES / 2 : MAX_STEPS, KEYS = ROWS * STEPS;
     Pack<C, E> keys[STEPS], values[STEPS];
     int column, row;

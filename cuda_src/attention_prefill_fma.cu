@@ -104,7 +104,7 @@ struct ThreadRows {
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, typename C, int D, int S, int ROWS, int KEYS, bool CAPPED, bool SINKS>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_prefill_fma(const T* __restrict__ x, const C* __restrict__ k, const C* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
