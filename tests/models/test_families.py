@@ -236,13 +236,21 @@ ABSENT = {
     "Cohere2": (160, 8, 1e-5, 8192, "default", 1e4, 8),
     "Ernie4_5": (2, 128, 1e-5, 131072, "default", 5e5, 128),
     "Exaone4": (32, 8, 1e-5, 2048, "default", 1e4, 8),
+    "Gemma2": (4, 256, 1e-6, 8192, "default", 1e4, 256),
+    "Gemma3": (4, 256, 1e-6, 131072, "default", 1e4, 256),
+    "Glm": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
+    "Glm4": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
+    "Granite": (160, 8, 1e-6, 2048, "default", 1e4, 8),
     "Helium": (20, 128, 1e-8, 4096, "default", 1e5, 128),
     "HunYuanDenseV1": (160, 8, 1e-5, 2048, "default", 1e4, 8),
     "InternLM2": (160, 8, 1e-6, 2048, "default", 1e4, 8),
     "InternLM3": (2, 128, 1e-5, 32768, "default", 1e4, 128),
     "Nemotron": (160, 8, 1e-5, 4096, "default", 1e4, 4),
+    "Olmo2": (160, 8, 1e-5, 2048, "default", 1e4, 8),
+    "Olmo3": (160, 8, 1e-5, 2048, "default", 5e5, 8),
     "Phi": (160, 8, 1e-5, 2048, "default", 1e4, 4),
     "SeedOss": (8, 128, 1e-6, 524288, "default", 1e4, 128),
+    "SmolLM3": (4, 8, 1e-6, 32768, "default", 2e6, 8),
     "StableLm": (32, 8, 1e-5, 4096, "default", 1e4, 2),
 }
 
@@ -255,7 +263,10 @@ def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[A
     (rope,) = config.ropes.values()
     found = (config.num_kv_heads, config.head_dim, config.eps, config.context, rope.type, rope.theta, rope.dim)
     assert found == wanted
-    windows = (4096, 4096, 4096, 0) if family in ("Cohere2", "Exaone4") else (0,) * 4
-    assert config.windows == windows
-    assert config.head_is_tied == (family in ("Cohere2", "Ernie4_5"))
+    mixed = dict.fromkeys(("Cohere2", "Exaone4", "Olmo3"), (4096, 4096, 4096, 0))
+    mixed |= {"Gemma2": (4096, 0, 4096, 0), "Gemma3": (4096,) * 4}
+    assert config.windows == mixed.get(family, (0,) * 4)
+    assert config.head_is_tied == (family in ("Cohere2", "Ernie4_5", "Gemma2", "Gemma3", "SmolLM3"))
     assert config.logits_scale == (0.0625 if family == "Cohere2" else 1)
+    assert config.attention_scale == {"Gemma2": 1 / 16, "Gemma3": 1 / 16, "Granite": 1}.get(family, 0)
+    assert (config.attention_cap, config.logits_cap) == ((50, 30) if family == "Gemma2" else (0, 0))
