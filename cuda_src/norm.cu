@@ -160,13 +160,13 @@ __global__ void __launch_bounds__(1024)
     const int part = blockIdx.y, queries = num_heads * D, keys = num_kv_heads * D, d = part == 0 ? queries : keys;
     const i64 from = i64(blockIdx.x) * (queries + 2 * keys) + (part == 0 ? 0 : queries + (part - 1) * keys);
     const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, y);
+    const auto wait = [] { pdl_wait(); };
     if (part == 2) {
-        pdl_wait();
+        wait();
         for (int at = threadIdx.x * 8; at < d; at += blockDim.x * 8)
             store_row<8>(y + from, at, d, vectorized, load_row<8>(x + from, at, d, vectorized));
         return;
     }
     const f32* a = nullptr;
-    normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, a, 1.f, y + from, d, eps, offset, vectorized,
-                      [] { pdl_wait(); });
+    normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, a, 1.f, y + from, d, eps, offset, vectorized, wait);
 }

@@ -176,11 +176,11 @@ def write_random(config_folder: Path, folder: Path) -> int:
 
     config = load_config(config_folder)
     shutil.copy(config_folder / "config.json", folder / "config.json")
-    dims = config.dims()
     shards: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, recipe in config.recipes().items():
         if name == "lm_head" and config.raw.get("tie_word_embeddings"):
             continue
+        dims = config.dims(name)
         for shape, tensor in recipe.parts:
             shard = f"model-{name.split('.')[0]}.safetensors"
             shards.setdefault(shard, []).append((tensor, tuple(dim_value(d, dims) for d in shape.split(","))))

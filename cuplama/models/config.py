@@ -211,10 +211,12 @@ class ModelConfig:
             for i in range(self.num_layers) if "{i}" in name else (0,):
                 chosen = recipe.of_layer(self.layers[i].flags) if "{i}" in name else recipe
                 if chosen is not None:
-                    found[name.replace("{i}", str(i))] = Recipe(
-                        tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in chosen.parts),
-                        chosen.transposed,
-                        None if self.tied is False else chosen.otherwise,
+                    found[name.replace("{i}", str(i))] = replace(
+                        chosen,
+                        parts=tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in chosen.parts),
+                        otherwise=None if self.tied is False else chosen.otherwise,
+                        when=None,
+                        instead={},
                     )
         return found
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 __all__ = [
     "ALL_ALIKE",
     "GELU",
@@ -34,6 +36,7 @@ __all__ = [
     "window_everywhere",
 ]
 
+_Array = np.ndarray[Any, Any]
 REQUIRED = object()  # the default of a field that must be there
 
 
@@ -46,19 +49,38 @@ class Recipe:
     num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), as the *canonical* weight has
     them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first
     part's is not there, unless the config says that head and embedding are not tied. when: the config flag, or the
-    size above 0, under which the weight exists. instead: flag of a layer -> the recipe that such a layer has, or None
-    where it has no such weight.
+    size above 0, under which the weight exists. by_head: the checkpoint's rows are, for each key head, those of its
+    queries, of itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values. instead:
+    flag of a layer -> the recipe that such a layer has, or None where it has no such weight.
     """
 
     parts: tuple[tuple[str, str], ...]
     transposed: bool = False
     otherwise: str | None = None
     when: str | None = None
+    by_head: bool = False
     instead: Mapping[str, Recipe | None] = field(default_factory=dict)
 
     def of_layer(self, flags: Collection[str]) -> Recipe | None:
         """The recipe that a layer with these flags has."""
         return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
+
+    def canonical(self, array: _Array, dims: Mapping[str, int]) -> _Array:
+        """A tensor of the checkpoint as a part of the weight. dims: the sizes by the names above."""
+        array = array[_rows_by_kind(dims)] if self.by_head else array
+        return array.T if self.transposed else array
+
+    def stored(self, array: _Array, dims: Mapping[str, int]) -> _Array:
+        """The way back."""
+        array = array.T if self.transposed else array
+        return array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
+
+
+def _rows_by_kind(dims: Mapping[str, int]) -> np.ndarray[Any, np.dtype[np.int_]]:
+    """For each row of queries, keys and values its place among rows by head."""
+    heads, kv_heads, size = (dims[name] for name in ("num_heads", "num_kv_heads", "D"))
+    rows = np.arange((heads + 2 * kv_heads) * size).reshape(kv_heads, -1, size)
+    return np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
 
 
 def one(shape: str, name: str, **options: Any) -> Recipe:

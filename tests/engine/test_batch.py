@@ -46,6 +46,8 @@ def test_the_inputs_of_ragged_sequences() -> None:
         "seq_lens": [70, 2, 2],
         "page_table": [[4, 2], [7, SPARE], [5, SPARE]],
         "logit_rows": [2, 4],  # the third prompt is not through
+        "last.input_ids": [69, 1],
+        "last.rope.rows": [69, 1],
         "last.cu_seqlens": [0, 1, 2],
         "last.seq_lens": [70, 2],
         "last.page_table": [[4, 2], [7, SPARE]],

@@ -79,6 +79,17 @@ MORE_CASES: dict[str, Case] = {
         layer_norms(SMALL),
     ),
     "apertus": Case("apertus", {"num_attention_heads": 4, "num_key_value_heads": 2, **LLAMA3}),
+    "internlm2": Case(
+        "internlm2",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "hidden_size": 48,
+            "attention_bias": True,
+            **rope("default", 1e6),
+        },
+        spelling="internlm2",
+    ),
     "internlm3": Case(
         "internlm3",
         {

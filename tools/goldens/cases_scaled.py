@@ -49,7 +49,7 @@ GEMMA4: Config = {
 }
 
 SCALED_CASES: dict[str, Case] = {
-    "gemma2": Case("gemma2", {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 12.0}, GEMMA, spelling="v4"),
+    "gemma2": Case("gemma2", {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 12.0}, GEMMA, spelling="v4"),
     "gemma3": Case(
         "gemma3_text",
         {
@@ -113,7 +113,7 @@ SCALED_CASES: dict[str, Case] = {
     "granite": Case("granite", {**rope("default", 10000000.0)}, GRANITE, spelling="v4"),
     "granite-bias": Case(
         "granite",
-        {"attention_bias": True, "mlp_bias": True, "embedding_multiplier": 0.4, "tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True, "embedding_multiplier": 0.3, "tie_word_embeddings": True},
         GRANITE,
     ),
     "granite4": Case(
@@ -125,7 +125,7 @@ SCALED_CASES: dict[str, Case] = {
             "shared_intermediate_size": 40,
             "position_embedding_type": "rope",
             "mamba_n_heads": 4,
-            "embedding_multiplier": 0.4,
+            "embedding_multiplier": 0.3,
             "tie_word_embeddings": True,
         },
         {**GRANITE, "intermediate_size": 72},

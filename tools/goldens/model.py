@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tools.goldens.internlm2  # noqa: F401  registers its classes
+
 __all__ = ["NEW_TOKENS", "greedy", "load", "logits_of", "randomize"]
 
 NEW_TOKENS = 24

@@ -50,6 +50,12 @@ def spell_internlm3(config: Config) -> Config:
     return {**out, **biases, "architectures": ["InternLM3ForCausalLM"]}
 
 
+def spell_internlm2(config: Config) -> Config:
+    """As InternLM 2 is published."""
+    out = spell_v4({k: v for k, v in config.items() if k not in ("head_dim", "mlp_bias", "attention_bias")})
+    return {**out, "bias": config["attention_bias"], "architectures": ["InternLM2ForCausalLM"]}
+
+
 def write_json(path: Path, data: Any) -> None:
     """JSON as the golden files have it."""
     path.write_text(json.dumps(data, indent=1) + "\n")
@@ -61,7 +67,13 @@ def write_configs(case: Case, folder: Path) -> None:
     if case.family == "qwen2" and case.spelling == "v4":
         # Qwen's own files: a window that is switched off, and max_window_layers.
         saved.update(use_sliding_window=False, sliding_window=64, max_window_layers=2)
-    spell = {"v5": lambda c: c, "v4": spell_v4, "v1": spell_v1, "internlm3": spell_internlm3}[case.spelling]
+    spell = {
+        "v5": lambda c: c,
+        "v4": spell_v4,
+        "v1": spell_v1,
+        "internlm2": spell_internlm2,
+        "internlm3": spell_internlm3,
+    }[case.spelling]
     write_json(folder / "config.json", spell(saved))
     if case.twins:
         write_json(folder / "config.v5.json", saved)

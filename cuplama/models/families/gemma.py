@@ -24,7 +24,7 @@ GEMMA_NUMBERS = {
 }
 
 
-def gemma_fields(context: int) -> dict[str, tuple[str, Any]]:
-    """Gemma's config fields. context: the default of max_position_embeddings."""
-    found = fields(num_key_value_heads=4, head_dim=256, max_position_embeddings=context)
+def gemma_fields(**defaults: Any) -> dict[str, tuple[str, Any]]:
+    """Gemma's config fields, with these defaults as config.json names them."""
+    found = fields(num_key_value_heads=4, head_dim=256, **defaults)
     return {**found, "activation": ("hidden_activation", "gelu_pytorch_tanh")}

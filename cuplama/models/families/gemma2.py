@@ -12,7 +12,7 @@ FAMILY = Family(
     "Gemma2ForCausalLM",
     "gemma2",
     GEMMA,
-    gemma_fields(8192),
+    gemma_fields(max_position_embeddings=8192),
     activations=GATED_GELU,
     windows=window_by_pattern(4096, 2),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
@@ -23,5 +23,5 @@ FAMILY = Family(
         "attention_cap": Number("attn_logit_softcapping", 50.0),
         "logits_cap": Number("final_logit_softcapping", 30.0),
     },
-    ignored=("hidden_act", "cache_implementation"),
+    ignored=("hidden_act", "cache_implementation", "sliding_window_size"),
 )

@@ -14,7 +14,8 @@ FAMILY = Family(
     "Gemma3ForCausalLM",
     "gemma3_text",
     GEMMA | HEAD_NORMS,
-    gemma_fields(131072),
+    # The files of some sizes leave out what their class has anyway.
+    gemma_fields(vocab_size=262208, num_attention_heads=8, max_position_embeddings=131072),
     activations=GATED_GELU,
     windows=window_by_pattern(4096, 6),
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},

@@ -32,5 +32,12 @@ FAMILY = Family(
     numbers=GRANITE_NUMBERS,
     rotations=Rotations(("position_embedding_type",), _rotations),
     neutral={"num_local_experts": (0,)},
-    ignored=("intermediate_size", "mamba_*", "num_experts_per_tok", "time_step_limit", "normalization_function"),
+    ignored=(
+        "intermediate_size",
+        "mamba_*",
+        "num_experts_per_tok",
+        "time_step_limit",
+        "normalization_function",
+        "init_method",
+    ),
 )
