@@ -94,10 +94,12 @@ struct Scaling {
     __device__ __forceinline__ float of_query() const { return CAPPED ? inner : factor; }
     __device__ __forceinline__ float rest(float x) const { return CAPPED ? bend(x) * factor : x; }
 
-    // What tanh multiplies a gradient with, by the score. A pair that is shut out has the score -infinity; it gives 0.
-    __device__ __forceinline__ float slope(float score) const {
-        const float bent = __fdividef(score, factor);
-        return CAPPED ? fmaxf(0.f, 1.f - bent * bent) : 1.f;
+    // What tanh multiplies a gradient with, by its own value. A pair that is shut out has -infinity there; it gives 0.
+    static __device__ __forceinline__ float slope(float bent) { return CAPPED ? fmaxf(0.f, 1.f - bent * bent) : 1.f; }
+
+    // tanh's value again, from a weight 2^(score - shift).
+    __device__ __forceinline__ float bent(float weight, float shift) const {
+        return __fdividef(log2f(weight) + shift, factor);
     }
 };
 

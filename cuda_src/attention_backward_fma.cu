@@ -12,8 +12,8 @@
 //   cu_seqlens  [b+1] i32
 //   dx          [n, (num_heads+2H)*D] T    dq, dk, dv where x has q, k, v; every element is written
 //
-// D is a multiple of 8, at most 256; x, dy and dx lie on 16-byte boundaries. Weights p are computed again from q, k and
-// lse, as in FlashAttention-2 (Dao, arXiv:2307.08691). Scores, weights and sums are f32.
+// D is a multiple of 8 up to 256, or of 16 up to 512; x, dy and dx lie on 16-byte
+// boundaries. Weights p are computed again from q, k and lse, as in FlashAttention-2 (Dao, arXiv:2307.08691). Scores, weights and sums are f32.
 //
 // Two kernels, so that each sum has one owner and its order is fixed: a block of the first has KEYS keys of a KV head
 // and goes over the rows that see them, (token, head of the group) pairs; so the heads of a group are summed in turn.
@@ -49,7 +49,7 @@ __device__ __forceinline__ void put_weights(float* weights, const float (&w)[R][
 // ---- dk and dv ------------------------------------------------------------------------------------------------------
 
 template <typename T, int D, int KEYS, int ROWS, bool CAPPED>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_backward_keys_fma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                 const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens, T* __restrict__ dx,
                                 int b, int num_heads, int H, int window, float scale, float softcap) {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         for (int i = 0; i < R; i++) {
 #pragma unroll
             for (int j = 0; j < C; j++)
-                ds[i][j] = p[i][j] * (ds[i][j] - deltas[j]) * scaling.slope(log2f(p[i][j]) + shift[j]);
+                ds[i][j] = p[i][j] * (ds[i][j] - deltas[j]) * scaling.slope(scaling.bent(p[i][j], shift[j]));
         }
 
         __syncthreads();
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 // ---- dq -------------------------------------------------------------------------------------------------------------
 
 template <typename T, int D, int ROWS, int KEYS, bool CAPPED>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_backward_queries_fma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                    const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens,
                                    T* __restrict__ dx, int b, int num_heads, int H, int window, float scale,
@@ -174,11 +174,12 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int i = 0; i < R; i++) {
             const int position = (tile.first + R * ty + i) / group;
+            scaling.bend_all(score[i]);
 #pragma unroll
             for (int j = 0; j < C; j++) {
                 const bool seen = sees(position - (at + tx + 16 * j), window);
-                const float s = scaling.score(score[i][j]), p = seen ? exp2f(s - shift[i]) : 0.f;
-                ds[i][j] = p * (ds[i][j] - deltas[i]) * scaling.slope(s);
+                const float p = seen ? exp2f(score[i][j] * scaling.factor - shift[i]) : 0.f;
+                ds[i][j] = p * (ds[i][j] - deltas[i]) * scaling.slope(score[i][j]);
             }
         }
         put_weights(weights, ds);

@@ -163,8 +163,8 @@ struct GroupKeys {
                 const int i = 4 * j + 2 * half;
                 const float low = weights[i], high = weights[i + 1];
                 ds[j / 2][half + j % 2 * 2] =
-                    pack<T>(low * (dp[i] - less.v[0]) * scaling.slope(log2f(low) + shift.v[0]),
-                            high * (dp[i + 1] - less.v[1]) * scaling.slope(log2f(high) + shift.v[1]));
+                    pack<T>(low * (dp[i] - less.v[0]) * scaling.slope(scaling.bent(low, shift.v[0])),
+                            high * (dp[i + 1] - less.v[1]) * scaling.slope(scaling.bent(high, shift.v[1])));
             }
         }
     }

@@ -90,8 +90,8 @@ struct Transposed {
             for (int m = 0; m < MT; m++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    ds[m][j][e] =
-                        p[m][j][e] * (ds[m][j][e] - delta.v[e % 2]) * scaling.slope(log2f(p[m][j][e]) + shift.v[e % 2]);
+                    ds[m][j][e] = p[m][j][e] * (ds[m][j][e] - delta.v[e % 2]) *
+                                  scaling.slope(scaling.bent(p[m][j][e], shift.v[e % 2]));
             }
         }
     }
@@ -214,8 +214,8 @@ struct Straight {
             for (int j = 0; j < N; j++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const float s = score[m][j][e] * scaling.factor;
-                    ds[m][j][e] = exp2f(s - shift[m][e / 2]) * (ds[m][j][e] - deltas[m][e / 2]) * scaling.slope(s);
+                    const float p = exp2f(score[m][j][e] * scaling.factor - shift[m][e / 2]);
+                    ds[m][j][e] = p * (ds[m][j][e] - deltas[m][e / 2]) * scaling.slope(score[m][j][e]);
                 }
             }
         }

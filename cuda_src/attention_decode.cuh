@@ -11,6 +11,10 @@ constexpr int TILE = 16;  // keys of a warp's mma; windows begin at a multiple
 __host__ __device__ constexpr int power_of_two(int x) { return x <= 1 ? 1 : 2 * power_of_two((x + 1) / 2); }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// Elements of a row that a lane holds without tensor cores, and of a new head: 32 lanes hold it.
+template <int D>
+constexpr int SHARE = D > 8 * WARP ? 16 : 8;
+
 // What a lane reads at once of a row of keys, and of values, on tensor cores: 16 bytes where that divides the row.
 template <typename C, int D>
 constexpr int KEY_EACH = sizeof(C) == 1 && D % 64 == 0 ? 16 : 8;
@@ -21,9 +25,9 @@ constexpr int VALUE_EACH = sizeof(C) == 1 && D % 128 == 0 ? 16 : 8;
 template <typename T, typename C, int D, int Q, int WARPS, bool TENSOR>
 struct Decode {
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int LANES = D <= 8 ? 2 : power_of_two(D / 8);
+    static constexpr int LANES = D <= 8 ? 2 : power_of_two(D / SHARE<D>);
     static constexpr int PARTS = TENSOR ? WARPS : 1;  // sums of a block that are added up at the end
-    static constexpr int STRIDE = TENSOR ? D + 4 : 8 * LANES;
+    static constexpr int STRIDE = TENSOR ? D + 4 : SHARE<D> * LANES;
     static constexpr int CHUNKS = (D + 31) / 32;  // of 4 lanes x 8 elements
     // Two rows of queries lie 64 bytes apart modulo the 128 of all banks; or 16, where lanes read 32 bytes apart.
     static constexpr int QUERY = !TENSOR                ? D

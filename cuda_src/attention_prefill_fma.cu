@@ -3,20 +3,24 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
+// CAPPED, scores s = q k^T * scale are softcap * tanh(s / softcap); with SINKS each head has one more logit in the sum of
+// its softmax, without a value.
+//
 //   x           [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are the new tokens of sequence i, the
 //                                          last of its seq_lens[i] tokens; the query heads come first in a row
 //   k, v        [P, H, S, D] C             pages of S tokens
 //   cu_seqlens  [b+1] i32
 //   seq_lens    [b] i32
 //   page_table  [b, M] i32                 token t of sequence i lies on page page_table[i][t / S]
+//   sinks       [num_heads] T
 //   y           [n, num_heads*D] T
 //
 // S = 0 is training's op self_attention: there is no cache, keys and values are columns of x behind the queries, all
 // tokens are new, and the logarithm of each softmax's sum is kept for the backward pass:
-//   lse         [n, num_heads] f32         ln(sum(exp(q k^T * scale))); nullptr for the paged cache
+//   lse         [n, num_heads] f32         ln(sum(exp(q k^T * scale))), with the sink; nullptr for the paged cache
 //
-// C is T, or e4m3. D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and
-// sums are f32. Exponentials are powers of two: the factor log2(e) is part of the scaled query.
+// C is T, or e4m3. D is a multiple of 8 up to 256, or of 16 up to 512; k and v lie on 16-byte
+// boundaries. Scores, softmax statistics and sums are f32. Exponentials are powers of two: the factor log2(e) is part of the scaled query.
 //
 // Mapping: grid (tiles, H), 256 threads. The rows of a tile are (token, head of the group) pairs of one sequence, so
 // the group shares K and V and a sequence with one token wastes little. Thread (ty, tx) of 16 x 16 computes
@@ -100,7 +104,7 @@ struct ThreadRows {
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <typename T, typename C, int D, int S, int ROWS, int KEYS, bool CAPPED, bool SINKS>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_prefill_fma(const T* __restrict__ x, const C* __restrict__ k, const C* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,

@@ -2,6 +2,8 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
+// CAPPED and SINKS: as in attention_prefill_fma.cu.
+//
 //   x, k, v, cu_seqlens, seq_lens, page_table, y, lse    as in attention_prefill_fma.cu; T is f16 or bf16; D is a
 //                                                        multiple of 8, at most 256; S is 0 or a power of two; x, k, v
 //                                                        and y lie on 16-byte boundaries

@@ -2,6 +2,8 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
+// CAPPED and SINKS: as in attention_prefill_fma.cu.
+//
 //   x, k, v, cu_seqlens, seq_lens, page_table, y, lse    as in attention_prefill_mma.cu; D is 64, 96 or 128
 //
 // FlashAttention-3's plan (Shah et al., arXiv:2407.08608): one block a multiprocessor. GROUPS warpgroups hold 64 rows

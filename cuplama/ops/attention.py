@@ -182,7 +182,7 @@ def equal_sequences(s: Mapping[str, Any]) -> dict[str, Any]:
 
 def random_sequences(draw: Draw) -> dict[str, Any]:
     """A random case: up to three sequences, each with one or two new tokens or with many."""
-    H, D = draw(1, 4), 8 * draw(1, 32)
+    H, D = draw(1, 4), 8 * draw(1, 32) if draw(0, 3) else 16 * draw(17, 30)
     new = [draw(1, 2) if draw(0, 1) else draw(1, 70) for _ in range(draw(1, 3))]
     seq_lens = [n + draw(0, 90) for n in new]
     window, S, C = draw(0, 1) * draw(1, 60), 8 * draw(1, 8), "e4m3" if draw(0, 1) else "T"
@@ -196,11 +196,11 @@ _PAGE = 64  # tokens of a page, as the engine has them
 def well_known(case: Mapping[str, Any]) -> bool:
     """Whether published models have such a case: ``Op.compiled`` of attention's ops.
 
-    Head sizes as in Llama 3.2 and gpt-oss, Phi-2, Phi-3, Llama 3 and Qwen 3, Gemma. No model has soft limits and sinks,
-    and e4m3 caches come with the known models, in each one's own dtype.
+    Head sizes as in Llama 3.2 and gpt-oss, Phi-2, Phi-3, Llama 3 and Qwen 3, Gemma, Gemma 4. No model has soft limits
+    and sinks, and e4m3 caches come with the known models, in each one's own dtype.
     """
     odd = (case["softcap"] and case["sinks"]) or case.get("C") == "e4m3" or case.get("S", _PAGE) != _PAGE
-    return case["D"] in (64, 80, 96, 128, 256) and not odd
+    return case["D"] in (64, 80, 96, 128, 256, 512) and not odd
 
 
 def _host(array: Array) -> np.ndarray[Any, Any]:
@@ -229,14 +229,14 @@ def _kernels(call: Call, device: Device) -> Plan:
     return decode_plan("attention_decode", call, device) if decode else _prefill(call, device)
 
 
-HEAD_DIMS = range(8, 257, 8)
+HEAD_DIMS = (*range(8, 257, 8), *range(272, 513, 16))
 """Head sizes that the kernels can have."""
 
 
 def check_head(D: int) -> None:
     """Raises OpError for a head size that the kernels do not take."""
     if D not in HEAD_DIMS:
-        raise OpError(f"attention: D = {D} is no multiple of 8 up to 256")
+        raise OpError(f"attention: D = {D} is neither a multiple of 8 up to 256, nor of 16 up to 512")
 
 
 def _softmax_constants(call: Call) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def _softmax_constants(call: Call) -> dict[str, Any]:
 
 
 # attention_decode.cu. A sequence's keys are divided into splits, one for a block at a time.
-_MAX_HEADS = 8  # query heads that a block takes: the rows of y that its registers hold
+_MAX_HEADS, _MAX_WIDE_HEADS = 8, 4  # query heads that a block takes, up to D = 256 and beyond: as registers hold sums
 _MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives last adds them all up
 # A large batch has more work than fits on the GPU at once. Its grid has 8 times as many blocks as the GPU holds, so
 # that multiprocessors that are done early find more to do.
@@ -273,7 +273,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     """
     b, num_heads, H, D = (call[name] for name in ("b", "num_heads", "H", "D"))
     check_head(D)
-    parts = -(-num_heads // H // _MAX_HEADS)
+    parts = -(-num_heads // H // (_MAX_HEADS if D <= 256 else _MAX_WIDE_HEADS))
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
     # On tensor cores a warp's tiles fill its registers: a multiprocessor holds 8 warps, in one block or several.
     warps, min_keys = next(found for least, found in _BLOCKS if b * H * parts >= least) if tensor else (4, 64)
@@ -298,8 +298,10 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
 
 
 def _on_tensor_cores(call: Call, device: Device, S: int) -> bool:
-    """They multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one."""
-    return device.arch >= 80 and call.dtypes["T"].itemsize == 2 and S not in range(1, 8) and S & (S - 1) == 0
+    """They multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one. The sums of more than 256
+    columns do not fit into registers."""
+    fits = call.dtypes["T"].itemsize == 2 and call["D"] <= 256
+    return device.arch >= 80 and fits and S not in range(1, 8) and S & (S - 1) == 0
 
 
 def _prefill(call: Call, device: Device) -> Plan:
@@ -333,7 +335,8 @@ def prefill_launch(call: Call, device: Device, S: int, **more: Any) -> Launch:
         name = "attention_prefill_mma.cu:attention_prefill_mma"
         grid, threads, constants = ((rows // ROWS + b) * H, 1), 128, {"ROWS": ROWS, "KEYS": KEYS}
     else:
-        ROWS, KEYS = (64, 32) if D <= 128 else (32, 16)  # at most 60 KiB of shared memory: sm_75 has 64
+        # At most 60 KiB of shared memory: sm_75 has 64. It has too little for D > 480.
+        ROWS, KEYS = (64, 32) if D <= 128 else (32, 16) if D <= 256 else (16, 16)
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
         name = "attention_prefill_fma.cu:attention_prefill_fma"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
@@ -365,6 +368,14 @@ _KNOBS_CASES = (
     attention_case(2, 1, 128, [33], [140], 100, S=64, softcap=1.5, sinks=True),
 )
 
+# Heads of more than 256, as Gemma 4's layers without a window have them.
+_WIDE_CASES = (
+    attention_case(8, 1, 512, [1, 1], [90, 5], S=64),
+    attention_case(5, 1, 272, [1], [40], 20, S=64, C="e4m3"),
+    attention_case(2, 1, 480, [20, 1], [70, 33], S=64),
+    attention_case(3, 1, 400, [9], [9], S=8, C="e4m3"),
+)
+
 # With an e4m3 cache: each way that decode reads its rows (16 or 8 numbers at a time, keys and values), then prefill.
 _E4M3_CASES = (
     attention_case(32, 8, 128, [1], [300], 0, 64, C="e4m3"),
@@ -388,7 +399,7 @@ attention = Op(
     doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of"
     " its seq_lens[i] tokens; its keys lie on pages page_table[i]. A query sees itself and what came before, the last"
     " `window` tokens only if window > 0. Rows that belong to no sequence are not computed. n = b is a decode step: a"
-    " row each. D: a multiple of 8 up to 256. softcap, if not 0: scores s = q k^T * scale become"
+    " row each. D: a multiple of 8 up to 256, or of 16 up to 512. softcap, if not 0: scores s = q k^T * scale become"
     " softcap * tanh(s / softcap). sinks: of each head one more logit of the softmax, without a value.",
     reference=_attention,
     kernels=_kernels,
@@ -436,6 +447,7 @@ attention = Op(
         attention_case(44, 44, 8, [1], [800], S=64),
         attention_case(8, 1, 128, [1], [2100], S=64),
         *_KNOBS_CASES,
+        *_WIDE_CASES,
         *_E4M3_CASES,
     ],
     sizes=random_sequences,

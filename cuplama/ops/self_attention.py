@@ -163,6 +163,7 @@ _CASES = [
     self_attention_case(2, 1, 8, [6], softcap=0.5),
     self_attention_case(2, 1, 256, [37], softcap=1.5),
     self_attention_case(2, 1, 128, [40], softcap=1.5),
+    self_attention_case(2, 1, 320, [20, 3]),
     self_attention_case(8, 1, 64, [35], window=20, sinks=True),
     self_attention_case(4, 2, 64, [70, 5], window=40, softcap=1.5, sinks=True),
 ]
@@ -231,7 +232,7 @@ self_attention = Op(
     doc="y = softmax(q k^T * scale) v per head, and lse = log(sum(exp(q k^T * scale))). Sequence i is rows"
     " cu_seqlens[i]..cu_seqlens[i+1] of x, which hold queries, keys and values; every row belongs to one, and a"
     " sequence may be empty. A token sees itself and what came before, the last `window` tokens only if window > 0."
-    " softcap and sinks: as in attention; lse is with the sink. D: a multiple of 8 up to 256.",
+    " softcap and sinks: as in attention; lse is with the sink. D: a multiple of 8 up to 256, or of 16 up to 512.",
     reference=_self_attention,
     kernels=_kernels,
     kernel_docs=attention.kernel_docs,
@@ -254,7 +255,7 @@ _DELTA_THREADS = 256
 def _delta(call: Call) -> Launch:
     """The launch of attention_delta.cu."""
     rows, D = call["n"] * call["num_heads"], call["D"]
-    lanes = 1 << (D // 8 - 1).bit_length()  # that share a row, 8 elements each
+    lanes = 1 << (-(-D // (8 if D <= 256 else 16)) - 1).bit_length()  # that share a row, 8 or 16 elements each
     grid = -(-rows // (_DELTA_THREADS // lanes))
     constants = {"rows": rows, "LANES": lanes}
     return Launch("attention_delta.cu:attention_delta", (grid,), (_DELTA_THREADS,), constants=constants)
@@ -307,7 +308,7 @@ def _backward_kernels(call: Call, device: Device) -> Plan:
     if (plan := hopper_plan(call, device)) is not None:
         return plan
     scratch = {"delta": ((call["n"], call["num_heads"]), "f32")}
-    tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2
+    tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and call["D"] <= 256
     return Plan((_delta(call), *(_mma if tensor else _fma)(call, device)), scratch)
 
 
@@ -340,9 +341,14 @@ self_attention_backward = Op(
     unaligned=False,
     admitted_spills={
         "attention_backward_wgmma@90": (
-            24,
+            48,
             "With D = 128 the warps that fetch have 24 registers, so that those that compute have 240; they save some"
-            " once for each tile, while they wait for it.",
+            " (24 bytes) once for each tile, while they wait for it. Soft limits take some more (24 bytes).",
+        ),
+        "attention_backward_queries_mma@90": (
+            16,
+            "one instance (D = 256 and soft limits), beside the 255 registers that a thread can have; half as many keys"
+            " a tile would cost more, and no other architecture spills there",
         ),
     },
 )

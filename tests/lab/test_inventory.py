@@ -19,6 +19,7 @@ from cuplama.lab.check import planned
 from cuplama.lab.inventory import compile_kernels, judge
 from cuplama.lab.workloads import Workload, decode_workloads, prompt_workloads
 from cuplama.models.presets import SHAPES, find_shape
+from cuplama.ops import OPS
 from cuplama.ops.abstract import abstract
 from cuplama.ops.launch import Device
 from cuplama.ops.prototypes import prototypes
@@ -68,6 +69,15 @@ def test_what_goes_with_a_product_of_the_library_is_there() -> None:
     assert {"fill_rows<bf16, bf16>", "fill_rows<bf16, f32>", "cast_bias<bf16, f32>"} <= bias.keys()
     products = {"linear", "linear_add", "rms_norm_linear", "silu_mul_linear_add"}
     assert bias["cast_bias<bf16, f32>"].ops == products
+
+
+def test_what_a_case_launches_may_be_left_out() -> None:
+    ours, short = OPS["add"], replace(OPS["add"], compiled=lambda case: case["n"] > 10**9)
+    assert inventory.needed(Device(), outside=[ours]).keys() == {"residual.cu"}
+    assert inventory.needed(Device(), outside=[short]) == {}
+    assert {case["D"] for case in OPS["self_attention"].cases} > {8, 16, 40, 64}
+    heads = {e.split(", ")[1] for e in _needed(90)["attention_backward_fma.cu"]}
+    assert heads == {"64", "96", "128", "256"}
 
 
 def test_what_measures_the_machine_belongs_to_no_op() -> None:

@@ -144,6 +144,14 @@ def test_soft_limits_and_sinks_on_older_gpus(T: str, device: Device) -> None:
         check(workload, workload.arrays(), [_run(ins, case, device=device)])
 
 
+@pytest.mark.parametrize("T", ["f32", "bf16"])
+def test_prompts_with_the_largest_heads(T: str) -> None:
+    case = attention_case(2, 1, 512, [20, 1], [70, 33], window=40, S=64)
+    ins = _inputs(case, T)
+    workload = _workload(attention, ins, case)
+    check(workload, workload.arrays(), [_run(ins, case)])
+
+
 def test_empty_sequences_of_a_padded_batch() -> None:
     """A row without keys gives zeros and reads nothing; the others are as they would be without it."""
     case = attention_case(4, 2, 32, [1, 1], [40, 20])

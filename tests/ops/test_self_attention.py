@@ -12,6 +12,7 @@ from cuplama.lab.check import check, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload
 from cuplama.ops.abstract import attributes
+from cuplama.ops.attention import HEAD_DIMS
 from cuplama.ops.launch import Device
 from cuplama.ops.op import Op
 from cuplama.ops.self_attention import self_attention, self_attention_backward, self_attention_case
@@ -56,6 +57,7 @@ _KERNELS = [
     ("f16", TURING, self_attention_case(4, 2, 64, [40, 30], window=9)),
     ("f32", TURING, self_attention_case(2, 1, 128, [40, 3])),
     ("f32", HOPPER, self_attention_case(2, 1, 128, [70])),
+    ("bf16", HOPPER, self_attention_case(2, 1, 512, [20, 3])),
     ("bf16", AMPERE, self_attention_case(4, 2, 64, [70, 5], window=40, softcap=1.5, sinks=True)),
     ("f16", TURING, self_attention_case(4, 2, 64, [70, 5], window=40, softcap=1.5, sinks=True)),
 ]
@@ -69,13 +71,15 @@ def test_kernels_of_every_gpu(op: Op, T: str, device: Device, case: harness.Case
     check(workload, workload.arrays(), run_guarded(workload, workload.arrays(), EmulatedDevice(device)))
 
 
-@pytest.mark.parametrize("D", range(8, 257, 8))
+@pytest.mark.parametrize("D", HEAD_DIMS)
 @pytest.mark.parametrize("device", [HOPPER, AMPERE, SMALL, TURING], ids=lambda device: device.arch)
 def test_every_head_size_fits(device: Device, D: int) -> None:
+    """But for the largest on the oldest GPUs, which have too little shared memory."""
     for T in ("f32", "f16"):
-        for op in BOTH:
-            case = self_attention_case(3, 1, D, [70])
-            harness.check_launches(_workload(op, _inputs(op, case, T), case), device)
+        for op, largest in zip(BOTH, (480, 320), strict=True):
+            if device is not TURING or largest >= D:
+                case = self_attention_case(3, 1, D, [70])
+                harness.check_launches(_workload(op, _inputs(op, case, T), case), device)
 
 
 @pytest.mark.parametrize("op", BOTH, ids=lambda op: op.name)
