@@ -28,6 +28,9 @@ __device__ __forceinline__ float gelu_erf_of(float x) {
     return 0.5f * x * erfcf(x * -0.7071067812f);
 }
 
+// A float that is not a number stays none.
+__device__ __forceinline__ float relu_squared_of(float x) { return x < 0.f ? 0.f : x * x; }
+
 // The activation of an element of y: of its sum, or of those of both halves of w.
 template <int ACT, typename T, int PARTS>
 __device__ __forceinline__ float activated(const float (&total)[PARTS]) {
