@@ -1,7 +1,7 @@
-// quantise           x_codes[n,k] = e4m3(x / s)              x[n,k]: T
-// rms_norm_quantise  x_codes[n,k] = e4m3(rms_norm(x) / s)    x[n,k]: f32, g[k]: T; the norm is rounded to T first
-// silu_mul_quantise, gelu_tanh_mul_quantise
-//                    x_codes[n,k] = e4m3(act(x) / s)         x[n,2k]: T; the activation is rounded to T first
+// quantise                x_codes[n,k] = e4m3(x / s)                 x[n,k]: T
+// rms_norm_quantise       x_codes[n,k] = e4m3(rms_norm(x) / s)       x[n,k]: f32, g[k]: T; rounded to T first
+// silu_mul_quantise       x_codes[n,k] = e4m3(silu_mul(x) / s)       x[n,2k]: T; rounded to T first
+// gelu_tanh_mul_quantise  x_codes[n,k] = e4m3(gelu_tanh_mul(x) / s)  as silu_mul_quantise
 //
 //     x_codes: 8-bit floats, four in a word     x_scale = s = max |x| / 448: f32
 //     GROUPS: max over 128 columns of a row, x_scale[ceil(k / 128), n]; else over the row, x_scale[n]
