@@ -84,6 +84,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("rope.cu", "first != BACK ? -to_float(partner.v[j])", "first ? -to_float(partner.v[j])"),
     ("rope.cu", "rotate_token<false, false>(x,", "rotate_token<false, true>(x,"),
     ("residual.cu", "from_float<U>(from.v[j])", "from_float<U>(from.v[j ^ 1])"),
+    ("residual.cu", "(a != nullptr ? to.v[j] : 0.f)", "0.f"),
     ("residual.cu", "copy(x + i64(first) * d, y,", "copy(x, y,"),
     ("residual.cu", "copy(x, y + i64(first) * d,", "copy(x, y,"),
     # embedding_backward.cu: pieces and runs

@@ -15,7 +15,15 @@ import numpy as np
 
 from ..dtypes import Array, dtype_name
 from . import activation, norm, residual
-from .attention import DEFAULT_SIZES, attention, attention_case, decode_plan, equal_sequences, random_sequences
+from .attention import (
+    DEFAULT_SIZES,
+    attention,
+    attention_case,
+    decode_plan,
+    equal_sequences,
+    random_sequences,
+    well_known,
+)
 from .kv_cache import kv_append
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, product_sizes, stream_rows
@@ -230,11 +238,13 @@ def _append_attention(
     sin: Array | None = None,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
+    sinks: Array | None = None,
     *,
     num_heads: int,
     window: int,
     scale: float,
     eps: float,
+    softcap: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     shape = {"num_heads": num_heads, "num_kv_heads": k.shape[1]}
     if q_norm is not None:
@@ -242,7 +252,8 @@ def _append_attention(
     if cos is not None:
         x = rope.reference(x, rope_rows, cos, sin, **shape, D=k.shape[3])
     k, v = kv_append.reference(x, slot_mapping, k, v)
-    y = attention.reference(x, k, v, cu_seqlens, seq_lens, page_table, num_heads=num_heads, window=window, scale=scale)
+    attrs = {"num_heads": num_heads, "window": window, "scale": scale, "softcap": softcap}
+    y = attention.reference(x, k, v, cu_seqlens, seq_lens, page_table, sinks, **attrs)
     return y, k, v
 
 
@@ -273,7 +284,8 @@ def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
 def _append_sizes(draw: Draw) -> dict[str, Any]:
     many = random_sequences(draw)
     new, seq_lens = [1] * many["b"], [n - m + 1 for n, m in zip(many["seq_lens"], many["new"], strict=True)]
-    case = attention_case(many["num_heads"], many["H"], many["D"], new, seq_lens, many["window"], many["S"], many["C"])
+    same = {name: many[name] for name in ("num_heads", "H", "D", "window", "S", "C", "softcap", "sinks")}
+    case = attention_case(new=new, seq_lens=seq_lens, **same)
     turned, normed = dict.fromkeys(("rope_rows", "cos", "sin"), bool(draw(0, 1))), bool(draw(0, 1))
     given = {"q_norm": normed, "k_norm": normed, "eps": 1e-6}
     return {**case, **turned, **given, "h": draw(1, case["D"] // 2), "R": draw(1, 99)}
@@ -303,7 +315,8 @@ append_attention = Op(
     "append_attention",
     "y[n,num_heads*D]:T, k[P,H,S,D]:C, v[P,H,S,D]:C = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:C,"
     " v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?,"
-    " sin[R,h]:f32?, q_norm[D]:T?, k_norm[D]:T?, num_heads:i32, window:i32, scale:f32, eps:f32)",
+    " sin[R,h]:f32?, q_norm[D]:T?, k_norm[D]:T?, sinks[num_heads]:T?, num_heads:i32, window:i32, scale:f32,"
+    " eps:f32, softcap:f32=0)",
     doc="A decode step's attention, one new token per sequence (n = b): qk_norm (if there are q_norm and k_norm),"
     " rope (if there are cos and sin), kv_append and attention.",
     reference=_append_attention,
@@ -311,6 +324,7 @@ append_attention = Op(
     cases=_append_cases(),
     ranges={"rope_rows": "R"},
     sizes=_append_sizes,
+    compiled=well_known,
     inputs=_append_inputs,
     shape=DEFAULT_SIZES,
     rules=("num_heads % H == 0", "new == 1", "new <= length"),

@@ -257,7 +257,7 @@ def test_values_of_a_shape() -> None:
 
 
 def test_names_find_ops() -> None:
-    in_residual = ["add", "cast", "place_rows", "scale", "select_rows", "slice_rows"]
+    in_residual = ["add", "cast", "cast_backward", "place_rows", "scale", "select_rows", "slice_rows"]
     assert sorted(op.name for op in find_ops("residual")) == in_residual
     assert sorted(op.name for op in find_ops("residual.cu")) == in_residual
     assert [op.name for op in find_ops("sample_draw")] == ["sample"]
@@ -348,7 +348,7 @@ OUTSIDE = str(ROOT / "examples" / "own_op" / "hard_tanh.py")
 
 def test_list_of_names() -> None:
     lines = invoke("list", "residual").stdout.splitlines()
-    there = ["kernel", "add", "scale", "select_rows", "cast", "slice_rows", "place_rows"]
+    there = ["kernel", "add", "scale", "select_rows", "cast", "cast_backward", "slice_rows", "place_rows"]
     assert [line.split()[0] for line in lines] == there
     (_, line) = invoke("list", OUTSIDE).stdout.splitlines()
     assert re.fullmatch(
