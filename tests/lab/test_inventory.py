@@ -68,7 +68,7 @@ def test_what_goes_with_a_product_of_the_library_is_there() -> None:
     """Qwen2.5 has a bias on its first product: in the model's dtype, where rows of it are filled before the product."""
     bias = _needed(90)["bias.cu"]
     assert {"fill_rows<bf16, bf16>", "fill_rows<bf16, f32>", "cast_bias<bf16, f32>"} <= bias.keys()
-    products = {"linear", "linear_add", "rms_norm_linear", "silu_mul_linear_add"}
+    products = {"linear", "linear_add", "rms_norm_linear", "silu_mul_linear_add", "gelu_tanh_mul_linear_add"}
     assert bias["cast_bias<bf16, f32>"].ops == products
 
 
