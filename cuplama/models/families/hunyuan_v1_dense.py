@@ -21,5 +21,12 @@ FAMILY = Family(
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "qk_norm_after_rope": True},
     rope_types=("default", "ntk_alpha"),
     rope_aliases={"dynamic": "ntk_alpha"},
-    neutral={"use_qk_norm": (None, True), "use_cla": OFF, "mlp_bias": OFF},
+    neutral={
+        "use_qk_norm": (None, True),
+        "use_cla": OFF,
+        "mlp_bias": OFF,
+        "norm_type": (None, "rms"),
+        "use_rotary_pos_emb": (None, True),
+    },
+    ignored=("attention_head_dim", "cla_share_factor", "org_vocab_size", "pad_id"),
 )

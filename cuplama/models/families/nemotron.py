@@ -21,4 +21,6 @@ FAMILY = Family(
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     rotations=replace(ONE_ROTATION, defaults={"partial_rotary_factor": 0.5}),
     partial_rotary=True,
+    neutral={"rope_percent": (None, 0.5), "rope_percentage": (None, 0.5)},  # older names, which transformers ignores
+    ignored=("kv_channels",),  # an older name of head_dim, which the sizes of tensors show
 )
