@@ -194,7 +194,7 @@ class _Nodes:
         for part in (self.rotated, self.normed) if after else (self.normed, self.rotated):
             h = part(i, h)
         if config.query_temperature:
-            attrs = {"temperature": config.query_temperature, "context": config.query_context}
+            attrs = {"temperature": config.query_temperature, "context": int(config.query_context)}
             h = self.emit("scale_queries", f"{i}.tempered", h, "positions", **self.heads, **attrs)
         return self.linear(self.attend(i, h), f"{i}.o_proj", U="f32")
 

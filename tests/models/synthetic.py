@@ -53,6 +53,22 @@ def two_rotations() -> tuple[Layer, ...]:
     return CONFIG.layers[0], Layer(5, Rope("default", 100.0, dim // 2, CONFIG.context, CONFIG.context, {}))
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "post-norms": POST_NORMS,
+    "sandwich": {**SANDWICH, "family": {"norm_offset": 1.0}},
+    "parallel": PARALLEL,
+    "parallel, two norms": {"flags": "parallel"},
+    "no norm": {"drop": "mlp_norm"},
+    "two rotations": {"layers": two_rotations()},
+    "neighbours": {"family": {"rope": "rope_pairs"}, "flags": "qk_norm_after_rope", "add": "q_norm k_norm"},
+    "wide": {"add": "q_norm k_norm wide"},
+    "scales": {"embedding_scale": 4.0, "residual_scale": 0.25, "logits_scale": 0.5, "logits_cap": 3.0},
+    "attention": {"attention_scale": 0.5, "attention_cap": 2.0, "query_temperature": 0.5, "query_context": 4.0},
+    "xielu": {"add": "act.alpha_p act.alpha_n up_proj", "drop": "gate_up_proj", "activation": "xielu"},
+}
+"""Name -> arguments of ``synthetic``: each knob, alone or with few others."""
+
+
 def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """Random weights by canonical name, float32: norms multiply by about 1."""
     rng = np.random.default_rng(seed)

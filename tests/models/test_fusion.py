@@ -1,5 +1,6 @@
 """Fusion: what the rules make of every family's graph, and what they leave alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 
 from cuplama.engine.decode import decode_nodes
 from cuplama.models.config import load_config
-from cuplama.models.fusion import FEW_ROWS_RULES, PREFILL_RULES, fuse
+from cuplama.models.fusion import BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, Rule, fuse
 from cuplama.models.graph import Graph, decoder
+from cuplama.ops import OPS
 from cuplama.ops.node import Node
+from tests.models.synthetic import VARIANTS, synthetic
 from tests.paths import GOLDEN
 
 CASES = sorted(GOLDEN.iterdir())
@@ -67,6 +70,45 @@ def test_fusion_keeps_a_value_that_is_used_again() -> None:
     ]
     rules = [r for r in FEW_ROWS_RULES if r.parts[0] == "rms_norm"]
     assert [n.op for n in fuse(nodes, rules)] == ["rms_norm", "linear", "add"]
+
+
+def test_a_part_with_what_the_fused_op_lacks_is_not_fused() -> None:
+    """Left out, an input or an attribute would be ignored: the result would be another one."""
+    rotation = [
+        Node("rope_pairs", ("r",), ("x", "rows", "cos", "sin"), {}),
+        Node("kv_append", ("k", "v"), ("r", "slots", "k", "v")),
+        Node("attention", ("y",), ("r", "k", "v", "starts", "lengths", "table"), {"window": 0}),
+    ]
+    assert [n.op for n in fuse(rotation, FEW_ROWS_RULES)] == ["rope_pairs", "append_attention"]
+    norm = Node("rms_norm", ("h",), ("x", "g"), {"eps": 1e-5, "offset": 1.0})
+    biased = Node("linear", ("y",), ("h", "w", "b"), {"U": "T"})
+    for nodes, fused in (([norm, biased], "silu_mul"), ([norm, biased], "linear_add")):
+        assert fuse(nodes, [Rule(("rms_norm", "linear"), fused)]) == nodes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rules", [FEW_ROWS_RULES, BATCH_RULES, PREFILL_RULES])
+def test_fused_nodes_stand_for_the_nodes_of_any_model(variant: str, rules: Sequence[Rule]) -> None:
+    nodes = _step(decoder(synthetic(**VARIANTS[variant])))
+    fused = fuse(nodes, rules)
+    assert _leaves(fused) == nodes
+    for node in fused:
+        signature = OPS[node.op].signature
+        assert all(name or spec.optional for spec, name in zip(signature.ins, node.ins, strict=False))
+        assert sum(not s.optional for s in signature.ins) <= len(node.ins)
+
+
+def test_what_stands_between_rotation_and_cache_leaves_the_rest_to_be_fused() -> None:
+    config = synthetic(**VARIANTS["attention"])
+    found = [n.op for n in fuse(_step(decoder(config)), BATCH_RULES)]
+    at = found.index("scale_queries")
+    assert found[at - 1 : at + 2] == ["rope", "scale_queries", "append_attention"]
+
+
+def test_a_norm_that_two_sublayers_read_stays() -> None:
+    fused = fuse(_step(decoder(synthetic(**VARIANTS["parallel"]))), FEW_ROWS_RULES)
+    assert [n.op for n in fused].count("rms_norm") == synthetic().num_layers
+    assert [n.op for n in fused].count("linear_add") == 2 * synthetic().num_layers
 
 
 def test_inputs_are_matched_by_name() -> None:

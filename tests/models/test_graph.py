@@ -17,6 +17,7 @@ from tests.models.synthetic import (
     PARALLEL,
     POST_NORMS,
     SANDWICH,
+    VARIANTS,
     model_of,
     synthetic,
     two_rotations,
@@ -212,15 +213,6 @@ def test_a_model_of_two_rotations_has_the_tables_of_both() -> None:
 
 
 # -- a pass over a prompt, in parts, and decode steps
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "parallel": PARALLEL,
-    "parallel, two norms": {"flags": "parallel"},
-    "two rotations": {"layers": two_rotations()},
-    "neighbours": {"family": {"rope": "rope_pairs"}, "flags": "qk_norm_after_rope", "add": "q_norm k_norm"},
-    "scales": {"embedding_scale": 4.0, "residual_scale": 0.25, "logits_scale": 0.5, "logits_cap": 3.0, **PARALLEL},
-    "no norm": {"drop": "mlp_norm"},
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
