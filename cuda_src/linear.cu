@@ -2,10 +2,11 @@
 // linear_add         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
 // layer_norm_linear  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
-//                    act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m + i)
+//                    act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m rows and
+//                    y = silu(row i) * (row m + i)
 //                    Each launch takes the rows first .. first + ROWS - 1 of x, ROWS <= 8. Many rows go to cuBLAS.
 //
-// The time is that of reading w once. A unit is OUTS adjacent rows of w (of both halves for silu_mul); every warp of
+// The time is that of reading w once. A unit is OUTS adjacent rows of w (of both halves if gated); every warp of
 // the grid, which fills the GPU once, takes an equal run of units. Lane l takes the vectors of 16 bytes l, l + 32, ...
 // of each row, and streams its own vectors through a ring in shared memory with cp.async: DEPTH batches of OUTS rows x
 // WIDTH vectors. Nobody else reads them, so no barrier guards the ring, and it never runs dry at the end of a unit. x
@@ -205,7 +206,7 @@ struct Stream {
 
 // Columns of y in a unit.
 template <int ACT, int OUTS>
-constexpr int NEW = ACT == SILU_MUL ? OUTS / 2 : OUTS;
+constexpr int NEW = GATED<ACT> ? OUTS / 2 : OUTS;
 
 // Shared memory behind the ring.
 template <int DEPTH, typename T>
@@ -268,10 +269,10 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
 #pragma unroll
         for (int i = 0; i < N; i++) values[i] = sum[i / OUTS][i % OUTS];
         float total = warp_sums(values, lane) + bias;
-        if constexpr (ACT == SILU_MUL)
-            total = silu_of<T>(total) * __shfl_down_sync(ALL_LANES, total, COLUMNS * (WARP / VALUES));
-        if constexpr (ACT == GELU_TANH) total = gelu_tanh_of<T>(total);
-        if constexpr (ACT == GELU_ERF) total = gelu_erf_of<T>(total);
+        if constexpr (GATED<ACT>)
+            total = activated<ACT, T, 2>({total, __shfl_down_sync(ALL_LANES, total, COLUMNS * (WARP / VALUES))});
+        else
+            total = activated<ACT, T, 1>({total});
         if (stores && column < m) y[i64(r) * m + column] = from_float<U>(residual + total);
     }
 }

@@ -4,10 +4,11 @@
 // linear_add_mma         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_mma    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
 // layer_norm_linear_mma  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
-//                        act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m+i)
+//                        act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m rows
+//                        and y = silu(row i) * (row m + i)
 //                        A launch takes the rows first .. first + 7 of x, as far as there are so many.
 //
-// The time is that of reading w once. A tile is 16 rows of w (for silu_mul 8 of each half), and the WARPS warps of a
+// The time is that of reading w once. A tile is 16 rows of w (if gated 8 of each half), and the WARPS warps of a
 // block share it: k is dealt to them in contiguous slices, of CHUNKS chunks of 64 elements (128 bytes of a row). So a
 // warp meets the same elements of x in every tile and keeps them in registers; x takes no shared memory and no accesses
 // to it. Where a slice would be too long for that, k goes in PHASES, each through all tiles of the block, whose sums
@@ -45,7 +46,7 @@ constexpr int GROUP = 2;                            // tiles between two barrier
 
 // Columns of y of a tile.
 template <int ACT>
-constexpr int COLUMNS = ACT == SILU_MUL ? ROWS : 2 * ROWS;
+constexpr int COLUMNS = GATED<ACT> ? ROWS : 2 * ROWS;
 
 // Numbers of T that make an element of a normalised row.
 template <typename U>

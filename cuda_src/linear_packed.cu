@@ -4,10 +4,10 @@
 // linear_add_packed         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_packed    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
 // layer_norm_linear_packed  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
-//                           act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows:
-//                           y = silu(row i) * (row m+i)
+//                           act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m
+//                           rows and y = silu(row i) * (row m + i)
 //                           A launch takes the rows first .. first + 7 of x, as far as there are so many, and one
-//                           segment of w: `rows` rows, which are the columns of y from `column` on. For silu_mul m is a
+//                           segment of w: `rows` rows, which are the columns of y from `column` on. If gated m is a
 //                           multiple of 16, and there is one segment.
 //
 // The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not

@@ -17,7 +17,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("norm_backward.cu", "begin ? Pack<f32, 8>{} : load<f32>(sums, chunk)", "load<f32>(sums, chunk)"),
     ("norm_backward.cu", "row == blockIdx.x, to_dw", "true, to_dw"),
     ("norm_backward.cu", "row == blockIdx.x, to_db", "false, to_db"),
-    ("norm_backward.cu", "row < n; row += gridDim.x", "row <= n; row += gridDim.x"),
+    ("norm_backward.cu", "row < n; row += gridDim.x) {", "row <= n; row += gridDim.x) {"),
     ("norm_backward.cu", "(to.d + 8 * blockDim.x - 1) / (8 * blockDim.x)", "to.d / (8 * blockDim.x)"),
     ("norm_backward.cu", "sqrtf(products.x / to.d + eps)", "sqrtf(products.x + eps)"),
     ("norm_backward.cu", "products.y / to.d * inverse * inverse", "products.y / to.d * inverse"),
@@ -28,6 +28,12 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("norm_backward.cu", "if (CENTRED) piece.centre", "if (false) piece.centre"),
     ("norm_backward.cu", "dx, partial + i64(blockIdx.x) * d, nullptr", "dx, partial, nullptr"),
     ("norm_backward.cu", "*db = dw + i64(gridDim.x) * d;", "*db = dw + d;"),
+    ("norm_backward.cu", "* (offset + to_float(w.v[j]));\n    }", "* to_float(w.v[j]);\n    }"),
+    # norm_backward.cu: all heads together
+    ("norm_backward.cu", "i64(row) * to.stride", "i64(row) * to.d"),
+    ("norm_backward.cu", "queries + (part - 1) * keys", "queries + part * keys"),
+    ("norm_backward.cu", "i64(gridDim.x) * queries)", "i64(gridDim.x) * keys)"),
+    ("norm_backward.cu", "partial + i64(blocks) * queries", "partial"),
     # norm_backward.cu: heads
     ("norm_backward.cu", "lanes = LANES / 2; lanes > 0;", "lanes = LANES / 4; lanes > 0;"),
     ("norm_backward.cu", "lanes = LANES; lanes < WARP;", "lanes = 2 * LANES; lanes < WARP;"),

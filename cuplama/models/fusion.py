@@ -46,6 +46,7 @@ PREFILL_RULES: tuple[Rule, ...] = (Rule(("linear", "add"), "linear_add"),)
 _EIGHT_BIT: tuple[Rule, ...] = (
     _norm_linear("rms_norm", None),
     Rule(("silu_mul", "linear", "add"), "silu_mul_linear_add"),
+    Rule(("gelu_tanh_mul", "linear", "add"), "gelu_tanh_mul_linear_add"),
 )
 EIGHT_BIT_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *PREFILL_RULES)
 
@@ -64,6 +65,7 @@ EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *BATCH_RULES)
 # fits is taken, so longer patterns stand before shorter ones.
 FEW_ROWS_RULES: tuple[Rule, ...] = (
     _norm_linear("rms_norm", "silu_mul"),
+    _norm_linear("rms_norm", "gelu_tanh_mul"),
     _norm_linear("layer_norm", "gelu_tanh"),
     _norm_linear("layer_norm", "gelu_erf"),
     _norm_linear("rms_norm", None),

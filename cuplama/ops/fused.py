@@ -36,11 +36,13 @@ from .signature import OpError
 
 __all__ = [
     "append_attention",
+    "gelu_tanh_mul_linear_add",
     "layer_norm_linear",
     "layer_norm_linear_gelu_erf",
     "layer_norm_linear_gelu_tanh",
     "linear_add",
     "rms_norm_linear",
+    "rms_norm_linear_gelu_tanh_mul",
     "rms_norm_linear_silu_mul",
     "silu_mul_linear_add",
 ]
@@ -61,7 +63,7 @@ def _inner(op: Op, width: str, names: Mapping[str, str]) -> Callable[[Call], Lau
 
 
 _NORMS = {"rms_norm": (norm.rms_norm, ("g",)), "layer_norm": (norm.layer_norm, ("g", "h"))}
-_ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
+_ACTIVATIONS = {"silu_mul": 2, "gelu_tanh_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
 
 _SHAPES = ((1, 64, 64, False), (1, 14, 8, True), (2, 34, 72, True), (3, 66, 1024, False), (8, 96, 896, True))
 
@@ -135,6 +137,7 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
 
 rms_norm_linear = _norm_linear(norm.rms_norm, None)
 rms_norm_linear_silu_mul = _norm_linear(norm.rms_norm, activation.silu_mul, bf16=1.75)
+rms_norm_linear_gelu_tanh_mul = _norm_linear(norm.rms_norm, activation.gelu_tanh_mul, bf16=1.75)
 layer_norm_linear = _norm_linear(norm.layer_norm, None)
 layer_norm_linear_gelu_tanh = _norm_linear(norm.layer_norm, activation.gelu_tanh, f16=3.0)
 layer_norm_linear_gelu_erf = replace(
@@ -182,40 +185,44 @@ linear_add = Op(
 )
 
 
-def _silu_mul_linear_add(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
-    return linear_add.reference(activation.silu_mul.reference(x), w, a, b)
+def _gated_linear_add(act: Op) -> Op:
+    """gated activation -> linear -> add, as one op."""
+
+    def reference(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
+        return linear_add.reference(act.reference(x), w, a, b)
+
+    activated = _inner(act, "f", {})
+
+    def kernels(call: Call, device: Device) -> Plan:
+        plan = stream_rows("linear_add", call, device)
+        products = tuple(replace(launch, names={"x": "inner", **launch.names}) for launch in plan.launches)
+        scratch = {**plan.scratch, "inner": ((call["n"], call["k"]), dtype_name(call.dtypes["T"]))}
+        return replace(plan, launches=(activated(call), *products), scratch=scratch)
+
+    return Op(
+        f"{act.name}_linear_add",
+        "y[n,m]:f32 = (x[n,2*k]:T, w[m,k]:W, a[n,m]:f32, b[m]:T?)",
+        doc=f"y = a + {act.name}(x) w^T + b",
+        reference=reference,
+        kernels=kernels,
+        cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES]
+        + [dict(n=n, m=33, k=136, b=True, W="fp8 ordered") for n in (3, 16)],
+        sizes=_sizes,
+        shape={"n": 512, "m": 4096, "k": 14336},
+        # Beside the product's, the rounding of what the activation gives.
+        tolerance={**PRODUCT_TOLERANCE, "f16:f32": 5000.0, "bf16:f32": 40000.0},
+        flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
+        matmul=Matmul(),
+        inner=activated,
+        kernel_docs={
+            act.name: f"{act.name}(x), which the product then takes",
+            **linear_add.kernel_docs,
+        },
+    )
 
 
-_activated = _inner(activation.silu_mul, "f", {})
-
-
-def _activated_kernels(call: Call, device: Device) -> Plan:
-    plan = stream_rows("linear_add", call, device)
-    products = tuple(replace(launch, names={"x": "inner", **launch.names}) for launch in plan.launches)
-    scratch = {**plan.scratch, "inner": ((call["n"], call["k"]), dtype_name(call.dtypes["T"]))}
-    return replace(plan, launches=(_activated(call), *products), scratch=scratch)
-
-
-silu_mul_linear_add = Op(
-    "silu_mul_linear_add",
-    "y[n,m]:f32 = (x[n,2*k]:T, w[m,k]:W, a[n,m]:f32, b[m]:T?)",
-    doc="y = a + silu_mul(x) w^T + b",
-    reference=_silu_mul_linear_add,
-    kernels=_activated_kernels,
-    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES]
-    + [dict(n=n, m=33, k=136, b=True, W="fp8 ordered") for n in (3, 16)],
-    sizes=_sizes,
-    shape={"n": 512, "m": 4096, "k": 14336},
-    # Beside the product's, the rounding of what the activation gives.
-    tolerance={**PRODUCT_TOLERANCE, "f16:f32": 5000.0, "bf16:f32": 40000.0},
-    flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
-    matmul=Matmul(),
-    inner=_activated,
-    kernel_docs={
-        "silu_mul": "silu_mul(x), which the product then takes",
-        **linear_add.kernel_docs,
-    },
-)
+silu_mul_linear_add = _gated_linear_add(activation.silu_mul)
+gelu_tanh_mul_linear_add = _gated_linear_add(activation.gelu_tanh_mul)
 
 
 def _append_attention(

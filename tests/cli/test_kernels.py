@@ -86,7 +86,7 @@ def test_memory_that_is_short_is_no_internal_error(monkeypatch: pytest.MonkeyPat
 def test_show() -> None:
     done = invoke("show", "rms_norm", "--shape", "n=2,d=4096", "--arch", "sm_80,sm_90", "--ptx")
     assert done.exit_code == 0, done.output
-    assert "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)" in done.stderr
+    assert "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32, offset:f32=0)" in done.stderr
     assert "rms_norm<bf16, 1>: grid (2, 1, 1), block (512, 1, 1)" in done.stderr
     head = (source_folder() / "norm.cu").read_text(encoding="utf-8").splitlines()[0]
     assert head.removeprefix("// ") in done.stderr
@@ -224,7 +224,7 @@ def test_compare_without_a_gpu_checks(tmp_path: Path) -> None:
         (["bench", "rms_norm", "--shape", "n=1,d=100000"], "rms_norm: d is 100000; the kernel takes at most"),
         (["bench", "rms_norm", "--shape", "n=0,d=64"], "n is 0, not a whole number"),
         (["show", "attention", "--shape", "num_heads=3,H=2"], "attention needs num_heads % H == 0"),
-        (["show", "attention", "--shape", "D=7"], "attention: D = 7 is no multiple of 8"),
+        (["show", "attention", "--shape", "D=7"], "attention: D = 7 is neither a multiple of 8"),
         (["bench", "--model", "llama-9"], "known shapes"),
         (["show", "nonsense"], "known: "),
         (["compare", "x.cu", "--op", "norm"], "no op is named 'norm'"),
@@ -338,8 +338,8 @@ def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     at = lines.index("  fill_rows")
     assert lines[at + 2 : at + 4] == [
-        "    ops linear linear_add rms_norm_linear silu_mul_linear_add; f32 f16 bf16;",
-        "      sm_75+",
+        "    ops gelu_tanh_mul_linear_add linear linear_add rms_norm_linear",
+        "      silu_mul_linear_add; f32 f16 bf16; sm_75+",
     ]
 
 

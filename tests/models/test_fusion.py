@@ -132,3 +132,19 @@ def test_inputs_are_matched_by_name() -> None:
     (fused,) = fuse(attention, FEW_ROWS_RULES)
     assert fused.ins == ("x", "slots", "k", "v", "starts", "lengths", "table")
     assert fused.outs == ("y", "k", "v")
+
+
+def test_the_offset_of_a_norm_and_a_missing_shift_reach_the_fused_node() -> None:
+    nodes = [
+        Node("layer_norm", ("h",), ("x", "g"), {"eps": 1e-5, "offset": 1.0}),
+        Node("linear", ("y",), ("h", "w", "b"), {"U": "f32"}),
+    ]
+    (fused,) = fuse(nodes, FEW_ROWS_RULES)
+    assert fused.op == "layer_norm_linear"
+    assert (fused.ins, dict(fused.attrs)) == (("x", "g", "", "w", "b"), {"eps": 1e-5, "offset": 1.0, "U": "f32"})
+
+
+def test_a_gated_gelu_is_fused_with_what_is_before_it() -> None:
+    config = replace(load_config(next(c for c in CASES if c.name == "llama3-gqa")), activation="gelu_tanh_mul")
+    fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
+    assert [node.op for node in fused].count("rms_norm_linear_gelu_tanh_mul") == config.num_layers
