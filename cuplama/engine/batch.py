@@ -108,7 +108,7 @@ class Batch:
             "seq_lens": seq_lens,
             "page_table": table,
             "logit_rows": np.arange(len(positions)) if all_logits else cu_seqlens[1:][complete] - 1,
-            LAST["input_ids"]: np.array([parts[i][0].tokens[-1] for i in complete]),
+            LAST["input_ids"]: np.array([parts[int(i)][0].tokens[-1] for i in complete]),
             LAST["rope.rows"]: rows[cu_seqlens[1:][complete] - 1],
             LAST["cu_seqlens"]: np.arange(len(complete) + 1),
             LAST["seq_lens"]: seq_lens[complete],

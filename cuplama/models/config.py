@@ -240,7 +240,7 @@ class ModelConfig:
 
     def parameters(self, tied: bool) -> int:
         """How many numbers the model's own tensors hold, each once. tied: whether head and embedding are one matrix."""
-        found = {}
+        found = dict[str, int]()
         for name, recipe in self.own_recipes().items():
             if name != "lm_head" or not tied:
                 dims = self.dims(name)
@@ -370,10 +370,6 @@ def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> t
     windows, rule = reader.windows(family, sizes["num_layers"]), family.kinds
     kinds = reader.ruled(rule.reads, lambda: rule.rule(reader.raw, windows), len(windows))
     layers = tuple(Layer(window, **kind) for window, kind in zip(windows, kinds, strict=True))
-    for layer in layers:
-        heads = layer.num_kv_heads or sizes["num_kv_heads"]
-        if sizes["num_heads"] % heads:
-            reader.refuse(rule.reads[0], f"divisors of num_attention_heads = {sizes['num_heads']}", heads)
     if not family.rotary:
         return layers
     head_dims = [layer.head_dim or sizes["head_dim"] for layer in layers]

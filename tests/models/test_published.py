@@ -6,7 +6,6 @@ tests/data/configs has them as the makers' files say it, some without what no pr
 from __future__ import annotations
 
 import logging
-import math
 
 import pytest
 
@@ -34,6 +33,10 @@ PARAMETERS: dict[str, int | float] = {
     "gemma-3-1b": 999_885_952,
     "gemma-3-27b": 27_432_406_640 - 423_060_336,
     "gemma-3-4b": 4_300_079_472 - 419_816_304,
+    # As GGUF files count them, less keys and values of layers that share those of others: files have them all the same.
+    "gemma-4-31b": 30.7e9,
+    "gemma-4-e2b": 4.65e9 - 18_882_560,
+    "gemma-4-e4b": 7.52e9 - 55_070_720,
     "glm-4-32b-0414": 32_566_081_536,
     "glm-4-9b-0414": 9_400_279_040,
     "glm-4-9b-chat": 9_399_951_360,
@@ -82,8 +85,7 @@ def test_parameters(name: str, count: int | float, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         config = published(name)
     assert not caplog.messages
-    shapes = config.weight_shapes()
-    found = sum(math.prod(shape) for weight, shape in shapes.items() if weight != "lm_head" or not config.head_is_tied)
+    found = config.parameters(config.head_is_tied)
     assert found == count if isinstance(count, int) else abs(found / count - 1) < 0.004
     assert len(decoder(config).body) > 6 * config.num_layers
 
@@ -175,6 +177,28 @@ def test_a_part_of_a_head_rotates(name: str, rotated: int) -> None:
     assert [rope.dim for rope in published(name).ropes.values()] == [rotated]
 
 
+def test_gemma_4_has_layers_of_several_kinds() -> None:
+    """Heads of 512 in every fifth or sixth layer; the last layers of the small ones have no keys and values."""
+    for name, period, own in (("gemma-4-31b", 6, 60), ("gemma-4-e4b", 6, 24), ("gemma-4-e2b", 5, 15)):
+        config = published(name)
+        whole = [(i + 1) % period == 0 for i in range(config.num_layers)]
+        assert [window == 0 for window in config.windows] == whole
+        assert [config.dims(f"{i}.")["D"] for i in range(config.num_layers)] == [512 if w else 256 for w in whole]
+        assert [*config.caches] == [*range(own)]
+        sources = [layer.kv_layer for layer in config.layers[own:]]
+        assert sources == [own - 1 if w else own - 2 for w in whole[own:]]
+        assert [(r.type, r.theta, r.dim) for r in config.ropes.values()] == [
+            ("default", 1e4, 256),
+            ("proportional", 1e6, 512),
+        ]
+    large = published("gemma-4-31b")
+    assert (large.caches[0], large.caches[5], large.kv_size) == ((16, 256), (4, 512), 50 * 8192 + 10 * 4096)
+    assert len(large.unused_tensors()) == 10  # the matrices of values that are the keys'
+    small = published("gemma-4-e2b")
+    assert [small.dims(f"{i}.")["f"] for i in (14, 15)] == [6144, 12288]
+    assert len(small.unused_tensors()) == 20 * 3
+
+
 # What these families may ask for and is not there: (model, field, value that is refused).
 REFUSED = [
     ("gemma-2-2b", "use_bidirectional_attention", True),
@@ -201,6 +225,28 @@ def test_what_is_not_there_is_refused_by_name(name: str, field: str, value: obje
     raw = {**read_json(DATA / "configs" / f"{name}.json"), field: value}
     raw.pop("layer_types", None)
     with pytest.raises(ConfigError, match=f"^config.json: .*{field}"):
+        parse_config(raw)
+
+
+GEMMA_4_REFUSED = [
+    ("gemma-4-e4b", "enable_moe_block", True),
+    ("gemma-4-e4b", "use_bidirectional_attention", "all"),
+    ("gemma-4-e4b", "num_kv_shared_layers", 42),  # all of them
+    ("gemma-4-e4b", "num_kv_shared_layers", 37),  # so that no layer before them is without a window
+    ("gemma-4-e4b", "num_kv_shared_layers", "18"),
+    ("gemma-4-31b", "num_kv_shared_layers", -1),
+    ("gemma-4-31b", "per_layer_config", {"5": {"hidden_size": 9}}),
+    ("gemma-4-31b", "per_layer_config", {"5": {"head_dim": 0}}),
+    ("gemma-4-31b", "num_global_key_value_heads", 5),
+    ("gemma-4-31b", "hidden_size_per_layer_input", "256"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), GEMMA_4_REFUSED)
+def test_what_a_layer_cannot_be_is_refused_by_name(name: str, field: str, value: object) -> None:
+    raw = read_json(DATA / "configs" / f"{name}.json")
+    raw["text_config"][field] = value
+    with pytest.raises(ConfigError, match=rf"^config.json: text_config\..*{field}"):
         parse_config(raw)
 
 

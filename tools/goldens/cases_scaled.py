@@ -71,9 +71,9 @@ SCALED_CASES: dict[str, Case] = {
     "gemma4-shared": Case(
         "gemma4_text",
         {
-            "num_hidden_layers": 6,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
-            "num_kv_shared_layers": 3,
+            "num_hidden_layers": 5,
+            "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
+            "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
             "hidden_size_per_layer_input": 12,
             "vocab_size_per_layer_input": 96,

@@ -27,7 +27,8 @@ def _windows(raw: Mapping[str, Any], layers: int) -> list[int]:
 def _kinds(raw: Mapping[str, Any], windows: Sequence[int]) -> list[dict[str, Any]]:
     """Layers without a window have heads of another size. The last ``num_kv_shared_layers`` attend to the keys and
     values of the last layer before them that has a window, or has none, as they do."""
-    first = len(windows) - (raw.get("num_kv_shared_layers") or 0)
+    shared, heads = raw.get("num_kv_shared_layers") or 0, raw["num_attention_heads"]
+    first = len(windows) - shared
     whole = {"head_dim": raw.get("global_head_dim", 512)}
     if raw.get("attention_k_eq_v") and raw.get("num_global_key_value_heads") is not None:
         whole["num_key_value_heads"] = raw["num_global_key_value_heads"]
@@ -37,7 +38,8 @@ def _kinds(raw: Mapping[str, Any], windows: Sequence[int]) -> list[dict[str, Any
     found = []
     for i, window in enumerate(windows):
         kind: dict[str, Any] = {_SIZES[key]: value for key, value in by_layer.get(str(i), {}).items()}
-        if any(type(value) is not int or value < 1 for value in kind.values()):
+        wrong = shared < 0 or any(type(value) is not int or value < 1 for value in kind.values())
+        if wrong or heads % kind.get("num_kv_heads", 1):
             raise ValueError
         flags = {_SAME} if raw.get("attention_k_eq_v") and not window else set()
         if i >= first:
