@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors import ParameterError
 from ..loading import DEFAULT_CONTEXT
 from ..models.checkpoint import has_weights, load_weights
 from ..models.config import ModelConfig, load_config
+from ..models.family import TABLES
 from ..models.lora import Adapter
 from ..models.peft import load_adapter
 from ..models.presets import find_shape, is_shape
@@ -34,7 +36,7 @@ from .text_info import text_facts, text_view
 
 __all__ = ["facts", "find_config", "view"]
 
-_PARTS = {"embed_tokens": "embedding", "position_table": "embedding", "lm_head": "head"}
+_PARTS = {**dict.fromkeys(TABLES, "embedding"), "lm_head": "head"}
 
 
 def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelConfig]:
@@ -113,6 +115,13 @@ def _is_adapter(name: str) -> bool:
     return name.endswith((".lora_a", ".lora_b"))
 
 
+def _layers_by_heads(config: ModelConfig) -> list[dict[str, int]]:
+    """How many layers have so many key/value heads of that size."""
+    every = (config.dims(f"{i}.") for i in range(config.num_layers))
+    found = Counter((dims["num_kv_heads"], dims["D"]) for dims in every)
+    return [{"kv_heads": heads, "head_size": size, "layers": count} for (heads, size), count in found.items()]
+
+
 def _shape(config: ModelConfig) -> dict[str, Any]:
     """What the layers are."""
     used = [config.rope_name(i) for i in range(config.num_layers)]
@@ -123,6 +132,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "head_size": config.head_dim,
+        "layers_by_heads": _layers_by_heads(config),
+        "layers_without_keys": config.num_layers - len(config.caches),
         "learned_positions": not config.family.rotary,
         "rotations": [
             {"type": rope.type, "theta": rope.theta, "size": rope.dim, "layers": used.count(name)}
@@ -158,7 +169,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "layers": facts["layers"],
         "hidden size": facts["hidden_size"],
         "feed-forward size": facts["feed_forward_size"],
-        "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}",
+        "attention": _attention(facts),
         "positions": _positions(facts),
         "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
         "vocabulary": facts["vocabulary"],
@@ -173,6 +184,14 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "memory needed": f"{gpu}, {size_text(facts['numpy_bytes'])} on NumPy, with that cache",
         **text_view(facts),
     }
+
+
+def _attention(facts: Mapping[str, Any]) -> str:
+    kinds, shared = facts["layers_by_heads"], facts["layers_without_keys"]
+    layers = [f" in {kind['layers']} layers" if len(kinds) > 1 else "" for kind in kinds]
+    each = [f"{k['kv_heads']} KV heads of {k['head_size']}{where}" for k, where in zip(kinds, layers, strict=True)]
+    more = f"; {shared} layers share keys and values of others" if shared else ""
+    return f"{facts['heads']} heads, {', '.join(each)}{more}"
 
 
 def _adapter_text(adapter: Mapping[str, Any]) -> str:

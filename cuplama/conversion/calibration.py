@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..engine.batch import Batch
 from ..engine.input_buffer import InputBuffer
 from ..engine.kv_cache import PagedCache, pages_for
 from ..engine.sequence import SequenceState
-from ..errors import DeviceError, PromptError
+from ..errors import ConfigError, DeviceError, PromptError
 from ..models.config import ModelConfig
 from ..models.graph import Graph, decoder
 from ..models.rope import RotationTables
@@ -62,12 +61,22 @@ class Calibration:
     """Samples on their way through the layers of a model. x: the residual stream, float32 [tokens, d]."""
 
     def __init__(self, backend: Backend, config: ModelConfig, samples: Sequence[Sequence[int]], spill: Path) -> None:
-        """spill: a folder with room for the residual stream, should it be large."""
+        """spill: a folder with room for the residual stream, should it be large.
+
+        Raises ConfigError for a model whose layers read more than that.
+        """
+        if config.per_layer_size or len(config.caches) < config.num_layers:
+            raise ConfigError(
+                f"{config.architecture}: layers are calibrated one by one, and here they read more than what the layer"
+                " before gives them; only rounding (rtn) quantises such a model"
+            )
         self.backend = backend
         longest = max(map(len, samples))
         each = max(1, backend.prefill_chunk // longest)  # samples of a pass
-        # The cache of one layer: each layer runs over all samples before the next one does.
-        self._cache = PagedCache(backend, replace(config, layers=config.layers[:1]), each * pages_for(longest))
+        # The cache of one layer of each kind: each layer runs over all samples before the next one does.
+        kinds = config.every_kind()
+        self._kinds = [kinds.layers.index(layer) for layer in config.layers]
+        self._cache = PagedCache(backend, kinds, each * pages_for(longest))
         rotations = RotationTables(config.ropes, longest)
         self._tables = {name: backend.upload(table) for name, table in rotations.arrays.items()}
         self._passes = [self._batch(samples[i : i + each], rotations) for i in range(0, len(samples), each)]
@@ -119,7 +128,8 @@ class Calibration:
         """Run nodes over all samples: the rows of each pass, and the value that is wanted of it. x: the name of the
         residual stream, or "" for nodes that do not read it."""
         (layer,) = {name.partition(".cache.")[0] for node in nodes for name in node.ins if ".cache." in name} or {""}
-        cache = {f"{layer}.cache.{part}": self._cache.arrays[f"0.cache.{part}"] for part in "kv"}
+        kind = self._kinds[int(layer or 0)]
+        cache = {f"{layer}.cache.{part}": self._cache.arrays[f"{kind}.cache.{part}"] for part in "kv"}
         at = 0
         for batch in self._passes:
             rows = slice(at, at + batch.rows)

@@ -21,7 +21,7 @@ _log = logging.getLogger("cuplama")
 
 def linear_weights(config: ModelConfig) -> tuple[str, ...]:
     """The canonical names of the matrices that the layers multiply by, in the order of the graph."""
-    return tuple(node.ins[1] for node in decoder(config).body if node.op == "linear")
+    return tuple(node.ins[1] for node in decoder(config).body if node.op == "linear" and "." in node.ins[1])
 
 
 def round_weights(weights: Mapping[str, Weight], config: ModelConfig, quantize: str) -> dict[str, Weight]:

@@ -38,7 +38,7 @@ def _of_layer(weights: dict[str, Any], layer: int) -> dict[str, Any]:
     return {name: w for name, w in weights.items() if layer_of(name) == layer}
 
 
-@pytest.mark.parametrize("folder", ["llama", "gpt2-char", "gemma2", "olmo3", "cohere2", "granite"])
+@pytest.mark.parametrize("folder", ["llama", "gpt2-char", "gemma2", "olmo3", "cohere2", "granite", "gemma4-same"])
 def test_behind_the_last_layer_is_what_the_engine_has_there(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
