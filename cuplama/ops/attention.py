@@ -19,6 +19,7 @@ from ..dtypes import Array, dtype_name, narrow, upcast
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op, case_dtype
 from .signature import OpError
+from .softmax import capped, softmax
 from .team import fill
 
 __all__ = [
@@ -26,14 +27,12 @@ __all__ = [
     "HEAD_DIMS",
     "attention",
     "attention_case",
-    "capped",
     "check_head",
     "decode_plan",
     "equal_sequences",
     "prefill_launch",
     "random_sequences",
     "random_sinks",
-    "softmax",
     "well_known",
 ]
 
@@ -98,29 +97,6 @@ def _attend(
     out = scores.reshape(num_kv_heads, -1, high - low) @ values[:, low:high]
     out = out.reshape(num_kv_heads, group, n, d) / total
     return out.transpose(2, 0, 1, 3).reshape(n, -1)
-
-
-def capped(scores: Array, softcap: float) -> Array:
-    """Scores with a soft limit, softcap * tanh(scores / softcap); as they are if softcap is 0.
-
-    Gemma Team, "Gemma 2", arXiv:2408.00118.
-    """
-    return np.tanh(scores / softcap) * scores.dtype.type(softcap) if softcap else scores
-
-
-def softmax(scores: Array, sink: Array | None = None) -> tuple[Array, Array]:
-    """Turn scores [..., keys] into exponentials in place, relative to the largest logit of their row.
-
-    sink: one more logit of each row, which has no value, as OpenAI's gpt-oss has it; [..., 1], or None. Returns the
-    largest logit and the sum of the exponentials, both [..., 1] and with the sink.
-    """
-    most = scores.max(-1, keepdims=True)
-    if sink is not None:
-        most = np.maximum(most, sink)
-    scores -= most
-    np.exp(scores, out=scores)
-    total = scores.sum(-1, keepdims=True)
-    return most, total if sink is None else total + np.exp(sink - most)
 
 
 def random_sinks(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> Array:

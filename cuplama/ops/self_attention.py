@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, dtype_name, upcast
-from .attention import attention, capped, check_head, prefill_launch, random_sinks, softmax, well_known
+from .attention import attention, check_head, prefill_launch, random_sinks, well_known
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .self_attention_hopper import hopper_plan
 from .signature import OpError
+from .softmax import capped, softmax
 from .team import fill
 
 __all__ = ["self_attention", "self_attention_backward", "self_attention_case"]

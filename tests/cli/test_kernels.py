@@ -224,7 +224,7 @@ def test_compare_without_a_gpu_checks(tmp_path: Path) -> None:
         (["bench", "rms_norm", "--shape", "n=1,d=100000"], "rms_norm: d is 100000; the kernel takes at most"),
         (["bench", "rms_norm", "--shape", "n=0,d=64"], "n is 0, not a whole number"),
         (["show", "attention", "--shape", "num_heads=3,H=2"], "attention needs num_heads % H == 0"),
-        (["show", "attention", "--shape", "D=7"], "attention: D = 7 is no multiple of 8"),
+        (["show", "attention", "--shape", "D=7"], "attention: D = 7 is neither a multiple of 8"),
         (["bench", "--model", "llama-9"], "known shapes"),
         (["show", "nonsense"], "known: "),
         (["compare", "x.cu", "--op", "norm"], "no op is named 'norm'"),
