@@ -288,6 +288,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_decode.cu", "side = low ? -partner : partner", "side = low ? partner : -partner"),
     ("attention_decode.cu", "warp_sum(squares) / D + eps", "warp_sum(squares) + eps"),
     ("attention_decode.cu", "normed && j <= here,", "normed && j < here,"),
+    ("attention_decode.cu", "inverse * (offset + to_float(scale.v[j]))", "inverse * to_float(scale.v[j])"),
     ("attention_decode.cu", "scales[i], j <= here, to", "scales[i], j < here, to"),
     ("attention_decode.cu", "(j == here ? token.k : token.v) + at", "(j == here ? token.v : token.k) + at"),
     # attention_prefill_mma.cu
