@@ -31,12 +31,17 @@ GRANITE: Config = {
     "attention_multiplier": 0.5,
     "embedding_multiplier": 6.0,
     "logits_scaling": 1.5,
-    "residual_multiplier": 0.4,
+    "residual_multiplier": 0.5,
     "rms_norm_eps": 1e-2,
 }
 
 SCALED_CASES: dict[str, Case] = {
-    "gemma2": Case("gemma2", {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 12.0}, GEMMA, spelling="v4"),
+    "gemma2": Case(
+        "gemma2",
+        {"attention_bias": True, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 12.0},
+        GEMMA,
+        spelling="v4",
+    ),
     "gemma3": Case(
         "gemma3_text",
         {
@@ -49,11 +54,6 @@ SCALED_CASES: dict[str, Case] = {
         },
         GEMMA,
         twins=True,
-    ),
-    "gemma3-capped": Case(
-        "gemma3_text",
-        {"attention_bias": True, "final_logit_softcapping": 12.0},
-        {**GEMMA, "layer_types": ["full_attention", "sliding_attention"]},
     ),
     "olmo2": Case("olmo2", rope("default", 500000.0), GQA, spelling="v4"),
     "olmo3": Case(
@@ -68,22 +68,22 @@ SCALED_CASES: dict[str, Case] = {
         },
         GQA,
     ),
+    # Every second layer does not rotate, and has a window.
     "smollm3": Case(
         "smollm3",
-        {"num_hidden_layers": 3, "no_rope_layer_interval": 2, "pad_token_id": None, **rope("default", 5000000.0)},
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "pad_token_id": None,
+            **rope("default", 5000000.0),
+        },
         GQA,
         spelling="v4",
     ),
-    "smollm3-window": Case(
-        "smollm3",
-        {"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [0, 1], "pad_token_id": None},
-        GQA,
-    ),
-    "granite": Case("granite", {**rope("default", 10000000.0)}, GRANITE, spelling="v4"),
-    "granite-bias": Case(
-        "granite",
-        {"attention_bias": True, "mlp_bias": True, "embedding_multiplier": 0.3, "tie_word_embeddings": True},
-        GRANITE,
+    "granite": Case(
+        "granite", {"attention_bias": True, "mlp_bias": True, **rope("default", 10000000.0)}, GRANITE, spelling="v4"
     ),
     "granite4": Case(
         "granitemoehybrid",
@@ -94,8 +94,6 @@ SCALED_CASES: dict[str, Case] = {
             "shared_intermediate_size": 40,
             "position_embedding_type": "rope",
             "mamba_n_heads": 4,
-            "embedding_multiplier": 0.3,
-            "tie_word_embeddings": True,
         },
         {**GRANITE, "intermediate_size": 72},
     ),
