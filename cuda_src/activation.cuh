@@ -3,7 +3,7 @@
 #ifndef CUPLAMA_ACTIVATION_CUH
 #define CUPLAMA_ACTIVATION_CUH
 
-enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF };  // behind a product
+enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, CLAMPED_SWIGLU };  // behind a product
 enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };         // before one
 
 // x / (1 + exp(-y))
@@ -26,6 +26,13 @@ __device__ __forceinline__ float gelu_tanh_of(float x) {
 template <typename T>
 __device__ __forceinline__ float gelu_erf_of(float x) {
     return 0.5f * x * erfcf(x * -0.7071067812f);
+}
+
+// g / (1 + exp(-alpha g)) * (u + 1), of g no more than the limit, of u no more in size
+template <typename T>
+__device__ __forceinline__ float clamped_swiglu_of(float gate, float up, float alpha, float limit) {
+    const float g = fminf(gate, limit);
+    return over_one_plus_exp<T>(g, alpha * g) * (fminf(fmaxf(up, -limit), limit) + 1.f);
 }
 
 // The activation of an element of y: of its sum, or of those of both halves of w.

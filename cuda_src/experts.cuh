@@ -1,7 +1,9 @@
-// What the kernels of experts share: pairs (row, slot) sorted by expert, and how products divide them into tiles.
+// What the kernels of experts share: pairs of a row and one of its experts, sorted by expert, and how products divide
+// them into tiles.
 #ifndef CUPLAMA_EXPERTS_CUH
 #define CUPLAMA_EXPERTS_CUH
 
+#include "activation.cuh"
 #include "common.cuh"
 
 constexpr int MAX_EXPERTS = 512;
@@ -33,6 +35,51 @@ __device__ __forceinline__ void running_sums(i32* sums, int size, Count count) {
     }
     if (threadIdx.x == 0) sums[0] = 0;
     __syncthreads();
+}
+
+// Pairs of one expert that a product takes together: pairs[first .. first + count - 1].
+struct PairTile {
+    int expert, first, count;
+};
+
+// The tiles of up to ROWS pairs that the experts' pairs make, expert after expert.
+template <int ROWS>
+struct PairTiles {
+    const i32* offsets;
+    const i32* before;  // in shared memory: tiles of the experts ahead [E+1]
+    int E;
+
+    // All threads of the block call.
+    __device__ __forceinline__ PairTiles(const i32* offsets, i32* before, int E)
+        : offsets(offsets), before(before), E(E) {
+        running_sums(before, E, [&](int expert) { return (offsets[expert + 1] - offsets[expert] + ROWS - 1) / ROWS; });
+    }
+
+    __device__ __forceinline__ int count() const { return before[E]; }
+
+    __device__ __forceinline__ PairTile at(int tile) const {
+        int expert = 0, end = E;  // before[expert] <= tile < before[end]
+        while (end - expert > 1) {
+            const int middle = (expert + end) / 2;
+            if (before[middle] <= tile)
+                expert = middle;
+            else
+                end = middle;
+        }
+        const int first = offsets[expert] + (tile - before[expert]) * ROWS;
+        return {expert, first, min(ROWS, offsets[expert + 1] - first)};
+    }
+};
+
+// Rows of w that make a column of y.
+template <int ACT>
+constexpr int PARTS = ACT == NO_ACT ? 1 : 2;
+
+// An element of y of the sums of those rows.
+template <int ACT, typename T>
+__device__ __forceinline__ float gated(const float (&total)[PARTS<ACT>], float alpha, float limit) {
+    if constexpr (ACT == CLAMPED_SWIGLU) return clamped_swiglu_of<T>(total[0], total[1], alpha, limit);
+    return activated<ACT, T>(total);
 }
 
 #endif

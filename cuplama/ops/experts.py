@@ -1,0 +1,148 @@
+"""Products of rows with the weights of the experts that compute them. Kernels: cuda_src/experts.cu (by multiply-adds),
+experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu (many).
+
+``sort_pairs`` (route.py) says which pairs of a row and an expert there are. A product gives a row for each pair, at the
+pair's own number, so the next product, whose x has a row for each pair, takes the same ``pairs`` and ``offsets``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import Array
+from .activation import silu_mul
+from .launch import Device, Launch, Plan
+from .linear import PRODUCT_TOLERANCE, linear
+from .op import Call, Draw, Op
+from .route import MAX_EXPERTS, sort_pairs
+from .signature import OpError
+
+__all__ = ["expert_linear", "expert_linear_clamped_swiglu", "expert_linear_silu_mul"]
+
+_WARP = 32
+_THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks for each multiprocessor
+
+
+def _expert_linear(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
+    slots = len(pairs) // len(x)
+    y: Array | None = None
+    for expert in np.flatnonzero(np.diff(offsets)):
+        own = pairs[offsets[expert] : offsets[expert + 1]]
+        product = linear.reference(x[own // slots], w[expert], None if b is None else b[expert])
+        if y is None:
+            y = np.empty((len(pairs), product.shape[1]), product.dtype)
+        y[own] = product
+    assert y is not None  # there is a pair
+    return y
+
+
+def _clamped_swiglu(x: Array, *, alpha: float, limit: float) -> Array:
+    f = x.shape[1] // 2
+    gate, up = np.minimum(x[:, :f], limit), np.clip(x[:, f:], -limit, limit)
+    with np.errstate(over="ignore"):  # exp(-alpha gate) = inf gives the right limit, 0
+        return gate / (1 + np.exp(-alpha * gate)) * (up + 1)
+
+
+def _with_silu_mul(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
+    y: Array = silu_mul.reference(_expert_linear(x, w, pairs, offsets, b))
+    return y
+
+
+def _with_clamped_swiglu(
+    x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None, *, alpha: float, limit: float
+) -> Array:
+    return _clamped_swiglu(_expert_linear(x, w, pairs, offsets, b), alpha=alpha, limit=limit)
+
+
+def _plan(act: str, call: Call, device: Device) -> Plan:
+    if call["E"] > MAX_EXPERTS:
+        raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
+    constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
+    blocks = min(_BLOCKS * device.sms, -(-call["n"] * call["s"] * call["m"] // (_THREADS // _WARP)))
+    return Plan((Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants=constants),))
+
+
+def _chosen(call: Call) -> float:
+    """Experts that have a pair; where only sizes are known, as many as are expected of an even choice."""
+    offsets, E = call.arrays["offsets"], call["E"]
+    if isinstance(offsets, np.ndarray):
+        return float(np.count_nonzero(np.diff(offsets)))
+    return float(E * (1 - (1 - min(1, call["s"] / E)) ** call["n"]))
+
+
+def _bytes(parts: int, call: Call) -> float:
+    """Weights of the experts that were chosen, and every other array once."""
+    size, pairs = call.dtypes["T"].itemsize, call["n"] * call["s"]
+    row = parts * call["m"] * (call["k"] + (call.arrays["b"] is not None))
+    return _chosen(call) * row * size + (call["n"] * call["k"] + pairs * call["m"]) * size + 4 * (pairs + call["E"] + 1)
+
+
+def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
+    """Pairs of rows with experts that ``chosen`` leaves, by default all."""
+    rows, s, E = case.get("rows", case["n"]), case["s"], case["E"]
+    among = rng.permutation(E)[: case.get("chosen", E)]
+    experts = among[rng.random((rows, len(among))).argsort(-1)[:, :s]].astype(np.int32)
+    pairs, offsets = sort_pairs.reference(experts, E=E)
+    return {"pairs": pairs, "offsets": offsets}
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    E = draw(1, 20)
+    return dict(n=draw(1, 30), s=draw(1, min(E, 5)), E=E, m=draw(1, 70), k=draw(1, 20) * draw(1, 40),
+                b=bool(draw(0, 1)), chosen=E, alpha=1.702, limit=7.0)  # fmt: skip
+
+
+_CASES = (
+    # n, s, E, m, k, b, chosen: one pair; few of each expert; one expert with all; many of each
+    dict(n=1, s=1, E=1, m=8, k=8, b=False),
+    dict(n=1, s=4, E=9, m=40, k=72, b=True),
+    dict(n=3, s=2, E=5, m=33, k=328, b=True),
+    dict(n=21, s=1, E=6, m=24, k=136, b=False, chosen=1),
+    dict(n=90, s=2, E=4, m=72, k=200, b=True, chosen=3),
+    dict(n=6, s=2, E=3, m=10, k=61, b=False),
+)
+
+
+def _op(name: str, act: str, doc: str, reference: Any, attributes: str = "", cost: int = 0) -> Op:
+    """A product of the pairs' rows, with what comes behind it. cost: operations of an element of that."""
+    parts = 2 if act != "NO_ACT" else 1
+    rows = "m" if parts == 1 else "2*m"
+    return Op(
+        name,
+        f"y[n*s,m]:T = (x[n,k]:T, w[E,{rows},k]:W, pairs[n*s]:i32, offsets[E+1]:i32, b[E,{rows}]:T?{attributes})",
+        doc=f"{doc} A row of y for each pair of a row and an expert: pair = row * s + slot, sorted as by sort_pairs.",
+        reference=reference,
+        kernels=lambda call, device: _plan(act, call, device),
+        cases=[{"alpha": 1.702, "limit": 7.0, **case} for case in _CASES],
+        sizes=_sizes,
+        inputs=_inputs,
+        shape=dict(n=1, s=8, E=128, m=768, k=2048, b=False),
+        tolerance=PRODUCT_TOLERANCE,
+        bytes=lambda call: _bytes(parts, call),
+        flops=lambda c: c["n"] * c["s"] * c["m"] * (2 * parts * c["k"] + cost),
+        unaligned=False,
+    )
+
+
+expert_linear = _op("expert_linear", "NO_ACT", "y[pair] = x[row] w[expert]^T + b[expert].", _expert_linear)
+
+expert_linear_silu_mul = _op(
+    "expert_linear_silu_mul",
+    "SILU_MUL",
+    "y[pair] = silu_mul(x[row] w[expert]^T + b[expert]); the first m rows of w[expert] give what is put through silu.",
+    _with_silu_mul,
+    cost=5,
+)
+
+expert_linear_clamped_swiglu = _op(
+    "expert_linear_clamped_swiglu",
+    "CLAMPED_SWIGLU",
+    "[g, u] = x[row] w[expert]^T + b[expert], g at most limit, u at most limit in size;"
+    " y[pair] = g / (1 + exp(-alpha g)) * (u + 1), the activation of gpt-oss.",
+    _with_clamped_swiglu,
+    ", alpha:f32, limit:f32",
+    cost=7,
+)
