@@ -17,16 +17,15 @@ constexpr int ROWS = 8, THREADS = 256;
 
 // Adds the products of elements at, at + step, ... of the weights' rows with those of the pairs' rows.
 template <int W, int HALVES, typename T>
-__device__ __forceinline__ void add_products(float (&sum)[ROWS][HALVES], const T* const (&rows)[ROWS], const T* w,
-                                             i64 other, int count, int k) {
+__device__ __forceinline__ void add_products(float (&sum)[ROWS][HALVES], const T* x, const u32 (&rows)[ROWS],
+                                             const T* w, i64 other, int k) {
     for (int at = threadIdx.x % WARP * W; at < k; at += WARP * W) {
         Pack<T, W> weights[HALVES];
 #pragma unroll
         for (int p = 0; p < HALVES; p++) weights[p] = load<W>(w + p * other + at);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            if (r >= count) break;
-            const Pack<T, W> a = load<W>(rows[r] + at);
+            const Pack<T, W> a = load<W>(x + rows[r] + at);  // what is too much is not stored
 #pragma unroll
             for (int p = 0; p < HALVES; p++)
 #pragma unroll
@@ -37,7 +36,7 @@ __device__ __forceinline__ void add_products(float (&sum)[ROWS][HALVES], const T
 }
 
 template <typename T, int ACT>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     expert_linear(const T* x, const T* __restrict__ w, const i32* pairs, const i32* offsets, const T* __restrict__ b,
                   T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
     constexpr int W = 16 / sizeof(T), HALVES = PARTS<ACT>;
@@ -46,20 +45,20 @@ __global__ void __launch_bounds__(THREADS)
     pdl_wait();
     const PairTiles<ROWS> tiles(offsets, before, E);
     const bool vectorized = k % W == 0 && aligned(x, w);
-    const i64 units = i64(tiles.count()) * m;
-    for (i64 unit = i64(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP; unit < units;
-         unit += i64(gridDim.x) * (THREADS / WARP)) {
-        const PairTile tile = tiles.at(unit / m);
-        const int column = unit % m;
-        const T* rows[ROWS];
+    const u32 units = u32(tiles.count()) * m;  // below 2^32: 2^13 tiles and 2^19 columns
+    for (u32 unit = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP; unit < units;
+         unit += gridDim.x * (THREADS / WARP)) {
+        const PairTile tile = tiles.at(unit / u32(m));
+        const int column = unit % u32(m);
+        u32 rows[ROWS];  // their first elements: x has less than 2^32
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) rows[r] = x + i64(pairs[tile.first + min(r, tile.count - 1)] / s) * k;
+        for (int r = 0; r < ROWS; r++) rows[r] = u32(pairs[tile.first + min(r, tile.count - 1)] / s) * k;
         const i64 at = (i64(tile.expert) * HALVES) * m + column;  // of the weights' rows
         float sum[ROWS][HALVES] = {};
         if (vectorized)
-            add_products<W>(sum, rows, w + at * k, i64(m) * k, tile.count, k);
+            add_products<W>(sum, x, rows, w + at * k, i64(m) * k, k);
         else
-            add_products<1>(sum, rows, w + at * k, i64(m) * k, tile.count, k);
+            add_products<1>(sum, x, rows, w + at * k, i64(m) * k, k);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (r >= tile.count) break;
