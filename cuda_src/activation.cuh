@@ -6,6 +6,10 @@
 enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, CLAMPED_SWIGLU };  // behind a product
 enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };         // before one
 
+// Rows of w that make a column of y.
+template <int ACT>
+constexpr int HALVES = ACT == SILU_MUL || ACT == CLAMPED_SWIGLU ? 2 : 1;
+
 // x / (1 + exp(-y))
 template <typename T>
 __device__ __forceinline__ float over_one_plus_exp(float x, float y) {

@@ -16,18 +16,18 @@
 constexpr int ROWS = 8, THREADS = 256;
 
 // Adds the products of elements at, at + step, ... of the weights' rows with those of the pairs' rows.
-template <int W, int HALVES, typename T>
-__device__ __forceinline__ void add_products(float (&sum)[ROWS][HALVES], const T* x, const u32 (&rows)[ROWS],
+template <int W, int PARTS, typename T>
+__device__ __forceinline__ void add_products(float (&sum)[ROWS][PARTS], const T* x, const u32 (&rows)[ROWS],
                                              const T* w, i64 other, int k) {
     for (int at = threadIdx.x % WARP * W; at < k; at += WARP * W) {
-        Pack<T, W> weights[HALVES];
+        Pack<T, W> weights[PARTS];
 #pragma unroll
-        for (int p = 0; p < HALVES; p++) weights[p] = load<W>(w + p * other + at);
+        for (int p = 0; p < PARTS; p++) weights[p] = load<W>(w + p * other + at);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const Pack<T, W> a = load<W>(x + rows[r] + at);  // what is too much is not stored
 #pragma unroll
-            for (int p = 0; p < HALVES; p++)
+            for (int p = 0; p < PARTS; p++)
 #pragma unroll
                 for (int j = 0; j < W; j++)
                     sum[r][p] = fmaf(to_float(weights[p].v[j]), to_float(a.v[j]), sum[r][p]);
@@ -39,7 +39,7 @@ template <typename T, int ACT>
 __global__ void __launch_bounds__(THREADS, 2)
     expert_linear(const T* x, const T* __restrict__ w, const i32* pairs, const i32* offsets, const T* __restrict__ b,
                   T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
-    constexpr int W = 16 / sizeof(T), HALVES = PARTS<ACT>;
+    constexpr int W = 16 / sizeof(T), PARTS = HALVES<ACT>;
     __shared__ i32 before[MAX_EXPERTS + 1];
     launch_dependents();
     pdl_wait();
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(THREADS, 2)
         u32 rows[ROWS];  // their first elements: x has less than 2^32
 #pragma unroll
         for (int r = 0; r < ROWS; r++) rows[r] = u32(pairs[tile.first + min(r, tile.count - 1)] / s) * k;
-        const i64 at = (i64(tile.expert) * HALVES) * m + column;  // of the weights' rows
-        float sum[ROWS][HALVES] = {};
+        const i64 at = (i64(tile.expert) * PARTS) * m + column;  // of the weights' rows
+        float sum[ROWS][PARTS] = {};
         if (vectorized)
             add_products<W>(sum, x, rows, w + at * k, i64(m) * k, k);
         else
@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (r >= tile.count) break;
-            float total[HALVES];
+            float total[PARTS];
 #pragma unroll
-            for (int p = 0; p < HALVES; p++)
+            for (int p = 0; p < PARTS; p++)
                 total[p] = warp_sum(sum[r][p]) + (b == nullptr ? 0.f : to_float(b[at + p * m]));
             if (threadIdx.x % WARP == 0)
                 y[i64(pairs[tile.first + r]) * m + column] = from_float<T>(gated<ACT, T>(total, alpha, limit));

@@ -71,13 +71,9 @@ struct PairTiles {
     }
 };
 
-// Rows of w that make a column of y.
-template <int ACT>
-constexpr int PARTS = ACT == NO_ACT ? 1 : 2;
-
-// An element of y of the sums of those rows.
+// An element of y of its sums, one or two.
 template <int ACT, typename T>
-__device__ __forceinline__ float gated(const float (&total)[PARTS<ACT>], float alpha, float limit) {
+__device__ __forceinline__ float gated(const float (&total)[HALVES<ACT>], float alpha, float limit) {
     if constexpr (ACT == CLAMPED_SWIGLU) return clamped_swiglu_of<T>(total[0], total[1], alpha, limit);
     return activated<ACT, T>(total);
 }

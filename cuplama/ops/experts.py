@@ -15,7 +15,7 @@ import numpy as np
 from ..dtypes import Array
 from .activation import silu_mul
 from .launch import Device, Launch, Plan
-from .linear import PRODUCT_TOLERANCE, linear
+from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
 from .op import Call, Draw, Op
 from .route import MAX_EXPERTS, sort_pairs
 from .signature import OpError
@@ -24,6 +24,8 @@ __all__ = ["expert_linear", "expert_linear_clamped_swiglu", "expert_linear_silu_
 
 _WARP = 32
 _THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks for each multiprocessor
+
+_RUN = 8  # experts_mma.cu: tiles of columns whose sums are kept where k goes in phases
 
 
 def _expert_linear(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
@@ -61,6 +63,13 @@ def _plan(act: str, call: Call, device: Device) -> Plan:
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
+    if call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0:
+        shape = tensor_shape(call["k"], _RUN, device)
+        if shape is not None and not device.deterministic:
+            constants |= shape.constants
+            block = (_WARP * shape.warps,)
+            launch = Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, constants)
+            return Plan((launch,))
     blocks = min(_BLOCKS * device.sms, -(-call["n"] * call["s"] * call["m"] // (_THREADS // _WARP)))
     return Plan((Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants=constants),))
 
@@ -122,6 +131,10 @@ def _op(name: str, act: str, doc: str, reference: Any, attributes: str = "", cos
         shape=dict(n=1, s=8, E=128, m=768, k=2048, b=False),
         tolerance=PRODUCT_TOLERANCE,
         bytes=lambda call: _bytes(parts, call),
+        kernel_docs={
+            "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
+            "expert_linear_mma": "the same for few pairs of each expert, on tensor cores",
+        },
         flops=lambda c: c["n"] * c["s"] * c["m"] * (2 * parts * c["k"] + cost),
         unaligned=False,
     )
