@@ -25,7 +25,14 @@ __all__ = ["expert_linear", "expert_linear_clamped_swiglu", "expert_linear_silu_
 _WARP = 32
 _THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks for each multiprocessor
 
+_FEW = 4  # pairs for each expert of the model up to which experts_mma.cu takes them: more would be tiles of many reads
+_LONGEST = 96  # experts_mma.cu: chunks of a phase; 128 spill registers
 _RUN = 8  # experts_mma.cu: tiles of columns whose sums are kept where k goes in phases
+# experts_many_mma.cu
+_STEP, _WIDE, _MANY_THREADS = 64, 128, 128  # elements of k, rows of weights in a tile, threads of a block
+_LOW, _HIGH, _HIGH_FROM = 64, 128, 192  # pairs in a tile; the higher one from as many pairs of an expert on
+_MAX_STAGES = 4
+_RESERVED_BYTES = 4096  # of shared memory: static arrays, and what the driver keeps for itself
 
 
 def _expert_linear(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
@@ -59,18 +66,38 @@ def _with_clamped_swiglu(
     return _clamped_swiglu(_expert_linear(x, w, pairs, offsets, b), alpha=alpha, limit=limit)
 
 
+def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Plan | None:
+    """The launch of experts_mma.cu, if a block has enough shared memory for it."""
+    shape = tensor_shape(call["k"], _RUN, device, _LONGEST)
+    if shape is None:
+        return None
+    block = (_WARP * shape.warps,)
+    own = {**constants, **shape.constants}
+    return Plan((Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own),))
+
+
+def _many(constants: Mapping[str, Any], call: Call, device: Device) -> Plan:
+    """The launch of experts_many_mma.cu."""
+    pairs, columns = call["n"] * call["s"], _WIDE // (1 if constants["ACT"] == "NO_ACT" else 2)
+    most = min(call["E"], pairs)  # experts that have a pair
+    rows = _HIGH if pairs >= _HIGH_FROM * most else _LOW
+    tiles = pairs // rows + most
+    stage = (rows + _WIDE) * _STEP * 2
+    depth = max(2, min(_MAX_STAGES, (device.shared // 2 - _RESERVED_BYTES) // stage))  # two blocks, if they fit
+    own = {**constants, "ROWS": rows, "DEPTH": depth}
+    grid = (tiles * -(-call["m"] // columns),)
+    return Plan((Launch("experts_many_mma.cu:expert_linear_many_mma", grid, (_MANY_THREADS,), depth * stage, own),))
+
+
 def _plan(act: str, call: Call, device: Device) -> Plan:
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
+    pairs = call["n"] * call["s"]
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
     if call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0:
-        shape = tensor_shape(call["k"], _RUN, device)
-        if shape is not None and not device.deterministic:
-            constants |= shape.constants
-            block = (_WARP * shape.warps,)
-            launch = Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, constants)
-            return Plan((launch,))
-    blocks = min(_BLOCKS * device.sms, -(-call["n"] * call["s"] * call["m"] // (_THREADS // _WARP)))
+        few = pairs <= _FEW * call["E"] and not device.deterministic  # one way to add up, whatever the number of rows
+        return (few and _few(constants, call, device)) or _many(constants, call, device)
+    blocks = min(_BLOCKS * device.sms, -(-pairs * call["m"] // (_THREADS // _WARP)))
     return Plan((Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants=constants),))
 
 
@@ -91,7 +118,7 @@ def _bytes(parts: int, call: Call) -> float:
 
 def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
     """Pairs of rows with experts that ``chosen`` leaves, by default all."""
-    rows, s, E = case.get("rows", case["n"]), case["s"], case["E"]
+    rows, s, E = case["n"], case["s"], case["E"]
     among = rng.permutation(E)[: case.get("chosen", E)]
     experts = among[rng.random((rows, len(among))).argsort(-1)[:, :s]].astype(np.int32)
     pairs, offsets = sort_pairs.reference(experts, E=E)
@@ -105,12 +132,13 @@ def _sizes(draw: Draw) -> dict[str, Any]:
 
 
 _CASES = (
-    # n, s, E, m, k, b, chosen: one pair; few of each expert; one expert with all; many of each
+    # One pair; few of each expert; all of one expert; some experts without; more than a tile; odd sizes.
     dict(n=1, s=1, E=1, m=8, k=8, b=False),
     dict(n=1, s=4, E=9, m=40, k=72, b=True),
-    dict(n=3, s=2, E=5, m=33, k=328, b=True),
-    dict(n=21, s=1, E=6, m=24, k=136, b=False, chosen=1),
+    dict(n=3, s=2, E=5, m=33, k=72, b=True),
+    dict(n=21, s=1, E=6, m=24, k=72, b=False, chosen=1),
     dict(n=90, s=2, E=4, m=72, k=200, b=True, chosen=3),
+    dict(n=400, s=1, E=2, m=42, k=72, b=False, chosen=1),
     dict(n=6, s=2, E=3, m=10, k=61, b=False),
 )
 
@@ -134,6 +162,7 @@ def _op(name: str, act: str, doc: str, reference: Any, attributes: str = "", cos
         kernel_docs={
             "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
             "expert_linear_mma": "the same for few pairs of each expert, on tensor cores",
+            "expert_linear_many_mma": "the same for many pairs, on tensor cores",
         },
         flops=lambda c: c["n"] * c["s"] * c["m"] * (2 * parts * c["k"] + cost),
         unaligned=False,
