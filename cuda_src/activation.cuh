@@ -4,7 +4,7 @@
 #define CUPLAMA_ACTIVATION_CUH
 
 enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, CLAMPED_SWIGLU };  // behind a product
-enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };         // before one
+enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };                         // before one
 
 // Rows of w that make a column of y.
 template <int ACT>

@@ -17,8 +17,8 @@ constexpr int ROWS = 8, THREADS = 256;
 
 // Adds the products of elements at, at + step, ... of the weights' rows with those of the pairs' rows.
 template <int W, int PARTS, typename T>
-__device__ __forceinline__ void add_products(float (&sum)[ROWS][PARTS], const T* x, const u32 (&rows)[ROWS],
-                                             const T* w, i64 other, int k) {
+__device__ __forceinline__ void add_products(float (&sum)[ROWS][PARTS], const T* x, const u32 (&rows)[ROWS], const T* w,
+                                             i64 other, int k) {
     for (int at = threadIdx.x % WARP * W; at < k; at += WARP * W) {
         Pack<T, W> weights[PARTS];
 #pragma unroll
@@ -29,8 +29,7 @@ __device__ __forceinline__ void add_products(float (&sum)[ROWS][PARTS], const T*
 #pragma unroll
             for (int p = 0; p < PARTS; p++)
 #pragma unroll
-                for (int j = 0; j < W; j++)
-                    sum[r][p] = fmaf(to_float(weights[p].v[j]), to_float(a.v[j]), sum[r][p]);
+                for (int j = 0; j < W; j++) sum[r][p] = fmaf(to_float(weights[p].v[j]), to_float(a.v[j]), sum[r][p]);
         }
     }
 }

@@ -1,5 +1,5 @@
 """Products of rows with the weights of the experts that compute them. Kernels: cuda_src/experts.cu (by multiply-adds),
-experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu (many).
+experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu and experts_many_wgmma.cu (many).
 
 ``sort_pairs`` (route.py) says which pairs of a row and an expert there are. A product gives a row for each pair, at the
 pair's own number, so the next product, whose x has a row for each pair, takes the same ``pairs`` and ``offsets``.
@@ -28,10 +28,11 @@ _THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks
 _FEW = 4  # pairs for each expert of the model up to which experts_mma.cu takes them: more would be tiles of many reads
 _LONGEST = 96  # experts_mma.cu: chunks of a phase; 128 spill registers
 _RUN = 8  # experts_mma.cu: tiles of columns whose sums are kept where k goes in phases
-# experts_many_mma.cu
+# experts_many_mma.cu and experts_many_wgmma.cu
 _STEP, _WIDE, _MANY_THREADS = 64, 128, 128  # elements of k, rows of weights in a tile, threads of a block
 _LOW, _HIGH, _HIGH_FROM = 64, 128, 192  # pairs in a tile; the higher one from as many pairs of an expert on
 _MAX_STAGES = 4
+_ALIGNMENT = 1024  # bytes: of operands of wgmma in shared memory
 _RESERVED_BYTES = 4096  # of shared memory: static arrays, and what the driver keeps for itself
 
 
@@ -77,7 +78,7 @@ def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Plan | Non
 
 
 def _many(constants: Mapping[str, Any], call: Call, device: Device) -> Plan:
-    """The launch of experts_many_mma.cu."""
+    """The launch of experts_many_wgmma.cu on Hopper, elsewhere of experts_many_mma.cu."""
     pairs, columns = call["n"] * call["s"], _WIDE // (1 if constants["ACT"] == "NO_ACT" else 2)
     most = min(call["E"], pairs)  # experts that have a pair
     rows = _HIGH if pairs >= _HIGH_FROM * most else _LOW
@@ -86,6 +87,9 @@ def _many(constants: Mapping[str, Any], call: Call, device: Device) -> Plan:
     depth = max(2, min(_MAX_STAGES, (device.shared // 2 - _RESERVED_BYTES) // stage))  # two blocks, if they fit
     own = {**constants, "ROWS": rows, "DEPTH": depth}
     grid = (tiles * -(-call["m"] // columns),)
+    if device.arch == 90:
+        kernel = "experts_many_wgmma.cu:expert_linear_many_wgmma"
+        return Plan((Launch(kernel, grid, (2 * rows,), depth * stage + _ALIGNMENT, own),))
     return Plan((Launch("experts_many_mma.cu:expert_linear_many_mma", grid, (_MANY_THREADS,), depth * stage, own),))
 
 
@@ -163,6 +167,7 @@ def _op(name: str, act: str, doc: str, reference: Any, attributes: str = "", cos
             "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
             "expert_linear_mma": "the same for few pairs of each expert, on tensor cores",
             "expert_linear_many_mma": "the same for many pairs, on tensor cores",
+            "expert_linear_many_wgmma": "the same for many pairs, on Hopper's tensor cores",
         },
         flops=lambda c: c["n"] * c["s"] * c["m"] * (2 * parts * c["k"] + cost),
         unaligned=False,

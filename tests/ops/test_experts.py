@@ -108,10 +108,11 @@ def test_rows_that_go_in_phases() -> None:
     _run(case_workload(OPS["expert_linear"], case, "f16", 1), Device(90, 1))
 
 
-def test_a_pair_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize(("arch", "shared"), [(80, 166912), (90, 232448)])
+def test_a_pair_does_not_depend_on_the_others(arch: int, shared: int) -> None:
     """Bit for bit, on a deterministic device, with tiles of 64 pairs and of 128."""
-    op, device = OPS["expert_linear_silu_mul"], Device(90, deterministic=True)
-    given = case_workload(op, dict(n=400, s=1, E=2, m=40, k=136, b=True), "bf16")
+    op, device = OPS["expert_linear_silu_mul"], Device(arch, shared=shared, deterministic=True)
+    given = case_workload(op, dict(n=400, s=1, E=2, m=40, k=392, b=True), "bf16")
     x, w, _, _, b = given.arrays()
     sort = OPS["sort_pairs"].reference
     experts = np.arange(400, dtype=np.int32)[:, None] % 2
@@ -119,6 +120,14 @@ def test_a_pair_does_not_depend_on_the_others() -> None:
     few = slice(37, 42)
     (part,) = _run(_workload(op, [x[few], w, *sort(experts[few], E=2), b], {}, "bf16"), device)
     assert np.array_equal(part.view(np.uint16), whole[few].view(np.uint16))
+
+
+@pytest.mark.parametrize("name", ["expert_linear", "expert_linear_clamped_swiglu"])
+def test_many_pairs_without_warpgroups(name: str) -> None:
+    """As on sm_80, in tiles of 64 pairs and of 128, with more rows of the weights than a tile has, and odd columns."""
+    for n, m in ((90, 137), (400, 42)):
+        case = {**CASE, "n": n, "s": 1, "E": 2, "m": m, "chosen": 2}
+        _run(case_workload(OPS[name], case, "f16", 1), Device(80, shared=166912))
 
 
 def test_only_chosen_experts_are_counted() -> None:
