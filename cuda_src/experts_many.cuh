@@ -1,5 +1,5 @@
-// What the kernels for many pairs of experts share (experts_many_mma.cu, experts_many_wgmma.cu): the way of both operands
-// to shared memory, and that of the sums to y.
+// What the kernels for many pairs of experts share (experts_many_mma.cu, experts_many_wgmma.cu): the way of both
+// operands to shared memory, and that of the sums to y.
 #ifndef CUPLAMA_EXPERTS_MANY_CUH
 #define CUPLAMA_EXPERTS_MANY_CUH
 

@@ -1,16 +1,16 @@
-// expert_linear_many_mma    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert]), as expert_linear (experts.cu), for many
-//                           pairs, on tensor cores: x, w, b, y in 16 bits (sm_80 and later) on 16-byte boundaries; k is
-//                           a multiple of 8
+// expert_linear_many_mma    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert]), as expert_linear (experts.cu), for
+//                           many pairs, on tensor cores: x, w, b, y in 16 bits (sm_80 and later) on 16-byte boundaries;
+//                           k is a multiple of 8
 //
 // A block has a tile of up to ROWS pairs of one expert by WIDE rows of its weights: all columns of y of a tile of pairs
-// are next to each other in the grid, and so are the tiles of an expert, so that rows of x and of w are still in L2 when
-// they are read again. How many tiles there are is read on the device; the grid has room for the most that there can be,
-// n*s / ROWS + min(E, n*s), and blocks beyond the last tile end at once.
+// are next to each other in the grid, and so are the tiles of an expert, so that rows of x and of w are still in L2
+// when they are read again. How many tiles there are is read on the device; the grid has room for the most that there
+// can be, n*s / ROWS + min(E, n*s), and blocks beyond the last tile end at once.
 //
 // 128 threads; warp w has rows w/2 * ROWS/2 .. of the pairs and rows w%2 * 64 .. of the weights, and takes products by
 // mma.sync m16n8k16 with f32 sums, STEP elements of k after the other. DEPTH stages of cp.async; rows of x come from
-// where the pairs say. Where two rows of w make a column of y, eight of the first half and eight of the other take turns
-// in the tile, so that a lane has both sums of its columns. y goes out by way of shared memory, in rows.
+// where the pairs say. Where two rows of w make a column of y, eight of the first half and eight of the other take
+// turns in the tile, so that a lane has both sums of its columns. y goes out by way of shared memory, in rows.
 //
 // Sums go along k in steps of 16, whatever ROWS is: a row of y does not depend on the other pairs, bit for bit.
 //

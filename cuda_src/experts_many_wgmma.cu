@@ -1,10 +1,10 @@
-// expert_linear_many_wgmma    what expert_linear_many_mma computes (experts_many_mma.cu), on Hopper's tensor cores (sm_90a
-//                             alone); parameters and grid are as there
+// expert_linear_many_wgmma    what expert_linear_many_mma computes (experts_many_mma.cu), on Hopper's tensor cores
+//                             (sm_90a alone); parameters and grid are as there
 //
-// A warpgroup has 64 of the ROWS pairs and all WIDE rows of the weights; both operands lie in shared memory as wgmma wants
-// them, in rows of 128 bytes with exchanged vectors, which is where cp.async puts them anyway (Layout<64>). A stage is
-// filled again two steps after it was multiplied: each warp has then waited for its own products, and the barrier of the
-// step in between says so of all warps. So DEPTH - 2 stages are on their way while one is multiplied.
+// A warpgroup has 64 of the ROWS pairs and all WIDE rows of the weights; both operands lie in shared memory as wgmma
+// wants them, in rows of 128 bytes with exchanged vectors, which is where cp.async puts them anyway (Layout<64>). A
+// stage is filled again two steps after it was multiplied: each warp has then waited for its own products, and the
+// barrier of the step in between says so of all warps. So DEPTH - 2 stages are on their way while one is multiplied.
 //
 // Launch and op: cuplama/ops/experts.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet; no GPU has run it.

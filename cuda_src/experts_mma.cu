@@ -1,8 +1,9 @@
-// expert_linear_mma    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert]), as expert_linear (experts.cu), for few pairs of
-//                      each expert, on tensor cores: x, w, b, y in 16 bits (sm_80 and later); k is a multiple of 8
+// expert_linear_mma    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert]), as expert_linear (experts.cu), for few
+//                      pairs of each expert, on tensor cores: x, w, b, y in 16 bits (sm_80 and later); k is a multiple
+//                      of 8
 //
-// linear_mma.cu's way to stream weights once through tensor cores, for the weights of several experts: a tile of up to 8
-// pairs of one expert stands for the 8 rows of x, and only experts that have a pair are read. The columns of y of all
+// linear_mma.cu's way to stream weights once through tensor cores, for the weights of several experts: a tile of up to
+// 8 pairs of one expert stands for the 8 rows of x, and only experts that have a pair are read. The columns of y of all
 // tiles, one tile behind the other, are dealt to the blocks in equal shares, to the column. So a block goes from one
 // expert to the next where its share does; the ring runs on meanwhile, because the warps ask for weights ahead of what
 // they multiply. How many tiles there are is read on the device: the grid depends on sizes alone.

@@ -64,8 +64,9 @@ struct OneWeight {
     }
 };
 
-// A warp's share of the weights on its way through the ring, in the order phase, tile, chunk, and from one weight to the
-// next where a block has columns of several. Making one starts it; it reads nothing but weights, and what next() does.
+// A warp's share of the weights on its way through the ring, in the order phase, tile, chunk, and from one weight to
+// the next where a block has columns of several. Making one starts it; it reads nothing but weights, and what next()
+// reads.
 template <int COLUMNS, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename Weights = OneWeight>
 struct Stream {
     uint4* ring;  // of this lane: a vector every WARP

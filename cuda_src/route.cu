@@ -1,20 +1,21 @@
 // route              experts[n,k], weights[n,k]: the k experts of each row whose score + bias is largest
 //                    score: of softmax(logits[n,E]), or with `sigmoid` 1 / (1 + exp(-logit)) of each
 //                    weight: score / (sum of the k scores, if `renormalise`) * factor * scale[expert]
-// route_sparsemixer  weight: 1 / (sum of exp(logit - largest)) over what is left and at most `threshold` below, relative
-//                    to the larger of |logit| and the largest
-// sort_pairs         pairs[n*k], offsets[E+1]: the numbers row * k + slot of the places of experts[n,k], sorted by expert
+// route_sparsemixer  weight: 1 / (sum of exp(logit - largest)) over what is left and at most `threshold` below,
+//                    relative to the larger of |logit| and the largest
+// sort_pairs         pairs[n*k], offsets[E+1]: the numbers row * k + slot of the places of experts[n,k], by expert
 // combine_pairs      y[n,d] = a[n,d] + sum over s of weights[n,s] * x[n*s,d], in the order of the slots
 //                    logits, bias[E], scale[E], weights, a, y: f32; bias, scale, a may be null; x: U (T or f32)
 //
-// Experts come in the order of what they are chosen by, of equal ones the lower index first, NaN last. Without a bias and
-// groups that is the logit itself, which has the order of the scores, and tells apart what they round to one number.
-// With groups only experts of the `kept` groups are chosen whose two best add up to most; a group is E / groups neighbours.
+// Experts come in the order of what they are chosen by, of equal ones the lower index first, NaN last. Without a bias
+// and groups that is the logit itself: it has the order of the scores, and tells apart what they round to one number.
+// With groups only experts of the `kept` groups are chosen whose two best add up to most; a group is E / groups
+// neighbours.
 //
 // Mapping: of both routes a warp has a row, and lane l the experts l, l + 32, ...; a choice is a maximum over the warp.
 // sort_pairs is one block. Each warp has a run of the pairs and counts its experts; running sums over experts, and over
-// the warps of an expert, say where each warp's pairs of an expert begin; then each warp places its pairs, 32 at a time,
-// in order. combine_pairs: blockIdx.x is the row, blockIdx.y and the threads share its columns, 8 to a thread.
+// the warps of an expert, say where each warp's pairs of an expert begin; then each warp places its pairs, 32 at a
+// time, in order. combine_pairs: blockIdx.x is the row, blockIdx.y and the threads share its columns, 8 to a thread.
 //
 // Ops and references: cuplama/ops/route.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet; no GPU has run these.

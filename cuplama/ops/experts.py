@@ -115,9 +115,10 @@ def _chosen(call: Call) -> float:
 
 def _bytes(parts: int, call: Call) -> float:
     """Weights of the experts that were chosen, and every other array once."""
-    size, pairs = call.dtypes["T"].itemsize, call["n"] * call["s"]
-    row = parts * call["m"] * (call["k"] + (call.arrays["b"] is not None))
-    return _chosen(call) * row * size + (call["n"] * call["k"] + pairs * call["m"]) * size + 4 * (pairs + call["E"] + 1)
+    pairs = call["n"] * call["s"]
+    expert = parts * call["m"] * (call["k"] + (call.arrays["b"] is not None))
+    floats = _chosen(call) * expert + call["n"] * call["k"] + pairs * call["m"]
+    return float(floats * call.dtypes["T"].itemsize + 4 * (pairs + call["E"] + 1))
 
 
 def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
@@ -131,8 +132,8 @@ def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any])
 
 def _sizes(draw: Draw) -> dict[str, Any]:
     E = draw(1, 20)
-    return dict(n=draw(1, 30), s=draw(1, min(E, 5)), E=E, m=draw(1, 70), k=draw(1, 20) * draw(1, 40),
-                b=bool(draw(0, 1)), chosen=E, alpha=1.702, limit=7.0)  # fmt: skip
+    return dict(n=draw(1, 30), s=(s := draw(1, min(E, 5))), E=E, m=draw(1, 70), k=draw(1, 20) * draw(1, 40),
+                b=bool(draw(0, 1)), chosen=draw(s, E))  # fmt: skip
 
 
 _CASES = (
@@ -147,20 +148,22 @@ _CASES = (
 )
 
 
-def _op(name: str, act: str, doc: str, reference: Any, attributes: str = "", cost: int = 0) -> Op:
-    """A product of the pairs' rows, with what comes behind it. cost: operations of an element of that."""
+def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: float) -> Op:
+    """A product of the pairs' rows, with what comes behind it. cost: operations of an element of that; knobs: its
+    attributes, with the values that they have in tests."""
     parts = 2 if act != "NO_ACT" else 1
     rows = "m" if parts == 1 else "2*m"
+    attributes = "".join(f", {knob}:f32" for knob in knobs)
     return Op(
         name,
         f"y[n*s,m]:T = (x[n,k]:T, w[E,{rows},k]:W, pairs[n*s]:i32, offsets[E+1]:i32, b[E,{rows}]:T?{attributes})",
         doc=f"{doc} A row of y for each pair of a row and an expert: pair = row * s + slot, sorted as by sort_pairs.",
         reference=reference,
         kernels=lambda call, device: _plan(act, call, device),
-        cases=[{"alpha": 1.702, "limit": 7.0, **case} for case in _CASES],
-        sizes=_sizes,
+        cases=[{**case, **knobs} for case in _CASES],
+        sizes=lambda draw: {**_sizes(draw), **knobs},
         inputs=_inputs,
-        shape=dict(n=1, s=8, E=128, m=768, k=2048, b=False),
+        shape=dict(n=1, s=8, E=128, m=768, k=2048, b=False, **knobs),
         tolerance=PRODUCT_TOLERANCE,
         bytes=lambda call: _bytes(parts, call),
         kernel_docs={
@@ -190,6 +193,7 @@ expert_linear_clamped_swiglu = _op(
     "[g, u] = x[row] w[expert]^T + b[expert], g at most limit, u at most limit in size;"
     " y[pair] = g / (1 + exp(-alpha g)) * (u + 1), the activation of gpt-oss.",
     _with_clamped_swiglu,
-    ", alpha:f32, limit:f32",
     cost=7,
+    alpha=1.702,
+    limit=7.0,
 )

@@ -99,7 +99,8 @@ def _each(call: Call) -> int:
     """Experts of a lane, as a power of two."""
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
-    return 1 << (-(-call["E"] // _WARP) - 1).bit_length()
+    each = -(-int(call["E"]) // _WARP)
+    return 1 << (each - 1).bit_length()
 
 
 def _route_kernels(call: Call, device: Device) -> Plan:
@@ -144,7 +145,7 @@ route = Op(
     "route",
     "experts[n,k]:i32, weights[n,k]:f32 = (logits[n,E]:f32, bias[E]:f32?, scale[E]:f32?, k:i32, sigmoid:i32=0,"
     " groups:i32=1, kept:i32=1, renormalise:i32=1, factor:f32=1)",
-    doc="The k experts of each row whose score + bias is largest, the lower index first among equals, and their weights."
+    doc="The k experts of each row whose score + bias is largest, the lower index first among equals, with weights."
     " Scores are softmax(logits), or with `sigmoid` the sigmoid of each; without bias and groups the logits are"
     " compared, which have the same order. groups > 1: only among the `kept` groups of E / groups neighbours whose two"
     " best add up to most. A weight is the score, with `renormalise` over the sum of those chosen, times factor and the"
@@ -217,7 +218,12 @@ combine_pairs = Op(
     kernels=_combine_kernels,
     cases=[
         dict(n=n, s=s, d=d, a=a, U=U)
-        for n, s, d, a, U in ((1, 8, 64, True, "T"), (3, 2, 7, False, "T"), (2, 4, 1096, True, "f32"), (5, 1, 200, False, "T"))
+        for n, s, d, a, U in (
+            (1, 8, 64, True, "T"),
+            (3, 2, 7, False, "T"),
+            (2, 4, 1096, True, "f32"),
+            (5, 1, 200, False, "T"),
+        )
     ],
     sizes=lambda draw: dict(n=draw(1, 5), s=draw(1, 8), d=draw(1, 2000), a=bool(draw(0, 1)), U="T"),
     shape=dict(n=1, s=8, d=2048, a=True, U="T"),

@@ -1,4 +1,4 @@
-"""What the cases of the ops of experts leave out: odd routers, blocks that go from expert to expert, long rows, and that
+"""What the cases of the ops of experts leave out: odd logits, blocks that go from expert to expert, long rows, and that
 a pair's result does not depend on the others."""
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def test_a_pair_does_not_depend_on_the_others(arch: int, shared: int) -> None:
     op, device = OPS["expert_linear_silu_mul"], Device(arch, shared=shared, deterministic=True)
     given = case_workload(op, dict(n=400, s=1, E=2, m=40, k=392, b=True), "bf16")
     x, w, _, _, b = given.arrays()
+    assert x is not None
     sort = OPS["sort_pairs"].reference
     experts = np.arange(400, dtype=np.int32)[:, None] % 2
     (whole,) = _run(_workload(op, [x, w, *sort(experts, E=2), b], {}, "bf16"), device)
