@@ -32,12 +32,15 @@ __device__ __forceinline__ float gelu_erf_of(float x) {
     return 0.5f * x * erfcf(x * -0.7071067812f);
 }
 
-// g / (1 + exp(-alpha g)) * (u + 1), of g no more than the limit, of u no more in size
+// g / (1 + exp(-alpha g)) * (u + 1), of g no more than the limit, of u no more in size. What is not a number stays so.
 template <typename T>
 __device__ __forceinline__ float clamped_swiglu_of(float gate, float up, float alpha, float limit) {
-    const float g = fminf(gate, limit);
-    return over_one_plus_exp<T>(g, alpha * g) * (fminf(fmaxf(up, -limit), limit) + 1.f);
+    const float g = gate > limit ? limit : gate, u = up > limit ? limit : up < -limit ? -limit : up;
+    return over_one_plus_exp<T>(g, alpha * g) * (u + 1.f);
 }
+
+// A float that is not a number stays none.
+__device__ __forceinline__ float relu_squared_of(float x) { return x < 0.f ? 0.f : x * x; }
 
 // The activation of an element of y: of its sum, or of those of both halves of w.
 template <int ACT, typename T, int PARTS>

@@ -1,4 +1,5 @@
 // add          y[n,d] = a[n,d] + b[n,d]       all f32
+// scale        y[n,d] = factor * x[n,d]       all f32
 // select_rows  y[r,d] = x[rows[r]]            x[n,d], y: U, rows: i32
 // cast         y[n,d] = x[n,d]                x: f32, y: U
 // slice_rows   y[r,d] = x[first+r]            x[n,d], y: T
@@ -21,6 +22,17 @@ __global__ void add(const f32* __restrict__ a, const f32* __restrict__ b, f32* _
 #pragma unroll
         for (int j = 0; j < 4; j++) sum.v[j] += other.v[j];
         store_row<4>(y, i, size, vectorized, sum);
+    }
+}
+
+__global__ void scale(const f32* __restrict__ x, f32* __restrict__ y, int n, int d, f32 factor) {
+    const i64 size = i64(n) * d;
+    const bool vectorized = aligned(x, y);
+    for (i64 i = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < size; i += i64(gridDim.x) * blockDim.x * 4) {
+        Pack<f32, 4> v = load_row<4>(x, i, size, vectorized);
+#pragma unroll
+        for (int j = 0; j < 4; j++) v.v[j] *= factor;
+        store_row<4>(y, i, size, vectorized, v);
     }
 }
 

@@ -118,6 +118,7 @@ except KernelFault as fault:
 """
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 def test_the_installed_wheel_runs_kernels_on_the_emulator(installed: Path) -> None:

@@ -36,8 +36,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_SHARED, "+ ROWS - 1) / ROWS; });", ") / ROWS; });"),
     (_SHARED, "if (before[middle] <= tile)", "if (before[middle] < tile)"),
     (_SHARED, "(tile - before[expert]) * ROWS;", "tile * ROWS;"),
-    ("activation.cuh", "fminf(gate, limit);", "gate;"),
-    ("activation.cuh", "fmaxf(up, -limit)", "up"),
+    ("activation.cuh", "gate > limit ? limit : gate,", "gate,"),
+    ("activation.cuh", "up < -limit ? -limit : up;", "up;"),
     # experts.cu
     ("experts.cu", "pairs[tile.first + min(r, tile.count - 1)] / s)", "pairs[tile.first + min(r, tile.count - 1)])"),
     ("experts.cu", "(i64(tile.expert) * PARTS) * m", "i64(tile.expert) * m"),

@@ -115,7 +115,7 @@ def _is_adapter(name: str) -> bool:
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
     """What the layers are."""
-    rope = next(iter(config.ropes.values()), None)
+    used = [config.rope_name(i) for i in range(config.num_layers)]
     return {
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -123,9 +123,11 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "head_size": config.head_dim,
-        "rope_type": rope and rope.type,
-        "rope_theta": rope and rope.theta,
-        "rope_size": rope and rope.dim,
+        "learned_positions": not config.family.rotary,
+        "rotations": [
+            {"type": rope.type, "theta": rope.theta, "size": rope.dim, "layers": used.count(name)}
+            for name, rope in config.ropes.items()
+        ],
         "sliding_window": max(config.windows) or None,
         "sliding_layers": sum(map(bool, config.windows)),
     }
@@ -223,8 +225,12 @@ def _is_attention(name: str) -> bool:
 def _positions(facts: Mapping[str, Any]) -> str:
     window = facts["sliding_window"]
     sliding = f", sliding window of {window} in {facts['sliding_layers']} layers" if window else ""
-    if facts["rope_type"] is None:
+    if facts["learned_positions"]:
         return "learned" + sliding
-    size, head = facts["rope_size"], facts["head_size"]
-    partial = f" on {size} of {head} dims" if size < head else ""
-    return f"RoPE ({facts['rope_type']}, theta {facts['rope_theta']:g}){partial}{sliding}"
+    found, left = [], facts["layers"]
+    for rope in facts["rotations"]:
+        partial = f" on {rope['size']} of {facts['head_size']} dims" if rope["size"] < facts["head_size"] else ""
+        some = f" in {rope['layers']} layers" if rope["layers"] < facts["layers"] else ""
+        found.append(f"RoPE ({rope['type']}, theta {rope['theta']:g}){partial}{some}")
+        left -= rope["layers"]
+    return ", ".join([*found, *([f"none in {left} layers"] if left else [])]) + sliding

@@ -23,7 +23,7 @@ from ..engine.sequence import SequenceState
 from ..errors import DeviceError, PromptError
 from ..models.config import ModelConfig
 from ..models.graph import Graph, decoder
-from ..models.rope import RopeTables
+from ..models.rope import RotationTables
 from ..ops import OPS
 from ..ops.node import Node
 from ..quant.gptq import Matrix
@@ -68,23 +68,20 @@ class Calibration:
         each = max(1, backend.prefill_chunk // longest)  # samples of a pass
         # The cache of one layer: each layer runs over all samples before the next one does.
         self._cache = PagedCache(backend, replace(config, layers=config.layers[:1]), each * pages_for(longest))
-        rope = config.ropes.get("rope")
-        tables = None if rope is None else RopeTables(rope, longest)
-        self._tables: dict[str, Array] = {}
-        if tables is not None:
-            self._tables = {"rope.cos": backend.upload(tables.cos), "rope.sin": backend.upload(tables.sin)}
-        self._passes = [self._batch(samples[i : i + each], tables) for i in range(0, len(samples), each)]
+        rotations = RotationTables(config.ropes, longest)
+        self._tables = {name: backend.upload(table) for name, table in rotations.arrays.items()}
+        self._passes = [self._batch(samples[i : i + each], rotations) for i in range(0, len(samples), each)]
         self._embed, self._layers = _cut(decoder(config))
         self.x = _array((sum(map(len, samples)), config.hidden_size), spill)
 
-    def _batch(self, samples: Sequence[Sequence[int]], tables: RopeTables | None) -> Batch:
+    def _batch(self, samples: Sequence[Sequence[int]], rotations: RotationTables) -> Batch:
         self._cache.clear()
         parts = []
         for tokens in samples:
             sequence = SequenceState(tokens, SamplingParams(seed=0), frozenset())
             self._cache.extend(sequence.pages, len(tokens))
             parts.append((sequence, len(tokens)))
-        return Batch.build(parts, tables, self._cache.padding_page)
+        return Batch.build(parts, rotations, self._cache.padding_page)
 
     def embed(self, weights: Mapping[str, Array]) -> None:
         """Fill the residual stream with the embeddings of the samples. weights: on the device, by canonical name."""

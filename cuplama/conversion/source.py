@@ -54,7 +54,8 @@ class Source:
     """A model folder.
 
     weights: by canonical name; linear: of these the matrices of the layers; tensors: the arrays of the files, by the
-    names they have there, in the order of the weights; names: canonical name -> the names of its tensors.
+    names they have there, or would have of the text part alone, in the order of the weights; names: canonical name ->
+    the names of its tensors.
     """
 
     folder: Path
@@ -75,8 +76,8 @@ class Source:
         if any(w.packed for w in weights.values()):
             raise ConfigError(f"{folder} is quantised already; {verb} the model that it was made of")
         files, prefix = open_tensors(folder).keys(), config.family.prefix
-        names = {  # a bare export leaves the prefix out
-            name: tuple(s if s in files else s.removeprefix(prefix) for s in weight.source)
+        names = {  # a bare export leaves the prefix out, and stays one; of a wrapper's text part a whole model is made
+            name: tuple(s if s in files or config.wrapper else s.removeprefix(prefix) for s in weight.source)
             for name, weight in weights.items()
         }
         tensors: dict[str, np.ndarray[Any, Any]] = {}

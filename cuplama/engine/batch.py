@@ -14,7 +14,7 @@ import numpy as np
 from ..dtypes import DTYPES
 from ..models.config import ModelConfig
 from ..models.graph import LAST
-from ..models.rope import RopeTables, Span, table_rows
+from ..models.rope import RotationTables, Span, table_rows
 from ..ops.abstract import AbstractArray, abstract
 from .kv_cache import PAGE, page_table
 from .sequence import SequenceState
@@ -38,7 +38,7 @@ INPUTS: tuple[Input, ...] = (
     Input("input_ids", ("n",), "token ids of the new tokens, sequence after sequence"),
     Input("positions", ("n",), "position of each in its sequence"),
     Input("slot_mapping", ("n",), "place of each in the cache: page * PAGE + offset", lambda b: b.padding_page * PAGE),
-    Input("rope.rows", ("n",), "row of each in the cos/sin tables"),
+    Input("rope.rows", ("n",), "row of each in the cos/sin tables of all rotations"),
     Input("cu_seqlens", ("b+1",), "first row of each sequence; the last entry is n", lambda b: b.rows),
     Input("seq_lens", ("b",), "tokens of each sequence, new ones included"),
     Input("page_table", ("b", "M"), "pages of each sequence, in order", lambda b: b.padding_page),
@@ -78,14 +78,14 @@ class Batch:
     def build(
         cls,
         parts: Sequence[tuple[SequenceState, int]],
-        rope: RopeTables | None,
+        rotations: RotationTables,
         padding_page: int,
         all_logits: bool = False,
     ) -> Batch:
         """The next ``count`` tokens of each sequence that are not cached yet; its pages have room for them.
 
-        parts: (sequence, count) pairs; rope: the model's rotation tables, None without; all_logits: ask for the logits
-        of every token, and not only of each sequence's last one where that is in the batch.
+        parts: (sequence, count) pairs; rotations: the model's tables; all_logits: ask for the logits of every token,
+        and not only of each sequence's last one where that is in the batch.
         """
         counts = np.array([count for _, count in parts])
         cu_seqlens = np.concatenate([[0], np.cumsum(counts)])
@@ -94,13 +94,9 @@ class Batch:
         owner = np.repeat(np.arange(len(parts)), counts)
         seq_lens = np.array([s.cached + count for s, count in parts])
         complete = np.flatnonzero(seq_lens == [len(s.tokens) for s, _ in parts])
-        rows: np.ndarray[Any, Any] = np.zeros(len(positions))
-        tables: dict[str, np.ndarray[Any, Any]] = {}
-        if rope is not None:
-            cos, sin, rows = rope.lookup(
-                [Span(s.cached, n, len(s.tokens), min(len(s.prompt), len(s.tokens))) for s, n in parts]
-            )
-            tables = {"rope.cos": cos, "rope.sin": sin} if cos is not rope.cos else {}
+        tables, rows = rotations.lookup(
+            [Span(s.cached, n, len(s.tokens), min(len(s.prompt), len(s.tokens))) for s, n in parts]
+        )
         arrays = {
             "input_ids": np.concatenate([s.tokens[s.cached : s.cached + count] for s, count in parts]),
             "positions": positions,

@@ -15,7 +15,7 @@ from ..dtypes import Array
 from ..models.config import ModelConfig
 from ..models.fusion import EIGHT_BIT_RULES, PREFILL_RULES, fuse
 from ..models.graph import LOGITS, decoder
-from ..models.rope import RopeTables
+from ..models.rope import RotationTables
 from ..ops.node import Node
 from ..ops.weights import MAX_PACKED_ROWS
 from .batch import Batch
@@ -43,10 +43,8 @@ class Runner:
         self.backend, self.config, self.cache = backend, config, cache
         parts = {name: backend.upload(part) for name, part in config.lora_parts().items()}
         self.values: dict[str, Array] = {**weights, **parts, **cache.arrays}
-        rope = config.ropes.get("rope")
-        self.rope = RopeTables(rope, context) if rope else None
-        if self.rope is not None:
-            self.values["rope.cos"], self.values["rope.sin"] = map(backend.upload, (self.rope.cos, self.rope.sin))
+        self.rotations = RotationTables(config.ropes, context)
+        self.values |= {name: backend.upload(table) for name, table in self.rotations.arrays.items()}
         self._pages = pages_for(context)  # of a sequence at most
         self.graph = decoder(config)
         self._cut = cut = self.graph.cut()
@@ -66,7 +64,7 @@ class Runner:
 
     def batch(self, parts: Sequence[tuple[SequenceState, int]], all_logits: bool = False) -> Batch:
         """The next ``count`` tokens of each sequence; see ``Batch.build``."""
-        return Batch.build(parts, self.rope, self.cache.padding_page, all_logits)
+        return Batch.build(parts, self.rotations, self.cache.padding_page, all_logits)
 
     def forward(self, batch: Batch) -> Array | None:
         """Run a pass. Returns the logits that it asks for, [r, vocab_size] float32, or None if it asks for none.

@@ -25,7 +25,7 @@ from ..models.config import ModelConfig
 from ..models.fusion import PREFILL_RULES, fuse
 from ..models.graph import LOGITS, decoder
 from ..models.presets import find_shape
-from ..models.rope import RopeTables
+from ..models.rope import RotationTables
 from ..ops import OPS
 from ..ops.abstract import AbstractArray, attributes, infer
 from ..ops.node import Node, executable
@@ -236,7 +236,7 @@ def decode_workloads(
     for s in sequences:
         s.cached = depth - 1
     sampler = Sampler(config.vocab_size, sequences)
-    built = Batch.build([(s, 1) for s in sequences], _rope(config, context), batch * pages)
+    built = Batch.build([(s, 1) for s in sequences], RotationTables(config.ropes, context), batch * pages)
     inputs = step_inputs(batch, pages, batch * pages)
     built.pad_into(inputs)
     inputs |= sampler.inputs | {"ring": np.zeros((RING, batch), np.int32)}
@@ -250,7 +250,7 @@ def prompt_workloads(
 ) -> list[Workload]:
     """Every op of reading a prompt of one sequence and drawing a token. chunk: tokens of a pass at most."""
     pages = pages_for(tokens)
-    cut, rope = decoder(config).cut(), _rope(config, tokens)
+    cut, rotations = decoder(config).cut(), RotationTables(config.ropes, tokens)
     body, head = fuse(cut.body, PREFILL_RULES), fuse(cut.last, PREFILL_RULES)
     (sequence,) = _sequences(config, 1, tokens, pages)
     sampler = Sampler(config.vocab_size, [sequence])
@@ -259,7 +259,7 @@ def prompt_workloads(
     for start in range(0, tokens, chunk):
         count = min(chunk, tokens - start)
         sequence.cached, sequence.pages = start, owned[: pages_for(start + count)]
-        inputs = Batch.build([(sequence, count)], rope, pages).arrays
+        inputs = Batch.build([(sequence, count)], rotations, pages).arrays
         walk.run([*body, *head] if start + count == tokens else body, inputs)
     walk.run(sampler.nodes, {**sampler.inputs, "seq_lens": np.array([tokens], np.int32), LOGITS: walk.values[LOGITS]})
     return walk.workloads()
@@ -272,11 +272,6 @@ def _sequences(config: ModelConfig, count: int, tokens: int, pages: int) -> list
     ids = rng.integers(0, config.vocab_size, (count, tokens)).tolist()
     params = SamplingParams(temperature=0.0, seed=0)
     return [SequenceState(i, params, frozenset(), pages=p) for i, p in zip(ids, owned, strict=True)]
-
-
-def _rope(config: ModelConfig, positions: int) -> RopeTables | None:
-    rope = config.ropes.get("rope")
-    return RopeTables(rope, positions) if rope else None
 
 
 class _Walk:

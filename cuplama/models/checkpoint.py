@@ -26,6 +26,7 @@ from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
+from .wrapper import text_tensors
 
 __all__ = ["INDEX", "Layout", "assemble", "has_weights", "load_weights", "open_file", "open_tensors"]
 
@@ -80,6 +81,8 @@ def _adds_nothing(name: str, tensors: Mapping[str, Tensor]) -> bool:
 def _safetensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
     """The tensors of a folder by their full names, quantised matrices as one tensor each."""
     tensors, prefix = open_tensors(folder), config.family.prefix
+    if config.wrapper is not None:
+        tensors = text_tensors(tensors, config.family, config.wrapper)
     if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
         tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
     return read_quantised(tensors, config.raw.get("quantization_config"), str(folder / "config.json"))

@@ -18,9 +18,11 @@ from ..gguf import is_gguf, open_gguf
 from ..ops.signature import dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
-from .family import Family, Recipe
+from .family import Family, Recipe, Wrapper
 from .lora import Adapter, LowRank, part_rows
 from .rope import Rope
+from .rope_reader import rotations
+from .wrapper import open_config
 
 __all__ = ["Layer", "ModelConfig", "load_config", "parse_config", "token_ids"]
 
@@ -56,7 +58,8 @@ class ModelConfig:
     layer to layer; tied: whether head and embedding are one matrix, None where the config does not say; flags: which
     optional weights exist; dtype: of the checkpoint as config.json states it ("bfloat16", ...), or None; bos, eos:
     token ids; raw: all of config.json, and ``quantization_config`` also where a file of its own holds it; adapter: what
-    is added to linear layers, see lora.py.
+    is added to linear layers, see lora.py; wrapper: the model of which this is the text part, then ``raw`` is what a
+    model of the text part alone would have.
 
     What some families multiply or limit: embedding_scale, of the embedding's rows; residual_scale, of what a layer adds
     to the residual stream; attention_scale, of queries times keys, 0 for head_dim^-0.5; logits_scale; attention_cap,
@@ -83,6 +86,7 @@ class ModelConfig:
     eos: tuple[int, ...]
     raw: Mapping[str, Any] = field(repr=False, compare=False)
     adapter: Adapter | None = field(default=None, repr=False)
+    wrapper: Wrapper | None = field(default=None, repr=False)
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float = 0.0
@@ -223,17 +227,56 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
     Raises ConfigError. What nothing here reads, though it may mean something, is named in one warning.
     """
-    reader = ConfigReader(raw, where)
+    reader, wrapper = open_config(raw, where)
     name, family = reader.family()
     reader.neutral(family)
     reader.quantised()
-    values = {name: reader.get(*source) for name, source in family.fields.items()}
-    sizes: dict[str, Any] = {
+    sizes: dict[str, Any] = dict(_sizes(reader, family))
+    layers = _layers(reader, family, sizes.pop("num_layers"), sizes["head_dim"], sizes["context"])
+    activation = reader.get(*family.fields["activation"])
+    if not isinstance(activation, str) or activation not in family.activations:
+        reader.refuse(family.fields["activation"][0], ", ".join(family.activations))
+    eps = reader.get(*family.fields["eps"])
+    if not is_number(eps) or eps < 0:
+        reader.refuse(family.fields["eps"][0], "a number >= 0")
+    numbers: dict[str, Any] = {}
+    for quantity, source in family.numbers.items():
+        if (number := reader.number(source)) is not None:
+            numbers[quantity] = number
+    if left_out := reader.left_out(family):
+        _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
+    return ModelConfig(
+        architecture=family.architecture,
+        family=family,
+        **sizes,
+        **numbers,
+        eps=float(eps),
+        activation=family.activations[activation],
+        layers=layers,
+        tied=reader.tied(name, family),
+        flags=frozenset(
+            flag
+            for flag, source in family.flags.items()
+            if (reader.switch(source) if isinstance(source, str) else source)
+        ),
+        dtype=reader.dtype(),
+        bos=next(iter(_ids(reader, "bos_token_id")), None),
+        eos=_ids(reader, "eos_token_id"),
+        raw=reader.raw,
+        wrapper=wrapper,
+    )
+
+
+def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
+    """The sizes of a ModelConfig by name, and num_layers."""
+    quantities = (name for name in family.fields if name not in ("activation", "eps"))
+    values = {name: reader.get(*family.fields[name]) for name in quantities}
+    sizes = {
         name: reader.size(family.fields[name][0], values[name])
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads")
     }
-    hidden, heads, layers = sizes["hidden_size"], sizes["num_heads"], sizes.pop("num_layers")
-    if layers > _MAX_LAYERS:
+    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
+    if sizes["num_layers"] > _MAX_LAYERS:
         reader.refuse(family.fields["num_layers"][0], f"at most {_MAX_LAYERS:,} layers")
     kv_heads = reader.size("num_key_value_heads", _or(values.get("num_kv_heads"), heads))
     intermediate = reader.size(family.fields["intermediate_size"][0], _or(values["intermediate_size"], 4 * hidden))
@@ -243,37 +286,23 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
     if heads % kv_heads:
         reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
-    activation = values["activation"]
-    if not isinstance(activation, str) or activation not in family.activations:
-        reader.refuse(family.fields["activation"][0], ", ".join(family.activations))
-    eps = values["eps"]
-    if not is_number(eps) or eps < 0:
-        reader.refuse(family.fields["eps"][0], "a number >= 0")
-    rope = reader.rope(family, head_dim, context) if family.rotary else None
-    if left_out := reader.left_out(family):
-        _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
-    return ModelConfig(
-        architecture=family.architecture,
-        family=family,
-        **sizes,
-        num_kv_heads=kv_heads,
-        intermediate_size=intermediate,
-        head_dim=head_dim,
-        eps=float(eps),
-        context=context,
-        activation=family.activations[activation],
-        layers=tuple(Layer(window, rope) for window in reader.windows(family, layers)),
-        tied=reader.tied(name, family),
-        flags=frozenset(
-            flag
-            for flag, source in family.flags.items()
-            if (reader.switch(source) if isinstance(source, str) else source)
-        ),
-        dtype=reader.dtype(),
-        bos=next(iter(token_ids(raw.get("bos_token_id"), f"{where}: bos_token_id")), None),
-        eos=token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id"),
-        raw=raw,
-    )
+    return sizes | {
+        "num_kv_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "context": context,
+        "head_dim": head_dim,
+    }
+
+
+def _layers(reader: ConfigReader, family: Family, count: int, head_dim: int, context: int) -> tuple[Layer, ...]:
+    windows = reader.windows(family, count)
+    if not family.rotary:
+        return tuple(map(Layer, windows))
+    return tuple(map(Layer, windows, rotations(reader, family, windows, head_dim, context)))
+
+
+def _ids(reader: ConfigReader, key: str) -> tuple[int, ...]:
+    return token_ids(reader.raw.get(key), f"{reader.where}: {reader.path(key)}")
 
 
 def _or(value: Any, default: int) -> Any:

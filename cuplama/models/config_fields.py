@@ -1,10 +1,10 @@
 """Fields of config.json that no size or weight is read from: refused, without effect, or named in a warning.
 
 A field is one of four kinds. Read: ``READ``, for rotary families ``ROTARY``, and what the family's row names. Refused
-unless it has a value that changes nothing: ``NEUTRAL``, and the family's ``neutral``. Without effect on the result:
-``HARMLESS``, and the family's ``ignored``. Anything else nobody has classified, and a warning names it: the text may
-be wrong, and whoever reads it should know why. ``NAMED`` holds fields that have no effect at their usual values and are
-named at others.
+unless it has a value that changes nothing: ``NEUTRAL`` where the family does not read it, and the family's ``neutral``.
+Without effect on the result: ``HARMLESS``, and the family's ``ignored``. Anything else nobody has classified, and a
+warning names it: the text may be wrong, and whoever reads it should know why. ``NAMED`` holds fields that have no
+effect at their usual values and are named at others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from .family import OFF, Family
 
-__all__ = ["NEUTRAL", "unclassified"]
+__all__ = ["NEUTRAL", "read_by", "unclassified"]
 
 READ = (
     "architectures", "model_type", "dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id",
@@ -105,10 +105,17 @@ NAMED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def read_by(family: Family) -> set[str]:
+    """The fields that a family reads beyond those that all of them do."""
+    flags = (key for key in family.flags.values() if isinstance(key, str))
+    numbers = (number.key.partition(".")[0] for number in family.numbers.values() if number.key is not None)
+    fields = (key for key, _ in family.fields.values())
+    return {*fields, *flags, *numbers, *family.windows.reads, *family.rotations.reads}
+
+
 def unclassified(raw: Mapping[str, Any], family: Family) -> list[str]:
     """The names of the fields that are of no known kind, sorted; null says nothing, whatever its name."""
-    read = {key for key, _ in family.fields.values()} | {key for key in family.flags.values() if isinstance(key, str)}
-    known = {*READ, *NEUTRAL, *read, *family.neutral, *family.windows.reads, *(ROTARY if family.rotary else ())}
+    known = {*READ, *NEUTRAL, *read_by(family), *family.neutral, *(ROTARY if family.rotary else ())}
     patterns = (*HARMLESS, *family.ignored)
     return sorted(
         name

@@ -109,13 +109,14 @@ class Rotations:
 
     reads: the fields of config.json that it goes by; rule: (config.json, the window of each layer) -> for each layer
     the key of its settings in ``rope_parameters``, "" where these are one object for all layers, None for a layer
-    without rotation; settings: (config.json) -> ``rope_parameters`` by layer type, where a config has other names for
-    them.
+    without rotation; settings: (config.json) -> ``rope_parameters`` by these keys, where a config has other names for
+    them; defaults: of settings that a config gives nowhere.
     """
 
     reads: tuple[str, ...]
     rule: Callable[[Mapping[str, Any], Sequence[int]], list[str | None]]
     settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 ONE_ROTATION = Rotations((), lambda raw, windows: [""] * len(windows))
@@ -125,8 +126,9 @@ ONE_ROTATION = Rotations((), lambda raw, windows: [""] * len(windows))
 class Number:
     """A number that the mathematics needs, as config.json gives it.
 
-    key: its field, or None for a constant; default: of a field that is absent, or the constant; make: from the field's
-    value to the number, which is 0 where the field is null.
+    key: its field, "rope_parameters.NAME" for one of an object's, or None for a constant; default: the value of a field
+    that is absent, or the constant; make: from the value to the number, which must be positive. Where the field is null
+    the number has no effect.
     """
 
     key: str | None

@@ -139,7 +139,7 @@ class _Nodes:
         if f"{i}.q_norm" in self.weights:
             h = self.emit("qk_norm", f"{i}.normed", h, f"{i}.q_norm", f"{i}.k_norm", **heads, eps=config.eps)
         if (rope := config.rope_name(i)) is not None:
-            tables = (f"{rope}.rows", f"{rope}.cos", f"{rope}.sin")
+            tables = ("rope.rows", f"{rope}.cos", f"{rope}.sin")
             h = self.emit("rope", f"{i}.rotated", h, *tables, **heads, D=config.head_dim)
         h = self.attend(i, h)
         return self.emit("add", f"{i}.x", x, self.dropped(self.linear(h, f"{i}.o_proj", U="f32")))

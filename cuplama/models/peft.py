@@ -24,6 +24,7 @@ from .checkpoint import Layout, assemble, open_file
 from .config import ModelConfig
 from .config_reader import is_number
 from .lora import ALL_LINEAR, Adapter, LowRank, ends_in, linear_modules, lora_name, modules_of
+from .wrapper import own_name
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_MODEL", "load_adapter"]
 
@@ -57,7 +58,7 @@ def load_adapter(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[s
     adapted, file = replace(config, adapter=adapter), folder / ADAPTER_MODEL
     if is_missing(file) and (others := [p.name for p in sorted(folder.glob("adapter_model.*"))]):
         raise CheckpointError(f"{file} does not exist ({others[0]} cannot be read; convert to safetensors)")
-    tensors = _full_names(open_file(file), config.family.prefix)
+    tensors = _full_names(open_file(file), config)
     wanted = {lora_name(module, which) for module in adapter.modules for which in "AB"}
     for name in sorted(tensors.keys() - wanted):
         t = tensors[name]
@@ -84,10 +85,12 @@ def _zeros(name: str, file: Path, dtype: str, shape: Sequence[int]) -> Tensor:
     return Tensor(name, file, dtype, tuple(shape), np.zeros(shape, SAFETENSORS[dtype]))
 
 
-def _full_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _full_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors by the names that they have in an adapter of the whole model. One that was made for the model
     without its head leaves out the family's prefix."""
-    begin = lora_name("", "A").partition(".lora_")[0]
+    begin, prefix = lora_name("", "A").partition(".lora_")[0], config.family.prefix
+    if (wrapper := config.wrapper) is not None:
+        tensors = {begin + own_name(n.removeprefix(begin), config.family, wrapper): t for n, t in tensors.items()}
     if any(name.startswith(begin + prefix) for name in tensors):
         return dict(tensors)
     return {re.sub(f"^{re.escape(begin)}(?!lm_head)", begin + prefix, name): t for name, t in tensors.items()}

@@ -4,7 +4,7 @@ Angles are float32 products of position and inverse frequency, as transformers c
 
 default: Su et al., arXiv:2104.09864. linear: Chen et al., arXiv:2306.15595. dynamic: "NTK-aware" scaling as
 transformers has it. llama3: the Llama 3.1 release. yarn: Peng et al., arXiv:2309.00071. longrope: Ding et al.,
-arXiv:2402.13753.
+arXiv:2402.13753. proportional: Gemma 4, as transformers has it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROPE_HARMLESS", "ROPE_KEYS", "ROPE_LEFT_OUT", "Rope", "RopeTables", "Span", "table_rows"]
+__all__ = [
+    "ROPE_BY_LENGTH",
+    "ROPE_HARMLESS",
+    "ROPE_KEYS",
+    "ROPE_LEFT_OUT",
+    "Rope",
+    "RopeTables",
+    "RotationTables",
+    "Span",
+    "table_rows",
+]
 
 _FloatArray = np.ndarray[Any, np.dtype[np.float32]]
-# The keys that each type takes beside rope_type, rope_theta and partial_rotary_factor: (required, optional).
+# The keys that each type takes beside rope_type and rope_theta: (required, optional). Any type may be of a part of the
+# head, by partial_rotary_factor, which is a key of a type that makes something else of it.
 ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     name: (frozenset(required.split()), frozenset(optional.split()))
     for name, required, optional in (
@@ -32,12 +43,16 @@ ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
             "factor",
             "original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
         ),
+        ("proportional", "", "factor partial_rotary_factor"),
         ("longrope", "short_factor long_factor", "factor attention_factor original_max_position_embeddings"),
     )
 }
-# Keys that transformers does not read (5.24 logs "Unrecognized keys" for them).
-# "finetuned" (YaRN's own Llamas) says that the weights were trained with the scaling: nothing to compute.
-ROPE_HARMLESS = ("finetuned",)
+# Keys that transformers does not read (5.24 logs "Unrecognized keys" for them, or its config class excuses them).
+# "finetuned" (YaRN's own Llamas) says that the weights were trained with the scaling: nothing to compute. Ministral 3
+# repeats max_position_embeddings.
+ROPE_HARMLESS = ("finetuned", "max_position_embeddings")
+# Types whose tables depend on how long a sequence is, and not on the position alone.
+ROPE_BY_LENGTH = ("dynamic", "longrope")
 # Those of other programs, which transformers names and leaves out as well. DeepSeek-R1-0528-Qwen3-8B has attn_factor
 # 0.878 = 1 / (0.1 ln 4 + 1). YaRN's first code, and vLLM until it read attention_factor, multiply yarn's factor on cos
 # and sin by it, which makes it 1. transformers computes with 0.1 ln 4 + 1 = 1.139, and so do vLLM since then and
@@ -157,6 +172,13 @@ def _longrope(rope: Rope, length: int) -> tuple[_FloatArray, float]:
     return (_base(rope) / divisors).astype(np.float32), attention
 
 
+def _proportional(rope: Rope, length: int) -> tuple[_FloatArray, float]:
+    """Frequencies as if all of the head rotated, of which only the fastest do; the others are 0, which rotates not."""
+    s = rope.settings
+    rotated = np.arange(rope.dim // 2) < int(s.get("partial_rotary_factor", 1.0) * rope.dim // 2)
+    return _base(rope) * rotated / np.float32(s.get("factor") or 1.0), 1.0
+
+
 _TYPES: Mapping[str, Callable[[Rope, int], tuple[_FloatArray, float]]] = {
     "default": _default,
     "linear": _linear,
@@ -164,6 +186,7 @@ _TYPES: Mapping[str, Callable[[Rope, int], tuple[_FloatArray, float]]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
 }
 
 
@@ -232,3 +255,25 @@ class RopeTables:
             return cos, sin, np.arange(len(cos), dtype=np.int32)
         rows = [p + self.positions * self.rope.regime(s.total) for p, s in zip(positions, spans, strict=True)]
         return self.cos, self.sin, np.concatenate(rows).astype(np.int32)
+
+
+class RotationTables:
+    """The tables of a model's rotations for every position below ``positions``, which may be none.
+
+    arrays: by name, "rope.cos", "rope.sin", "rope1.cos", ... One row number serves all of them: it is the position
+    itself, except where there is one rotation that depends on the length.
+    """
+
+    def __init__(self, ropes: Mapping[str, Rope], positions: int) -> None:
+        """ropes: by the name of their tables, as a model's ``ropes``."""
+        self._tables = {name: RopeTables(rope, positions) for name, rope in ropes.items()}
+        self.arrays: dict[str, _FloatArray] = {}
+        for name, tables in self._tables.items():
+            self.arrays |= {f"{name}.cos": tables.cos, f"{name}.sin": tables.sin}
+
+    def lookup(self, spans: Sequence[Span]) -> tuple[dict[str, _FloatArray], np.ndarray[Any, np.dtype[np.int32]]]:
+        """(tables, rows): those of ``arrays`` that the pass has its own of, and for each new token its row in all."""
+        for name, tables in self._tables.items():
+            cos, sin, rows = tables.lookup(spans)
+            return {} if cos is tables.cos else {f"{name}.cos": cos, f"{name}.sin": sin}, rows
+        return {}, np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int32) for s in spans])

@@ -1,13 +1,16 @@
 """Activations of the feed-forward layer. Kernels: cuda_src/activation.cu.
 
-silu_mul: SwiGLU, Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+silu_mul, gelu_tanh_mul, gelu_erf_mul: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 gelu: Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
+relu_squared: So et al., "Primer", arXiv:2109.08668.
+xielu: Huang & Schlag, "Deriving Activation Functions Using Integration", arXiv:2411.13010.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .team import fill_rows
 
-__all__ = ["erf", "gelu_erf", "gelu_tanh", "silu_mul"]
+__all__ = ["erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "relu_squared", "silu_mul", "xielu"]
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
 _CUPY_SILU = "float a = (float)g; y = (T)(a / (1.0f + expf(-a)) * (float)u)"
@@ -32,16 +35,19 @@ def erf(x: Array) -> Array:
     return np.asarray(_erf(x)).astype(x.dtype)
 
 
-def _silu_mul(x: Array) -> Array:
+def _mul(activation: Callable[[Array], Array], x: Array) -> Array:
     x = upcast(x)
     f = x.shape[-1] // 2
 
     def piece(rows: slice) -> Array:
-        gate, up = x[rows, :f], x[rows, f:]
-        with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
-            return gate / (1 + np.exp(-gate)) * up
+        return activation(x[rows, :f]) * x[rows, f:]
 
     return fill_rows(np.empty((len(x), f), x.dtype), piece, _COST)
+
+
+def _silu(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        return x / (1 + np.exp(-x))
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -52,6 +58,16 @@ def _gelu_tanh(x: Array) -> Array:
 def _gelu_erf(x: Array) -> Array:
     x = upcast(x)
     return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
+
+
+def _relu_squared(x: Array) -> Array:
+    return np.maximum(upcast(x), 0) ** 2
+
+
+def _xielu(x: Array, alpha_p: Array, alpha_n: Array, *, beta: float, eps: float) -> Array:
+    x = upcast(x)
+    above, below = np.logaddexp(0, upcast(alpha_p)), beta + np.logaddexp(0, upcast(alpha_n))
+    return beta * x + np.where(x > 0, above * x * x, below * (np.expm1(np.minimum(x, eps)) - x))
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -95,7 +111,7 @@ silu_mul = Op(
     "silu_mul",
     "y[n,f]:T = (x[n,2*f]:T)",
     doc="y = silu(gate) * up with x = [gate, up] and silu(a) = a / (1 + exp(-a))",
-    reference=_silu_mul,
+    reference=partial(_mul, _silu),
     gradient=_gradient,
     recompute="cheap",
     kernels=_row_kernels,
@@ -103,6 +119,34 @@ silu_mul = Op(
     sizes=_sizes,
     flops=lambda c: 5 * c["n"] * c["f"],
     library=_cupy_silu_mul,
+)
+
+gelu_tanh_mul = Op(
+    "gelu_tanh_mul",
+    "y[n,f]:T = (x[n,2*f]:T)",
+    doc="y = gelu(gate) * up with x = [gate, up] and gelu(a) = a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3)))",
+    reference=partial(_mul, _gelu_tanh),
+    gradient=_gradient,
+    recompute="cheap",
+    kernels=_row_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 9216},
+    flops=lambda c: 9 * c["n"] * c["f"],
+)
+
+gelu_erf_mul = Op(
+    "gelu_erf_mul",
+    "y[n,f]:T = (x[n,2*f]:T)",
+    doc="y = gelu(gate) * up with x = [gate, up] and gelu(a) = a/2 (1 + erf(a / sqrt(2)))",
+    reference=partial(_mul, _gelu_erf),
+    gradient=_gradient,
+    recompute="cheap",
+    kernels=_row_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 9216},
+    flops=lambda c: 6 * c["n"] * c["f"],
 )
 
 gelu_tanh = Op(
@@ -131,4 +175,31 @@ gelu_erf = Op(
     sizes=_sizes,
     shape={"n": 1, "f": 3072},
     flops=lambda c: 5 * c["n"] * c["f"],
+)
+
+relu_squared = Op(
+    "relu_squared",
+    "y[n,f]:T = (x[n,f]:T)",
+    doc="y = max(x, 0)^2",
+    reference=_relu_squared,
+    gradient=_gradient,
+    recompute="cheap",
+    kernels=_flat_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    shape={"n": 1, "f": 18432},
+    flops=lambda c: 2 * c["n"] * c["f"],
+)
+
+xielu = Op(
+    "xielu",
+    "y[n,f]:T = (x[n,f]:T, alpha_p[1]:T, alpha_n[1]:T, beta:f32, eps:f32)",
+    doc="y = beta x + (p x^2 where x > 0, else q (exp(min(x, eps)) - 1 - x)), with p = softplus(alpha_p),"
+    " q = beta + softplus(alpha_n) and softplus(a) = log(1 + exp(a))",
+    reference=_xielu,
+    kernels=_flat_kernels,
+    cases=[dict(**case, beta=0.5, eps=-1e-6) for case in _CASES],
+    sizes=lambda draw: dict(**_sizes(draw), beta=0.25 * draw(0, 4), eps=-0.125 * draw(0, 2)),
+    shape={"n": 1, "f": 21504},
+    flops=lambda c: 8 * c["n"] * c["f"],
 )

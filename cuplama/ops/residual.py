@@ -1,4 +1,7 @@
-"""The residual stream: its sum, parts of it, and what it is in the model's dtype. Kernels: cuda_src/residual.cu."""
+"""The residual stream: its sum, a multiple of it, parts of it, and what it is in the model's dtype.
+
+Kernels: cuda_src/residual.cu.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import EXACT, Call, Op
 
-__all__ = ["add", "cast", "place_rows", "select_rows", "slice_rows"]
+__all__ = ["add", "cast", "place_rows", "scale", "select_rows", "slice_rows"]
 
 
 def _add(a: Array, b: Array) -> Array:
     return a + b
+
+
+def _scale(x: Array, *, factor: float) -> Array:
+    return x * factor
 
 
 def _select_rows(x: Array, rows: Array) -> Array:
@@ -36,6 +43,10 @@ def _add_gradient(g: Gradient) -> None:
     g.give("b", g.of("y"))
 
 
+def _scale_gradient(g: Gradient) -> None:
+    g.give("x", g.emit("scale", g.of("y"), factor=g.attr("factor")))
+
+
 def _slice_gradient(g: Gradient) -> None:
     """All slices together make the gradient of the whole."""
     whole = g.into("x")
@@ -58,8 +69,8 @@ def _cupy_select_rows(y: Array, x: Array, rows: Array) -> None:
 _THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
 
 
-def _add_kernels(call: Call, device: Device) -> Plan:
-    return Plan((Launch("residual.cu:add", (-(-call["n"] * call["d"] // (4 * _THREADS)),), (_THREADS,)),))
+def _f32_kernels(call: Call, device: Device) -> Plan:
+    return Plan((Launch(f"residual.cu:{call.op.name}", (-(-call["n"] * call["d"] // (4 * _THREADS)),), (_THREADS,)),))
 
 
 def _select_kernels(call: Call, device: Device) -> Plan:
@@ -88,11 +99,26 @@ add = Op(
     doc="y = a + b",
     reference=_add,
     gradient=_add_gradient,
-    kernels=_add_kernels,
+    kernels=_f32_kernels,
     cases=[dict(n=n, d=d) for n, d in ((1, 64), (3, 7), (2, 896), (5, 4096))],
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000)),
     flops=lambda c: c["n"] * c["d"],
     library=_cupy_add,
+)
+
+scale = Op(
+    "scale",
+    "y[n,d]:f32 = (x[n,d]:f32, factor:f32)",
+    doc="y = factor x: embeddings and logits of models that multiply them by a number",
+    reference=_scale,
+    gradient=_scale_gradient,
+    recompute="cheap",
+    kernels=_f32_kernels,
+    cases=[dict(n=n, d=d, factor=k) for n, d, k in ((1, 64, 0.5), (3, 7, -1.25), (2, 896, 0.0625), (5, 4096, 59.8665))],
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000), factor=0.125 * draw(1, 99)),
+    tolerance={"f32": 1.0},
+    shape={"n": 1, "d": 2304, "factor": 48.0},
+    flops=lambda c: c["n"] * c["d"],
 )
 
 select_rows = Op(

@@ -5,7 +5,8 @@ The variants (linear, dynamic, llama3, yarn, longrope) differ only in what the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,29 +16,41 @@ from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 
-__all__ = ["random_rotations", "rope", "rope_backward"]
+__all__ = ["random_rotations", "rope", "rope_backward", "rope_pairs", "rope_pairs_backward"]
 
 
-def _rope(x: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int, num_kv_heads: int, D: int) -> Array:
-    h = cos.shape[1]
+_Dims = Callable[[int], tuple[slice, slice]]
+"""The dims of a head that are rotated together, first and second ones, by the number of rotations."""
+
+
+def _halves(h: int) -> tuple[slice, slice]:
+    return slice(h), slice(h, 2 * h)
+
+
+def _pairs(h: int) -> tuple[slice, slice]:
+    return slice(0, 2 * h, 2), slice(1, 2 * h, 2)
+
+
+def _rotate(
+    dims: _Dims, x: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int, num_kv_heads: int, D: int
+) -> Array:
+    first, second = dims(cos.shape[1])
     y = np.array(upcast(x)).reshape(len(x), num_heads + 2 * num_kv_heads, D)
     turned = y[:, : num_heads + num_kv_heads]
-    a, b = turned[..., :h].copy(), turned[..., h : 2 * h].copy()
+    a, b = turned[..., first].copy(), turned[..., second].copy()
     c, s = cos[rope_rows][:, None], sin[rope_rows][:, None]
-    turned[..., :h] = a * c - b * s
-    turned[..., h : 2 * h] = b * c + a * s
+    turned[..., first] = a * c - b * s
+    turned[..., second] = b * c + a * s
     return y.reshape(len(x), -1)
 
 
-def _rope_backward(
-    dy: Array, rope_rows: Array, cos: Array, sin: Array, *, num_heads: int, num_kv_heads: int, D: int
-) -> Array:
-    return _rope(dy, rope_rows, cos, -sin, num_heads=num_heads, num_kv_heads=num_kv_heads, D=D)
+def _rotate_back(dims: _Dims, dy: Array, rope_rows: Array, cos: Array, sin: Array, **shape: int) -> Array:
+    return _rotate(dims, dy, rope_rows, cos, -sin, **shape)
 
 
 def _gradient(g: Gradient) -> None:
     attrs = {name: g.attr(name) for name in ("num_heads", "num_kv_heads", "D")}
-    g.give("x", g.emit("rope_backward", g.of("y"), g["rope_rows"], g["cos"], g["sin"], **attrs))
+    g.give("x", g.emit(f"{g.op}_backward", g.of("y"), g["rope_rows"], g["cos"], g["sin"], **attrs))
 
 
 def _sizes(draw: Draw) -> dict[str, Any]:
@@ -78,13 +91,14 @@ _CASES = [
         (2, 32, 8, 128, 64, 64),
     )
 ]
+_SHAPE = dict(n=1, num_heads=32, num_kv_heads=2, D=128, h=32, R=4096)  # to time pairs with: that of GLM-4-9B
 
 rope = Op(
     "rope",
     "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32,"
     " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
     doc="Rotates dims i and i + h (i < h) of every query and key head by the angle in row rope_rows[n]; h <= D/2.",
-    reference=_rope,
+    reference=partial(_rotate, _halves),
     kernels=_kernels,
     cases=_CASES,
     sizes=_sizes,
@@ -101,12 +115,46 @@ rope_backward = Op(
     "dx[n,(num_heads+2*num_kv_heads)*D]:T = (dy[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32,"
     " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
     doc="The gradient of rope: rotates by the negative angle.",
-    reference=_rope_backward,
+    reference=partial(_rotate_back, _halves),
     kernels=_kernels,
     cases=_CASES,
     sizes=_sizes,
     ranges={"rope_rows": "R"},
     inputs=_inputs,
     rules=("2 * h <= D",),
+    flops=_flops,
+)
+
+rope_pairs = Op(
+    "rope_pairs",
+    "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32,"
+    " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
+    doc="Rotates dims 2i and 2i + 1 (i < h) of every query and key head by the angle in row rope_rows[n]; h <= D/2.",
+    reference=partial(_rotate, _pairs),
+    kernels=_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    ranges={"rope_rows": "R"},
+    inputs=_inputs,
+    gradient=_gradient,
+    recompute="layers",
+    rules=("2 * h <= D",),
+    shape=_SHAPE,
+    flops=_flops,
+)
+
+rope_pairs_backward = Op(
+    "rope_pairs_backward",
+    "dx[n,(num_heads+2*num_kv_heads)*D]:T = (dy[n,(num_heads+2*num_kv_heads)*D]:T, rope_rows[n]:i32, cos[R,h]:f32,"
+    " sin[R,h]:f32, num_heads:i32, num_kv_heads:i32, D:i32)",
+    doc="The gradient of rope_pairs: rotates by the negative angle.",
+    reference=partial(_rotate_back, _pairs),
+    kernels=_kernels,
+    cases=_CASES,
+    sizes=_sizes,
+    ranges={"rope_rows": "R"},
+    inputs=_inputs,
+    rules=("2 * h <= D",),
+    shape=_SHAPE,
     flops=_flops,
 )

@@ -23,12 +23,14 @@ _CACHE = tuple(f".{x}_{part}" for x in ("k", "v", "q", "kv") for part in ("scale
 class Module:
     """The tensors of one quantised module, by the ends of their names.
 
+    name: the module's; names: that, and its name in the file where that is another one: settings may know it by either.
     Methods raise CheckpointError, one line that names file and tensor, what it is and what is expected.
     """
 
     def __init__(self, name: str, left: dict[str, Tensor], end: str) -> None:
         self.name, self._left = name, left
         self._main = left.get(name + ".weight", left[name + end])
+        self.names = tuple(dict.fromkeys((name, left[name + end].name.removesuffix(end))))
         self._taken: dict[str, Tensor] = {}
 
     def has(self, end: str) -> bool:

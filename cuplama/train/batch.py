@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ParameterError
-from ..models.rope import RopeTables, Span
+from ..models.rope import RotationTables, Span
 
 __all__ = ["Batch", "padded_bounds"]
 
@@ -82,12 +82,10 @@ class Batch:
             if ids.min() < 0 or ids.max() >= vocab_size:
                 raise ParameterError(f"a batch has token ids {ids.min()} to {ids.max()}; ids are 0 to {vocab_size - 1}")
 
-    def arrays(self, rope: RopeTables | None) -> dict[str, np.ndarray[Any, Any]]:
-        """What the nodes read, by name. rope: the model's rotation tables, None for a model without."""
+    def arrays(self, rotations: RotationTables) -> dict[str, np.ndarray[Any, Any]]:
+        """What the nodes read, by name. rotations: the model's tables."""
         lengths = np.diff(self.bounds)
-        rows: np.ndarray[Any, Any] = self.positions
-        if rope is not None:
-            rows = rope.lookup([Span(0, int(n), int(n)) for n in lengths if n])[2]
+        _, rows = rotations.lookup([Span(0, int(n), int(n)) for n in lengths if n])
         return {
             "input_ids": self.input_ids,
             "input_ids.order": self.order,

@@ -16,7 +16,7 @@ from ..models.export import checkpoint_tensors
 from ..ops.weights import segments_of
 from .backward import gradient_name
 from .batch import Batch
-from .passes import Passes, rope_tables
+from .passes import Passes, rotation_tables
 from .step import LOSS, StepPlan, array_shapes, training_step
 
 __all__ = ["gradients"]
@@ -44,14 +44,13 @@ def gradients(
     trained = {name: weights[name] for name in config.adapter_weights()} or weights
     if packed := next((name for name, array in trained.items() if segments_of(array) is not None), None):
         raise ParameterError(f"{packed} is quantised; gradients are of plain weights, and of adapters")
-    tables = rope_tables(config, longest)
+    rotations = rotation_tables(config, longest)
     plan = training_step(config, batch.rows, trained)
     parts = {name: runner.values[name] for name in config.lora_parts()}
     sums = _sums(backend, config, plan, trained)
     values = {LOSS: backend.zeros((1,), DTYPES["f32"]), **weights, **parts, **sums}
-    if tables is not None:
-        values |= {"rope.cos": backend.upload(tables.cos), "rope.sin": backend.upload(tables.sin)}
-    passes = Passes(backend, lambda rows: (plan.nodes, values), tables)
+    values |= {name: backend.upload(table) for name, table in rotations.arrays.items()}
+    passes = Passes(backend, lambda rows: (plan.nodes, values), rotations)
     try:
         passes.run(batch)
         loss = float(backend.download(values[LOSS])[0])

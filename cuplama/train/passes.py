@@ -12,22 +12,24 @@ from ..dtypes import Array
 from ..engine.input_buffer import InputBuffer
 from ..errors import ParameterError
 from ..models.config import ModelConfig
-from ..models.rope import RopeTables
+from ..models.rope import RotationTables
 from ..ops.node import Node
 from .batch import Batch
 
-__all__ = ["Passes", "rope_tables"]
+__all__ = ["Passes", "rotation_tables"]
 
 
-def rope_tables(config: ModelConfig, context: int) -> RopeTables | None:
-    """The rotation tables of a model for documents of up to ``context`` tokens; None for a model without.
+def rotation_tables(config: ModelConfig, context: int) -> RotationTables:
+    """The rotation tables of a model for documents of up to ``context`` tokens.
 
     Raises ParameterError where the rotation of a token would depend on what comes after it.
     """
-    rope = config.ropes.get("rope")
-    if rope is not None and rope.type == "dynamic" and context > rope.context:
-        raise ParameterError(f"context {context} is more than the {rope.context} from which on dynamic rope changes")
-    return None if rope is None else RopeTables(rope, context)
+    for rope in config.ropes.values():
+        if rope.type == "dynamic" and context > rope.context:
+            raise ParameterError(
+                f"context {context} is more than the {rope.context} from which on dynamic rope changes"
+            )
+    return RotationTables(config.ropes, context)
 
 
 class Passes:
@@ -37,19 +39,19 @@ class Passes:
         self,
         backend: Backend,
         prepare: Callable[[int], tuple[Sequence[Node], Mapping[str, Array]]],
-        rope: RopeTables | None,
+        rotations: RotationTables,
         beside: Passes | None = None,
     ) -> None:
         """prepare: tokens of a batch -> (the list for it, arrays by name that it reads besides the batch's); beside:
         other passes, with which these share their memory: nothing of a pass outlives it."""
-        self._backend, self._prepare, self._rope = backend, prepare, rope
+        self._backend, self._prepare, self._rotations = backend, prepare, rotations
         self._sharing: list[CapturedGraph] = [] if beside is None else beside._sharing
         self._prepared: dict[int, tuple[Sequence[Node], Mapping[str, Array]]] = {}
         self._ready: dict[tuple[int, int], tuple[InputBuffer, CapturedGraph]] = {}
 
     def run(self, batch: Batch, **more: np.ndarray[Any, Any]) -> None:
         """Queue a pass. more: inputs besides the batch's, which every batch of the shape has."""
-        arrays = {**batch.arrays(self._rope), **more}
+        arrays = {**batch.arrays(self._rotations), **more}
         key = batch.rows, len(batch.bounds)
         if key not in self._ready:
             inputs = InputBuffer(self._backend, arrays)

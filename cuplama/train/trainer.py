@@ -22,13 +22,14 @@ from ..errors import CheckpointError, ParameterError
 from ..files import writing
 from ..models.config import ModelConfig
 from ..models.export import checkpoint_tensors
+from ..models.rope import RotationTables
 from ..ops.node import Node
 from ..quant.weight import Weight
 from .backward import gradient_name
 from .batch import Batch
 from .muon import layer_matrices
 from .parameters import Parameters
-from .passes import Passes, rope_tables
+from .passes import Passes, rotation_tables
 from .saving import Staging, saved_together
 from .settings import TrainingSettings
 from .step import LOSS, Teacher, array_shapes, evaluation_nodes, teacher_value, training_step
@@ -127,12 +128,11 @@ class Trainer:
             if "embed_tokens" in trained:
                 self._gradients[gradient_name("lm_head")] = self._gradients[gradient_name("embed_tokens")]
         self._names = (*trained, *(("lm_head",) if self._tied and "embed_tokens" in trained else ()))
-        self._rope = rope_tables(config, context)
-        self._add_tables("", config, context)
+        rotations = self._add_tables("", config, context)
         self._teachers = [self._add_teacher(i, teacher, context) for i, teacher in enumerate(teachers)]
         backend.end_loading()
-        self._passes = Passes(backend, self._step_nodes, self._rope)
-        self._evaluation = Passes(backend, self._evaluation_nodes, self._rope, self._passes)
+        self._passes = Passes(backend, self._step_nodes, rotations)
+        self._evaluation = Passes(backend, self._evaluation_nodes, rotations, self._passes)
         self._schedule = InputBuffer(backend, {"schedule": np.zeros(3, np.float32)})
         self._squares = backend.zeros((1,), _F32)
         update, values = update_nodes(settings, self._matrices), self._update_values()
@@ -261,11 +261,11 @@ class Trainer:
         self._add_tables(teacher_value(number, ""), teacher.config, context)
         return Teacher(teacher.config, number)
 
-    def _add_tables(self, prefix: str, config: ModelConfig, context: int) -> None:
-        tables, upload = rope_tables(config, context), self._backend.upload
-        self._values |= {f"{prefix}{name}": upload(part) for name, part in config.lora_parts().items()}
-        if tables is not None:
-            self._values |= {f"{prefix}rope.cos": upload(tables.cos), f"{prefix}rope.sin": upload(tables.sin)}
+    def _add_tables(self, prefix: str, config: ModelConfig, context: int) -> RotationTables:
+        rotations = rotation_tables(config, context)
+        for name, array in {**config.lora_parts(), **rotations.arrays}.items():
+            self._values[f"{prefix}{name}"] = self._backend.upload(array)
+        return rotations
 
     def _step_nodes(self, rows: int) -> tuple[Sequence[Node], Mapping[str, Array]]:
         settings, backend = self.settings, self._backend

@@ -159,7 +159,7 @@ def test_info_of_a_gguf_file(run: Run) -> None:
     path = DATA / "gguf" / "llama-k.gguf"
     found = json.loads(run("info", "-m", str(path), "--json")[1])
     assert (found["folder"], found["weights_found"], found["head_tied"]) == (str(path), True, False)
-    assert (found["architecture"], found["layers"], found["rope_type"]) == ("LlamaForCausalLM", 1, "default")
+    assert (found["architecture"], found["layers"], found["rotations"][0]["type"]) == ("LlamaForCausalLM", 1, "default")
     formats = found["weight_formats"]
     assert formats["Q4_K + Q5_K"] == {"elements": 2 * 256 * 256, "bits": 5.0}  # of gate and up
     assert formats["Q6_K"]["bits"] == 6.5625

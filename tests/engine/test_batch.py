@@ -14,13 +14,13 @@ from cuplama.engine.kv_cache import PAGE
 from cuplama.engine.sequence import SequenceState
 from cuplama.models.config import load_config
 from cuplama.models.graph import decoder
-from cuplama.models.rope import Rope, RopeTables
+from cuplama.models.rope import Rope, RotationTables
 from cuplama.ops.abstract import infer
 from cuplama.sampling_params import SamplingParams
 from tests.paths import GOLDEN
 
 SPARE = 9
-ROPE = RopeTables(Rope("default", 10000.0, 8, 256, 256, {}), 256)
+ROPE = RotationTables({"rope": Rope("default", 10000.0, 8, 256, 256, {})}, 256)
 
 
 def _sequence(tokens: int, cached: int, pages: list[int]) -> SequenceState:
@@ -76,7 +76,7 @@ def test_inputs_that_are_not_asked_for_are_left_out() -> None:
 
 
 def test_dynamic_rope_brings_tables_of_its_own() -> None:
-    dynamic = RopeTables(Rope("dynamic", 10000.0, 8, 16, 16, {"factor": 2.0}), 64)
+    dynamic = RotationTables({"rope": Rope("dynamic", 10000.0, 8, 16, 16, {"factor": 2.0})}, 64)
     batch = Batch.build([(_sequence(20, 0, [1]), 20)], dynamic, SPARE)
     assert batch.tables.keys() == {"rope.cos", "rope.sin"}
     assert batch.arrays["rope.rows"].tolist() == list(range(20))

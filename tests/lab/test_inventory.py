@@ -90,6 +90,7 @@ def test_bf16_is_not_compiled_below_sm_80() -> None:
         assert dtypes == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("arch", [75, 120])
 def test_small_files_compile_cleanly_from_the_oldest_to_the_newest_arch(arch: int) -> None:

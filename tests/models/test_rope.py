@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuplama.models.rope import ROPE_KEYS, Rope, RopeTables, Span, table_rows
+from cuplama.models.rope import ROPE_KEYS, Rope, RopeTables, RotationTables, Span, table_rows
 
 THETA, DIM, CONTEXT, ORIGINAL = 10000.0, 16, 128, 32
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "short_factor": [1.0 + i / 8 for i in range(8)],
         "long_factor": [2.0 + i for i in range(8)],
     },
+    "proportional": {"partial_rotary_factor": 0.3},
 }
 
 
@@ -47,6 +48,13 @@ def check(found: tuple[Any, float], wanted: list[float], factor: float = 1.0) ->
 def test_static_types(length: int) -> None:
     check(rope("default").frequencies(length), base())
     check(rope("linear").frequencies(length), [f / 4 for f in base()])
+
+
+def test_proportional_rotates_the_fastest_part_of_the_whole_head() -> None:
+    """int(0.3 * 16 // 2) = 2 pairs of 8, at the frequencies that they have in a whole head."""
+    check(rope("proportional").frequencies(1), [*base()[:2], *[0.0] * 6])
+    check(rope("proportional", factor=8.0).frequencies(1), [*(f / 8 for f in base()[:2]), *[0.0] * 6])
+    check(rope("proportional", partial_rotary_factor=1.0).frequencies(1), base())
 
 
 def test_dynamic_grows_its_base_beyond_the_context() -> None:
@@ -201,3 +209,16 @@ def test_dynamic_prompts_bring_tables_only_beyond_the_context() -> None:
         ([Span(32, 1, 33), Span(31, 2, 33)], True),
     ):
         assert (tables.lookup(spans)[0] is not tables.cos) == own
+
+
+def test_one_row_number_serves_the_tables_of_all_rotations() -> None:
+    one, other = rope("default"), Rope("linear", 77.0, 8, CONTEXT, ORIGINAL, {"factor": 2.0})
+    both, spans = RotationTables({"rope": one, "rope1": other}, 48), [Span(0, 3, 3), Span(40, 2, 42)]
+    assert {name: table.shape for name, table in both.arrays.items()} == {
+        "rope.cos": (48, 8), "rope.sin": (48, 8), "rope1.cos": (48, 4), "rope1.sin": (48, 4)
+    }  # fmt: skip
+    assert np.array_equal(both.arrays["rope1.sin"], RopeTables(other, 48).sin)
+    for tables in (both, RotationTables({}, 48)):
+        own, rows = tables.lookup(spans)
+        assert (len(own), rows.tolist(), rows.dtype.name) == (0, [0, 1, 2, 40, 41], "int32")
+    assert RotationTables({}, 48).arrays == {}

@@ -22,6 +22,8 @@ _FAR = (0.0, -0.0, 1e-6, -1e-6, 1.5, -1.5, 6.0, -6.0, 12.0, -12.0, 40.0, -40.0, 
     ("name", "sizes"),
     [
         ("silu_mul_backward", dict(f=len(_FAR))),
+        ("gelu_tanh_mul_backward", dict(f=len(_FAR))),
+        ("gelu_erf_mul_backward", dict(f=len(_FAR))),
         ("gelu_tanh_backward", dict(f=len(_FAR))),
         ("gelu_erf_backward", dict(f=len(_FAR))),
         ("softcap_backward", dict(d=len(_FAR), cap=2.0)),
@@ -31,7 +33,7 @@ def test_far_from_zero(name: str, sizes: dict[str, Any], T: str) -> None:
     op = OPS[name]
     workload = case_workload(op, dict(n=1, **sizes), T)
     far = np.array(_FAR, np.float32)
-    x = np.concatenate([far, np.ones_like(far)]) if name == "silu_mul_backward" else far
+    x = np.concatenate([far, np.ones_like(far)]) if name.endswith("_mul_backward") else far
     arrays = [narrow(x[None], DTYPES[T]), narrow(np.ones((1, len(far)), np.float32), DTYPES[T])]
     workload = replace(workload, ins=tuple(arrays))
     outs = run_guarded(workload, arrays, EmulatedDevice())

@@ -1,4 +1,4 @@
-"""What the cases of the ops of experts leave out: odd logits, and that a pair's result does not depend on the others."""
+"""What the cases of the ops of experts leave out: odd logits, and that a pair does not depend on the others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS
 from cuplama.ops.launch import Device
 from cuplama.ops.op import Op
+
 
 def _workload(op: Op, ins: list[Any], attrs: dict[str, Any], T: str = "f32") -> Workload:
     return Workload(op, tuple(ins), attrs, T)

@@ -27,7 +27,10 @@ from .harness import Case, name_of
 Array = np.ndarray[Any, Any]
 Values = dict[str, Any]
 
-CONSTANT = {"rope": {"cos", "sin"}, "cross_entropy": {"weights", "mixture"}}  # no functions of what is trained
+TABLES = {"cos", "sin"}
+CONSTANT = {  # no functions of what is trained
+    "rope": TABLES, "rope_pairs": TABLES, "cross_entropy": {"weights", "mixture"},
+}  # fmt: skip
 ENDS = {"cross_entropy": "loss"}  # ops that end the chain: the function is the sum of that output
 CASES = 4  # of each op, the smallest: among them one without each input that may be absent
 STEP = 1e-5  # of the differences: their own error is of the order of its square

@@ -79,7 +79,8 @@ def test_long_rows_go_in_phases(n: int) -> None:
     run("rms_norm_linear", "f16", small, W="int4 g64", n=n, m=70, k=4800)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("f32", marks=pytest.mark.slow), "f16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_segments_and_orders(dtype: str) -> None:
     """A stack of formats, some with their columns in an order of their own."""
     for op in ("linear", "rms_norm_linear", "rms_norm_linear_silu_mul"):

@@ -95,6 +95,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_survivors_are_named_and_fail_the_run(folder: Path) -> None:
     done = _run(folder, "--report", "report.md")
     text = (folder / "report.md").read_text()
@@ -113,6 +114,7 @@ def test_survivors_are_named_and_fail_the_run(folder: Path) -> None:
     assert done.returncode == (0 if killed >= 0.85 * total else 1)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_for_a_seed(folder: Path) -> None:
     first, again = (_run(folder, "--sample", "3", "--seed", "1").stdout.splitlines()[1:-1] for _ in range(2))
     assert first == again

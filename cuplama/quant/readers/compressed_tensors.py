@@ -48,7 +48,7 @@ class _CompressedTensors:
         ]
         sixteen = 0
         for end, module in found:
-            scheme = self.schemes.of(module.name)
+            scheme = self.schemes.of(module.names)
             if scheme is None:
                 module.refuse(end, "is quantised, but no group of quantization_config.config_groups has it as a target")
             sixteen += scheme.activations

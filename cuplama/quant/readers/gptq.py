@@ -49,7 +49,8 @@ class _Gptq:
     def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         modules = Modules(tensors)
         for module in modules.named(".qweight"):
-            self._read(module, next((how for name, how in self.others if name.match(module.name)), self.plain))
+            found = (how for pattern, how in self.others if any(map(pattern.match, module.names)))
+            self._read(module, next(found, self.plain))
         return modules.finish(dict.fromkeys((".qzeros", ".scales", ".g_idx"), ".qweight"))
 
     def _read(self, module: Module, how: _Linear) -> None:

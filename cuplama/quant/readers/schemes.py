@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..grouping import group_size
@@ -42,11 +42,15 @@ class _Names:
         self.names = sorted(names, key=lambda name: ("re:" in name, name))
         self._patterns = settings.patterns(key, self.names, "re:")
 
-    def match(self, module: str) -> str | None:
-        """The name that is most about a module: its own, a pattern, or that of its class; None if there is none."""
-        found = (n for n in self.names if (self._patterns[n].match(module) if n in self._patterns else n == module))
-        kind = "Embedding" if module.rpartition(".")[2] in _EMBEDDINGS else "Linear"
+    def match(self, modules: Sequence[str]) -> str | None:
+        """The name that is most about a module, which may have several itself: one of its own, a pattern, or that of
+        its class; None if there is none."""
+        found = (n for n in self.names if any(self._is(n, module) for module in modules))
+        kind = "Embedding" if modules[0].rpartition(".")[2] in _EMBEDDINGS else "Linear"
         return next(found, kind if kind in self.names else None)
+
+    def _is(self, name: str, module: str) -> bool:
+        return bool(self._patterns[name].match(module)) if name in self._patterns else name == module
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ class Schemes:
     targets: _Names
     ignored: _Names
 
-    def of(self, module: str) -> Scheme | None:
-        """None for a module whose weight is not quantised."""
-        target = None if self.ignored.match(module) else self.targets.match(module)
+    def of(self, modules: Sequence[str]) -> Scheme | None:
+        """None for a module whose weight is not quantised. modules: its names."""
+        target = None if self.ignored.match(modules) else self.targets.match(modules)
         return None if target is None else self.by_target[target]
 
 
