@@ -8,9 +8,8 @@
 //                    logits, bias[E], scale[E], weights, a, y: f32; bias, scale, a may be null; x: U (T or f32)
 //
 // Experts come in the order of what they are chosen by, of equal ones the lower index first, NaN last. Without a bias
-// and groups that is the logit itself: it has the order of the scores, and tells apart what they round to one number.
-// With groups only experts of the `kept` groups are chosen whose two best add up to most; a group is E / groups
-// neighbours.
+// that is the logit itself: it has the order of the scores, and tells apart what they round to one number. With groups
+// only experts of the `kept` groups are chosen whose two best add up to most; a group is E / groups neighbours.
 //
 // Mapping: of both routes a warp has a row, and lane l the experts l, l + 32, ...; a choice is a maximum over the warp.
 // sort_pairs is one block. Each warp has a run of the pairs and counts its experts; running sums over experts, and over
@@ -131,17 +130,16 @@ __global__ void route(const f32* logits, const f32* __restrict__ bias, const f32
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         score[i] = sigmoid ? 1.f / (1.f + expf(-of.logit[i])) : expf(of.logit[i] - largest);
-        sum += of.lane + WARP * i < E ? score[i] : 0.f;
+        sum += score[i];  // 0 beyond E
     }
     const float whole = sigmoid ? 1.f : warp_sum(sum);
-    const bool ranked = bias == nullptr && groups == 1;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int expert = of.lane + WARP * i;
         score[i] /= whole;
         by[i] = score[i];
-        if (ranked || expert >= E) continue;
-        if (bias != nullptr) by[i] += bias[expert];
+        if (bias == nullptr || expert >= E) continue;
+        by[i] += bias[expert];
         of.rank[i] = rank_of(by[i], expert);
     }
     if (groups > 1) of.keep_groups(groups, kept, by);

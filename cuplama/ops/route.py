@@ -52,13 +52,12 @@ def _route(
         else:
             scores = np.exp(logits - logits.max(-1, keepdims=True))
             scores = scores / scores.sum(-1, keepdims=True)
-    by = logits if bias is None and groups == 1 else scores if bias is None else scores + bias
+    by, worth = (logits, scores) if bias is None else (scores + bias, scores + bias)
     if groups > 1:
-        members = by.reshape(len(by), groups, -1)
-        two = np.sort(members, axis=-1)[:, :, -2:].sum(-1)
+        two = np.sort(worth.reshape(len(by), groups, -1), axis=-1)[:, :, -2:].sum(-1)
         shut = np.ones(two.shape, bool)
         np.put_along_axis(shut, _best(two, kept), False, axis=-1)
-        by = np.where(shut[:, :, None], -np.inf, members).reshape(by.shape)
+        by = np.where(np.repeat(shut, by.shape[1] // groups, axis=-1), -np.inf, by)
     experts = _best(by, k)
     weights = np.take_along_axis(scores, experts, -1)
     if renormalise:
@@ -122,6 +121,8 @@ def _logits(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any])
     logits = 2 * rng.standard_normal((case["n"], case["E"])).astype(np.float32)
     if case.get("ties"):
         logits = np.round(logits)
+    if case.get("broken"):  # a row each of nothing but NaN, and of -infinity and one NaN
+        logits[0], logits[1], logits[1, 3] = np.nan, -np.inf, np.nan
     return {"logits": logits}
 
 
@@ -146,7 +147,7 @@ route = Op(
     "experts[n,k]:i32, weights[n,k]:f32 = (logits[n,E]:f32, bias[E]:f32?, scale[E]:f32?, k:i32, sigmoid:i32=0,"
     " groups:i32=1, kept:i32=1, renormalise:i32=1, factor:f32=1)",
     doc="The k experts of each row whose score + bias is largest, the lower index first among equals, with weights."
-    " Scores are softmax(logits), or with `sigmoid` the sigmoid of each; without bias and groups the logits are"
+    " Scores are softmax(logits), or with `sigmoid` the sigmoid of each; without a bias the logits are"
     " compared, which have the same order. groups > 1: only among the `kept` groups of E / groups neighbours whose two"
     " best add up to most. A weight is the score, with `renormalise` over the sum of those chosen, times factor and the"
     " expert's scale. A softmax over the chosen logits alone is a renormalised softmax over all.",
@@ -161,7 +162,8 @@ route = Op(
         dict(n=2, E=512, k=10, bias=False, scale=True),
         dict(n=3, E=20, k=3, bias=False, scale=False, groups=5, kept=2, renormalise=0),
         dict(n=9, E=40, k=32, bias=True, scale=True, renormalise=0),
-        dict(n=2, E=3, k=3, bias=False, scale=False, ties=True),
+        dict(n=2, E=20, k=20, bias=False, scale=False, ties=True),
+        dict(n=3, E=37, k=4, **_NEITHER, broken=True),
     ],
     sizes=_sizes,
     inputs=_logits,
@@ -202,6 +204,7 @@ sort_pairs = Op(
         dict(n=5, k=2, E=9),
         dict(n=70, k=4, E=32),
         dict(n=33, k=3, E=7, one=True),
+        dict(n=2, k=5, E=300),
         dict(n=211, k=10, E=512),
     ],
     sizes=_sizes,
