@@ -42,7 +42,7 @@ __device__ __forceinline__ u64 warp_max(u64 x) {
     return x;
 }
 
-// A warp's row: lane l has the experts l + 32 i. What cannot be chosen, or not any more, has rank 0.
+// A warp's row: lane l has the experts l + 32 i. What cannot be chosen any more has rank 0.
 template <int EACH>
 struct Row {
     float logit[EACH];
@@ -54,7 +54,7 @@ struct Row {
         for (int i = 0; i < EACH; i++) {
             const int expert = lane + WARP * i;
             logit[i] = expert < E ? logits[i64(row) * E + expert] : -infinity();
-            rank[i] = expert < E ? rank_of(logit[i], expert) : 0;
+            rank[i] = rank_of(logit[i], expert);
         }
     }
 

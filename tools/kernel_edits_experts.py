@@ -13,7 +13,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("route.cu", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
     ("route.cu", "key == key ? ordered : 0u", "ordered"),
     ("route.cu", "| (0xffffffffu - expert)", "| u32(expert)"),
-    ("route.cu", "expert < E ? rank_of(logit[i], expert) : 0;", "rank_of(logit[i], expert);"),
     ("route.cu", "expert != top && rank[j]", "rank[j]"),
     ("route.cu", "if (lane == g) mine = rank_of(sum, g);", "if (lane == g) mine = rank_of(-sum, g);"),
     ("route.cu", "if (mine == most) mine = 0;", ";"),
