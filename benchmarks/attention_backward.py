@@ -30,6 +30,7 @@ from cuplama.lab.workloads import case_workload
 from cuplama.ops import OPS
 from cuplama.ops.launch import Device, Plan
 from cuplama.ops.op import Call, Op
+from cuplama.ops.self_attention import self_attention_case
 from cuplama.ops.self_attention_hopper import hopper_plan
 
 # sequences, tokens of each, query heads, key heads, head size
@@ -56,9 +57,7 @@ def check_small() -> list[dict[str, Any]]:
     """Errors on small ragged batches against float64; a second run must give the same bits."""
     found = []
     for heads, H, D, lengths, window in SMALL:
-        case = dict(
-            n=sum(lengths), b=len(lengths), num_heads=heads, H=H, D=D, lengths=lengths, window=window, scale=D**-0.5
-        )
+        case = self_attention_case(heads, H, D, lengths, window)
         workload = case_workload(backward(), case, "bf16", 3)
         want = workload.op.reference(*workload.arrays(), **workload.attrs)
         backend = CudaBackend("bf16")

@@ -3,12 +3,16 @@
 #ifndef CUPLAMA_ACTIVATION_CUH
 #define CUPLAMA_ACTIVATION_CUH
 
-enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, CLAMPED_SWIGLU };  // behind a product
-enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };                         // before one
+enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, GELU_TANH_MUL, CLAMPED_SWIGLU };  // behind a product
+enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };                                        // before one
+
+// Whether an activation takes two sums, of a gate and of what it is multiplied with: w then has 2m rows, gates first.
+template <int ACT>
+constexpr bool GATED = ACT == SILU_MUL || ACT == GELU_TANH_MUL || ACT == CLAMPED_SWIGLU;
 
 // Rows of w that make a column of y.
 template <int ACT>
-constexpr int HALVES = ACT == SILU_MUL || ACT == CLAMPED_SWIGLU ? 2 : 1;
+constexpr int HALVES = GATED<ACT> ? 2 : 1;
 
 // x / (1 + exp(-y))
 template <typename T>
@@ -46,6 +50,7 @@ __device__ __forceinline__ float relu_squared_of(float x) { return x < 0.f ? 0.f
 template <int ACT, typename T, int PARTS>
 __device__ __forceinline__ float activated(const float (&total)[PARTS]) {
     if constexpr (ACT == SILU_MUL) return silu_of<T>(total[0]) * total[1];
+    if constexpr (ACT == GELU_TANH_MUL) return gelu_tanh_of<T>(total[0]) * total[1];
     if constexpr (ACT == GELU_TANH) return gelu_tanh_of<T>(total[0]);
     if constexpr (ACT == GELU_ERF) return gelu_erf_of<T>(total[0]);
     return total[0];

@@ -1,6 +1,7 @@
-// quantise           x_codes[n,k] = e4m3(x / s)              x[n,k]: T
-// rms_norm_quantise  x_codes[n,k] = e4m3(rms_norm(x) / s)    x[n,k]: f32, g[k]: T; the norm is rounded to T first
-// silu_mul_quantise  x_codes[n,k] = e4m3(silu_mul(x) / s)    x[n,2k]: T; the activation is rounded to T first
+// quantise                x_codes[n,k] = e4m3(x / s)                 x[n,k]: T
+// rms_norm_quantise       x_codes[n,k] = e4m3(rms_norm(x) / s)       x[n,k]: f32, g[k]: T; rounded to T first
+// silu_mul_quantise       x_codes[n,k] = e4m3(silu_mul(x) / s)       x[n,2k]: T; rounded to T first
+// gelu_tanh_mul_quantise  x_codes[n,k] = e4m3(gelu_tanh_mul(x) / s)  as silu_mul_quantise
 //
 //     x_codes: 8-bit floats, four in a word     x_scale = s = max |x| / 448: f32
 //     GROUPS: max over 128 columns of a row, x_scale[ceil(k / 128), n]; else over the row, x_scale[n]
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(bound<CHUNKS, 4>, 1)
 template <typename T, int CHUNKS, bool GROUPS>
 __global__ void __launch_bounds__(bound<CHUNKS, 2>, 1)
     rms_norm_quantise(const f32* __restrict__ x, const T* __restrict__ g, u32* __restrict__ x_codes,
-                      f32* __restrict__ x_scale, int n, int k, f32 eps) {
+                      f32* __restrict__ x_scale, int n, int k, f32 eps, f32 offset) {
     Pack<f32, 8> v[CHUNKS];
     Pack<T, 8> scale[CHUNKS];
     float squares = 0.f;
@@ -115,22 +116,36 @@ __global__ void __launch_bounds__(bound<CHUNKS, 2>, 1)
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) out[c].v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale[c].v[j]));
+        for (int j = 0; j < 8; j++)
+            out[c].v[j] = from_float<T>(v[c].v[j] * inverse * (offset + to_float(scale[c].v[j])));
     }
     write_codes<GROUPS>(out, x_codes, x_scale, n, k);
 }
 
 // As in activation.cu.
-template <typename T, int CHUNKS, bool GROUPS>
-__global__ void __launch_bounds__(bound<CHUNKS, 4>, 1)
-    silu_mul_quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
+template <int ACT, bool GROUPS, int CHUNKS, typename T>
+__device__ __forceinline__ void quantise_gated(const T* x, u32* x_codes, f32* x_scale, int n, int k) {
     const T* gate = x + i64(blockIdx.x) * 2 * k;
     Pack<T, 8> v[CHUNKS];
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const Pack<T, 8> g = load_row<8>(gate, column_of(c), k, true), u = load_row<8>(gate + k, column_of(c), k, true);
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[c].v[j] = from_float<T>(silu_of<T>(to_float(g.v[j])) * to_float(u.v[j]));
+        for (int j = 0; j < 8; j++)
+            v[c].v[j] = from_float<T>(activated<ACT, T, 2>({to_float(g.v[j]), to_float(u.v[j])}));
     }
     write_codes<GROUPS>(v, x_codes, x_scale, n, k);
+}
+
+template <typename T, int CHUNKS, bool GROUPS>
+__global__ void __launch_bounds__(bound<CHUNKS, 4>, 1)
+    silu_mul_quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n, int k) {
+    quantise_gated<SILU_MUL, GROUPS, CHUNKS>(x, x_codes, x_scale, n, k);
+}
+
+template <typename T, int CHUNKS, bool GROUPS>
+__global__ void __launch_bounds__(bound<CHUNKS, 4>, 1)
+    gelu_tanh_mul_quantise(const T* __restrict__ x, u32* __restrict__ x_codes, f32* __restrict__ x_scale, int n,
+                           int k) {
+    quantise_gated<GELU_TANH_MUL, GROUPS, CHUNKS>(x, x_codes, x_scale, n, k);
 }

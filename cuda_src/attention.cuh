@@ -56,6 +56,59 @@ struct Tile {
     }
 };
 
+// How the product of a query and a key becomes a score, in powers of two: it is multiplied with `factor`. CAPPED, the
+// score is softcap * tanh(scale * product / softcap): the product is multiplied with `inner`, bent to -1 .. 1, and then
+// multiplied with `factor`. unit: what undoes a factor that the queries have.
+//
+// tanh x is 1 - 2 / (1 + e^2x), by the fast exponential and division. It is off by some 1e-7, and the score by as much of
+// the cap. The hardware's tanh may be off by 2^-11 of the score: a score of 10 by 0.005, and so its weight by 0.5%, more
+// than rounding it to bf16 costs. For f32 it is tanhf, whose error is relative to x.
+template <typename T, bool CAPPED>
+struct Scaling {
+    static constexpr float IN_POWERS = sizeof(T) == 4 ? 1.f : 2.f * LOG2_E;
+    float inner, factor;
+
+    __device__ __forceinline__ Scaling(float scale, float softcap, float unit = 1.f)
+        : inner(CAPPED ? scale / softcap * (unit * IN_POWERS) : 1.f),
+          factor(CAPPED ? softcap * LOG2_E : scale * (LOG2_E * unit)) {}
+
+    // tanh(x / IN_POWERS)
+    static __device__ __forceinline__ float bend(float x) {
+        return sizeof(T) == 4 ? tanhf(x) : 1.f - __fdividef(2.f, 1.f + exp2f(x));
+    }
+
+    // Of products all that comes before `factor`.
+    template <int N>
+    __device__ __forceinline__ void bend_all(float (&products)[N]) const {
+        if constexpr (CAPPED) {
+#pragma unroll
+            for (int i = 0; i < N; i++) products[i] = bend(products[i] * inner);
+        }
+    }
+
+    __device__ __forceinline__ float score(float product) const {
+        return (CAPPED ? bend(product * inner) : product) * factor;
+    }
+
+    // The same in two parts: what the query is multiplied with before the product, and what is left to do after it.
+    __device__ __forceinline__ float of_query() const { return CAPPED ? inner : factor; }
+    __device__ __forceinline__ float rest(float x) const { return CAPPED ? bend(x) * factor : x; }
+
+    // What tanh multiplies a gradient with, by its own value. A pair that is shut out has -infinity there; it gives 0.
+    static __device__ __forceinline__ float slope(float bent) { return CAPPED ? fmaxf(0.f, 1.f - bent * bent) : 1.f; }
+
+    // tanh's value again, from a weight 2^(score - shift).
+    __device__ __forceinline__ float bent(float weight, float shift) const {
+        return __fdividef(log2f(weight) + shift, factor);
+    }
+};
+
+// A softmax's sum of exponentials relative to 2^largest. With SINKS the head has one more logit, without a value.
+template <bool SINKS, typename T>
+__device__ __forceinline__ float with_sink(float sum, float largest, const T* sinks, int head) {
+    return SINKS ? sum + exp2f(to_float(sinks[head]) * LOG2_E - largest) : sum;
+}
+
 // ln of a sum of exponentials: the largest is 2^largest, and sum is relative to it.
 __device__ __forceinline__ float log_sum(float largest, float sum) { return (largest + log2f(sum)) * LN_2; }
 

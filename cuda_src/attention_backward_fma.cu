@@ -3,14 +3,17 @@
 //
 //     p = exp(q k^T * scale - lse)   dv = p^T dy   ds = p (dy v^T - delta)   dk = ds^T q * scale   dq = ds k * scale
 //
+// CAPPED: scores s = softcap * tanh(q k^T * scale / softcap) in place of q k^T * scale, and ds is multiplied with the
+// slope 1 - (s / softcap)^2. Where p alone is at hand, s is log p + lse.
+//
 //   x           [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are sequence i; queries, keys, values
 //   dy          [n, num_heads*D] T         the gradient of attention's output
 //   lse, delta  [n, num_heads] f32         of the forward pass, and of attention_delta.cu
 //   cu_seqlens  [b+1] i32
 //   dx          [n, (num_heads+2H)*D] T    dq, dk, dv where x has q, k, v; every element is written
 //
-// D is a multiple of 8, at most 256; x, dy and dx lie on 16-byte boundaries. Weights p are computed again from q, k and
-// lse, as in FlashAttention-2 (Dao, arXiv:2307.08691). Scores, weights and sums are f32.
+// D is a multiple of 8 up to 256, or of 16 up to 512; x, dy and dx lie on 16-byte
+// boundaries. Weights p are computed again from q, k and lse, as in FlashAttention-2 (Dao, arXiv:2307.08691). Scores, weights and sums are f32.
 //
 // Two kernels, so that each sum has one owner and its order is fixed: a block of the first has KEYS keys of a KV head
 // and goes over the rows that see them, (token, head of the group) pairs; so the heads of a group are summed in turn.
@@ -45,11 +48,11 @@ __device__ __forceinline__ void put_weights(float* weights, const float (&w)[R][
 
 // ---- dk and dv ------------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int KEYS, int ROWS>
-__global__ void __launch_bounds__(THREADS, 2)
+template <typename T, int D, int KEYS, int ROWS, bool CAPPED>
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_backward_keys_fma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                 const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens, T* __restrict__ dx,
-                                int b, int num_heads, int H, int window, float scale) {
+                                int b, int num_heads, int H, int window, float scale, float softcap) {
     constexpr int R = KEYS / 16, C = ROWS / 16, PAIRS = (D + 31) / 32;
     DYNAMIC_SHARED(float, keys);               // [KEYS][STRIDE]
     float* values = keys + KEYS * STRIDE<D>;   // [KEYS][STRIDE]
@@ -75,18 +78,18 @@ __global__ void __launch_bounds__(THREADS, 2)
         next.stash(rows);
         __syncthreads();
         next.fetch(at, sight.high, [&](int row) { return dy + head.row(row) * D; });
-        float p[R][C] = {}, ds[R][C] = {}, deltas[C];
+        float p[R][C] = {}, ds[R][C] = {}, shift[C], deltas[C];
         multiply_rows<D>(p, keys, rows);
+        const Scaling<T, CAPPED> scaling(scale, softcap);
 #pragma unroll
         for (int j = 0; j < C; j++) {
             const int row = at + tx + 16 * j;
             const i64 number = head.row(min(row, sight.high - 1));
-            const float shift = lse[number] * LOG2_E;
-            deltas[j] = delta[number];
+            shift[j] = lse[number] * LOG2_E, deltas[j] = delta[number];
 #pragma unroll
             for (int i = 0; i < R; i++) {
                 const bool seen = row < sight.high && sees(row / group - (tile.first + R * ty + i), window);
-                p[i][j] = seen ? exp2f(p[i][j] * (scale * LOG2_E) - shift) : 0.f;
+                p[i][j] = seen ? exp2f(scaling.score(p[i][j]) - shift[j]) : 0.f;
             }
         }
         put_weights(weights, p);
@@ -100,7 +103,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int i = 0; i < R; i++) {
 #pragma unroll
-            for (int j = 0; j < C; j++) ds[i][j] = p[i][j] * (ds[i][j] - deltas[j]);
+            for (int j = 0; j < C; j++)
+                ds[i][j] = p[i][j] * (ds[i][j] - deltas[j]) * scaling.slope(scaling.bent(p[i][j], shift[j]));
         }
 
         __syncthreads();
@@ -121,11 +125,12 @@ __global__ void __launch_bounds__(THREADS, 2)
 
 // ---- dq -------------------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int ROWS, int KEYS>
-__global__ void __launch_bounds__(THREADS, 2)
+template <typename T, int D, int ROWS, int KEYS, bool CAPPED>
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_backward_queries_fma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                    const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens,
-                                   T* __restrict__ dx, int b, int num_heads, int H, int window, float scale) {
+                                   T* __restrict__ dx, int b, int num_heads, int H, int window, float scale,
+                                   float softcap) {
     constexpr int R = ROWS / 16, C = KEYS / 16, PAIRS = (D + 31) / 32;
     DYNAMIC_SHARED(float, queries);            // [ROWS][STRIDE]
     float* outs = queries + ROWS * STRIDE<D>;  // [ROWS][STRIDE], rows of dy
@@ -165,14 +170,16 @@ __global__ void __launch_bounds__(THREADS, 2)
         __syncthreads();
         if (at + KEYS < band.high) fetch_values(at + KEYS);
         multiply_rows<D>(score, queries, kv);
+        const Scaling<T, CAPPED> scaling(scale, softcap);
 #pragma unroll
         for (int i = 0; i < R; i++) {
             const int position = (tile.first + R * ty + i) / group;
+            scaling.bend_all(score[i]);
 #pragma unroll
             for (int j = 0; j < C; j++) {
                 const bool seen = sees(position - (at + tx + 16 * j), window);
-                const float p = seen ? exp2f(score[i][j] * (scale * LOG2_E) - shift[i]) : 0.f;
-                ds[i][j] = p * (ds[i][j] - deltas[i]);
+                const float p = seen ? exp2f(score[i][j] * scaling.factor - shift[i]) : 0.f;
+                ds[i][j] = p * (ds[i][j] - deltas[i]) * scaling.slope(score[i][j]);
             }
         }
         put_weights(weights, ds);

@@ -118,7 +118,11 @@ struct GroupKeys {
     }
 
     // Scores to weights. lse: of the queries, in powers of two.
-    __device__ __forceinline__ void weigh(Square& score, const float* lse, int at, int window, float factor) const {
+    template <bool CAPPED>
+    __device__ __forceinline__ void weigh(Square& score, const float* lse, int at, int window,
+                                          const Scaling<T, CAPPED>& scaling) const {
+        const float factor = scaling.factor;
+        scaling.bend_all(score);
         const int near = at - part * MINE;
         if (near < MINE - 1 || (window > 0 && near + 63 >= window)) {
             if (window > 0)
@@ -138,7 +142,7 @@ struct GroupKeys {
         }
     }
 
-    // ds = weights (dp - delta), and p = weights, rounded.
+    // ds = weights (dp - delta), times the slope of the scores, and p = weights, rounded.
     __device__ __forceinline__ void round_weights(Left& p, const Square& weights) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -146,16 +150,21 @@ struct GroupKeys {
             for (int e = 0; e < 4; e++) p[i][e] = pack<T>(weights[8 * i + 2 * e], weights[8 * i + 2 * e + 1]);
         }
     }
-    __device__ __forceinline__ void differ(Left& ds, const Square& weights, const Square& dp,
-                                           const float* delta) const {
+    template <bool CAPPED>
+    __device__ __forceinline__ void differ(Left& ds, const Square& weights, const Square& dp, const float* lse,
+                                           const Scaling<T, CAPPED>& scaling) const {
+        const float* delta = lse + M;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const Pack<float, 2> less = load<2>(delta + j * 8 + lane % 4 * 2);
+            const Pack<float, 2> shift = CAPPED ? load<2>(lse + j * 8 + lane % 4 * 2) : Pack<float, 2>{};
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = 4 * j + 2 * half;
                 const float low = weights[i], high = weights[i + 1];
-                ds[j / 2][half + j % 2 * 2] = pack<T>(low * (dp[i] - less.v[0]), high * (dp[i + 1] - less.v[1]));
+                ds[j / 2][half + j % 2 * 2] =
+                    pack<T>(low * (dp[i] - less.v[0]) * scaling.slope(scaling.bent(low, shift.v[0])),
+                            high * (dp[i + 1] - less.v[1]) * scaling.slope(scaling.bent(high, shift.v[1])));
             }
         }
     }

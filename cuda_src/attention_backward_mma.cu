@@ -2,6 +2,8 @@
 //
 //     p = exp(q k^T * scale - lse)   dv = p^T dy   ds = p (dy v^T - delta)   dk = ds^T q * scale   dq = ds k * scale
 //
+// CAPPED: as in attention_backward_fma.cu.
+//
 //   x, dy, lse, delta, cu_seqlens, dx    as in attention_backward_fma.cu; T is f16 or bf16
 //
 // FlashAttention-2's backward pass (Dao, arXiv:2307.08691) in two kernels, so that each sum has one owner and a fixed
@@ -77,14 +79,19 @@ struct Transposed {
         }
     }
 
-    static __device__ __forceinline__ void differ(Scores& ds, const Scores& p, const f32* stats) {
+    template <typename T, bool CAPPED>
+    static __device__ __forceinline__ void differ(Scores& ds, const Scores& p, const f32* stats,
+                                                  const Scaling<T, CAPPED>& scaling) {
 #pragma unroll
         for (int j = 0; j < N; j++) {
             const Pack<f32, 2> delta = load<2>(stats + (N + j) * 8 + threadIdx.x % 4 * 2);
+            const Pack<f32, 2> shift = CAPPED ? load<2>(stats + j * 8 + threadIdx.x % 4 * 2) : Pack<f32, 2>{};
 #pragma unroll
             for (int m = 0; m < MT; m++) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) ds[m][j][e] = p[m][j][e] * (ds[m][j][e] - delta.v[e % 2]);
+                for (int e = 0; e < 4; e++)
+                    ds[m][j][e] = p[m][j][e] * (ds[m][j][e] - delta.v[e % 2]) *
+                                  scaling.slope(scaling.bent(p[m][j][e], shift.v[e % 2]));
             }
         }
     }
@@ -110,11 +117,11 @@ __device__ __forceinline__ void store_keys(T* room, int mine, int column, const 
     store_rows<D, KEYS, THREADS>(room, threadIdx.x, tile.first, tile.end, where);
 }
 
-template <typename T, int D, int KEYS, int ROWS, int SPLIT>
+template <typename T, int D, int KEYS, int ROWS, int SPLIT, bool CAPPED>
 __global__ void __launch_bounds__(THREADS, 2)
     attention_backward_keys_mma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                 const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens, T* __restrict__ dx,
-                                int b, int num_heads, int H, int window, float scale) {
+                                int b, int num_heads, int H, int window, float scale, float softcap) {
     constexpr int WIDTH = Layout<D>::WIDTH, STAGE = ROWS * WIDTH, SIZE = KEYS / (WARPS / SPLIT), MT = SIZE / 16;
     constexpr int CHUNKS = Share<D, SPLIT>::CHUNKS;
     DYNAMIC_SHARED(T, keys);  // [KEYS][WIDTH], as are the values
@@ -160,11 +167,13 @@ __global__ void __launch_bounds__(THREADS, 2)
         const T *q = queries + stage * STAGE, *out = outs + stage * STAGE;
         float p[MT][ROWS / 8][4] = {}, ds[MT][ROWS / 8][4] = {};
         multiply_rows<T, D>(p, keys + mine * WIDTH, q, down, across);
+        const Scaling<T, CAPPED> scaling(scale, softcap);
+        bend_scores(p, scaling);
         if (near < key + SIZE - 1 || (window > 0 && far - key >= window)) Pairs::mask(p, key, at, group, window);
         multiply_rows<T, D>(ds, values + mine * WIDTH, out, down, across);  // under way while p is computed
-        Pairs::weigh(p, stats[stage], scale * LOG2_E);
+        Pairs::weigh(p, stats[stage], scaling.factor);
         add_rows<T, D>(dv, p, out + column, down, chunks);
-        Pairs::differ(ds, p, stats[stage]);
+        Pairs::differ(ds, p, stats[stage], scaling);
         add_rows<T, D>(dk, ds, q + column, down, chunks);
     }
     store_keys<D, KEYS>(keys, mine, column, dk, scale, chunks, tile, [&](int token) { return dx + head.key(token); });
@@ -196,25 +205,29 @@ struct Straight {
         }
     }
 
+    template <typename T, bool CAPPED>
     static __device__ __forceinline__ void differ(Scores& ds, const Scores& score, const Stats& shift,
-                                                  const Stats& deltas, float factor) {
+                                                  const Stats& deltas, const Scaling<T, CAPPED>& scaling) {
 #pragma unroll
         for (int m = 0; m < MT; m++) {
 #pragma unroll
             for (int j = 0; j < N; j++) {
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    ds[m][j][e] = exp2f(score[m][j][e] * factor - shift[m][e / 2]) * (ds[m][j][e] - deltas[m][e / 2]);
+                for (int e = 0; e < 4; e++) {
+                    const float p = exp2f(score[m][j][e] * scaling.factor - shift[m][e / 2]);
+                    ds[m][j][e] = p * (ds[m][j][e] - deltas[m][e / 2]) * scaling.slope(score[m][j][e]);
+                }
             }
         }
     }
 };
 
-template <typename T, int D, int ROWS, int KEYS>
+template <typename T, int D, int ROWS, int KEYS, bool CAPPED>
 __global__ void __launch_bounds__(THREADS, 2)
     attention_backward_queries_mma(const T* __restrict__ x, const T* __restrict__ dy, const f32* __restrict__ lse,
                                    const f32* __restrict__ delta, const i32* __restrict__ cu_seqlens,
-                                   T* __restrict__ dx, int b, int num_heads, int H, int window, float scale) {
+                                   T* __restrict__ dx, int b, int num_heads, int H, int window, float scale,
+                                   float softcap) {
     constexpr int WIDTH = Layout<D>::WIDTH, STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS, MT = SIZE / 16;
     DYNAMIC_SHARED(T, queries);  // [ROWS][WIDTH], as are the rows of dy
     T* outs = queries + ROWS * WIDTH;
@@ -255,9 +268,11 @@ __global__ void __launch_bounds__(THREADS, 2)
         if (at > far || (window > 0 && at + KEYS <= near - window + 1)) continue;
         float score[MT][KEYS / 8][4] = {}, ds[MT][KEYS / 8][4] = {};
         multiply_rows<T, D>(score, q, keys + stage * STAGE, down, across);
+        const Scaling<T, CAPPED> scaling(scale, softcap);
+        bend_scores(score, scaling);
         if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) Pairs::mask(score, at, mine, group, window);
         multiply_rows<T, D>(ds, outs + warp * SIZE * WIDTH, values + stage * STAGE, down, across);
-        Pairs::differ(ds, score, shift, deltas, scale * LOG2_E);
+        Pairs::differ(ds, score, shift, deltas, scaling);
         add_rows<T, D>(dq, ds, keys + stage * STAGE, down);
     }
 

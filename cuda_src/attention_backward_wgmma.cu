@@ -6,6 +6,8 @@
 //     ds = p (dy v^T - delta)
 //     dq = scale ds k,  dk = scale ds^T q
 //
+// CAPPED: as in attention_backward_fma.cu.
+//
 //   x     [n, (num_heads + 2*H) * D]:T  rows of queries, keys and values;  dx: the same of their gradients
 //   y, dy [n, num_heads * D]:T          the outputs, and their gradient
 //   lse [n, num_heads]:f32
@@ -162,9 +164,9 @@ __device__ __forceinline__ void take_turns(Barriers& bar, float* sums, u32* turn
 }
 
 // One warpgroup's part of all steps, tile after tile and head after head.
-template <typename T, int D, int M>
+template <typename T, int D, int M, bool CAPPED>
 __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar, T* first, const float* stats,
-                                        const Work<M>& work, int group, float factor) {
+                                        const Work<M>& work, int group, const Scaling<T, CAPPED>& scaling) {
     using S = Shared<T, D, M>;
     constexpr int HALF = 64 * PANEL, PARTS = M / 64;  // HALF: elements to 64 rows further
     constexpr bool AHEAD = D == 64;  // the next tile's scores beside this one's dk, where registers allow it
@@ -212,12 +214,12 @@ __device__ __forceinline__ void consume(GroupKeys<T, D, M>& keys, Barriers& bar,
                 wgmma_wait<1>();
                 scores_done();
             }
-            keys.weigh(score[i], lse, at + i * 64, work.window, factor);
+            keys.weigh(score[i], lse, at + i * 64, work.window, scaling);
             keys.round_weights(p, score[i]);
             keys.add_rows(keys.dv, p, dy + shared.tile_panel);
             wgmma_wait<1>();
             wgmma_done(dp);
-            keys.differ(ds, score[i], dp, lse + M);
+            keys.differ(ds, score[i], dp, lse, scaling);
             keys.store_differences(first + S::DS + (stage * M + i * 64) * KEYS, ds);
             if (i + 1 < PARTS) keys.add_rows(keys.dk, ds, q + i * (HALF / 8));
         }
@@ -266,11 +268,11 @@ __device__ __forceinline__ void fetch_keys(T* k, T* v, const T* keys, const T* v
     fence_proxy_async();
 }
 
-template <typename T, int D, int M>
+template <typename T, int D, int M, bool CAPPED>
 __global__ void __launch_bounds__(3 * GROUP, 1)
     attention_backward_wgmma(const T* __restrict__ x, const T* __restrict__ dy, const float* __restrict__ stats,
                              const i32* __restrict__ cu_seqlens, const i32* __restrict__ order, T* __restrict__ dx,
-                             float* sums, u32* turns, int num_heads, int H, int window, float scale) {
+                             float* sums, u32* turns, int num_heads, int H, int window, float scale, float softcap) {
     using S = Shared<T, D, M>;
     DYNAMIC_SHARED(unsigned char, raw);
     T* first = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
@@ -312,7 +314,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         fetch_keys<T, D>(first + S::K, first + S::V, x + at, x + (at + H * D), width, work.length - work.key);
         bar_sync(1, 2 * GROUP);
         GroupKeys<T, D, M> keys;
-        consume(keys, bar, first, stats_of, work, group, scale * LOG2_E);
+        consume(keys, bar, first, stats_of, work, group, Scaling<T, CAPPED>(scale, softcap));
         bar_sync(2 + keys.part, GROUP);  // no product of another warp may still read v, which takes the results
         keys.store_rows(first + S::V, keys.dv, 1.f, dx + (at + H * D), width, work.length - work.key);
         keys.store_rows(first + S::V, keys.dk, scale, dx + at, width, work.length - work.key);

@@ -2,6 +2,9 @@
 //
 //     y = softmax(q k^T * scale) v        per query head, over the sequence's last `window` tokens (all if window is 0)
 //
+// CAPPED, scores s = q k^T * scale are softcap * tanh(s / softcap); with SINKS each head has one more logit in the sum of
+// its softmax, without a value.
+//
 //   attention_decode  the cache holds the new token already
 //   append_attention  first, per head: rms_norm of q and the new k (if there are q_norm and k_norm), rotation of both
 //                     by row rope_rows[i] of cos and sin (if there are any; dims 2h .. D stay), and the new k and v go
@@ -11,6 +14,7 @@
 //   k, v        [P, H, S, D] C    pages of S tokens; token t of sequence i is on page page_table[i][t / S]
 //   seq_lens    [b] i32; page_table [b, M] i32
 //   slot_mapping, rope_rows [b] i32; cos, sin [R, h] f32; q_norm, k_norm [D] T
+//   sinks       [num_heads] T
 //   y           [b, num_heads*D] T
 //   partial     [b, num_heads, splits, D] f32    of a split, the sum of p * v
 //   stats       [b, num_heads, splits, 2] f32    of a split, the largest score and the sum of p = exp2(score - largest)
@@ -19,9 +23,10 @@
 // Ops and references: cuplama/ops/attention.py (attention), cuplama/ops/fused.py (append_attention). Test: tests/ops/.
 // Benchmark: cuplama kernels bench attention append_attention.
 //
-// C is T, or e4m3 (e4m3.cuh). D is a multiple of 8, at most 256. Scores, softmax statistics and sums are f32.
+// C is T, or e4m3 (e4m3.cuh). D is a multiple of 8 up to 256, or of 16 up to 512. Scores, softmax statistics and sums are
+// f32.
 //
-// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8 take several
+// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4 for D > 256, take several
 // blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many as make max_splits
 // splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a captured launch
 // serves every length, and among launches of the same WARPS and min_keys, which the size of the batch decides, a result
@@ -37,7 +42,7 @@
 //            An e4m3 cache is widened to f16 in registers on the way to the products, which then are of f16: from sm_89
 //            on by one instruction for two numbers, and values by half as many exchanges of bytes as 16 bits take. A
 //            lane reads 16 bytes of a row there too if D allows: 16 elements, so which d meets which is another order.
-//   else     (attention_decode_fma.cuh): LANES lanes hold a row of 8*LANES >= D elements, a block reads ROWS keys side
+//   else     (attention_decode_fma.cuh): LANES lanes hold a row of SHARE*LANES >= D elements, a block reads ROWS keys side
 //            by side, and the products of the Q heads are summed over the lanes by a reduce-scatter.
 //
 // append_attention starts early (programmatic dependent launch) and waits before it reads x. Lengths, tables and the
@@ -64,7 +69,7 @@
 // What is done to a new head: norm and rotation, for the lane's share. A warp makes one and uses it for several heads.
 template <typename T, int D>
 struct Preparation {
-    static constexpr int EACH = (D + WARP - 1) / WARP;
+    static constexpr int EACH = (D + WARP - 1) / WARP, E = SHARE<D>;
     float c[EACH], s[EACH], eps;
     int turned, half;  // dims that turn; half of them
 
@@ -81,20 +86,20 @@ struct Preparation {
         }
     }
 
-    // One head by one warp: v, the lane's 8 elements of it, through norm (if `normed`) and rotation (if `turn`) to
+    // One head by one warp: v, the lane's share of it, through norm (if `normed`) and rotation (if `turn`) to
     // `to`, in shared memory.
-    __device__ __forceinline__ void operator()(Pack<T, 8> v, bool normed, const Pack<T, 8>& scale, bool turn,
+    __device__ __forceinline__ void operator()(Pack<T, E> v, bool normed, const Pack<T, E>& scale, bool turn,
                                                T* to) const {
         const int lane = threadIdx.x % WARP;
         if (normed) {
             float squares = 0.f;
 #pragma unroll
-            for (int j = 0; j < 8; j++) squares += to_float(v.v[j]) * to_float(v.v[j]);
+            for (int j = 0; j < E; j++) squares += to_float(v.v[j]) * to_float(v.v[j]);
             const float inverse = 1.f / sqrtf(warp_sum(squares) / D + eps);
 #pragma unroll
-            for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(to_float(v.v[j]) * inverse * to_float(scale.v[j]));
+            for (int j = 0; j < E; j++) v.v[j] = from_float<T>(to_float(v.v[j]) * inverse * to_float(scale.v[j]));
         }
-        if (lane * 8 < D) store<8>(to + lane * 8, v);
+        if (lane * E < D) store<E>(to + lane * E, v);
         __syncwarp();
         if (!turn || turned == 0) return;
         T result[EACH];
@@ -122,24 +127,24 @@ template <bool APPEND, int D, int S, int WARPS, int QUERY, typename M, int Q, ty
 __device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const NewToken<T, C>& token,
                                               const Heads<Q>& heads, bool newest, T* q, T* fresh_key, T* fresh_value,
                                               C* rounded_key, C* rounded_value, Wait wait) {
-    constexpr int MINE = (Q + (APPEND ? 2 : 0) + WARPS - 1) / WARPS;
+    constexpr int MINE = (Q + (APPEND ? 2 : 0) + WARPS - 1) / WARPS, E = SHARE<D>;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int here = heads.count, count = here + (newest ? 2 : 0);
     const Preparation<T, D> prepare(token);
     const bool normed = token.q_norm != nullptr;
-    Pack<T, 8> fetched[MINE] = {}, scales[MINE] = {};
-    if (normed && lane * 8 < D) {
+    Pack<T, E> fetched[MINE] = {}, scales[MINE] = {};
+    if (normed && lane * E < D) {
 #pragma unroll
         for (int i = 0; i < MINE; i++)
-            scales[i] = load<8>((warp + i * WARPS < here ? token.q_norm : token.k_norm) + lane * 8);
+            scales[i] = load<E>((warp + i * WARPS < here ? token.q_norm : token.k_norm) + lane * E);
     }
     wait();
-    const T* x = a.x + i64(heads.sequence) * (a.num_heads + 2 * a.H) * D + lane * 8;
+    const T* x = a.x + i64(heads.sequence) * (a.num_heads + 2 * a.H) * D + lane * E;
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
         const int j = warp + i * WARPS;
         const int from = j < here ? heads.first + j : a.num_heads + heads.kv_head + (j - here) * a.H;
-        if (j < count && lane * 8 < D) fetched[i] = load<8>(x + from * D);
+        if (j < count && lane * E < D) fetched[i] = load<E>(x + from * D);
     }
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
@@ -148,16 +153,16 @@ __device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const Ne
         T* to = j < here ? q + j * QUERY : j == here ? fresh_key : fresh_value;
         prepare(fetched[i], normed && j <= here, scales[i], j <= here, to);
         if constexpr (!same_type<M, T>) {
-            if (j < here && lane * 8 < D) scale_query<T, C>(to + lane * 8);
+            if (j < here && lane * E < D) scale_query<T, C>(to + lane * E);
         }
         if constexpr (!same_type<C, T>) {
-            if (j >= here && lane * 8 < D)
-                store<8>((j == here ? rounded_key : rounded_value) + lane * 8, narrow<C>(load<8>(to + lane * 8)));
+            if (j >= here && lane * E < D)
+                store<E>((j == here ? rounded_key : rounded_value) + lane * E, narrow<C>(load<E>(to + lane * E)));
         }
-        if (j >= here && heads.part == 0 && lane * 8 < D) {
+        if (j >= here && heads.part == 0 && lane * E < D) {
             const int slot = token.slot_mapping[heads.sequence];
-            const i64 at = ((i64(slot / S) * a.H + heads.kv_head) * S + slot % S) * D + lane * 8;
-            store<8>((j == here ? token.k : token.v) + at, narrow<C>(load<8>(to + lane * 8)));
+            const i64 at = ((i64(slot / S) * a.H + heads.kv_head) * S + slot % S) * D + lane * E;
+            store<E>((j == here ? token.k : token.v) + at, narrow<C>(load<E>(to + lane * E)));
         }
     }
 }
@@ -174,7 +179,8 @@ __device__ __forceinline__ const C* stored(const T*, const C* rounded) {
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------
 
-template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, typename T, typename C, typename Wait>
+template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS, typename T, typename C,
+          typename Wait>
 __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<T, C>& token, Wait wait) {
     using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
     using Product = Products<T, C>;
@@ -218,49 +224,49 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
 
     for (int split = blockIdx.x; split < span.count; split += gridDim.x) {
         const int begin = span.begin(split), end = span.end(split);
+        const Scaling<T, CAPPED> scaling(a.scale, a.softcap, TENSOR ? 1.f / Product::QUERY_SCALE : 1.f);
         if constexpr (TENSOR) {
             if (split != int(blockIdx.x)) fetch_tiles<WARPS>(tiles, past, begin, min(end, fresh));
-            const float scale = a.scale * (LOG2_E / Product::QUERY_SCALE);
-            attend_warp<QUERY, Q, WARPS, STRIDE>(tiles, q, past, begin, end, scale, room + warp * Q * STRIDE,
+            attend_warp<QUERY, Q, WARPS, STRIDE>(tiles, q, past, begin, end, scaling, room + warp * Q * STRIDE,
                                                  largest[warp], sum[warp]);
             __syncthreads();
         } else {
             for (int i = threadIdx.x; i < Q * STRIDE; i += THREADS) {
                 const int row = i / STRIDE, column = i % STRIDE;
-                room[i] = row < here && column < D ? to_float(q[row * QUERY + column]) * (a.scale * LOG2_E) : 0.f;
+                room[i] = row < here && column < D ? to_float(q[row * QUERY + column]) * scaling.of_query() : 0.f;
             }
-            attend_block<D, S, Q, WARPS>(past, begin, end, room, largest[0], sum[0]);
+            attend_block<D, S, Q, WARPS>(past, begin, end, scaling, room, largest[0], sum[0]);
         }
-        store_split<D, Q, WARPS, TENSOR>(a, heads, y, split, span.count == 1, room, largest, sum);
+        store_split<D, Q, WARPS, TENSOR, SINKS>(a, heads, y, split, span.count == 1, room, largest, sum);
         __syncthreads();
     }
     if (span.count == 1) return;
     if (!arrives_last(a.arrivals + i64(heads.sequence) * gridDim.y + blockIdx.y, taking)) return;
-    add_up_splits<D, Q, THREADS, Numbers::ROWS>(a, heads, y, span.count, room);
+    add_up_splits<D, Q, THREADS, Numbers::ROWS, SINKS>(a, heads, y, span.count, room);
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR>
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS>
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
     attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
                      f32* stats, u32* arrivals, int num_heads, int H, int M, int window, int min_keys, int max_splits,
-                     int splits, float scale) {
+                     int splits, float scale, const T* sinks, float softcap) {
     launch_dependents();
     pdl_wait();
-    const Arguments<T, C> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
-                            num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
-    decode<false, D, S, Q, WARPS, TENSOR>(a, NewToken<T, C>{}, [] {});
+    const Arguments<T, C> a{x, k, v,      seq_lens, page_table, y,      partial, stats, arrivals, num_heads,
+                            H, M, window, min_keys, max_splits, splits, scale,   sinks, softcap};
+    decode<false, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR>
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS>
 __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
                      f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int M, int h, int window,
-                     int min_keys, int max_splits, int splits, float scale, float eps) {
+                     int min_keys, int max_splits, int splits, float scale, float eps, const T* sinks, float softcap) {
     launch_dependents();
     const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
-    const Arguments<T, C> a{x,         k, v, seq_lens, page_table, y,          partial, stats, arrivals,
-                            num_heads, H, M, window,   min_keys,   max_splits, splits,  scale};
+    const Arguments<T, C> a{x, k, v,      seq_lens, page_table, y,      partial, stats, arrivals, num_heads,
+                            H, M, window, min_keys, max_splits, splits, scale,   sinks, softcap};
     const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps};
-    decode<true, D, S, Q, WARPS, TENSOR>(a, token, wait);
+    decode<true, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, token, wait);
 }

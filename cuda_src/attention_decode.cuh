@@ -11,6 +11,10 @@ constexpr int TILE = 16;  // keys of a warp's mma; windows begin at a multiple
 __host__ __device__ constexpr int power_of_two(int x) { return x <= 1 ? 1 : 2 * power_of_two((x + 1) / 2); }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// Elements of a row that a lane holds without tensor cores, and of a new head: 32 lanes hold it.
+template <int D>
+constexpr int SHARE = D > 8 * WARP ? 16 : 8;
+
 // What a lane reads at once of a row of keys, and of values, on tensor cores: 16 bytes where that divides the row.
 template <typename C, int D>
 constexpr int KEY_EACH = sizeof(C) == 1 && D % 64 == 0 ? 16 : 8;
@@ -21,9 +25,9 @@ constexpr int VALUE_EACH = sizeof(C) == 1 && D % 128 == 0 ? 16 : 8;
 template <typename T, typename C, int D, int Q, int WARPS, bool TENSOR>
 struct Decode {
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int LANES = D <= 8 ? 2 : power_of_two(D / 8);
+    static constexpr int LANES = D <= 8 ? 2 : power_of_two(D / SHARE<D>);
     static constexpr int PARTS = TENSOR ? WARPS : 1;  // sums of a block that are added up at the end
-    static constexpr int STRIDE = TENSOR ? D + 4 : 8 * LANES;
+    static constexpr int STRIDE = TENSOR ? D + 4 : SHARE<D> * LANES;
     static constexpr int CHUNKS = (D + 31) / 32;  // of 4 lanes x 8 elements
     // Two rows of queries lie 64 bytes apart modulo the 128 of all banks; or 16, where lanes read 32 bytes apart.
     static constexpr int QUERY = !TENSOR                ? D
@@ -49,6 +53,8 @@ struct Arguments {
     u32* arrivals;
     int num_heads, H, M, window, min_keys, max_splits, splits;
     float scale;
+    const T* sinks;
+    float softcap;
 };
 
 // The arguments of append_attention alone; k and v are the cache again, to write to.
@@ -101,7 +107,7 @@ struct History {
 };
 
 // A split's result from the PARTS sums in room [PARTS][Q][STRIDE]: rows of y if it is the only one, else partial sums.
-template <int D, int Q, int WARPS, bool TENSOR, typename T, typename C, int PARTS>
+template <int D, int Q, int WARPS, bool TENSOR, bool SINKS, typename T, typename C, int PARTS>
 __device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Heads<Q>& heads, T* y, int split, bool only,
                                             const float* room, const float (&largest)[PARTS][Q],
                                             const float (&sum)[PARTS][Q]) {
@@ -119,7 +125,7 @@ __device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Head
             weights += sum[w][row] * factor;
         }
         if (only) {
-            y[i] = from_float<T>(total / weights);
+            y[i] = from_float<T>(total / with_sink<SINKS>(weights, top, a.sinks, heads.first + row));
             continue;
         }
         const i64 at = (first + row) * a.splits + split;
@@ -183,7 +189,7 @@ struct SplitSums {
 
 // Rows of y from all splits of the block's heads. ROWS threads share 4 columns of a head, each with a softmax of its
 // own over every ROWS-th split. room: [ROWS][Q][D]
-template <int D, int Q, int THREADS, int ROWS, typename T, typename C>
+template <int D, int Q, int THREADS, int ROWS, bool SINKS, typename T, typename C>
 __device__ __forceinline__ void add_up_splits(const Arguments<T, C>& a, const Heads<Q>& heads, T* y, int count,
                                               float* room) {
     constexpr int ITEMS = Q * D / 4;
@@ -208,7 +214,7 @@ __device__ __forceinline__ void add_up_splits(const Arguments<T, C>& a, const He
             total += room[r * Q * D + i] * factor;
             weights += totals[r][i / D] * factor;
         }
-        y[i] = from_float<T>(total / weights);
+        y[i] = from_float<T>(total / with_sink<SINKS>(weights, top, a.sinks, heads.first + i / D));
     }
 }
 

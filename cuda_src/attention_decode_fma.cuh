@@ -30,17 +30,19 @@ __device__ __forceinline__ int reduce_scatter(float (&x)[N], int lane) {
     return first;
 }
 
-// A tile of KEYS keys: thread (row, column) holds 8 elements of every ROWS-th key and value, and of the sums.
+// A tile of KEYS keys: thread (row, column) holds E elements of every ROWS-th key and value, and of the sums.
 template <typename C, int D, int S, int Q, int WARPS>
 struct BlockTile {
-    static constexpr int THREADS = WARPS * WARP, LANES = Decode<C, C, D, Q, WARPS, false>::LANES, WIDTH = 8 * LANES;
+    static constexpr int THREADS = WARPS * WARP, LANES = Decode<C, C, D, Q, WARPS, false>::LANES;
+    static constexpr int E = SHARE<D>, WIDTH = E * LANES;
     static constexpr int ROWS = THREADS / LANES, QP = power_of_two(Q);
-    static constexpr int MAX_STEPS = sizeof(C) == 4 || Q > 4 ? 4 : 8;  // K and V wait in registers, as do 8 Q sums
+    // K and V wait in registers, as do E * Q sums.
+    static constexpr int MAX_STEPS = E > 8 ? 2 : sizeof(C) == 4 || Q > 4 ? 4 : 8;
     static constexpr int STEPS = LANES / 2 < MAX_STEPS ? LANES / 2 : MAX_STEPS, KEYS = ROWS * STEPS;
-    Pack<C, 8> keys[STEPS], values[STEPS];
+    Pack<C, E> keys[STEPS], values[STEPS];
     int column, row;
 
-    __device__ __forceinline__ BlockTile() : column(threadIdx.x % LANES * 8), row(threadIdx.x / LANES) {}
+    __device__ __forceinline__ BlockTile() : column(threadIdx.x % LANES * E), row(threadIdx.x / LANES) {}
 
     // Keys outside low .. end-1 are the next of those; their p is zero.
     __device__ __forceinline__ void fetch(const History<C>& past, int tile, int end) {
@@ -49,12 +51,12 @@ struct BlockTile {
         for (int u = 0; u < STEPS; u++) {
             const int token = max(past.low, min(tile + u * ROWS + row, end - 1));
             if (token == past.fresh) {
-                keys[u] = load<8>(past.key + from);
-                values[u] = load<8>(past.value + from);
+                keys[u] = load<E>(past.key + from);
+                values[u] = load<E>(past.value + from);
             } else {
                 const i64 at = token_offset<S, D>(past.table, token, past.head, past.H) + from;
-                keys[u] = load<8>(past.k + at);
-                values[u] = load<8>(past.v + at);
+                keys[u] = load<E>(past.k + at);
+                values[u] = load<E>(past.v + at);
             }
         }
     }
@@ -67,7 +69,7 @@ struct BlockTile {
             float dot[QP] = {};
             const auto& key = readable(keys[u]);
 #pragma unroll
-            for (int i = 0; i < 8; i += 4) {
+            for (int i = 0; i < E; i += 4) {
 #pragma unroll
                 for (int h = 0; h < Q; h++) {
                     const Pack<f32, 4> a = load<4>(q + h * WIDTH + column + i);
@@ -84,29 +86,29 @@ struct BlockTile {
     }
 
     // Adds the values with the weights p.
-    __device__ __forceinline__ void add(const float (&p)[KEYS][Q], float (&acc)[Q][8]) const {
+    __device__ __forceinline__ void add(const float (&p)[KEYS][Q], float (&acc)[Q][E]) const {
 #pragma unroll
         for (int u = 0; u < STEPS; u++) {
             const auto& held = readable(values[u]);
-            float value[8];
+            float value[E];
 #pragma unroll
-            for (int i = 0; i < 8; i++) value[i] = to_float(held.v[i]);
+            for (int i = 0; i < E; i++) value[i] = to_float(held.v[i]);
 #pragma unroll
             for (int h = 0; h < Q; h++) {
                 const float weight = p[u * ROWS + row][h];
 #pragma unroll
-                for (int i = 0; i < 8; i++) acc[h][i] += weight * value[i];
+                for (int i = 0; i < E; i++) acc[h][i] += weight * value[i];
             }
         }
     }
 
     // Adds up the sums of all rows into out [Q][WIDTH].
-    __device__ __forceinline__ void store_to(float* out, float (&acc)[Q][8]) const {
+    __device__ __forceinline__ void store_to(float* out, float (&acc)[Q][E]) const {
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
         for (int h = 0; h < Q; h++) {  // over the rows of a warp, ...
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < E; i++) {
 #pragma unroll
                 for (int distance = WARP / 2; distance >= LANES; distance /= 2)
                     acc[h][i] += __shfl_xor_sync(ALL_LANES, acc[h][i], distance);
@@ -117,7 +119,7 @@ struct BlockTile {
 #pragma unroll
                 for (int h = 0; h < Q; h++) {
 #pragma unroll
-                    for (int i = 0; i < 8; i++) {
+                    for (int i = 0; i < E; i++) {
                         float& place = out[h * WIDTH + column + i];
                         place = acc[h][i] + (w > 0 ? place : 0.f);
                     }
@@ -129,15 +131,17 @@ struct BlockTile {
 };
 
 // Scores of the keys from `tile` on to weights. shrink: what the sums so far are to be multiplied with.
-template <int WARPS, int KEYS, int Q>
+template <int WARPS, bool CAPPED, typename T, int KEYS, int Q>
 __device__ __forceinline__ void weigh(float (&score)[KEYS][Q], float (&shrink)[Q], int tile, int low, int end,
-                                      float* largest, float* sum) {
+                                      const Scaling<T, CAPPED>& scaling, float* largest, float* sum) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     for (int h = warp; h < Q; h += WARPS) {
         const float before = largest[h];
         float most = before, total = 0.f;
-        for (int j = lane; j < KEYS; j += WARP)
+        for (int j = lane; j < KEYS; j += WARP) {
+            if constexpr (CAPPED) score[j][h] = scaling.rest(score[j][h]);
             if (tile + j >= low && tile + j < end) most = fmaxf(most, score[j][h]);
+        }
         most = warp_max(most);
         for (int j = lane; j < KEYS; j += WARP) {
             const float p = tile + j >= low && tile + j < end ? exp2f(score[j][h] - most) : 0.f;
@@ -154,9 +158,10 @@ __device__ __forceinline__ void weigh(float (&score)[KEYS][Q], float (&shrink)[Q
     }
 }
 
-// The block's share, begin .. end-1. out: [Q][8*LANES], the scaled queries before and the sums after.
-template <int D, int S, int Q, int WARPS, typename C>
-__device__ __forceinline__ void attend_block(const History<C>& past, int begin, int end, float* out, float* largest,
+// The block's share, begin .. end-1. out: [Q][SHARE*LANES], the scaled queries before and the sums after.
+template <int D, int S, int Q, int WARPS, typename C, typename T, bool CAPPED>
+__device__ __forceinline__ void attend_block(const History<C>& past, int begin, int end,
+                                             const Scaling<T, CAPPED>& scaling, float* out, float* largest,
                                              float* sum) {
     BlockTile<C, D, S, Q, WARPS> rows;
     __shared__ float score[rows.KEYS][Q];  // then p
@@ -164,17 +169,17 @@ __device__ __forceinline__ void attend_block(const History<C>& past, int begin, 
     if (threadIdx.x < Q) largest[threadIdx.x] = LOWEST, sum[threadIdx.x] = 0.f;
     __syncthreads();
 
-    float acc[Q][8] = {};
+    float acc[Q][rows.E] = {};
     for (int tile = begin; tile < end; tile += rows.KEYS) {
         rows.fetch(past, tile, end);
         rows.dot(out, score);
         __syncthreads();
-        weigh<WARPS>(score, shrink, tile, past.low, end, largest, sum);
+        weigh<WARPS>(score, shrink, tile, past.low, end, scaling, largest, sum);
         __syncthreads();
 #pragma unroll
         for (int h = 0; h < Q; h++) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) acc[h][i] *= shrink[h];
+            for (int i = 0; i < rows.E; i++) acc[h][i] *= shrink[h];
         }
         rows.add(score, acc);
         __syncthreads();  // score and shrink may be written again

@@ -190,7 +190,9 @@ struct WarpSums {
     float acc[CHUNKS][VE / 2][4] = {}, most = LOWEST, total = 0.f;
 
     // Scores of the keys from `at` on, as `dot` gives them, to weights p; the sums so far go with the new maximum.
-    __device__ __forceinline__ void weigh(float (&p)[2][2], int at, int low, int end, float scale) {
+    template <typename T, bool CAPPED>
+    __device__ __forceinline__ void weigh(float (&p)[2][2], int at, int low, int end,
+                                          const Scaling<T, CAPPED>& scaling) {
         const int t = threadIdx.x % 4;
         const float before = most;
 #pragma unroll
@@ -198,7 +200,7 @@ struct WarpSums {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int token = at + 8 * u + 2 * t + i;
-                p[u][i] = token >= low && token < end ? p[u][i] * scale : -infinity();
+                p[u][i] = token >= low && token < end ? scaling.score(p[u][i]) : -infinity();
                 most = fmaxf(most, p[u][i]);
             }
         }
@@ -279,9 +281,10 @@ __device__ __forceinline__ void fetch_tiles(WarpTile<T, C, D, S> (&tiles)[TILES]
 
 // One warp's share of the keys begin .. end-1: sums to out [Q][STRIDE], the softmax's to largest and sum [Q]. `tiles`
 // hold the first keys.
-template <int QUERY, int Q, int WARPS, int STRIDE, typename T, typename C, int D, int S, int TILES>
+template <int QUERY, int Q, int WARPS, int STRIDE, typename T, typename C, int D, int S, int TILES, bool CAPPED>
 __device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES], const T* rows, const History<C>& past,
-                                            int begin, int end, float scale, float* out, float* largest, float* sum) {
+                                            int begin, int end, const Scaling<T, CAPPED>& scaling, float* out,
+                                            float* largest, float* sum) {
     constexpr int STEP = WARPS * TILE;
     const int high = min(end, past.fresh);
     const auto* q = reinterpret_cast<const typename Products<T, C>::Type*>(rows);
@@ -298,7 +301,7 @@ __device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES]
             tile.template dot<QUERY>(q, p);
             tile.fetch_keys(past, at + TILES * STEP, high);
             if constexpr (WARPS < 8) tile.prefetch(past, at + (TILES + 1) * STEP, high);
-            sums.weigh(p, at, past.low, end, scale);
+            sums.weigh(p, at, past.low, end, scaling);
             if (newest) tile.insert_value(past.value, past.fresh - at);
             sums.add(tile, p);
             tile.fetch_values(past, at + TILES * STEP, high);

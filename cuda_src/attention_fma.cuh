@@ -10,6 +10,10 @@
 
 constexpr int THREADS = 256;
 
+// Blocks on a multiprocessor, which bound the registers: the sums of wider heads take more.
+template <int D>
+constexpr int BLOCKS = D <= 256 ? 2 : 1;
+
 // 4 floats more than a multiple of 32 banks: no conflicts.
 template <int D>
 constexpr int STRIDE = (D + 31) / 32 * 32 + 4;

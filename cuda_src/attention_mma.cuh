@@ -61,6 +61,16 @@ __device__ __forceinline__ void store_rows(const T* from, int thread, int first,
 
 // ---- products of a warp ---------------------------------------------------------------------------------------------
 
+// Products to scores, but for the last factor: see Scaling.
+template <int MT, int N, typename T, bool CAPPED>
+__device__ __forceinline__ void bend_scores(float (&score)[MT][N][4], const Scaling<T, CAPPED>& scaling) {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int j = 0; j < N; j++) scaling.bend_all(score[m][j]);
+    }
+}
+
 // acc += weights b: the weights, rounded to T, times 8*N rows of b, of which the first 16 * chunks columns.
 template <typename T, int D, int MT, int N, int C>
 __device__ __forceinline__ void add_rows(float (&acc)[MT][C][4], const float (&weights)[MT][N][4], const T* b_rows,

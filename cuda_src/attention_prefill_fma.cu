@@ -3,20 +3,24 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
+// CAPPED, scores s = q k^T * scale are softcap * tanh(s / softcap); with SINKS each head has one more logit in the sum of
+// its softmax, without a value.
+//
 //   x           [n, (num_heads+2H)*D] T    rows cu_seqlens[i] .. cu_seqlens[i+1] are the new tokens of sequence i, the
 //                                          last of its seq_lens[i] tokens; the query heads come first in a row
 //   k, v        [P, H, S, D] C             pages of S tokens
 //   cu_seqlens  [b+1] i32
 //   seq_lens    [b] i32
 //   page_table  [b, M] i32                 token t of sequence i lies on page page_table[i][t / S]
+//   sinks       [num_heads] T
 //   y           [n, num_heads*D] T
 //
 // S = 0 is training's op self_attention: there is no cache, keys and values are columns of x behind the queries, all
 // tokens are new, and the logarithm of each softmax's sum is kept for the backward pass:
-//   lse         [n, num_heads] f32         ln(sum(exp(q k^T * scale))); nullptr for the paged cache
+//   lse         [n, num_heads] f32         ln(sum(exp(q k^T * scale))), with the sink; nullptr for the paged cache
 //
-// C is T, or e4m3. D is a multiple of 8, at most 256; k and v lie on 16-byte boundaries. Scores, softmax statistics and
-// sums are f32. Exponentials are powers of two: the factor log2(e) is part of the scaled query.
+// C is T, or e4m3. D is a multiple of 8 up to 256, or of 16 up to 512; k and v lie on 16-byte
+// boundaries. Scores, softmax statistics and sums are f32. Exponentials are powers of two: the factor log2(e) is part of the scaled query.
 //
 // Mapping: grid (tiles, H), 256 threads. The rows of a tile are (token, head of the group) pairs of one sequence, so
 // the group shares K and V and a sequence with one token wastes little. Thread (ty, tx) of 16 x 16 computes
@@ -49,13 +53,16 @@ struct ThreadRows {
     }
 
     // Scores of the keys from `at` on to weights [ROWS][KEYS + 4]; the sums so far go with the new maximum.
-    __device__ __forceinline__ void softmax(float (&score)[R][C], float* weights, int at, int window) {
+    template <typename T, bool CAPPED>
+    __device__ __forceinline__ void softmax(float (&score)[R][C], float* weights, int at, int window,
+                                            const Scaling<T, CAPPED>& scaling) {
 #pragma unroll
         for (int i = 0; i < R; i++) {
             float most = largest[i];
 #pragma unroll
             for (int j = 0; j < C; j++) {
                 const int distance = position[i] - (at + tx + 16 * j);
+                score[i][j] = scaling.rest(score[i][j]);
                 if (distance < 0 || (window > 0 && distance >= window)) score[i][j] = -infinity();
                 most = fmaxf(most, score[i][j]);
             }
@@ -76,8 +83,8 @@ struct ThreadRows {
     }
 
     // The rows of y, from that of the sequence's first new token on, and of lse, if it is wanted.
-    template <typename T>
-    __device__ __forceinline__ void store_rows(const Tile& tile, T* y, f32* lse, int kv_head, int group,
+    template <bool SINKS, typename T>
+    __device__ __forceinline__ void store_rows(const Tile& tile, T* y, f32* lse, const T* sinks, int kv_head, int group,
                                                int num_heads) {
         const int fresh = tile.end / group;
 #pragma unroll
@@ -87,6 +94,7 @@ struct ThreadRows {
             const int row = tile.first + R * ty + i, token = row / group, head = kv_head * group + row % group;
             if (token >= fresh) continue;
             const i64 at = i64(tile.start + token) * num_heads + head;
+            sum[i] = with_sink<SINKS>(sum[i], largest[i], sinks, head);
             if (lse != nullptr && tx == 0) lse[at] = log_sum(largest[i], sum[i]);
             store_sums<D>(y + at * D, acc[i], [&](float x) { return x / sum[i]; });
         }
@@ -95,12 +103,13 @@ struct ThreadRows {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, typename C, int D, int S, int ROWS, int KEYS>
-__global__ void __launch_bounds__(THREADS, 2)
+template <typename T, typename C, int D, int S, int ROWS, int KEYS, bool CAPPED, bool SINKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     attention_prefill_fma(const T* __restrict__ x, const C* __restrict__ k, const C* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
-                          int num_heads, int H, int M, int window, float scale) {
+                          int num_heads, int H, int M, int window, float scale, const T* __restrict__ sinks,
+                          float softcap) {
     DYNAMIC_SHARED(float, q);                // [ROWS][STRIDE], scaled
     float* kv = q + ROWS * STRIDE<D>;        // [KEYS][STRIDE], keys and values in turn
     float* weights = kv + KEYS * STRIDE<D>;  // [ROWS][KEYS + 4]
@@ -129,7 +138,8 @@ __global__ void __launch_bounds__(THREADS, 2)
         const int row = part.first + i / D, token = row / group, head = kv_head * group + row % group;
         const bool there = token < fresh;
         const i64 at = (i64(part.start + token) * heads + head) * D + i % D;
-        q[i / D * STRIDE<D> + i % D] = there ? to_float(x[at]) * (scale * LOG2_E) : 0.f;
+        const Scaling<T, CAPPED> scaling(scale, softcap);
+        q[i / D * STRIDE<D> + i % D] = there ? to_float(x[at]) * scaling.of_query() : 0.f;
     }
 
     for (int at = band.low; at < band.high; at += KEYS) {
@@ -139,7 +149,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         fetch(v, at);
         float score[ROWS / 16][KEYS / 16] = {};
         multiply_rows<D>(score, q, kv);
-        rows.softmax(score, weights, at, window);
+        rows.softmax(score, weights, at, window, Scaling<T, CAPPED>(scale, softcap));
 
         __syncthreads();
         tile.stash(kv);
@@ -147,5 +157,5 @@ __global__ void __launch_bounds__(THREADS, 2)
         if (at + KEYS < band.high) fetch(k, at + KEYS);
         add_rows<D, KEYS / 16>(rows.acc, weights, kv);
     }
-    rows.store_rows(part, y, S == 0 ? lse : nullptr, kv_head, group, num_heads);
+    rows.template store_rows<SINKS>(part, y, S == 0 ? lse : nullptr, sinks, kv_head, group, num_heads);
 }

@@ -2,6 +2,8 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
+// CAPPED and SINKS: as in attention_prefill_fma.cu.
+//
 //   x, k, v, cu_seqlens, seq_lens, page_table, y, lse    as in attention_prefill_fma.cu; T is f16 or bf16; D is a
 //                                                        multiple of 8, at most 256; S is 0 or a power of two; x, k, v
 //                                                        and y lie on 16-byte boundaries
@@ -130,9 +132,9 @@ struct WarpRows {
     }
 
     // The lane's sums to what its rows are multiplied with; the logarithms to lse, if it is wanted.
-    template <typename At>
-    static __device__ __forceinline__ void finish(Stats& sum, const Stats& largest, float factor, f32* lse, int mine,
-                                                  int end, At at_row) {
+    template <bool SINKS, typename At>
+    static __device__ __forceinline__ void finish(Stats& sum, const Stats& largest, float factor, f32* lse,
+                                                  const T* sinks, int mine, int end, int group, At at_row) {
         const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -141,8 +143,9 @@ struct WarpRows {
                 float total = sum[m][half];
                 total += __shfl_xor_sync(ALL_LANES, total, 1);
                 total += __shfl_xor_sync(ALL_LANES, total, 2);
-                sum[m][half] = 1.f / total;
                 const int row = mine + m * 16 + half * 8 + lane / 4;
+                total = with_sink<SINKS>(total, largest[m][half] * factor, sinks, row % group);
+                sum[m][half] = 1.f / total;
                 if (lse != nullptr && lane % 4 == 0 && row < end)
                     lse[at_row(row)] = log_sum(largest[m][half] * factor, total);
             }
@@ -152,12 +155,13 @@ struct WarpRows {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int S, int ROWS, int KEYS>
+template <typename T, int D, int S, int ROWS, int KEYS, bool CAPPED, bool SINKS>
 __global__ void __launch_bounds__(THREADS, 2)
     attention_prefill_mma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
                           const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                           const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
-                          int num_heads, int H, int M, int window, float scale) {
+                          int num_heads, int H, int M, int window, float scale, const T* __restrict__ sinks,
+                          float softcap) {
     constexpr int WIDTH = Layout<D>::WIDTH, STAGE = KEYS * WIDTH, SIZE = ROWS / WARPS, MT = SIZE / 16;
     DYNAMIC_SHARED(T, queries);        // [ROWS][WIDTH]; at the end the outputs
     T* keys = queries + ROWS * WIDTH;  // [2][KEYS][WIDTH]
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     cp_async_commit();
 
     T* q = queries + warp * SIZE * WIDTH;
-    const float factor = scale * LOG2_E;
+    const Scaling<T, CAPPED> scaling(scale, softcap);
     using Rows = WarpRows<T, D, MT, KEYS>;
     const Lane<D> down = lane_down<D>(), across = lane_across<D>();
     float acc[MT][WIDTH / 8][4] = {}, largest[MT][2], sum[MT][2];
@@ -206,15 +210,17 @@ __global__ void __launch_bounds__(THREADS, 2)
         if (at > far || (window > 0 && at + KEYS <= near - window + 1)) continue;
         float score[MT][KEYS / 8][4] = {};
         multiply_rows<T, D>(score, q, keys + stage * STAGE, down, across);
+        bend_scores(score, scaling);
         if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) Rows::mask(score, at, old, mine, group, window);
-        Rows::softmax(score, acc, largest, sum, factor);
+        Rows::softmax(score, acc, largest, sum, scaling.factor);
         add_rows<T, D>(acc, score, values + stage * STAGE, down);
     }
 
     const auto at_row = [&](int row) {
         return i64(tile.start + row / group) * num_heads + kv_head * group + row % group;
     };
-    Rows::finish(sum, largest, factor, S == 0 ? lse : nullptr, mine, rows, at_row);
+    Rows::template finish<SINKS>(sum, largest, scaling.factor, S == 0 ? lse : nullptr, sinks + kv_head * group, mine,
+                                 rows, group, at_row);
     // Through the warp's rows of `queries`, so that whole rows are written.
     __syncwarp();  // its last reads of them are done
     stash_rows<D>(q, acc, sum);

@@ -2,6 +2,8 @@
 //
 //     y = softmax(q k^T * scale) v        per query head; a query at position p sees the keys max(0, p-window+1) .. p
 //
+// CAPPED and SINKS: as in attention_prefill_fma.cu.
+//
 //   x, k, v, cu_seqlens, seq_lens, page_table, y, lse    as in attention_prefill_mma.cu; D is 64, 96 or 128
 //
 // FlashAttention-3's plan (Shah et al., arXiv:2407.08608): one block a multiprocessor. GROUPS warpgroups hold 64 rows
@@ -178,7 +180,10 @@ struct GroupRows {
     }
 
     // Scores of the keys from `at` on to weights. shrink: what the sums so far are to be multiplied with.
-    __device__ __forceinline__ void softmax(int at, int window, float factor) {
+    template <bool CAPPED>
+    __device__ __forceinline__ void softmax(int at, int window, const Scaling<T, CAPPED>& scaling) {
+        const float factor = scaling.factor;
+        scaling.bend_all(score);
         if (at + KEYS - 1 > near || (window > 0 && at <= far - window)) {
             if (window > 0)
                 mask(at, window);
@@ -226,14 +231,17 @@ struct GroupRows {
     }
 
     // Rows of y, through the warp's rows of q, so that whole rows are written.
-    __device__ __forceinline__ void store_rows(T* q, T* y, f32* lse, float factor, int kv_head, int num_heads) const {
+    template <bool SINKS>
+    __device__ __forceinline__ void store_rows(T* q, T* y, f32* lse, float factor, const T* sinks, int kv_head,
+                                               int num_heads) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float total = sum[half];
             total += __shfl_xor_sync(ALL_LANES, total, 1);
             total += __shfl_xor_sync(ALL_LANES, total, 2);
-            const float inverse = 1.f / total;
             const int row = mine + here + 8 * half;
+            total = with_sink<SINKS>(total, largest[half] * factor, sinks, kv_head * group + row % group);
+            const float inverse = 1.f / total;
             if (lse != nullptr && lane % 4 == 0 && row < tile.end)
                 lse[i64(tile.start + row / group) * num_heads + kv_head * group + row % group] =
                     log_sum(largest[half] * factor, total);
@@ -254,9 +262,10 @@ struct GroupRows {
 };
 
 // One warpgroup: its rows' attention to the tiles of keys and values that the others bring. id: of its barrier.
-template <typename T, int D, int ROWS>
+template <typename T, int D, int ROWS, bool CAPPED>
 __device__ __forceinline__ void consume(GroupRows<T, D>& rows, Barriers& bar, T* q, const T* keys, const T* values,
-                                        const Band<ROWS, KEYS>& band, int window, float factor, int id) {
+                                        const Band<ROWS, KEYS>& band, int window, const Scaling<T, CAPPED>& scaling,
+                                        int id) {
     const u64 q_matrix = wgmma_matrix(q, 1), k_matrix = wgmma_matrix(keys, 1);
     const u64 v_matrix = wgmma_matrix(values, KEYS * PANEL * sizeof(T));
     const auto multiply_keys = [&](int j) {
@@ -276,7 +285,7 @@ __device__ __forceinline__ void consume(GroupRows<T, D>& rows, Barriers& bar, T*
     wgmma_wait<0>();
     wgmma_done(rows.score);
     release(bar.k_empty);
-    rows.softmax(band.low, window, factor);
+    rows.softmax(band.low, window, scaling);
     rows.round_weights();
 #pragma unroll 1
     for (int j = 1; j < tiles; j++) {
@@ -285,7 +294,7 @@ __device__ __forceinline__ void consume(GroupRows<T, D>& rows, Barriers& bar, T*
         wgmma_wait<1>();
         wgmma_done(rows.score);
         release(bar.k_empty + j % 2);
-        rows.softmax(band.low + j * KEYS, window, factor);
+        rows.softmax(band.low + j * KEYS, window, scaling);
         wgmma_wait<0>();
         wgmma_done(rows.acc);
         release(bar.v_empty + (j - 1) % 2);
@@ -301,12 +310,13 @@ __device__ __forceinline__ void consume(GroupRows<T, D>& rows, Barriers& bar, T*
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int S, int GROUPS>
+template <typename T, int D, int S, int GROUPS, bool CAPPED, bool SINKS>
 __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
     attention_prefill_wgmma(const T* __restrict__ x, const T* __restrict__ k, const T* __restrict__ v,
                             const i32* __restrict__ cu_seqlens, const i32* __restrict__ seq_lens,
                             const i32* __restrict__ page_table, T* __restrict__ y, f32* __restrict__ lse, int b,
-                            int num_heads, int H, int M, int window, float scale) {
+                            int num_heads, int H, int M, int window, float scale, const T* __restrict__ sinks,
+                            float softcap) {
     constexpr int ROWS = GROUPS * MINE, WIDTH = (D + PANEL - 1) / PANEL * PANEL, STAGE = KEYS * WIDTH;
     DYNAMIC_SHARED(unsigned char, raw);
     T* queries = reinterpret_cast<T*>(raw + (1024 - unsigned(__cvta_generic_to_shared(raw)) % 1024) % 1024);
@@ -349,7 +359,8 @@ __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
         GroupRows<T, D> rows(tile, group, tile.first + consumer * MINE);
         rows.fetch_queries(q, x, kv_head, num_heads + 2 * H);
         bar_sync(1 + consumer, GROUP);
-        consume(rows, bar, q, keys, values, band, window, scale * LOG2_E, 1 + consumer);
-        rows.store_rows(q, y, S == 0 ? lse : nullptr, scale * LOG2_E, kv_head, num_heads);
+        const Scaling<T, CAPPED> scaling(scale, softcap);
+        consume(rows, bar, q, keys, values, band, window, scaling, 1 + consumer);
+        rows.template store_rows<SINKS>(q, y, S == 0 ? lse : nullptr, scaling.factor, sinks, kv_head, num_heads);
     }
 }

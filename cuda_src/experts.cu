@@ -1,5 +1,6 @@
 // expert_linear    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert])    for each pair, each of a row and an expert
-//                  act: none; silu_mul and clamped_swiglu, where w[expert] has 2m rows: y = act(row i, row m + i)
+//                  act: none; silu_mul, gelu_tanh_mul and clamped_swiglu, where w[expert] has 2m rows: y = act(row i,
+//                  row m + i)
 //                  x[n,k], w[E,m,k], b[E,m] (may be null), y[n*s,m]: T; pairs[n*s], offsets[E+1]: i32, as sort_pairs
 //                  gives them (route.cu)
 //

@@ -1,11 +1,12 @@
 // linear             y[n,m] = x w^T + b                  x[n,k], w[m,k], b[m] (may be null): T; y: U (T or f32)
 // linear_add         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
-// layer_norm_linear  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
-//                    act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m + i)
+// layer_norm_linear  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
+//                    act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m rows and
+//                    y = silu(row i) * (row m + i)
 //                    Each launch takes the rows first .. first + ROWS - 1 of x, ROWS <= 8. Many rows go to cuBLAS.
 //
-// The time is that of reading w once. A unit is OUTS adjacent rows of w (of both halves for silu_mul); every warp of
+// The time is that of reading w once. A unit is OUTS adjacent rows of w (of both halves if gated); every warp of
 // the grid, which fills the GPU once, takes an equal run of units. Lane l takes the vectors of 16 bytes l, l + 32, ...
 // of each row, and streams its own vectors through a ring in shared memory with cp.async: DEPTH batches of OUTS rows x
 // WIDTH vectors. Nobody else reads them, so no barrier guards the ring, and it never runs dry at the end of a unit. x
@@ -103,7 +104,7 @@ __device__ __forceinline__ void fetch_scale(const T* g, X* staged, int k, bool v
 // staged[r] = norm(x[r]), W elements at a time; the first row of staged holds the scale g when this begins, see
 // fetch_scale.
 template <int NORM, int W, int ROWS, typename T, typename X>
-__device__ __forceinline__ void normalise(const f32* x, const T* h, X* staged, int k, f32 eps,
+__device__ __forceinline__ void normalise(const f32* x, const T* h, X* staged, int k, f32 eps, f32 offset,
                                           float (*partial)[ROWS][WARP]) {
     const int start = threadIdx.x * W, stride = blockDim.x * W;
     float mean[ROWS] = {}, inverse[ROWS] = {};
@@ -138,14 +139,14 @@ __device__ __forceinline__ void normalise(const f32* x, const T* h, X* staged, i
     for (int at = start; at < k; at += stride) {
         const Pack<T, W> scale = load<W>(scale_at<W, T>(staged, at));
         Pack<T, W> shift = {};
-        if (NORM == LAYER_NORM) shift = load<W>(h + at);
+        if (NORM == LAYER_NORM && h != nullptr) shift = load<W>(h + at);
 #pragma unroll
         for (int r = ROWS - 1; r >= 0; r--) {
             const Pack<f32, W> v = load<W>(x + i64(r) * k + at);
             Pack<X, W> out;
 #pragma unroll
             for (int j = 0; j < W; j++) {
-                float value = (v.v[j] - mean[r]) * inverse[r] * to_float(scale.v[j]);
+                float value = (v.v[j] - mean[r]) * inverse[r] * (offset + to_float(scale.v[j]));
                 if (NORM == LAYER_NORM) value += to_float(shift.v[j]);
                 out.v[j] = from_float<X>(value);
             }
@@ -205,7 +206,7 @@ struct Stream {
 
 // Columns of y in a unit.
 template <int ACT, int OUTS>
-constexpr int NEW = ACT == SILU_MUL ? OUTS / 2 : OUTS;
+constexpr int NEW = GATED<ACT> ? OUTS / 2 : OUTS;
 
 // Shared memory behind the ring.
 template <int DEPTH, typename T>
@@ -268,10 +269,10 @@ __device__ __forceinline__ void multiply_rows(Stream<NEW<ACT, OUTS>, OUTS, DEPTH
 #pragma unroll
         for (int i = 0; i < N; i++) values[i] = sum[i / OUTS][i % OUTS];
         float total = warp_sums(values, lane) + bias;
-        if constexpr (ACT == SILU_MUL)
-            total = silu_of<T>(total) * __shfl_down_sync(ALL_LANES, total, COLUMNS * (WARP / VALUES));
-        if constexpr (ACT == GELU_TANH) total = gelu_tanh_of<T>(total);
-        if constexpr (ACT == GELU_ERF) total = gelu_erf_of<T>(total);
+        if constexpr (GATED<ACT>)
+            total = activated<ACT, T, 2>({total, __shfl_down_sync(ALL_LANES, total, COLUMNS * (WARP / VALUES))});
+        else
+            total = activated<ACT, T, 1>({total});
         if (stores && column < m) y[i64(r) * m + column] = from_float<U>(residual + total);
     }
 }
@@ -329,7 +330,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) linear_add(const T* x, const T
 template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
     rms_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
-                    int first, int m, int k, f32 eps) {
+                    int first, int m, int k, f32 eps, f32 offset) {
     __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();  // rounded to the dtype of y, as by the norm alone
     const bool vectorized = k % 8 == 0 && aligned(x, g);
@@ -338,16 +339,16 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     pdl_wait();
     cp_async_wait<DEPTH>();  // the scale came before the ring
     if (vectorized)
-        normalise<RMS_NORM, 8, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
+        normalise<RMS_NORM, 8, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, offset, partial);
     else
-        normalise<RMS_NORM, 1, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, partial);
+        normalise<RMS_NORM, 1, ROWS>(x + i64(first) * k, static_cast<const T*>(nullptr), rows, k, eps, offset, partial);
     multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }
 
 template <typename T, typename U, int ACT, int ROWS, int OUTS, int DEPTH>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
     layer_norm_linear(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
-                      const T* __restrict__ b, U* y, int first, int m, int k, f32 eps) {
+                      const T* __restrict__ b, U* y, int first, int m, int k, f32 eps, f32 offset) {
     __shared__ float partial[2][ROWS][WARP];
     U* rows = behind_ring<DEPTH, U>();
     const bool vectorized = k % 8 == 0 && aligned(x, g, h);
@@ -356,8 +357,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     pdl_wait();
     cp_async_wait<DEPTH>();  // the scale came before the ring
     if (vectorized)
-        normalise<LAYER_NORM, 8, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);
+        normalise<LAYER_NORM, 8, ROWS>(x + i64(first) * k, h, rows, k, eps, offset, partial);
     else
-        normalise<LAYER_NORM, 1, ROWS>(x + i64(first) * k, h, rows, k, eps, partial);
+        normalise<LAYER_NORM, 1, ROWS>(x + i64(first) * k, h, rows, k, eps, offset, partial);
     multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }

@@ -3,11 +3,12 @@
 // linear_mma             y[n,m] = x w^T + b                  x[n,k], w[m,k], b[m] (may be null): T; y: U (T or f32)
 // linear_add_mma         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_mma    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
-// layer_norm_linear_mma  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
-//                        act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows: y = silu(row i) * (row m+i)
+// layer_norm_linear_mma  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
+//                        act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m rows
+//                        and y = silu(row i) * (row m + i)
 //                        A launch takes the rows first .. first + 7 of x, as far as there are so many.
 //
-// The time is that of reading w once. A tile is 16 rows of w (for silu_mul 8 of each half), and the WARPS warps of a
+// The time is that of reading w once. A tile is 16 rows of w (if gated 8 of each half), and the WARPS warps of a
 // block share it: k is dealt to them in contiguous slices, of CHUNKS chunks of 64 elements (128 bytes of a row). So a
 // warp meets the same elements of x in every tile and keeps them in registers; x takes no shared memory and no accesses
 // to it. Where a slice would be too long for that, k goes in PHASES, each through all tiles of the block, whose sums
@@ -41,7 +42,8 @@
 template <typename U>
 constexpr int NUMBERS = sizeof(U) == 4 ? 2 : 1;
 
-// Scale g and shift h of a norm on their way to shared memory. They are constant: they wait for no earlier kernel.
+// Scale g and shift h (zeros if null) of a norm on their way to shared memory. They are constant: they wait for no
+// earlier kernel.
 template <int NORM, int WARPS, typename T>
 __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, int k) {
     const bool vectorized = aligned(g, h);
@@ -50,10 +52,11 @@ __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, 
 #pragma unroll
         for (int i = 0; i < (NORM == LAYER_NORM ? 2 : 1); i++) {
             const T* from = (i == 0 ? g : h) + at;
+            const bool there = i == 0 || h != nullptr;
             if (vectorized)
-                cp_async_16(to + i * k + at, from, true);
+                cp_async_16(to + i * k + at, from, there);
             else
-                store<4>(reinterpret_cast<u32*>(to + i * k + at), load_vector(from, true, false));
+                store<4>(reinterpret_cast<u32*>(to + i * k + at), load_vector(from, there, false));
         }
     cp_async_commit();
     return to;
@@ -68,12 +71,12 @@ struct NormalisedRows {
     const T* scale;  // in shared memory: g, and h behind it
     int k;
     bool there, vectorized;
-    float mean, inverse;
+    float mean, inverse, offset;
     Pack<f32, 8> kept[KEPT ? CHUNKS : 1][2];
 
-    __device__ __forceinline__ NormalisedRows(const f32* x, const T* scale, int k, int count)
-        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), vectorized(aligned(x)), mean(0.f) {
-    }
+    __device__ __forceinline__ NormalisedRows(const f32* x, const T* scale, int k, int count, f32 offset)
+        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), vectorized(aligned(x)), mean(0.f),
+          offset(offset) {}
 
     __device__ __forceinline__ Pack<f32, 8> vector(int phase, int c, int i) const {
         const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
@@ -129,7 +132,7 @@ struct NormalisedRows {
                 if (NORM == LAYER_NORM) shift = load<8>(scale + k + at);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
-                    float value = (v.v[j] - mean) * inverse * to_float(by.v[j]);
+                    float value = (v.v[j] - mean) * inverse * (offset + to_float(by.v[j]));
                     if (NORM == LAYER_NORM) value += to_float(shift.v[j]);
                     high.v[j] = from_float<T>(value);
                     low.v[j] = from_float<T>(value - to_float(high.v[j]));
@@ -167,13 +170,13 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
 // The ops with a norm. wait: pdl_wait, which the kernels themselves call so that they are known to be early.
 template <int NORM, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U, typename Wait>
 __device__ __forceinline__ void norm_linear(const f32* x, const T* g, const T* h, const T* w, const T* b, U* y, int n,
-                                            int first, int m, int k, f32 eps, Wait wait) {
+                                            int first, int m, int k, f32 eps, f32 offset, Wait wait) {
     using Weights = Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T>;
     const T* scale = fetch_scales<NORM, WARPS>(Weights::scales(m), g, h, k);
     Weights stream(w, m, k);
     Vector vectors[CHUNKS][2][NUMBERS<U>];
     const int count = min(n - first, ROWS);
-    NormalisedRows<NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, scale, k, count);
+    NormalisedRows<NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, scale, k, count, offset);
     wait();
     cp_async_wait<DEPTH>();  // scale and shift came before the ring
     rows.measure(eps);
@@ -183,15 +186,16 @@ __device__ __forceinline__ void norm_linear(const f32* x, const T* g, const T* h
 template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
-                        int n, int first, int m, int k, f32 eps) {
+                        int n, int first, int m, int k, f32 eps, f32 offset) {
     const T* h = nullptr;
-    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps, [] { pdl_wait(); });
+    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps, offset,
+                                                             [] { pdl_wait(); });
 }
 
 template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     layer_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
-                          const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps) {
-    norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps,
+                          const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps, f32 offset) {
+    norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps, offset,
                                                                [] { pdl_wait(); });
 }

@@ -3,11 +3,11 @@
 // linear_packed             y[n,m] = act(x w^T + b)             x[n,k], b[m] (may be null): T; y: U (T or f32); w: W
 // linear_add_packed         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_packed    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
-// layer_norm_linear_packed  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift): T
-//                           act: none, gelu_tanh, gelu_erf, or silu_mul, where w has 2m rows:
-//                           y = silu(row i) * (row m+i)
+// layer_norm_linear_packed  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
+//                           act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m
+//                           rows and y = silu(row i) * (row m + i)
 //                           A launch takes the rows first .. first + 7 of x, as far as there are so many, and one
-//                           segment of w: `rows` rows, which are the columns of y from `column` on. For silu_mul m is a
+//                           segment of w: `rows` rows, which are the columns of y from `column` on. If gated m is a
 //                           multiple of 16, and there is one segment.
 //
 // The time is that of reading w once, so instructions count: 2048 weights of 4 bits are 1 KB, and a warp should not
@@ -190,8 +190,8 @@ __device__ __forceinline__ void multiply_rows(Stream<S>& stream, const Rows& row
 // to be early.
 template <typename S, int NORM, typename X, typename U, typename Wait>
 __device__ __forceinline__ void product(const X* x, const typename S::T* g, const typename S::T* h, const i32* order,
-                                        const typename S::W* w, int k, f32 eps, Output<typename S::T, U> out,
-                                        Wait wait) {
+                                        const typename S::W* w, int k, f32 eps, f32 offset,
+                                        Output<typename S::T, U> out, Wait wait) {
     typedef typename S::T T;
     constexpr int LEVELS =
         NORM != NO_NORM && sizeof(U) == 4 && sizeof(T) == 2 ? 2 : 1;  // numbers of T of an element of x
@@ -199,13 +199,13 @@ __device__ __forceinline__ void product(const X* x, const typename S::T* g, cons
     out.scales = S::W::row_scales(w, out.rows * S::PARTS, k);
     if constexpr (!TENSOR<T>) {
         constexpr bool ROUNDED = NORM != NO_NORM && sizeof(U) == sizeof(T);
-        SharedRows<S, NORM, 1, ROUNDED, X, f32> rows(x, g, h, order, k, out.count, stream.staged());
+        SharedRows<S, NORM, 1, ROUNDED, X, f32> rows(x, g, h, order, k, out.count, offset, stream.staged());
         FloatFactors<S> factors;
         wait();
         rows.measure(stream, eps);
         multiply_rows(stream, rows, factors, out);
     } else {
-        SharedRows<S, NORM, LEVELS, false, X, T> rows(x, g, h, order, k, out.count, stream.staged());
+        SharedRows<S, NORM, LEVELS, false, X, T> rows(x, g, h, order, k, out.count, offset, stream.staged());
         Factors<S, LEVELS> factors;
         wait();
         rows.measure(stream, eps);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
                               parts,
                               arrivals};
     product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED>, NO_NORM>(
-        x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
+        x + i64(first) * k, g, g, order, w, k, 0.f, 0.f, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH, int EARLY, int STEP,
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     const Output<T, f32> out = {y + at, a + at,  b == nullptr ? b : b + column, min(n - first, 8), m, rows, nullptr,
                                 parts,  arrivals};
     product<Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, SPLIT, ORDERED>, NO_NORM>(
-        x + i64(first) * k, g, g, order, w, k, 0.f, out, [] { pdl_wait(); });
+        x + i64(first) * k, g, g, order, w, k, 0.f, 0.f, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
@@ -251,12 +251,12 @@ template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int 
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_linear_packed(const f32* x, const T* __restrict__ g, const W* __restrict__ w, const T* __restrict__ b,
                            const i32* __restrict__ order, U* y, int n, int first, int m, int rows, int column, int k,
-                           f32 eps) {
+                           f32 eps, f32 offset) {
     const T* h = nullptr;
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
     product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED>, RMS_NORM>(
-        x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
+        x + i64(first) * k, g, h, order, w, k, eps, offset, out, [] { pdl_wait(); });
 }
 
 template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int PHASES, int DEPTH,
@@ -264,9 +264,9 @@ template <typename T, typename U, typename W, int ACT, int ROWS, int WARPS, int 
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     layer_norm_linear_packed(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const W* __restrict__ w,
                              const T* __restrict__ b, const i32* __restrict__ order, U* y, int n, int first, int m,
-                             int rows, int column, int k, f32 eps) {
+                             int rows, int column, int k, f32 eps, f32 offset) {
     const Output<T, U> out = {y + i64(first) * m + column, nullptr, b == nullptr ? b : b + column,
                               min(n - first, 8),           m,       rows};
     product<Shape<T, W, ACT, ROWS, WARPS, BLOCKS, PHASES, DEPTH, EARLY, STEP, 1, ORDERED>, LAYER_NORM>(
-        x + i64(first) * k, g, h, order, w, k, eps, out, [] { pdl_wait(); });
+        x + i64(first) * k, g, h, order, w, k, eps, offset, out, [] { pdl_wait(); });
 }

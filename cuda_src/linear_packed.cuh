@@ -26,7 +26,7 @@ struct Shape {
                          EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
     static constexpr bool ORDERED = ORDERED_;
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int PARTS = ACT == SILU_MUL ? 2 : 1;        // sums for an element of y, and tiles of a unit
+    static constexpr int PARTS = GATED<ACT> ? 2 : 1;             // sums for an element of y, and tiles of a unit
     static constexpr int TILE = BLOCK_ROWS * ROWS;               // sums of a tile
     static constexpr bool WAITING = PHASES > 1 || SPLIT > 1;     // sums of tiles stay in shared memory for a while
     static constexpr int SPAN = WARPS * BLOCKS * BLOCK_COLUMNS;  // columns of a phase
@@ -66,7 +66,7 @@ struct Stream {
     int run, left;          // blocks of a run, and those of this one that are left
     int filling, reading;   // slots, in pieces
 
-    // rows: of the weight, for silu_mul of half of it
+    // rows: of the weight, if gated of half of it
     __device__ __forceinline__ Stream(const W* blocks, int rows, int k) {
         DYNAMIC_SHARED(uint4, memory);
         const int lane = threadIdx.x % WARP, group = blockIdx.x / S::SPLIT, groups = gridDim.x / S::SPLIT;

@@ -50,6 +50,7 @@ struct SharedRows {
     const T *g, *h;
     const i32* order;
     int k, count;
+    float offset;
     bool vectorized;
     Y* staged;
     float mean[S::ROWS], inverse[S::ROWS];
@@ -57,9 +58,9 @@ struct SharedRows {
     Pack<T, 4> scale[SOME];
 
     __device__ __forceinline__ SharedRows(const X* x, const T* g, const T* h, const i32* order, int k, int count,
-                                          f32* staged)
-        : x(x), g(g), h(h), order(order), k(k), count(count), vectorized(k % 4 == 0 && aligned(x, g, h, order)),
-          staged(reinterpret_cast<Y*>(staged)) {
+                                          f32 offset, f32* staged)
+        : x(x), g(g), h(h), order(order), k(k), count(count), offset(offset),
+          vectorized(k % 4 == 0 && aligned(x, g, h, order)), staged(reinterpret_cast<Y*>(staged)) {
         if constexpr (KEPT) read(scale, g, 0, 0);
     }
 
@@ -144,7 +145,7 @@ struct SharedRows {
         for (int first = 0; first < EACH; first += SOME) {
             Pack<T, 4> by[SOME], shift[SOME];
             if constexpr (NORMED && !KEPT) read(by, g, phase, first);
-            if constexpr (NORM == LAYER_NORM) read(shift, h, phase, first);
+            if constexpr (NORM == LAYER_NORM) read(shift, h, phase, first, h != nullptr);
 #pragma unroll(UNROLLED)
             for (int base = 0; base < S::ROWS; base += TOGETHER) {
                 Pack<X, 4> v[TOGETHER][SOME];
@@ -158,7 +159,7 @@ struct SharedRows {
 #pragma unroll
                     for (int e = 0; e < SOME; e++) {
                         if (EACH % SOME != 0 && first + e >= EACH) continue;
-                        leave(base + i, first + e, KEPT ? kept[KEPT ? base + i : 0][e] : v[i][e],
+                        leave(base + i, first + e, phase, KEPT ? kept[KEPT ? base + i : 0][e] : v[i][e],
                               KEPT ? scale[e] : by[e], shift[e]);
                     }
             }
@@ -167,8 +168,9 @@ struct SharedRows {
     }
 
     // Four elements of a row, on their way to shared memory.
-    __device__ __forceinline__ void leave(int row, int each, const Pack<X, 4>& v, const Pack<T, 4>& by,
+    __device__ __forceinline__ void leave(int row, int each, int phase, const Pack<X, 4>& v, const Pack<T, 4>& by,
                                           const Pack<T, 4>& shift) const {
+        const int at = phase * S::SPAN + (each * S::THREADS + int(threadIdx.x)) * 4;
         Y* to = staged + row * STRIDE + each * (S::THREADS * 4) + staged_at<Y>(threadIdx.x * 4);
         if constexpr (!NORMED && sizeof(X) == sizeof(Y)) {
             store<4>(to, *reinterpret_cast<const Pack<Y, 4>*>(&v));
@@ -178,7 +180,9 @@ struct SharedRows {
             for (int j = 0; j < 4; j++) {
                 float value = to_float(v.v[j]);
                 if constexpr (NORMED) {
-                    value = (value - mean[row]) * inverse[row] * to_float(by.v[j]);  // beyond k this factor is zero
+                    // Beyond k x is zero, but less its mean it is not: there the factor has to be.
+                    const bool beyond = NORM == LAYER_NORM && at + j >= k;
+                    value = (value - mean[row]) * inverse[row] * (beyond ? 0.f : offset + to_float(by.v[j]));
                     if (NORM == LAYER_NORM) value += to_float(shift.v[j]);
                 }
                 if (ROUNDED) value = to_float(from_float<T>(value));

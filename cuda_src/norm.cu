@@ -1,10 +1,14 @@
-// rms_norm    y[n,d] = x / sqrt(mean(x^2) + eps) * w                       x[n,d]: f32, w[d]: T, y: T
-// layer_norm  y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * w + b          b[d]: T
-// qk_norm     rms_norm of each head, D elements of a row of x      x[n,(num_heads+2*num_kv_heads)*D], y: T
-//             weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
+// rms_norm      y[n,d] = x / sqrt(mean(x^2) + eps) * (offset + w)            x[n,d]: f32, w[d]: T, y: T
+// rms_norm_add  y[n,d] = a + rms_norm(x)                                     a, y: f32 (the residual stream)
+// layer_norm    y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * (offset + w) + b    b[d] (may be null): T
+// qk_norm       rms_norm of each head, D elements of a row of x      x[n,(num_heads+2*num_kv_heads)*D], y: T
+//               weight q_norm[D] for query heads, k_norm[D] for key heads; value heads are copied
+// qk_norm_wide  the same, but of all query heads of a row together, and of all its key heads
+//               q_norm[num_heads*D], k_norm[num_kv_heads*D]
 //
-// Mapping: rms_norm and layer_norm give a row to a block, qk_norm gives a head to a warp. A thread holds CHUNKS vectors
-// of 8 elements in registers, so x is read once however many passes follow; the vectors of the threads interleave.
+// Mapping: qk_norm gives a head to a warp; the others give a row to a block, or (qk_norm_wide) its queries, keys and
+// values to a block each. A thread holds CHUNKS vectors of 8 elements in registers, so x is read once however many
+// passes follow; the vectors of the threads interleave.
 // The variance is the mean of the squared differences from the mean, never mean(x^2) - mean(x)^2, which cancels.
 // The weights are asked for before the sums, so that the two latencies overlap.
 //
@@ -13,38 +17,62 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(1024) rms_norm(const f32* x, const T* __restrict__ w, T* y, int d, f32 eps) {
-    launch_dependents();
-    x += i64(blockIdx.x) * d;
-    y += i64(blockIdx.x) * d;
-    const bool vectorized = d % 8 == 0 && aligned(x, w, y);
-    Pack<f32, 8> v[CHUNKS];
+// y = a + rms_norm(x) for the block's row of d elements, where a may be null. wait: pdl_wait, which the kernels
+// themselves call so that they are known to be early.
+template <int CHUNKS, typename X, typename T, typename Y, typename Wait>
+__device__ __forceinline__ void normalise(const X* x, const T* w, const f32* a, Y* y, int d, f32 eps, f32 offset,
+                                          bool vectorized, Wait wait) {
+    Pack<X, 8> v[CHUNKS];
     Pack<T, 8> scale[CHUNKS];
+    Pack<f32, 8> residual[CHUNKS] = {};
     float squares = 0.f;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) scale[c] = load_row<8>(w, (c * blockDim.x + threadIdx.x) * 8, d, vectorized);
-    pdl_wait();
+    wait();
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         v[c] = load_row<8>(x, (c * blockDim.x + threadIdx.x) * 8, d, vectorized);
+        if (a != nullptr) residual[c] = load_row<8>(a, (c * blockDim.x + threadIdx.x) * 8, d, vectorized);
 #pragma unroll
-        for (int j = 0; j < 8; j++) squares += v[c].v[j] * v[c].v[j];
+        for (int j = 0; j < 8; j++) squares += to_float(v[c].v[j]) * to_float(v[c].v[j]);
     }
     const float inverse = 1.f / sqrtf(block_sum(squares) / d + eps);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int at = (c * blockDim.x + threadIdx.x) * 8;
-        Pack<T, 8> out;
+        Pack<Y, 8> out;
 #pragma unroll
-        for (int j = 0; j < 8; j++) out.v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale[c].v[j]));
+        for (int j = 0; j < 8; j++) {
+            const float value = to_float(v[c].v[j]) * inverse * (offset + to_float(scale[c].v[j]));
+            out.v[j] = from_float<Y>(a != nullptr ? residual[c].v[j] + value : value);
+        }
         store_row<8>(y, at, d, vectorized, out);
     }
 }
 
 template <typename T, int CHUNKS>
 __global__ void __launch_bounds__(1024)
-    layer_norm(const f32* x, const T* __restrict__ w, const T* __restrict__ b, T* y, int d, f32 eps) {
+    rms_norm(const f32* x, const T* __restrict__ w, T* y, int d, f32 eps, f32 offset) {
+    launch_dependents();
+    x += i64(blockIdx.x) * d;
+    y += i64(blockIdx.x) * d;
+    const f32* a = nullptr;
+    normalise<CHUNKS>(x, w, a, y, d, eps, offset, d % 8 == 0 && aligned(x, w, y), [] { pdl_wait(); });
+}
+
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(1024)
+    rms_norm_add(const f32* x, const T* __restrict__ w, const f32* a, f32* y, int d, f32 eps, f32 offset) {
+    launch_dependents();
+    x += i64(blockIdx.x) * d;
+    a += i64(blockIdx.x) * d;
+    y += i64(blockIdx.x) * d;
+    normalise<CHUNKS>(x, w, a, y, d, eps, offset, d % 8 == 0 && aligned(x, w, a, y), [] { pdl_wait(); });
+}
+
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(1024)
+    layer_norm(const f32* x, const T* __restrict__ w, const T* __restrict__ b, T* y, int d, f32 eps, f32 offset) {
     launch_dependents();
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
@@ -73,18 +101,19 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int at = (c * blockDim.x + threadIdx.x) * 8;
-        const Pack<T, 8> scale = load_row<8>(w, at, d, vectorized), shift = load_row<8>(b, at, d, vectorized);
-        Pack<T, 8> out;
+        const Pack<T, 8> scale = load_row<8>(w, at, d, vectorized);
+        Pack<T, 8> shift = {}, out;
+        if (b != nullptr) shift = load_row<8>(b, at, d, vectorized);
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            out.v[j] = from_float<T>(v[c].v[j] * inverse * to_float(scale.v[j]) + to_float(shift.v[j]));
+            out.v[j] = from_float<T>(v[c].v[j] * inverse * (offset + to_float(scale.v[j])) + to_float(shift.v[j]));
         store_row<8>(y, at, d, vectorized, out);
     }
 }
 
 template <typename T, int CHUNKS>
 __global__ void qk_norm(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
-                        T* __restrict__ y, int n, int num_heads, int num_kv_heads, int D, f32 eps) {
+                        T* __restrict__ y, int n, int num_heads, int num_kv_heads, int D, f32 eps, f32 offset) {
     const int lane = threadIdx.x % WARP;
     const i64 index = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;  // of the head, over all tokens
     if (index >= i64(n) * (num_heads + 2 * num_kv_heads)) return;                  // a whole warp
@@ -108,8 +137,29 @@ __global__ void qk_norm(const T* __restrict__ x, const T* __restrict__ q_norm, c
         if (w != nullptr) {
             const Pack<T, 8> scale = load_row<8>(w, at, D, vectorized);
 #pragma unroll
-            for (int j = 0; j < 8; j++) v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse * to_float(scale.v[j]));
+            for (int j = 0; j < 8; j++)
+                v[c].v[j] = from_float<T>(to_float(v[c].v[j]) * inverse * (offset + to_float(scale.v[j])));
         }
         store_row<8>(y, at, D, vectorized, v[c]);
     }
+}
+
+// blockIdx.y: queries, keys, values.
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(1024)
+    qk_norm_wide(const T* x, const T* __restrict__ q_norm, const T* __restrict__ k_norm, T* y, int num_heads,
+                 int num_kv_heads, int D, f32 eps, f32 offset) {
+    launch_dependents();
+    const int part = blockIdx.y, queries = num_heads * D, keys = num_kv_heads * D, d = part == 0 ? queries : keys;
+    const i64 from = i64(blockIdx.x) * (queries + 2 * keys) + (part == 0 ? 0 : queries + (part - 1) * keys);
+    const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, y);
+    const auto wait = [] { pdl_wait(); };
+    if (part == 2) {
+        wait();
+        for (int at = threadIdx.x * 8; at < d; at += blockDim.x * 8)
+            store_row<8>(y + from, at, d, vectorized, load_row<8>(x + from, at, d, vectorized));
+        return;
+    }
+    const f32* a = nullptr;
+    normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, a, y + from, d, eps, offset, vectorized, wait);
 }

@@ -1,12 +1,15 @@
-// With s = 1 / sqrt(mean(x^2) + eps), c = x s and g = dy w, over a row:
+// With s = 1 / sqrt(mean(x^2) + eps), c = x s and g = dy (offset + w), over a row:
 // rms_norm_backward    dx[n,d] = s (g - c mean(g c)) + a;   dw[d] += sum over rows of dy c
 //
-// With z = x - mean(x), s = 1 / sqrt(mean(z^2) + eps), c = z s and g = dy w:
+// With z = x - mean(x), s = 1 / sqrt(mean(z^2) + eps), c = z s and g = dy (offset + w):
 // layer_norm_backward  dx[n,d] = s (g - mean(g) - c mean(g c)) + a;   dw[d] += sum of dy c;   db[d] += sum of dy
 //                      x, a, dx[n,d]: f32, a may be absent: 0;   w[d], dy[n,d]: T;   dw, db[d]: f32
 //
 // qk_norm_backward     rms_norm_backward of each query head (w = q_norm) and key head (k_norm), D elements of a row;
 //                      value heads: dx = dy      x, dy, dx[n,(num_heads+2*num_kv_heads)*D]: T, dq_norm, dk_norm[D]: f32
+//
+// qk_norm_wide_backward  the same for all query heads of a row together, and for all its key heads
+//                      q_norm, dq_norm[num_heads*D], k_norm, dk_norm[num_kv_heads*D]
 //
 // Mapping: a block takes a row, then the row gridDim.x further on, and so on. A thread holds HELD times 8 elements of x, a,
 // dy, w and of the sums for dw and db: memory is read once, and a block has one row of sums however many rows it took. It
@@ -45,16 +48,18 @@ struct Piece {
     Pack<T, 8> dy, w;
 
     // The element of g.
-    __device__ __forceinline__ float g(int j) const { return to_float(dy.v[j]) * to_float(w.v[j]); }
+    __device__ __forceinline__ float g(int j, f32 offset) const {
+        return to_float(dy.v[j]) * (offset + to_float(w.v[j]));
+    }
     // Adds up x and g, for their means.
-    __device__ __forceinline__ void add_to(float2& sums) const {
+    __device__ __forceinline__ void add_to(float2& sums, f32 offset) const {
 #pragma unroll
-        for (int j = 0; j < 8; j++) sums.x += x.v[j], sums.y += g(j);
+        for (int j = 0; j < 8; j++) sums.x += x.v[j], sums.y += g(j, offset);
     }
     // Adds up x^2 and g x.
-    __device__ __forceinline__ void add_products_to(float2& sums) const {
+    __device__ __forceinline__ void add_products_to(float2& sums, f32 offset) const {
 #pragma unroll
-        for (int j = 0; j < 8; j++) sums.x += x.v[j] * x.v[j], sums.y += g(j) * x.v[j];
+        for (int j = 0; j < 8; j++) sums.x += x.v[j] * x.v[j], sums.y += g(j, offset) * x.v[j];
     }
     // Takes the mean off x, but not off the zeros behind the row. at: where the piece begins.
     __device__ __forceinline__ void centre(float mean, int at, int d) {
@@ -63,17 +68,17 @@ struct Piece {
     }
 };
 
-// The arrays of a call, and this block's rows of sums.
-template <typename T>
+// The arrays of a call, whose rows of d elements begin every `stride` elements, and this block's rows of sums.
+template <typename T, typename X>
 struct Arrays {
-    const f32* __restrict__ x;
+    const X* __restrict__ x;
     const T* __restrict__ w;
     const T* __restrict__ dy;
     const f32* __restrict__ a;
-    f32* __restrict__ dx;
+    X* __restrict__ dx;
     f32* dw;
     f32* db;
-    int d;
+    int d, stride;
     bool vectorized;
 
     static __device__ __forceinline__ int at(int chunk) { return (chunk * blockDim.x + threadIdx.x) * 8; }
@@ -81,12 +86,18 @@ struct Arrays {
     __device__ __forceinline__ Pack<E, 8> load(const E* row, int chunk) const {
         return load_row<8>(row, at(chunk), d, vectorized);
     }
-    __device__ __forceinline__ void store(f32* row, int chunk, const Pack<f32, 8>& y) const {
-        store_row<8>(row, at(chunk), d, vectorized, y);
+    template <typename E>
+    __device__ __forceinline__ void store(E* row, int chunk, const Pack<f32, 8>& y) const {
+        Pack<E, 8> rounded;
+#pragma unroll
+        for (int j = 0; j < 8; j++) rounded.v[j] = from_float<E>(y.v[j]);
+        store_row<8>(row, at(chunk), d, vectorized, rounded);
     }
     // A piece of the row that begins at `start`, but for w.
     __device__ __forceinline__ void load_piece(Piece<T>& piece, i64 start, int chunk) const {
-        piece.x = load(x + start, chunk);
+        const Pack<X, 8> number = load(x + start, chunk);
+#pragma unroll
+        for (int j = 0; j < 8; j++) piece.x.v[j] = to_float(number.v[j]);
         piece.dy = load(dy + start, chunk);
         piece.a = a == nullptr ? Pack<f32, 8>{} : load(a + start, chunk);
     }
@@ -108,8 +119,8 @@ struct Arrays {
 };
 
 // HELD: pieces of a row that a thread holds; 0: none, it reads the row again for each pass.
-template <bool CENTRED, typename T, int HELD>
-__device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
+template <bool CENTRED, int HELD, typename T, typename X>
+__device__ __forceinline__ void backward(const Arrays<T, X>& to, int n, f32 eps, f32 offset) {
     constexpr int PIECES = HELD > 0 ? HELD : 1;
     const int chunks = HELD > 0 ? HELD : (to.d + 8 * blockDim.x - 1) / (8 * blockDim.x);
     Piece<T> pieces[PIECES];
@@ -117,13 +128,13 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
     int turn = 0;
     for (int c = 0; c < HELD; c++) pieces[c].w = to.load(to.w, c);
     for (int row = blockIdx.x; row < n; row += gridDim.x) {
-        const i64 start = i64(row) * to.d;
+        const i64 start = i64(row) * to.stride;
         float2 means = {0.f, 0.f}, products = {0.f, 0.f};
 #pragma unroll
         for (int c = 0; c < HELD; c++) to.load_piece(pieces[c], start, c);
         if constexpr (CENTRED) {
 #pragma unroll PIECES
-            for (int c = 0; c < chunks; c++) to.template piece_of<HELD>(pieces, start, c).add_to(means);
+            for (int c = 0; c < chunks; c++) to.template piece_of<HELD>(pieces, start, c).add_to(means, offset);
             means = block_sums(means, turn);
             means = {means.x / to.d, means.y / to.d};
             turn ^= 1;
@@ -132,7 +143,7 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
         for (int c = 0; c < chunks; c++) {
             Piece<T>& piece = to.template piece_of<HELD>(pieces, start, c);
             if (CENTRED) piece.centre(means.x, to.at(c), to.d);
-            piece.add_products_to(products);
+            piece.add_products_to(products, offset);
         }
         products = block_sums(products, turn);
         turn ^= 1;
@@ -147,7 +158,7 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
             for (int j = 0; j < 8; j++) {
                 to_db.v[j] = to_float(piece.dy.v[j]);
                 to_dw.v[j] = to_db.v[j] * (piece.x.v[j] * inverse);
-                dx.v[j] = piece.a.v[j] + inverse * (piece.g(j) - means.y - piece.x.v[j] * factor);
+                dx.v[j] = piece.a.v[j] + inverse * (piece.g(j, offset) - means.y - piece.x.v[j] * factor);
                 if (HELD > 0) dw[c].v[j] += to_dw.v[j], db[c].v[j] += to_db.v[j];
             }
             to.store(to.dx + start, c, dx);
@@ -165,22 +176,47 @@ __device__ __forceinline__ void backward(const Arrays<T>& to, int n, f32 eps) {
 template <typename T, int HELD>
 __global__ void __launch_bounds__(512)
     rms_norm_backward(const f32* __restrict__ x, const T* __restrict__ w, const T* __restrict__ dy,
-                      const f32* __restrict__ a, f32* __restrict__ dx, f32* __restrict__ partial, int n, int d,
-                      f32 eps) {
+                      const f32* __restrict__ a, f32* __restrict__ dx, f32* __restrict__ partial, int n, int d, f32 eps,
+                      f32 offset) {
     launch_dependents();
     const bool vectorized = d % 8 == 0 && aligned(x, w, dy, a, dx, partial);
-    backward<false, T, HELD>({x, w, dy, a, dx, partial + i64(blockIdx.x) * d, nullptr, d, vectorized}, n, eps);
+    backward<false, HELD, T, f32>({x, w, dy, a, dx, partial + i64(blockIdx.x) * d, nullptr, d, d, vectorized}, n, eps,
+                                  offset);
 }
 
 template <typename T, int HELD>
 __global__ void __launch_bounds__(512)
     layer_norm_backward(const f32* __restrict__ x, const T* __restrict__ w, const T* __restrict__ dy,
                         const f32* __restrict__ a, f32* __restrict__ dx, f32* __restrict__ partial, int n, int d,
-                        f32 eps) {
+                        f32 eps, f32 offset) {
     launch_dependents();
     const bool vectorized = d % 8 == 0 && aligned(x, w, dy, a, dx, partial);
     f32 *dw = partial + i64(blockIdx.x) * d, *db = dw + i64(gridDim.x) * d;
-    backward<true, T, HELD>({x, w, dy, a, dx, dw, db, d, vectorized}, n, eps);
+    backward<true, HELD, T, f32>({x, w, dy, a, dx, dw, db, d, d, vectorized}, n, eps, offset);
+}
+
+// blockIdx.y: queries, keys, values.
+template <typename T, int HELD>
+__global__ void __launch_bounds__(512)
+    qk_norm_wide_backward(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
+                          const T* __restrict__ dy, T* __restrict__ dx, f32* __restrict__ partial, int n, int num_heads,
+                          int num_kv_heads, int D, f32 eps, f32 offset) {
+    launch_dependents();
+    const int part = blockIdx.y, queries = num_heads * D, keys = num_kv_heads * D, stride = queries + 2 * keys;
+    const int d = part == 0 ? queries : keys;
+    const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, dy, dx, partial);
+    const i64 from = part == 0 ? 0 : queries + (part - 1) * keys;
+    x += from, dy += from, dx += from;
+    if (part == 2) {
+        for (int row = blockIdx.x; row < n; row += gridDim.x)
+            for (int at = threadIdx.x * 8; at < d; at += blockDim.x * 8)
+                store_row<8>(dx + i64(row) * stride, at, d, vectorized,
+                             load_row<8>(dy + i64(row) * stride, at, d, vectorized));
+        return;
+    }
+    f32* sums = partial + (part == 0 ? 0 : i64(gridDim.x) * queries) + i64(blockIdx.x) * d;
+    const T* w = part == 0 ? q_norm : k_norm;
+    backward<false, HELD, T, T>({x, w, dy, nullptr, dx, sums, nullptr, d, stride, vectorized}, n, eps, offset);
 }
 
 // ---- heads ----------------------------------------------------------------------------------------------------------
@@ -223,7 +259,7 @@ template <typename T, int LANES, int CHUNKS>
 __global__ void __launch_bounds__(QK_THREADS)
     qk_norm_backward(const T* __restrict__ x, const T* __restrict__ q_norm, const T* __restrict__ k_norm,
                      const T* __restrict__ dy, T* __restrict__ dx, f32* __restrict__ partial, int n, int num_heads,
-                     int num_kv_heads, int D, f32 eps) {
+                     int num_kv_heads, int D, f32 eps, f32 offset) {
     launch_dependents();
     constexpr int GROUPS = QK_THREADS / LANES;
     const bool vectorized = D % 8 == 0 && aligned(x, q_norm, k_norm, dy, dx);
@@ -246,7 +282,7 @@ __global__ void __launch_bounds__(QK_THREADS)
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 squares += to_float(v[c].v[j]) * to_float(v[c].v[j]);
-                along += to_float(g[c].v[j]) * to_float(w.v[j]) * to_float(v[c].v[j]);
+                along += to_float(g[c].v[j]) * (offset + to_float(w.v[j])) * to_float(v[c].v[j]);
             }
         }
         const float inverse = 1.f / sqrtf(head_sum<LANES>(squares) / D + eps);
@@ -261,7 +297,8 @@ __global__ void __launch_bounds__(QK_THREADS)
                 const float to_sum = gradient * (number * inverse);  // 0 for value heads, whose x is not read
                 dq[c].v[j] += is_q ? to_sum : 0.f;
                 dk[c].v[j] += is_q ? 0.f : to_sum;
-                if (!is_v) g[c].v[j] = from_float<T>(inverse * (gradient * to_float(w.v[j]) - number * factor));
+                if (!is_v)
+                    g[c].v[j] = from_float<T>(inverse * (gradient * (offset + to_float(w.v[j])) - number * factor));
             }
             store_row<8>(dx + index * D, at, there, vectorized, g[c]);
         }
@@ -307,4 +344,15 @@ __global__ void __launch_bounds__(1024)
     qk_norm_backward_sums(const f32* partial, f32* dq_norm, f32* dk_norm, int blocks, int D) {
     pdl_wait();
     add_rows(partial + i64(blockIdx.y) * blocks * D, blockIdx.y == 0 ? dq_norm : dk_norm, blocks, D);
+}
+
+// blockIdx.y: dq_norm, dk_norm.
+__global__ void __launch_bounds__(1024) qk_norm_wide_backward_sums(const f32* partial, f32* dq_norm, f32* dk_norm,
+                                                                   int blocks, int num_heads, int num_kv_heads, int D) {
+    pdl_wait();
+    const int queries = num_heads * D;
+    if (blockIdx.y == 0)
+        add_rows(partial, dq_norm, blocks, queries);
+    else
+        add_rows(partial + i64(blocks) * queries, dk_norm, blocks, num_kv_heads * D);
 }

@@ -2,10 +2,12 @@
 // scale        y[n,d] = factor * x[n,d]       all f32
 // select_rows  y[r,d] = x[rows[r]]            x[n,d], y: U, rows: i32
 // cast         y[n,d] = x[n,d]                x: f32, y: U
+// cast_backward
+//              dx[n,d] = dy[n,d] + a[n,d]     dy: T, a, dx: f32; without a: dx = dy
 // slice_rows   y[r,d] = x[first+r]            x[n,d], y: T
 // place_rows   y[first+r] = x[r,d]            x, y[n,d]: T; the other rows of y stay
 //
-// Mapping: 16 bytes per thread and access; cast: 8 elements. select_rows: blockIdx.x is the row of y, blockIdx.y and the
+// Mapping: 16 bytes per thread and access; cast and its gradient: 8 elements. select_rows: blockIdx.x is the row of y, blockIdx.y and the
 // threads share its columns. For the others an array is one long row, over which the grid strides: rows that are
 // neighbours lie one behind the other. Sizes or addresses that forbid 16-byte accesses go element by element.
 //
@@ -56,6 +58,20 @@ __global__ void cast(const f32* __restrict__ x, U* __restrict__ y, int n, int d)
 #pragma unroll
         for (int j = 0; j < 8; j++) to.v[j] = from_float<U>(from.v[j]);
         store_row<8>(y, i, size, vectorized, to);
+    }
+}
+
+template <typename T>
+__global__ void cast_backward(const T* __restrict__ dy, const f32* __restrict__ a, f32* __restrict__ dx, int n, int d) {
+    const i64 size = i64(n) * d;
+    const bool vectorized = aligned(dy, a, dx);
+    for (i64 i = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < size; i += i64(gridDim.x) * blockDim.x * 8) {
+        const Pack<T, 8> from = load_row<8>(dy, i, size, vectorized);
+        Pack<f32, 8> to;
+        if (a != nullptr) to = load_row<8>(a, i, size, vectorized);
+#pragma unroll
+        for (int j = 0; j < 8; j++) to.v[j] = to_float(from.v[j]) + (a != nullptr ? to.v[j] : 0.f);
+        store_row<8>(dx, i, size, vectorized, to);
     }
 }
 

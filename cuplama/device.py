@@ -133,7 +133,7 @@ def check_head_dim(config: ModelConfig) -> None:
     """Raise DeviceError for a head_dim that is not in the CUDA kernels."""
     if config.head_dim not in HEAD_DIMS:
         raise DeviceError(
-            f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to {HEAD_DIMS[-1]};"
+            f"head_dim = {config.head_dim}: the CUDA kernels take multiples of 8 up to 256, and of 16 up to 512;"
             " --device numpy takes any"
         )
 

@@ -32,8 +32,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_KERNEL, "i64(work.number + t) * num_heads + head;", "i64(work.number + t) * num_heads;"),
     # steps
     (_KERNEL, "lse, at + i * 64, work.window", "lse, at, work.window"),
-    (_KERNEL, "work.window, factor);", "work.window, 1.f);"),
-    (_KERNEL, "keys.differ(ds, score[i], dp, lse + M);", "keys.differ(ds, score[i], dp, lse);"),
+    (_KERNEL, "work.window, scaling);", "work.window, Scaling<T, CAPPED>(1.f, 1.f));"),
+    (_KERNEL, "keys.differ(ds, score[i], dp, lse, scaling);", "keys.differ(ds, score[i], dp, lse - M, scaling);"),
     (_KERNEL, "keys.add_rows(keys.dv, p,", "keys.add_rows(keys.dv, ds,"),
     (_KERNEL, "if (i + 1 < PARTS) keys.add_rows", "if (i < PARTS) keys.add_rows"),
     (_KERNEL, "multiply_queries(next);", "multiply_queries(stage);"),
@@ -43,7 +43,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_KERNEL, "values + i64(row) * width + vector * 8, row < left);", "keys + i64(row) * width, row < left);"),
     (_KERNEL, "keys.dv, 1.f, dx", "keys.dv, scale, dx"),
     (_KERNEL, "keys.dk, scale, dx", "keys.dk, 1.f, dx"),
-    (_KERNEL, "group, scale * LOG2_E);", "group, scale);"),
+    (_KERNEL, "group, Scaling<T, CAPPED>(scale, softcap));", "group, Scaling<T, CAPPED>(1.f, softcap));"),
     # convert_dq
     (_KERNEL, "if (threadIdx.x == 0) turns[tile] = 0;", ""),
     (_KERNEL, "if (threadIdx.x == 0) turns[tile] = 0;", "if (threadIdx.x == 0 && head == 0) turns[tile] = 0;"),

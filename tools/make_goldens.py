@@ -20,7 +20,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tools.goldens.cases import CASES, Case
+from tools.goldens.case import Case
+from tools.goldens.cases import CASES
 from tools.goldens.model import NEW_TOKENS, greedy, load, logits_of, randomize
 from tools.goldens.removals import removals
 from tools.goldens.spellings import write_char_tokenizer, write_configs, write_json

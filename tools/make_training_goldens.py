@@ -26,7 +26,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tools.goldens.cases import Case
+from tools.goldens.case import Case
 from tools.goldens.model import load, randomize
 from tools.goldens.spellings import write_configs, write_json
 from tools.goldens.training import ADAMW, CASES, ROWS, STEPS, TOKENS

@@ -67,7 +67,7 @@ def facts(
         device = {name: w.device_bytes(T) for name, w in weights.items()}
         packed = {name: w.shape for name, w in weights.items() if w.packed}
     else:
-        tied = bool(config.tied)
+        tied = config.head_is_tied
         shapes = config.weight_shapes()
         formats, packed = dict.fromkeys(shapes, (PLAIN[config.stored],)), {}
         memory = device = {name: math.prod(shape) * T.itemsize for name, shape in shapes.items()}

@@ -71,7 +71,8 @@ class Calibration:
         rotations = RotationTables(config.ropes, longest)
         self._tables = {name: backend.upload(table) for name, table in rotations.arrays.items()}
         self._passes = [self._batch(samples[i : i + each], rotations) for i in range(0, len(samples), each)]
-        self._embed, self._layers = _cut(decoder(config))
+        graph = decoder(config)
+        self._streams, ((self._embed,), *self._layers) = graph.streams, _cut(graph)
         self.x = _array((sum(map(len, samples)), config.hidden_size), spill)
 
     def _batch(self, samples: Sequence[Sequence[int]], rotations: RotationTables) -> Batch:
@@ -85,8 +86,7 @@ class Calibration:
 
     def embed(self, weights: Mapping[str, Array]) -> None:
         """Fill the residual stream with the embeddings of the samples. weights: on the device, by canonical name."""
-        (out,) = self._embed[0].outs
-        for rows, found in self._run(self._embed, out, weights):
+        for rows, found in self._run(self._embed, "", self._streams[0], weights):
             self.x[rows] = self.backend.download(found)
 
     def hessian(self, layer: int, weight: str, weights: Mapping[str, Array]) -> Matrix:
@@ -97,7 +97,7 @@ class Calibration:
         nodes = next(n for n in self._layers[layer] if n[-1].op == "linear" and n[-1].ins[1] == weight)
         given, backend = nodes[-1].ins[0], self.backend
         total: Array | None = None
-        for _, x in self._run(nodes, given, weights):
+        for _, x in self._run(nodes, self._streams[layer], given, weights):
             columns = backend.transpose(x)
             (product,) = backend.call(OPS["linear"], (columns, columns), {"U": "f32"})
             total = product if total is None else backend.call(OPS["add"], (total, product), {})[0]
@@ -109,39 +109,40 @@ class Calibration:
 
     def advance(self, layer: int, weights: Mapping[str, Array]) -> None:
         """Run the layer: the residual stream becomes that behind it. weights: as of ``hessian``."""
-        nodes = self._layers[layer][-1]
-        for rows, out in self._run(nodes, nodes[-1].outs[0], weights):
+        before, behind = self._streams[layer : layer + 2]
+        for rows, out in self._run(self._layers[layer][-1], before, behind, weights):
             self.x[rows] = self.backend.download(out)
 
-    def _run(self, nodes: Sequence[Node], wanted: str, weights: Mapping[str, Array]) -> Iterator[tuple[slice, Array]]:
-        """Run nodes of a layer over all samples: the rows of each pass, and the value that is wanted of it."""
+    def _run(
+        self, nodes: Sequence[Node], x: str, wanted: str, weights: Mapping[str, Array]
+    ) -> Iterator[tuple[slice, Array]]:
+        """Run nodes over all samples: the rows of each pass, and the value that is wanted of it. x: the name of the
+        residual stream, or "" for nodes that do not read it."""
         (layer,) = {name.partition(".cache.")[0] for node in nodes for name in node.ins if ".cache." in name} or {""}
         cache = {f"{layer}.cache.{part}": self._cache.arrays[f"0.cache.{part}"] for part in "kv"}
-        x = next(name for node in nodes for name in node.ins)  # the first node of a layer, its norm, reads the stream
         at = 0
         for batch in self._passes:
             rows = slice(at, at + batch.rows)
             inputs = InputBuffer(self.backend, {**batch.arrays, **batch.tables}).device
-            stream = {} if x in inputs else {x: self.backend.upload(self.x[rows])}
+            stream = {x: self.backend.upload(self.x[rows])} if x else {}
             values = {**weights, **cache, **self._tables, **inputs, **stream}
             yield rows, self.backend.run(nodes, values, (wanted,))[wanted]
             at += batch.rows
 
 
-def _cut(graph: Graph) -> tuple[list[Node], list[list[list[Node]]]]:
-    """The node that embeds, and of each layer its nodes up to each linear one, and all of them.
+def _cut(graph: Graph) -> list[list[list[Node]]]:
+    """Of what embeds, and of each layer, the nodes up to each linear one, and all of them.
 
-    A layer ends with the second sum that is added to the stream. Backends keep what they plan for a list.
+    Backends keep what they plan for a list.
     """
-    first, *rest = graph.body
-    layers: list[list[list[Node]]] = []
+    parts: list[list[list[Node]]] = []
     begin = 0
-    sums = [i for i, node in enumerate(rest) if node.op == "add"]
-    for end in sums[1::2]:
-        nodes = rest[begin : end + 1]
-        layers.append([nodes[: i + 1] for i, node in enumerate(nodes) if node.op == "linear"] + [nodes])
-        begin = end + 1
-    return [first], layers
+    for stream in graph.streams:
+        end = next(i for i, node in enumerate(graph.body) if stream in node.outs) + 1
+        nodes = list(graph.body[begin:end])
+        parts.append([nodes[: i + 1] for i, node in enumerate(nodes) if node.op == "linear"] + [nodes])
+        begin = end
+    return parts
 
 
 def _array(shape: tuple[int, int], spill: Path) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,18 @@ Progress = Callable[[int, int], None]  # (layers that are done, layers in all)
 
 @dataclass(frozen=True)
 class _Term:
-    """What is added to a tensor: scale B A, or its transpose. a: float32 [r, k]; b: float32 [rows, r]."""
+    """What is added to a tensor: scale B A, as ``stored`` lays it in files. a: float32 [r, k]; b: float32 [rows, r]."""
 
     a: np.ndarray[Any, Any]
     b: np.ndarray[Any, Any]
     scale: float
-    transposed: bool
+    stored: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
     def added_to(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The sum, in the array's dtype."""
         found = self.b @ self.a
         found *= np.float32(self.scale)
-        found = found.T if self.transposed else found
+        found = self.stored(found)
         found += upcast(array)
         return np.asarray(narrow(found, array.dtype))
 
@@ -91,7 +92,8 @@ def _terms(source: Source, config: ModelConfig, weights: Mapping[str, Weight]) -
         row, turned = 0, recipes[name].transposed
         for i, tensor in enumerate(source.names[name]):
             rows = source.tensors[tensor].shape[1 if turned else 0]
-            term = _Term(a[i * added.rank : (i + 1) * added.rank], b[row : row + rows], added.scale, turned)
+            ab = a[i * added.rank : (i + 1) * added.rank], b[row : row + rows]
+            term = _Term(*ab, added.scale, partial(recipes[name].stored, dims=config.dims()))
             row += rows
             if term.b.any():  # zeros where the part is not adapted
                 found[tensor] = term

@@ -81,18 +81,19 @@ class Source:
             for name, weight in weights.items()
         }
         tensors: dict[str, np.ndarray[Any, Any]] = {}
-        recipes = config.recipes()
+        recipes, dims = config.recipes(), config.dims()
         for name, weight in weights.items():
-            plain = [p.T if recipes[name].transposed else p for p in weight.parts if not isinstance(p, Stored)]
+            plain = [recipes[name].stored(p, dims) for p in weight.parts if not isinstance(p, Stored)]
             tensors |= dict(zip(names[name], plain, strict=True))
         return cls(folder, config, weights, linear, tensors, names)
 
     def check_described(self) -> None:
         """Raises ConfigError for a model whose matrices compressed-tensors cannot describe."""
-        if any(self.config.recipes()[name].transposed for name in self.linear):
+        recipes = self.config.recipes()
+        if any(recipes[name].transposed or recipes[name].by_head for name in self.linear):
             raise ConfigError(
-                f"{self.folder}: {self.config.architecture} stores its matrices transposed, and nothing reads"
-                " compressed-tensors of such; load it with --quantize instead"
+                f"{self.folder}: {self.config.architecture} stores its matrices transposed, or head by head, and"
+                " nothing reads compressed-tensors of such; load it with --quantize instead"
             )
 
     def group(self, grid: Grid, asked: int | None) -> int:

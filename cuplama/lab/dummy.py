@@ -91,8 +91,8 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
             name,
             shape,
             dtype,
-            ("embed_tokens",) if name == "lm_head" and config.tied else (name,),
-            float(name.endswith("norm")),
+            ("embed_tokens",) if name == "lm_head" and config.head_is_tied else (name,),
+            1 - config.family.norm_offset if name.endswith("norm") else 0.0,
         )
         for name, shape in config.weight_shapes().items()
     }

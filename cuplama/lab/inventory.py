@@ -150,14 +150,14 @@ def _outside_calls(device: Device, ops: Sequence[Op]) -> Iterator[tuple[str, Seq
 
 @cache
 def _case_calls(dtype: str) -> Sequence[Call]:
-    """The calls of all ops' own cases."""
+    """The calls of all ops' own cases, without those of sizes that no well-known model has."""
     return _calls_of(list(OPS.values()), dtype)
 
 
 def _calls_of(ops: Sequence[Op], dtype: str) -> Sequence[Call]:
     found = []
     for op in ops:
-        for case in op.cases:
+        for case in filter(op.compiled, op.cases):
             workload = case_workload(op, case, dtype)
             ins = [x if x is None or segments_of(x) is not None else abstract(x.shape, x.dtype) for x in workload.ins]
             found.append(workload.bind(ins))

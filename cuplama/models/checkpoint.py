@@ -122,7 +122,9 @@ def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int])
             raise CheckpointError(
                 f"{found.file}: tensor {found.name} has dtype {found.dtype}; supported: {', '.join(_DTYPES)}"
             )
-        parts.append(found.data if isinstance(found.data, Stored) or not recipe.transposed else found.data.T)
+        if isinstance(found.data, Stored) and recipe.by_head:
+            raise CheckpointError(f"{found.file}: tensor {found.name} is quantised, and its rows lie head by head")
+        parts.append(found.data if isinstance(found.data, Stored) else recipe.canonical(found.data, dims))
         sources.append(tensor_name)
     plain = [p.dtype for p in parts if not isinstance(p, Stored)]
     if len(plain) == len(parts) and len(set(plain)) > 1:

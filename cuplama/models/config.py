@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,12 @@ class ModelConfig:
         return next((name for name, rope in self.ropes.items() if rope == self.layers[layer].rope), None)
 
     @property
+    def head_is_tied(self) -> bool:
+        """Whether head and embedding are one matrix as far as no weights show it: what the config says, or what its
+        family has without saying."""
+        return self.family.tied if self.tied is None else self.tied
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """The window of each layer in tokens, 0 for none."""
         return tuple(layer.window for layer in self.layers)
@@ -158,10 +164,11 @@ class ModelConfig:
             if recipe.when is not None and recipe.when not in self.flags:
                 continue
             for i in range(self.num_layers) if "{i}" in name else (0,):
-                found[name.replace("{i}", str(i))] = Recipe(
-                    tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in recipe.parts),
-                    recipe.transposed,
-                    None if self.tied is False else recipe.otherwise,
+                found[name.replace("{i}", str(i))] = replace(
+                    recipe,
+                    parts=tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in recipe.parts),
+                    otherwise=None if self.tied is False else recipe.otherwise,
+                    when=None,
                 )
         return found
 

@@ -75,9 +75,9 @@ class ConfigReader:
             self.refuse("architectures", ", ".join([*FAMILIES, *(name for w in wrappers.values() for name in w)]))
         if (model_type or family.model_type) != family.model_type:
             self.refuse("model_type", f"{family.model_type} for {names[0]}")
-        if _OTHER_MODELS.search(names[0]):
+        if names[0] not in FAMILIES and _OTHER_MODELS.search(names[0]):
             self.refuse("architectures", f"{family.architecture} for {family.model_type}")
-        if not names[0].lower().startswith(family.model_type):
+        if names[0] != family.architecture and not names[0].lower().startswith(family.model_type):
             _log.warning("%s: architectures = %r is read as %s, by model_type", self.where, names, family.architecture)
         return names[0], family
 
@@ -157,6 +157,7 @@ class ConfigReader:
         rule = family.windows
         windows = tuple(self.ruled(rule.reads, lambda: rule.rule(self.raw, layers), layers))
         for i, kind in enumerate(types or ()):
+            kind = "full_attention" if kind == "attention" else kind  # its older name, where Mamba layers may be beside
             if kind not in ("full_attention", "sliding_attention"):
                 self.refuse(f"layer_types[{i}]", "full_attention, sliding_attention", kind)
             if (kind == "sliding_attention") != (windows[i] > 0):

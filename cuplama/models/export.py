@@ -31,4 +31,4 @@ def checkpoint_tensors(
             part = arrays[name][at : at + rows]
             at += rows
             if config.adapter is None or config.adapter.stores(tensor):
-                yield tensor, part.T if recipe.transposed else part
+                yield tensor, recipe.stored(part, dims)

@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 __all__ = [
     "GELU",
     "HARMLESS_TENSORS",
     "NO_WINDOW",
     "OFF",
     "ONE_ROTATION",
+    "RELU_SQUARED",
     "REQUIRED",
     "SILU",
     "WINDOW_BY_LAYER",
@@ -26,9 +29,11 @@ __all__ = [
     "Wrapper",
     "fields",
     "one",
+    "window_by_pattern",
     "window_everywhere",
 ]
 
+_Array = np.ndarray[Any, Any]
 REQUIRED = object()  # the default of a field that must be there
 
 
@@ -40,13 +45,32 @@ class Recipe:
     V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads and D (head_dim), as
     the *canonical* weight has them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name
     to try when the first part's is not there, unless the config says that head and embedding are not tied. when: the
-    config flag under which the weight exists.
+    config flag under which the weight exists. by_head: the checkpoint's rows are, for each key head, those of its
+    queries, of itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values.
     """
 
     parts: tuple[tuple[str, str], ...]
     transposed: bool = False
     otherwise: str | None = None
     when: str | None = None
+    by_head: bool = False
+
+    def canonical(self, array: _Array, dims: Mapping[str, int]) -> _Array:
+        """A tensor of the checkpoint as a part of the weight. dims: the sizes by the names above."""
+        array = array[_rows_by_kind(dims)] if self.by_head else array
+        return array.T if self.transposed else array
+
+    def stored(self, array: _Array, dims: Mapping[str, int]) -> _Array:
+        """The way back."""
+        array = array.T if self.transposed else array
+        return array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
+
+
+def _rows_by_kind(dims: Mapping[str, int]) -> np.ndarray[Any, np.dtype[np.int_]]:
+    """For each row of queries, keys and values its place among rows by head."""
+    heads, kv_heads, size = (dims[name] for name in ("num_heads", "num_kv_heads", "D"))
+    rows = np.arange((heads + 2 * kv_heads) * size).reshape(kv_heads, -1, size)
+    return np.concatenate([rows[:, :-2].ravel(), rows[:, -2].ravel(), rows[:, -1].ravel()])
 
 
 def one(shape: str, name: str, **options: Any) -> Recipe:
@@ -54,8 +78,9 @@ def one(shape: str, name: str, **options: Any) -> Recipe:
     return Recipe(((shape, name),), **options)
 
 
-# Tensors that old exporters left in their files and that hold nothing to load.
+# Tensors that files hold and that are nothing to load: leftovers of old exporters, and xIELU's constants.
 HARMLESS_TENSORS = (
+    r"model\.layers\.\d+\.mlp\.act_fn\.(beta|eps)",
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
 )
@@ -71,6 +96,8 @@ GELU = {
     "gelu": "gelu_erf",
     "gelu_python": "gelu_erf",
 }
+
+RELU_SQUARED = {"relu2": "relu_squared"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,28 @@ class Windows:
 def window_everywhere(absent: int | None) -> Windows:
     """``sliding_window`` in every layer. absent: the window of a config that leaves the field out."""
     return Windows(("sliding_window",), lambda raw, layers: [raw.get("sliding_window", absent) or 0] * layers)
+
+
+def window_by_pattern(absent: int | None, period: int) -> Windows:
+    """``sliding_window`` in the layers that ``layer_types`` names; where that is not given, in those that
+    ``sliding_window_pattern`` says: n for all but every n-th, "LLLG" for L again and again, but never the last layer.
+
+    absent, period: what a config that leaves these fields out means.
+    """
+
+    def rule(raw: Mapping[str, Any], layers: int) -> list[int]:
+        window, pattern = raw.get("sliding_window", absent) or 0, raw.get("sliding_window_pattern", period)
+        if not window:
+            return [0] * layers
+        if types := raw.get("layer_types"):
+            local = [kind == "sliding_attention" for kind in types]
+        elif isinstance(pattern, str):
+            local = [pattern[i % len(pattern)] == "L" and i + 1 < layers for i in range(layers)]
+        else:
+            local = [(i + 1) % pattern > 0 for i in range(layers)]
+        return [window * here for here in local]
+
+    return Windows(("sliding_window", "sliding_window_pattern"), rule)
 
 
 def _from_a_layer_on(raw: Mapping[str, Any], layers: int) -> list[int]:

@@ -46,6 +46,7 @@ PREFILL_RULES: tuple[Rule, ...] = (Rule(("linear", "add"), "linear_add"),)
 _EIGHT_BIT: tuple[Rule, ...] = (
     _norm_linear("rms_norm", None),
     Rule(("silu_mul", "linear", "add"), "silu_mul_linear_add"),
+    Rule(("gelu_tanh_mul", "linear", "add"), "gelu_tanh_mul_linear_add"),
 )
 EIGHT_BIT_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *PREFILL_RULES)
 
@@ -64,6 +65,7 @@ EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *BATCH_RULES)
 # fits is taken, so longer patterns stand before shorter ones.
 FEW_ROWS_RULES: tuple[Rule, ...] = (
     _norm_linear("rms_norm", "silu_mul"),
+    _norm_linear("rms_norm", "gelu_tanh_mul"),
     _norm_linear("layer_norm", "gelu_tanh"),
     _norm_linear("layer_norm", "gelu_erf"),
     _norm_linear("rms_norm", None),
@@ -79,8 +81,9 @@ def fuse(nodes: Sequence[Node], rules: Sequence[Rule]) -> list[Node]:
     while at < len(nodes):
         for rule in rules:
             parts = tuple(nodes[at : at + len(rule.parts)])
-            if tuple(p.op for p in parts) == rule.parts and _closed(parts, nodes[at + len(parts) :]):
-                out.append(_fused(rule, parts))
+            fits = tuple(p.op for p in parts) == rule.parts and _closed(parts, nodes[at + len(parts) :])
+            if fits and _complete(fused := _fused(rule, parts)):
+                out.append(fused)
                 at += len(parts)
                 break
         else:
@@ -98,6 +101,20 @@ def _closed(parts: Sequence[Node], rest: Sequence[Node]) -> bool:
     """Whether each part feeds the next, and nothing later needs a value that fusion would hide."""
     chained = all(set(a.outs) & set(b.ins) for a, b in itertools.pairwise(parts))
     return chained and not any(_hidden(parts) & set(node.ins) for node in rest)
+
+
+def _complete(fused: Node) -> bool:
+    """Whether a fused node has all that its op needs, and its op all that the parts are given.
+
+    So a norm without a bias is not fused into an op that needs one, and a part with an optional input or attribute that
+    the fused op does not have stays as it is.
+    """
+    signature, hidden = OPS[fused.op].signature, _hidden(fused.parts)
+    given = dict(itertools.zip_longest((s.name for s in signature.ins), fused.ins, fillvalue=""))
+    read = {name for p in fused.parts for name in p.ins} - hidden - {""}
+    optional = {name for p in fused.parts for name in p.attrs.keys() & OPS[p.op].signature.defaults.keys()}
+    known = {s.name for s in signature.attrs}
+    return all(given[s.name] or s.optional for s in signature.ins) and read <= set(fused.ins) and optional <= known
 
 
 def _inputs(rule: Rule, parts: Sequence[Node]) -> tuple[str, ...]:

@@ -23,6 +23,9 @@ LOGITS = "logits"  # [r, vocab_size] float32
 # An input of attention -> its name where attention is of the last tokens of some sequences, a row for each.
 LAST = {name: f"last.{name}" for name in ("cu_seqlens", "seq_lens", "page_table")}
 
+# The constants of xIELU, whose other two numbers are weights.
+_XIELU = {"beta": 0.5, "eps": -1e-6}
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -43,13 +46,18 @@ class Cut:
 class Graph:
     """A model in two parts. A pass that ends in the middle of a prompt runs the body alone, which fills the cache.
 
-    body: from token ids to the residual stream; out: the name of that, [n, d] float32; head: the last norm and the
-    product with lm_head, from ``HIDDEN`` to ``LOGITS``.
+    body: from token ids to the residual stream; head: the last norm and the product with lm_head, from ``HIDDEN`` to
+    ``LOGITS``; streams: the names of the residual stream, [n, d] float32, before each layer and behind the last.
     """
 
     body: Sequence[Node]
     head: Sequence[Node]
-    out: str
+    streams: Sequence[str]
+
+    @property
+    def out(self) -> str:
+        """The residual stream that the body ends with."""
+        return self.streams[-1]
 
     def selected_rows(self) -> list[Node]:
         """The head on the rows of the body that the input "logit_rows" names."""
@@ -84,23 +92,29 @@ def decoder(config: ModelConfig, cached: bool = True, dropout: float = 0.0) -> G
     left out, drawn by the input "dropout.seed".
     """
     nodes = _Nodes(config, cached, dropout)
-    learned = ("positions",) if "position_table" in nodes.weights else ()
-    tables = ("embed_tokens", *nodes.present("position_table"))
-    x = nodes.dropped(nodes.emit(config.family.embed, "x", "input_ids", *learned, *tables))
+    streams = [nodes.embedding()]
     for i in range(config.num_layers):
-        x = nodes.feed_forward(i, nodes.attention(i, x))
+        streams.append(nodes.layer(i, streams[-1]))
     body = tuple(nodes.found)
     nodes.found.clear()
-    nodes.linear(nodes.norm(HIDDEN, "norm"), "lm_head", U="f32", out=LOGITS)
-    return Graph(body, tuple(nodes.found), x)
+    nodes.logits()
+    return Graph(body, tuple(nodes.found), streams)
 
 
 class _Nodes:
-    """Collects nodes. A method appends the nodes of a part of the model and returns the name of their result."""
+    """Collects nodes. A method appends the nodes of a part of the model and returns the name of their result.
+
+    What a layer adds may be multiplied by the config's residual_scale. The residual stream is kept divided by that, so
+    the sums stay plain: the embedding is divided by it, and a norm of the stream, which is the same for all multiples,
+    has an eps that is divided by its square.
+    """
 
     def __init__(self, config: ModelConfig, cached: bool, dropout: float) -> None:
         self.config, self.weights = config, config.weight_shapes()
         self.cached, self.dropout, self.streams = cached, dropout, itertools.count()
+        offset = config.family.norm_offset
+        self.norms = {"eps": config.eps, **({"offset": offset} if offset else {})}
+        self.heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
         self.found: list[Node] = []
 
     def emit(self, op: str, out: str, *ins: str, **attrs: Any) -> str:
@@ -117,13 +131,12 @@ class _Nodes:
             return x
         return self.emit("dropout", f"{x}.kept", x, "dropout.seed", p=self.dropout, stream=next(self.streams))
 
-    def norm(self, x: str, weight: str) -> str:
-        bias = self.present(f"{weight}.bias")
-        return self.emit(self.config.family.norm, f"{weight}.out", x, weight, *bias, eps=self.config.eps)
+    def scaled(self, x: str, factor: float) -> str:
+        return x if factor == 1 else self.emit("scale", f"{x}.scaled", x, factor=factor)
 
-    def linear(self, x: str, weight: str, U: str, out: str = "") -> str:
+    def linear(self, x: str, weight: str, U: str) -> str:
         """A product with a weight, and with what an adapter adds to it."""
-        added, out, bias = self.config.low_ranks.get(weight), out or f"{weight}.out", self.present(f"{weight}.bias")
+        added, out, bias = self.config.low_ranks.get(weight), f"{weight}.out", self.present(f"{weight}.bias")
         base = self.emit("linear", f"{weight}.base" if added else out, x, weight, *bias, U=U)
         if added is None:
             return base
@@ -131,23 +144,81 @@ class _Nodes:
         ins, attrs = (f"{weight}.lora_b", f"{weight}.lora_part"), {"scale": added.scale, "U": U}
         return self.emit("lora_add", out, base, h, *ins, q=self.weights[f"{weight}.lora_a"][0], **attrs)
 
-    def attention(self, i: int, x: str) -> str:
-        """Layer i's attention, and its sum with x."""
+    # -- from token ids to the residual stream, and from that to logits
+
+    def embedding(self) -> str:
         config = self.config
-        heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
-        h = self.linear(self.norm(x, f"{i}.attn_norm"), f"{i}.qkv_proj", U="T")
-        if f"{i}.q_norm" in self.weights:
-            h = self.emit("qk_norm", f"{i}.normed", h, f"{i}.q_norm", f"{i}.k_norm", **heads, eps=config.eps)
-        if (rope := config.rope_name(i)) is not None:
-            tables = ("rope.rows", f"{rope}.cos", f"{rope}.sin")
-            h = self.emit("rope", f"{i}.rotated", h, *tables, **heads, D=config.head_dim)
-        h = self.attend(i, h)
-        return self.emit("add", f"{i}.x", x, self.dropped(self.linear(h, f"{i}.o_proj", U="f32")))
+        learned = ("positions",) if "position_table" in self.weights else ()
+        tables = ("embed_tokens", *self.present("position_table"))
+        x = self.emit(config.family.embed, "x", "input_ids", *learned, *tables)
+        return self.dropped(self.scaled(x, config.embedding_scale / config.residual_scale))
+
+    def logits(self) -> None:
+        config = self.config
+        x = self.scaled(self.linear(self.read(HIDDEN, "norm"), "lm_head", U="f32"), config.logits_scale)
+        if config.logits_cap:
+            self.emit("softcap", f"{x}.capped", x, cap=config.logits_cap)
+        self.found.append(replace(self.found.pop(), outs=(LOGITS,)))
+
+    # -- a layer
+
+    def layer(self, i: int, x: str) -> str:
+        """Layer i. Its MLP reads the sum of x and attention, or what attention reads where the two are parallel."""
+        parallel = "parallel" in self.config.flags
+        h = self.read(x, f"{i}.attn_norm")
+        y = self.added(x, self.attention(i, h), f"{i}.attn_post_norm", f"{i}.x")
+        if not parallel or f"{i}.mlp_norm" in self.weights:
+            h = self.read(x if parallel else y, f"{i}.mlp_norm")
+        return self.added(y, self.feed_forward(i, h), f"{i}.mlp_post_norm", f"{i + 1}.x0")
+
+    def read(self, x: str, weight: str) -> str:
+        """The residual stream in the model's dtype: normalised, or as it is where the model has no such norm."""
+        config, out = self.config, f"{weight}.out"
+        if weight not in self.weights:
+            return self.emit("cast", out, self.scaled(x, config.residual_scale), U="T")
+        attrs = {**self.norms, "eps": config.eps / config.residual_scale**2}
+        return self.emit(config.family.norm, out, x, weight, *self.present(f"{weight}.bias"), **attrs)
+
+    def added(self, x: str, y: str, weight: str, out: str) -> str:
+        """x and what a sublayer gives, y, which is normalised first where the model has such a norm."""
+        y = self.dropped(y)
+        if weight in self.weights:
+            return self.emit(f"{self.config.family.norm}_add", out, y, weight, x, **self.norms)
+        return self.emit("add", out, x, y)
+
+    def attention(self, i: int, h: str) -> str:
+        """Layer i's attention, of what its norm gives."""
+        config = self.config
+        h = self.linear(h, f"{i}.qkv_proj", U="T")
+        after = "qk_norm_after_rope" in config.flags
+        for part in (self.rotated, self.normed) if after else (self.normed, self.rotated):
+            h = part(i, h)
+        if config.query_temperature:
+            attrs = {"temperature": config.query_temperature, "context": int(config.query_context)}
+            h = self.emit("scale_queries", f"{i}.tempered", h, "positions", **self.heads, **attrs)
+        return self.linear(self.attend(i, h), f"{i}.o_proj", U="f32")
+
+    def normed(self, i: int, h: str) -> str:
+        """Queries and keys normalised, where the model has such norms: each head, or all heads of a row together."""
+        norms = (f"{i}.q_norm", f"{i}.k_norm")
+        if not self.present(*norms):
+            return h
+        op = "qk_norm" if self.weights[norms[0]] == (self.config.head_dim,) else "qk_norm_wide"
+        return self.emit(op, f"{i}.normed", h, *norms, **self.heads, **self.norms)
+
+    def rotated(self, i: int, h: str) -> str:
+        """Queries and keys rotated by their positions, in a layer that does so. All tables have the same rows."""
+        if (rope := self.config.rope_name(i)) is None:
+            return h
+        tables = ("rope.rows", f"{rope}.cos", f"{rope}.sin")
+        return self.emit(self.config.family.rope, f"{i}.rotated", h, *tables, **self.heads, D=self.config.head_dim)
 
     def attend(self, i: int, h: str) -> str:
         """Layer i's attention itself, of rows of queries, keys and values."""
         config, out = self.config, f"{i}.attended"
-        settings = {"num_heads": config.num_heads, "window": config.layers[i].window, "scale": config.head_dim**-0.5}
+        scale, cap = config.attention_scale or config.head_dim**-0.5, config.attention_cap
+        settings: dict[str, Any] = {"num_heads": config.num_heads, "window": config.layers[i].window, "scale": scale}
+        settings |= {"softcap": cap} if cap else {}
         if not self.cached:
             sizes = {"H": config.num_kv_heads, "D": config.head_dim}
             self.found.append(Node("self_attention", (out, f"{i}.lse"), (h, "cu_seqlens"), {**settings, **sizes}))
@@ -156,9 +227,10 @@ class _Nodes:
         self.found.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
         return self.emit("attention", out, h, *cache, "cu_seqlens", "seq_lens", "page_table", **settings)
 
-    def feed_forward(self, i: int, x: str) -> str:
-        """Layer i's MLP, and its sum with x. A gated MLP has its two first matrices stacked in one."""
+    def feed_forward(self, i: int, h: str) -> str:
+        """Layer i's MLP, of what its norm gives. A gated MLP has its two first matrices stacked in one."""
         (up,) = self.present(f"{i}.gate_up_proj", f"{i}.up_proj")
-        h = self.linear(self.norm(x, f"{i}.mlp_norm"), up, U="T")
-        h = self.emit(self.config.activation, f"{i}.act", h)
-        return self.emit("add", f"{i + 1}.x0", x, self.dropped(self.linear(h, f"{i}.down_proj", U="f32")))
+        learned = self.present(f"{i}.act.alpha_p", f"{i}.act.alpha_n")
+        h = self.linear(h, up, U="T")
+        h = self.emit(self.config.activation, f"{i}.act", h, *learned, **(_XIELU if learned else {}))
+        return self.linear(h, f"{i}.down_proj", U="f32")

@@ -87,7 +87,7 @@ class Adapter:
             parts = [(*shape.split(","), module) for shape, module in linear_modules(name, recipes[name])]
             a = tuple((f"{added.rank},{columns}", lora_name(module, "A")) for _, columns, module in parts)
             b = tuple((f"{rows},{added.rank}", lora_name(module, "B")) for rows, _, module in parts)
-            found |= {f"{name}.lora_a": Recipe(a), f"{name}.lora_b": Recipe(b)}
+            found |= {f"{name}.lora_a": Recipe(a), f"{name}.lora_b": Recipe(b, by_head=recipes[name].by_head)}
         return found
 
 

@@ -54,6 +54,27 @@ def _shape(
 
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "gemma-3-4b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
     "gpt2": {
         "architectures": ["GPT2LMHeadModel"],
         "n_embd": 768,

@@ -4,7 +4,8 @@ Angles are float32 products of position and inverse frequency, as transformers c
 
 default: Su et al., arXiv:2104.09864. linear: Chen et al., arXiv:2306.15595. dynamic: "NTK-aware" scaling as
 transformers has it. llama3: the Llama 3.1 release. yarn: Peng et al., arXiv:2309.00071. longrope: Ding et al.,
-arXiv:2402.13753. proportional: Gemma 4, as transformers has it.
+arXiv:2402.13753. proportional: Gemma 4, as transformers has it. ntk_alpha: Hunyuan's, which stretches the base by a
+fixed factor; its files call it dynamic.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ROPE_KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
         ("default", "", ""),
         ("linear", "factor", ""),
         ("dynamic", "factor", ""),
+        ("ntk_alpha", "alpha", "factor beta_fast beta_slow mscale mscale_all_dim"),  # which do nothing beside alpha
         ("llama3", "factor low_freq_factor high_freq_factor", "original_max_position_embeddings"),
         (
             "yarn",
@@ -126,6 +128,10 @@ def _dynamic(rope: Rope, length: Any) -> tuple[_FloatArray, float]:
     return _base(rope, rope.theta * stretch ** (rope.dim / (rope.dim - 2))), 1.0
 
 
+def _ntk_alpha(rope: Rope, length: int) -> tuple[_FloatArray, float]:
+    return _base(rope, rope.theta * rope.settings["alpha"] ** (rope.dim / (rope.dim - 2))), 1.0
+
+
 def _llama3(rope: Rope, length: int) -> tuple[_FloatArray, float]:
     s = rope.settings
     low, high, factor = s["low_freq_factor"], s["high_freq_factor"], s["factor"]
@@ -183,6 +189,7 @@ _TYPES: Mapping[str, Callable[[Rope, int], tuple[_FloatArray, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
+    "ntk_alpha": _ntk_alpha,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

@@ -92,7 +92,7 @@ class _One:
         if partial != 1 and not family.partial_rotary:
             refuse("partial_rotary_factor", f"1 for {family.model_type}", partial)
         dim = int(head_dim * partial)
-        minimum = 4 if kind == "dynamic" else 2  # dynamic's exponent is dim / (dim - 2)
+        minimum = 4 if kind in ("dynamic", "ntk_alpha") else 2  # their exponent is dim / (dim - 2)
         if dim % 2 or dim < minimum:
             refuse("head_dim", f"an even number of rotated elements >= {minimum}", dim)
         original = self._original(settings, context)

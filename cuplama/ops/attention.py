@@ -19,6 +19,7 @@ from ..dtypes import Array, dtype_name, narrow, upcast
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op, case_dtype
 from .signature import OpError
+from .softmax import capped, softmax
 from .team import fill
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "equal_sequences",
     "prefill_launch",
     "random_sequences",
+    "random_sinks",
+    "well_known",
 ]
 
 _QUERIES = 128  # that the reference takes at a time, to bound the memory of the scores
@@ -43,15 +46,19 @@ def _attention(
     cu_seqlens: Array,
     seq_lens: Array,
     page_table: Array,
+    sinks: Array | None = None,
     *,
     num_heads: int,
     window: int,
     scale: float,
+    softcap: float = 0.0,
 ) -> Array:
     _, num_kv_heads, size, d = k.shape
     x = upcast(x)
     y = np.zeros((len(x), num_heads * d), x.dtype)
     x = x[:, : num_heads * d].reshape(len(x), num_kv_heads, -1, d)
+    sink = None if sinks is None else upcast(sinks).reshape(num_kv_heads, -1, 1, 1)
+    attend = partial(_attend, sink=sink, window=window, scale=scale, softcap=softcap)
     for i, length in enumerate(seq_lens.tolist()):
         if not length:
             continue  # a row of a decode step that belongs to no sequence
@@ -63,29 +70,38 @@ def _attention(
         cuts = [slice(at, min(at + _QUERIES, last)) for at in range(first, last, _QUERIES)]
         fill(
             [y[rows] for rows in cuts],
-            [partial(_attend, x[rows], keys, values, length - last + rows.start, window, scale) for rows in cuts],
+            [partial(attend, x[rows], keys, values, length - last + rows.start) for rows in cuts],
             (last - first) * length * num_heads * d,
         )
     return y
 
 
-def _attend(q: Array, keys: Array, values: Array, start: int, window: int, scale: float) -> Array:
-    """The attention of consecutive queries [n, H, heads, D] of one sequence, the first at position ``start``."""
+def _attend(
+    q: Array, keys: Array, values: Array, start: int, *, sink: Array | None, window: int, scale: float, softcap: float
+) -> Array:
+    """The attention of consecutive queries [n, H, heads, D] of one sequence, the first at position ``start``.
+
+    sink: [H, heads, 1, 1] or None.
+    """
     n, num_kv_heads, group, d = q.shape
     position = start + np.arange(n)  # of each query in its sequence
     low = max(0, start - window + 1) if window else 0
     high = start + n
     scores = q.transpose(1, 2, 0, 3).reshape(num_kv_heads, -1, d) @ keys[:, low:high].transpose(0, 2, 1)
-    scores = scores.reshape(num_kv_heads, group, n, high - low) * q.dtype.type(scale)
+    scores = capped(scores.reshape(num_kv_heads, group, n, high - low) * q.dtype.type(scale), softcap)
     if n > 1:  # a single query sees every key in [low, high)
         distance = position[:, None] - np.arange(low, high)
         hidden = (distance < 0) | (distance >= window) if window else distance < 0
         scores += np.where(hidden, -np.inf, 0).astype(q.dtype)
-    scores -= scores.max(-1, keepdims=True)
-    np.exp(scores, out=scores)
+    _, total = softmax(scores, sink)
     out = scores.reshape(num_kv_heads, -1, high - low) @ values[:, low:high]
-    out = out.reshape(num_kv_heads, group, n, d) / scores.sum(-1)[..., None]
+    out = out.reshape(num_kv_heads, group, n, d) / total
     return out.transpose(2, 0, 1, 3).reshape(n, -1)
+
+
+def random_sinks(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> Array:
+    """Sinks [num_heads] that weigh about as much as some fifty keys, so that a result shows whether they are there."""
+    return narrow((4 + rng.standard_normal(case["num_heads"])).astype(np.float32), T)
 
 
 def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, Any]:
@@ -110,6 +126,7 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
         array.swapaxes(1, 2)[unused] = np.nan
     return {
         **cache,
+        "sinks": random_sinks(rng, case, T),
         "cu_seqlens": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
         "seq_lens": seq_lens.astype(np.int32),
         "page_table": page_table,
@@ -117,14 +134,15 @@ def _inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dict[str, 
 
 
 def attention_case(
-    num_heads: int, H: int, D: int, new: list[int], seq_lens: list[int], window: int = 0, S: int = 16, C: str = "T"
-) -> dict[str, Any]:
+    num_heads: int, H: int, D: int, new: list[int], seq_lens: list[int], window: int = 0, S: int = 16, C: str = "T",
+    softcap: float = 0.0, sinks: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """A case with sequences of ``seq_lens`` tokens, the last ``new`` of each new, on pages of ``S`` tokens. C: what the
     cache holds, "T" or "e4m3"."""
     need = [-(-length // S) for length in seq_lens]
     return dict(
         n=sum(new), b=len(new), num_heads=num_heads, H=H, D=D, new=new, seq_lens=seq_lens, window=window, S=S,
-        P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5, C=C,
+        P=sum(need) + 1, M=max(need) + 1, scale=D**-0.5, C=C, softcap=softcap, sinks=sinks,
     )  # fmt: skip
 
 
@@ -140,11 +158,25 @@ def equal_sequences(s: Mapping[str, Any]) -> dict[str, Any]:
 
 def random_sequences(draw: Draw) -> dict[str, Any]:
     """A random case: up to three sequences, each with one or two new tokens or with many."""
-    H, D = draw(1, 4), 8 * draw(1, 32)
+    H, D = draw(1, 4), 8 * draw(1, 32) if draw(0, 3) else 16 * draw(17, 30)
     new = [draw(1, 2) if draw(0, 1) else draw(1, 70) for _ in range(draw(1, 3))]
     seq_lens = [n + draw(0, 90) for n in new]
     window, S, C = draw(0, 1) * draw(1, 60), 8 * draw(1, 8), "e4m3" if draw(0, 1) else "T"
-    return attention_case(H * draw(1, 5), H, D, new, seq_lens, window, S, C)
+    group, softcap, sinks = draw(1, 5), draw(0, 1) * 0.25 * draw(1, 9), bool(draw(0, 1))
+    return attention_case(H * group, H, D, new, seq_lens, window, S, C, softcap, sinks)
+
+
+_PAGE = 64  # tokens of a page, as the engine has them
+
+
+def well_known(case: Mapping[str, Any]) -> bool:
+    """Whether published models have such a case: ``Op.compiled`` of attention's ops.
+
+    Head sizes as in Llama 3.2 and gpt-oss, Phi-2, Phi-3, Llama 3 and Qwen 3, Gemma, Gemma 4. No model has soft limits
+    and sinks, and e4m3 caches come with the known models, in each one's own dtype.
+    """
+    odd = (case["softcap"] and case["sinks"]) or case.get("C") == "e4m3" or case.get("S", _PAGE) != _PAGE
+    return case["D"] in (64, 80, 96, 128, 256, 512) and not odd
 
 
 def _host(array: Array) -> np.ndarray[Any, Any]:
@@ -173,18 +205,23 @@ def _kernels(call: Call, device: Device) -> Plan:
     return decode_plan("attention_decode", call, device) if decode else _prefill(call, device)
 
 
-HEAD_DIMS = range(8, 257, 8)
+HEAD_DIMS = (*range(8, 257, 8), *range(272, 513, 16))
 """Head sizes that the kernels can have."""
 
 
 def check_head(D: int) -> None:
     """Raises OpError for a head size that the kernels do not take."""
     if D not in HEAD_DIMS:
-        raise OpError(f"attention: D = {D} is no multiple of 8 up to 256")
+        raise OpError(f"attention: D = {D} is neither a multiple of 8 up to 256, nor of 16 up to 512")
+
+
+def _softmax_constants(call: Call) -> dict[str, Any]:
+    """What kernels are compiled for: whether scores have a soft limit, and whether heads have sinks."""
+    return {"CAPPED": call["softcap"] != 0, "SINKS": call.arrays["sinks"] is not None}
 
 
 # attention_decode.cu. A sequence's keys are divided into splits, one for a block at a time.
-_MAX_HEADS = 8  # query heads that a block takes: the rows of y that its registers hold
+_MAX_HEADS, _MAX_WIDE_HEADS = 8, 4  # query heads that a block takes, up to D = 256 and beyond: as registers hold sums
 _MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives last adds them all up
 # A large batch has more work than fits on the GPU at once. Its grid has 8 times as many blocks as the GPU holds, so
 # that multiprocessors that are done early find more to do.
@@ -212,7 +249,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     """
     b, num_heads, H, D = (call[name] for name in ("b", "num_heads", "H", "D"))
     check_head(D)
-    parts = -(-num_heads // H // _MAX_HEADS)
+    parts = -(-num_heads // H // (_MAX_HEADS if D <= 256 else _MAX_WIDE_HEADS))
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
     # On tensor cores a warp's tiles fill its registers: a multiprocessor holds 8 warps, in one block or several.
     warps, min_keys = next(found for least, found in _BLOCKS if b * H * parts >= least) if tensor else (4, 64)
@@ -225,7 +262,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     blocks = max(1, min(splits, _BLOCKS_PER_PLACE * resident // (H * parts * b)))
     constants |= {
         "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor,
-        "min_keys": min_keys, "max_splits": max_splits, "splits": splits,
+        "min_keys": min_keys, "max_splits": max_splits, "splits": splits, **_softmax_constants(call),
     }  # fmt: skip
     scratch = {
         "partial": ((b, num_heads, splits, D), "f32"),
@@ -237,8 +274,10 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
 
 
 def _on_tensor_cores(call: Call, device: Device, S: int) -> bool:
-    """They multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one."""
-    return device.arch >= 80 and call.dtypes["T"].itemsize == 2 and S not in range(1, 8) and S & (S - 1) == 0
+    """They multiply 16-bit numbers, and their tiles of keys are whole pages or parts of one. The sums of more than 256
+    columns do not fit into registers."""
+    fits = call.dtypes["T"].itemsize == 2 and call["D"] <= 256
+    return device.arch >= 80 and fits and S not in range(1, 8) and S & (S - 1) == 0
 
 
 def _prefill(call: Call, device: Device) -> Plan:
@@ -272,11 +311,12 @@ def prefill_launch(call: Call, device: Device, S: int, **more: Any) -> Launch:
         name = "attention_prefill_mma.cu:attention_prefill_mma"
         grid, threads, constants = ((rows // ROWS + b) * H, 1), 128, {"ROWS": ROWS, "KEYS": KEYS}
     else:
-        ROWS, KEYS = (64, 32) if D <= 128 else (32, 16)  # at most 60 KiB of shared memory: sm_75 has 64
+        # At most 60 KiB of shared memory: sm_75 has 64. It has too little for D > 480.
+        ROWS, KEYS = (64, 32) if D <= 128 else (32, 16) if D <= 256 else (16, 16)
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
         name = "attention_prefill_fma.cu:attention_prefill_fma"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
-    return Launch(name, grid, (threads,), shared, constants={**constants, "S": S, **more})
+    return Launch(name, grid, (threads,), shared, constants={**constants, **_softmax_constants(call), "S": S, **more})
 
 
 _WIDEN_THREADS = 256
@@ -294,13 +334,31 @@ def _widened(call: Call, launch: Launch) -> Plan:
     return Plan((widen, on_wide), scratch, shared=frozenset(scratch))
 
 
+# The knobs of Gemma 2 (soft limits) and of gpt-oss (sinks), and both: decode steps with several splits, then prompts.
+_KNOBS_CASES = (
+    attention_case(4, 2, 256, [1], [90], S=64, softcap=1.5),
+    attention_case(16, 2, 64, [1, 1], [20, 600], 400, S=64, sinks=True),
+    attention_case(4, 2, 128, [1, 1], [300, 40], S=64, C="e4m3", softcap=1.5, sinks=True),
+    attention_case(2, 1, 256, [20], [30], S=64, softcap=1.5),
+    attention_case(8, 1, 64, [30, 3], [100, 3], 50, S=64, sinks=True),
+    attention_case(2, 1, 128, [33], [140], 100, S=64, softcap=1.5, sinks=True),
+)
+
+# Heads of more than 256, as Gemma 4's layers without a window have them.
+_WIDE_CASES = (
+    attention_case(8, 1, 512, [1, 1], [90, 5], S=64),
+    attention_case(5, 1, 272, [1], [40], 20, S=64, C="e4m3"),
+    attention_case(2, 1, 480, [20, 1], [70, 33], S=64),
+    attention_case(3, 1, 400, [9], [9], S=8, C="e4m3"),
+)
+
 # With an e4m3 cache: each way that decode reads its rows (16 or 8 numbers at a time, keys and values), then prefill.
 _E4M3_CASES = (
     attention_case(32, 8, 128, [1], [300], 0, 64, C="e4m3"),
     attention_case(7, 1, 64, [1, 1], [513, 64], 0, 64, C="e4m3"),
-    attention_case(6, 2, 80, [1, 1], [100, 33], 20, C="e4m3"),
+    attention_case(6, 2, 80, [1, 1], [100, 33], 20, 64, C="e4m3"),
     attention_case(4, 2, 96, [1, 1, 1], [1, 16, 37], 0, 8, C="e4m3"),
-    attention_case(3, 1, 256, [1, 1], [70, 9], C="e4m3"),
+    attention_case(3, 1, 256, [1, 1], [70, 9], 0, 64, C="e4m3"),
     attention_case(44, 44, 8, [1], [800], 0, 64, C="e4m3"),
     attention_case(8, 1, 128, [1], [2100], 65, 64, C="e4m3"),
     attention_case(4, 2, 64, [33, 1, 7], [33, 40, 12], C="e4m3"),
@@ -313,11 +371,12 @@ _E4M3_CASES = (
 attention = Op(
     "attention",
     "y[n,num_heads*D]:T = (x[n,(num_heads+2*H)*D]:T, k[P,H,S,D]:C, v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
-    " page_table[b,M]:i32, num_heads:i32, window:i32, scale:f32)",
+    " page_table[b,M]:i32, sinks[num_heads]:T?, num_heads:i32, window:i32, scale:f32, softcap:f32=0)",
     doc="y = softmax(q k^T * scale) v per head. Sequence i owns rows cu_seqlens[i]..cu_seqlens[i+1] of x, the last of"
     " its seq_lens[i] tokens; its keys lie on pages page_table[i]. A query sees itself and what came before, the last"
     " `window` tokens only if window > 0. Rows that belong to no sequence are not computed. n = b is a decode step: a"
-    " row each. D: a multiple of 8 up to 256.",
+    " row each. D: a multiple of 8 up to 256, or of 16 up to 512. softcap, if not 0: scores s = q k^T * scale become"
+    " softcap * tanh(s / softcap). sinks: of each head one more logit of the softmax, without a value.",
     reference=_attention,
     kernels=_kernels,
     kernel_docs={
@@ -331,10 +390,10 @@ attention = Op(
         attention_case(4, 2, 64, [1], [1]),
         attention_case(4, 2, 64, [1], [37]),
         attention_case(1, 1, 8, [1, 1, 1], [5, 16, 17]),
-        attention_case(6, 2, 80, [1, 1], [100, 33], window=20),
+        attention_case(6, 2, 80, [1, 1], [100, 33], window=20, S=64),
         attention_case(8, 8, 128, [1], [130], S=64),
         attention_case(32, 8, 128, [1], [300], S=64),
-        attention_case(3, 1, 256, [1, 1], [70, 9]),
+        attention_case(3, 1, 256, [1, 1], [70, 9], S=64),
         attention_case(7, 1, 64, [1, 1], [513, 64], S=64),
         attention_case(16, 1, 32, [1], [90], S=64),
         attention_case(18, 2, 24, [1, 1], [20, 70], window=65),
@@ -363,9 +422,13 @@ attention = Op(
         # decode: splits of more than two tiles for a warp; more splits than a thread adds up at once
         attention_case(44, 44, 8, [1], [800], S=64),
         attention_case(8, 1, 128, [1], [2100], S=64),
+        *_KNOBS_CASES,
+        *_WIDE_CASES,
         *_E4M3_CASES,
     ],
     sizes=random_sequences,
+    # The decode kernel is that of append_attention's cases; it comes by itself with the known models' last rows.
+    compiled=lambda case: well_known(case) and case["n"] > case["b"],
     inputs=_inputs,
     shape=DEFAULT_SIZES,
     rules=("num_heads % H == 0", "new <= length"),

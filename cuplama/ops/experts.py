@@ -13,14 +13,19 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array
-from .activation import silu_mul
+from .activation import gelu_tanh_mul, silu_mul
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
 from .op import Call, Draw, Op
 from .route import MAX_EXPERTS, sort_pairs
 from .signature import OpError
 
-__all__ = ["expert_linear", "expert_linear_clamped_swiglu", "expert_linear_silu_mul"]
+__all__ = [
+    "expert_linear",
+    "expert_linear_clamped_swiglu",
+    "expert_linear_gelu_tanh_mul",
+    "expert_linear_silu_mul",
+]
 
 _WARP = 32
 _THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks for each multiprocessor
@@ -58,6 +63,11 @@ def _clamped_swiglu(x: Array, *, alpha: float, limit: float) -> Array:
 
 def _with_silu_mul(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
     y: Array = silu_mul.reference(_expert_linear(x, w, pairs, offsets, b))
+    return y
+
+
+def _with_gelu_tanh_mul(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
+    y: Array = gelu_tanh_mul.reference(_expert_linear(x, w, pairs, offsets, b))
     return y
 
 
@@ -185,6 +195,15 @@ expert_linear_silu_mul = _op(
     "y[pair] = silu_mul(x[row] w[expert]^T + b[expert]); the first m rows of w[expert] give what is put through silu.",
     _with_silu_mul,
     cost=5,
+)
+
+expert_linear_gelu_tanh_mul = _op(
+    "expert_linear_gelu_tanh_mul",
+    "GELU_TANH_MUL",
+    "y[pair] = gelu_tanh_mul(x[row] w[expert]^T + b[expert]); the first m rows of w[expert] give what is put through"
+    " gelu.",
+    _with_gelu_tanh_mul,
+    cost=8,
 )
 
 expert_linear_clamped_swiglu = _op(

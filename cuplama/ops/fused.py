@@ -7,7 +7,7 @@ A fused op is defined by its parts: the references below do nothing but call the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,15 @@ import numpy as np
 
 from ..dtypes import Array, dtype_name
 from . import activation, norm, residual
-from .attention import DEFAULT_SIZES, attention, attention_case, decode_plan, equal_sequences, random_sequences
+from .attention import (
+    DEFAULT_SIZES,
+    attention,
+    attention_case,
+    decode_plan,
+    equal_sequences,
+    random_sequences,
+    well_known,
+)
 from .kv_cache import kv_append
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, product_sizes, stream_rows
@@ -28,11 +36,13 @@ from .signature import OpError
 
 __all__ = [
     "append_attention",
+    "gelu_tanh_mul_linear_add",
     "layer_norm_linear",
     "layer_norm_linear_gelu_erf",
     "layer_norm_linear_gelu_tanh",
     "linear_add",
     "rms_norm_linear",
+    "rms_norm_linear_gelu_tanh_mul",
     "rms_norm_linear_silu_mul",
     "silu_mul_linear_add",
 ]
@@ -53,7 +63,7 @@ def _inner(op: Op, width: str, names: Mapping[str, str]) -> Callable[[Call], Lau
 
 
 _NORMS = {"rms_norm": (norm.rms_norm, ("g",)), "layer_norm": (norm.layer_norm, ("g", "h"))}
-_ACTIVATIONS = {"silu_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
+_ACTIVATIONS = {"silu_mul": 2, "gelu_tanh_mul": 2, "gelu_tanh": 1, "gelu_erf": 1}  # rows of w per output
 
 _SHAPES = ((1, 64, 64, False), (1, 14, 8, True), (2, 34, 72, True), (3, 66, 1024, False), (8, 96, 896, True))
 
@@ -65,14 +75,19 @@ def _sizes(draw: Draw) -> dict[str, Any]:
     return {**product_sizes(draw), "n": draw(1, 8)}
 
 
+def _varied(i: int, scales: Sequence[str]) -> dict[str, Any]:
+    """What else the i-th case of an op with a norm has: an offset of its weights, a shift or none."""
+    return {"offset": i % 2, **({"h": i % 4 < 2} if "h" in scales else {})}
+
+
 def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
     """norm -> linear -> activation, as one op. tolerance: by output dtype, where it is not what such ops have."""
     _, scales = _NORMS[norm_op.name]
     rows = _ACTIVATIONS[act.name] if act else 1
 
-    def reference(x: Array, *weights: Array, eps: float, U: str = "") -> Array:
+    def reference(x: Array, *weights: Array, eps: float, offset: float = 0.0, U: str = "") -> Array:
         scale, (w, *b) = weights[: len(scales)], weights[len(scales) :]
-        y = linear.reference(norm_op.reference(x, *scale, eps=eps), w, *b)
+        y = linear.reference(norm_op.reference(x, *scale, eps=eps, offset=offset), w, *b)
         return act.reference(y) if act else y
 
     def kernels(call: Call, device: Device) -> Plan:
@@ -85,17 +100,23 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
     out = "y[n,m]:T" if act else "y[n,m]:U"
     width = "2*m" if rows == 2 else "m"
     formula = f"y = act({norm_op.name}(x) w^T + b)"  # what a kernel computes, which serves several activations
-    vectors = ", ".join(f"{s}[k]:T" for s in scales)
+    vectors = ", ".join(f"{s}[k]:T{'?' if s == 'h' else ''}" for s in scales)
     return Op(
         f"{norm_op.name}_linear_{act.name}" if act else f"{norm_op.name}_linear",
-        f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:W, b[{width}]:T?, eps:f32)",
+        f"{out} = (x[n,k]:f32, {vectors}, w[{width},k]:W, b[{width}]:T?, eps:f32, offset:f32=0)",
         doc=f"y = {f'{act.name}(' if act else ''}{norm_op.name}(x) w^T + b{')' if act else ''}",
         reference=reference,
         kernels=kernels,
         cases=[
-            *(dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"})) for n, m, k, b in _SHAPES),
+            *(
+                dict(n=n, m=m, k=k, b=b, eps=1e-5, **({} if act else {"U": "T"}), **_varied(i, scales))
+                for i, (n, m, k, b) in enumerate(_SHAPES)
+            ),
             *([] if act else [dict(n=2, m=10, k=k, b=True, eps=1e-5, U="f32") for k in (27, 40)]),
-            *(dict(n=n, m=32, k=200, b=True, eps=1e-5, W=W, **({} if act else {"U": "T"})) for n, W in _PACKED),
+            *(
+                dict(n=n, m=32, k=200, b=True, eps=1e-5, W=W, **({} if act else {"U": "T"}), **_varied(i, scales))
+                for i, (n, W) in enumerate(_PACKED)
+            ),
         ],
         sizes=_sizes,
         shape={"n": 1, "m": 3072, "k": 768},
@@ -116,6 +137,7 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
 
 rms_norm_linear = _norm_linear(norm.rms_norm, None)
 rms_norm_linear_silu_mul = _norm_linear(norm.rms_norm, activation.silu_mul, bf16=1.75)
+rms_norm_linear_gelu_tanh_mul = _norm_linear(norm.rms_norm, activation.gelu_tanh_mul, bf16=1.75)
 layer_norm_linear = _norm_linear(norm.layer_norm, None)
 layer_norm_linear_gelu_tanh = _norm_linear(norm.layer_norm, activation.gelu_tanh, f16=3.0)
 layer_norm_linear_gelu_erf = replace(
@@ -163,40 +185,44 @@ linear_add = Op(
 )
 
 
-def _silu_mul_linear_add(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
-    return linear_add.reference(activation.silu_mul.reference(x), w, a, b)
+def _gated_linear_add(act: Op) -> Op:
+    """gated activation -> linear -> add, as one op."""
+
+    def reference(x: Array, w: Array, a: Array, b: Array | None = None) -> Array:
+        return linear_add.reference(act.reference(x), w, a, b)
+
+    activated = _inner(act, "f", {})
+
+    def kernels(call: Call, device: Device) -> Plan:
+        plan = stream_rows("linear_add", call, device)
+        products = tuple(replace(launch, names={"x": "inner", **launch.names}) for launch in plan.launches)
+        scratch = {**plan.scratch, "inner": ((call["n"], call["k"]), dtype_name(call.dtypes["T"]))}
+        return replace(plan, launches=(activated(call), *products), scratch=scratch)
+
+    return Op(
+        f"{act.name}_linear_add",
+        "y[n,m]:f32 = (x[n,2*k]:T, w[m,k]:W, a[n,m]:f32, b[m]:T?)",
+        doc=f"y = a + {act.name}(x) w^T + b",
+        reference=reference,
+        kernels=kernels,
+        cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES]
+        + [dict(n=n, m=33, k=136, b=True, W="fp8 ordered") for n in (3, 16)],
+        sizes=_sizes,
+        shape={"n": 512, "m": 4096, "k": 14336},
+        # Beside the product's, the rounding of what the activation gives.
+        tolerance={**PRODUCT_TOLERANCE, "f16:f32": 5000.0, "bf16:f32": 40000.0},
+        flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
+        matmul=Matmul(),
+        inner=activated,
+        kernel_docs={
+            act.name: f"{act.name}(x), which the product then takes",
+            **linear_add.kernel_docs,
+        },
+    )
 
 
-_activated = _inner(activation.silu_mul, "f", {})
-
-
-def _activated_kernels(call: Call, device: Device) -> Plan:
-    plan = stream_rows("linear_add", call, device)
-    products = tuple(replace(launch, names={"x": "inner", **launch.names}) for launch in plan.launches)
-    scratch = {**plan.scratch, "inner": ((call["n"], call["k"]), dtype_name(call.dtypes["T"]))}
-    return replace(plan, launches=(_activated(call), *products), scratch=scratch)
-
-
-silu_mul_linear_add = Op(
-    "silu_mul_linear_add",
-    "y[n,m]:f32 = (x[n,2*k]:T, w[m,k]:W, a[n,m]:f32, b[m]:T?)",
-    doc="y = a + silu_mul(x) w^T + b",
-    reference=_silu_mul_linear_add,
-    kernels=_activated_kernels,
-    cases=[dict(n=n, m=m, k=k, b=b) for n, m, k, b in _SHAPES]
-    + [dict(n=n, m=33, k=136, b=True, W="fp8 ordered") for n in (3, 16)],
-    sizes=_sizes,
-    shape={"n": 512, "m": 4096, "k": 14336},
-    # Beside the product's, the rounding of what the activation gives.
-    tolerance={**PRODUCT_TOLERANCE, "f16:f32": 5000.0, "bf16:f32": 40000.0},
-    flops=lambda c: 2 * c["n"] * c["m"] * c["k"],
-    matmul=Matmul(),
-    inner=_activated,
-    kernel_docs={
-        "silu_mul": "silu_mul(x), which the product then takes",
-        **linear_add.kernel_docs,
-    },
-)
+silu_mul_linear_add = _gated_linear_add(activation.silu_mul)
+gelu_tanh_mul_linear_add = _gated_linear_add(activation.gelu_tanh_mul)
 
 
 def _append_attention(
@@ -212,11 +238,13 @@ def _append_attention(
     sin: Array | None = None,
     q_norm: Array | None = None,
     k_norm: Array | None = None,
+    sinks: Array | None = None,
     *,
     num_heads: int,
     window: int,
     scale: float,
     eps: float,
+    softcap: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     shape = {"num_heads": num_heads, "num_kv_heads": k.shape[1]}
     if q_norm is not None:
@@ -224,7 +252,8 @@ def _append_attention(
     if cos is not None:
         x = rope.reference(x, rope_rows, cos, sin, **shape, D=k.shape[3])
     k, v = kv_append.reference(x, slot_mapping, k, v)
-    y = attention.reference(x, k, v, cu_seqlens, seq_lens, page_table, num_heads=num_heads, window=window, scale=scale)
+    attrs = {"num_heads": num_heads, "window": window, "scale": scale, "softcap": softcap}
+    y = attention.reference(x, k, v, cu_seqlens, seq_lens, page_table, sinks, **attrs)
     return y, k, v
 
 
@@ -255,7 +284,8 @@ def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
 def _append_sizes(draw: Draw) -> dict[str, Any]:
     many = random_sequences(draw)
     new, seq_lens = [1] * many["b"], [n - m + 1 for n, m in zip(many["seq_lens"], many["new"], strict=True)]
-    case = attention_case(many["num_heads"], many["H"], many["D"], new, seq_lens, many["window"], many["S"], many["C"])
+    same = {name: many[name] for name in ("num_heads", "H", "D", "window", "S", "C", "softcap", "sinks")}
+    case = attention_case(new=new, seq_lens=seq_lens, **same)
     turned, normed = dict.fromkeys(("rope_rows", "cos", "sin"), bool(draw(0, 1))), bool(draw(0, 1))
     given = {"q_norm": normed, "k_norm": normed, "eps": 1e-6}
     return {**case, **turned, **given, "h": draw(1, case["D"] // 2), "R": draw(1, 99)}
@@ -285,7 +315,8 @@ append_attention = Op(
     "append_attention",
     "y[n,num_heads*D]:T, k[P,H,S,D]:C, v[P,H,S,D]:C = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:C,"
     " v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?,"
-    " sin[R,h]:f32?, q_norm[D]:T?, k_norm[D]:T?, num_heads:i32, window:i32, scale:f32, eps:f32)",
+    " sin[R,h]:f32?, q_norm[D]:T?, k_norm[D]:T?, sinks[num_heads]:T?, num_heads:i32, window:i32, scale:f32,"
+    " eps:f32, softcap:f32=0)",
     doc="A decode step's attention, one new token per sequence (n = b): qk_norm (if there are q_norm and k_norm),"
     " rope (if there are cos and sin), kv_append and attention.",
     reference=_append_attention,
@@ -293,6 +324,7 @@ append_attention = Op(
     cases=_append_cases(),
     ranges={"rope_rows": "R"},
     sizes=_append_sizes,
+    compiled=well_known,
     inputs=_append_inputs,
     shape=DEFAULT_SIZES,
     rules=("num_heads % H == 0", "new == 1", "new <= length"),

@@ -13,7 +13,7 @@ import numpy as np
 from ..dtypes import DTYPES, Array, upcast
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
-from .linear_packed import MAX_FEW_ROWS, plan_packed
+from .linear_packed import MAX_FEW_ROWS, halves_of, plan_packed
 from .linear_packed_many import many_rows_docs, many_rows_plan
 from .matmul import Matmul
 from .op import Call, Draw, Op
@@ -196,7 +196,7 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
         plan = many_rows_plan(kernel, call, device) if many else None
         return plan or plan_packed(kernel, call, device, segments, constants)
     n, m, k, size = call["n"], call["m"], call["k"], call.dtypes["T"].itemsize
-    halves = 2 if constants.get("ACT") == "SILU_MUL" else 1
+    halves = halves_of(constants)
     outs, blocks, warps = _shape(m * halves, halves, device)
     batch = warps * 32 * _LANE_LOADS * 16  # bytes that a block asks for at once
     limit = device.shared - _RESERVED_BYTES

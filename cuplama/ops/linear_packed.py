@@ -15,7 +15,7 @@ from .op import Call
 from .signature import OpError
 from .weights import SegmentLike
 
-__all__ = ["MAX_FEW_ROWS", "TUNING", "Tuning", "plan_packed"]
+__all__ = ["MAX_FEW_ROWS", "TUNING", "Tuning", "halves_of", "plan_packed"]
 
 MAX_FEW_ROWS = 8
 """Rows of x that one launch takes."""
@@ -52,7 +52,7 @@ _MAX_PHASES = 16
 _MAX_SPLIT = 8  # GPU blocks that share k
 _MIN_DEPTH = 2  # blocks in a warp's ring
 _SHORT_BYTES = 64 << 10  # of x in a GPU block: for more, what is asked for behind it comes late
-_PRODUCTS = "products"  # scratch: what silu_mul takes, where it is a launch of its own
+_PRODUCTS = "products"  # scratch: what a gated activation takes, where it is a launch of its own
 _PARTS, _ARRIVALS = "parts", "arrivals"  # scratch: sums of GPU blocks that share k, and how many have left theirs
 _NORMED = "normed"  # scratch: rows behind a norm, where that is a launch of its own
 _ACTIVATION_THREADS = 128
@@ -141,11 +141,11 @@ def _launch(
     """The launch for up to 8 rows of x from ``first`` on, and one segment of w, whose first row is ``column``."""
     number, weight = segment
     n, k, tensor, normed = call["n"], call["k"], _tensor(call, device), "norm" in kernel
-    parts = 2 if constants.get("ACT") == "SILU_MUL" else 1
+    parts = halves_of(constants)
     wanted = MAX_FEW_ROWS if device.deterministic else min(n - first, MAX_FEW_ROWS)
     rows_of_x = next(rows for rows in _ROWS if rows >= wanted)
     outs = weight.rows // parts  # columns of y
-    units = -(-outs // _BLOCK_ROWS)  # a tile, for silu_mul one of each half
+    units = -(-outs // _BLOCK_ROWS)  # a tile, if gated one of each half
     step = tuning.steps[rows_of_x > 1]
     levels = 2 if normed and constants.get("U") == "f32" else 1
     packing = weight.format.packing
@@ -191,8 +191,12 @@ def _launch(
 def _parts(launch: Launch) -> int:
     """Sums that the GPU blocks of a launch leave for each other."""
     of = launch.constants
-    parts = 2 if of["ACT"] == "SILU_MUL" else 1
-    return int(of["SPLIT"] * -(-of["rows"] // _BLOCK_ROWS) * parts * _BLOCK_ROWS * of["ROWS"])
+    return int(of["SPLIT"] * -(-of["rows"] // _BLOCK_ROWS) * halves_of(of) * _BLOCK_ROWS * of["ROWS"])
+
+
+def halves_of(constants: Mapping[str, Any]) -> int:
+    """Rows of w that make a column of y, by the constants of a launch: two where the activation ``ACT`` is gated."""
+    return 2 if constants.get("ACT", "").endswith("_MUL") else 1
 
 
 def plan_packed(
@@ -206,8 +210,8 @@ def plan_packed(
     """Launches of a kernel of linear_packed.cu: for each 8 rows of x, one for each segment of w.
 
     kernel: ``linear``, ``linear_add``, ``rms_norm_linear`` or ``layer_norm_linear``; constants: the kernel's own.
-    ``silu_mul`` whose halves do not begin with a packed block, or that has several segments, is a launch of its own
-    behind a product into scratch.
+    A gated activation whose halves do not begin with a packed block, or that has several segments, is a launch of its
+    own behind a product into scratch.
     """
     n, m, T = call["n"], call["m"], dtype_name(call.dtypes["T"])
     launches = []
@@ -218,7 +222,8 @@ def plan_packed(
         scratch[_NORMED] = ((n, call["k"]), T)
         names["x"] = _NORMED
         kernel = "linear"
-    apart = constants.get("ACT") == "SILU_MUL" and (m % _BLOCK_ROWS != 0 or len(segments) > 1)
+    apart = halves_of(constants) > 1 and (m % _BLOCK_ROWS != 0 or len(segments) > 1)
+    activation = constants.get("ACT", "").lower()
     if apart:
         constants = {**constants, "ACT": "NO_ACT", "m": 2 * m}
         scratch[_PRODUCTS] = ((n, 2 * m), T)
@@ -236,7 +241,8 @@ def plan_packed(
     if apart:
         grid = (n, -(-m // (8 * _ACTIVATION_THREADS)))
         constants = {"f": m}
-        launches.append(Launch("activation.cu:silu_mul", grid, (_ACTIVATION_THREADS,), 0, constants, {"x": _PRODUCTS}))
+        kernel, names = f"activation.cu:{activation}", {"x": _PRODUCTS}
+        launches.append(Launch(kernel, grid, (_ACTIVATION_THREADS,), 0, constants, names))
     return Plan(tuple(launches), scratch, frozenset({_ARRIVALS} & scratch.keys()))
 
 

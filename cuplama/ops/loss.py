@@ -123,7 +123,7 @@ def _sizes(draw: Draw) -> dict[str, Any]:
 
 def _gradient(g: Gradient) -> None:
     """The loss is the end of the chain: its own gradient is 1."""
-    g.give("logits", g["dlogits"], in_T=True)
+    g.give("logits", g["dlogits"], in_T=g.attr("U") == "T")
 
 
 # Units of float32's rounding: a row's sum of V exponentials is a factor that all of its elements have in common. A

@@ -2,11 +2,16 @@
 
 rms_norm: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 layer_norm: Ba, Kiros & Hinton, "Layer Normalization", arXiv:1607.06450.
-qk_norm: RMSNorm over each query and key head, as Qwen3 has it.
+qk_norm: RMSNorm over each query and key head, as Qwen3 has it; qk_norm_wide: over all of them together, as OLMo 2 has
+it (arXiv:2501.00656).
+
+offset: what is added to the weights, in float32, before they are multiplied with: 1 for models whose files hold the
+difference from 1, as Gemma's do.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,44 +22,77 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
 
-__all__ = ["MAX_NORM_ELEMENTS", "layer_norm", "qk_norm", "rms_norm", "row_launch"]
+__all__ = [
+    "MAX_NORM_ELEMENTS",
+    "layer_norm",
+    "qk_norm",
+    "qk_norm_wide",
+    "rms_norm",
+    "rms_norm_add",
+    "row_launch",
+    "wide_parts",
+]
 
-_CASES = [dict(n=n, d=d, eps=1e-5) for n, d in ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120), (1, 12288))]
+_SIZES = ((1, 64), (3, 8), (2, 100), (5, 896), (1, 4096), (2, 5120), (1, 12288))
+_CASES = [dict(n=n, d=d, eps=1e-5, offset=i % 2) for i, (n, d) in enumerate(_SIZES)]
 
 
-def _rms_norm(x: Array, w: Array, *, eps: float) -> Array:
+def _rms_norm(x: Array, w: Array, *, eps: float, offset: float = 0.0) -> Array:
     x = upcast(x)
     mean_square = np.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1]
-    return x / np.sqrt(mean_square + eps) * upcast(w)
+    return x / np.sqrt(mean_square + eps) * (offset + upcast(w))
 
 
-def _layer_norm(x: Array, w: Array, b: Array, *, eps: float) -> Array:
+def _rms_norm_add(x: Array, w: Array, a: Array, *, eps: float, offset: float = 0.0) -> Array:
+    return a + _rms_norm(x, w, eps=eps, offset=offset)
+
+
+def _layer_norm(x: Array, w: Array, b: Array | None = None, *, eps: float, offset: float = 0.0) -> Array:
     x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * upcast(w) + upcast(b)
+    y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * (offset + upcast(w))
+    return y if b is None else y + upcast(b)
 
 
-def _qk_norm(x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float) -> Array:
-    d = len(q_norm)
-    y = upcast(x).reshape(len(x), num_heads + 2 * num_kv_heads, d).copy()
-    y[:, :num_heads] = _rms_norm(y[:, :num_heads], q_norm, eps=eps)
-    y[:, num_heads : num_heads + num_kv_heads] = _rms_norm(y[:, num_heads : num_heads + num_kv_heads], k_norm, eps=eps)
+def _qk_norm(
+    x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float, offset: float = 0.0
+) -> Array:
+    y = upcast(x).reshape(len(x), num_heads + 2 * num_kv_heads, len(q_norm)).copy()
+    for heads, w in ((slice(num_heads), q_norm), (slice(num_heads, num_heads + num_kv_heads), k_norm)):
+        y[:, heads] = _rms_norm(y[:, heads], w, eps=eps, offset=offset)
     return y.reshape(len(x), -1)
+
+
+def _qk_norm_wide(
+    x: Array, q_norm: Array, k_norm: Array, *, num_heads: int, num_kv_heads: int, eps: float, offset: float = 0.0
+) -> Array:
+    y = upcast(x).copy()
+    for columns, w in wide_parts(q_norm, k_norm):
+        y[:, columns] = _rms_norm(y[:, columns], w, eps=eps, offset=offset)
+    return y
+
+
+def wide_parts(q_norm: Array, k_norm: Array) -> tuple[tuple[slice, Array], tuple[slice, Array]]:
+    """The columns of queries and of keys in a row of ``qk_norm_wide``, each with its weight."""
+    q = len(q_norm)
+    return (slice(q), q_norm), (slice(q, q + len(k_norm)), k_norm)
 
 
 _WIDTH = 8  # elements that a thread takes at once, as in the kernels
 _MAX_THREADS = 1024  # of a block, which has one row
 _MAX_CHUNKS = 2  # times _WIDTH elements that a thread of so large a block holds without spilling registers
 MAX_NORM_ELEMENTS = _WIDTH * _MAX_THREADS * _MAX_CHUNKS
-"""Elements of a row that ``rms_norm`` and ``layer_norm`` take on a GPU."""
+"""Elements of a row that the norms over whole rows take on a GPU."""
 _BLOCK_HEADS = 4  # heads that a block of qk_norm takes, one for each warp
 
 
 def _head_sizes(draw: Draw) -> dict[str, Any]:
-    return dict(n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(1, 300), eps=1e-6)
+    return dict(
+        n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(1, 300), eps=1e-6, offset=draw(0, 1)
+    )
 
 
 def row_launch(kernel: str, rows: int, d: int) -> Launch:
-    """The launch of ``rms_norm`` or ``layer_norm`` for that many rows of d elements; OpError if they are too long."""
+    """The launch of a kernel whose blocks have a row of d elements each; OpError if they are too long."""
     vectors = -(-d // _WIDTH)
     threads = min(_MAX_THREADS, -(-vectors // 32) * 32)
     chunks = -(-vectors // threads)
@@ -67,25 +105,46 @@ def _row_kernels(call: Call, device: Device) -> Plan:
     return Plan((row_launch(call.op.name, call["n"], call["d"]),))
 
 
+def _wide_kernels(call: Call, device: Device) -> Plan:
+    n, d = call["n"], max(call["num_heads"], call["num_kv_heads"]) * call["D"]
+    return Plan((replace(row_launch(call.op.name, n, d), grid=(n, 3)),))  # a block for queries, keys, values
+
+
 def _qk_kernels(call: Call, device: Device) -> Plan:
     blocks = -(-call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"]) // _BLOCK_HEADS)
     chunks = -(-call["D"] // (32 * _WIDTH))
     return Plan((Launch("norm.cu:qk_norm", (blocks,), (32 * _BLOCK_HEADS,), constants={"CHUNKS": chunks}),))
 
 
-def _row_gradient(g: Gradient) -> None:
-    dx, weights = g.fresh("x"), [name for name in ("w", "b") if g.has(name)]
-    into = tuple(map(g.into, weights))
-    ins = (g["x"], g["w"], g.of("y"), *into, g.so_far("x"))
-    g.update(f"{g.op}_backward", (dx, *into), ins, eps=g.attr("eps"))
+def _row_gradient(g: Gradient, backward: str, dy: str, *weights: str) -> None:
+    """By the op ``backward``, of dy in T, for x and the weights."""
+    dx, into = g.fresh("x"), tuple(map(g.into, weights))
+    ins = (g["x"], g["w"], dy, *into, g.so_far("x"))
+    g.update(backward, (dx, *into), ins, eps=g.attr("eps"), offset=g.attr("offset"))
     g.give("x", dx)
+
+
+def _rms_gradient(g: Gradient) -> None:
+    _row_gradient(g, "rms_norm_backward", g.of("y"), "w")
+
+
+def _rms_add_gradient(g: Gradient) -> None:
+    _row_gradient(g, "rms_norm_backward", g.rounded("y"), "w")
+    g.give("a", g.of("y"))
+
+
+def _layer_gradient(g: Gradient) -> None:
+    if g.has("b"):
+        _row_gradient(g, "layer_norm_backward", g.of("y"), "w", "b")
+    else:
+        _row_gradient(g, "layer_norm_no_b_backward", g.of("y"), "w")
 
 
 def _qk_gradient(g: Gradient) -> None:
     dx, into = g.fresh("x"), (g.into("q_norm"), g.into("k_norm"))
-    attrs = {name: g.attr(name) for name in ("num_heads", "num_kv_heads", "eps")}
+    attrs = {name: g.attr(name) for name in ("num_heads", "num_kv_heads", "eps", "offset")}
     ins = (g["x"], g["q_norm"], g["k_norm"], g.of("y"), *into)
-    g.update("qk_norm_backward", (dx, *into), ins, **attrs)
+    g.update(f"{g.op}_backward", (dx, *into), ins, **attrs)
     g.give("x", dx)
 
 
@@ -95,28 +154,42 @@ _ROW_TOLERANCE = {"f32": 12.0}
 
 rms_norm = Op(
     "rms_norm",
-    "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)",
-    doc="y = x / sqrt(mean(x^2) + eps) * w",
+    "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32, offset:f32=0)",
+    doc="y = x / sqrt(mean(x^2) + eps) * (offset + w)",
     reference=_rms_norm,
-    gradient=_row_gradient,
+    gradient=_rms_gradient,
     recompute="cheap",
     kernels=_row_kernels,
     cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6),
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6, offset=draw(0, 1)),
     tolerance=_ROW_TOLERANCE,
     flops=lambda c: 4 * c["n"] * c["d"],
 )
 
-layer_norm = Op(
-    "layer_norm",
-    "y[n,d]:T = (x[n,d]:f32, w[d]:T, b[d]:T, eps:f32)",
-    doc="y = (x - mean(x)) / sqrt(var(x) + eps) * w + b",
-    reference=_layer_norm,
-    gradient=_row_gradient,
-    recompute="cheap",
+rms_norm_add = Op(
+    "rms_norm_add",
+    "y[n,d]:f32 = (x[n,d]:f32, w[d]:T, a[n,d]:f32, eps:f32, offset:f32=0)",
+    doc="y = a + x / sqrt(mean(x^2) + eps) * (offset + w): a norm behind a sublayer, and the residual stream",
+    reference=_rms_norm_add,
+    gradient=_rms_add_gradient,
     kernels=_row_kernels,
     cases=_CASES,
-    sizes=lambda draw: dict(n=draw(1, 5), d=draw(2, 9000), eps=1e-5),
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6, offset=draw(0, 1)),
+    shape={"n": 1, "d": 2304},
+    tolerance=_ROW_TOLERANCE,
+    flops=lambda c: 5 * c["n"] * c["d"],
+)
+
+layer_norm = Op(
+    "layer_norm",
+    "y[n,d]:T = (x[n,d]:f32, w[d]:T, b[d]:T?, eps:f32, offset:f32=0)",
+    doc="y = (x - mean(x)) / sqrt(var(x) + eps) * (offset + w) + b",
+    reference=_layer_norm,
+    gradient=_layer_gradient,
+    recompute="cheap",
+    kernels=_row_kernels,
+    cases=[{**case, "b": i % 3 != 2} for i, case in enumerate(_CASES)],
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(2, 9000), eps=1e-5, offset=draw(0, 1), b=bool(draw(0, 1))),
     tolerance=_ROW_TOLERANCE,
     flops=lambda c: 7 * c["n"] * c["d"],
 )
@@ -124,16 +197,38 @@ layer_norm = Op(
 qk_norm = Op(
     "qk_norm",
     "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, q_norm[D]:T, k_norm[D]:T,"
-    " num_heads:i32, num_kv_heads:i32, eps:f32)",
+    " num_heads:i32, num_kv_heads:i32, eps:f32, offset:f32=0)",
     doc="RMSNorm of every query head (weight q_norm) and key head (weight k_norm); value heads are copied.",
     reference=_qk_norm,
     gradient=_qk_gradient,
     recompute="layers",
     kernels=_qk_kernels,
     cases=[
-        dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6)
-        for n, h, k, d in ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256))
+        dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6, offset=i % 2)
+        for i, (n, h, k, d) in enumerate(((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 80), (2, 32, 8, 128), (1, 2, 2, 256)))
     ],
     sizes=_head_sizes,
+    flops=lambda c: 4 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
+)
+
+qk_norm_wide = Op(
+    "qk_norm_wide",
+    "y[n,(num_heads+2*num_kv_heads)*D]:T = (x[n,(num_heads+2*num_kv_heads)*D]:T, q_norm[num_heads*D]:T,"
+    " k_norm[num_kv_heads*D]:T, num_heads:i32, num_kv_heads:i32, eps:f32, offset:f32=0)",
+    doc="RMSNorm of all query heads of a row together (weight q_norm), and of all its key heads (weight k_norm); value"
+    " heads are copied.",
+    reference=_qk_norm_wide,
+    gradient=_qk_gradient,
+    recompute="layers",
+    kernels=_wide_kernels,
+    cases=[
+        dict(n=n, num_heads=h, num_kv_heads=k, D=d, eps=1e-6, offset=i % 2)
+        for i, (n, h, k, d) in enumerate(
+            ((1, 4, 2, 64), (3, 1, 1, 8), (5, 3, 1, 20), (2, 40, 8, 128), (1, 65, 65, 128), (2, 1, 4, 33))
+        )
+    ],
+    sizes=_head_sizes,
+    shape={"n": 1, "num_heads": 32, "num_kv_heads": 32, "D": 128},
+    tolerance=_ROW_TOLERANCE,
     flops=lambda c: 4 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
 )

@@ -98,6 +98,8 @@ class Op:
     kernels:     ``f(call, device) -> Plan``: the launches, or None while the op has no kernel of its own.
     kernel_docs: what each kernel computes, by its name, in a sentence; not needed where one kernel is the whole op.
     cases:       dims and attributes of the tests; small, odd and edge shapes.
+    compiled:    ``f(case)``: whether `cuplama kernels compile` compiles what a case launches, with what models launch;
+                 None: of every case. Tests run all cases.
     sizes:       ``f(draw) -> case``: a random case, where ``draw(low, high)`` is a random whole number.
     ranges:      for integer inputs, the dim expression that bounds the values.
     inputs:      ``f(rng, case, T) -> dict`` for inputs that must be consistent with each other (page tables, ...).
@@ -129,6 +131,7 @@ class Op:
     kernels: Callable[[Call, Device], Plan] | None = None
     kernel_docs: Mapping[str, str] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] = ()
+    compiled: Callable[[Mapping[str, Any]], bool] | None = None
     sizes: Callable[[Draw], Mapping[str, Any]] | None = None
     ranges: Mapping[str, str] = field(default_factory=dict)
     inputs: Callable[[np.random.Generator, Mapping[str, Any], np.dtype[Any]], dict[str, Any]] | None = None

@@ -5,12 +5,12 @@ Kernels: cuda_src/residual.cu.
 
 from __future__ import annotations
 
-from ..dtypes import Array
+from ..dtypes import Array, upcast
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import EXACT, Call, Op
 
-__all__ = ["add", "cast", "place_rows", "scale", "select_rows", "slice_rows"]
+__all__ = ["add", "cast", "cast_backward", "place_rows", "scale", "select_rows", "slice_rows"]
 
 
 def _add(a: Array, b: Array) -> Array:
@@ -29,6 +29,11 @@ def _cast(x: Array, *, U: str = "") -> Array:
     return x
 
 
+def _cast_backward(dy: Array, a: Array | None = None) -> Array:
+    dx = upcast(dy)
+    return dx if a is None else dx + a
+
+
 def _slice_rows(x: Array, *, first: int, r: int) -> Array:
     return x[first : first + r]
 
@@ -45,6 +50,10 @@ def _add_gradient(g: Gradient) -> None:
 
 def _scale_gradient(g: Gradient) -> None:
     g.give("x", g.emit("scale", g.of("y"), factor=g.attr("factor")))
+
+
+def _cast_gradient(g: Gradient) -> None:
+    g.give("x", g.emit("cast_backward", g.of("y"), g.so_far("x")))
 
 
 def _slice_gradient(g: Gradient) -> None:
@@ -79,7 +88,7 @@ def _select_kernels(call: Call, device: Device) -> Plan:
 
 
 def _cast_kernels(call: Call, device: Device) -> Plan:
-    return Plan((Launch("residual.cu:cast", (-(-call["n"] * call["d"] // (8 * _THREADS)),), (_THREADS,)),))
+    return Plan((Launch(f"residual.cu:{call.op.name}", (-(-call["n"] * call["d"] // (8 * _THREADS)),), (_THREADS,)),))
 
 
 def _copy_kernels(call: Call, device: Device) -> Plan:
@@ -140,10 +149,24 @@ cast = Op(
     "y[n,d]:U = (x[n,d]:f32)",
     doc="y = x rounded to another dtype",
     reference=_cast,
+    gradient=_cast_gradient,
+    recompute="cheap",
     kernels=_cast_kernels,
     cases=[dict(n=n, d=d, U="T") for n, d in ((1, 64), (3, 7), (5, 900))],
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000), U="T"),
     tolerance={"f32": 0.0},
+)
+
+cast_backward = Op(
+    "cast_backward",
+    "dx[n,d]:f32 = (dy[n,d]:T, a[n,d]:f32?)",
+    doc="The gradient of cast: dx = dy, plus a where it is given.",
+    reference=_cast_backward,
+    kernels=_cast_kernels,
+    cases=[dict(n=n, d=d, a=a) for n, d, a in ((1, 64, False), (3, 7, True), (5, 900, True), (2, 33, False))],
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 3000), a=bool(draw(0, 1))),
+    tolerance={"f32": 1.0},
+    flops=lambda c: c["n"] * c["d"],
 )
 
 slice_rows = Op(

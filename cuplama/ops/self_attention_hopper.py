@@ -37,7 +37,13 @@ def hopper_plan(call: Call, device: Device) -> Plan | None:
             (_THREADS,),
             constants={"M": M, "sms": device.sms},
         ),
-        Launch(f"{_FILE}:attention_backward_wgmma", (entries * H,), (384,), shared, constants={"M": M}),
+        Launch(
+            f"{_FILE}:attention_backward_wgmma",
+            (entries * H,),
+            (384,),
+            shared,
+            constants={"M": M, "CAPPED": call["softcap"] != 0},
+        ),
         Launch(f"{_FILE}:convert_dq", (tiles, num_heads), (_THREADS,), constants={"M": M}),
     )
     scratch = {

@@ -158,7 +158,8 @@ class _NodeGradient:
 
     def rounded(self, out: str) -> str:
         gradient = self.of(out)
-        return self.backward.rounded(gradient) if self.node.attrs.get("U") == "f32" else gradient
+        dtype = next(spec.dtype for spec in OPS[self.op].signature.outs if spec.name == out)
+        return self.backward.rounded(gradient) if self.node.attrs.get(dtype, dtype) == "f32" else gradient
 
     def wants(self, name: str) -> bool:
         return self.backward.depends(self._name(name))

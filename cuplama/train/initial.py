@@ -2,7 +2,7 @@
 
 As GPT-2 begins (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019): matrices are drawn from a
 normal distribution, and those whose results are added to the residual stream from a narrower one, by the root of how
-many they are, so that the stream does not grow with the depth. Norms are 1 and biases 0.
+many they are, so that the stream does not grow with the depth. Norms multiply by 1; other vectors, biases, are 0.
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ from ..models.config import ModelConfig
 from ..ops.signature import dim_value
 from ..quant.weight import Weight
 
-__all__ = ["head_is_tied", "initial_weights"]
+__all__ = ["initial_weights"]
 
 _DEVIATION = 0.02  # of a config without initializer_range
 _ADDED = ("o_proj", "down_proj")  # what is added to the residual stream, twice in a layer
-
-
-def head_is_tied(config: ModelConfig) -> bool:
-    """Whether head and embedding of a new model are one matrix: what the config says, or what its family has without
-    saying."""
-    return config.family.tied if config.tied is None else config.tied
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
@@ -40,7 +34,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
         raise ConfigError(
             f"config.json: initializer_range = {deviation!r} is not supported; supported: a number above 0"
         )
-    dims, tied, found = config.dims(), head_is_tied(config), dict[str, Weight]()
+    dims, tied, found = config.dims(), config.head_is_tied, dict[str, Weight]()
     for number, (name, recipe) in enumerate(config.recipes().items()):
         if name == "lm_head" and tied:
             found[name] = Weight(name, found["embed_tokens"].source, found["embed_tokens"].parts)
@@ -48,14 +42,15 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
         numbers = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
         width = deviation / math.sqrt(2 * config.num_layers) if name.endswith(_ADDED) else deviation
         shapes = [tuple(dim_value(d, dims) for d in shape.split(",")) for shape, _ in recipe.parts]
-        parts = tuple(_part(name, shape, width, numbers) for shape in shapes)
+        constant = 1 - config.family.norm_offset if name.endswith("norm") else 0.0
+        parts = tuple(_part(shape, constant, width, numbers) for shape in shapes)
         found[name] = Weight(name, tuple(tensor for _, tensor in recipe.parts), parts)
     return found
 
 
-def _part(name: str, shape: tuple[int, ...], width: float, numbers: np.random.Generator) -> np.ndarray[Any, Any]:
+def _part(shape: tuple[int, ...], constant: float, width: float, numbers: np.random.Generator) -> np.ndarray[Any, Any]:
     if len(shape) == 1:
-        return np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
+        return np.full(shape, constant, np.float32)
     drawn = numbers.standard_normal(shape, np.float32)
     drawn *= np.float32(width)
     return drawn

@@ -22,7 +22,7 @@ from ..models.config import ModelConfig, load_config, parse_config
 from ..models.lora import ALL_LINEAR
 from ..quant.weight import Weight
 from ..text.tokenizer import Tokenizer
-from .initial import head_is_tied, initial_weights
+from .initial import initial_weights
 from .marks import Marks
 from .model_files import AdapterFiles, ModelFiles, files_of_folder, files_of_new_model
 from .settings import TrainingSettings
@@ -57,7 +57,7 @@ def new_model(config_file: Path, tokenizer_file: Path, seed: int) -> Origin:
     if raw.get("quantization_config") is not None:
         raise ConfigError(f"{config_file}: quantization_config: the weights of a new model are not quantised")
     config = parse_config(raw, str(config_file))
-    tied = head_is_tied(config)
+    tied = config.head_is_tied
     config = replace(config, tied=tied)
     if tokenizer_file.is_dir():
         tokenizer_file = tokenizer_file / "tokenizer.json"

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import DTYPES
+from ..errors import ParameterError
 from ..models.config import ModelConfig
 from ..models.fusion import PREFILL_RULES, fuse
 from ..models.graph import HIDDEN, Graph, decoder
 from ..ops.node import Node
+from ..ops.signature import OpError
 from .backward import Backward, gradient_name
 
 __all__ = [
@@ -123,7 +125,9 @@ class _Chunks:
             nodes.append(Node("softmax_mixture", (mixture,), ins, {"share": 1 / len(self.teachers)}))
         nodes += head.nodes(number, first, rows)
         loss, ins = f"head.{number}.loss", (nodes[-1].outs[0], "targets", "weights", *([mixture] if mixture else []))
-        attrs = {"V": self.vocab_size, "alpha": self.alpha, "first": first, "U": "T"}
+        # A product takes the gradient of its result in the model's dtype; what may follow on it is float32 both ways.
+        U = "T" if "U" in nodes[-1].attrs else "f32"
+        attrs = {"V": self.vocab_size, "alpha": self.alpha, "first": first, "U": U}
         nodes.append(Node("cross_entropy", (loss, f"head.{number}.dlogits"), ins, attrs))
         nodes.append(Node("add_sum", (LOSS,), (LOSS, loss)))
         return nodes, loss
@@ -142,7 +146,8 @@ def training_step(
 
     trained: canonical names of weights; recompute: one of ``RECOMPUTE``; dropout: of the residual stream; teachers:
     models whose mean prediction makes up ``alpha`` of the loss. Values that a run needs: weights, rotation tables, what
-    ``Batch.arrays`` has, ``LOSS``, "dropout.seed" with dropout, and the gradient arrays.
+    ``Batch.arrays`` has, ``LOSS``, "dropout.seed" with dropout, and the gradient arrays. Raises ParameterError for a
+    model with an op that has no gradient.
     """
     graph = decoder(config, cached=False, dropout=dropout)
     guides = [_teacher(teacher) for teacher in teachers]
@@ -153,10 +158,13 @@ def training_step(
     nodes += body
     parts = [chunks.loss(head, i, *cut) for i, cut in enumerate(chunks.cuts)]
     backward = Backward([*nodes, *(node for part, _ in parts for node in part)], trained, recompute)
-    for part, loss in parts:
-        backward.nodes += part
-        backward.through(part, loss)
-    backward.through(body)
+    try:
+        for part, loss in parts:
+            backward.nodes += part
+            backward.through(part, loss)
+        backward.through(body)
+    except OpError as e:
+        raise ParameterError(f"{config.architecture} cannot be trained: {e}") from None
     return StepPlan(fuse([*nodes, *backward.nodes], PREFILL_RULES), tuple(backward.arrays), rows)
 
 
@@ -176,7 +184,7 @@ def _teacher(teacher: Teacher) -> Graph:
     names = {v: _SHARED.get(v) or teacher_value(teacher.number, v) for v in values}
     body, head = ([_renamed(node, names) for node in part] for part in (graph.body, graph.head))
     head = [replace(node, ins=tuple(_as_hidden(v, names) for v in node.ins)) for node in head]
-    return Graph(body, head, names[graph.out])
+    return Graph(body, head, [names[stream] for stream in graph.streams])
 
 
 def _as_hidden(value: str, names: Mapping[str, str]) -> str:

@@ -86,7 +86,7 @@ def test_memory_that_is_short_is_no_internal_error(monkeypatch: pytest.MonkeyPat
 def test_show() -> None:
     done = invoke("show", "rms_norm", "--shape", "n=2,d=4096", "--arch", "sm_80,sm_90", "--ptx")
     assert done.exit_code == 0, done.output
-    assert "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32)" in done.stderr
+    assert "y[n,d]:T = (x[n,d]:f32, w[d]:T, eps:f32, offset:f32=0)" in done.stderr
     assert "rms_norm<bf16, 1>: grid (2, 1, 1), block (512, 1, 1)" in done.stderr
     head = (source_folder() / "norm.cu").read_text(encoding="utf-8").splitlines()[0]
     assert head.removeprefix("// ") in done.stderr
@@ -224,7 +224,7 @@ def test_compare_without_a_gpu_checks(tmp_path: Path) -> None:
         (["bench", "rms_norm", "--shape", "n=1,d=100000"], "rms_norm: d is 100000; the kernel takes at most"),
         (["bench", "rms_norm", "--shape", "n=0,d=64"], "n is 0, not a whole number"),
         (["show", "attention", "--shape", "num_heads=3,H=2"], "attention needs num_heads % H == 0"),
-        (["show", "attention", "--shape", "D=7"], "attention: D = 7 is no multiple of 8"),
+        (["show", "attention", "--shape", "D=7"], "attention: D = 7 is neither a multiple of 8"),
         (["bench", "--model", "llama-9"], "known shapes"),
         (["show", "nonsense"], "known: "),
         (["compare", "x.cu", "--op", "norm"], "no op is named 'norm'"),
@@ -257,7 +257,7 @@ def test_values_of_a_shape() -> None:
 
 
 def test_names_find_ops() -> None:
-    in_residual = ["add", "cast", "place_rows", "scale", "select_rows", "slice_rows"]
+    in_residual = ["add", "cast", "cast_backward", "place_rows", "scale", "select_rows", "slice_rows"]
     assert sorted(op.name for op in find_ops("residual")) == in_residual
     assert sorted(op.name for op in find_ops("residual.cu")) == in_residual
     assert [op.name for op in find_ops("sample_draw")] == ["sample"]
@@ -338,8 +338,8 @@ def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     at = lines.index("  fill_rows")
     assert lines[at + 2 : at + 4] == [
-        "    ops linear linear_add rms_norm_linear silu_mul_linear_add; f32 f16 bf16;",
-        "      sm_75+",
+        "    ops gelu_tanh_mul_linear_add linear linear_add rms_norm_linear",
+        "      silu_mul_linear_add; f32 f16 bf16; sm_75+",
     ]
 
 
@@ -348,7 +348,7 @@ OUTSIDE = str(ROOT / "examples" / "own_op" / "hard_tanh.py")
 
 def test_list_of_names() -> None:
     lines = invoke("list", "residual").stdout.splitlines()
-    there = ["kernel", "add", "scale", "select_rows", "cast", "slice_rows", "place_rows"]
+    there = ["kernel", "add", "scale", "select_rows", "cast", "cast_backward", "slice_rows", "place_rows"]
     assert [line.split()[0] for line in lines] == there
     (_, line) = invoke("list", OUTSIDE).stdout.splitlines()
     assert re.fullmatch(

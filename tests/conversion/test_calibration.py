@@ -21,6 +21,7 @@ from cuplama.models.config import load_config
 from cuplama.text.tokenizer import Tokenizer
 from tests.conversion.made import TEXT, write_model
 from tests.fakes import FakeGpu
+from tests.paths import GOLDEN
 from tests.tiny import CHARS
 
 
@@ -37,12 +38,12 @@ def _of_layer(weights: dict[str, Any], layer: int) -> dict[str, Any]:
     return {name: w for name, w in weights.items() if layer_of(name) == layer}
 
 
-@pytest.mark.parametrize("folder", ["llama", "gpt2"])
+@pytest.mark.parametrize("folder", ["llama", "gpt2-char", "gemma2", "olmo3", "cohere2", "granite"])
 def test_behind_the_last_layer_is_what_the_engine_has_there(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each sample, in passes of several samples and with a rest; the stream in a file."""
-    path = write_model(tmp_path / "model") if folder == "llama" else CHARS
+    path = write_model(tmp_path / "model") if folder == "llama" else GOLDEN / folder
     monkeypatch.setattr(module, "_MAX_BYTES", 100)
     monkeypatch.setattr(NumPyBackend, "prefill_chunk", 50)
     rng = np.random.default_rng(0)

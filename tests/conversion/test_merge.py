@@ -69,6 +69,24 @@ def test_logits_are_those_of_the_adapted_model(model: Path, adapter: Path, tmp_p
     assert 0 < off < 0.03 * np.abs(plain - wanted).max()
 
 
+def test_rows_that_lie_head_by_head(tmp_path: Path) -> None:
+    """InternLM 2's matrix of queries, keys and values: B has its rows in the same order, and so has the merged one."""
+    base = GOLDEN / "internlm2"
+    adapter = write_adapter(tmp_path / "adapter", base, ["wqkv"])
+    merge(base, adapter, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    added = load_file(adapter / "adapter_model.safetensors")
+    name = "model.layers.1.attention.wqkv"
+    a, b = (added[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+    term = np.float32(2) * (b @ a)
+    np.testing.assert_allclose(after[f"{name}.weight"], before[f"{name}.weight"] + term, rtol=0, atol=1e-6)
+    with cuplama.load(base, device="numpy", adapter=adapter) as adapted, cuplama.load(base, device="numpy") as plain:
+        wanted, other = adapted.logits([5, 6, 7, 8]), plain.logits([5, 6, 7, 8])
+    with cuplama.load(tmp_path / "out", device="numpy") as merged:
+        found = merged.logits([5, 6, 7, 8])
+    assert np.abs(found - wanted).max() < 1e-4 < 0.1 < np.abs(other - wanted).max()
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_a_run_that_was_stopped_goes_on(
     model: Path, adapter: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch

@@ -372,5 +372,7 @@ def test_a_model_that_was_dropped_makes_room_for_the_largest_cache(monkeypatch: 
 def test_a_head_size_without_kernels_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
     config = replace(_small(), head_dim=100)
-    with pytest.raises(DeviceError, match=r"head_dim = 100: .*multiples of 8 up to 256; --device numpy"):
+    with pytest.raises(
+        DeviceError, match=r"head_dim = 100: .*multiples of 8 up to 256, and of 16 up to 512; --device numpy"
+    ):
         open_backend(Setup("cuda", "bf16", 64, 64), config, {})

@@ -19,6 +19,7 @@ from cuplama.lab.check import planned
 from cuplama.lab.inventory import compile_kernels, judge
 from cuplama.lab.workloads import Workload, decode_workloads, prompt_workloads
 from cuplama.models.presets import SHAPES, find_shape
+from cuplama.ops import OPS
 from cuplama.ops.abstract import abstract
 from cuplama.ops.launch import Device
 from cuplama.ops.prototypes import prototypes
@@ -39,8 +40,9 @@ def _workloads(model: str, arch: int) -> Iterator[Workload]:
     Products of many rows are planned as without a library.
     """
     config = find_shape(model)[1]
-    assert all(layer in config.layers[:2] for layer in config.layers)
-    config = replace(config, layers=config.layers[:2])
+    kinds = [layer for i, layer in enumerate(config.layers) if layer not in config.layers[:i]]
+    assert len(kinds) <= 2
+    config = replace(config, layers=tuple(kinds * 2)[:2])  # the last layer is run otherwise than those before it
     dtype = "f16" if config.stored == "bf16" and arch < 80 else config.stored
     for batch in (1, 2, 3, 5, 7, 8, 9, 13, 40):
         yield from decode_workloads(config, dtype, padded_sequences(batch), 300)
@@ -66,8 +68,17 @@ def test_what_goes_with_a_product_of_the_library_is_there() -> None:
     """Qwen2.5 has a bias on its first product: in the model's dtype, where rows of it are filled before the product."""
     bias = _needed(90)["bias.cu"]
     assert {"fill_rows<bf16, bf16>", "fill_rows<bf16, f32>", "cast_bias<bf16, f32>"} <= bias.keys()
-    products = {"linear", "linear_add", "rms_norm_linear", "silu_mul_linear_add"}
+    products = {"linear", "linear_add", "rms_norm_linear", "silu_mul_linear_add", "gelu_tanh_mul_linear_add"}
     assert bias["cast_bias<bf16, f32>"].ops == products
+
+
+def test_what_a_case_launches_may_be_left_out() -> None:
+    ours, short = OPS["add"], replace(OPS["add"], compiled=lambda case: case["n"] > 10**9)
+    assert inventory.needed(Device(), outside=[ours]).keys() == {"residual.cu"}
+    assert inventory.needed(Device(), outside=[short]) == {}
+    assert {case["D"] for case in OPS["self_attention"].cases} > {8, 16, 40, 64}
+    heads = {e.split(", ")[1] for e in _needed(90)["attention_backward_fma.cu"]}
+    assert heads == {"64", "96", "128", "256"}
 
 
 def test_what_measures_the_machine_belongs_to_no_op() -> None:
@@ -90,7 +101,6 @@ def test_bf16_is_not_compiled_below_sm_80() -> None:
         assert dtypes == wanted
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("arch", [75, 120])
 def test_small_files_compile_cleanly_from_the_oldest_to_the_newest_arch(arch: int) -> None:

@@ -115,7 +115,7 @@ def test_shapes_of_ones_own() -> None:
     case = shape_workload(OPS["rms_norm"], {"n": 3, "d": 4096}, "f16")
     assert case.shape == "n=3 d=4096"
     assert case.label == "rms_norm f16 n=3 d=4096"
-    assert case.attrs == {"eps": 1e-5}
+    assert case.attrs == {"eps": 1e-5, "offset": 0}
     assert case.ins[1].dtype == np.float16
     long = shape_workload(OPS["attention"], {"b": 2, "length": 300, "num_heads": 4, "H": 2, "D": 64}, "f32")
     assert long.call.env["b"] == 2

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from cuplama.errors import ConfigError
-from cuplama.models.config import ModelConfig, parse_config
+from cuplama.models.checkpoint import load_weights
+from cuplama.models.config import ModelConfig, load_config, parse_config
+from cuplama.models.export import checkpoint_tensors
 from cuplama.models.families import FAMILIES
+from cuplama.models.family import one
+from cuplama.models.lora import Adapter, LowRank
 from cuplama.ops.signature import dim_value
+from tests.paths import GOLDEN
 
 # V = 96, d = 32, f = 48, 4 query heads and 2 KV heads of 16, one layer; GPT-2: 4 heads of 8, 20 positions.
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
@@ -93,19 +101,30 @@ def test_a_tied_matrix_has_two_names(family: str) -> None:
 
 
 def test_names_ops_and_rotations() -> None:
-    """(model_type, embedding, norm, prefix, rope types, whether a part of the head may stay unrotated)."""
-    every = "default linear dynamic llama3 yarn longrope"
+    """Of each family what is not as in Llama."""
+    llama = FAMILIES["LlamaForCausalLM"]
+    assert (llama.embed, llama.norm, llama.rope, llama.prefix) == ("embedding", "rms_norm", "rope", "model.")
+    assert llama.rope_types == ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+    fields = ("embed", "norm", "rope", "prefix", "norm_offset", "rotary", "rope_types", "partial_rotary")
     found = {
-        name: (f.model_type, f.embed, f.norm, f.prefix, " ".join(f.rope_types) if f.rotary else "", f.partial_rotary)
-        for name, f in FAMILIES.items()
+        f.model_type: {field: getattr(f, field) for field in fields if getattr(f, field) != getattr(llama, field)}
+        for f in FAMILIES.values()
     }
-    assert found == {
-        "LlamaForCausalLM": ("llama", "embedding", "rms_norm", "model.", every, False),
-        "MistralForCausalLM": ("mistral", "embedding", "rms_norm", "model.", every, False),
-        "Qwen2ForCausalLM": ("qwen2", "embedding", "rms_norm", "model.", every, False),
-        "Qwen3ForCausalLM": ("qwen3", "embedding", "rms_norm", "model.", every, False),
-        "Phi3ForCausalLM": ("phi3", "embedding", "rms_norm", "model.", "default longrope", True),
-        "GPT2LMHeadModel": ("gpt2", "embedding_pos", "layer_norm", "transformer.", "", False),
+    assert {name: differences for name, differences in found.items() if differences} == {
+        "cohere2": {"norm": "layer_norm", "rope": "rope_pairs"},
+        "ernie4_5": {"rope": "rope_pairs"},
+        "gemma2": {"norm_offset": 1.0},
+        "gemma3_text": {"norm_offset": 1.0},
+        "glm": {"rope": "rope_pairs", "partial_rotary": True},
+        "glm4": {"rope": "rope_pairs", "partial_rotary": True},
+        "gpt2": {"embed": "embedding_pos", "norm": "layer_norm", "prefix": "transformer.", "rotary": False},
+        "helium": {"rope": "rope_pairs"},
+        "hunyuan_v1_dense": {"rope_types": ("default", "ntk_alpha")},
+        "internlm2": {"rope_types": ("default", "linear", "dynamic")},
+        "nemotron": {"norm": "layer_norm", "norm_offset": 1.0, "partial_rotary": True},
+        "phi": {"norm": "layer_norm", "partial_rotary": True},
+        "phi3": {"rope_types": ("default", "longrope"), "partial_rotary": True},
+        "stablelm": {"norm": "layer_norm", "partial_rotary": True},
     }
 
 
@@ -183,3 +202,71 @@ def test_fields_that_would_change_the_mathematics(
         for value in refused:
             with pytest.raises(ConfigError, match=rf"{field} = .* is not supported; supported: {field} = "):
                 parse(family, **{field: value})
+
+
+def test_rows_by_head_become_queries_keys_and_values() -> None:
+    """Two key heads of size 2, each with two queries: the file has q q k v, q q k v."""
+    recipe = one("num_heads*D+2*num_kv_heads*D", "x", by_head=True)
+    dims = {"num_heads": 4, "num_kv_heads": 2, "D": 2}
+    found = recipe.canonical(np.arange(16), dims)
+    assert found.tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert recipe.stored(found, dims).tolist() == list(range(16))
+
+
+def test_internlm2_goes_back_to_its_files() -> None:
+    """Its matrix by head, and the B of an adapter of that."""
+    folder = GOLDEN / "internlm2"
+    config, tensors = load_config(folder), load_file(folder / "model.safetensors")
+    arrays = {name: weight.array() for name, weight in load_weights(folder, config).items()}
+    found = dict(checkpoint_tensors(config, arrays))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    adapter = Adapter({"model.layers.0.attention.wqkv": LowRank(2, 1.0)})
+    recipes = replace(config, adapter=adapter).recipes()
+    assert recipes["0.qkv_proj.lora_b"].by_head
+    assert not recipes["0.qkv_proj.lora_a"].by_head
+
+
+# What a config means that leaves fields out, of 160 heads in a hidden size of 1280, as transformers' classes have it:
+# (KV heads, size of a head, eps, context, type of the rotation, its base, rotated elements). InternLM 2's are its own.
+ABSENT = {
+    "Apertus": (160, 8, 1e-5, 65536, "llama3", 12e6, 8),
+    "Arcee": (160, 8, 1e-5, 4096, "default", 1e4, 8),
+    "Cohere2": (160, 8, 1e-5, 8192, "default", 1e4, 8),
+    "Ernie4_5": (2, 128, 1e-5, 131072, "default", 5e5, 128),
+    "Exaone4": (32, 8, 1e-5, 2048, "default", 1e4, 8),
+    "Gemma2": (4, 256, 1e-6, 8192, "default", 1e4, 256),
+    "Gemma3": (4, 256, 1e-6, 131072, "default", 1e4, 256),
+    "Glm": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
+    "Glm4": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
+    "Granite": (160, 8, 1e-6, 2048, "default", 1e4, 8),
+    "Helium": (20, 128, 1e-8, 4096, "default", 1e5, 128),
+    "HunYuanDenseV1": (160, 8, 1e-5, 2048, "default", 1e4, 8),
+    "InternLM2": (160, 8, 1e-6, 2048, "default", 1e4, 8),
+    "InternLM3": (2, 128, 1e-5, 32768, "default", 1e4, 128),
+    "Nemotron": (160, 8, 1e-5, 4096, "default", 1e4, 4),
+    "Olmo2": (160, 8, 1e-5, 2048, "default", 1e4, 8),
+    "Olmo3": (160, 8, 1e-5, 2048, "default", 5e5, 8),
+    "Phi": (160, 8, 1e-5, 2048, "default", 1e4, 4),
+    "SeedOss": (8, 128, 1e-6, 524288, "default", 1e4, 128),
+    "SmolLM3": (4, 8, 1e-6, 32768, "default", 2e6, 8),
+    "StableLm": (32, 8, 1e-5, 4096, "default", 1e4, 2),
+}
+
+
+@pytest.mark.parametrize(("family", "wanted"), ABSENT.items())
+def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[Any, ...]) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 1280, "intermediate_size": 48, "num_attention_heads": 160}
+    raw = {"architectures": [f"{family}ForCausalLM"], **sizes, "num_hidden_layers": 4}
+    config = parse_config(raw)
+    (rope,) = config.ropes.values()
+    found = (config.num_kv_heads, config.head_dim, config.eps, config.context, rope.type, rope.theta, rope.dim)
+    assert found == wanted
+    mixed = dict.fromkeys(("Cohere2", "Exaone4", "Olmo3"), (4096, 4096, 4096, 0))
+    mixed |= {"Gemma2": (4096, 0, 4096, 0), "Gemma3": (4096,) * 4}
+    assert config.windows == mixed.get(family, (0,) * 4)
+    assert config.head_is_tied == (family in ("Cohere2", "Ernie4_5", "Gemma2", "Gemma3", "SmolLM3"))
+    assert config.logits_scale == (0.0625 if family == "Cohere2" else 1)
+    assert config.attention_scale == {"Gemma2": 1 / 16, "Gemma3": 1 / 16, "Granite": 1}.get(family, 0)
+    assert (config.attention_cap, config.logits_cap) == ((50, 30) if family == "Gemma2" else (0, 0))

@@ -1,5 +1,6 @@
 """Fusion: what the rules make of every family's graph, and what they leave alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,16 @@ import pytest
 
 from cuplama.engine.decode import decode_nodes
 from cuplama.models.config import load_config
-from cuplama.models.fusion import FEW_ROWS_RULES, PREFILL_RULES, fuse
+from cuplama.models.fusion import BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, Rule, fuse
 from cuplama.models.graph import Graph, decoder
+from cuplama.ops import OPS
 from cuplama.ops.node import Node
+from tests.models.synthetic import VARIANTS, synthetic
 from tests.paths import GOLDEN
 
 CASES = sorted(GOLDEN.iterdir())
+# Families whose layers have nothing but what the rules name.
+PLAIN = {"gpt2", "internlm2", "internlm3", "llama", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"}
 
 
 def _leaves(nodes: list[Node]) -> list[Node]:
@@ -28,8 +33,9 @@ def test_fusion_leaves_five_nodes_a_layer(case: Path) -> None:
     config = load_config(case)
     nodes = _step(decoder(config))
     fused = fuse(nodes, FEW_ROWS_RULES)
-    assert len(fused) == 5 * config.num_layers + 2  # the embedding, and the head with its norm
     assert _leaves(fused) == nodes
+    # The embedding, and the head with its norm, are the other two.
+    assert (len(fused) == 5 * config.num_layers + 2) == (config.family.model_type in PLAIN)
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
@@ -42,16 +48,17 @@ def test_both_gelus_are_fused_with_what_is_before_them(activation: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
 def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
-    """A library multiplies then: it takes the residual sum with it, and nothing else."""
+    """A library multiplies then: it takes the residual sum with it, and nothing else. A norm behind takes the sum."""
     config = load_config(case)
     graph = decoder(config)
+    sums = set[str]() if "0.attn_post_norm" in config.weight_shapes() else {"linear_add"}
     whole = [*graph.body, *graph.selected_rows()]
     prefill, batch = fuse(whole, PREFILL_RULES), decode_nodes(graph, 9)
     assert _leaves(prefill) == whole
-    assert {n.op for n in prefill if n.parts} == {"linear_add"}
-    assert {n.op for n in batch if n.parts} == {"linear_add", "append_attention"}
+    assert {n.op for n in prefill if n.parts} == sums
+    assert {n.op for n in batch if n.parts} == sums | {"append_attention"}
     for nodes in (prefill, batch):
-        assert [n.op for n in nodes].count("linear_add") == 2 * config.num_layers
+        assert [n.op for n in nodes].count("linear_add") == 2 * config.num_layers * len(sums)
         assert "add" not in {n.op for n in nodes}
 
 
@@ -63,6 +70,45 @@ def test_fusion_keeps_a_value_that_is_used_again() -> None:
     ]
     rules = [r for r in FEW_ROWS_RULES if r.parts[0] == "rms_norm"]
     assert [n.op for n in fuse(nodes, rules)] == ["rms_norm", "linear", "add"]
+
+
+def test_a_part_with_what_the_fused_op_lacks_is_not_fused() -> None:
+    """Left out, an input or an attribute would be ignored: the result would be another one."""
+    rotation = [
+        Node("rope_pairs", ("r",), ("x", "rows", "cos", "sin"), {}),
+        Node("kv_append", ("k", "v"), ("r", "slots", "k", "v")),
+        Node("attention", ("y",), ("r", "k", "v", "starts", "lengths", "table"), {"window": 0}),
+    ]
+    assert [n.op for n in fuse(rotation, FEW_ROWS_RULES)] == ["rope_pairs", "append_attention"]
+    norm = Node("rms_norm", ("h",), ("x", "g"), {"eps": 1e-5, "offset": 1.0})
+    biased = Node("linear", ("y",), ("h", "w", "b"), {"U": "T"})
+    for nodes, fused in (([norm, biased], "silu_mul"), ([norm, biased], "linear_add")):
+        assert fuse(nodes, [Rule(("rms_norm", "linear"), fused)]) == nodes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rules", [FEW_ROWS_RULES, BATCH_RULES, PREFILL_RULES])
+def test_fused_nodes_stand_for_the_nodes_of_any_model(variant: str, rules: Sequence[Rule]) -> None:
+    nodes = _step(decoder(synthetic(**VARIANTS[variant])))
+    fused = fuse(nodes, rules)
+    assert _leaves(fused) == nodes
+    for node in fused:
+        signature = OPS[node.op].signature
+        assert all(name or spec.optional for spec, name in zip(signature.ins, node.ins, strict=False))
+        assert sum(not s.optional for s in signature.ins) <= len(node.ins)
+
+
+def test_what_stands_between_rotation_and_cache_leaves_the_rest_to_be_fused() -> None:
+    config = synthetic(**VARIANTS["attention"])
+    found = [n.op for n in fuse(_step(decoder(config)), BATCH_RULES)]
+    at = found.index("scale_queries")
+    assert found[at - 1 : at + 2] == ["rope", "scale_queries", "append_attention"]
+
+
+def test_a_norm_that_two_sublayers_read_stays() -> None:
+    fused = fuse(_step(decoder(synthetic(**VARIANTS["parallel"]))), FEW_ROWS_RULES)
+    assert [n.op for n in fused].count("rms_norm") == synthetic().num_layers
+    assert [n.op for n in fused].count("linear_add") == 2 * synthetic().num_layers
 
 
 def test_inputs_are_matched_by_name() -> None:
@@ -86,3 +132,19 @@ def test_inputs_are_matched_by_name() -> None:
     (fused,) = fuse(attention, FEW_ROWS_RULES)
     assert fused.ins == ("x", "slots", "k", "v", "starts", "lengths", "table")
     assert fused.outs == ("y", "k", "v")
+
+
+def test_the_offset_of_a_norm_and_a_missing_shift_reach_the_fused_node() -> None:
+    nodes = [
+        Node("layer_norm", ("h",), ("x", "g"), {"eps": 1e-5, "offset": 1.0}),
+        Node("linear", ("y",), ("h", "w", "b"), {"U": "f32"}),
+    ]
+    (fused,) = fuse(nodes, FEW_ROWS_RULES)
+    assert fused.op == "layer_norm_linear"
+    assert (fused.ins, dict(fused.attrs)) == (("x", "g", "", "w", "b"), {"eps": 1e-5, "offset": 1.0, "U": "f32"})
+
+
+def test_a_gated_gelu_is_fused_with_what_is_before_it() -> None:
+    config = replace(load_config(next(c for c in CASES if c.name == "llama3-gqa")), activation="gelu_tanh_mul")
+    fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
+    assert [node.op for node in fused].count("rms_norm_linear_gelu_tanh_mul") == config.num_layers

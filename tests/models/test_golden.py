@@ -13,6 +13,8 @@ import pytest
 
 import cuplama
 from cuplama import Model
+from cuplama.models.config import load_config
+from cuplama.models.families import FAMILIES
 from tests.engine.feeding import last_logits
 from tests.paths import GOLDEN
 
@@ -64,8 +66,7 @@ def difference(a: Array, b: Array) -> float:
 
 
 def test_there_is_a_case_for_every_family() -> None:
-    families = {meta_of(p)["family"] for p in CASES}
-    assert families == {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"}
+    assert {load_config(p).family.model_type for p in CASES} == {family.model_type for family in FAMILIES.values()}
 
 
 def test_logits(case: Case) -> None:

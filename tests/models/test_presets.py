@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from cuplama.errors import ConfigError
-from cuplama.models.config import load_config
+from cuplama.files import read_json
+from cuplama.models.config import load_config, parse_config
 from cuplama.models.presets import SHAPES, find_shape, is_shape
-from tests.paths import GOLDEN
+from tests.paths import DATA, GOLDEN
 
 # Parameters as the model cards count them, and (context, theta, window, eps) of config.json.
 PUBLISHED = {
+    "gemma-3-4b": (3_880_263_168, 131072, 1e4, 1024, 1e-6),
     "gpt2": (124_439_808, 1024, None, 0, 1e-5),
     "llama-2-7b": (6_738_415_616, 4096, 1e4, 0, 1e-5),
     "llama-3.1-8b": (8_030_261_248, 131072, 5e5, 0, 1e-5),
@@ -42,11 +44,16 @@ def test_shapes_have_the_published_number_of_parameters(name: str) -> None:
     assert (known, elements, config.context, theta, max(config.windows), config.eps) == (name, *PUBLISHED[name])
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "gemma-3-4b"])
 def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> None:
     """All that a run depends on; the tokens that begin and end a text are not part of a shape."""
     published = load_config(shared / "configs" / name)
     assert find_shape(name)[1] == replace(published, bos=None, eos=())
+
+
+def test_gemma_3_is_the_text_part_of_the_published_config() -> None:
+    published = parse_config(read_json(DATA / "configs" / "gemma-3-4b.json"))
+    assert find_shape("gemma-3-4b")[1] == replace(published, eos=(), tied=True, wrapper=None)
 
 
 def test_llama_3_scales_its_rotation() -> None:
@@ -67,8 +74,9 @@ def test_heads(name: str, dims: tuple[int, ...]) -> None:
 def test_dtypes_and_activations() -> None:
     configs = {name: find_shape(name)[1] for name in SHAPES}
     assert {n: c.stored for n, c in configs.items() if c.stored != "bf16"} == {"gpt2": "f32", "llama-2-7b": "f16"}
-    assert {n for n, c in configs.items() if c.tied} == {"gpt2", "llama-3.2-1b", "qwen2.5-0.5b"}
-    assert {n: c.activation for n, c in configs.items() if c.activation != "silu_mul"} == {"gpt2": "gelu_tanh"}
+    assert {n for n, c in configs.items() if c.tied} == {"gemma-3-4b", "gpt2", "llama-3.2-1b", "qwen2.5-0.5b"}
+    activations = {n: c.activation for n, c in configs.items() if c.activation != "silu_mul"}
+    assert activations == {"gemma-3-4b": "gelu_tanh_mul", "gpt2": "gelu_tanh"}
 
 
 def test_a_folder_is_its_own_shape_and_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,5 +91,7 @@ def test_a_folder_is_its_own_shape_and_comes_first(tmp_path: Path, monkeypatch: 
 
 
 def test_other_names_are_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match=r"'gpt3' is neither a folder .* known shapes: gpt2, llama-2-7b, .*qwen3-8b$"):
+    with pytest.raises(
+        ConfigError, match=r"'gpt3' is neither a folder .* known shapes: gemma-3-4b, gpt2, llama-2-7b, .*qwen3-8b$"
+    ):
         find_shape("gpt3")

@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "long_factor": [2.0 + i for i in range(8)],
     },
     "proportional": {"partial_rotary_factor": 0.3},
+    "ntk_alpha": {"alpha": 50.0},
 }
 
 
@@ -48,6 +49,7 @@ def check(found: tuple[Any, float], wanted: list[float], factor: float = 1.0) ->
 def test_static_types(length: int) -> None:
     check(rope("default").frequencies(length), base())
     check(rope("linear").frequencies(length), [f / 4 for f in base()])
+    check(rope("ntk_alpha").frequencies(length), base(THETA * 50 ** (DIM / (DIM - 2))))
 
 
 def test_proportional_rotates_the_fastest_part_of_the_whole_head() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from cuplama.models.family import Wrapper
 from cuplama.models.peft import load_adapter
 from tests.adapters import write_adapter
 from tests.conversion.made import write_model
+from tests.paths import GOLDEN
 
 SEES = Wrapper(
     ("LlamaForConditionalGeneration",),
@@ -123,16 +125,16 @@ def test_what_nobody_reads_of_the_text_part_is_named(caplog: pytest.LogCaptureFi
 
 
 def test_other_classes_of_a_wrappers_kind_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"architectures = .*Odd.*, LlamaForConditionalGeneration$"):
+    with pytest.raises(ConfigError, match=r"architectures = .*Odd.*, LlamaForConditionalGeneration(,|$)"):
         parse_config(raw(architectures=["OddForSequenceClassification"]))
 
 
 # --- Tensors -------------------------------------------------------------------------------------
 
 
-def wrap(folder: Path, spelling: str, **outer: Any) -> Path:
-    """A model's folder made that of a wrapper, with tensors of other parts. spelling: of the text part's, "old" with
-    all of it in front, "new" with the base model's part in front."""
+def wrap(folder: Path, spelling: str, beside: tuple[str, ...] = ("mtp.weight",), **outer: Any) -> Path:
+    """A model's folder made that of a wrapper, with tensors of other parts, a vision tower and ``beside``. spelling: of
+    the text part's, "old" with all of it in front, "new" with the base model's part in front."""
     tensors = load_file(folder / "model.safetensors")
     front, head = {"old": ("language_model.model.", "language_model."), "new": ("model.language_model.", "")}[spelling]
     tensors = {
@@ -140,7 +142,7 @@ def wrap(folder: Path, spelling: str, **outer: Any) -> Path:
         for name, array in tensors.items()
     }
     begin = {"old": "vision_tower.", "new": "model.vision_tower."}[spelling]
-    for name in (f"{begin}a.weight", f"{begin}b.weight", "mtp.weight"):
+    for name in (f"{begin}a.weight", f"{begin}b.weight", *beside):
         tensors[name] = np.ones((2, 3), np.float32)
     save_file(tensors, folder / "model.safetensors")
     text = json.loads((folder / "config.json").read_text())
@@ -157,6 +159,24 @@ def test_the_text_part_runs(tied: bool, spelling: str, tmp_path: Path, caplog: p
     with cuplama.load(plain, device="numpy") as one, cuplama.load(folder, device="numpy") as other:
         assert np.array_equal(one.logits([1, 2, 3]), other.logits([1, 2, 3]))
     parts = {"old": "mtp (1), vision_tower (2)", "new": "model.vision_tower (2), mtp (1)"}[spelling]
+    assert caplog.messages == [f"only the text part runs; tensors of other parts are left out: {parts}"]
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.parametrize(("name", "outer"), [
+    ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}),
+    ("ministral3", {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}),
+    ("mistral-window", {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}),
+])  # fmt: skip
+def test_the_text_part_of_published_wrappers_runs(
+    name: str, outer: dict[str, Any], spelling: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = wrap(shutil.copytree(GOLDEN / name, tmp_path / name), spelling, ("multi_modal_projector.weight",), **outer)
+    with np.load(folder / "golden.npz") as golden, cuplama.load(folder, device="numpy", dtype="float32") as model:
+        found, wanted = model.logits(golden["prompt_1"].tolist()), golden["logits_1"]
+    assert np.abs(found - wanted).max() < 2e-4
+    tower = "vision_tower" if spelling == "old" else "model.vision_tower"
+    parts = ", ".join(f"{part} ({count})" for part, count in sorted({"multi_modal_projector": 1, tower: 2}.items()))
     assert caplog.messages == [f"only the text part runs; tensors of other parts are left out: {parts}"]
 
 

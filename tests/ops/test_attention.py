@@ -23,7 +23,7 @@ from . import harness
 
 Inputs = dict[str, Any]
 
-HOPPER, AMPERE = Device(90), Device(80)  # their prefill kernels differ
+HOPPER, AMPERE, TURING = Device(90), Device(80), Device(75, 40, 65536)  # their prefill kernels differ
 
 
 def _workload(op: Op, ins: Inputs, case: harness.Case) -> Workload:
@@ -119,6 +119,37 @@ def test_prefill_tiles_of_64_and_of_128_rows(case: harness.Case, T: str) -> None
     assert np.array_equal(small, large)
     workload = _workload(attention, ins, case)
     check(workload, workload.arrays(), [large])
+
+
+def test_soft_limits_and_sinks_by_their_formula() -> None:
+    """Of the last token: softcap * tanh(s / softcap), and a softmax with one more logit, whose weight is dropped."""
+    case = attention_case(6, 2, 8, [3], [20], S=8, softcap=0.7, sinks=True)
+    ins = {name: a.astype(np.float64) if a.dtype == np.float32 else a for name, a in _inputs(case, "f32").items()}
+    workload = _workload(attention, ins, case)
+    y = attention.reference(*workload.ins, **workload.attrs)[-1].reshape(6, 8)
+    pages = ins["page_table"][0, :3]
+    keys, values = (ins[name][pages].transpose(1, 0, 2, 3).reshape(2, 24, 8)[:, :20] for name in ("k", "v"))
+    for head, q in enumerate(ins["x"][-1].reshape(10, 8)[:6]):
+        scores = 0.7 * np.tanh(keys[head // 3] @ q * case["scale"] / 0.7)
+        weights = np.exp(np.append(scores, ins["sinks"][head]))
+        np.testing.assert_allclose(y[head], (weights / weights.sum())[:-1] @ values[head // 3], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("T", "device"), [("bf16", AMPERE), ("f16", TURING)], ids=["sm_80", "sm_75"])
+def test_soft_limits_and_sinks_on_older_gpus(T: str, device: Device) -> None:
+    for new in (1, 40):
+        case = attention_case(4, 2, 64, [new], [140], window=90, S=64, softcap=1.5, sinks=True)
+        ins = _inputs(case, T)
+        workload = _workload(attention, ins, case)
+        check(workload, workload.arrays(), [_run(ins, case, device=device)])
+
+
+@pytest.mark.parametrize("T", ["f32", "bf16"])
+def test_prompts_with_the_largest_heads(T: str) -> None:
+    case = attention_case(2, 1, 512, [20, 1], [70, 33], window=40, S=64)
+    ins = _inputs(case, T)
+    workload = _workload(attention, ins, case)
+    check(workload, workload.arrays(), [_run(ins, case)])
 
 
 def test_empty_sequences_of_a_padded_batch() -> None:

@@ -70,7 +70,7 @@ def test_a_name_that_is_no_op_is_told_with_one_that_is_near() -> None:
 
 
 def test_the_signature_is_that_of_a_function() -> None:
-    assert str(inspect.signature(ops.rms_norm)) == "(x, w, *, eps)"
+    assert str(inspect.signature(ops.rms_norm)) == "(x, w, *, eps, offset=0.0)"
     assert str(inspect.signature(ops.linear)) == "(x, w, b=None, *, U='T')"
     penalize = inspect.signature(ops.penalize).parameters  # its bias may be absent, and others come behind it
     assert penalize["bias"].default is inspect.Parameter.empty
@@ -168,7 +168,7 @@ def test_inputs_that_go_together_are_all_given_or_none(left_out: str, group: str
 def test_ops_are_an_attribute_of_the_package() -> None:
     lines = "import cuplama\nprint(cuplama.ops.rms_norm)"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
-    assert done.stdout == "<op rms_norm(x, w, *, eps)>\n"
+    assert done.stdout == "<op rms_norm(x, w, *, eps, offset=0.0)>\n"
 
 
 def test_importing_ops_imports_neither_cupy_nor_a_backend() -> None:

@@ -21,6 +21,7 @@ from cuplama.ops import OPS
 from cuplama.ops.abstract import abstract, infer
 from cuplama.ops.node import Node
 from cuplama.ops.op import Op
+from cuplama.ops.signature import OpError
 
 from .harness import Case, name_of
 
@@ -181,7 +182,7 @@ def smallest(op: Op) -> list[Case]:
     def elements(case: Case) -> int:
         return sum(math.prod(x.shape) for x in case_workload(op, case, "f32").ins if x is not None)
 
-    order = sorted((case for case in op.cases if not case.get("W")), key=elements)
+    order = sorted((case for case in op.cases if not case.get("W") and not case.get("sinks")), key=elements)
     kinds = [tuple((k, v) for k, v in sorted(case.items()) if isinstance(v, bool)) for case in order]
     first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     others = [i for i in range(len(order)) if i not in first][: max(0, CASES - len(first))]
@@ -197,6 +198,19 @@ def all_cases() -> Iterator[tuple[Op, Case]]:
     for op in OPS.values():
         if op.gradient is not None:
             yield from ((op, case) for case in smallest(op))
+
+
+def test_sinks_are_refused_where_they_are_trained() -> None:
+    ins = ("x", "cu_seqlens", "sinks")
+    attrs = dict(num_heads=2, H=1, D=8, window=0, scale=1.0)
+    node = Node("self_attention", ("y", "lse"), ins, attrs)
+    frozen, trained = (Tape(node.op, node, {}, wanted=frozenset(names)) for names in (("x",), ("x", "sinks")))
+    gradient = OPS[node.op].gradient
+    assert gradient is not None
+    gradient(frozen)
+    assert frozen.given.keys() == {"x"}
+    with pytest.raises(OpError, match=r"^self_attention: sinks have no gradient"):
+        gradient(trained)
 
 
 ALL = list(all_cases())

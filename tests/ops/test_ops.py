@@ -38,7 +38,7 @@ _KERNEL_NAMES = [harness.name_of(*c) for c in _WITH_KERNELS]
 # when it loads them; read_sum measures the bandwidth.
 _OF_NO_OP = {
     "bias.cu:cast_bias", "bias.cu:fill_rows", "unpack.cu:unpack", "unpack.cu:unpack_codes", ":".join(READ_KERNEL),
-    *(f"activations_fp8.cu:{before}quantise" for before in ("", "rms_norm_", "silu_mul_")),
+    *(f"activations_fp8.cu:{before}quantise" for before in ("", "rms_norm_", "silu_mul_", "gelu_tanh_mul_")),
     *(f"{file}:{kernel.partition('<')[0]}" for file, kernel in (*pack_kernels(), *rounding_kernels())),
 }  # fmt: skip
 

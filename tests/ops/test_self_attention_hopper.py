@@ -16,6 +16,7 @@ from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS
 from cuplama.ops.launch import Device
 from cuplama.ops.op import Call, Op
+from cuplama.ops.self_attention import self_attention_case
 from cuplama.ops.self_attention_hopper import hopper_plan
 
 HOPPER = Device(90)
@@ -33,9 +34,7 @@ def _op() -> Op:
 
 
 def _case(num_heads: int, H: int, D: int, lengths: list[int], window: int = 0) -> Mapping[str, Any]:
-    return dict(
-        n=sum(lengths), b=len(lengths), num_heads=num_heads, H=H, D=D, lengths=lengths, window=window, scale=D**-0.5,
-    )  # fmt: skip
+    return self_attention_case(num_heads, H, D, lengths, window)
 
 
 def _workload(case: Mapping[str, Any], T: str) -> Workload:

@@ -8,7 +8,7 @@ import pytest
 from cuplama.errors import ConfigError
 from cuplama.models.config import parse_config
 from cuplama.models.presets import SHAPES
-from cuplama.train.initial import head_is_tied, initial_weights
+from cuplama.train.initial import initial_weights
 from tests.train.made import config
 
 
@@ -50,9 +50,9 @@ def test_a_transposed_family_has_canonical_shapes() -> None:
 
 
 def test_what_a_config_leaves_open_is_its_familys() -> None:
-    assert not head_is_tied(config(tie_word_embeddings=None))
+    assert not config(tie_word_embeddings=None).head_is_tied
     raw = {**SHAPES["gpt2"]}
     del raw["tie_word_embeddings"]
-    assert head_is_tied(parse_config(raw))
+    assert parse_config(raw).head_is_tied
     with pytest.raises(ConfigError, match=r"initializer_range = -1 is not supported"):
         initial_weights(config(initializer_range=-1), 0)

@@ -1,29 +1,13 @@
-"""The golden models: a row per case, with what its config says beside the sizes that all share."""
+"""The golden models: a row per case. Those of further families are in cases_more.py and cases_scaled.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from tools.goldens.case import SMALL, Case, Config, O, rope
+from tools.goldens.cases_more import MORE_CASES
+from tools.goldens.cases_scaled import SCALED_CASES
 
 __all__ = ["CASES", "Case", "Config"]
 
-O = 32  # the original context of a scaled RoPE, in tokens: prompts beyond it stay cheap
-
-Config = dict[str, Any]
-
-# Norm epsilons are far larger than the published ones, so that a wrong one shows in the logits.
-SMALL: Config = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 96,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 2e-3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 GPT2: Config = {
     "n_embd": 32,
     "n_layer": 2,
@@ -38,31 +22,6 @@ GPT2: Config = {
 PHI3: Config = {**SMALL, "pad_token_id": None}  # the default, 32000, is outside our vocabulary
 SHORT = [1.0, 1.05, 1.1, 1.3, 1.2, 1.6, 1.4, 2.0]
 LONG = [1.1, 1.5, 2.5, 2.0, 4.0, 6.5, 8.0, 7.5]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One golden model.
-
-    spelling: how config.json is written: "v5" as saved, "v4" with rope_theta and rope_scaling, "v1" like the first
-    Llama configs, which name no rope, KV heads or head_dim at all. twins: also write config.v4.json and config.v5.json.
-    sequential: transformers' decoding with its cache is not the same function as one pass (dynamic RoPE only).
-    """
-
-    family: str
-    config: Config
-    base: Config = field(default_factory=lambda: SMALL)
-    context: int = 128
-    spelling: str = "v5"
-    twins: bool = False
-    sequential: bool = False
-    chars: bool = False
-
-
-def rope(rope_type: str, theta: float = 10000.0, **settings: Any) -> Config:
-    """The rope part of a config; settings: as transformers names them for that type."""
-    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **settings}}
-
 
 CASES: dict[str, Case] = {
     "llama1-mha": Case("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}, spelling="v1"),
@@ -189,4 +148,6 @@ CASES: dict[str, Case] = {
         chars=True,
     ),
     "gpt2-exact-gelu": Case("gpt2", {"activation_function": "gelu"}, GPT2, context=80),
+    **MORE_CASES,
+    **SCALED_CASES,
 }

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tools.goldens.internlm2  # noqa: F401  registers its classes
+
 __all__ = ["NEW_TOKENS", "greedy", "load", "logits_of", "randomize"]
 
 NEW_TOKENS = 24
@@ -27,15 +29,20 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
     Gains are chosen for logits of a few units: a fan-in scaling for matrices, doubled for q and k.
     """
     rng = torch.Generator().manual_seed(seed)
+    mean = 0.0 if model.config.model_type == "nemotron" else 1.0  # of norm weights, to which Nemotron adds one
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=rng)
         if "norm" in name or ".ln_" in name:
-            value = 0.25 * noise if name.endswith("bias") else 1.0 + 0.3 * noise
+            value = 0.25 * noise if name.endswith("bias") else mean + 0.3 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
+        elif "alpha_" in name:  # of xIELU
+            value = p + 0.3 * noise
         elif "embed_tokens" in name or "wte" in name:
-            # An untied embedding is kept small, where the first norm's epsilon shows.
-            value = noise * (2.5 / model.config.hidden_size**0.5 if tied else 0.3)
+            # An untied embedding is kept small, where the first norm's epsilon shows. A tied one that is multiplied
+            # must not outweigh the layers, or each token is followed by itself.
+            multiplied = hasattr(model.get_input_embeddings(), "embed_scale")
+            value = noise * ((1.0 if multiplied else 2.5) / model.config.hidden_size**0.5 if tied else 0.3)
         elif "wpe" in name:
             value = 0.5 * noise
         elif "lm_head" in name:
@@ -44,7 +51,8 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             fan_in = p.shape[0] if conv1d else p.shape[1]
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn"))
-            sharp |= "mlp.c_" in name  # the two GELUs differ by 5e-4 at most: amplify what they feed
+            # The two GELUs differ by 5e-4 at most: amplify what they feed.
+            sharp |= any(part in name for part in ("mlp.c_", "mlp.fc"))
             value = noise * (1.7 if sharp else 1.0) / fan_in**0.5
         p.copy_(exact(value))
 

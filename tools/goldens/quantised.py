@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tools.goldens.cases import GPT2, SMALL, Config, rope
+from tools.goldens.case import SMALL, Config, rope
+from tools.goldens.cases import GPT2
 from tools.goldens.packers import pack_awq, pack_bitsandbytes, pack_compressed, pack_fp8, pack_gptq
 
 __all__ = ["CASES", "Case", "Pack", "Settings"]

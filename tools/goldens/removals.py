@@ -8,11 +8,18 @@ from typing import Any
 import torch
 import transformers
 
-from tools.goldens.cases import Case, Config
+from tools.goldens.case import Case, Config
+from tools.goldens.removals_more import more_removals
+from tools.goldens.removals_scaled import scaled_removals
 
 __all__ = ["removals"]
 
 Mutate = Callable[[Any], None]
+# Parameters that some models have: the words by which their names are found.
+PARTS = (
+    "q_proj.bias", "v_proj.bias", "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias", "dense.bias",
+    "fc1.bias", "fc2.bias", "layernorm.bias", "model.norm.bias", "lm_head.bias", "alpha_p", "alpha_n",
+)  # fmt: skip
 
 
 def zero(match: str) -> Mutate:
@@ -50,25 +57,38 @@ def no_rotation(model: Any) -> None:
     """Rotate by no angle."""
     rotary = model.model.rotary_emb
     forward = rotary.forward
-    rotary.forward = lambda x, position_ids: tuple(
-        f(t) for f, t in zip((torch.ones_like, torch.zeros_like), forward(x, position_ids), strict=True)
+    rotary.forward = lambda *args, **rest: tuple(
+        f(t) for f, t in zip((torch.ones_like, torch.zeros_like), forward(*args, **rest), strict=True)
     )
 
 
-def unscaled_rotation(model: Any) -> None:
+def rotations(cfg: Any) -> dict[str, Config]:
+    """The settings of rotations by layer type, "" for one that all layers have."""
+    settings: dict[str, Any] = cfg.rope_parameters
+    return {"": settings} if "rope_type" in settings else settings
+
+
+def named(kind: str, what: str) -> str:
+    """The attribute of transformers' rotation module that belongs to a layer type."""
+    return f"{kind}_{what}" if kind else what
+
+
+def unscaled_rotation(kind: str, theta: float) -> Mutate:
     """RoPE without its scaling."""
-    rotary = model.model.rotary_emb
-    rotary.rope_type = "default"
-    inv_freq = 1.0 / model.config.rope_parameters["rope_theta"] ** (
-        torch.arange(len(rotary.inv_freq)) / len(rotary.inv_freq)
-    )
-    rotary.inv_freq.copy_(inv_freq)
-    rotary.attention_scaling = 1.0
+
+    def mutate(model: Any) -> None:
+        rotary = model.model.rotary_emb
+        rotary.rope_type = {**rotary.rope_type, kind: "default"} if kind else "default"
+        inv_freq = getattr(rotary, named(kind, "inv_freq"))
+        inv_freq.copy_(1.0 / theta ** (torch.arange(len(inv_freq)) / len(inv_freq)))
+        setattr(rotary, named(kind, "attention_scaling"), 1.0)
+
+    return mutate
 
 
-def no_attention_factor(model: Any) -> None:
+def no_attention_factor(kind: str) -> Mutate:
     """RoPE's scaling without its factor on cos and sin."""
-    model.model.rotary_emb.attention_scaling = 1.0
+    return lambda model: setattr(model.model.rotary_emb, named(kind, "attention_scaling"), 1.0)
 
 
 def short_factors_only(model: Any) -> None:
@@ -97,7 +117,10 @@ def swapped_kv_heads(model: Any) -> None:
     rows = torch.tensor([h * d + i for h in order for i in range(d)])
     for layer in model.model.layers:
         q, o = layer.self_attn.q_proj, layer.self_attn.o_proj
-        q.weight.data = q.weight.data[rows]
+        for tensors in (q, getattr(layer.self_attn, "q_norm", None)):
+            for parameter in tensors.parameters() if tensors is not None else ():
+                if len(parameter) == len(rows):  # a norm of all heads together, and not of each
+                    parameter.data = parameter.data[rows]
         o.weight.data = o.weight.data[:, rows]
 
 
@@ -118,21 +141,23 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
             yield part, zero(part), {}
         return
     yield "rotation", no_rotation, {}
-    for part in ("q_proj.bias", "v_proj.bias", "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias"):
+    yield from more_removals(model)
+    yield from scaled_removals(model)
+    for part in PARTS:
         if any(part in n for n in names):
             yield part, zero(part), {}
-    if any("q_norm" in n for n in names):
-        yield "q_norm", norms_one("q_norm"), {}
-        yield "k_norm", norms_one("k_norm"), {}
+    for part in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
+        if any(part in n for n in names):
+            yield part, norms_one(part), {}
     if 1 < cfg.num_key_value_heads < cfg.num_attention_heads:
         yield "kv_sharing", swapped_kv_heads, {}
-    rope_type = cfg.rope_parameters["rope_type"]
-    if rope_type != "default":
-        yield "rope_scaling", unscaled_rotation, {}
-    if model.model.rotary_emb.attention_scaling != 1.0:
-        yield "attention_factor", no_attention_factor, {}
-    if rope_type == "longrope":
-        yield "long_factor", short_factors_only, {}
+    for kind, settings in rotations(cfg).items():
+        if settings["rope_type"] != "default":
+            yield named(kind, "rope_scaling"), unscaled_rotation(kind, settings["rope_theta"]), {}
+        if getattr(model.model.rotary_emb, named(kind, "attention_scaling")) != 1.0:
+            yield named(kind, "attention_factor"), no_attention_factor(kind), {}
+        if settings["rope_type"] == "longrope":
+            yield "long_factor", short_factors_only, {}
     if getattr(cfg, "sliding_window", None) is not None:
         width = cfg.sliding_window
         yield "window", keep, {"sliding_window": 1000}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.goldens.cases import Case, Config, rope
+from tools.goldens.case import Case, Config, rope
 
 __all__ = ["ADAMW", "CASES", "ROWS", "STEPS", "TOKENS"]
 

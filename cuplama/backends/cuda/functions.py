@@ -52,13 +52,17 @@ class Functions:
         self._kernels: dict[tuple[str, str, str], Any] = {}
 
     def kernel(self, file: str, expression: str, shared: int) -> Any:
-        """CuPy's RawKernel of a kernel instance, compiled or taken from CuPy's disk cache. Raises CompileError.
+        """CuPy's RawKernel of a kernel instance, compiled or taken from CuPy's disk cache. Raises CompileError, and
+        DeviceError for more shared memory than this GPU has.
 
         shared: bytes of dynamic shared memory that it is about to be launched with. One module per instance: whichever
         instances a run needs, each is found in the cache on its own. A file from outside that has changed, or whose
         headers have, is compiled again.
         """
         key = (file, expression, version(file))
+        if shared > self.limits.shared:
+            arch, room = self.limits.arch, self.limits.shared
+            raise DeviceError(f"{expression} takes {shared} bytes of shared memory; a block has {room} on sm_{arch}")
         raw = self._kernels.get(key)
         if raw is None:
             began = time.perf_counter()

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from ..family import Recipe, one
+from ..family import Recipe, Wrapper, one
 
-__all__ = ["EMBED_AND_HEAD", "KV_ROWS", "LAYER", "LLAMA", "Q_ROWS"]
+__all__ = [
+    "EMBED_AND_HEAD",
+    "HEAD_NORMS",
+    "KV_ROWS",
+    "LAYER",
+    "LLAMA",
+    "MISTRAL3",
+    "NORM_BIASES",
+    "POST_NORMS",
+    "Q_ROWS",
+    "UNGATED",
+]
 
 LAYER = "model.layers.{i}."
 Q_ROWS, KV_ROWS = "num_heads*D", "num_kv_heads*D"
@@ -38,4 +49,39 @@ LLAMA = {
         (("f", LAYER + "mlp.gate_proj.bias"), ("f", LAYER + "mlp.up_proj.bias")), when="mlp_bias"
     ),
     "{i}.down_proj.bias": one("d", LAYER + "mlp.down_proj.bias", when="mlp_bias"),
+}
+
+# Norms behind attention and MLP, and none before them.
+POST_NORMS = {
+    **{name: recipe for name, recipe in LLAMA.items() if name not in ("{i}.attn_norm", "{i}.mlp_norm")},
+    "{i}.attn_post_norm": one("d", LAYER + "post_attention_layernorm.weight"),
+    "{i}.mlp_post_norm": one("d", LAYER + "post_feedforward_layernorm.weight"),
+}
+
+# Norms of each query and each key head.
+HEAD_NORMS = {
+    "{i}.q_norm": one("D", LAYER + "self_attn.q_norm.weight"),
+    "{i}.k_norm": one("D", LAYER + "self_attn.k_norm.weight"),
+}
+
+# Pictures beside a text model of Mistral's, which may be of more than one kind.
+MISTRAL3 = Wrapper(
+    ("Mistral3ForConditionalGeneration",),
+    "mistral3",
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+)
+
+# The same with an MLP that has no gate.
+UNGATED = {
+    **{name: recipe for name, recipe in LLAMA.items() if not name.startswith("{i}.gate_up_proj")},
+    "{i}.up_proj": one("f,d", LAYER + "mlp.up_proj.weight"),
+    "{i}.up_proj.bias": one("f", LAYER + "mlp.up_proj.bias", when="mlp_bias"),
+}
+
+# Of LayerNorm, beside the weights that any norm has.
+NORM_BIASES = {
+    "norm.bias": one("d", "model.norm.bias"),
+    "{i}.attn_norm.bias": one("d", LAYER + "input_layernorm.bias"),
+    "{i}.mlp_norm.bias": one("d", LAYER + "post_attention_layernorm.bias"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..family import OFF, Family, fields, window_everywhere
-from .layout import LLAMA
+from .layout import LLAMA, MISTRAL3
 
 __all__ = ["FAMILY"]
 
@@ -15,4 +15,5 @@ FAMILY = Family(
     fields(num_key_value_heads=8, max_position_embeddings=131072),
     windows=window_everywhere(4096),
     neutral={"attention_bias": OFF, "mlp_bias": OFF},
+    wrappers=(MISTRAL3,),
 )

@@ -71,10 +71,10 @@ def test_rows_are_quantised(T: str, k: int, W: str) -> None:
 
 
 @pytest.mark.parametrize(("k", "W"), [(144, "fp8"), (4224, "fp8"), (400, "fp8 g128")])
-@pytest.mark.parametrize("op", ["rms_norm_linear", "silu_mul_linear_add"])
+@pytest.mark.parametrize("op", ["rms_norm_linear", "silu_mul_linear_add", "gelu_tanh_mul_linear_add"])
 def test_what_comes_before_is_quantised_as_if_it_were_written(op: str, k: int, W: str) -> None:
     """The codes are those of the op's own output in 16 bits."""
-    work = workload(op, k, W=W, n=2)
+    work = workload(op, k, W=W, n=2, offset=1)
     kind: Any = scale_kind(work.bind())
     found = launched(work, eight_bit.quantise_launch(work.bind(), kind), row_scratch(work.bind(), kind))
     inner: Any = work.op.inner

@@ -1,0 +1,211 @@
+"""config.json of published models: they are read without a warning, and their weights are as many as was published.
+
+tests/data/configs has them as the makers' files say it, some without what no program reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+
+from cuplama.errors import ConfigError
+from cuplama.files import read_json
+from cuplama.models.config import ModelConfig, parse_config
+from cuplama.models.graph import decoder
+from tests.paths import DATA
+
+# Parameters as the hub counts them, or as the makers round them where that is a float. Of models of text and more, the
+# text part: the whole without the vision tower and what projects its outcome.
+PARAMETERS: dict[str, int | float] = {
+    "afm-4.5b": 4.62e9,
+    "apertus-70b": 70.6e9,
+    "apertus-8b": 8.05e9,
+    "command-a": 111_057_580_032,
+    "command-r7b": 8_028_033_024,
+    "deepseek-llm-7b": 6_910_365_696,
+    "ernie-4.5-0.3b": 360_748_032,
+    "exaone-4.0-1.2b": 1.28e9,
+    "exaone-4.0-32b": 32.0e9,
+    "falcon3-7b": 7_455_550_464,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-27b": 27_432_406_640 - 423_060_336,
+    "gemma-3-4b": 4_300_079_472 - 419_816_304,
+    "glm-4-32b-0414": 32_566_081_536,
+    "glm-4-9b-0414": 9_400_279_040,
+    "glm-4-9b-chat": 9_399_951_360,
+    "glm-4-9b-chat-1m": 9_483_857_920,
+    "granite-3.3-2b": 2_533_539_840,
+    "granite-3.3-8b": 8_170_864_640,
+    "granite-4.0-1b": 1_631_750_144,
+    "granite-4.0-micro": 3_402_836_480,
+    "helium-1-2b": 2.02e9,
+    "helium-1-preview-2b": 2_172_643_840,
+    "hunyuan-1.8b": 1.79e9,
+    "hunyuan-7b": 7.50e9,
+    "internlm2.5-1.8b": 1_889_110_016,
+    "internlm2.5-7b": 7_737_708_544,
+    "internlm3-8b": 8_804_241_408,
+    "ministral-3-14b": 13.5e9,
+    "ministral-3-3b": 3_849_090_048 - 420_083_712,
+    "minitron-4b": 4.19e9,
+    "minitron-8b": 8.27e9,
+    "mistral-small-3.1-24b": 23_572_403_200,
+    "olmo-2-32b": 32_234_279_936,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-3-32b": 32_233_522_176,
+    "olmo-3-7b": 7_298_011_136,
+    "phi-1.5": 1_418_270_720,
+    "phi-2": 2_779_683_840,
+    "seed-oss-36b": 36_151_104_512,
+    "smollm3-3b": 3_075_098_624,
+    "smollm3-3b-base": 3_075_098_624,
+    "stablelm-2-1.6b": 1_644_515_328,
+    "stablelm-3b": 2_795_443_200,
+    "yi-6b": 6_061_035_520,
+}
+
+
+def published(name: str) -> ModelConfig:
+    return parse_config(read_json(DATA / "configs" / f"{name}.json"), name)
+
+
+def test_every_file_has_a_count() -> None:
+    assert sorted(p.stem for p in (DATA / "configs").glob("*.json")) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_parameters(name: str, count: int | float, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = published(name)
+    assert not caplog.messages
+    shapes = config.weight_shapes()
+    found = sum(math.prod(shape) for weight, shape in shapes.items() if weight != "lm_head" or not config.head_is_tied)
+    assert found == count if isinstance(count, int) else abs(found / count - 1) < 0.004
+    assert len(decoder(config).body) > 6 * config.num_layers
+
+
+def test_layers_of_two_kinds() -> None:
+    """Three of four have a window and rotate; EXAONE without windows and Hunyuan rotate everywhere."""
+    for name, theta in (("command-r7b", 50000), ("exaone-4.0-32b", 1e6)):
+        config = published(name)
+        assert config.windows == (4096, 4096, 4096, 0) * (config.num_layers // 4)
+        assert [layer.rope is None for layer in config.layers] == [window == 0 for window in config.windows]
+        assert [rope.theta for rope in config.ropes.values()] == [theta]
+    everywhere = published("exaone-4.0-1.2b")
+    assert not any(everywhere.windows)
+    assert all(layer.rope for layer in everywhere.layers)
+
+
+def test_gemma_3_has_a_rotation_for_windows() -> None:
+    for name, window, settings in (("gemma-3-4b", 1024, {"factor": 8.0}), ("gemma-3-1b", 512, {})):
+        config = published(name)
+        assert config.windows == tuple(0 if (i + 1) % 6 == 0 else window for i in range(config.num_layers))
+        local, whole = config.ropes.values()
+        assert (local.theta, local.type, whole.theta, whole.settings) == (1e4, "default", 1e6, settings)
+        assert [config.rope_name(i) for i in range(6)] == ["rope"] * 5 + ["rope1"]
+    assert published("gemma-3-27b").attention_scale == 168**-0.5
+    assert published("gemma-3-4b").embedding_scale == 2560**0.5
+
+
+def test_olmo_3_scales_full_attention_alone() -> None:
+    config = published("olmo-3-7b")
+    assert config.windows == (4096, 4096, 4096, 0) * 8
+    local, whole = config.ropes.values()
+    assert (local.type, local.theta, whole.type, whole.theta) == ("default", 5e5, "yarn", 5e5)
+    assert whole.frequencies(1)[1] == 1.2079441541679836
+
+
+def test_smollm_3_leaves_every_fourth_layer_unrotated() -> None:
+    config = published("smollm3-3b")
+    assert [layer.rope is None for layer in config.layers] == [False, False, False, True] * 9
+    assert not any(config.windows)
+
+
+def test_numbers_of_published_models() -> None:
+    """Granite's multipliers, Gemma's soft limits, Ministral's temperature: (model, field, value)."""
+    found = [
+        ("granite-3.3-8b", "attention_scale", 0.0078125), ("granite-3.3-8b", "logits_scale", 1 / 16),
+        ("granite-3.3-8b", "embedding_scale", 12.0), ("granite-4.0-micro", "residual_scale", 0.22),
+        ("gemma-2-27b", "attention_scale", 1 / 12), ("gemma-2-2b", "attention_cap", 50.0),
+        ("gemma-2-2b", "logits_cap", 30.0), ("gemma-3-4b", "logits_cap", 0.0),
+        ("ministral-3-3b", "query_temperature", 0.1), ("ministral-3-3b", "query_context", 16384.0),
+        ("mistral-small-3.1-24b", "query_temperature", 0.0),
+    ]  # fmt: skip
+    assert [(name, field, getattr(published(name), field)) for name, field, _ in found] == found
+
+
+# The ops of the second layer, in order, without what every layer has.
+LAYERS = {
+    "gemma-2-2b": "rms_norm rope rms_norm_add rms_norm gelu_tanh_mul rms_norm_add",
+    "gemma-3-4b": "rms_norm qk_norm rope rms_norm_add rms_norm gelu_tanh_mul rms_norm_add",
+    "olmo-2-7b": "cast qk_norm_wide rope rms_norm_add cast silu_mul rms_norm_add",
+    "granite-3.3-8b": "rms_norm rope add rms_norm silu_mul add",
+    "glm-4-9b-chat": "rms_norm rope_pairs add rms_norm silu_mul add",
+    "glm-4-9b-0414": "rms_norm rope_pairs rms_norm_add rms_norm silu_mul rms_norm_add",
+    "ministral-3-3b": "rms_norm rope scale_queries add rms_norm silu_mul add",
+}
+
+
+@pytest.mark.parametrize(("name", "ops"), LAYERS.items())
+def test_layers(name: str, ops: str) -> None:
+    graph = decoder(published(name))
+    body = list(graph.body)
+    first, last = (next(i for i, node in enumerate(body) if stream in node.outs) for stream in graph.streams[1:3])
+    common = ("linear", "kv_append", "attention")
+    assert " ".join(node.op for node in body[first + 1 : last + 1] if node.op not in common) == ops
+
+
+PARTS = [
+    ("glm-4-9b-0414", 64),
+    ("glm-4-32b-0414", 64),
+    ("glm-4-9b-chat", 64),
+    ("phi-2", 32),
+    ("phi-1.5", 32),
+    ("stablelm-3b", 20),
+    ("minitron-4b", 64),
+]  # of 128, 128, 128, 80, 64, 80 and 128
+
+
+@pytest.mark.parametrize(("name", "rotated"), PARTS)
+def test_a_part_of_a_head_rotates(name: str, rotated: int) -> None:
+    assert [rope.dim for rope in published(name).ropes.values()] == [rotated]
+
+
+# What these families may ask for and is not there: (model, field, value that is refused).
+REFUSED = [
+    ("gemma-2-2b", "use_bidirectional_attention", True),
+    ("gemma-2-2b", "hidden_activation", "relu"),
+    ("gemma-3-1b", "attn_logit_softcapping", 50.0),
+    ("granite-4.0-micro", "num_local_experts", 62),
+    ("gemma-3-1b", "rope_parameters", {"rope_type": "default"}),
+    ("smollm3-3b", "no_rope_layers", [1, 0]),
+    ("stablelm-2-1.6b", "use_parallel_residual", True),
+    ("stablelm-2-1.6b", "qk_layernorm", True),
+    ("phi-2", "qk_layernorm", True),
+    ("command-r7b", "use_parallel_block", False),
+    ("command-r7b", "use_qk_norm", True),
+    ("command-r7b", "position_embedding_type", "alibi"),
+    ("hunyuan-7b", "use_cla", True),
+    ("hunyuan-7b", "use_qk_norm", False),
+    ("apertus-8b", "post_norm", True),
+    ("exaone-4.0-32b", "sliding_window_pattern", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), REFUSED)
+def test_what_is_not_there_is_refused_by_name(name: str, field: str, value: object) -> None:
+    raw = {**read_json(DATA / "configs" / f"{name}.json"), field: value}
+    raw.pop("layer_types", None)
+    with pytest.raises(ConfigError, match=f"^config.json: .*{field}"):
+        parse_config(raw)
+
+
+def test_hunyuan_stretches_its_base() -> None:
+    (rope,) = published("hunyuan-7b").ropes.values()
+    frequencies, factor = rope.frequencies(1)
+    assert factor == 1
+    assert frequencies[1] == pytest.approx((10000 * 1000 ** (128 / 126)) ** (-2 / 128), rel=1e-6)
