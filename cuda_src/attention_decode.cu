@@ -70,11 +70,12 @@
 template <typename T, int D>
 struct Preparation {
     static constexpr int EACH = (D + WARP - 1) / WARP, E = SHARE<D>;
-    float c[EACH], s[EACH], eps;
+    float c[EACH], s[EACH], eps, offset;
     int turned, half;  // dims that turn; half of them
 
     template <typename C>
-    __device__ __forceinline__ Preparation(const NewToken<T, C>& token) : eps(token.eps), half(token.h) {
+    __device__ __forceinline__ Preparation(const NewToken<T, C>& token)
+        : eps(token.eps), offset(token.offset), half(token.h) {
         const int lane = threadIdx.x % WARP;
         turned = token.cos != nullptr ? 2 * half : 0;
         const i64 row = token.cos != nullptr ? i64(token.rope_rows[blockIdx.z]) * half : 0;
@@ -97,7 +98,8 @@ struct Preparation {
             for (int j = 0; j < E; j++) squares += to_float(v.v[j]) * to_float(v.v[j]);
             const float inverse = 1.f / sqrtf(warp_sum(squares) / D + eps);
 #pragma unroll
-            for (int j = 0; j < E; j++) v.v[j] = from_float<T>(to_float(v.v[j]) * inverse * to_float(scale.v[j]));
+            for (int j = 0; j < E; j++)
+                v.v[j] = from_float<T>(to_float(v.v[j]) * inverse * (offset + to_float(scale.v[j])));
         }
         if (lane * E < D) store<E>(to + lane * E, v);
         __syncwarp();
@@ -262,11 +264,12 @@ __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
                      f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int h, int window,
-                     int min_keys, int max_splits, int splits, float scale, float eps, const T* sinks, float softcap) {
+                     int min_keys, int max_splits, int splits, float scale, float eps, float offset, const T* sinks,
+                     float softcap) {
     launch_dependents();
     const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
     const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
                             H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
-    const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps};
+    const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps, offset};
     decode<true, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, token, wait);
 }

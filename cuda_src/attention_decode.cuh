@@ -66,7 +66,7 @@ struct NewToken {
     const f32 *cos, *sin;
     const T *q_norm, *k_norm;
     int h;
-    float eps;
+    float eps, offset;
 };
 
 // The part of a sequence that the query sees, in splits.

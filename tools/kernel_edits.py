@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tools import kernel_edits_attention as attention
+from tools import kernel_edits_experts as experts
 from tools import kernel_edits_hopper as hopper
 from tools import kernel_edits_training as training
 
@@ -163,38 +164,38 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear.cu", "at + i * stride < size) store<W>", "at + i * stride <= size) store<W>"),
     ("linear.cu", "size % W == 0 && aligned(x)", "aligned(x)"),
     # linear_mma.cu: the stream of weights, slices of k
-    ("linear_mma.cu", "* CHUNKS + chunk) * CHUNK +", "* CHUNKS + chunk + 1) * CHUNK +"),
-    ("linear_mma.cu", "(phase * WARPS + int(threadIdx.x / WARP))", "(phase + int(threadIdx.x / WARP))"),
-    ("linear_mma.cu", "(COLUMNS - ROWS) < end &&", "(COLUMNS - ROWS) <= end &&"),
-    ("linear_mma.cu", "at + i % 2 * 32 < k;", "at + i % 2 * 32 <= k;"),
-    ("linear_mma.cu", "i64(COLUMNS > ROWS ? ROWS : m) * k;", "i64(ROWS) * k;"),
-    ("linear_mma.cu", "if (++chunk == CHUNKS) {", "if (++chunk > CHUNKS) {"),
-    ("linear_mma.cu", "column = begin, phase++;", "phase++;"),
-    ("linear_mma.cu", "slot + 1 == DEPTH ? 0", "slot == DEPTH ? 0"),
-    ("linear_mma.cu", "cp_async_wait<DEPTH - 1>();", "cp_async_wait<DEPTH>();"),
-    ("linear_mma.cu", "(blockIdx.x + side) / gridDim.x;", "(blockIdx.x + side) / gridDim.x - side;"),
+    ("linear_mma.cuh", "* CHUNKS + chunk) * CHUNK +", "* CHUNKS + chunk + 1) * CHUNK +"),
+    ("linear_mma.cuh", "(phase * WARPS + int(threadIdx.x / WARP))", "(phase + int(threadIdx.x / WARP))"),
+    ("linear_mma.cuh", "(COLUMNS - ROWS) < end &&", "(COLUMNS - ROWS) <= end &&"),
+    ("linear_mma.cuh", "at + i % 2 * 32 < k;", "at + i % 2 * 32 <= k;"),
+    ("linear_mma.cuh", "i64(COLUMNS > ROWS ? ROWS : m) * k;", "i64(ROWS) * k;"),
+    ("linear_mma.cuh", "if (++chunk == CHUNKS) {", "if (++chunk > CHUNKS) {"),
+    ("linear_mma.cuh", "column = begin;\n                    if (++phase", "if (++phase"),
+    ("linear_mma.cuh", "slot + 1 == DEPTH ? 0", "slot == DEPTH ? 0"),
+    ("linear_mma.cuh", "cp_async_wait<DEPTH - 1>();", "cp_async_wait<DEPTH>();"),
+    ("linear_mma.cuh", "(blockIdx.x + side) / gridDim.x;", "(blockIdx.x + side) / gridDim.x - side;"),
     # linear_mma.cu: products, sums and what is stored
     ("mma.cuh", "mma_m16n8k16_bf16(d, a, b)", "mma_m16n8k16_bf16(d, {b[0], b[0], b[1], b[1]}, {a[0], a[2]})"),
-    ("linear_mma.cu", "{p[0], q[0], p[1], q[1]}", "{q[0], p[0], q[1], p[1]}"),
-    ("linear_mma.cu", "{p[2], q[2], p[3], q[3]}, {v[2], v[3]}", "{p[2], q[2], p[3], q[3]}, {v[3], v[2]}"),
-    ("linear_mma.cu", "l < LEVELS; l++", "l < 1; l++"),
-    ("linear_mma.cu", "sum[0][i] += sum[CHAINS - 1][i];", ";"),
-    ("linear_mma.cu", "store<2>(partial + HALF,", "store<2>(partial,"),
-    ("linear_mma.cu", "mine += TILE;", ";"),
-    ("linear_mma.cu", "turn ^= 1;", ";"),
-    ("linear_mma.cu", "r < count && column < end && phase", "r <= count && column < end && phase"),
-    ("linear_mma.cu", "r < count && column < end && phase", "r < count && column <= end && phase"),
-    ("linear_mma.cu", "&& phase == PHASES - 1) {", "&& phase == 0) {"),
-    ("linear_mma.cu", "r >= count || column >= end) continue;", "r > count || column >= end) continue;"),
-    ("linear_mma.cu", "r >= count || column >= end) continue;", "r >= count || column > end) continue;"),
-    ("linear_mma.cu", "for (int warp = 0; warp < WARPS; warp++)", "for (int warp = 1; warp < WARPS; warp++)"),
-    ("linear_mma.cu", "if (phase > 0) total[p] += earlier;", ";"),
-    ("linear_mma.cu", "to_float(b[p * m + column])", "to_float(b[column])"),
-    ("linear_mma.cu", "from_float<U>(residual[e] + activated<ACT, T>(total))",
+    ("linear_mma.cuh", "{p[0], q[0], p[1], q[1]}", "{q[0], p[0], q[1], p[1]}"),
+    ("linear_mma.cuh", "{p[2], q[2], p[3], q[3]}, {v[2], v[3]}", "{p[2], q[2], p[3], q[3]}, {v[3], v[2]}"),
+    ("linear_mma.cuh", "l < LEVELS; l++", "l < 1; l++"),
+    ("linear_mma.cuh", "sum[0][i] += sum[CHAINS - 1][i];", ";"),
+    ("linear_mma.cuh", "store<2>(partial + HALF,", "store<2>(partial,"),
+    ("linear_mma.cuh", "mine += TILE;", ";"),
+    ("linear_mma.cuh", "turn.sums ^= 1;", ";"),
+    ("linear_mma.cuh", "r < count && column < end && phase", "r <= count && column < end && phase"),
+    ("linear_mma.cuh", "r < count && column < end && phase", "r < count && column <= end && phase"),
+    ("linear_mma.cuh", "&& phase == PHASES - 1) {", "&& phase == 0) {"),
+    ("linear_mma.cuh", "r >= count || column >= end) continue;", "r > count || column >= end) continue;"),
+    ("linear_mma.cuh", "r >= count || column >= end) continue;", "r >= count || column > end) continue;"),
+    ("linear_mma.cuh", "for (int warp = 0; warp < WARPS; warp++)", "for (int warp = 1; warp < WARPS; warp++)"),
+    ("linear_mma.cuh", "if (phase > 0) total[p] += earlier;", ";"),
+    ("linear_mma.cuh", "to_float(b[p * m + column])", "to_float(b[column])"),
+    ("linear_mma.cuh", "from_float<U>(residual + activated<ACT, T>(total))",
      "from_float<U>(activated<ACT, T>(total))"),
     # linear_mma.cu: the rows of x
-    ("linear_mma.cu", "there && at < k, vectorized)", "there && at <= k, vectorized)"),
-    ("linear_mma.cu", "there(lane_row() < count), vectorized(aligned(x)) {", "there(true), vectorized(aligned(x)) {"),
+    ("linear_mma.cuh", "there && at < k, vectorized)", "there && at <= k, vectorized)"),
+    ("linear_mma.cuh", "there(there), vectorized(aligned(x)) {", "there(true), vectorized(aligned(x)) {"),
     ("linear_mma.cu", "total, 2);\n        if", "total, 4);\n        if"),
     ("linear_mma.cu", "for (int p = 0; p < WARPS; p++) total", "for (int p = 1; p < WARPS; p++) total"),
     ("linear_mma.cu", "inside ? f(v.v[j])", "true ? f(v.v[j])"),
@@ -204,7 +205,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_mma.cu", "cp_async_16(to + i * k + at, from", "cp_async_16(to + i * k + at + 8, from"),
     ("linear_mma.cu", "u32*>(to + i * k + at)", "u32*>(to + at)"),
     ("linear_mma.cu", "cp_async_wait<DEPTH>();", "cp_async_wait<DEPTH + 1>();"),
-    ("linear_mma.cu", "partials() + 2 * PARTIAL;", "partials() + PARTIAL;"),
+    ("linear_mma.cuh", "partials() + 2 * PARTIAL;", "partials() + PARTIAL;"),
     # bias.cu
     ("bias.cu", "if (j < m) bias[j]", "if (j <= m) bias[j]"),
     ("bias.cu", "= from_float<U>(to_float(b[j]));", "= from_float<U>(to_float(b[threadIdx.x]));"),
@@ -293,6 +294,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_decode.cu", "side = low ? -partner : partner", "side = low ? partner : -partner"),
     ("attention_decode.cu", "warp_sum(squares) / D + eps", "warp_sum(squares) + eps"),
     ("attention_decode.cu", "normed && j <= here,", "normed && j < here,"),
+    ("attention_decode.cu", "inverse * (offset + to_float(scale.v[j]))", "inverse * to_float(scale.v[j])"),
     ("attention_decode.cu", "scales[i], j <= here, to", "scales[i], j < here, to"),
     ("attention_decode.cu", "(j == here ? token.k : token.v) + at", "(j == here ? token.v : token.k) + at"),
     # attention_prefill_mma.cu
@@ -360,6 +362,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # peaks.cu
     ("peaks.cu", "v[i] = at < n ?", "v[i] = at <= n ?"),
     *attention.EDITS,
+    *experts.EDITS,
     *hopper.EDITS,
     *training.EDITS,
 )  # fmt: skip
@@ -436,6 +439,7 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "between the read of count and the next gather lie the barriers of find_bin",
     ),
     *attention.EQUIVALENT,
+    *experts.EQUIVALENT,
     *hopper.EQUIVALENT,
     *training.EQUIVALENT,
 )

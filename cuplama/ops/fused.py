@@ -244,11 +244,12 @@ def _append_attention(
     window: int,
     scale: float,
     eps: float,
+    offset: float = 0.0,
     softcap: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     shape = {"num_heads": num_heads, "num_kv_heads": k.shape[1]}
     if q_norm is not None:
-        x = qk_norm.reference(x, q_norm, k_norm, **shape, eps=eps)
+        x = qk_norm.reference(x, q_norm, k_norm, **shape, eps=eps, offset=offset)
     if cos is not None:
         x = rope.reference(x, rope_rows, cos, sin, **shape, D=k.shape[3])
     k, v = kv_append.reference(x, slot_mapping, k, v)
@@ -281,13 +282,19 @@ def _append_inputs(rng: np.random.Generator, case: Any, T: np.dtype[Any]) -> dic
     }
 
 
+def _offset(case: Mapping[str, Any], offset: float) -> dict[str, float]:
+    """An offset of the norms' weights, and a scale for which scores are as large as without it: the weights of a case
+    are normal, and their squares with the offset are 1 + offset^2 on average."""
+    return {"offset": offset, "scale": case["scale"] / (1 + offset**2)}
+
+
 def _append_sizes(draw: Draw) -> dict[str, Any]:
     many = random_sequences(draw)
     new, seq_lens = [1] * many["b"], [n - m + 1 for n, m in zip(many["seq_lens"], many["new"], strict=True)]
     same = {name: many[name] for name in ("num_heads", "H", "D", "window", "S", "C", "softcap", "sinks")}
     case = attention_case(new=new, seq_lens=seq_lens, **same)
     turned, normed = dict.fromkeys(("rope_rows", "cos", "sin"), bool(draw(0, 1))), bool(draw(0, 1))
-    given = {"q_norm": normed, "k_norm": normed, "eps": 1e-6}
+    given = {"q_norm": normed, "k_norm": normed, "eps": 1e-6, **_offset(case, draw(0, 1))}
     return {**case, **turned, **given, "h": draw(1, case["D"] // 2), "R": draw(1, 99)}
 
 
@@ -306,7 +313,7 @@ def _append_cases() -> list[dict[str, Any]]:
         found.append(
             {
                 **case, "h": half, "R": 11, "eps": 1e-6, "rope_rows": i % 4 != 3, "cos": i % 4 != 3, "sin": i % 4 != 3,
-                "q_norm": i % 2 == 0, "k_norm": i % 2 == 0,
+                "q_norm": i % 2 == 0, "k_norm": i % 2 == 0, **_offset(case, i // 2 % 2),
             }
         )  # fmt: skip
     return found
@@ -317,7 +324,7 @@ append_attention = Op(
     "y[n,num_heads*D]:T, k[P,H,S,D]:C, v[P,H,S,D]:C = (x[n,(num_heads+2*H)*D]:T, slot_mapping[n]:i32, k[P,H,S,D]:C,"
     " v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32, page_table[b,M]:i32, rope_rows[n]:i32?, cos[R,h]:f32?,"
     " sin[R,h]:f32?, q_norm[D]:T?, k_norm[D]:T?, sinks[num_heads]:T?, num_heads:i32, window:i32, scale:f32,"
-    " eps:f32, softcap:f32=0)",
+    " eps:f32, offset:f32=0, softcap:f32=0)",
     doc="A decode step's attention, one new token per sequence (n = b): qk_norm (if there are q_norm and k_norm),"
     " rope (if there are cos and sin), kv_append and attention.",
     reference=_append_attention,

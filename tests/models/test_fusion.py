@@ -148,3 +148,9 @@ def test_a_gated_gelu_is_fused_with_what_is_before_it() -> None:
     config = replace(load_config(next(c for c in CASES if c.name == "llama3-gqa")), activation="gelu_tanh_mul")
     fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
     assert [node.op for node in fused].count("rms_norm_linear_gelu_tanh_mul") == config.num_layers
+
+
+def test_the_offset_of_norms_of_heads_reaches_the_attention_behind_them() -> None:
+    config = synthetic(add="q_norm k_norm", family={"norm_offset": 1.0})
+    found = [node for node in fuse(_step(decoder(config)), BATCH_RULES) if node.op == "append_attention"]
+    assert [node.attrs["offset"] for node in found] == [1.0] * config.num_layers
