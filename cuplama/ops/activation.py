@@ -164,8 +164,14 @@ gelu_tanh_mul_part = Op(
     reference=_gelu_tanh_mul_part,
     kernels=_row_kernels,
     cases=[
-        dict(n=n, f=f, m=parts * f, first=part * f)
-        for n, f, parts, part in ((1, 256, 42, 3), (3, 8, 3, 2), (2, 20, 2, 1), (5, 1000, 1, 0))
+        dict(n=n, f=f, m=m, first=first)
+        for n, f, m, first in (
+            (1, 256, 10752, 768),
+            (3, 8, 24, 16),
+            (2, 20, 40, 20),
+            (5, 1000, 1000, 0),
+            (2, 16, 48, 5),
+        )
     ],
     sizes=lambda draw: dict(n=draw(1, 5), f=draw(1, 600), m=1600, first=draw(0, 1000)),
     rules=("first + f <= m",),

@@ -216,14 +216,12 @@ def check_head(D: int) -> None:
         raise OpError(f"attention: D = {D} is neither a multiple of 8 up to 256, nor of 16 up to 512")
 
 
-def _softmax_constants(call: Call) -> dict[str, Any]:
-    """What kernels are compiled for: whether scores have a soft limit, and whether heads have sinks."""
-    return {"CAPPED": call["softcap"] != 0, "SINKS": call.arrays["sinks"] is not None}
-
-
-def _heads(call: Call) -> int:
-    """Heads in a row of x: queries, and behind them keys and values, which attention over a cache does not read."""
-    return int(call.arrays["x"].shape[1] // call["D"])  # type: ignore[union-attr]
+def _constants(call: Call) -> dict[str, Any]:
+    """What kernels are compiled for: whether scores have a soft limit, and whether heads have sinks; and how many heads
+    are in a row of x, those that attention over a cache does not read included."""
+    x = call.arrays["x"]
+    assert x is not None
+    return {"CAPPED": call["softcap"] != 0, "SINKS": call.arrays["sinks"] is not None, "heads": x.shape[1] // call["D"]}
 
 
 # attention_decode.cu. A sequence's keys are divided into splits, one for a block at a time.
@@ -268,8 +266,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     blocks = max(1, min(splits, _BLOCKS_PER_PLACE * resident // (H * parts * b)))
     constants |= {
         "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor,
-        "min_keys": min_keys, "max_splits": max_splits, "splits": splits, "heads": _heads(call),
-        **_softmax_constants(call),
+        "min_keys": min_keys, "max_splits": max_splits, "splits": splits, **_constants(call),
     }  # fmt: skip
     scratch = {
         "partial": ((b, num_heads, splits, D), "f32"),
@@ -323,8 +320,7 @@ def prefill_launch(call: Call, device: Device, S: int, **more: Any) -> Launch:
         shared = 4 * ((ROWS + KEYS) * (-(-D // 32) * 32 + 4) + ROWS * (KEYS + 4))
         name = "attention_prefill_fma.cu:attention_prefill_fma"
         grid, threads, constants = (rows // ROWS + b, H), 256, {"ROWS": ROWS, "KEYS": KEYS}
-    constants |= {"heads": _heads(call), "S": S, **_softmax_constants(call), **more}
-    return Launch(name, grid, (threads,), shared, constants=constants)
+    return Launch(name, grid, (threads,), shared, constants={**constants, **_constants(call), "S": S, **more})
 
 
 _WIDEN_THREADS = 256
