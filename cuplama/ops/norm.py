@@ -196,7 +196,10 @@ rms_norm_add = Op(
     reference=_rms_norm_add,
     gradient=_rms_add_gradient,
     kernels=_row_kernels,
-    cases=[{**case, "m": case["d"] * (1 + 2 * (i % 3 == 2)), "scalar": i % 4 == 1} for i, case in enumerate(_CASES)],
+    cases=[
+        {**case, "m": case["d"] * (3 if i % 3 == 2 else 1), "parts": i % 3 == 2, "scalar": i % 4 == 1}
+        for i, case in enumerate(_CASES)
+    ],
     sizes=_added_sizes,
     shape={"n": 1, "m": 2304, "d": 2304},
     rules=("m % d == 0",),

@@ -177,13 +177,17 @@ def run(nodes: list[Node], values: Values) -> Values:
     return values
 
 
+# What an op may be given that it cannot be differentiated with.
+NO_GRADIENT = ("W", "sinks", "v_norm", "scalar", "parts")
+
+
 def smallest(op: Op) -> list[Case]:
     """The cases to differentiate: those with the fewest elements, of each choice of what is there."""
 
     def elements(case: Case) -> int:
         return sum(math.prod(x.shape) for x in case_workload(op, case, "f32").ins if x is not None)
 
-    order = sorted((case for case in op.cases if not case.get("W") and not case.get("sinks")), key=elements)
+    order = sorted((case for case in op.cases if not any(map(case.get, NO_GRADIENT))), key=elements)
     kinds = [tuple((k, v) for k, v in sorted(case.items()) if isinstance(v, bool)) for case in order]
     first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     others = [i for i in range(len(order)) if i not in first][: max(0, CASES - len(first))]
@@ -199,6 +203,15 @@ def all_cases() -> Iterator[tuple[Op, Case]]:
     for op in OPS.values():
         if op.gradient is not None:
             yield from ((op, case) for case in smallest(op))
+
+
+@pytest.mark.parametrize(("name", "attrs", "scalar"), [("qk_norm", {"v_norm": 1}, ""), ("rms_norm_add", {}, "scalar")])
+def test_what_only_gemma_4_has_is_refused(name: str, attrs: dict[str, Any], scalar: str) -> None:
+    node = Node(name, ("y",), ("x", "w", "a", *([scalar] if scalar else [])), {"eps": 1e-6, **attrs})
+    tape, gradient = Tape(name, node, {}), OPS[name].gradient
+    assert gradient is not None
+    with pytest.raises(OpError, match=rf"^{name}: .* cannot be trained$"):
+        gradient(tape)
 
 
 def test_sinks_are_refused_where_they_are_trained() -> None:
