@@ -39,10 +39,9 @@ def _workloads(model: str, arch: int) -> Iterator[Workload]:
 
     Products of many rows are planned as without a library.
     """
-    config = find_shape(model)[1]
-    kinds = [layer for i, layer in enumerate(config.layers) if layer not in config.layers[:i]]
-    assert len(kinds) <= 2
-    config = replace(config, layers=tuple(kinds * 2)[:2])  # the last layer is run otherwise than those before it
+    config = find_shape(model)[1].every_kind()
+    if config.num_layers == 1:  # the last layer is run otherwise than those before it
+        config = replace(config, layers=config.layers * 2)
     dtype = "f16" if config.stored == "bf16" and arch < 80 else config.stored
     for batch in (1, 2, 3, 5, 7, 8, 9, 13, 40):
         yield from decode_workloads(config, dtype, padded_sequences(batch), 300)
