@@ -60,9 +60,10 @@ def check_bf16(case: Golden, loss: float, found: Mapping[str, Array]) -> None:
     assert not {name: ratio for name, ratio in ratios.items() if ratio > BF16_TENSOR}
 
 
-def test_goldens_are_of_every_family() -> None:
+def test_goldens_are_of_these_families() -> None:
+    """What others have beside these is held to differences of the loss in test_variants.py."""
     families = {json.loads((golden(name).folder / "config.json").read_text())["model_type"] for name in CASES}
-    assert families == {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"}
+    assert families == {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gemma"}
 
 
 @pytest.mark.parametrize("name", CASES)
