@@ -3,12 +3,16 @@
 #ifndef CUPLAMA_ACTIVATION_CUH
 #define CUPLAMA_ACTIVATION_CUH
 
-enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, GELU_TANH_MUL };  // behind a product
-enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };                        // before one
+enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, GELU_TANH_MUL, CLAMPED_SWIGLU };  // behind a product
+enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };                                        // before one
 
 // Whether an activation takes two sums, of a gate and of what it is multiplied with: w then has 2m rows, gates first.
 template <int ACT>
-constexpr bool GATED = ACT == SILU_MUL || ACT == GELU_TANH_MUL;
+constexpr bool GATED = ACT == SILU_MUL || ACT == GELU_TANH_MUL || ACT == CLAMPED_SWIGLU;
+
+// Rows of w that make a column of y.
+template <int ACT>
+constexpr int HALVES = GATED<ACT> ? 2 : 1;
 
 // x / (1 + exp(-y))
 template <typename T>
@@ -30,6 +34,13 @@ __device__ __forceinline__ float gelu_tanh_of(float x) {
 template <typename T>
 __device__ __forceinline__ float gelu_erf_of(float x) {
     return 0.5f * x * erfcf(x * -0.7071067812f);
+}
+
+// g / (1 + exp(-alpha g)) * (u + 1), of g no more than the limit, of u no more in size. What is not a number stays so.
+template <typename T>
+__device__ __forceinline__ float clamped_swiglu_of(float gate, float up, float alpha, float limit) {
+    const float g = gate > limit ? limit : gate, u = up > limit ? limit : up < -limit ? -limit : up;
+    return over_one_plus_exp<T>(g, alpha * g) * (u + 1.f);
 }
 
 // A float that is not a number stays none.

@@ -25,6 +25,7 @@ __all__ = ["FIRST_ALONE", "fast_cases", "launched", "mark_slow"]
 FIRST_ALONE = (
     "ops/test_attention.py",
     "ops/test_e4m3.py",
+    "ops/test_experts.py",
     "ops/test_ops.py::test_a_row_of_a_product_does_not_depend_on_the_others",
     "ops/test_ops.py::test_unaligned_arrays",
     "ops/test_sampling_statistics.py",

@@ -14,7 +14,7 @@ TUNED: tuple[tuple[str, str, str], ...] = (
     ("cuplama/engine/input_buffer.py", "_ALIGNMENT", "of arrays in a buffer: NumPy takes any, a GPU a multiple of 16"),
     ("cuplama/engine/memory.py", "FIXED", "a margin in a plan, in bytes"),
     ("cuplama/models/config.py", "_MAX_LAYERS", "far beyond any model"),
-    ("cuplama/models/config_reader.py", "_MAX_NUMBER", "far beyond any setting, and far below what overflows"),
+    ("cuplama/models/config_reader.py", "MAX_NUMBER", "far beyond any setting, and far below what overflows"),
 )
 
 # (file, text in the lines of the statement, what is edited, the edit, why it gives the same results).

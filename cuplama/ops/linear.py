@@ -4,6 +4,7 @@ cores), those of packed weights (linear_packed.py, linear_packed_many.py); cuBLA
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,15 @@ from .signature import OpError
 from .team import LEAST_WORK, fill, multiplying
 from .weights import segments_of, weight_rows
 
-__all__ = ["MAX_STREAMED_ROWS", "PRODUCT_TOLERANCE", "linear", "product_sizes", "stream_rows"]
+__all__ = [
+    "MAX_STREAMED_ROWS",
+    "PRODUCT_TOLERANCE",
+    "TensorShape",
+    "linear",
+    "product_sizes",
+    "stream_rows",
+    "tensor_shape",
+]
 
 _SMALL = 400_000  # multiplications of a product that OpenBLAS computes without copying its inputs first (AVX-512)
 _PIECE = 1 << 22  # work of a piece that a thread computes at a time, about 0.1 ms, and 4 MB of a weight; see ``fill``
@@ -113,6 +122,44 @@ def _shape(rows: int, min_outs: int, device: Device) -> tuple[int, int, int]:
     return outs, min(units, device.sms), -(-units // (device.sms * rounds))
 
 
+@dataclass(frozen=True)
+class TensorShape:
+    """How the warps of a block divide k in the kernels of linear_mma.cuh: in each of ``phases`` a warp has ``chunks``
+    chunks, of which ``depth`` are in its ring. shared: bytes of shared memory that a block takes."""
+
+    warps: int
+    chunks: int
+    phases: int
+    depth: int
+    shared: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Template arguments."""
+        return {"WARPS": self.warps, "CHUNKS": self.chunks, "PHASES": self.phases, "DEPTH": self.depth}
+
+
+def tensor_shape(
+    k: int, tiles: int, device: Device, longest: int = _MAX_CHUNKS["plain"], beside: int = 0
+) -> TensorShape | None:
+    """The division of rows of k elements, or None where shared memory is too small for it.
+
+    tiles: whose sums are kept from phase to phase, if there are several; longest: chunks of a phase; beside: bytes of
+    shared memory for something else.
+    """
+    total = -(-k // _CHUNK)
+    phases = -(-total // longest)
+    chunks = -(-total // (_max_warps(device) * phases))
+    warps = -(-total // (chunks * phases))
+    sums = (2 * warps * _GROUP_TILES + (tiles if phases > 1 else 0)) * _TILE_ROWS * MAX_STREAMED_ROWS * 4
+    batch = warps * _TILE_ROWS * _CHUNK * 2
+    room = device.shared - _RESERVED_BYTES - sums - beside
+    if room < _MIN_DEPTH * batch:
+        return None
+    depth = _depth(room, batch)
+    return TensorShape(warps, chunks, phases, depth, max(depth * batch + sums + beside, device.shared // 2))
+
+
 def _tensor_launch(
     kernel: str, call: Call, device: Device, first: int, halves: int, constants: Mapping[str, Any]
 ) -> Launch | None:
@@ -124,24 +171,16 @@ def _tensor_launch(
     n, m, k, T = call["n"], call["m"], call["k"], call.dtypes["T"]
     if n - first < _MIN_TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8 or device.deterministic:
         return None  # of one row linear.cu adds up the products in another order
-    total = -(-k // _CHUNK)
     scales = sum(name in call.arrays for name in ("g", "h"))  # vectors of a norm
-    phases = -(-total // _MAX_CHUNKS["normed" if scales else "plain"])
-    chunks = -(-total // (_max_warps(device) * phases))
-    warps = -(-total // (chunks * phases))
     blocks = min(device.sms, -(-m // _MIN_COLUMNS))
     columns = -(-m // blocks)  # of a block
-    tiles = -(-columns * halves // _TILE_ROWS)  # whose sums are kept from phase to phase
-    sums = (2 * warps * _GROUP_TILES + (tiles if phases > 1 else 0)) * _TILE_ROWS * MAX_STREAMED_ROWS * 4
-    used = sums + scales * k * T.itemsize
-    batch = warps * _TILE_ROWS * _CHUNK * 2
-    room = device.shared - _RESERVED_BYTES - used
-    if room < _MIN_DEPTH * batch:
+    longest = _MAX_CHUNKS["normed" if scales else "plain"]
+    shape = tensor_shape(k, -(-columns * halves // _TILE_ROWS), device, longest, scales * k * T.itemsize)
+    if shape is None:
         return None
-    depth = _depth(room, batch)
-    shared = max(depth * batch + used, device.shared // 2)
-    own = {"WARPS": warps, "CHUNKS": chunks, "PHASES": phases, "DEPTH": depth, "first": first}
-    return Launch(f"linear_mma.cu:{kernel}_mma", (blocks,), (32 * warps,), shared, constants={**constants, **own})
+    own = {**shape.constants, "first": first}
+    block = (32 * shape.warps,)
+    return Launch(f"linear_mma.cu:{kernel}_mma", (blocks,), block, shape.shared, constants={**constants, **own})
 
 
 def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False, **constants: Any) -> Plan:

@@ -256,7 +256,7 @@ def test_a_touched_cache_is_found(dtype: str) -> None:
 def test_what_no_sequence_has_of_the_cache_is_nan() -> None:
     """A kernel that uses it gives NaN."""
     workload = case_workload(OPS["attention"], OPS["attention"].cases[1], "f32")
-    _, k, v, _, seq_lens, table = workload.arrays()
+    _, k, v, _, seq_lens, table, _ = workload.arrays()
     assert k is not None
     assert v is not None
     assert seq_lens is not None

@@ -114,7 +114,7 @@ def test_cupyx_times_stand_beside_the_replayed_one(command_gpu: CudaBackend, mon
     assert row["cupyx_cpu_microseconds"] == pytest.approx(4)
     assert row["cupyx_gpu_microseconds"] == pytest.approx(7)
     assert row["microseconds"] == pytest.approx(10)
-    assert asked == [(OPS["rms_norm"], [(2, 64), (64,)], {"eps": 1e-5})]
+    assert asked == [(OPS["rms_norm"], [(2, 64), (64,)], {"eps": 1e-5, "offset": 0})]
     table = invoke(*args, "--timer", "cupyx").stdout
     assert re.search(r"\| +µs \| cupyx CPU µs \| cupyx GPU µs \| +GB/s \|", table)
     assert "cupyx" not in invoke(*args).stdout

@@ -135,7 +135,8 @@ class Differentiated:
         signature = self.op.signature
         letters = {s.name: self.case.get(s.dtype) or s.letter for s in (*signature.ins, *signature.outs)}
         ins = tuple(s.name if s.name in self.ins else "" for s in signature.ins)
-        node = Node(self.op.name, tuple(s.name for s in signature.outs), ins, {**self.attrs, **self.free})
+        attrs = self.attrs | {letter: self.case.get(letter, dtype) for letter, dtype in self.free.items()}
+        node = Node(self.op.name, tuple(s.name for s in signature.outs), ins, attrs)
         floats = frozenset(k for k, x in self.ins.items() if is_float(x)) if before else frozenset()
         tape = Tape(self.op.name, node, letters, floats, wanted)
         assert self.op.gradient is not None

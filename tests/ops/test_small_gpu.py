@@ -1,6 +1,6 @@
 """GPUs with few multiprocessors: there a warp of linear.cu has several units and rows of w left over in the last, a
-block of linear_mma.cu several groups of tiles, and a block of attention_decode.cu several splits, with small arrays. On
-a large GPU it takes large ones."""
+block of linear_mma.cu several groups of tiles, one of experts_mma.cu several experts, and one of attention_decode.cu
+several splits, with small arrays. On a large GPU it takes large ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from . import harness
 
 _DECODE = attention_case(6, 2, 64, [1] * 12, [600, 5, 290, 17, 16, 1, 33, 560, 2, 32, 64, 3])
 _WIDE = {"eps": 1e-5, "b": True}
+_EXPERTS = dict(n=9, s=2, E=7, m=40, k=136, b=True, chosen=5)
 CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("linear", dict(n=2, m=127, k=72, b=True, U="T"), Device(sms=2)),  # units of 4 rows, the last of 3
     ("linear", dict(n=3, m=250, k=512, b=False, U="f32"), Device(sms=2)),  # two units for a warp
@@ -41,6 +42,13 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("lora_add", dict(n=67, m=70, q=34, r=17, scale=0.5, U="T"), Device(arch=75, sms=40, shared=65536)),
     ("lora_backward_h", dict(n=9, m=1100, q=17, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),
     ("lora_backward_b", dict(n=1100, m=70, q=34, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),
+    # experts_mma.cu: a block goes from expert to expert; k in two phases, with more columns than wait at a time
+    ("expert_linear", _EXPERTS, Device(sms=3)),
+    ("expert_linear_clamped_swiglu", {**_EXPERTS, "alpha": 1.702, "limit": 7.0}, Device(sms=1)),
+    ("expert_linear", dict(n=2, s=2, E=3, m=150, k=6200, b=True), Device(sms=1)),
+    # experts_many_mma.cu, before Hopper: tiles of 64 pairs and of 128, several of the weights' rows, odd columns
+    ("expert_linear", dict(n=90, s=1, E=2, m=137, k=136, b=True), Device(80, 108, 166912)),
+    ("expert_linear_silu_mul", dict(n=200, s=2, E=2, m=42, k=392, b=True), Device(80, 108, 166912)),
     ("attention", _DECODE, Device(sms=8)),
     # GPUs before Hopper, at head sizes that have kernels of their own there
     ("self_attention", self_attention_case(3, 1, 64, [70, 9], window=33), Device(80, 108, 166912)),

@@ -27,7 +27,7 @@ def test_right_kernels_pass_and_their_errors_are_listed() -> None:
         assert 0 < entry["errors"][T] <= OPS["rms_norm"].allowed(T, T)
         assert entry["cases"] >= 10
     text = verify.report({"environment": {"gpu": "x"}, "speeds": {}, "ops": table, "problems": problems})
-    assert re.search(r"^rms_norm +bf16 +bf16 +11 +1\.\d+e-03 +3\.9e-03$", text, re.M), text
+    assert re.search(r"^rms_norm +bf16 +bf16 +11 +[12]\.\d+e-03 +3\.9e-03$", text, re.M), text
     assert "0 problems" in text
 
 

@@ -324,7 +324,7 @@ class _Torch:
         (lambda cp, x, w: (cp.ndarray((8,), F32), w), r"x\[n,d\] has shape \(8,\)"),
         (lambda cp, x, w: (cp.ndarray((2, 8), F32, contiguous=False), w), r"x\[n,d\] is not contiguous"),
         (lambda cp, x, w: (cp.ndarray((0, 8), F32), w), r"x has no elements: its shape is \(0, 8\)"),
-        (lambda cp, x, w: (x, w, w), r"^rms_norm takes 2 arrays, not 3: rms_norm\(x, w, \*, eps\)$"),
+        (lambda cp, x, w: (x, w, w), r"^rms_norm takes 2 arrays, not 3: rms_norm\(x, w, \*, eps, offset=0\.0\)$"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -341,10 +341,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({}, r"^rms_norm: attribute eps is missing: rms_norm\(x, w, \*, eps\)$"),
+        ({}, r"^rms_norm: attribute eps is missing: rms_norm\(x, w, \*, eps, offset=0\.0\)$"),
         ({"eps": "small"}, r"^rms_norm: eps is 'small', not a number; "),
         ({"eps": [1]}, r"^rms_norm: eps is \[1\], not a number; "),
-        ({"eps": 1, "epsilon": 1}, r"^rms_norm has no argument 'epsilon': rms_norm\(x, w, \*, eps\)$"),
+        ({"eps": 1, "epsilon": 1}, r"^rms_norm has no argument 'epsilon': rms_norm\(x, w, \*, eps, offset=0\.0\)$"),
         ({"eps": 1, "x": 1}, r"^rms_norm: x is given twice"),
     ],
 )

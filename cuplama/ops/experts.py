@@ -1,0 +1,218 @@
+"""Products of rows with the weights of the experts that compute them. Kernels: cuda_src/experts.cu (by multiply-adds),
+experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu and experts_many_wgmma.cu (many).
+
+``sort_pairs`` (route.py) says which pairs of a row and an expert there are. A product gives a row for each pair, at the
+pair's own number, so the next product, whose x has a row for each pair, takes the same ``pairs`` and ``offsets``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import Array
+from .activation import gelu_tanh_mul, silu_mul
+from .launch import Device, Launch, Plan
+from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
+from .op import Call, Draw, Op
+from .route import MAX_EXPERTS, sort_pairs
+from .signature import OpError
+
+__all__ = [
+    "expert_linear",
+    "expert_linear_clamped_swiglu",
+    "expert_linear_gelu_tanh_mul",
+    "expert_linear_silu_mul",
+]
+
+_WARP = 32
+_THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks for each multiprocessor
+
+_FEW = 4  # pairs for each expert of the model up to which experts_mma.cu takes them: more would be tiles of many reads
+_LONGEST = 96  # experts_mma.cu: chunks of a phase; 128 spill registers
+_RUN = 8  # experts_mma.cu: tiles of columns whose sums are kept where k goes in phases
+# experts_many_mma.cu and experts_many_wgmma.cu
+_STEP, _WIDE, _MANY_THREADS = 64, 128, 128  # elements of k, rows of weights in a tile, threads of a block
+_LOW, _HIGH, _HIGH_FROM = 64, 128, 192  # pairs in a tile; the higher one from as many pairs of an expert on
+_MAX_STAGES = 4
+_ALIGNMENT = 1024  # bytes: of operands of wgmma in shared memory
+_RESERVED_BYTES = 4096  # of shared memory: static arrays, and what the driver keeps for itself
+
+
+def _expert_linear(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
+    slots = len(pairs) // len(x)
+    y: Array | None = None
+    for expert in np.flatnonzero(np.diff(offsets)):
+        own = pairs[offsets[expert] : offsets[expert + 1]]
+        product = linear.reference(x[own // slots], w[expert], None if b is None else b[expert])
+        if y is None:
+            y = np.empty((len(pairs), product.shape[1]), product.dtype)
+        y[own] = product
+    assert y is not None  # there is a pair
+    return y
+
+
+def _clamped_swiglu(x: Array, *, alpha: float, limit: float) -> Array:
+    f = x.shape[1] // 2
+    gate, up = np.minimum(x[:, :f], limit), np.clip(x[:, f:], -limit, limit)
+    with np.errstate(over="ignore"):  # exp(-alpha gate) = inf gives the right limit, 0
+        return gate / (1 + np.exp(-alpha * gate)) * (up + 1)
+
+
+def _with_silu_mul(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
+    y: Array = silu_mul.reference(_expert_linear(x, w, pairs, offsets, b))
+    return y
+
+
+def _with_gelu_tanh_mul(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
+    y: Array = gelu_tanh_mul.reference(_expert_linear(x, w, pairs, offsets, b))
+    return y
+
+
+def _with_clamped_swiglu(
+    x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None, *, alpha: float, limit: float
+) -> Array:
+    return _clamped_swiglu(_expert_linear(x, w, pairs, offsets, b), alpha=alpha, limit=limit)
+
+
+def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Plan | None:
+    """The launch of experts_mma.cu, if a block has enough shared memory for it."""
+    shape = tensor_shape(call["k"], _RUN, device, _LONGEST)
+    if shape is None:
+        return None
+    block = (_WARP * shape.warps,)
+    own = {**constants, **shape.constants}
+    return Plan((Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own),))
+
+
+def _many(constants: Mapping[str, Any], call: Call, device: Device) -> Plan:
+    """The launch of experts_many_wgmma.cu on Hopper, elsewhere of experts_many_mma.cu."""
+    pairs, columns = call["n"] * call["s"], _WIDE // (1 if constants["ACT"] == "NO_ACT" else 2)
+    most = min(call["E"], pairs)  # experts that have a pair
+    rows = _HIGH if pairs >= _HIGH_FROM * most else _LOW
+    tiles = pairs // rows + most
+    stage = (rows + _WIDE) * _STEP * 2
+    depth = max(2, min(_MAX_STAGES, (device.shared // 2 - _RESERVED_BYTES) // stage))  # two blocks, if they fit
+    own = {**constants, "ROWS": rows, "DEPTH": depth}
+    grid = (tiles * -(-call["m"] // columns),)
+    if device.arch == 90:
+        kernel = "experts_many_wgmma.cu:expert_linear_many_wgmma"
+        return Plan((Launch(kernel, grid, (2 * rows,), depth * stage + _ALIGNMENT, own),))
+    return Plan((Launch("experts_many_mma.cu:expert_linear_many_mma", grid, (_MANY_THREADS,), depth * stage, own),))
+
+
+def _plan(act: str, call: Call, device: Device) -> Plan:
+    if call["E"] > MAX_EXPERTS:
+        raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
+    pairs = call["n"] * call["s"]
+    constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
+    if call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0:
+        few = pairs <= _FEW * call["E"] and not device.deterministic  # one way to add up, whatever the number of rows
+        return (few and _few(constants, call, device)) or _many(constants, call, device)
+    blocks = min(_BLOCKS * device.sms, -(-pairs * call["m"] // (_THREADS // _WARP)))
+    return Plan((Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants=constants),))
+
+
+def _chosen(call: Call) -> float:
+    """Experts that have a pair; where only sizes are known, as many as are expected of an even choice."""
+    offsets, E = call.arrays["offsets"], call["E"]
+    if isinstance(offsets, np.ndarray):
+        return float(np.count_nonzero(np.diff(offsets)))
+    return float(E * (1 - (1 - min(1, call["s"] / E)) ** call["n"]))
+
+
+def _bytes(parts: int, call: Call) -> float:
+    """Weights of the experts that were chosen, and every other array once."""
+    pairs = call["n"] * call["s"]
+    expert = parts * call["m"] * (call["k"] + (call.arrays["b"] is not None))
+    floats = _chosen(call) * expert + call["n"] * call["k"] + pairs * call["m"]
+    return float(floats * call.dtypes["T"].itemsize + 4 * (pairs + call["E"] + 1))
+
+
+def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
+    """Pairs of rows with experts that ``chosen`` leaves, by default all."""
+    rows, s, E = case["n"], case["s"], case["E"]
+    among = rng.permutation(E)[: case.get("chosen", E)]
+    experts = among[rng.random((rows, len(among))).argsort(-1)[:, :s]].astype(np.int32)
+    pairs, offsets = sort_pairs.reference(experts, E=E)
+    return {"pairs": pairs, "offsets": offsets}
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    E = draw(1, 20)
+    return dict(n=draw(1, 30), s=(s := draw(1, min(E, 5))), E=E, m=draw(1, 70), k=draw(1, 20) * draw(1, 40),
+                b=bool(draw(0, 1)), chosen=draw(s, E))  # fmt: skip
+
+
+_CASES = (
+    # One pair; few of each expert; all of one expert; some experts without; more than a tile; odd sizes.
+    dict(n=1, s=1, E=1, m=8, k=8, b=False),
+    dict(n=1, s=4, E=9, m=40, k=72, b=True),
+    dict(n=3, s=2, E=5, m=33, k=72, b=True),
+    dict(n=21, s=1, E=6, m=24, k=72, b=False, chosen=1),
+    dict(n=90, s=2, E=4, m=72, k=200, b=True, chosen=3),
+    dict(n=400, s=1, E=2, m=42, k=72, b=False, chosen=1),
+    dict(n=6, s=2, E=3, m=10, k=61, b=False),
+)
+
+
+def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: float) -> Op:
+    """A product of the pairs' rows, with what comes behind it. cost: operations of an element of that; knobs: its
+    attributes, with the values that they have in tests."""
+    parts = 2 if act != "NO_ACT" else 1
+    rows = "m" if parts == 1 else "2*m"
+    attributes = "".join(f", {knob}:f32" for knob in knobs)
+    return Op(
+        name,
+        f"y[n*s,m]:T = (x[n,k]:T, w[E,{rows},k]:W, pairs[n*s]:i32, offsets[E+1]:i32, b[E,{rows}]:T?{attributes})",
+        doc=f"{doc} A row of y for each pair of a row and an expert: pair = row * s + slot, sorted as by sort_pairs.",
+        reference=reference,
+        kernels=lambda call, device: _plan(act, call, device),
+        cases=[{**case, **knobs} for case in _CASES],
+        sizes=lambda draw: {**_sizes(draw), **knobs},
+        inputs=_inputs,
+        shape=dict(n=1, s=8, E=128, m=768, k=2048, b=False, **knobs),
+        tolerance=PRODUCT_TOLERANCE,
+        bytes=lambda call: _bytes(parts, call),
+        kernel_docs={
+            "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
+            "expert_linear_mma": "the same for few pairs of each expert, on tensor cores",
+            "expert_linear_many_mma": "the same for many pairs, on tensor cores",
+            "expert_linear_many_wgmma": "the same for many pairs, on Hopper's tensor cores",
+        },
+        flops=lambda c: c["n"] * c["s"] * c["m"] * (2 * parts * c["k"] + cost),
+        unaligned=False,
+    )
+
+
+expert_linear = _op("expert_linear", "NO_ACT", "y[pair] = x[row] w[expert]^T + b[expert].", _expert_linear)
+
+expert_linear_silu_mul = _op(
+    "expert_linear_silu_mul",
+    "SILU_MUL",
+    "y[pair] = silu_mul(x[row] w[expert]^T + b[expert]); the first m rows of w[expert] give what is put through silu.",
+    _with_silu_mul,
+    cost=5,
+)
+
+expert_linear_gelu_tanh_mul = _op(
+    "expert_linear_gelu_tanh_mul",
+    "GELU_TANH_MUL",
+    "y[pair] = gelu_tanh_mul(x[row] w[expert]^T + b[expert]); the first m rows of w[expert] give what is put through"
+    " gelu.",
+    _with_gelu_tanh_mul,
+    cost=8,
+)
+
+expert_linear_clamped_swiglu = _op(
+    "expert_linear_clamped_swiglu",
+    "CLAMPED_SWIGLU",
+    "[g, u] = x[row] w[expert]^T + b[expert], g at most limit, u at most limit in size;"
+    " y[pair] = g / (1 + exp(-alpha g)) * (u + 1), the activation of gpt-oss.",
+    _with_clamped_swiglu,
+    cost=7,
+    alpha=1.702,
+    limit=7.0,
+)

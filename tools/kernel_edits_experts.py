@@ -1,0 +1,60 @@
+"""Mistakes in the kernels of experts, as ``kernel_edits`` has them for the others."""
+
+from __future__ import annotations
+
+__all__ = ["EDITS", "EQUIVALENT"]
+
+_SHARED, _FEW, _MANY = "experts.cuh", "experts_mma.cu", "experts_many.cuh"
+
+# (file, text that occurs once, replacement)
+EDITS: tuple[tuple[str, str, str], ...] = (
+    # route.cu
+    ("route.cu", "__float_as_uint(key + 0.f)", "__float_as_uint(key)"),
+    ("route.cu", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
+    ("route.cu", "key == key ? ordered : 0u", "ordered"),
+    ("route.cu", "| (0xffffffffu - expert)", "| u32(expert)"),
+    ("route.cu", "expert != top && rank[j]", "rank[j]"),
+    ("route.cu", "if (lane == g) mine = rank_of(sum, g);", "if (lane == g) mine = rank_of(-sum, g);"),
+    ("route.cu", "if (mine == most) mine = 0;", ";"),
+    ("route.cu", "by[i] += bias[expert];", ";"),
+    ("route.cu", "of.remove(expert, 1);\n        if (of.lane == slot)", "if (of.lane == slot)"),
+    ("route.cu", "renormalise ? mine / total : mine", "mine"),
+    ("route.cu", "weight *= scale[chosen];", "weight *= scale[of.lane];"),
+    ("route.cu", "fmaxf(fabsf(of.logit[i]), largest)", "fabsf(of.logit[i])"),
+    ("route.cu", "of.rank[i] != 0 && !(below", "!(below"),
+    ("route.cu", "begin = warp * each,", "begin = warp * each + warp,"),
+    ("route.cu", "sum += count;", ";"),
+    ("route.cu", "(1u << lane) - 1", "(2u << lane) - 1"),
+    ("route.cu", "if (ahead == 0) own[expert]", "if (ahead == 1) own[expert]"),
+    ("route.cu", "x + (row * s + slot) * d", "x + row * s * d"),
+    # which pairs a tile has
+    (_SHARED, "sum += carried;", ";"),
+    (_SHARED, "if (w < warp) sum += partial[w];", "if (w <= warp) sum += partial[w];"),
+    (_SHARED, "+ ROWS - 1) / ROWS; });", ") / ROWS; });"),
+    (_SHARED, "if (before[middle] <= tile)", "if (before[middle] < tile)"),
+    (_SHARED, "(tile - before[expert]) * ROWS;", "tile * ROWS;"),
+    ("activation.cuh", "gate > limit ? limit : gate,", "gate,"),
+    ("activation.cuh", "up < -limit ? -limit : up;", "up;"),
+    # experts.cu
+    ("experts.cu", "pairs[tile.first + min(r, tile.count - 1)] / s)", "pairs[tile.first + min(r, tile.count - 1)])"),
+    ("experts.cu", "(i64(tile.expert) * PARTS) * m", "i64(tile.expert) * m"),
+    ("experts.cu", "if (r >= tile.count) break;", ";"),
+    # experts_mma.cu
+    (_FEW, "stop = at + each + (blockIdx.x < more);", "stop = at + each;"),
+    (_FEW, "i64(tile.expert) * HALVES<ACT> * m * k;", "i64(tile.expert) * m * k;"),
+    (_FEW, "own[min(lane_row(), tile.count - 1)] / s;", "own[min(lane_row(), tile.count - 1)];"),
+    (_FEW, "b + i64(tile.expert) * HALVES<ACT> * m;", "b;"),
+    # many pairs
+    (_MANY, "row / 8 % 2 : 0;", "0 : 0;"),
+    (_MANY, "u32(own[row + i * APART] / s) * k;", "u32(own[row + i * APART]) * k;"),
+    (_MANY, "inside && i * COLUMNS < left);", "i * COLUMNS < left);"),
+    (_MANY, "if (b != nullptr && at < m) bias[p]", "if (b != nullptr) bias[p]"),
+    (_MANY, "if (mine + row >= to.count) break;", ";"),
+    ("experts_many_mma.cu", "cp_async_wait<DEPTH - 2>();", "cp_async_wait<DEPTH - 1>();"),
+    ("experts_many_wgmma.cu", "cp_async_wait<DEPTH - 3>();", "cp_async_wait<DEPTH - 2>();"),
+    ("experts_many_wgmma.cu", "step > 0 || i > 0", "step > 0"),
+    ("experts_many_wgmma.cu", "stages + warp / 4 * (64 * STEP)", "stages"),
+)
+
+# (file, text around the place of a mutation, why it cannot change a result)
+EQUIVALENT: tuple[tuple[str, str, str], ...] = ()
