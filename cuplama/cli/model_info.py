@@ -151,6 +151,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
     size = f"{size_text(facts['weight_bytes'])}, {facts['bits_per_weight']:.4g} bits per weight{tied}"
     gpu = f"at least {size_text(facts['gpu_bytes'])} on a GPU" if facts["gpu_bytes"] else "no GPU runs such heads"
     per_token, context = size_text(facts["cache_bytes_per_token"]), facts["default_context"]
+    kv_heads = f"{facts['kv_heads']} KV head{'s' if facts['kv_heads'] > 1 else ''}"
     return {
         "folder": facts["folder"] or "none: the published shape of a known model",
         "architecture": facts["architecture"],
@@ -158,7 +159,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "layers": facts["layers"],
         "hidden size": facts["hidden_size"],
         "feed-forward size": facts["feed_forward_size"],
-        "attention": f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}",
+        "attention": f"{facts['heads']} heads, {kv_heads} of {facts['head_size']}",
         "positions": _positions(facts),
         "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
         "vocabulary": facts["vocabulary"],
@@ -224,13 +225,17 @@ def _is_attention(name: str) -> bool:
 
 def _positions(facts: Mapping[str, Any]) -> str:
     window = facts["sliding_window"]
-    sliding = f", sliding window of {window} in {facts['sliding_layers']} layers" if window else ""
+    sliding = f", sliding window of {window}{_share(facts, facts['sliding_layers'])}" if window else ""
     if facts["learned_positions"]:
         return "learned" + sliding
     found, left = [], facts["layers"]
     for rope in facts["rotations"]:
         partial = f" on {rope['size']} of {facts['head_size']} dims" if rope["size"] < facts["head_size"] else ""
-        some = f" in {rope['layers']} layers" if rope["layers"] < facts["layers"] else ""
-        found.append(f"RoPE ({rope['type']}, theta {rope['theta']:g}){partial}{some}")
+        found.append(f"RoPE ({rope['type']}, theta {rope['theta']:,.12g}){partial}{_share(facts, rope['layers'])}")
         left -= rope["layers"]
-    return ", ".join([*found, *([f"none in {left} layers"] if left else [])]) + sliding
+    return ", ".join([*found, *([f"none{_share(facts, left)}"] if left else [])]) + sliding
+
+
+def _share(facts: Mapping[str, Any], layers: int) -> str:
+    """Words for the layers that have something; none if these are all."""
+    return f" in {layers} of {facts['layers']} layers" if layers < facts["layers"] else ""
