@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.goldens.case import Case
-from tools.goldens.model import load, randomize
+from tools.goldens.model import exact, load, randomize
 from tools.goldens.spellings import write_configs, write_json
 from tools.goldens.training import ADAMW, CASES, ROWS, STEPS, TOKENS
 
@@ -92,8 +92,14 @@ def whole_error(found: Tensors, truth: Tensors) -> float:
 
 
 def calm(model: Any) -> None:
-    """Make logits less than a unit and attention not sharp, as in training: else rounding is amplified."""
+    """Make logits less than a unit, attention not sharp and norms about one, as in training.
+
+    Else rounding is amplified, and chance decides which of two runs in bfloat16 is closer to the truth.
+    """
+    offset = model.config.model_type in ("gemma", "gemma2", "gemma3_text")  # to whose norms' weights one is added
     for name, p in model.named_parameters():
+        if offset and "norm" in name:
+            p.copy_(exact(p - 1))
         if p is model.get_output_embeddings().weight:
             p *= 0.25
         elif name.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight", "c_attn.weight", "c_fc.weight")):

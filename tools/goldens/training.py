@@ -1,7 +1,7 @@
 """The golden models of training: a row per case, with what its config says beside the sizes that all share.
 
 Sizes are odd where a family and the kernels allow it (a head has a multiple of 8 elements), so that no tile is full. A
-case is a model that trains: families, one and three KV heads, a head size of its own, biases, tied heads, a window
+case is a model that trains: every family, one and three KV heads, a head size of its own, biases, tied heads, a window
 shorter than the text, three rope scalings.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tools.goldens.case import Case, Config, rope
+from tools.goldens.training_more import more_training_cases
 
 __all__ = ["ADAMW", "CASES", "ROWS", "STEPS", "TOKENS"]
 
@@ -75,7 +76,7 @@ CASES: dict[str, Case] = {
     "mistral-window": Case("mistral", {"sliding_window": 7}, SMALL),
     "phi3": Case("phi3", {}, PHI3),
     "gpt2": Case("gpt2", {}, GPT2),
-    "gemma": Case("gemma", {"tie_word_embeddings": True, "rms_norm_eps": 3e-2}, SMALL),
+    **more_training_cases(SMALL, WHOLE),
 }
 
 ADAMW: dict[str, Any] = {
