@@ -109,7 +109,7 @@ def make_gradients(name: str) -> None:
         model = with_adapter(load(case), GRADIENTS[name], size_of_b=0.1)
         save(model, folder)
         model = model.double()
-        with all_in_double(model):
+        with all_in_double():
             loss = loss_of(model, ids)
         loss.backward()
     found = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if "lora_" in n}

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.goldens.case import Case
-from tools.goldens.model import load, randomize
+from tools.goldens.model import exact, load, randomize
 from tools.goldens.spellings import write_configs, write_json
 from tools.goldens.training import ADAMW, CASES, ROWS, STEPS, TOKENS
 
@@ -41,30 +41,24 @@ DISTINCT = 4  # batches of the AdamW case, in turn: seen again, so that the loss
 Tensors = dict[str, torch.Tensor]
 
 
-def double_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in the dtype of x, which transformers computes in float32."""
-    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * (x * scale)
-
-
 @contextmanager
-def all_in_double(model: Any) -> Iterator[None]:
-    """Within it the norms and the softmax of a float64 model stay in float64."""
-    norms = {type(m) for m in model.modules() if type(m).__name__.endswith("RMSNorm")}
-    softmax = torch.nn.functional.softmax
+def all_in_double() -> Iterator[None]:
+    """Within it nothing that is in float64 goes to float32: transformers does that in norms and in the softmax."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def kept(x: torch.Tensor, *args: Any, **rest: Any) -> torch.Tensor:
+        double = x.dtype == torch.float64 and torch.float32 in (*args, *rest.values())
+        return x if double else to(x, *args, **rest)
 
     def double_softmax(x: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:
         return softmax(x, dim=dim)
 
-    patches = [mock.patch.object(norm, "forward", double_norm) for norm in norms]
-    with mock.patch.object(torch.nn.functional, "softmax", double_softmax):
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
+    with (
+        mock.patch.object(torch.Tensor, "to", kept),
+        mock.patch.object(torch.Tensor, "float", lambda x: kept(x, torch.float32)),
+        mock.patch.object(torch.nn.functional, "softmax", double_softmax),
+    ):
+        yield
 
 
 def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -78,7 +72,7 @@ def gradients(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[floa
     """The loss, and the gradient of every parameter by its name in the checkpoint, float64."""
     model = load(folder, dtype)
     if dtype == torch.float64:
-        with all_in_double(model):
+        with all_in_double():
             loss = loss_of(model, ids)
     else:
         loss = loss_of(model, ids)
@@ -98,8 +92,14 @@ def whole_error(found: Tensors, truth: Tensors) -> float:
 
 
 def calm(model: Any) -> None:
-    """Make logits less than a unit and attention not sharp, as in training: else rounding is amplified."""
+    """Make logits less than a unit, attention not sharp and norms about one, as in training.
+
+    Else rounding is amplified, and chance decides which of two runs in bfloat16 is closer to the truth.
+    """
+    offset = model.config.model_type in ("gemma", "gemma2", "gemma3_text")  # to whose norms' weights one is added
     for name, p in model.named_parameters():
+        if offset and "norm" in name:
+            p.copy_(exact(p - 1))
         if p is model.get_output_embeddings().weight:
             p *= 0.25
         elif name.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight", "c_attn.weight", "c_fc.weight")):
@@ -191,7 +191,7 @@ def train(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[list[dic
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        with all_in_double(model):
+        with all_in_double():
             loss = loss_of(model, batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW["grad_clip"])

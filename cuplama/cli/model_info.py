@@ -188,9 +188,11 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention(facts: Mapping[str, Any]) -> str:
     kinds, shared = facts["layers_by_heads"], facts["layers_without_keys"]
-    layers = [f" in {kind['layers']} layers" if len(kinds) > 1 else "" for kind in kinds]
-    each = [f"{k['kv_heads']} KV heads of {k['head_size']}{where}" for k, where in zip(kinds, layers, strict=True)]
-    more = f"; {shared} layers share keys and values of others" if shared else ""
+    each = [
+        f"{k['kv_heads']} KV head{'s' if k['kv_heads'] > 1 else ''} of {k['head_size']}{_share(facts, k['layers'])}"
+        for k in kinds
+    ]
+    more = f", those of other layers{_share(facts, shared)}" if shared else ""
     return f"{facts['heads']} heads, {', '.join(each)}{more}"
 
 
@@ -243,13 +245,17 @@ def _is_attention(name: str) -> bool:
 
 def _positions(facts: Mapping[str, Any]) -> str:
     window = facts["sliding_window"]
-    sliding = f", sliding window of {window} in {facts['sliding_layers']} layers" if window else ""
+    sliding = f", sliding window of {window}{_share(facts, facts['sliding_layers'])}" if window else ""
     if facts["learned_positions"]:
         return "learned" + sliding
     found, left = [], facts["layers"]
     for rope in facts["rotations"]:
         partial = f" on {rope['size']} of {facts['head_size']} dims" if rope["size"] < facts["head_size"] else ""
-        some = f" in {rope['layers']} layers" if rope["layers"] < facts["layers"] else ""
-        found.append(f"RoPE ({rope['type']}, theta {rope['theta']:g}){partial}{some}")
+        found.append(f"RoPE ({rope['type']}, theta {rope['theta']:,.12g}){partial}{_share(facts, rope['layers'])}")
         left -= rope["layers"]
-    return ", ".join([*found, *([f"none in {left} layers"] if left else [])]) + sliding
+    return ", ".join([*found, *([f"none{_share(facts, left)}"] if left else [])]) + sliding
+
+
+def _share(facts: Mapping[str, Any], layers: int) -> str:
+    """Words for the layers that have something; none if these are all."""
+    return f" in {layers} of {facts['layers']} layers" if layers < facts["layers"] else ""

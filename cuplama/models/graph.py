@@ -194,11 +194,11 @@ class _Nodes:
 
     def read(self, x: str, weight: str) -> str:
         """The residual stream in the model's dtype: normalised, or as it is where the model has no such norm."""
-        config, out = self.config, f"{weight}.out"
+        config = self.config
         if weight not in self.weights:
-            return self.emit("cast", out, self.scaled(x, config.residual_scale), U="T")
+            return self.emit("cast", f"{x}.cast", self.scaled(x, config.residual_scale), U="T")
         attrs = {**self.norms, "eps": config.eps / config.residual_scale**2}
-        return self.emit(config.family.norm, out, x, weight, *self.present(f"{weight}.bias"), **attrs)
+        return self.emit(config.family.norm, f"{weight}.out", x, weight, *self.present(f"{weight}.bias"), **attrs)
 
     def added(self, x: str, y: str, weight: str, out: str, *scalar: str) -> str:
         """x and what a sublayer gives, y, which is normalised first where the model has such a norm. scalar: a stored

@@ -57,6 +57,27 @@ def test_info_and_graph(run: Run) -> None:
     assert out.count("= attention(") == json.loads((LLAMA_FOLDER / "config.json").read_text())["num_hidden_layers"]
 
 
+@pytest.mark.parametrize(
+    ("case", "attention", "positions"),
+    [
+        ("gemma3", "4 heads, 2 KV heads of 16", "RoPE (default, theta 50) in 2 of 3 layers, RoPE (linear, theta 1,000)"
+         " in 1 of 3 layers, sliding window of 8 in 2 of 3 layers"),
+        ("cohere2", "4 heads, 1 KV head of 8", "RoPE (default, theta 50,000) in 3 of 4 layers, none in 1 of 4 layers,"
+         " sliding window of 8 in 3 of 4 layers"),
+        ("gemma4-shared", "4 heads, 2 KV heads of 16 in 3 of 5 layers, 2 KV heads of 24 in 2 of 5 layers, those of"
+         " other layers in 2 of 5 layers", "RoPE (default, theta 50) in 3 of 5 layers, RoPE (proportional, theta 1,000)"
+         " in 2 of 5 layers, sliding window of 8 in 3 of 5 layers"),
+        ("phi", "3 heads, 3 KV heads of 16", "RoPE (default, theta 10,000) on 6 of 16 dims"),
+        ("mistral-window", "2 heads, 1 KV head of 16", "RoPE (default, theta 10,000), sliding window of 8"),
+        ("gpt2", "4 heads, 4 KV heads of 8", "learned"),
+    ],
+)  # fmt: skip
+def test_positions_say_which_layers_have_what(run: Run, case: str, attention: str, positions: str) -> None:
+    status, out, _ = run("info", "-m", str(GOLDEN / case))
+    shown = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
+    assert (status, shown["attention"], shown["positions"]) == (0, attention, positions)
+
+
 def test_the_graph_of_a_training_step_has_a_gradient_for_every_weight(run: Run) -> None:
     status, out, err = run("graph", "-m", LLAMA, "--training")
     assert (status, err) == (0, "")

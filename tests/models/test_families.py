@@ -113,6 +113,7 @@ def test_names_ops_and_rotations() -> None:
     assert {name: differences for name, differences in found.items() if differences} == {
         "cohere2": {"norm": "layer_norm", "rope": "rope_pairs"},
         "ernie4_5": {"rope": "rope_pairs"},
+        "gemma": {"norm_offset": 1.0},
         "gemma2": {"norm_offset": 1.0},
         "gemma3_text": {"norm_offset": 1.0},
         "gemma4_text": {"rope_types": ("default", "linear", "llama3", "yarn", "proportional")},
@@ -152,6 +153,12 @@ def test_a_window_that_is_on_has_a_default(family: str) -> None:
 )  # fmt: skip
 def test_gelu_is_one_of_two_functions(name: str, op: str) -> None:
     assert parse("GPT2", activation_function=name).activation == op
+
+
+def test_gelu_of_gemma_is_the_tanh_formula() -> None:
+    """Its first files say "gelu", which transformers corrects."""
+    assert parse("Gemma", hidden_act="gelu") == parse("Gemma", hidden_act="gelu_pytorch_tanh") == parse("Gemma")
+    assert parse("Gemma", hidden_act="gelu_python").activation == "gelu_erf_mul"
 
 
 @pytest.mark.parametrize("name", ["silu", "swish"])
@@ -237,6 +244,7 @@ ABSENT = {
     "Cohere2": (160, 8, 1e-5, 8192, "default", 1e4, 8),
     "Ernie4_5": (2, 128, 1e-5, 131072, "default", 5e5, 128),
     "Exaone4": (32, 8, 1e-5, 2048, "default", 1e4, 8),
+    "Gemma": (16, 256, 1e-6, 8192, "default", 1e4, 256),
     "Gemma2": (4, 256, 1e-6, 8192, "default", 1e4, 256),
     "Gemma3": (4, 256, 1e-6, 131072, "default", 1e4, 256),
     "Glm": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
@@ -267,7 +275,7 @@ def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[A
     mixed = dict.fromkeys(("Cohere2", "Exaone4", "Olmo3"), (4096, 4096, 4096, 0))
     mixed |= {"Gemma2": (4096, 0, 4096, 0), "Gemma3": (4096,) * 4}
     assert config.windows == mixed.get(family, (0,) * 4)
-    assert config.head_is_tied == (family in ("Cohere2", "Ernie4_5", "Gemma2", "Gemma3", "SmolLM3"))
+    assert config.head_is_tied == (family in ("Cohere2", "Ernie4_5", "Gemma", "Gemma2", "Gemma3", "SmolLM3"))
     assert config.logits_scale == (0.0625 if family == "Cohere2" else 1)
     assert config.attention_scale == {"Gemma2": 1 / 16, "Gemma3": 1 / 16, "Granite": 1}.get(family, 0)
     assert (config.attention_cap, config.logits_cap) == ((50, 30) if family == "Gemma2" else (0, 0))

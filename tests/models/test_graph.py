@@ -96,8 +96,8 @@ def test_a_norm_behind_a_sublayer_is_of_what_is_added() -> None:
     found = by_weight(synthetic(**POST_NORMS))
     assert found["0.attn_post_norm"].ins == ("0.o_proj.out", "0.attn_post_norm", "x")
     assert found["0.mlp_post_norm"].ins == ("0.down_proj.out", "0.mlp_post_norm", "0.x")
-    assert found["0.gate_up_proj"].ins[0] == "0.mlp_norm.out"
-    assert next(n for n in layer(synthetic(**POST_NORMS)) if n.outs == ("0.mlp_norm.out",)).ins == ("0.x",)
+    assert found["0.gate_up_proj"].ins[0] == "0.x.cast"
+    assert next(n for n in layer(synthetic(**POST_NORMS)) if n.outs == ("0.x.cast",)).ins == ("0.x",)
 
 
 @pytest.mark.parametrize(("own_norm", "read"), [(True, "0.mlp_norm.out"), (False, "0.attn_norm.out")])

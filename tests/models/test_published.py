@@ -30,6 +30,7 @@ PARAMETERS: dict[str, int | float] = {
     "falcon3-7b": 7_455_550_464,
     "gemma-2-27b": 27_227_128_320,
     "gemma-2-2b": 2_614_341_888,
+    "gemma-2b": 2_506_172_416,
     "gemma-3-1b": 999_885_952,
     "gemma-3-27b": 27_432_406_640 - 423_060_336,
     "gemma-3-4b": 4_300_079_472 - 419_816_304,
@@ -37,6 +38,7 @@ PARAMETERS: dict[str, int | float] = {
     "gemma-4-31b": 30.7e9,
     "gemma-4-e2b": 4.65e9 - 18_882_560,
     "gemma-4-e4b": 7.52e9 - 55_070_720,
+    "gemma-7b": 8_537_680_896,
     "glm-4-32b-0414": 32_566_081_536,
     "glm-4-9b-0414": 9_400_279_040,
     "glm-4-9b-chat": 9_399_951_360,
@@ -142,6 +144,7 @@ def test_numbers_of_published_models() -> None:
 
 # The ops of the second layer, in order, without what every layer has.
 LAYERS = {
+    "gemma-7b": "rms_norm rope add rms_norm gelu_tanh_mul add",
     "gemma-2-2b": "rms_norm rope rms_norm_add rms_norm gelu_tanh_mul rms_norm_add",
     "gemma-3-4b": "rms_norm qk_norm rope rms_norm_add rms_norm gelu_tanh_mul rms_norm_add",
     "olmo-2-7b": "cast qk_norm_wide rope rms_norm_add cast silu_mul rms_norm_add",
@@ -201,6 +204,8 @@ def test_gemma_4_has_layers_of_several_kinds() -> None:
 
 # What these families may ask for and is not there: (model, field, value that is refused).
 REFUSED = [
+    ("gemma-2b", "hidden_activation", "gelu"),
+    ("gemma-2b", "query_pre_attn_scalar", 256),
     ("gemma-2-2b", "use_bidirectional_attention", True),
     ("gemma-2-2b", "hidden_activation", "relu"),
     ("gemma-3-1b", "attn_logit_softcapping", 50.0),

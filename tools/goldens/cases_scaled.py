@@ -49,6 +49,19 @@ GEMMA4: Config = {
 }
 
 SCALED_CASES: dict[str, Case] = {
+    "gemma": Case(
+        "gemma",
+        {
+            "hidden_size": 40,
+            "intermediate_size": 56,
+            "head_dim": 16,
+            "attention_bias": True,
+            "rms_norm_eps": 3e-2,
+            **rope("default", 1000.0),
+        },
+        GQA,
+        spelling="v4",
+    ),
     "gemma2": Case(
         "gemma2",
         {"attention_bias": True, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 12.0},

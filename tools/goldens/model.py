@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tools.goldens.internlm2  # noqa: F401  registers its classes
 
-__all__ = ["NEW_TOKENS", "greedy", "load", "logits_of", "randomize"]
+__all__ = ["NEW_TOKENS", "exact", "greedy", "load", "logits_of", "randomize"]
 
 NEW_TOKENS = 24
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tools.goldens.case import Case, Config, rope
+from tools.goldens.training_more import more_training_cases
 
 __all__ = ["ADAMW", "CASES", "ROWS", "STEPS", "TOKENS"]
 
@@ -75,6 +76,7 @@ CASES: dict[str, Case] = {
     "mistral-window": Case("mistral", {"sliding_window": 7}, SMALL),
     "phi3": Case("phi3", {}, PHI3),
     "gpt2": Case("gpt2", {}, GPT2),
+    **more_training_cases(SMALL, WHOLE),
 }
 
 ADAMW: dict[str, Any] = {
