@@ -183,4 +183,4 @@ def test_an_engine_in_any_order() -> None:
 
 @pytest.mark.slow
 def test_an_engine_in_any_order_for_long() -> None:
-    run_state_machine_as_test(Machine, settings=settings(_FAST, max_examples=200, stateful_step_count=40))
+    run_state_machine_as_test(Machine, settings=settings(_FAST, max_examples=120, stateful_step_count=40))

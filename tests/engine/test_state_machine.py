@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
 
 
 _FAST = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
-_LONG = settings(_FAST, max_examples=3000, stateful_step_count=80)
+_LONG = settings(_FAST, max_examples=1500, stateful_step_count=80)
 
 
 def test_scheduler_and_pages_in_any_order() -> None:

@@ -1,6 +1,6 @@
 """config.json of published models: they are read without a warning, and their weights are as many as was published.
 
-tests/data/configs has them as the makers' files say it, some without what no program reads.
+tests/data/configs has them, written down by hand: the fields that decide the model, some without what no program reads.
 """
 
 from __future__ import annotations
