@@ -151,7 +151,7 @@ def _complete(op: Op, shape: Mapping[str, Any], dtype: str) -> Mapping[str, Any]
         _check_value(op, name, value, dtype)
     sizes |= shape
     for rule in op.rules:
-        if not dim_value(rule, sizes):
+        if sizes.keys() >= set(dim_names(rule)) and not dim_value(rule, sizes):
             shown = ", ".join(f"{name}={sizes[name]}" for name in dim_names(rule))
             raise ParameterError(f"{op.name} needs {rule}, not {shown}")
     return sizes if op.complete is None else op.complete(sizes)

@@ -115,8 +115,11 @@ def row_launch(kernel: str, rows: int, d: int) -> Launch:
 
 
 def _row_kernels(call: Call, device: Device) -> Plan:
-    d = call["d"]
-    return Plan((row_launch(call.op.name, call["n"] * call.env.get("m", d) // d, d),))
+    return Plan((row_launch(call.op.name, call["n"], call["d"]),))
+
+
+def _part_kernels(call: Call, device: Device) -> Plan:
+    return Plan((row_launch(call.op.name, call["n"] * call["m"] // call["d"], call["d"]),))
 
 
 def _wide_kernels(call: Call, device: Device) -> Plan:
@@ -195,7 +198,7 @@ rms_norm_add = Op(
     " stream. Of a row of several times d elements each d are normalised by themselves.",
     reference=_rms_norm_add,
     gradient=_rms_add_gradient,
-    kernels=_row_kernels,
+    kernels=_part_kernels,
     cases=[
         {**case, "m": case["d"] * (3 if i % 3 == 2 else 1), "parts": i % 3 == 2, "scalar": i % 4 == 1}
         for i, case in enumerate(_CASES)

@@ -315,7 +315,7 @@ def test_list_shows_every_kernel() -> None:
     # a kernel of no op's own: what the head of its file says
     assert lines["fill_rows"].endswith("  y[i,j] = a[i,j] + b[j]")
     assert re.search(r"  f32 +sm_75\+ +The maximum of each chunk of the logits", lines["sample_max"])
-    assert re.search(r"  f32 f16 +sm_75\+  ", lines["attention_prefill_fma"])  # where there are no tensor cores for it
+    assert re.search(r"  f32 f16 bf16 +sm_75\+  ", lines["attention_prefill_fma"])  # bf16: heads of more than 256
     assert re.search(r"  f16 bf16 +sm_80\+  ", lines["attention_prefill_mma"])
     assert re.search(r"  f16 bf16 +sm_90 +", lines["attention_prefill_wgmma"])
     assert re.search(r"  - +sm_75\+  ", lines["advance"])  # integers only

@@ -50,7 +50,7 @@ def _sequence(tokens: list[int], drawn: int = 0, **params: Any) -> SequenceState
 
 def _prefixes(rope: Rope = DEFAULT, pages: int = 16, enabled: bool = True) -> PrefixCache:
     backend: Any = SimpleNamespace(dtype=np.dtype(np.float32))
-    config: Any = SimpleNamespace(num_layers=0, num_kv_heads=1, head_dim=1)
+    config: Any = SimpleNamespace(caches={})
     return PrefixCache(PagedCache(backend, config, pages), [rope], enabled)
 
 

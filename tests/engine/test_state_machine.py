@@ -44,7 +44,7 @@ Written = tuple[Any, tuple[int, ...]]  # a slot: how its keys were rotated, and 
 
 def _cache() -> PagedCache:
     backend: Any = SimpleNamespace(dtype=np.dtype(np.float32))
-    config: Any = SimpleNamespace(num_layers=0, num_kv_heads=1, head_dim=1)
+    config: Any = SimpleNamespace(caches={})
     return PagedCache(backend, config, PAGES)
 
 

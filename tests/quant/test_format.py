@@ -47,7 +47,7 @@ def test_references_look_through_the_format() -> None:
     """The reference of every op with a weight gives the same from the numbers and from a packed format of them."""
     seen = 0
     for op in OPS.values():
-        if all(spec.dtype != "W" for spec in op.signature.ins):
+        if all(spec.dtype != "W" or len(spec.dims or ()) != 2 for spec in op.signature.ins):
             continue
         case = op.cases[0]
         inputs = op.random_inputs(np.random.default_rng(0), case, DTYPES["f32"])
