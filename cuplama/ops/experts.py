@@ -178,9 +178,9 @@ def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: f
         bytes=lambda call: _bytes(parts, call),
         kernel_docs={
             "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
-            "expert_linear_mma": "the same for few pairs of each expert, on tensor cores",
-            "expert_linear_many_mma": "the same for many pairs, on tensor cores",
-            "expert_linear_many_wgmma": "the same for many pairs, on Hopper's tensor cores",
+            "expert_linear_mma": "The same for few pairs of each expert, on tensor cores.",
+            "expert_linear_many_mma": "The same for many pairs, on tensor cores.",
+            "expert_linear_many_wgmma": "The same for many pairs, on Hopper's tensor cores.",
         },
         flops=lambda c: c["n"] * c["s"] * c["m"] * (2 * parts * c["k"] + cost),
         unaligned=False,
