@@ -389,7 +389,7 @@ attention = Op(
         "widen_pages": "The pages of an e4m3 cache in the model's dtype, for attention of many new tokens.",
         "attention_prefill_wgmma": "Attention of many new tokens, on Hopper's tensor cores (wgmma).",
         "attention_prefill_mma": "Attention of many new tokens, on tensor cores (mma.sync).",
-        "attention_prefill_fma": "Attention of many new tokens, by multiply-adds: float32, GPUs before sm_80, heads > 256.",
+        "attention_prefill_fma": "Attention of many new tokens by multiply-adds: float32, before sm_80, heads > 256.",
     },
     cases=[
         attention_case(4, 2, 64, [1], [1]),
