@@ -332,8 +332,8 @@ def test_list_wraps_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     at = lines.index("  attention_prefill_fma")
     assert lines[at - 1] == "attention_prefill_fma.cu"
     assert lines[at + 1 : at + 4] == [
-        "    Attention of many new tokens by multiply-adds: float32, before sm_80, heads >",
-        "      256.",
+        "    Attention of many new tokens by multiply-adds: float32, before sm_80, heads",
+        "      > 256.",
         "    ops attention self_attention; f32 f16 bf16; sm_75+",
     ]
     at = lines.index("  fill_rows")
