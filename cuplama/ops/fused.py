@@ -295,7 +295,10 @@ def _append_sizes(draw: Draw) -> dict[str, Any]:
     case = attention_case(new=new, seq_lens=seq_lens, **same)
     turned, normed = dict.fromkeys(("rope_rows", "cos", "sin"), bool(draw(0, 1))), bool(draw(0, 1))
     given = {"q_norm": normed, "k_norm": normed, "eps": 1e-6, **_offset(case, draw(0, 1))}
-    return {**case, **turned, **given, "h": draw(1, case["D"] // 2), "R": draw(1, 99)}
+    # A new key that is rotated or normalised may fall to the other side of a rounding to e4m3, which is 6% of it and no
+    # fault. The cases with such a cache were chosen; random ones have it where keys are stored as they came.
+    turns = normed or turned["cos"]
+    return {**case, **turned, **given, "h": draw(1, case["D"] // 2), "R": draw(1, 99), **({"C": "T"} if turns else {})}
 
 
 def _append_complete(s: Mapping[str, Any]) -> dict[str, Any]:
