@@ -7,20 +7,19 @@ from dataclasses import replace
 from ..family import OFF, ONE_ROTATION, Family, fields, one
 from .layout import LAYER, LLAMA
 
-__all__ = ["FAMILY", "GLM", "GLM_FIELDS", "HALF_ROTATION"]
+__all__ = ["FAMILY"]
 
-GLM = {**LLAMA, "{i}.gate_up_proj": one("2*f,d", LAYER + "mlp.gate_up_proj.weight")}
-GLM_FIELDS = fields(num_key_value_heads=2, head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072)
-HALF_ROTATION = replace(ONE_ROTATION, defaults={"partial_rotary_factor": 0.5})
+_WEIGHTS = {**LLAMA, "{i}.gate_up_proj": one("2*f,d", LAYER + "mlp.gate_up_proj.weight")}
+_FIELDS = fields(num_key_value_heads=2, head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072)
 
 FAMILY = Family(
     "GlmForCausalLM",
     "glm",
-    GLM,
-    GLM_FIELDS,
+    _WEIGHTS,
+    _FIELDS,
     flags={"qkv_bias": "attention_bias"},
     neutral={"mlp_bias": OFF},
     partial_rotary=True,
     rope="rope_pairs",
-    rotations=HALF_ROTATION,
+    rotations=replace(ONE_ROTATION, defaults={"partial_rotary_factor": 0.5}),
 )

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, one
-from .glm import GLM, GLM_FIELDS, HALF_ROTATION
+from dataclasses import replace
+
+from ..family import one
+from .glm import FAMILY as GLM_2024
 from .layout import LAYER
 
 __all__ = ["FAMILY"]
 
 _WEIGHTS = {
-    **GLM,
+    **GLM_2024.weights,
     "{i}.attn_post_norm": one("d", LAYER + "post_self_attn_layernorm.weight"),
     "{i}.mlp_post_norm": one("d", LAYER + "post_mlp_layernorm.weight"),
 }
 
-FAMILY = Family(
-    "Glm4ForCausalLM",
-    "glm4",
-    _WEIGHTS,
-    GLM_FIELDS,
-    flags={"qkv_bias": "attention_bias"},
-    neutral={"mlp_bias": OFF},
-    partial_rotary=True,
-    rope="rope_pairs",
-    rotations=HALF_ROTATION,
-)
+FAMILY = replace(GLM_2024, architecture="Glm4ForCausalLM", model_type="glm4", weights=_WEIGHTS)
