@@ -217,6 +217,7 @@ class ModelConfig:
                         otherwise=None if self.tied is False else chosen.otherwise,
                         when=None,
                         instead={},
+                        only=None,
                     )
         return found
 

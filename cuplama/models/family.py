@@ -51,7 +51,8 @@ class Recipe:
     part's is not there, unless the config says that head and embedding are not tied. when: the config flag, or the
     size above 0, under which the weight exists. by_head: the checkpoint's rows are, for each key head, those of its
     queries, of itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values. instead:
-    flag of a layer -> the recipe that such a layer has, or None where it has no such weight.
+    flag of a layer -> the recipe that such a layer has, or None where it has no such weight. only: the flag of the
+    layers that have the weight; by default all have it.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -60,9 +61,12 @@ class Recipe:
     when: str | None = None
     by_head: bool = False
     instead: Mapping[str, Recipe | None] = field(default_factory=dict)
+    only: str | None = None
 
     def of_layer(self, flags: Collection[str]) -> Recipe | None:
         """The recipe that a layer with these flags has."""
+        if self.only is not None and self.only not in flags:
+            return None
         return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
 
     def canonical(self, array: _Array, dims: Mapping[str, int]) -> _Array:
