@@ -43,7 +43,13 @@ def test_shapes_have_the_published_number_of_parameters(name: str) -> None:
     assert (known, elements, config.context, theta, max(config.windows), config.eps) == (name, *PUBLISHED[name])
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("gemma")])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_models_with_experts_are_those_of_the_published_config(name: str) -> None:
+    published = parse_config(read_json(DATA / "configs" / f"{name}.json"))
+    assert find_shape(name)[1] == replace(published, bos=None, eos=())
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(("gemma", "mixtral", "qwen3-30b"))])
 def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> None:
     """All that a run depends on; the tokens that begin and end a text are not part of a shape."""
     published = load_config(shared / "configs" / name)
