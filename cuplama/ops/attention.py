@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -232,17 +232,50 @@ _MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives la
 _BLOCKS_PER_PLACE = 8
 
 
-# (pairs of sequence and key head, at least; (warps of a block, keys of a split at least)). One sequence needs many
-# blocks for its keys, each with as many keys on their way as a multiprocessor can have. Where there are more pairs than
-# multiprocessors, what counts is that one block begins or ends while others read. Microseconds on an H200, 32 query
-# and 8 key heads of 128 (benchmarks/results/2026-11-28-h200-attention-batches.txt):
-#                                  8 warps, 256   4 warps, 256   4 warps, 1024   2 warps, 1024
-#     8 sequences of 512 keys         16.4           13.1           15.9            25.4
-#     64 of 512                       87.3           70.7           47.5            45.1
-#     64 of 2048                       242            206            181             202
-#     512 of 16                        141             89             89              58
-#     512 of 576                       621            475            376             364
-_BLOCKS = ((1024, (2, 1024)), (128, (4, 1024)), (64, (4, 256)), (0, (8, 256)))
+class _Blocks(NamedTuple):
+    """A way to share out the keys on tensor cores. warps: of a block; keys: of a split, at least; stages: tiles of 16
+    keys that a warp has on their way through shared memory, 0 for two in registers; places: blocks that a
+    multiprocessor holds, as the registers allow."""
+
+    warps: int
+    keys: int
+    stages: int
+    places: int
+
+
+# (pairs of sequence and key head, at least; blocks). One sequence needs many blocks for its keys, each with as many
+# keys on their way as a multiprocessor can have. Where there are more pairs than multiprocessors, what counts is that
+# one block begins or ends while others read. Microseconds on an H200, 32 query and 8 key heads of 128
+# (benchmarks/results/2026-11-28-h200-attention-rings.txt has more ways):
+#                       warps, keys, stages:  8, 256, 0   4, 1024, 0   2, 1024, 0   4, 1024, 2   2, 1024, 3   2, 1024, 2
+#     16 sequences of 512 keys                  20.3         16.9         28.5         14.9         22.7         23.9
+#     64 of 512                                 80.3         45.0         42.2         42.3         39.7         49.0
+#     64 of 2048                               234.4        162.2        180.8        154.9        157.4        162.7
+#     512 of 16                                144.4         87.1         59.1         85.3         54.8         47.0
+#     512 of 576                               630.3        346.7        334.7        330.7        319.9        316.1
+#     512 of 576, e4m3 cache                   482.1        252.8        231.7        183.7        173.8        179.2
+_BLOCKS = (
+    (1024, _Blocks(2, 1024, 2, 5)),
+    (512, _Blocks(2, 1024, 3, 4)),
+    (128, _Blocks(4, 1024, 2, 2)),
+    (64, _Blocks(4, 256, 0, 2)),
+    (0, _Blocks(8, 256, 0, 1)),
+)
+_PLAIN_BLOCKS = _Blocks(4, 64, 0, 2)  # without tensor cores
+_TILE = 16  # keys that a warp takes at a time
+_OTHER_BYTES = 8192  # of shared memory, about: what a block has beside tiles
+
+
+def _blocks(pairs: int, row: int, device: Device, tensor: bool) -> _Blocks:
+    """For so many pairs of a sequence and a key head. row: bytes of a key. Tiles go through shared memory where their
+    rows can be copied 16 bytes at a time, and where there is room for those of all blocks."""
+    if not tensor:
+        return _PLAIN_BLOCKS
+    found = next(blocks for least, blocks in _BLOCKS if pairs >= least)
+    needed = found.places * (found.warps * found.stages * 2 * _TILE * row + _OTHER_BYTES)
+    if found.stages and (row % 16 or needed > device.shared):
+        return found._replace(stages=0, places=8 // found.warps)  # as registers hold tiles
+    return found
 
 
 def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Plan:
@@ -255,9 +288,8 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     check_head(D)
     parts = -(-num_heads // H // (_MAX_HEADS if D <= 256 else _MAX_WIDE_HEADS))
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
-    # On tensor cores a warp's tiles fill its registers: a multiprocessor holds 8 warps, in one block or several.
-    warps, min_keys = next(found for least, found in _BLOCKS if b * H * parts >= least) if tensor else (4, 64)
-    resident = device.sms * (8 // warps if tensor else 2)  # Blocks that the GPU holds at once: __launch_bounds__.
+    warps, min_keys, stages, places = _blocks(b * H * parts, D * call.dtypes["C"].itemsize, device, tensor)
+    resident = device.sms * places  # blocks that the GPU holds at once
     max_splits = max(1, min(_MAX_SPLITS, resident // (H * parts)))
     keys = call["M"] * call["S"]
     if call["window"]:
@@ -265,7 +297,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     splits = max(1, min(max_splits, -(-keys // min_keys)))
     blocks = max(1, min(splits, _BLOCKS_PER_PLACE * resident // (H * parts * b)))
     constants |= {
-        "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor,
+        "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor, "STAGES": stages, "BLOCKS": places,
         "min_keys": min_keys, "max_splits": max_splits, "splits": splits, **_constants(call),
     }  # fmt: skip
     scratch = {
@@ -273,7 +305,8 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
         "stats": ((b, num_heads, splits, 2), "f32"),
         "arrivals": ((b, H * parts), "u32"),
     }
-    launch = Launch(f"attention_decode.cu:{kernel}", (blocks, H * parts, b), (32 * warps,), constants=constants)
+    ring = warps * stages * 2 * _TILE * D * call.dtypes["C"].itemsize
+    launch = Launch(f"attention_decode.cu:{kernel}", (blocks, H * parts, b), (32 * warps,), ring, constants=constants)
     return Plan((launch,), scratch, frozenset({"arrivals"}))
 
 
@@ -372,6 +405,18 @@ _E4M3_CASES = (
     attention_case(3, 1, 64, [100, 5], [300, 520], 200, 32, C="e4m3"),
 )
 
+# As many sequences and key heads as send tiles through shared memory: each number of stages, rows whose 16-byte parts
+# are exchanged and others, a sequence of two splits, windows, pages that are no whole tiles.
+_LENGTHS = [1, 16, 17, 70] * 8
+_BATCH_CASES = (
+    attention_case(4, 4, 64, [1] * 32, [1100, *_LENGTHS[1:]], S=64),
+    attention_case(8, 4, 80, [1] * 32, _LENGTHS, 20, S=64, softcap=1.5),
+    attention_case(16, 16, 16, [1] * 32, _LENGTHS, S=64, sinks=True),
+    attention_case(32, 32, 8, [1] * 32, _LENGTHS, S=8),
+    attention_case(8, 4, 128, [1] * 32, _LENGTHS, 40, S=64, C="e4m3"),
+    attention_case(16, 16, 64, [1] * 32, _LENGTHS, S=64, C="e4m3"),
+)
+
 attention = Op(
     "attention",
     "y[n,num_heads*D]:T = (x[n,w]:T, k[P,H,S,D]:C, v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
@@ -430,6 +475,7 @@ attention = Op(
         *_KNOBS_CASES,
         *_WIDE_CASES,
         *_E4M3_CASES,
+        *_BATCH_CASES,
         # rows of queries alone, by each kernel
         attention_case(6, 2, 64, [1, 1], [20, 300], S=64, queries=True),
         attention_case(4, 1, 128, [33, 31], [64, 129], S=64, queries=True),
