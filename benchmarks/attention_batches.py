@@ -29,7 +29,7 @@ SIZES = (
     ("llama-3.2-1b", 512, 576, "T"), ("llama-3.2-1b", 64, 512, "T"),
 )  # fmt: skip
 _OP = OPS["append_attention"]
-_CHOICE = importlib.import_module("cuplama.ops.attention")
+_CHOICE: Any = importlib.import_module("cuplama.ops.attention")
 
 
 def measure(blocks: tuple[int, ...] | None) -> dict[str, Any]:

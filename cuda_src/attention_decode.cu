@@ -251,7 +251,8 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
     add_up_splits<D, Q, THREADS, Numbers::ROWS, SINKS>(a, heads, y, span.count, room);
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, int BLOCKS, bool CAPPED, bool SINKS>
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, int BLOCKS, bool CAPPED,
+          bool SINKS>
 __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
                      f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int window, int min_keys,
@@ -263,7 +264,8 @@ __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     decode<false, D, S, Q, WARPS, TENSOR, STAGES, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, int BLOCKS, bool CAPPED, bool SINKS>
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, int BLOCKS, bool CAPPED,
+          bool SINKS>
 __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,

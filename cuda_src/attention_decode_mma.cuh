@@ -238,7 +238,7 @@ struct WarpRing {
         for (int i = lane; i < TILE * PARTS; i += WARP) {
             const int row = i / PARTS, byte = i % PARTS * 16, token = from + row;
             const bool there = token >= past.low && token < high;
-            const C* start = whole    ? tile + row * D
+            const C* start = whole   ? tile + row * D
                              : there ? cache + token_offset<S, D>(past.table, token, past.head, past.H)
                                      : cache;
             cp_async_16(at<VALUES>(stage, row, byte), reinterpret_cast<const unsigned char*>(start) + byte, there);
@@ -407,8 +407,7 @@ __device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES]
 template <int QUERY, int Q, int WARPS, int STRIDE, typename T, typename C, int D, int S, int STAGES, bool CAPPED>
 __device__ __forceinline__ void attend_warp(const WarpRing<C, D, S, STAGES>& ring, const T* rows,
                                             const History<C>& past, int begin, int end,
-                                            const Scaling<T, CAPPED>& scaling, float* out, float* largest,
-                                            float* sum) {
+                                            const Scaling<T, CAPPED>& scaling, float* out, float* largest, float* sum) {
     constexpr int STEP = WARPS * TILE;
     const int high = min(end, past.fresh);
     const auto* q = reinterpret_cast<const typename Products<T, C>::Type*>(rows);

@@ -18,7 +18,7 @@ from ..backends import Fetch
 from ..dtypes import Array, dtype_name
 from ..errors import DeviceError
 from .decode import AHEAD, DecodeLoop
-from .graphs import max_logits, padded_sequences
+from .graphs import LONG_PASS, max_logits, padded_sequences
 from .kv_cache import PAGE
 from .runner import Runner
 from .sampler import Needs, drawn_tokens
@@ -100,7 +100,7 @@ class Pipeline:
         self._join()
         backlog, longest = self._backlog(), self.runner.backend.prefill_chunk
         passes_a_step = min(_PASSES_A_STEP, 1 + backlog // (_BACKLOG * longest))
-        chunk = min(longest, max(_LEAST_CHUNK, backlog // _BACKLOG)) if self._decodes else longest
+        chunk = min(longest, max(_LEAST_CHUNK if self._decodes else LONG_PASS, backlog // _BACKLOG))
         while True:
             flying = sum(isinstance(work, _Pass) for work in self._flying)
             may_read = flying < (_PASSES if self.runner.backend.captures else 1)

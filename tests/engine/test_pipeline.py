@@ -347,6 +347,18 @@ def test_many_prompts_are_read_between_steps_and_no_step_waits_for_ever() -> Non
     assert kinds.count("p") >= 26
 
 
+@pytest.mark.parametrize(("waiting", "most"), [(1, 40), (3, 40), (6, 60), (50, 100)])
+def test_a_pass_is_long_only_where_many_tokens_wait(waiting: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 40 tokens; a pass of more than 40 is long here, and 100 are the most."""
+    monkeypatch.setattr("cuplama.engine.pipeline.LONG_PASS", 40)
+    pipeline, runner = _pipeline(pages=99, chunk=100)
+    for name in range(waiting):
+        _add(pipeline, 1 + name, 40, 1)
+    pipeline.queue()
+    fed = [sum(int(part.split(":")[1]) for part in event.split()) for event in runner.events]
+    assert max(fed) == most
+
+
 def test_tokens_without_scores_are_one_object_each() -> None:
     pipeline, _ = _pipeline()
     _add(pipeline, 5, 3, 3)
