@@ -1,20 +1,22 @@
 // gated_delta_chunks  The same as gated_delta.cu, 32 tokens at a time, on tensor cores (sm_80 and later): for prompts.
 //
-// Yang, Kautz & Hatamizadeh, arXiv:2412.06464. Of the tokens of a chunk let c_i be the sum of g up to token i. Then with
-// the state S from before the chunk, and q (divided by sqrt(K)) and k as unit vectors,
+// Yang, Kautz & Hatamizadeh, arXiv:2412.06464. Of the tokens of a chunk let c_i be the sum of g up to token i. Then,
+// with the state S from before the chunk, and q (divided by sqrt(K)) and k as unit vectors,
 //
-//     A_ij = beta_i (k_i k_j) exp(c_i - c_j)   for j < i        u = (1 + A)^-1 beta (v - exp(c) k S)
-//     P_ij = (q_i k_j) exp(c_i - c_j)          for j <= i       y = exp(c) q S + P u
-//                                                               S = exp(c_last) S + sum over j of exp(c_last - c_j) k_j u_j
+//     A_ij = beta_i (k_i k_j) exp(c_i - c_j)  for j < i       u = (1 + A)^-1 beta (v - exp(c) k S)
+//     P_ij = (q_i k_j) exp(c_i - c_j)         for j <= i      y = exp(c) q S + P u
+//                                                             S = exp(c_last) S + sum of exp(c_last - c_j) k_j u_j
 //
 // Parameters as in gated_delta.cu. T is f16 or bf16; K is a multiple of 16 up to 128, V one of COLUMNS.
 //
-// Mapping: grid (V / COLUMNS, H, b). A block walks over the chunks of a sequence with COLUMNS columns of a head's state.
-//   Warps 0 to 3 have 16 columns each and need no other. All is transposed (columns of V by tokens, columns of V by K), so
-//     that sums of one product are, as they lie in registers, an operand of the next: the state stays there over all
-//     chunks, S^T as 16 x K sums, and so do k S, u and y.
-//   Warps 4 and 5 prepare the next chunk meanwhile: (1 + A)^-1 beta, P, and the factors of tokens. They also ask for the
-//     rows of the one after it. Of the inverse, which is triangular, a lane solves for a column.
+// Mapping: grid (V / COLUMNS, H, b). A block walks over the chunks of a sequence with COLUMNS columns of a head's
+// state.
+//   Warps 0 to 3 have 16 columns each and need no other. All is transposed (columns of V by tokens, columns of V by K),
+//     so that sums of one product are, as they lie in registers, an operand of the next: the state stays there over
+//     all chunks, S^T as 16 x K sums, and so do k S, u and y.
+//   Warps 4 and 5 prepare the next chunk meanwhile: (1 + A)^-1 beta, P, and the factors of tokens. They also ask for
+//     the rows of the one after it. Of the inverse, which is triangular, each solves for a quarter on the diagonal;
+//     from those and A follows the third one.
 // One barrier a chunk, at which the two groups exchange buffers.
 //
 // Numbers: k and q go into products as they are in x, and the factors that make them unit vectors, and all others, go
@@ -24,7 +26,8 @@
 // It starts early, and reads the state before it waits, as gated_delta does.
 //
 // Op and reference: cuplama/ops/gated_delta.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet; no GPU has run it. Chunks of 64 need twice the registers and the shared memory.
+// Tried: nothing else yet; no GPU has run it. Chunks of 64 would need more registers than there are, and more shared
+// memory than a block of sm_89 has.
 #include "gated_delta.cuh"
 #include "mma_tiles.cuh"
 
@@ -66,11 +69,13 @@ __device__ __forceinline__ void Doubled<T>::put(int row, int column, float x, fl
     *reinterpret_cast<u32*>(low + at) = both.low;
 }
 
-// 16 rows of 16 sums as the left operand of a product. A lane has rows lane/4 and lane/4 + 8.
+// The left operand of a product, 16x16, in two numbers for each element.
 template <typename T>
 struct Operand {
     u32 high[4], low[4];
 
+    __device__ __forceinline__ Operand() {}
+    // Of sums as they lie: a lane has rows lane/4 and lane/4 + 8, and of every 8 columns 2*(lane%4) and the next.
     __device__ __forceinline__ Operand(const float (&left)[4], const float (&right)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -79,12 +84,22 @@ struct Operand {
         }
     }
 
+    // left, right: 8 columns of sums each; both: of the other operand, as an ldmatrix gives them.
     __device__ __forceinline__ void times(float (&left)[4], float (&right)[4], const u32 (&both)[4]) const {
         const u32 first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
         multiply(left, high, first, T());
         multiply(right, high, second, T());
         multiply(left, low, first, T());
         multiply(right, low, second, T());
+    }
+
+    // The same where the other operand is doubled, too.
+    __device__ __forceinline__ void times(float (&left)[4], float (&right)[4], const u32 (&both)[4],
+                                          const u32 (&lost)[4]) const {
+        const u32 first[2] = {lost[0], lost[1]}, second[2] = {lost[2], lost[3]};
+        times(left, right, both);
+        multiply(left, high, first, T());
+        multiply(right, high, second, T());
     }
 };
 
@@ -156,13 +171,10 @@ struct Columns {
             const Operand<T> left(x[2 * i], x[2 * i + 1]);
 #pragma unroll
             for (int j = i; j < TOKENS / 16; j++) {
-                u32 both[4];
+                u32 both[4], lost[4];
                 ldmatrix_x4(both, matrix.high + across.at(16 * j, i));
-                left.times(to[2 * j], to[2 * j + 1], both);
-                ldmatrix_x4(both, matrix.low + across.at(16 * j, i));
-                const u32 first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
-                multiply(to[2 * j], left.high, first, T());
-                multiply(to[2 * j + 1], left.high, second, T());
+                ldmatrix_x4(lost, matrix.low + across.at(16 * j, i));
+                left.times(to[2 * j], to[2 * j + 1], both, lost);
             }
         }
     }
@@ -289,54 +301,113 @@ __device__ __forceinline__ void weigh_tokens(const T* rows, float log_decay, flo
     if (lane == 0) factors.decay = __expf(last);
 }
 
-// A and P: a warp has 16 of their rows.
-template <int K, typename T>
-__device__ __forceinline__ void relate_tokens(const T* keys, const T* queries, int first, Prepared& work,
-                                              const Doubled<T>& scores) {
+// 16 rows from `first` on of products with the keys of the first 8 N tokens, times what A and P have in common: the
+// keys' lengths and exp(c_i - c_j). Each pair of neighbours goes to put(row, column, x, y). rows: of keys or queries.
+template <int K, int N, typename T, typename Put>
+__device__ __forceinline__ void relate_tokens(const T* rows, const T* keys, int first, const Prepared& work, Put put) {
     const int lane = threadIdx.x % WARP;
-    const Lane<K> down = lane_down<K>(), across = lane_across<K>();
-    float of_keys[1][TOKENS / 8][4] = {}, of_queries[1][TOKENS / 8][4] = {};
-    multiply_rows<T, K>(of_keys, keys + first * K, keys, down, across);
-    multiply_rows<T, K>(of_queries, queries + first * K, keys, down, across);
+    float sums[1][N][4] = {};
+    multiply_rows<T, K>(sums, rows + first * K, keys, lane_down<K>(), lane_across<K>());
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = first + half * 8 + lane / 4;
-        const float sum = work.sum[row], beta = work.beta[row] * work.key[row], query = work.query[row];
+        const float sum = work.sum[row];
 #pragma unroll
-        for (int j = 0; j < TOKENS / 8; j++) {
-            Pack<f32, 2> a, p;
+        for (int j = 0; j < N; j++) {
             const int column = j * 8 + lane % 4 * 2;
+            float x[2];
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float factor = work.key[column + e] * __expf(fminf(0.f, sum - work.sum[column + e]));
-                a.v[e] = column + e < row ? of_keys[0][j][2 * half + e] * (beta * factor) : 0.f;
-                p.v[e] = column + e <= row ? of_queries[0][j][2 * half + e] * (query * factor) : 0.f;
-            }
-            store<2>(&work.a[row][column], a);
-            scores.put(row, column, p.v[0], p.v[1]);
+            for (int e = 0; e < 2; e++)
+                x[e] = sums[0][j][2 * half + e] * work.key[column + e] *
+                       __expf(fminf(0.f, sum - work.sum[column + e]));  // above the diagonal it would be too large
+            put(row, column, x[0], x[1]);
         }
     }
 }
 
-// (1 + A)^-1 beta: a lane has a column, and needs no other.
+// 16 rows of A to work.a. Rows of its lower left quarter are not multiplied with beta yet.
+template <int K, int N, typename T>
+__device__ __forceinline__ void relate_keys(const T* keys, int first, Prepared& work) {
+    relate_tokens<K, N>(keys, keys, first, work, [&](int row, int column, float x, float y) {
+        const float factor = work.key[row] * (column >= first ? work.beta[row] : 1.f);
+        const Pack<f32, 2> a{column < row ? x * factor : 0.f, column + 1 < row ? y * factor : 0.f};
+        store<2>(&work.a[row][column], a);
+    });
+}
+
+// 16 rows of P.
+template <int K, int N, typename T>
+__device__ __forceinline__ void relate_queries(const T* queries, const T* keys, int first, const Prepared& work,
+                                               const Doubled<T>& scores) {
+    relate_tokens<K, N>(queries, keys, first, work, [&](int row, int column, float x, float y) {
+        const float factor = work.query[row];
+        scores.put(row, column, column <= row ? x * factor : 0.f, column < row ? y * factor : 0.f);
+    });
+}
+
+// A quarter on the diagonal of (1 + A)^-1 beta, from token `first` on: lane l and lane l + 16 solve for column l.
 template <typename T>
-__device__ __forceinline__ void invert(const Prepared& work, const Doubled<T>& inverse) {
-    const int lane = threadIdx.x % WARP;
-    const float beta = work.beta[lane];
-    float column[TOKENS];
+__device__ __forceinline__ void invert(const Prepared& work, int first, const Doubled<T>& inverse) {
+    const int lane = threadIdx.x % WARP, at = lane % 16;
+    const float beta = work.beta[first + at];
+    float column[16];
 #pragma unroll
-    for (int i = 0; i < TOKENS; i++) {
+    for (int i = 0; i < 16; i++) {
         float sums[4] = {};
 #pragma unroll
         for (int j = 0; j < i; j += 4) {
-            const Pack<f32, 4> a = load<4>(&work.a[i][j]);
+            const Pack<f32, 4> a = load<4>(&work.a[first + i][first + j]);
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 if (j + e < i) sums[e] += a.v[e] * column[j + e];
         }
-        column[i] = (i == lane ? 1.f : 0.f) - ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-        inverse.put(i, lane, column[i] * beta);
+        column[i] = (i == at ? 1.f : 0.f) - ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        if (lane < 16) inverse.put(first + i, first + at, column[i] * beta);
     }
+}
+
+// The lower left quarter of it, from those on the diagonal: -(lower right) (A's lower left) (upper left), transposed.
+template <typename T>
+__device__ __forceinline__ void join(const Prepared& work, const Doubled<T>& inverse) {
+    const int lane = threadIdx.x % WARP;
+    const Lane<TOKENS> across = lane_across<TOKENS>();
+    Operand<T> upper;
+    u32 both[4], lost[4];
+    ldmatrix_x4_trans(upper.high, inverse.high + across.at(0, 0));
+    ldmatrix_x4_trans(upper.low, inverse.low + across.at(0, 0));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const Pack<f32, 2> a = load<2>(&work.a[16 + i / 2 * 8 + lane / 4][i % 2 * 8 + lane % 4 * 2]);
+        const Halves<T> halves(a.v[0], a.v[1]);
+        both[i] = halves.high, lost[i] = halves.low;
+    }
+    float product[2][4] = {}, result[2][4] = {};
+    upper.times(product[0], product[1], both, lost);
+    ldmatrix_x4(both, inverse.high + across.at(16, 1));
+    ldmatrix_x4(lost, inverse.low + across.at(16, 1));
+    Operand<T>(product[0], product[1]).times(result[0], result[1], both, lost);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) inverse.put(16 + j * 8 + lane % 4 * 2 + e % 2, e / 2 * 8 + lane / 4, -result[j][e]);
+    }
+}
+
+// What a chunk's rows become. The second warp has the longer way to its quarter, the first one has P.
+template <typename T, int K>
+__device__ __forceinline__ void relate(const Buffers<T, K>& buffers, int chunk, bool second, Prepared& work) {
+    const T *keys = buffers.keys(chunk), *queries = buffers.queries(chunk);
+    const Doubled<T> inverse = buffers.inverse(chunk), scores = buffers.scores(chunk);
+    if (second)
+        relate_keys<K, TOKENS / 8>(keys, 16, work);
+    else
+        relate_keys<K, TOKENS / 16>(keys, 0, work);
+    __syncwarp();
+    invert(work, second ? 16 : 0, inverse);
+    bar_sync(1, HELPERS);
+    if (second) return join(work, inverse);
+    relate_queries<K, TOKENS / 16>(queries, keys, 0, work, scores);
+    relate_queries<K, TOKENS / 8>(queries, keys, 16, work, scores);
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
@@ -379,9 +450,7 @@ __device__ __forceinline__ void prepare_chunks(const Task<T>& task, const Buffer
         weigh_tokens<K>(queries ? buffers.queries(chunk) : buffers.keys(chunk), there ? gates.log_decay(a) : 0.f,
                         there ? sigmoid(b) : 0.f, queries, work, factors[chunk % 2]);
         bar_sync(1, HELPERS);
-        relate_tokens<K>(buffers.keys(chunk), buffers.queries(chunk), queries ? 16 : 0, work, buffers.scores(chunk));
-        bar_sync(1, HELPERS);
-        if (!queries) invert(work, buffers.inverse(chunk));
+        relate(buffers, chunk, queries, work);
         exchange();
     }
     exchange();
