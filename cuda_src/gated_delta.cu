@@ -30,6 +30,11 @@
 // Tried: nothing else yet; no GPU has run it.
 #include "gated_delta.cuh"
 
+// That a multiprocessor has at least: as many as registers allow without spills, for more of the state to be on its
+// way at once.
+template <typename T>
+constexpr int BLOCKS = sizeof(T) == 2 ? 3 : 2;
+
 // What a lane reads of a token: its rows of q and k, its columns of v, and what the gates are made of.
 template <typename T, int R>
 struct Token {
@@ -94,7 +99,7 @@ __device__ __forceinline__ Pack<T, 4> step(Pack<f32, 4> (&state)[R], const Token
 }
 
 template <typename T, int K, int GROUPS>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, BLOCKS<T>)
     gated_delta(const T* x, const T* ba, const f32* __restrict__ A_log, const f32* __restrict__ dt_bias, f32* state,
                 const i32* cu_seqlens, const i32* seq_lens, const i32* state_slots, T* y, int G, int H, int V) {
     constexpr int R = K / GROUPS, LANES = WARP / GROUPS;

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, narrow, upcast
-from .causal_conv import random_sequences, random_state, sequence_inputs, stateful_case
+from .causal_conv import equal_sequences, random_sequences, random_state, sequence_inputs, stateful_case
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
@@ -155,7 +155,8 @@ gated_delta = Op(
     sizes=_sizes,
     inputs=_inputs,
     rules=("H % G == 0",),
-    shape=_case([1], [512], 16, 48, 128, 128),
+    shape=dict(b=1, length=512, new=1, G=16, H=48, K=128, V=128),
+    complete=equal_sequences,
     unaligned=False,
     # float32 sums over K, which every token hands on to the next; of prompts in 16 bits, factors that are two numbers
     # of that size.
