@@ -112,8 +112,8 @@ def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any])
     return {
         **given,
         "x": narrow(x.astype(np.float32), T),
-        "A_log": np.log(rng.uniform(0.01, 16, H)).astype(np.float32),
-        "dt_bias": rng.uniform(-7, 1, H).astype(np.float32),
+        "A_log": rng.uniform(math.log(0.01), math.log(16), H).astype(np.float32),
+        "dt_bias": rng.uniform(-7, 4, H).astype(np.float32),
         "state": random_state(rng, given, (case["Z"], H, case["K"], case["V"]), np.dtype(np.float32)),
     }
 
