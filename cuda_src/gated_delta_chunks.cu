@@ -504,16 +504,17 @@ __global__ void __launch_bounds__(WORKERS* WARP + HELPERS, 1)
                        H,
                        i64(H) * V};
     const Buffers<T, K> buffers{memory};
+    const auto wait = [] { pdl_wait(); };
     if (warp >= WORKERS) {
         const Head gates(A_log, dt_bias, head);
-        pdl_wait();
+        wait();
         return prepare_chunks(task, buffers, gates, work, factors);
     }
     typename Columns<T, K>::Sums sums = {};
     f32* kept = state + (i64(state_slots[blockIdx.z]) * H + head) * K * V + part + warp * 16;
     if (seq_lens[blockIdx.z] > tokens)
         Columns<T, K>::each(sums, [&](float& sum, int row, int at) { sum = kept[row * V + at]; });
-    pdl_wait();
+    wait();
     work_on_chunks(task, buffers, factors, sums);
     Columns<T, K>::each(sums, [&](float& sum, int row, int at) { kept[row * V + at] = sum; });
 }

@@ -139,8 +139,8 @@ gated_delta = Op(
     reference=_gated_delta,
     kernels=_kernels,
     kernel_docs={
-        "gated_delta": "Token after token, the state in registers: for decode steps and float32",
-        "gated_delta_chunks": "32 tokens at a time, on tensor cores: for prompts",
+        "gated_delta": "Token after token, the state in registers: for decode steps and float32.",
+        "gated_delta_chunks": "32 tokens at a time, on tensor cores: for prompts.",
     },
     cases=[
         _case([1], [7], 1, 2, 128, 128),
