@@ -140,7 +140,7 @@ gated_delta = Op(
     kernels=_kernels,
     kernel_docs={
         "gated_delta": "Token after token, the state in registers: for decode steps and float32.",
-        "gated_delta_chunks": "32 tokens at a time, on tensor cores: for prompts.",
+        "gated_delta_chunks": "Chunks of 32 tokens, on tensor cores: for prompts.",
     },
     cases=[
         _case([1], [7], 1, 2, 128, 128),
