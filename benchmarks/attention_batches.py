@@ -1,15 +1,14 @@
 """Attention of decode steps of many sequences: ``python -m benchmarks.attention_batches [--blocks W,K,S,P ...]``.
 
 ``append_attention`` in bf16 with the heads of Llama 3.1 8B and 3.2 1B, microseconds of a launch in a replayed graph of
-many, on caches that exceed the L2 cache together, and GB/s. A row for what ``cuplama/ops/attention.py`` chooses, and
-one for each of --blocks: warps of a block, keys of a split, stages of a ring, blocks of a multiprocessor. Each is
+many, on caches that exceed the L2 cache together, and GB/s. A row for what ``cuplama/ops/decode_blocks.py`` chooses,
+and one for each of --blocks: warps of a block, keys of a split, stages of a ring, blocks of a multiprocessor. Each is
 judged against the op's reference first. ``--out FILE`` writes the rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from cuplama.lab.check import backend_checker
 from cuplama.lab.timing import cache_bytes, rotation, time_workload
 from cuplama.lab.workloads import shape_workload
 from cuplama.models.presets import find_shape
-from cuplama.ops import OPS
+from cuplama.ops import OPS, decode_blocks
 
 # shape, sequences, keys of each, what the cache holds
 SIZES = (
@@ -29,14 +28,13 @@ SIZES = (
     ("llama-3.2-1b", 512, 576, "T"), ("llama-3.2-1b", 64, 512, "T"),
 )  # fmt: skip
 _OP = OPS["append_attention"]
-_CHOICE: Any = importlib.import_module("cuplama.ops.attention")
 
 
 def measure(blocks: tuple[int, ...] | None) -> dict[str, Any]:
     """A row. Raises WrongResultError if a kernel computes something else than the reference."""
-    chosen = _CHOICE._BLOCKS
+    chosen = decode_blocks.BLOCKS
     if blocks is not None:
-        _CHOICE._BLOCKS = ((0, _CHOICE._Blocks(*blocks)),)
+        decode_blocks.BLOCKS = ((0, decode_blocks.DecodeBlocks(*blocks)),)
     backend = CudaBackend("bf16")
     row: dict[str, Any] = {"blocks": blocks or "chosen"}
     try:
@@ -55,7 +53,7 @@ def measure(blocks: tuple[int, ...] | None) -> dict[str, Any]:
             del ins
     finally:
         backend.close()
-        _CHOICE._BLOCKS = chosen
+        decode_blocks.BLOCKS = chosen
     print(row["blocks"], *(f"{v['microseconds']:.1f}" for v in row.values() if isinstance(v, dict)), flush=True)
     return row
 

@@ -61,7 +61,7 @@
 // 64 sequences of 32768 keys reach 92% with 4 warps, so what is missing is latency: of adding up splits (stores, fence,
 // counter, loads), and before the first keys arrive. Reading everything after the wait cost 2 to 4 us (raw output not
 // kept). Tried besides: cp.async.bulk.prefetch.L2 of the next 4 tiles (50 us at 32768 keys instead of 40), of the next
-// 2 (41.5). With smaller blocks for large batches (ops/attention.py, _BLOCKS) one tile ahead in the L2 gains: 512 sequences
+// 2 (41.5). With smaller blocks for large batches (ops/decode_blocks.py) one tile ahead in the L2 gains: 512 sequences
 // of 576 keys 366 -> 346 us, 64 of 2048 181 -> 168; two tiles 361 and 175, four 421 and 208.
 #include "attention_decode_fma.cuh"
 #include "attention_decode_mma.cuh"

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array, dtype_name, narrow, upcast
+from .decode_blocks import TILE, decode_blocks
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op, case_dtype
 from .signature import OpError
@@ -232,52 +233,6 @@ _MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives la
 _BLOCKS_PER_PLACE = 8
 
 
-class _Blocks(NamedTuple):
-    """A way to share out the keys on tensor cores. warps: of a block; keys: of a split, at least; stages: tiles of 16
-    keys that a warp has on their way through shared memory, 0 for two in registers; places: blocks that a
-    multiprocessor holds, as the registers allow."""
-
-    warps: int
-    keys: int
-    stages: int
-    places: int
-
-
-# (pairs of sequence and key head, at least; blocks). One sequence needs many blocks for its keys, each with as many
-# keys on their way as a multiprocessor can have. Where there are more pairs than multiprocessors, what counts is that
-# one block begins or ends while others read. Microseconds on an H200, 32 query and 8 key heads of 128
-# (benchmarks/results/2026-11-28-h200-attention-rings.txt has more ways):
-#                       warps, keys, stages:  8, 256, 0   4, 1024, 0   2, 1024, 0   4, 1024, 2   2, 1024, 3   2, 1024, 2
-#     16 sequences of 512 keys                  20.3         16.9         28.5         14.9         22.7         23.9
-#     64 of 512                                 80.3         45.0         42.2         42.3         39.7         49.0
-#     64 of 2048                               234.4        162.2        180.8        154.9        157.4        162.7
-#     512 of 16                                144.4         87.1         59.1         85.3         54.8         47.0
-#     512 of 576                               630.3        346.7        334.7        330.7        319.9        316.1
-#     512 of 576, e4m3 cache                   482.1        252.8        231.7        183.7        173.8        179.2
-_BLOCKS = (
-    (1024, _Blocks(2, 1024, 2, 5)),
-    (512, _Blocks(2, 1024, 3, 4)),
-    (128, _Blocks(4, 1024, 2, 2)),
-    (64, _Blocks(4, 256, 0, 2)),
-    (0, _Blocks(8, 256, 0, 1)),
-)
-_PLAIN_BLOCKS = _Blocks(4, 64, 0, 2)  # without tensor cores
-_TILE = 16  # keys that a warp takes at a time
-_OTHER_BYTES = 8192  # of shared memory, about: what a block has beside tiles
-
-
-def _blocks(pairs: int, row: int, device: Device, tensor: bool) -> _Blocks:
-    """For so many pairs of a sequence and a key head. row: bytes of a key. Tiles go through shared memory where their
-    rows can be copied 16 bytes at a time, and where there is room for those of all blocks."""
-    if not tensor:
-        return _PLAIN_BLOCKS
-    found = next(blocks for least, blocks in _BLOCKS if pairs >= least)
-    needed = found.places * (found.warps * found.stages * 2 * _TILE * row + _OTHER_BYTES)
-    if found.stages and (row % 16 or needed > device.shared):
-        return found._replace(stages=0, places=8 // found.warps)  # as registers hold tiles
-    return found
-
-
 def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Plan:
     """The launch of a kernel of attention_decode.cu: one new token per sequence.
 
@@ -288,7 +243,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     check_head(D)
     parts = -(-num_heads // H // (_MAX_HEADS if D <= 256 else _MAX_WIDE_HEADS))
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
-    warps, min_keys, stages, places = _blocks(b * H * parts, D * call.dtypes["C"].itemsize, device, tensor)
+    warps, min_keys, stages, places = decode_blocks(b * H * parts, D * call.dtypes["C"].itemsize, device, tensor)
     resident = device.sms * places  # blocks that the GPU holds at once
     max_splits = max(1, min(_MAX_SPLITS, resident // (H * parts)))
     keys = call["M"] * call["S"]
@@ -305,7 +260,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
         "stats": ((b, num_heads, splits, 2), "f32"),
         "arrivals": ((b, H * parts), "u32"),
     }
-    ring = warps * stages * 2 * _TILE * D * call.dtypes["C"].itemsize
+    ring = warps * stages * 2 * TILE * D * call.dtypes["C"].itemsize
     launch = Launch(f"attention_decode.cu:{kernel}", (blocks, H * parts, b), (32 * warps,), ring, constants=constants)
     return Plan((launch,), scratch, frozenset({"arrivals"}))
 
