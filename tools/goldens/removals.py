@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tools.goldens.case import Case, Config
+from tools.goldens.removals_experts import expert_removals
 from tools.goldens.removals_more import more_removals
 from tools.goldens.removals_scaled import scaled_removals
 
@@ -144,6 +145,7 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     yield "rotation", no_rotation, {}
     yield from more_removals(model)
     yield from scaled_removals(model)
+    yield from expert_removals(model)
     for part in PARTS:
         if any(part in n for n in names):
             yield part, zero(part), {}
@@ -159,7 +161,7 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
             yield named(kind, "attention_factor"), no_attention_factor(kind), {}
         if settings["rope_type"] == "longrope":
             yield "long_factor", short_factors_only, {}
-    if getattr(cfg, "sliding_window", None) is not None:
+    if getattr(cfg, "sliding_window", None):
         width = cfg.sliding_window
         yield "window", keep, {"sliding_window": 1000}
         yield "window_plus_one", keep, {"sliding_window": width + 1}
