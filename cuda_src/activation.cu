@@ -8,7 +8,8 @@
 // relu_squared   y[n,f] = max(x, 0)^2
 // xielu          y[n,f] = beta x + above x^2 where x > 0, beta x + below (exp(min(x, eps)) - 1 - x) elsewhere,
 //                above = log(1 + exp(alpha_p)), below = beta + log(1 + exp(alpha_n))
-//                all x, y, alpha_p[1], alpha_n[1]: T
+// sigmoid_mul    y[n,m] = x / (1 + exp(-gate)),   x, gate[n,m]
+//                all x, y, gate, alpha_p[1], alpha_n[1]: T
 //
 // Where x is very negative, 1 + tanh and 1 + erf cancel to a few bits. The same values without the cancellation are
 // x / (1 + exp(-2a)) and x/2 erfc(-x / sqrt(2)), so these are computed.
@@ -20,6 +21,7 @@
 // Tried: full-precision exp and division for 16 bits too; they bind then, not memory.
 #include "activation.cuh"
 #include "common.cuh"
+#include "ptx.cuh"
 
 // The activation of f gates times as many other numbers, for the row of a block.
 template <float (*FUNCTION)(float), typename U, typename T>
@@ -100,4 +102,18 @@ __global__ void xielu(const T* __restrict__ x, const T* __restrict__ alpha_p, co
     const float above = softplus(to_float(*alpha_p)), below = beta + softplus(to_float(*alpha_n));
     const auto of = [=](float v) { return beta * v + (v > 0.f ? above * v * v : below * (expm1f(fminf(v, eps)) - v)); };
     map_elements(of, x, y, i64(n) * f);
+}
+
+template <typename T>
+__global__ void sigmoid_mul(const T* x, const T* gate, T* y, int n, int m) {
+    launch_dependents();
+    const i64 size = i64(n) * m, at = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    const bool vectorized = aligned(x, gate, y);
+    if (at >= size) return;
+    pdl_wait();
+    Pack<T, 8> v = load_row<8>(x, at, size, vectorized);
+    const Pack<T, 8> g = load_row<8>(gate, at, size, vectorized);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v.v[j] = from_float<T>(over_one_plus_exp<T>(to_float(v.v[j]), to_float(g.v[j])));
+    store_row<8>(y, at, size, vectorized, v);
 }

@@ -61,7 +61,7 @@
 // 64 sequences of 32768 keys reach 92% with 4 warps, so what is missing is latency: of adding up splits (stores, fence,
 // counter, loads), and before the first keys arrive. Reading everything after the wait cost 2 to 4 us (raw output not
 // kept). Tried besides: cp.async.bulk.prefetch.L2 of the next 4 tiles (50 us at 32768 keys instead of 40), of the next
-// 2 (41.5). With smaller blocks for large batches (ops/attention.py, _BLOCKS) one tile ahead in the L2 gains: 512 sequences
+// 2 (41.5). With smaller blocks for large batches (ops/decode_blocks.py) one tile ahead in the L2 gains: 512 sequences
 // of 576 keys 366 -> 346 us, 64 of 2048 181 -> 168; two tiles 361 and 175, four 421 and 208.
 #include "attention_decode_fma.cuh"
 #include "attention_decode_mma.cuh"
@@ -181,8 +181,8 @@ __device__ __forceinline__ const C* stored(const T*, const C* rounded) {
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------
 
-template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS, typename T, typename C,
-          typename Wait>
+template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, bool CAPPED, bool SINKS, typename T,
+          typename C, typename Wait>
 __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<T, C>& token, Wait wait) {
     using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
     using Product = Products<T, C>;
@@ -212,7 +212,11 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
     const History<C> past{a.k, a.v, table, heads.kv_head, a.H, span.low, fresh, key, value};
 
     // The first keys are on their way while the queries are prepared.
-    WarpTile<T, C, D, TENSOR ? S : 1> tiles[Numbers::TILES];
+    typename Tiles<T, C, D, TENSOR ? S : 1, STAGES>::Type tiles;
+    if constexpr (STAGES > 0) {
+        DYNAMIC_SHARED(unsigned char, rings);
+        tiles.room = rings + warp * tiles.BYTES;
+    }
     if constexpr (TENSOR) fetch_tiles<WARPS>(tiles, past, span.begin(blockIdx.x), min(span.end(blockIdx.x), fresh));
     const bool newest = APPEND && (span.count - 1) % taking == int(blockIdx.x);
     using Query = typename Choose<TENSOR, typename Product::Type, T>::Type;
@@ -229,8 +233,8 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
         const Scaling<T, CAPPED> scaling(a.scale, a.softcap, TENSOR ? 1.f / Product::QUERY_SCALE : 1.f);
         if constexpr (TENSOR) {
             if (split != int(blockIdx.x)) fetch_tiles<WARPS>(tiles, past, begin, min(end, fresh));
-            attend_warp<QUERY, Q, WARPS, STRIDE>(tiles, q, past, begin, end, scaling, room + warp * Q * STRIDE,
-                                                 largest[warp], sum[warp]);
+            attend_warp<QUERY, Q, WARPS, STRIDE, T>(tiles, q, past, begin, end, scaling, room + warp * Q * STRIDE,
+                                                    largest[warp], sum[warp]);
             __syncthreads();
         } else {
             for (int i = threadIdx.x; i < Q * STRIDE; i += THREADS) {
@@ -247,8 +251,9 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
     add_up_splits<D, Q, THREADS, Numbers::ROWS, SINKS>(a, heads, y, span.count, room);
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS>
-__global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, int BLOCKS, bool CAPPED,
+          bool SINKS>
+__global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
                      f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int window, int min_keys,
                      int max_splits, int splits, float scale, const T* sinks, float softcap) {
@@ -256,11 +261,12 @@ __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>
     pdl_wait();
     const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
                             H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
-    decode<false, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
+    decode<false, D, S, Q, WARPS, TENSOR, STAGES, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
 }
 
-template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, bool CAPPED, bool SINKS>
-__global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>::BLOCKS)
+template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, int BLOCKS, bool CAPPED,
+          bool SINKS>
+__global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
                      f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int h, int window,
@@ -271,5 +277,5 @@ __global__ void __launch_bounds__(WARPS* WARP, Decode<T, C, D, Q, WARPS, TENSOR>
     const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
                             H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
     const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps, offset};
-    decode<true, D, S, Q, WARPS, TENSOR, CAPPED, SINKS>(a, token, wait);
+    decode<true, D, S, Q, WARPS, TENSOR, STAGES, CAPPED, SINKS>(a, token, wait);
 }

@@ -37,9 +37,6 @@ struct Decode {
     static constexpr int QUERIES = TENSOR ? 8 : Q;
     static constexpr int ROWS = larger(1, THREADS / (Q * D / 4));  // splits that are added up side by side
     static constexpr int ROOM = larger(PARTS * Q * STRIDE, ROWS * Q * D);
-    static constexpr int TILES = 2;  // that a warp has on their way, in registers
-    // Blocks per multiprocessor: bounds the registers. ops/attention.py makes splits to fill them.
-    static constexpr int BLOCKS = TENSOR ? 8 / WARPS : 2;
 };
 
 // The arguments of both kernels, as the head of attention_decode.cu describes them.
@@ -104,6 +101,9 @@ struct History {
     const i32* table;  // the sequence's row of the page table
     int head, H, low, fresh;
     const C *key, *value;
+
+    // Whether the tile from token `at` on has token `fresh`.
+    __device__ __forceinline__ bool newest_from(int at) const { return fresh - at < TILE && fresh >= at; }
 };
 
 // A split's result from the PARTS sums in room [PARTS][Q][STRIDE]: rows of y if it is the only one, else partial sums.

@@ -106,6 +106,37 @@ struct WarpTile {
         prefetch_l2(from + token_offset<S, D>(past.table, at, past.head, past.H), TILE * D * sizeof(C));
     }
 
+    // The same of a stage of a WarpRing, where all 16 rows are.
+    template <typename Ring>
+    __device__ __forceinline__ void read_keys(const Ring& ring, int stage) {
+        const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+#pragma unroll
+            for (int c = 0; c < KEY_CHUNKS<C, D>; c++) {
+                keys[u][c] = {};
+                if (D % (4 * KE) == 0 || 4 * KE * c + KE * t < D)
+                    keys[u][c] = *reinterpret_cast<const KeyPart*>(
+                        ring.template at<false>(stage, g + 8 * u, (4 * KE * c + KE * t) * sizeof(C)));
+            }
+        }
+    }
+
+    template <typename Ring>
+    __device__ __forceinline__ void read_values(const Ring& ring, int stage) {
+        const int g = threadIdx.x % WARP / 4;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int c = 0; c < VALUE_CHUNKS<C, D>; c++) {
+                values[i][c] = {};
+                if (D % (8 * VE) == 0 || 8 * VE * c + VE * g < D)
+                    values[i][c] = *reinterpret_cast<const ValuePart*>(
+                        ring.template at<true>(stage, value_row(i), (8 * VE * c + VE * g) * sizeof(C)));
+            }
+        }
+    }
+
     // The new token, number `number` of the tile, is not read from the cache.
     __device__ __forceinline__ void insert_key(const C* key, int number) {
         const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
@@ -179,6 +210,46 @@ struct WarpTile {
 #pragma unroll
             for (int i = 0; i < 2; i++) score[u][i] = even[u][i] + odd[u][i];
         }
+    }
+};
+
+// A warp's next tiles on their way through shared memory, STAGES of keys and as many of values, which its lanes ask for
+// without waiting for them. Rows of whole 128 bytes have their 16-byte parts exchanged, so that the eight lanes that are
+// served together meet eight different ones: of keys 2 rows x 4 parts, of values 4 rows (every second) x 2 parts.
+template <typename C, int D, int S, int STAGES>
+struct WarpRing {
+    static constexpr int ROW = D * sizeof(C), PARTS = ROW / 16, BYTES = 2 * STAGES * TILE * ROW;
+    unsigned char* room;
+
+    template <bool VALUES>
+    __device__ __forceinline__ unsigned char* at(int stage, int row, int byte) const {
+        const int moved = PARTS % 8 != 0 ? 0 : VALUES ? row / 2 % 4 * 32 : row % 2 * 64;
+        return room + ((VALUES ? STAGES : 0) + stage) * TILE * ROW + row * ROW + (byte ^ moved);
+    }
+
+    // The rows from `from` on that lie in low .. high-1; others become zeros. Closes a group of copies.
+    template <bool VALUES>
+    __device__ __forceinline__ void request(const History<C>& past, int stage, int from, int high) const {
+        const C* cache = VALUES ? past.v : past.k;
+        const bool whole = S % TILE == 0;
+        const C* tile = whole && from < high ? cache + token_offset<S, D>(past.table, from, past.head, past.H) : cache;
+        const int lane = threadIdx.x % WARP;
+#pragma unroll
+        for (int i = lane; i < TILE * PARTS; i += WARP) {
+            const int row = i / PARTS, byte = i % PARTS * 16, token = from + row;
+            const bool there = token >= past.low && token < high;
+            const C* start = whole   ? tile + row * D
+                             : there ? cache + token_offset<S, D>(past.table, token, past.head, past.H)
+                                     : cache;
+            cp_async_16(at<VALUES>(stage, row, byte), reinterpret_cast<const unsigned char*>(start) + byte, there);
+        }
+        cp_async_commit();
+    }
+
+    // The oldest group of the lane's 2 * STAGES has arrived, for all lanes to read.
+    __device__ __forceinline__ void wait() const {
+        cp_async_wait<2 * STAGES - 1>();
+        __syncwarp();
     }
 };
 
@@ -267,6 +338,16 @@ struct WarpSums {
     }
 };
 
+// What a warp has its next tiles in: registers, or a ring in shared memory.
+template <typename T, typename C, int D, int S, int STAGES>
+struct Tiles {
+    typedef WarpRing<C, D, S, STAGES> Type;
+};
+template <typename T, typename C, int D, int S>
+struct Tiles<T, C, D, S, 0> {
+    typedef WarpTile<T, C, D, S> Type[2];
+};
+
 // A warp's first tiles of a split that begins at `begin`: tokens before `high`.
 template <int WARPS, typename T, typename C, int D, int S, int TILES>
 __device__ __forceinline__ void fetch_tiles(WarpTile<T, C, D, S> (&tiles)[TILES], const History<C>& past, int begin,
@@ -276,6 +357,18 @@ __device__ __forceinline__ void fetch_tiles(WarpTile<T, C, D, S> (&tiles)[TILES]
         const int at = begin + (n * WARPS + threadIdx.x / WARP) * TILE;
         tiles[n].fetch_keys(past, at, high);
         tiles[n].fetch_values(past, at, high);
+    }
+}
+
+// The same as groups of copies to the warp's ring.
+template <int WARPS, typename C, int D, int S, int STAGES>
+__device__ __forceinline__ void fetch_tiles(const WarpRing<C, D, S, STAGES>& ring, const History<C>& past, int begin,
+                                            int high) {
+#pragma unroll
+    for (int n = 0; n < STAGES; n++) {
+        const int at = begin + (n * WARPS + threadIdx.x / WARP) * TILE;
+        ring.template request<false>(past, n, at, high);
+        ring.template request<true>(past, n, at, high);
     }
 }
 
@@ -295,7 +388,7 @@ __device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES]
             const int at = next + n * STEP;
             if (at >= end) break;
             WarpTile<T, C, D, S>& tile = tiles[n];
-            const bool newest = past.fresh - at < TILE && past.fresh >= at;
+            const bool newest = past.newest_from(at);
             if (newest) tile.insert_key(past.key, past.fresh - at);
             float p[2][2];
             tile.template dot<QUERY>(q, p);
@@ -306,6 +399,38 @@ __device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES]
             sums.add(tile, p);
             tile.fetch_values(past, at + TILES * STEP, high);
         }
+    }
+    sums.template store_to<Q, STRIDE>(out, largest, sum);
+}
+
+// The same with tiles that come through the ring: a stage is asked for again as soon as registers have what is in it.
+template <int QUERY, int Q, int WARPS, int STRIDE, typename T, typename C, int D, int S, int STAGES, bool CAPPED>
+__device__ __forceinline__ void attend_warp(const WarpRing<C, D, S, STAGES>& ring, const T* rows,
+                                            const History<C>& past, int begin, int end,
+                                            const Scaling<T, CAPPED>& scaling, float* out, float* largest, float* sum) {
+    constexpr int STEP = WARPS * TILE;
+    const int high = min(end, past.fresh);
+    const auto* q = reinterpret_cast<const typename Products<T, C>::Type*>(rows);
+    WarpSums<C, D> sums;
+    WarpTile<T, C, D, S> tile;
+    int stage = 0;
+    for (int at = begin + threadIdx.x / WARP * TILE; at < end; at += STEP) {
+        const bool newest = past.newest_from(at);
+        ring.wait();
+        tile.read_keys(ring, stage);
+        if (newest) tile.insert_key(past.key, past.fresh - at);
+        __syncwarp();
+        ring.template request<false>(past, stage, at + STAGES * STEP, high);
+        float p[2][2];
+        tile.template dot<QUERY>(q, p);
+        sums.weigh(p, at, past.low, end, scaling);
+        ring.wait();
+        tile.read_values(ring, stage);
+        if (newest) tile.insert_value(past.value, past.fresh - at);
+        __syncwarp();
+        ring.template request<true>(past, stage, at + STAGES * STEP, high);
+        sums.add(tile, p);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     sums.template store_to<Q, STRIDE>(out, largest, sum);
 }

@@ -8,15 +8,17 @@
 //               are copied
 // qk_norm_wide  the same, but of all query heads of a row together, and of all its key heads
 //               q_norm[num_heads*D], k_norm[num_kv_heads*D]
+// gated_norm    rms_norm of each head, V elements of a row of x, times silu(z)       x, z, y[n,H*V], w[V]: T
 //
-// Mapping: qk_norm gives a head to a warp; the others give a row to a block, or (qk_norm_wide) its queries, keys and
-// values to a block each. A thread holds CHUNKS vectors of 8 elements in registers, so x is read once however many
+// Mapping: qk_norm and gated_norm give a head to a warp; the others give a row to a block, or (qk_norm_wide) its
+// queries, keys and values to a block each. A thread holds CHUNKS vectors of 8 elements in registers, so x is read once however many
 // passes follow; the vectors of the threads interleave.
 // The variance is the mean of the squared differences from the mean, never mean(x^2) - mean(x)^2, which cancels.
 // The weights are asked for before the sums, so that the two latencies overlap.
 //
 // Ops and references: cuplama/ops/norm.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet. With one row the time is latency: two round trips to memory and one or two block sums.
+#include "activation.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
 
@@ -179,4 +181,36 @@ __global__ void __launch_bounds__(1024)
     }
     const f32* a = nullptr;
     normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, a, 1.f, y + from, d, eps, offset, vectorized, wait);
+}
+
+template <typename T, int CHUNKS>
+__global__ void gated_norm(const T* x, const T* __restrict__ w, const T* z, T* y, int n, int H, int V, f32 eps) {
+    launch_dependents();
+    const int lane = threadIdx.x % WARP;
+    const i64 index = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;  // of the head, over all tokens
+    if (index >= i64(n) * H) return;                                               // a whole warp
+    const bool vectorized = V % 8 == 0 && aligned(x, w, z, y);
+    Pack<T, 8> v[CHUNKS], gate[CHUNKS], scale[CHUNKS];
+    float squares = 0.f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) scale[c] = load_row<8>(w, (c * WARP + lane) * 8, V, vectorized);
+    pdl_wait();
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        v[c] = load_row<8>(x + index * V, (c * WARP + lane) * 8, V, vectorized);
+        gate[c] = load_row<8>(z + index * V, (c * WARP + lane) * 8, V, vectorized);
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += to_float(v[c].v[j]) * to_float(v[c].v[j]);
+    }
+    const float inverse = 1.f / sqrtf(warp_sum(squares) / V + eps);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        Pack<T, 8> out;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float value = to_float(v[c].v[j]) * inverse * to_float(scale[c].v[j]);
+            out.v[j] = from_float<T>(value * silu_of<T>(to_float(gate[c].v[j])));
+        }
+        store_row<8>(y + index * V, (c * WARP + lane) * 8, V, vectorized, out);
+    }
 }

@@ -1,4 +1,5 @@
-"""Mistakes in what self-attention's kernels have beside those of attention, as ``kernel_edits`` has the others."""
+"""Mistakes in what self-attention's kernels have beside those of attention, and in a decode step's rings of tiles, as
+``kernel_edits`` has the others."""
 
 from __future__ import annotations
 
@@ -22,6 +23,12 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_prefill_wgmma.cu", "log_sum(largest[half] * factor, total)", "log_sum(largest[half], total)"),
     ("attention_prefill_fma.cu", "v = k + H * D;", "v = k;"),
     ("attention_prefill_fma.cu", "log_sum(largest[i], sum[i])", "log_sum(largest[i], 1.f)"),
+    # attention_decode_mma.cuh: tiles in rings
+    ("attention_decode_mma.cuh", "token < high;\n            const C* start",
+     "token <= high;\n            const C* start"),
+    ("attention_decode_mma.cuh", "(VALUES ? STAGES : 0) + stage)", "stage)"),
+    ("attention_decode_mma.cuh", "stage + 1 == STAGES ? 0 : stage + 1", "0"),
+    ("attention_decode_mma.cuh", "cp_async_wait<2 * STAGES - 1>();", "cp_async_wait<2 * STAGES>();"),
     # attention.cuh: soft limits and sinks
     ("attention.cuh", "scale / softcap * (unit * IN_POWERS)", "scale * (unit * IN_POWERS)"),
     ("attention.cuh", "(CAPPED ? bend(product * inner) : product)", "(CAPPED ? bend(product) : product)"),

@@ -22,6 +22,7 @@ from cuplama.lab.environment import environment
 from cuplama.model import Model
 from cuplama.server import lifecycle
 from cuplama.server.service import Service
+from cuplama.server.warm_up import warm_up
 
 __all__ = ["Library", "Settings", "main"]
 
@@ -86,6 +87,7 @@ def main() -> int:
     }
     if settings.library is not None:
         found["library_seconds"] = _library(model, settings.library)
+    warm_up(model)
     print(json.dumps(found), flush=True)
     lifecycle.serve(Service([name], model), lambda: model, sock)
     return 0

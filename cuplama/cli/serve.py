@@ -109,6 +109,7 @@ def serve(
         from ..server import lifecycle
         from ..server.log import RequestLog
         from ..server.service import Service
+        from ..server.warm_up import warm_up
         from ..text.answer_form import find_form
     except ModuleNotFoundError as e:
         raise CuplamaError(f"there is no module {e.name}; serve needs an extra: pip install 'cuplama[serve]'") from None
@@ -128,6 +129,7 @@ def serve(
             opened = open_model(model, offline, **loading)
             if reasoning_format or tool_format:
                 opened.tokenizer.choose_form(reasoning=reasoning_format, tools=tool_format)
+            warm_up(opened)
             notice(f"ready: {opened!r}")
             return opened
 

@@ -110,6 +110,12 @@ class Engine:
             preemptions=scheduler.preemptions,
         )
 
+    def restart_counts(self) -> None:
+        """Count from here on: what ran so far was nobody's request."""
+        scheduler, pipeline, prefixes = self.scheduler, self.pipeline, self.scheduler.prefixes
+        pipeline.steps = pipeline.prompt_tokens = pipeline.generated = 0
+        prefixes.queries = prefixes.hits = scheduler.preemptions = 0
+
     # -- calls
 
     def generate(self, sequences: Sequence[SequenceState], progress: Progress | None = None) -> Generator[Drawn]:

@@ -9,11 +9,24 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["MAX_PASSES", "MAX_STEPS", "GraphCache", "max_logits", "padded_prompts", "padded_rows", "padded_sequences"]
+__all__ = [
+    "LONG_PASS",
+    "MAX_PASSES",
+    "MAX_STEPS",
+    "GraphCache",
+    "max_logits",
+    "padded_prompts",
+    "padded_rows",
+    "padded_sequences",
+]
 
 # Captured decode steps that are kept at most. While a batch grows to 512 sequences it uses a step of each of 28 sizes;
 # 40 leave room for some with other sampling parameters.
 MAX_STEPS = 40
+
+# A pass of more tokens is long: it saves a hundredth of the time, and makes others wait. 512 prompts of 512 tokens on
+# the 8B and an H200 give 7,087 output tokens/s where passes have 8,192 tokens, 6,982 where they have 4,096.
+LONG_PASS = 4096
 
 # Captured passes over prompts that are kept at most. They share their memory, which is that of the largest.
 MAX_PASSES = 64

@@ -27,7 +27,7 @@ from ..ops.node import Node, dying
 from ..sampling_params import SamplingParams
 from .batch import abstract_values, input_shapes
 from .decode import RING, decode_step, step_inputs
-from .graphs import max_logits, padded_rows, padded_sequences
+from .graphs import LONG_PASS, max_logits, padded_rows, padded_sequences
 from .kv_cache import MAX_TOKENS, PAGE, pages_for
 from .sampler import Sampler
 from .sequence import SequenceState
@@ -56,6 +56,9 @@ POOL = 1.6
 # Of the memory that is free beside weights and workspace, the part that the cache takes where it may take what it can:
 # the rest is for captured graphs of other sizes, and for other processes.
 SHARE = 0.9
+# A long pass is planned where its workspace is at most this part of the free memory: it is seldom needed, and the cache
+# always.
+_LONG_PASS_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ def fit(
     cache: np.dtype[Any] | None = None,
     running: int = 1,
 ) -> tuple[int, MemoryPlan]:
-    """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan.
+    """The first of ``chunks``, largest first, whose plan fits in ``free`` bytes, or the last; and its plan. One of more
+    than ``LONG_PASS`` tokens fits if there is much more room than it needs.
 
     tokens: as of ``plan``, with decode steps of as many sequences as it has room for at their full length. None: a
     cache of as many whole pages as ``SHARE`` of what is free beside the rest has room for, with decode steps of
@@ -216,7 +220,7 @@ def fit(
     least = tokens or context
     for chunk in chunks:
         found = of(chunk, min(running, max(1, least // context)), least)
-        if found.total <= free:
+        if found.total <= free and (chunk <= LONG_PASS or found.workspace <= free * _LONG_PASS_SHARE):
             break
     if tokens is None:
         most = _most_tokens(partial(of, chunk, running), max(context, chunk), free)

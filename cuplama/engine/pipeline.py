@@ -18,7 +18,7 @@ from ..backends import Fetch
 from ..dtypes import Array, dtype_name
 from ..errors import DeviceError
 from .decode import AHEAD, DecodeLoop
-from .graphs import max_logits, padded_sequences
+from .graphs import LONG_PASS, max_logits, padded_sequences
 from .kv_cache import PAGE
 from .runner import Runner
 from .sampler import Needs, drawn_tokens
@@ -28,12 +28,16 @@ from .sequence import SequenceState, Token
 __all__ = ["News", "Pipeline", "not_finite"]
 
 _PASSES = 2  # that may be queued and not read yet: one runs while the host makes the inputs of the other
-_PASSES_A_STEP = 4  # at most, where a long backlog waits: the more sequences a decode step has, the less each costs
+# At most, where a long backlog waits, or several sequences wait for each that decodes: the more a decode step has, the
+# less each costs.
+_PASSES_A_STEP = 4
 # Tokens of a pass beside decode steps, at least: more make sequences wait longer for their next token (an 8B model on
 # an H200 reads 1,024 tokens in 25 ms), fewer read the weights more often. A backlog of more than _BACKLOG times as many
 # makes it longer, up to the longest pass.
 _LEAST_CHUNK = 1024
 _BACKLOG = 4
+# A loop has rows for sequences whose prompts are still read: _ROOM times as many as there are, or _LEAST_ROOM.
+_ROOM, _LEAST_ROOM = 3, 15
 # Decode steps after which a loop is left for one that fits better: leaving it takes as long as a step of a small model.
 _PATIENCE = 8
 
@@ -96,11 +100,15 @@ class Pipeline:
         scheduler = self.scheduler
         for s in [s for s in (*scheduler.running, *scheduler.waiting) if s.finish_reason is not None]:
             self._end(s)  # its caller has ended it
-        scheduler.admit()
+        if scheduler.admit():
+            self._best = None
         self._join()
-        backlog, longest = self._backlog(), self.runner.backend.prefill_chunk
-        passes_a_step = min(_PASSES_A_STEP, 1 + backlog // (_BACKLOG * longest))
-        chunk = min(longest, max(_LEAST_CHUNK, backlog // _BACKLOG)) if self._decodes else longest
+        (backlog, waiting), longest = self._backlog(), self.runner.backend.prefill_chunk
+        crowd = waiting // max(1, self._decodes)
+        passes_a_step = min(_PASSES_A_STEP, max(1, crowd, 1 + backlog // (_BACKLOG * longest)))
+        # A power of two: each size of a pass is captured by itself, which takes 10 to 40 ms.
+        share = 1 << max(0, (backlog // _BACKLOG).bit_length() - 1)
+        chunk = min(longest, max(_LEAST_CHUNK if self._decodes else LONG_PASS, share))
         while True:
             flying = sum(isinstance(work, _Pass) for work in self._flying)
             may_read = flying < (_PASSES if self.runner.backend.captures else 1)
@@ -137,15 +145,16 @@ class Pipeline:
         self.runner.drop_graphs()
         self.scheduler.start_again(dropped)
 
-    def _backlog(self) -> int:
-        """Tokens of prompts that are to be read."""
-        scheduler = self.scheduler
-        return sum(len(s.tokens) - s.cached for s in (*scheduler.running, *scheduler.waiting) if s.row is None)
+    def _backlog(self) -> tuple[int, int]:
+        """Tokens of prompts that are to be read, and of how many sequences they are."""
+        everyone = (*self.scheduler.running, *self.scheduler.waiting)
+        unread = [n for s in everyone if s.row is None and (n := len(s.tokens) - s.cached) > 0]
+        return sum(unread), len(unread)
 
     @property
-    def _decodes(self) -> bool:
-        """Whether any sequence draws by captured steps now."""
-        return self._loop is not None and any(s is not None for s in self._loop.rows)
+    def _decodes(self) -> int:
+        """How many sequences draw by captured steps now."""
+        return 0 if self._loop is None else sum(s is not None for s in self._loop.rows)
 
     def _queue_pass(self, chunk: int) -> bool:
         """Queue a pass over the next tokens of prompts, ``chunk`` at most, if there are any."""
@@ -233,9 +242,18 @@ class Pipeline:
         self._best = None
 
     def _fit(self) -> tuple[int, Needs]:
-        """Rows and needs of the loop that fits the sequences that have a row."""
+        """Rows and needs of the loop that fits the sequences that have a row, and those that will want one: up to a few
+        times as many, for a loop of each size has to be captured, and rows that nobody has cost time, too."""
         members = [s for s in self.scheduler.running if s.row is not None]
-        return padded_sequences(len(members)), Needs.of(members, self.runner.config.vocab_size)
+        coming = sum(s.row is None and self._will_decode(s) for s in self.scheduler.running)
+        rows = len(members) + min(coming, max(_LEAST_ROOM, _ROOM * len(members)))
+        return padded_sequences(rows), Needs.of(members, self.runner.config.vocab_size)
+
+    @staticmethod
+    def _will_decode(s: SequenceState) -> bool:
+        """Whether a sequence whose tokens so far are still read by passes will want a row."""
+        unread = not s.generated or s.cached < len(s.tokens) - 1
+        return unread and not s.every_logit and s.limit > len(s.tokens) + 1
 
     def _queue_step(self) -> bool:
         """Queue a decode step, if there is a sequence for it."""

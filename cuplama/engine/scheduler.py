@@ -57,30 +57,31 @@ class Scheduler:
         """Let a sequence wait. Its order and limit are set."""
         insort(self.waiting, s, key=_order)
 
-    def admit(self) -> None:
-        """Give pages to those that wait, in their order, while there is room.
+    def admit(self) -> bool:
+        """Give pages to those that wait, in their order, while there is room; whether one got them.
 
         One whose beginning another is about to read waits for that, and lets others pass.
         """
         if not self.waiting:
-            return
-        coming, promised = self._coming(), self._promised()
+            return False
+        before, coming, promised = len(self.running), self._coming(), self._promised()
         for s in self.waiting[:]:
             if len(self.running) >= self.max_running:
-                return
+                break
             found, following = self.prefixes.find(s)
             if following in coming:
                 continue
             taken = pages_for(len(s.tokens)) - len(found)
             needed = promised + taken + self.cache.needs(found) + self.cache.pages // _SPARE
             if self.running and needed > self.cache.free:
-                return
+                break
             promised += taken
             self.waiting.remove(s)
             insort(self.running, s, key=_order)
             self.prefixes.take(s, found)
             s.admitted = s.admitted or time.perf_counter()
             coming.update(s.keys[len(found) :])
+        return len(self.running) > before
 
     def _coming(self) -> set[bytes]:
         """The keys of pages that running sequences have not been queued to write yet."""

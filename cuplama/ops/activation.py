@@ -22,8 +22,8 @@ from .op import Call, Draw, Op
 from .team import fill_rows
 
 __all__ = [
-    "erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "gelu_tanh_mul_part", "relu_squared", "silu_mul",
-    "xielu",
+    "erf", "gelu_erf", "gelu_erf_mul", "gelu_tanh", "gelu_tanh_mul", "gelu_tanh_mul_part", "relu_squared",
+    "sigmoid_mul", "silu_mul", "xielu",
 ]  # fmt: skip
 
 _CASES = [dict(n=n, f=f) for n, f in ((1, 64), (3, 8), (2, 172), (1, 4864), (5, 1000))]
@@ -71,6 +71,11 @@ def _relu_squared(x: Array) -> Array:
     return np.maximum(upcast(x), 0) ** 2
 
 
+def _sigmoid_mul(x: Array, gate: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
+        return upcast(x) / (1 + np.exp(-upcast(gate)))
+
+
 def _xielu(x: Array, alpha_p: Array, alpha_n: Array, *, beta: float, eps: float) -> Array:
     x = upcast(x)
     above, below = np.logaddexp(0, upcast(alpha_p)), beta + np.logaddexp(0, upcast(alpha_n))
@@ -107,6 +112,11 @@ def _row_kernels(call: Call, device: Device) -> Plan:
 
 def _flat_kernels(call: Call, device: Device) -> Plan:
     grid = (-(-call["n"] * call["f"] // (8 * _THREADS)),)
+    return Plan((Launch(f"activation.cu:{call.op.name}", grid, (_THREADS,)),))
+
+
+def _pair_kernels(call: Call, device: Device) -> Plan:
+    grid = (-(-call["n"] * call["m"] // (8 * _THREADS)),)
     return Plan((Launch(f"activation.cu:{call.op.name}", grid, (_THREADS,)),))
 
 
@@ -233,4 +243,16 @@ xielu = Op(
     sizes=lambda draw: dict(**_sizes(draw), beta=0.25 * draw(0, 4), eps=-0.125 * draw(0, 2)),
     shape={"n": 1, "f": 21504},
     flops=lambda c: 8 * c["n"] * c["f"],
+)
+
+sigmoid_mul = Op(
+    "sigmoid_mul",
+    "y[n,m]:T = (x[n,m]:T, gate[n,m]:T)",
+    doc="y = x / (1 + exp(-gate)): what attention gave, through its output gate",
+    reference=_sigmoid_mul,
+    kernels=_pair_kernels,
+    cases=[dict(n=case["n"], m=case["f"]) for case in _CASES],
+    sizes=lambda draw: dict(n=draw(1, 5), m=draw(1, 3000)),
+    shape={"n": 1, "m": 6144},
+    flops=lambda c: 4 * c["n"] * c["m"],
 )

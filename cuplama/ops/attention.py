@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, dtype_name, narrow, upcast
+from .decode_blocks import TILE, decode_blocks
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op, case_dtype
 from .signature import OpError
@@ -232,19 +233,6 @@ _MAX_SPLITS = 64  # of a sequence, however long it is: the block that arrives la
 _BLOCKS_PER_PLACE = 8
 
 
-# (pairs of sequence and key head, at least; (warps of a block, keys of a split at least)). One sequence needs many
-# blocks for its keys, each with as many keys on their way as a multiprocessor can have. Where there are more pairs than
-# multiprocessors, what counts is that one block begins or ends while others read. Microseconds on an H200, 32 query
-# and 8 key heads of 128 (benchmarks/results/2026-11-28-h200-attention-batches.txt):
-#                                  8 warps, 256   4 warps, 256   4 warps, 1024   2 warps, 1024
-#     8 sequences of 512 keys         16.4           13.1           15.9            25.4
-#     64 of 512                       87.3           70.7           47.5            45.1
-#     64 of 2048                       242            206            181             202
-#     512 of 16                        141             89             89              58
-#     512 of 576                       621            475            376             364
-_BLOCKS = ((1024, (2, 1024)), (128, (4, 1024)), (64, (4, 256)), (0, (8, 256)))
-
-
 def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Plan:
     """The launch of a kernel of attention_decode.cu: one new token per sequence.
 
@@ -255,9 +243,8 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     check_head(D)
     parts = -(-num_heads // H // (_MAX_HEADS if D <= 256 else _MAX_WIDE_HEADS))
     tensor = device.arch >= 80 and call.dtypes["T"].itemsize == 2 and D <= 128  # more would not fit into registers
-    # On tensor cores a warp's tiles fill its registers: a multiprocessor holds 8 warps, in one block or several.
-    warps, min_keys = next(found for least, found in _BLOCKS if b * H * parts >= least) if tensor else (4, 64)
-    resident = device.sms * (8 // warps if tensor else 2)  # Blocks that the GPU holds at once: __launch_bounds__.
+    warps, min_keys, stages, places = decode_blocks(b * H * parts, D * call.dtypes["C"].itemsize, device, tensor)
+    resident = device.sms * places  # blocks that the GPU holds at once
     max_splits = max(1, min(_MAX_SPLITS, resident // (H * parts)))
     keys = call["M"] * call["S"]
     if call["window"]:
@@ -265,7 +252,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     splits = max(1, min(max_splits, -(-keys // min_keys)))
     blocks = max(1, min(splits, _BLOCKS_PER_PLACE * resident // (H * parts * b)))
     constants |= {
-        "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor,
+        "Q": -(-num_heads // H // parts), "WARPS": warps, "TENSOR": tensor, "STAGES": stages, "BLOCKS": places,
         "min_keys": min_keys, "max_splits": max_splits, "splits": splits, **_constants(call),
     }  # fmt: skip
     scratch = {
@@ -273,7 +260,8 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
         "stats": ((b, num_heads, splits, 2), "f32"),
         "arrivals": ((b, H * parts), "u32"),
     }
-    launch = Launch(f"attention_decode.cu:{kernel}", (blocks, H * parts, b), (32 * warps,), constants=constants)
+    ring = warps * stages * 2 * TILE * D * call.dtypes["C"].itemsize
+    launch = Launch(f"attention_decode.cu:{kernel}", (blocks, H * parts, b), (32 * warps,), ring, constants=constants)
     return Plan((launch,), scratch, frozenset({"arrivals"}))
 
 
@@ -372,6 +360,18 @@ _E4M3_CASES = (
     attention_case(3, 1, 64, [100, 5], [300, 520], 200, 32, C="e4m3"),
 )
 
+# As many sequences and key heads as send tiles through shared memory: each number of stages, rows whose 16-byte parts
+# are exchanged and others, a sequence of two splits, windows, pages that are no whole tiles.
+_LENGTHS = [1, 16, 17, 70] * 8
+_BATCH_CASES = (
+    attention_case(4, 4, 64, [1] * 32, [1100, *_LENGTHS[1:]], S=64),
+    attention_case(8, 4, 80, [1] * 32, _LENGTHS, 20, S=64, softcap=1.5),
+    attention_case(16, 16, 16, [1] * 32, _LENGTHS, S=64, sinks=True),
+    attention_case(32, 32, 8, [1] * 32, _LENGTHS, S=8),
+    attention_case(8, 4, 128, [1] * 32, _LENGTHS, 40, S=64, C="e4m3"),
+    attention_case(16, 16, 64, [1] * 32, _LENGTHS, S=64, C="e4m3"),
+)
+
 attention = Op(
     "attention",
     "y[n,num_heads*D]:T = (x[n,w]:T, k[P,H,S,D]:C, v[P,H,S,D]:C, cu_seqlens[b+1]:i32, seq_lens[b]:i32,"
@@ -430,6 +430,7 @@ attention = Op(
         *_KNOBS_CASES,
         *_WIDE_CASES,
         *_E4M3_CASES,
+        *_BATCH_CASES,
         # rows of queries alone, by each kernel
         attention_case(6, 2, 64, [1, 1], [20, 300], S=64, queries=True),
         attention_case(4, 1, 128, [33, 31], [64, 129], S=64, queries=True),

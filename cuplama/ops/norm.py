@@ -4,6 +4,7 @@ rms_norm: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.0
 layer_norm: Ba, Kiros & Hinton, "Layer Normalization", arXiv:1607.06450.
 qk_norm: RMSNorm over each query and key head, as Qwen3 has it; qk_norm_wide: over all of them together, as OLMo 2 has
 it (arXiv:2501.00656).
+gated_norm: RMSNorm of each head, times silu of a gate, as behind the gated delta rule (arXiv:2412.06464).
 
 offset: what is added to the weights, in float32, before they are multiplied with: 1 for models whose files hold the
 difference from 1, as Gemma's do.
@@ -24,6 +25,7 @@ from .signature import OpError
 
 __all__ = [
     "MAX_NORM_ELEMENTS",
+    "gated_norm",
     "layer_norm",
     "qk_norm",
     "qk_norm_wide",
@@ -80,6 +82,12 @@ def _qk_norm_wide(
     return y
 
 
+def _gated_norm(x: Array, w: Array, z: Array, *, eps: float) -> Array:
+    heads, gate = upcast(x).reshape(len(x), -1, len(w)), upcast(z)
+    with np.errstate(over="ignore"):  # exp(-z) = inf gives the right limit, 0
+        return _rms_norm(heads, w, eps=eps).reshape(x.shape) * gate / (1 + np.exp(-gate))
+
+
 def wide_parts(q_norm: Array, k_norm: Array) -> tuple[tuple[slice, Array], tuple[slice, Array]]:
     """The columns of queries and of keys in a row of ``qk_norm_wide``, each with its weight."""
     q = len(q_norm)
@@ -91,7 +99,7 @@ _MAX_THREADS = 1024  # of a block, which has one row
 _MAX_CHUNKS = 2  # times _WIDTH elements that a thread of so large a block holds without spilling registers
 MAX_NORM_ELEMENTS = _WIDTH * _MAX_THREADS * _MAX_CHUNKS
 """Elements of a row that the norms over whole rows take on a GPU."""
-_BLOCK_HEADS = 4  # heads that a block of qk_norm takes, one for each warp
+_BLOCK_HEADS = 4  # heads that a block of qk_norm or gated_norm takes, one for each warp
 
 
 def _head_sizes(draw: Draw) -> dict[str, Any]:
@@ -128,10 +136,18 @@ def _wide_kernels(call: Call, device: Device) -> Plan:
     return Plan((replace(row_launch(call.op.name, n, d), grid=(n, 3)),))  # a block for queries, keys, values
 
 
+def _head_launch(kernel: str, heads: int, D: int) -> Launch:
+    constants = {"CHUNKS": -(-D // (32 * _WIDTH))}
+    return Launch(f"norm.cu:{kernel}", (-(-heads // _BLOCK_HEADS),), (32 * _BLOCK_HEADS,), constants=constants)
+
+
 def _qk_kernels(call: Call, device: Device) -> Plan:
-    blocks = -(-call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"]) // _BLOCK_HEADS)
-    chunks = -(-call["D"] // (32 * _WIDTH))
-    return Plan((Launch("norm.cu:qk_norm", (blocks,), (32 * _BLOCK_HEADS,), constants={"CHUNKS": chunks}),))
+    heads = call["n"] * (call["num_heads"] + 2 * call["num_kv_heads"])
+    return Plan((_head_launch("qk_norm", heads, call["D"]),))
+
+
+def _gated_kernels(call: Call, device: Device) -> Plan:
+    return Plan((_head_launch("gated_norm", call["n"] * call["H"], call["V"]),))
 
 
 def _row_gradient(g: Gradient, backward: str, dy: str, *weights: str) -> None:
@@ -283,4 +299,18 @@ qk_norm_wide = Op(
     shape={"n": 1, "num_heads": 32, "num_kv_heads": 32, "D": 128},
     tolerance=_ROW_TOLERANCE,
     flops=lambda c: 4 * c["n"] * (c["num_heads"] + c["num_kv_heads"]) * c["D"],
+)
+
+gated_norm = Op(
+    "gated_norm",
+    "y[n,H*V]:T = (x[n,H*V]:T, w[V]:T, z[n,H*V]:T, eps:f32)",
+    doc="y = x / sqrt(mean(x^2) + eps) * w * silu(z), the mean over each head, which is V elements of a row;"
+    " silu(a) = a / (1 + exp(-a))",
+    reference=_gated_norm,
+    kernels=_gated_kernels,
+    cases=[dict(n=n, H=h, V=v, eps=1e-6) for n, h, v in ((1, 48, 128), (3, 1, 8), (2, 3, 33), (5, 5, 64), (1, 2, 272))],
+    sizes=lambda draw: dict(n=draw(1, 9), H=draw(1, 9), V=draw(1, 300), eps=1e-5),
+    shape={"n": 1, "H": 48, "V": 128},
+    tolerance=_ROW_TOLERANCE,
+    flops=lambda c: 9 * c["n"] * c["H"] * c["V"],
 )

@@ -89,7 +89,7 @@ def test_two_open_streams_share_captured_steps() -> None:
     pairs = list(zip(*streams, strict=True))
     for i, j in enumerate((1, 2)):
         assert [pair[i].token.id for pair in pairs] == golden[f"greedy_{j}"].tolist()
-    assert {*model.engine.runner.steps.sizes} == {(1, Needs())}
+    assert not len(model.engine.runner.steps)  # the loop that began with one had a row for the other
     loop = model.engine.pipeline._loop
     assert loop is not None
     assert loop.sequences == 2

@@ -126,6 +126,15 @@ def test_passes_are_shorter_where_memory_is_short() -> None:
         assert (chunk, plan.total) == (chosen, totals[chosen])
 
 
+def test_a_long_pass_is_planned_only_where_it_takes_little_of_the_memory() -> None:
+    config, bf16 = _llama_8b(), DTYPES["bf16"]
+    size = _bytes(config, bf16)
+    workspace = memory.plan(config, size, bf16, 8192, 8192, 8192, Device()).workspace
+    for free, chosen in ((16 * workspace, 8192), (16 * workspace - 1, 4096)):
+        assert memory.fit(config, size, bf16, 8192, 8192, (8192, 4096, 2048), free, Device())[0] == chosen
+    assert 30 * GB < 16 * workspace < 60 * GB
+
+
 @pytest.mark.parametrize(
     ("plan", "free", "said"),
     [

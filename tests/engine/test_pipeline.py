@@ -347,6 +347,43 @@ def test_many_prompts_are_read_between_steps_and_no_step_waits_for_ever() -> Non
     assert kinds.count("p") >= 26
 
 
+@pytest.mark.parametrize(("waiting", "most"), [(1, 40), (3, 40), (6, 40), (11, 64), (50, 100)])
+def test_a_pass_is_long_only_where_many_tokens_wait(waiting: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 40 tokens; a pass of more than 40 is long here, and 100 are the most."""
+    monkeypatch.setattr("cuplama.engine.pipeline.LONG_PASS", 40)
+    pipeline, runner = _pipeline(pages=99, chunk=100)
+    for name in range(waiting):
+        _add(pipeline, 1 + name, 40, 1)
+    pipeline.queue()
+    fed = [sum(int(part.split(":")[1]) for part in event.split()) for event in runner.events]
+    assert max(fed) == most
+
+
+def test_a_loop_has_rows_for_those_whose_prompts_are_still_read() -> None:
+    """Prompts of 10 tokens in passes of 16: the second arrives in two pieces, the third behind it, and so on."""
+    pipeline, runner = _pipeline(pages=99, chunk=16, most=64)
+    for name in range(1, 41):
+        _add(pipeline, name, 10, 60)
+    _run(pipeline)
+    sizes = [loop.sequences for loop in runner.loops]
+    assert sizes[:2] == [16, 48]  # of one sequence, with room for 15; of all
+    assert all(size < 16 for size in sizes[2:])
+
+
+def test_steps_wait_while_many_more_wait_than_decode() -> None:
+    pipeline, runner = _pipeline(pages=99, chunk=16)
+    _add(pipeline, 1, 3, 60)
+    for _ in range(3):
+        _step(pipeline)
+    runner.events.clear()
+    for name in range(2, 9):
+        _add(pipeline, name, 10, 2)
+    _run(pipeline)
+    kinds = "".join("s" if e.startswith("step") else "p" for e in runner.events)
+    assert kinds.startswith("ppps")
+    assert "ppppp" not in kinds
+
+
 def test_tokens_without_scores_are_one_object_each() -> None:
     pipeline, _ = _pipeline()
     _add(pipeline, 5, 3, 3)

@@ -65,7 +65,7 @@ class CudaBackend:
 
     name = "cuda"
     forks = False  # CUDA does not work in a child that was forked
-    prefill_chunks = (4096, 2048, 1024, 512)  # tokens of a prefill pass at most; the first that the memory has room for
+    prefill_chunks = (8192, 4096, 2048, 1024, 512)  # tokens of a pass at most; the first that the memory has room for
     prefill_chunk = prefill_chunks[0]
     captures = True
     _MAX_LISTS = 64  # node lists whose liveness is kept; when there are more, all are forgotten at once
