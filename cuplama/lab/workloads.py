@@ -101,8 +101,9 @@ class Workload:
         """Host arrays: the given ones, and normal values where there is a description. Matrices keep sums near 1."""
         rng = np.random.default_rng(seed)
         found: list[Array | None] = []
-        whole: Mapping[str, Any] = {}  # whole numbers that mean something to the op, which therefore makes them
-        if self.op.inputs is not None and any(isinstance(x, AbstractArray) and x.dtype.kind == "i" for x in self.ins):
+        whole: Mapping[str, Any] = {}  # where none of the whole numbers is given, the op makes some that fit together
+        numbers = [x for x in self.ins if x is not None and not isinstance(x, Packed) and x.dtype.kind == "i"]
+        if self.op.inputs is not None and numbers and all(isinstance(x, AbstractArray) for x in numbers):
             whole = self.op.inputs(rng, self.call.env, DTYPES[self.dtype])
         for spec, x in zip(self.op.signature.ins, self.ins, strict=False):
             if isinstance(x, Packed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -344,7 +344,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     for quantity, source in family.numbers.items():
         if (number := reader.number(source)) is not None:
             numbers[quantity] = number
-    router = _router(reader, family, sizes, layers)
+    router = _router(reader, family, sizes, any("sparse" in layer.flags for layer in layers))
     if left_out := reader.left_out(family):
         _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
     return ModelConfig(
@@ -411,19 +411,16 @@ def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> t
     return tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True))
 
 
-def _router(
-    reader: ConfigReader, family: Family, sizes: Mapping[str, int], layers: Sequence[Layer]
-) -> dict[str, float]:
-    """The attributes of the op that chooses experts, which must be such that it can; none for a model without."""
-    if not sizes.get("experts") and not any("sparse" in layer.flags for layer in layers):
+def _router(reader: ConfigReader, family: Family, sizes: Mapping[str, int], sparse: bool) -> dict[str, float]:
+    """The attributes of the op that chooses experts, which must be such that it can; none for a model without.
+    sparse: whether there are layers that have experts and nothing else."""
+    if not sizes.get("experts") and not sparse:
         return {}
     for name in ("experts", "experts_per_token", "expert_size"):
         reader.size(family.fields[name][0], sizes.get(name))
-    op, found = OPS[family.router.op], dict[str, float]({"k": sizes["experts_per_token"]})
-    for name, source in family.router.settings.items():
-        value = reader.setting(source)
-        if value is not None:
-            found[name] = value
+    op, settings = OPS[family.router.op], family.router.settings
+    given = {"k": sizes["experts_per_token"], **{name: reader.setting(source) for name, source in settings.items()}}
+    found = {name: value for name, value in given.items() if value is not None}
     env = {"E": sizes["experts"], **op.signature.defaults, **found}
     for rule in ("k <= E", *op.rules):
         if not dim_value(rule, env):
