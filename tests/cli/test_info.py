@@ -57,6 +57,24 @@ def test_info_and_graph(run: Run) -> None:
     assert out.count("= attention(") == json.loads((LLAMA_FOLDER / "config.json").read_text())["num_hidden_layers"]
 
 
+def test_info_and_graph_of_a_model_with_experts(run: Run) -> None:
+    folder = str(GOLDEN / "glm4-moe")
+    facts = json.loads(run("info", "-m", folder, "--json")[1])
+    assert facts["experts"] == {
+        "count": 12, "per_token": 3, "size": 20, "shared_size": 40, "layers": 1, "mlp_layers": 1
+    }  # fmt: skip
+    assert facts["parameters"] - facts["active_parameters"] == (12 - 3) * 3 * 20 * 32
+    assert facts["bytes_by_part"]["experts"] == 4 * 12 * 3 * 20 * 32
+    shown = dict(re.split("  +", line, maxsplit=1) for line in run("info", "-m", folder)[1].splitlines())
+    assert shown["parameters"].endswith(f", of which a token uses {facts['active_parameters']:,}")
+    assert shown["feed-forward size"] == (
+        "3 of 12 experts of 20 and one of 40 for each token in 1 of 2 layers; 40 in 1 of 2 layers"
+    )
+    out = run("graph", "-m", folder)[1]
+    assert "1.experts.pairs[3*n]:i32, 1.experts.offsets[13]:i32 = sort_pairs(1.experts.chosen) E=12" in out
+    assert "1.router.correction[12]:f32" in out
+
+
 @pytest.mark.parametrize(
     ("case", "attention", "positions"),
     [

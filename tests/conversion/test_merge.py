@@ -87,6 +87,17 @@ def test_rows_that_lie_head_by_head(tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() < 1e-4 < 0.1 < np.abs(other - wanted).max()
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "granitemoe"])
+def test_experts_stay_as_they_are(name: str, tmp_path: Path) -> None:
+    """A tensor each, or one of all of them, beside an adapter of attention."""
+    base = GOLDEN / name
+    merge(base, write_adapter(tmp_path / "adapter", base, ["q_proj"]), tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    other = {tensor for tensor, array in before.items() if not np.array_equal(array, after[tensor])}
+    assert other == {tensor for tensor in before if "q_proj" in tensor}
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_a_run_that_was_stopped_goes_on(
     model: Path, adapter: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch

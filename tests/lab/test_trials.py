@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import cuplama
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.completion import Timings
 from cuplama.errors import ParameterError
@@ -17,6 +18,7 @@ from cuplama.lab.dummy import dummy_model
 from cuplama.lab.trials import UNTIL_REPLAYED, Runs, Trial, prompt_operations, step_bytes, trials
 from cuplama.models.config import Layer, parse_config
 from tests.lab.common import TINY
+from tests.paths import GOLDEN
 
 
 @pytest.fixture
@@ -160,3 +162,15 @@ def test_a_token_that_is_missing_is_noticed(clock: list[float]) -> None:
     model: Any = Calls(clock, Timings(40, 2.0, 13, 7.0), tokens=8)
     with pytest.raises(AssertionError, match="not every sequence has its 9 tokens"):
         Runs(model).generation(Trial(0, 8))
+
+
+def test_of_experts_those_count_that_are_chosen() -> None:
+    """One sequence reads as many as a token has, many sequences all; of a prompt each token has its own."""
+    with cuplama.load(GOLDEN / "qwen3-moe", device="numpy") as model:
+        config, expert = model.config, 3 * 24 * 32  # numbers of one; two layers have them
+        one, two, many = (step_bytes(model, 0, batch) for batch in (1, 2, 1000))
+        assert many - one == pytest.approx((9 - 3) * 2 * 4 * expert)
+        assert two - one == pytest.approx((9 * (1 - (6 / 9) ** 2) - 3) * 2 * 4 * expert)
+    trial = Trial(100, 0, 0, 1)
+    more = prompt_operations(replace(config, experts_per_token=4), trial) - prompt_operations(config, trial)
+    assert more == 2 * 2 * 100 * expert

@@ -21,7 +21,7 @@ from cuplama.lab.workloads import (
     prompt_workloads,
     shape_workload,
 )
-from cuplama.models.config import parse_config
+from cuplama.models.config import load_config, parse_config
 from cuplama.models.fusion import PREFILL_RULES, fuse
 from cuplama.models.graph import decoder
 from cuplama.models.presets import SHAPES, find_shape
@@ -31,6 +31,7 @@ from cuplama.ops.launch import Device
 from cuplama.ops.node import executable
 from cuplama.ops.op import Op
 from tests.lab.common import TINY
+from tests.paths import GOLDEN
 
 
 def _names(nodes: list[Any]) -> list[str]:
@@ -99,6 +100,21 @@ def test_windows_that_differ_are_different_workloads() -> None:
 
 # Ops of training whose own shapes are so large that drawing or computing inputs takes seconds.
 _LARGE = {"adamw", "cross_entropy", "embedding_backward", "self_attention_backward", "softmax_mixture", "square_sum"}
+
+
+def test_pairs_of_rows_and_experts_fit_together() -> None:
+    """They come of no input of the pass: the op makes them."""
+    config = load_config(GOLDEN / "qwen3-moe")
+    for found in (decode_workloads(config, "f32", 4), prompt_workloads(config, "f32", 30)):
+        names = {w.op.name: w for w in found}
+        assert names.keys() >= {"route", "sort_pairs", "expert_linear_silu_mul", "expert_linear", "combine_pairs"}
+        for name in ("expert_linear_silu_mul", "expert_linear"):
+            workload = names[name]
+            _, _, pairs, offsets, *_ = workload.arrays()
+            assert sorted(pairs) == list(range(len(pairs)))  # type: ignore[arg-type]
+            assert (len(offsets), offsets[0], offsets[-1]) == (10, 0, len(pairs))  # type: ignore[arg-type, index]
+            assert workload.weights[0].startswith("experts.")
+            assert 0 < workload.bind(workload.arrays()).nbytes() < 4 * workload.call.nbytes()
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in _LARGE)) for n in OPS])
