@@ -164,7 +164,7 @@ def start_engine(
 
     Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend, tokens = open_backend(setup, config, weights)
+    backend, room = open_backend(setup, config, weights)
     try:
         loaded = _upload(backend, weights, progress)
         return Engine(
@@ -172,11 +172,12 @@ def start_engine(
             config,
             loaded,
             setup.context,
-            tokens,
+            room.tokens,
             setup.kv_cache_dtype,
             setup.max_running,
             setup.max_waiting,
             setup.prefix_cache,
+            room.slots,
         )
     except BaseException:
         backend.close()

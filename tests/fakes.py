@@ -271,6 +271,9 @@ class FakeGpu(Gpu):
         content = host.copy()
         self.do(lambda: np.copyto(array, content))
 
+    def copy(self, array: Any, source: Any) -> None:
+        self.do(lambda: np.copyto(array, source))
+
     def read(self, array: Any) -> np.ndarray[Any, Any]:
         self._wait()
         return np.array(array)

@@ -104,7 +104,7 @@ class NumPyBackend:
     def load_weight(self, weight: Weight) -> Array:
         if not self._convert:
             return _settled(weight).stored(self.dtype) if weight.packed else weight.array()
-        array = np.empty(weight.shape, self.dtype)
+        array = np.empty(weight.shape, weight.device_dtype(self.dtype))
         if weight.packed:
             _decode(weight, array)
             return array
@@ -145,6 +145,9 @@ class NumPyBackend:
 
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         array[...] = host
+
+    def copy(self, array: Array, source: Array) -> None:
+        array[...] = source
 
     def when_short_of_memory(self, give_back: Callable[[], None]) -> None:
         pass

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,14 +20,13 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError
 from ..files import is_missing, not_opened, not_understood, read_json
 from ..gguf import is_gguf, open_gguf
-from ..ops.signature import dim_value
 from ..quant.readers import read_quantised
 from ..quant.stored import Stored
 from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
-from .wrapper import text_tensors
+from .wrapper import text_tensors, without
 
 __all__ = ["INDEX", "Layout", "assemble", "has_weights", "load_weights", "open_file", "open_tensors"]
 
@@ -82,6 +82,8 @@ def _safetensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
     tensors, prefix = open_tensors(folder), config.family.prefix
     if config.wrapper is not None:
         tensors = text_tensors(tensors, config.family, config.wrapper)
+    elif config.family.left_out:
+        tensors = without(tensors, config.family.left_out, "tensors that no layer of the model has are left out")
     if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
         tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
     return read_quantised(tensors, config.raw.get("quantization_config"), str(folder / "config.json"))
@@ -102,9 +104,9 @@ class Layout:
 
 def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int]) -> Weight:
     """The weight of a recipe. Raises CheckpointError naming a tensor that is missing, or of another shape or dtype."""
-    parts, sources, tensors = [], [], layout.tensors
-    for shape_text, tensor_name in recipe.parts:
-        shape = tuple(dim_value(d, dims) for d in shape_text.split(","))
+    parts, sources, tensors = list[np.ndarray[Any, Any] | Stored](), list[str](), layout.tensors
+    for i, (_, tensor_name) in enumerate(recipe.parts):
+        shape = recipe.tensor_shape(i, dims)
         found = tensors.get(tensor_name)
         if found is None and recipe.otherwise is not None:
             found, tensor_name = tensors.get(recipe.otherwise), recipe.otherwise
@@ -123,12 +125,14 @@ def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int])
             )
         if isinstance(found.data, Stored) and recipe.by_head:
             raise CheckpointError(f"{found.file}: tensor {found.name} is quantised, and its rows lie head by head")
-        parts.append(found.data if isinstance(found.data, Stored) else recipe.canonical(found.data, dims))
+        whole = found.data if isinstance(found.data, Stored) else recipe.canonical(found.data, dims)
+        slices = recipe.slices(i, dims)
+        parts += [whole] if slices == [slice(0, len(whole))] else [whole[rows] for rows in slices]
         sources.append(tensor_name)
     plain = [p.dtype for p in parts if not isinstance(p, Stored)]
     if len(plain) == len(parts) and len(set(plain)) > 1:
         raise CheckpointError(f"{layout.folder}: tensors {', '.join(sources)} have different dtypes")
-    return Weight(name, tuple(sources), tuple(parts))
+    return Weight(name, tuple(sources), tuple(parts), recipe.wide)
 
 
 def _missing(layout: Layout, name: str, recipe: Recipe, tensor_name: str) -> str:

@@ -37,7 +37,8 @@ _INSTEAD = {
     "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
 }
-_OPTIONAL_SIZES = frozenset({"per_layer_size", "per_layer_vocab"})
+_DELTA_SIZES = ("key_heads", "value_heads", "key_size", "value_size", "conv_size")
+_OPTIONAL_SIZES = frozenset({"per_layer_size", "per_layer_vocab", *_DELTA_SIZES})
 _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
@@ -78,6 +79,9 @@ class ModelConfig:
 
     per_layer_size: of what each layer is given beside the residual stream, 0 for nothing; per_layer_vocab: tokens that
     have an embedding for that.
+
+    Of gated delta layers: key_heads, value_heads of them, key_size, value_size of one, and conv_size, the tokens that
+    their convolution sees; 0 where no layer is such.
     """
 
     architecture: str
@@ -110,6 +114,11 @@ class ModelConfig:
     query_context: float = 0.0
     per_layer_size: int = 0
     per_layer_vocab: int = 0
+    key_heads: int = 0
+    value_heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+    conv_size: int = 0
 
     def __repr__(self) -> str:
         return (
@@ -168,13 +177,27 @@ class ModelConfig:
             "num_layers": self.num_layers,
             "per_layer_size": self.per_layer_size,
             "per_layer_vocab": self.per_layer_vocab,
+            **{name: getattr(self, name) for name in _DELTA_SIZES},
         }
 
     @cached_property
     def caches(self) -> Mapping[int, tuple[int, int]]:
         """Layer -> (key/value heads, their size), for the layers that have keys and values of their own."""
-        dims = {i: self.dims(f"{i}.") for i, layer in enumerate(self.layers) if layer.kv_layer is None}
+        own = (i for i, layer in enumerate(self.layers) if layer.kv_layer is None and "delta" not in layer.flags)
+        dims = {i: self.dims(f"{i}.") for i in own}
         return {i: (sizes["num_kv_heads"], sizes["D"]) for i, sizes in dims.items()}
+
+    @cached_property
+    def delta_layers(self) -> tuple[int, ...]:
+        """The layers that have a state of each sequence in place of keys and values."""
+        return tuple(i for i, layer in enumerate(self.layers) if "delta" in layer.flags)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one sequence in one of those layers: the last inputs of the convolution, in the dtype of activations, and
+        the state, float32."""
+        channels = 2 * self.key_heads * self.key_size + self.value_heads * self.value_size
+        return (self.conv_size - 1, channels), (self.value_heads, self.key_size, self.value_size)
 
     @cached_property
     def head_dims(self) -> frozenset[int]:
@@ -222,8 +245,9 @@ class ModelConfig:
         return found
 
     def unused_tensors(self) -> set[str]:
-        """Names of tensors that layers of another kind have, and that a layer has no use for: files may hold them."""
-        alike = replace(self, layers=tuple(replace(layer, flags=frozenset()) for layer in self.layers))
+        """Names of tensors that layers of another kind have, and that a layer has no use for: files may hold them. A
+        layer with a gated delta rule is another layer altogether."""
+        alike = replace(self, layers=tuple(replace(layer, flags=layer.flags & {"delta"}) for layer in self.layers))
         named, used = (
             {tensor for recipe in config.own_recipes().values() for _, tensor in recipe.parts}
             for config in (alike, self)
@@ -245,7 +269,7 @@ class ModelConfig:
         for name, recipe in self.own_recipes().items():
             if name != "lm_head" or not tied:
                 dims = self.dims(name)
-                found |= {t: math.prod(dim_value(x, dims) for x in shape.split(",")) for shape, t in recipe.parts}
+                found |= {t: math.prod(recipe.tensor_shape(i, dims)) for i, (_, t) in enumerate(recipe.parts)}
         return sum(found.values())
 
     @cached_property
@@ -359,6 +383,8 @@ def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
         reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
     for name in _OPTIONAL_SIZES & values.keys():
         sizes[name] = reader.size(family.fields[name][0], values[name]) if values[name] else 0
+    if sizes.get("key_heads") and sizes["value_heads"] % sizes["key_heads"]:
+        reader.refuse(family.fields["value_heads"][0], f"a multiple of {family.fields['key_heads'][0]}")
     return sizes | {
         "num_kv_heads": kv_heads,
         "intermediate_size": intermediate,

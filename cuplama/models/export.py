@@ -19,15 +19,24 @@ def checkpoint_tensors(
     """(tensor name, array) of every tensor that some canonical arrays are stacked of, in the shapes of the checkpoint.
 
     arrays: canonical name -> weight, or whatever has its shape, such as its gradient. A head that is tied to the
-    embedding is not in it, as in checkpoints.
+    embedding is not in it, as in checkpoints. A tensor that was taken apart comes last, put together again.
     """
+    apart = dict[str, np.ndarray[Any, Any]]()
     for name, recipe in config.recipes().items():
         if name not in arrays:
             continue
         at, dims = 0, config.dims(name)
-        for shape, tensor in recipe.parts:
+        for i, (shape, tensor) in enumerate(recipe.parts):
             rows = dim_value(shape.split(",")[0], dims)
             part = arrays[name][at : at + rows]
             at += rows
-            if config.adapter is None or config.adapter.stores(tensor):
+            if config.adapter is not None and not config.adapter.stores(tensor):
+                continue
+            if not recipe.rows or recipe.rows[i] is None:
                 yield tensor, recipe.stored(part, dims)
+                continue
+            whole = apart.setdefault(tensor, np.empty(recipe.tensor_shape(i, dims), part.dtype))
+            slices = recipe.slices(i, dims)
+            for cut, piece in zip(slices, np.split(part, len(slices)), strict=True):
+                whole[cut] = piece
+    yield from apart.items()

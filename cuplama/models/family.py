@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..ops.signature import dim_value
+
 __all__ = [
     "ALL_ALIKE",
     "GELU",
@@ -28,6 +30,7 @@ __all__ = [
     "Number",
     "Recipe",
     "Rotations",
+    "Rows",
     "Windows",
     "Wrapper",
     "fields",
@@ -41,18 +44,41 @@ REQUIRED = object()  # the default of a field that must be there
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows that a part of a weight takes of a tensor with further ones: the same in each group of its rows.
+
+    whole: rows of the tensor; groups: how many groups they are; first: where in a group the part's begin, which are as
+    many in each group. All are dim expressions, as in ``Recipe``.
+    """
+
+    whole: str
+    groups: str
+    first: str = "0"
+
+    def slices(self, count: int, dims: Mapping[str, int]) -> list[slice]:
+        """Where the ``count`` rows of the part are, in each group."""
+        groups, first = dim_value(self.groups, dims), dim_value(self.first, dims)
+        size = dim_value(self.whole, dims) // groups
+        return [slice(at + first, at + first + count // groups) for at in range(0, groups * size, size)]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a canonical weight is made of checkpoint tensors.
 
-    parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over
-    V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads, D (head_dim),
-    num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), as the *canonical* weight has
-    them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first
-    part's is not there, unless the config says that head and embedding are not tied. when: the config flag, or the
-    size above 0, under which the weight exists. by_head: the checkpoint's rows are, for each key head, those of its
-    queries, of itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values. instead:
-    flag of a layer -> the recipe that such a layer has, or None where it has no such weight. only: the flag of the
-    layers that have the weight; by default all have it.
+    parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over V
+    (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads, D (head_dim),
+    num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), and of gated delta layers
+    key_heads, value_heads, key_size, value_size and conv_size, as the *canonical* weight has them.
+
+    transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first part's is
+    not there, unless the config says that head and embedding are not tied. when: the config flag, or the size above 0,
+    under which the weight exists. by_head: the checkpoint's rows are, for each key head, those of its queries, of
+    itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values. instead: flag of a
+    layer -> the recipe that such a layer has, or None where it has no such weight. only: the flag of the layers that
+    have the weight; by default all have it. rows: of each part, if it takes some rows of a tensor alone; () where all
+    are whole. single: the tensor of a part is [m, 1, k] (a depthwise convolution). wide: it is float32 on a device,
+    whatever the model's dtype.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -62,6 +88,9 @@ class Recipe:
     by_head: bool = False
     instead: Mapping[str, Recipe | None] = field(default_factory=dict)
     only: str | None = None
+    rows: tuple[Rows | None, ...] = ()
+    single: bool = False
+    wide: bool = False
 
     def of_layer(self, flags: Collection[str]) -> Recipe | None:
         """The recipe that a layer with these flags has."""
@@ -69,15 +98,28 @@ class Recipe:
             return None
         return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
 
+    def tensor_shape(self, part: int, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the tensor of a part, as its layer has it: not transposed."""
+        m, *rest = (dim_value(d, dims) for d in self.parts[part][0].split(","))
+        rows = self.rows[part] if self.rows else None
+        return (m if rows is None else dim_value(rows.whole, dims), *((1,) if self.single else ()), *rest)
+
+    def slices(self, part: int, dims: Mapping[str, int]) -> list[slice]:
+        """The rows that a part takes of its tensor, in order."""
+        count, rows = dim_value(self.parts[part][0].split(",")[0], dims), self.rows[part] if self.rows else None
+        return [slice(0, count)] if rows is None else rows.slices(count, dims)
+
     def canonical(self, array: _Array, dims: Mapping[str, int]) -> _Array:
         """A tensor of the checkpoint as a part of the weight. dims: the sizes by the names above."""
+        array = array[:, 0] if self.single else array
         array = array[_rows_by_kind(dims)] if self.by_head else array
         return array.T if self.transposed else array
 
     def stored(self, array: _Array, dims: Mapping[str, int]) -> _Array:
         """The way back."""
         array = array.T if self.transposed else array
-        return array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
+        array = array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
+        return array[:, None] if self.single else array
 
 
 def _rows_by_kind(dims: Mapping[str, int]) -> np.ndarray[Any, np.dtype[np.int_]]:
@@ -122,11 +164,12 @@ class Windows:
     """A rule for sliding windows.
 
     reads: the fields of config.json that it goes by; rule: (config.json, number of layers) -> the window of each layer
-    in tokens, 0 for full attention.
+    in tokens, 0 for full attention; others: what ``layer_types`` may call layers without attention, which have none.
     """
 
     reads: tuple[str, ...]
     rule: Callable[[Mapping[str, Any], int], list[int]]
+    others: tuple[str, ...] = ()
 
 
 def window_everywhere(absent: int | None) -> Windows:
@@ -176,13 +219,14 @@ class Rotations:
     reads: the fields of config.json that it goes by; rule: (config.json, the window of each layer) -> for each layer
     the key of its settings in ``rope_parameters``, "" where these are one object for all layers, None for a layer
     without rotation; settings: (config.json) -> ``rope_parameters`` by these keys, where a config has other names for
-    them; defaults: of settings that a config gives nowhere.
+    them; defaults: of settings that a config gives nowhere; harmless: further settings that change nothing.
     """
 
     reads: tuple[str, ...]
     rule: Callable[[Mapping[str, Any], Sequence[int]], list[str | None]]
     settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
 
 
 ONE_ROTATION = Rotations((), lambda raw, windows: [""] * len(windows))
@@ -245,10 +289,11 @@ class Family:
     config of a model without a head does not say; norm_offset: what is added to the weights of norms; rope: the op that
     rotates; rotations, kinds: the rules for those of layers, and for what else differs among these; numbers: fields of
     ModelConfig that are multipliers and limits -> how config.json gives them; wrappers: models of which this is the
-    text part.
+    text part; left_out: what the names of tensors begin with that are of no layer of the model.
 
     Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
-    keys are normalised. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope"; "v_norm", for
+    keys are normalised; whether what attention gives has a gate. A layer with the flag "delta" has a gated delta rule
+    in place of attention. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope"; "v_norm", for
     values that are normalised with them, without a weight.
     """
 
@@ -276,6 +321,7 @@ class Family:
     kinds: Kinds = ALL_ALIKE
     numbers: Mapping[str, Number] = field(default_factory=dict)
     wrappers: tuple[Wrapper, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 # Llama's: quantity -> (its field in config.json, the default of an absent one).

@@ -21,12 +21,17 @@ class Weight:
     """A canonical weight: one or more tensors of mapped files, their rows stacked along the first axis.
 
     source: the tensors' names; two weights with the same source are one (a tied head). parts: arrays of numbers, or
-    quantised matrices.
+    quantised matrices. wide: it is float32 on a device, whatever the dtype of others there.
     """
 
     name: str
     source: tuple[str, ...]
     parts: tuple[np.ndarray[Any, Any] | Stored, ...]
+    wide: bool = False
+
+    def device_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Of its numbers on a device whose plain weights have ``dtype``."""
+        return DTYPES["f32"] if self.wide else dtype
 
     @property
     def packed(self) -> bool:
@@ -64,7 +69,7 @@ class Weight:
     def device_bytes(self, dtype: np.dtype[Any]) -> int:
         """Bytes on a device where plain weights have that dtype."""
         if not self.packed:
-            return self.elements * dtype.itemsize
+            return self.elements * self.device_dtype(dtype).itemsize
         segments = self.stored(dtype).segments
         return sum(s.data.nbytes + (0 if s.order is None else s.order.nbytes) for s in segments)
 

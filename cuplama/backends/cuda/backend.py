@@ -193,10 +193,11 @@ class CudaBackend:
                 self._loading = self._loading or Loading(gpu, self.dtype)
                 self._packed[weight.name] = weight.shape
                 return self._loading.pack(weight.name, weight.parts)
-            out = gpu.empty(weight.shape, self.dtype)
-            widest = max(1, self.dtype.itemsize // weight.dtype.itemsize)
+            dtype = weight.device_dtype(self.dtype)
+            out = gpu.empty(weight.shape, dtype)
+            widest = max(1, dtype.itemsize // weight.dtype.itemsize)
             for offset, chunk in weight.chunks(STAGE // widest):
-                gpu.stage(out, offset, convert(chunk, self.dtype, weight.name))
+                gpu.stage(out, offset, convert(chunk, dtype, weight.name))
         return out
 
     def end_loading(self) -> None:
@@ -211,6 +212,11 @@ class CudaBackend:
             raise OpError(f"cannot write an array of shape {host.shape} over one of shape {array.shape}")
         with self._on_gpu() as gpu:
             gpu.write(array, np.ascontiguousarray(host, array.dtype))
+
+    def copy(self, array: Array, source: Array) -> None:
+        """Overwrite a contiguous device array with another of its shape and dtype, in order with what is queued."""
+        with self._on_gpu() as gpu:
+            gpu.copy(array, source)
 
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
         """Pinned int32 host memory that kernels write directly: the host's view, and the array that ops take."""
