@@ -121,6 +121,27 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2.5-0.5b": _shape(
         "Qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6, rms_norm_eps=1e-6, tie_word_embeddings=True
     ),
+    "qwen3.6-27b": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "vocab_size": 248320,
+        "max_position_embeddings": 262144,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
     "qwen3-8b": _shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, 1e6, rms_norm_eps=1e-6, head_dim=128),
 }  # fmt: skip
 

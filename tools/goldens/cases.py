@@ -1,8 +1,9 @@
-"""The golden models: a row per case. Those of further families are in cases_more.py and cases_scaled.py."""
+"""The golden models: a row per case. Those of further families are in the modules beside."""
 
 from __future__ import annotations
 
 from tools.goldens.case import SMALL, Case, Config, O, rope
+from tools.goldens.cases_delta import DELTA_CASES
 from tools.goldens.cases_more import MORE_CASES
 from tools.goldens.cases_scaled import SCALED_CASES
 
@@ -148,6 +149,7 @@ CASES: dict[str, Case] = {
         chars=True,
     ),
     "gpt2-exact-gelu": Case("gpt2", {"activation_function": "gelu"}, GPT2, context=80),
+    **DELTA_CASES,
     **MORE_CASES,
     **SCALED_CASES,
 }

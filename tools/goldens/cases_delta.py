@@ -1,0 +1,36 @@
+"""The golden models whose layers have a gated delta rule in place of attention."""
+
+from __future__ import annotations
+
+from tools.goldens.case import SMALL, Case, Config, rope
+
+__all__ = ["DELTA_CASES"]
+
+DELTA: Config = {
+    **SMALL,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    **rope("default", 1000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
+}
+
+DELTA_CASES: dict[str, Case] = {
+    "qwen35": Case("qwen3_5_text", {}, DELTA),
+    # A state that nothing behind it reads, and attention that begins.
+    "qwen35-types": Case(
+        "qwen3_5_text",
+        {
+            "layer_types": ["full_attention", "linear_attention"] * 2,
+            "linear_conv_kernel_dim": 3,
+            "linear_num_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        DELTA,
+    ),
+}
