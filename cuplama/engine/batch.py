@@ -153,14 +153,13 @@ def abstract_values(
     rotation tables cover; cache: what keys and values are stored in, ``T`` by default; slots: of states, that of
     padding included.
     """
-    f32 = DTYPES["f32"]
-    wide = {name for name, recipe in config.recipes().items() if recipe.wide}
-    found = {name: abstract(shape, f32 if name in wide else T) for name, shape in config.weight_shapes().items()}
+    found = {name: abstract(shape, T) for name, shape in config.weight_shapes().items()}
+    found |= {name: abstract(found[name].shape, DTYPES["f32"]) for name in config.f32_weights()}
     for i, (heads, size) in config.caches.items():
         found |= {f"{i}.cache.{part}": abstract((pages, heads, PAGE, size), cache or T) for part in "kv"}
     for i in config.delta_layers:
-        conv, state = config.state_shapes
-        found |= {f"{i}.cache.conv": abstract((slots, *conv), T), f"{i}.cache.state": abstract((slots, *state), f32)}
+        for part, shape, dtype in zip(("conv", "state"), config.state_shapes, (T, DTYPES["f32"]), strict=True):
+            found[f"{i}.cache.{part}"] = abstract((slots, *shape), dtype)
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
     found |= abstract_tables(config, positions)
     return found | {name: abstract(shape, DTYPES["i32"]) for name, shape in shapes.items()}

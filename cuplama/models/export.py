@@ -27,16 +27,21 @@ def checkpoint_tensors(
             continue
         at, dims = 0, config.dims(name)
         for i, (shape, tensor) in enumerate(recipe.parts):
-            rows = dim_value(shape.split(",")[0], dims)
-            part = arrays[name][at : at + rows]
-            at += rows
-            if config.adapter is not None and not config.adapter.stores(tensor):
+            rows = slice(at, at := at + dim_value(shape.split(",")[0], dims))
+            if recipe.experts:
+                parts = [recipe.stored(array[rows], dims) for array in arrays[name]]
+                yield from (
+                    ((tensor.replace("{e}", str(e)), part) for e, part in enumerate(parts))
+                    if "{e}" in tensor
+                    else [(tensor, np.stack(parts))]
+                )
+            elif config.adapter is not None and not config.adapter.stores(tensor):
                 continue
-            if not recipe.rows or recipe.rows[i] is None:
-                yield tensor, recipe.stored(part, dims)
-                continue
-            whole = apart.setdefault(tensor, np.empty(recipe.tensor_shape(i, dims), part.dtype))
-            slices = recipe.slices(i, dims)
-            for cut, piece in zip(slices, np.split(part, len(slices)), strict=True):
-                whole[cut] = piece
+            elif recipe.rows and recipe.rows[i] is not None:
+                part, slices = arrays[name][rows], recipe.slices(i, dims)
+                whole = apart.setdefault(tensor, np.empty(recipe.tensor_shape(i, dims), part.dtype))
+                for cut, piece in zip(slices, np.split(part, len(slices)), strict=True):
+                    whole[cut] = piece
+            else:
+                yield tensor, recipe.stored(arrays[name][rows], dims)
     yield from apart.items()

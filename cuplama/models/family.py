@@ -15,6 +15,7 @@ from ..ops.signature import dim_value
 
 __all__ = [
     "ALL_ALIKE",
+    "GATES",
     "GELU",
     "HARMLESS_TENSORS",
     "NO_WINDOW",
@@ -25,11 +26,13 @@ __all__ = [
     "SILU",
     "TABLES",
     "WINDOW_BY_LAYER",
+    "WINDOW_IF_USED",
     "Family",
     "Kinds",
     "Number",
     "Recipe",
     "Rotations",
+    "Router",
     "Rows",
     "Windows",
     "Wrapper",
@@ -68,8 +71,9 @@ class Recipe:
 
     parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over V
     (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads, D (head_dim),
-    num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), and of gated delta layers
-    key_heads, value_heads, key_size, value_size and conv_size, as the *canonical* weight has them.
+    num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), E (experts), e and s
+    (feed-forward of an expert, and of the one that all tokens share), and of gated delta layers key_heads, value_heads,
+    key_size, value_size and conv_size, as the *canonical* weight has them.
 
     transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first part's is
     not there, unless the config says that head and embedding are not tied. when: the config flag, or the size above 0,
@@ -77,8 +81,12 @@ class Recipe:
     itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values. instead: flag of a
     layer -> the recipe that such a layer has, or None where it has no such weight. only: the flag of the layers that
     have the weight; by default all have it. rows: of each part, if it takes some rows of a tensor alone; () where all
-    are whole. single: the tensor of a part is [m, 1, k] (a depthwise convolution). wide: it is float32 on a device,
-    whatever the model's dtype.
+    are whole. single: the tensor of a part is [m, 1, k] (a depthwise convolution).
+
+    experts: the weight has one more axis in front, of experts, and the shapes are those of one expert's parts. A name
+    with "{e}" is that of a tensor of each expert; any other tensor is of all experts, with that axis. interleaved: the
+    checkpoint's rows are by turns those of two matrices, which lie one below the other here (gpt-oss). f32: the weight
+    is held in float32, whatever the dtype of the model.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -90,7 +98,9 @@ class Recipe:
     only: str | None = None
     rows: tuple[Rows | None, ...] = ()
     single: bool = False
-    wide: bool = False
+    experts: bool = False
+    interleaved: bool = False
+    f32: bool = False
 
     def of_layer(self, flags: Collection[str]) -> Recipe | None:
         """The recipe that a layer with these flags has."""
@@ -99,7 +109,7 @@ class Recipe:
         return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
 
     def tensor_shape(self, part: int, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of the tensor of a part, as its layer has it: not transposed."""
+        """The shape of the tensor of a part, as its layer has it: not transposed, of one expert."""
         m, *rest = (dim_value(d, dims) for d in self.parts[part][0].split(","))
         rows = self.rows[part] if self.rows else None
         return (m if rows is None else dim_value(rows.whole, dims), *((1,) if self.single else ()), *rest)
@@ -109,14 +119,22 @@ class Recipe:
         count, rows = dim_value(self.parts[part][0].split(",")[0], dims), self.rows[part] if self.rows else None
         return [slice(0, count)] if rows is None else rows.slices(count, dims)
 
-    def canonical(self, array: _Array, dims: Mapping[str, int]) -> _Array:
-        """A tensor of the checkpoint as a part of the weight. dims: the sizes by the names above."""
+    def canonical(self, array: _Array, dims: Mapping[str, int], part: int = 0) -> tuple[_Array, ...]:
+        """A tensor of the checkpoint, or an expert's share of it, as what is stacked to make that part of the weight.
+
+        dims: the sizes by the names above. Views, unless rows lie head by head.
+        """
+        if self.rows:
+            return tuple(array[rows] for rows in self.slices(part, dims))
         array = array[:, 0] if self.single else array
         array = array[_rows_by_kind(dims)] if self.by_head else array
-        return array.T if self.transposed else array
+        array = array.T if self.transposed else array
+        return (array[::2], array[1::2]) if self.interleaved else (array,)
 
     def stored(self, array: _Array, dims: Mapping[str, int]) -> _Array:
-        """The way back."""
+        """The way back, of the whole part."""
+        if self.interleaved:
+            array = np.stack(np.split(array, 2), 1).reshape(array.shape)
         array = array.T if self.transposed else array
         array = array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
         return array[:, None] if self.single else array
@@ -136,6 +154,9 @@ def one(shape: str, name: str, **options: Any) -> Recipe:
 
 # Canonical weights whose rows are looked up.
 TABLES = ("embed_tokens", "position_table", "embed_tokens_per_layer")
+
+# Matrices by which a layer decides something: few numbers, which are never quantised.
+GATES = ("router", "shared_gate")
 
 # Tensors that files hold and that are nothing to load: leftovers of old exporters, and xIELU's constants.
 HARMLESS_TENSORS = (
@@ -210,6 +231,11 @@ def _from_a_layer_on(raw: Mapping[str, Any], layers: int) -> list[int]:
 NO_WINDOW = Windows((), lambda raw, layers: [0] * layers)
 # Qwen: the layers that ``layer_types`` names, or those from ``max_window_layers`` on, if the window is on.
 WINDOW_BY_LAYER = Windows(("sliding_window", "use_sliding_window", "max_window_layers"), _from_a_layer_on)
+# The same for every layer, if the window is on.
+WINDOW_IF_USED = Windows(
+    ("sliding_window", "use_sliding_window"),
+    lambda raw, layers: [raw.get("sliding_window", 4096) or 0 if raw.get("use_sliding_window") else 0] * layers,
+)
 
 
 @dataclass(frozen=True)
@@ -262,6 +288,18 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Router:
+    """How the experts of a token are chosen.
+
+    op: of ops/route.py; settings: its attribute -> the value of it; a field of config.json that is a whole number or a
+    switch, with the default of an absent one; or a ``Number``. Where a field is null the op's own default counts.
+    """
+
+    op: str = "route"
+    settings: Mapping[str, int | tuple[str, Any] | Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Wrapper:
     """A model of text and more, of which the text part runs: its settings are ``text_config``.
 
@@ -289,12 +327,14 @@ class Family:
     config of a model without a head does not say; norm_offset: what is added to the weights of norms; rope: the op that
     rotates; rotations, kinds: the rules for those of layers, and for what else differs among these; numbers: fields of
     ModelConfig that are multipliers and limits -> how config.json gives them; wrappers: models of which this is the
-    text part; left_out: what the names of tensors begin with that are of no layer of the model.
+    text part; left_out: what the names of tensors begin with that are of no layer of the model; router: of models with
+    experts; aliases: other names of fields, as other versions of transformers write them, -> the names that are used
+    here.
 
     Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
-    keys are normalised; whether what attention gives has a gate. A layer with the flag "delta" has a gated delta rule
-    in place of attention. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope"; "v_norm", for
-    values that are normalised with them, without a weight.
+    keys are normalised; whether what attention gives has a gate; whether experts are its MLP. A layer with the flag
+    "delta" has a gated delta rule in place of attention. Flags: "parallel", for attention and MLP side by side;
+    "qk_norm_after_rope"; "v_norm", for values that are normalised with them, without a weight.
     """
 
     architecture: str
@@ -322,6 +362,8 @@ class Family:
     numbers: Mapping[str, Number] = field(default_factory=dict)
     wrappers: tuple[Wrapper, ...] = ()
     left_out: tuple[str, ...] = ()
+    router: Router = field(default_factory=Router)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 # Llama's: quantity -> (its field in config.json, the default of an absent one).

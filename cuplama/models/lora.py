@@ -85,17 +85,20 @@ class Adapter:
             parts = [(*shape.split(","), module) for shape, module in linear_modules(name, recipes[name])]
             a = tuple((f"{added.rank},{columns}", lora_name(module, "A")) for _, columns, module in parts)
             b = tuple((f"{rows},{added.rank}", lora_name(module, "B")) for rows, _, module in parts)
-            rows = {"by_head": recipes[name].by_head, "rows": recipes[name].rows}
-            found |= {f"{name}.lora_a": Recipe(a), f"{name}.lora_b": Recipe(b, **rows)}
+            recipe = recipes[name]
+            found |= {
+                f"{name}.lora_a": Recipe(a),
+                f"{name}.lora_b": Recipe(b, by_head=recipe.by_head, rows=recipe.rows),
+            }
         return found
 
 
 def linear_modules(name: str, recipe: Recipe) -> list[tuple[str, str]]:
     """(shape of the matrix, name of the module) of each part of a canonical weight; none if it is no linear layer's.
 
-    PEFT stores another kind of adapter for tables whose rows are looked up.
+    PEFT stores another kind of adapter for tables whose rows are looked up, and for tensors of several experts.
     """
-    if name in TABLES or recipe.single or not all("," in shape for shape, _ in recipe.parts):
+    if name in TABLES or recipe.experts or recipe.single or not all("," in shape for shape, _ in recipe.parts):
         return []
     return [(shape, tensor.removesuffix(".weight")) for shape, tensor in recipe.parts]
 
@@ -110,7 +113,7 @@ def modules_of(recipes: Mapping[str, Recipe]) -> tuple[list[str], list[str]]:
     modules = (module for name, recipe in recipes.items() for _, module in linear_modules(name, recipe))
     linear = list(dict.fromkeys(modules))
     tensors = [tensor for recipe in recipes.values() for _, tensor in recipe.parts if tensor.endswith(".weight")]
-    others = dict.fromkeys(tensor.removesuffix(".weight") for tensor in tensors)
+    others = dict.fromkeys(tensor.removesuffix(".weight").replace("{e}", "0") for tensor in tensors)
     for module in linear:
         del others[module]
     return linear, list(others)

@@ -1,9 +1,10 @@
-"""The golden models: a row per case. Those of further families are in the modules beside."""
+"""The golden models: a row per case. Those of further families are in cases_NAME.py."""
 
 from __future__ import annotations
 
 from tools.goldens.case import SMALL, Case, Config, O, rope
 from tools.goldens.cases_delta import DELTA_CASES
+from tools.goldens.cases_experts import EXPERT_CASES
 from tools.goldens.cases_more import MORE_CASES
 from tools.goldens.cases_scaled import SCALED_CASES
 
@@ -151,5 +152,6 @@ CASES: dict[str, Case] = {
     "gpt2-exact-gelu": Case("gpt2", {"activation_function": "gelu"}, GPT2, context=80),
     **DELTA_CASES,
     **MORE_CASES,
+    **EXPERT_CASES,
     **SCALED_CASES,
 }
