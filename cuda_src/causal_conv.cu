@@ -7,9 +7,9 @@
 //   cu_seqlens, seq_lens, state_slots    [b+1], [b], [b] i32
 //   y            [n, d] T; zeros of a sequence whose seq_lens is 0, which has no state either
 //
-// Mapping: grid (tiles, parts of the columns). A thread has 8 columns of a tile, which is RUN tokens of one sequence, and
-// reads their inputs at once. RUN >= K - 1, so the first tile of a sequence alone reads its state, and so it may write
-// the new one, which comes from x and, of short sequences, from the old one.
+// Mapping: grid (tiles, parts of the columns). A thread has 8 columns of a tile, which is RUN tokens of one sequence,
+// and reads their inputs at once. RUN >= K - 1, so the first tile of a sequence alone reads its state, and so it may
+// write the new one, which comes from x and, of short sequences, from the old one.
 //
 // It starts early (programmatic dependent launch) and reads weights, lengths and slots before it waits.
 //
@@ -62,14 +62,13 @@ __global__ void __launch_bounds__(128)
         store_row<8>(y + i64(tile.first + j) * d, at, d, vectorized, out);
     }
     if (tile.first > 0 || !any) return;
+    Pack<T, 8> last[K - 1] = {};
 #pragma unroll
-    for (int k = 0; k < K - 1; k++) {  // a row moves to a lower place, or stays out of the way of those still to move
+    for (int k = 0; k < K - 1; k++) {
         const int position = tile.end - (K - 1) + k;
-        Pack<T, 8> row = {};
-        if (position >= 0)
-            row = load_row<8>(x + i64(position) * m, at, d, vectorized);
-        else if (old)
-            row = load_row<8>(kept + (position + K - 1) * i64(d), at, d, vectorized);
-        store_row<8>(kept + k * i64(d), at, d, vectorized, row);
+        if (position >= 0) last[k] = load_row<8>(x + i64(position) * m, at, d, vectorized);
+        if (position < 0 && old) last[k] = load_row<8>(kept + (position + K - 1) * i64(d), at, d, vectorized);
     }
+#pragma unroll
+    for (int k = 0; k < K - 1; k++) store_row<8>(kept + k * i64(d), at, d, vectorized, last[k]);
 }

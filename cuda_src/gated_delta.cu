@@ -18,12 +18,13 @@
 // One token after the other: for decode steps, for f32, and for what gated_delta_chunks.cu does not take.
 //
 // Mapping: grid (parts of the columns, H, b), 4 columns and K / GROUPS rows of the state to a thread, in registers. A
-// warp has all rows of its columns, so that it needs no other. Of a token it adds up q^T S, k^T S, |q|^2, |k|^2 and q^T k
-// at once; as q^T (exp(g) S + k delta) = exp(g) q^T S + (q^T k) delta, the new state need not be read for y.
+// warp has all rows of its columns, so that it needs no other, and one sequence makes many warps: 384 of 48 heads of
+// 128 by 128. Of a token it adds up q^T S, k^T S, |q|^2, |k|^2 and q^T k at once; as q^T (exp(g) S + k delta) =
+// exp(g) q^T S + (q^T k) delta, the new state need not be read for y.
 //
-// It starts early (programmatic dependent launch) and reads lengths, slots and the state before it waits: they come from
-// earlier steps. A step must therefore begin with a kernel that is launched in the ordinary way (embedding is), and
-// nothing in it but this kernel may write the state or, before its end, those lengths and slots.
+// It starts early (programmatic dependent launch) and reads lengths, slots and the state before it waits: they come
+// from earlier steps. A step must therefore begin with a kernel that is launched in the ordinary way (embedding is),
+// and nothing in it but this kernel may write the state or, before its end, those lengths and slots.
 //
 // Op and reference: cuplama/ops/gated_delta.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
 // Tried: nothing else yet; no GPU has run it.

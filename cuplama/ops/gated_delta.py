@@ -1,4 +1,5 @@
-"""The gated delta rule: linear attention whose state forgets and corrects itself. Kernels: cuda_src/gated_delta.cu.
+"""The gated delta rule: linear attention whose state forgets and corrects itself. Kernels: cuda_src/gated_delta.cu and,
+for prompts, gated_delta_chunks.cu.
 
 Yang, Kautz & Hatamizadeh, "Gated Delta Networks", arXiv:2412.06464.
 """
@@ -59,12 +60,31 @@ _MAX_SIZE = 256  # K and V, as registers hold the state
 _COLUMNS = 4  # of a lane, in one access of 16 bytes
 _WARPS = 4  # of a block, at most
 
+# gated_delta_chunks.cu
+_TOKENS, _CHUNK_COLUMNS, _CHUNK_THREADS = 32, 64, 192
+_MAX_CHUNK_ROWS = 128  # K, as registers hold the state
+_LEAST_TOKENS = 8  # of a sequence, on average: fewer are done sooner one after the other
+
 
 def _kernels(call: Call, device: Device) -> Plan:
     for name in "KV":
         if call[name] % 8 or call[name] > _MAX_SIZE:
             raise OpError(f"gated_delta: {name} is {call[name]}; the kernel takes multiples of 8 up to {_MAX_SIZE}")
-    return Plan((_steps(call, device),))
+    return Plan(((_chunks if _in_chunks(call, device) else _steps)(call, device),))
+
+
+def _in_chunks(call: Call, device: Device) -> bool:
+    """The two kernels add in different orders: a decode step that may not differ from a prompt has one for both."""
+    fits = call["K"] % 16 == 0 and call["K"] <= _MAX_CHUNK_ROWS and call["V"] % _CHUNK_COLUMNS == 0
+    many = call["n"] >= _LEAST_TOKENS * call["b"] and not device.deterministic
+    return fits and many and device.arch >= 80 and call.dtypes["T"].itemsize == 2
+
+
+def _chunks(call: Call, device: Device) -> Launch:
+    b, H, K, V = (call[name] for name in "bHKV")
+    rows, squares = _TOKENS * (2 * K + _CHUNK_COLUMNS), 4 * _TOKENS**2  # elements of a chunk
+    grid, shared = (V // _CHUNK_COLUMNS, H, b), 2 * (3 * rows + 2 * squares)
+    return Launch("gated_delta_chunks.cu:gated_delta_chunks", grid, (_CHUNK_THREADS,), shared, {"G": call["G"]})
 
 
 def _steps(call: Call, device: Device) -> Launch:
@@ -118,7 +138,10 @@ gated_delta = Op(
     " updated; a sequence whose seq_lens is the number of its new tokens begins with zeros.",
     reference=_gated_delta,
     kernels=_kernels,
-    kernel_docs={"gated_delta": "Token after token, the state in registers: for decode steps and float32."},
+    kernel_docs={
+        "gated_delta": "Token after token, the state in registers: for decode steps and float32",
+        "gated_delta_chunks": "32 tokens at a time, on tensor cores: for prompts",
+    },
     cases=[
         _case([1], [7], 1, 2, 128, 128),
         _case([1, 1, 1], [1, 0, 30], 2, 2, 64, 64),
@@ -126,14 +149,17 @@ gated_delta = Op(
         _case([9, 0, 4], [12, 0, 4], 1, 3, 24, 40),
         _case([70], [70], 1, 1, 64, 64),
         _case([2, 150, 64], [130, 150, 65], 1, 2, 128, 128),
+        _case([33, 0, 40], [60, 0, 40], 2, 2, 48, 192),
     ],
+    compiled=lambda case: case["K"] in (64, 128),
     sizes=_sizes,
     inputs=_inputs,
     rules=("H % G == 0",),
     shape=_case([1], [512], 16, 48, 128, 128),
     unaligned=False,
-    # Of float32 sums over K, which every token hands on to the next.
-    tolerance={"f32": 32.0},
+    # float32 sums over K, which every token hands on to the next; of prompts in 16 bits, factors that are two numbers
+    # of that size.
+    tolerance={"f32": 32.0, "f16:f32": 256.0, "bf16:f32": 256.0},
     bytes=_bytes,
     flops=lambda c: 6 * c["n"] * c["H"] * c["K"] * c["V"],
 )
