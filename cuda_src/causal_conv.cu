@@ -21,6 +21,56 @@
 
 constexpr int RUN = 8;  // tokens of a tile
 
+// A tile of one sequence. x, y: from the sequence's first new token on; kept: its state; old: whether it holds
+// something; any: whether the sequence has tokens at all.
+template <typename T>
+struct Run {
+    const T *x, *w, *bias;
+    T *kept, *y;
+    int first, tokens, d, m;  // first: of the tile; tokens: of the sequence
+    bool old, any;
+
+    // An input at W columns, of a token that the sequence may have from before, or not have.
+    template <int W>
+    __device__ __forceinline__ Pack<T, W> input(int position, int taps, int at) const {
+        if (position >= 0 && position < tokens) return load<W>(x + i64(position) * m + at);
+        if (position < 0 && old) return load<W>(kept + (position + taps - 1) * i64(d) + at);
+        return {};
+    }
+};
+
+// W columns of a tile. wait: pdl_wait, which the kernel itself calls so that it is known to be early.
+template <int W, int K, typename T, typename Wait>
+__device__ __forceinline__ void convolve(const Run<T>& run, int at, Wait wait) {
+    Pack<T, W> weights[K], shift = {}, rows[RUN + K - 1];  // weights: as they lie, K of a column together
+#pragma unroll
+    for (int k = 0; k < K; k++) weights[k] = load<W>(run.w + i64(at) * K + W * k);
+    if (run.bias != nullptr) shift = load<W>(run.bias + at);
+    wait();
+#pragma unroll
+    for (int j = 0; j < RUN + K - 1; j++) rows[j] = run.template input<W>(run.first + j - (K - 1), K, at);
+#pragma unroll
+    for (int j = 0; j < RUN; j++) {
+        if (run.first + j >= run.tokens) break;
+        Pack<T, W> out;
+#pragma unroll
+        for (int i = 0; i < W; i++) {
+            float sum = to_float(shift.v[i]);
+#pragma unroll
+            for (int k = 0; k < K; k++)
+                sum += to_float(weights[(i * K + k) / W].v[(i * K + k) % W]) * to_float(rows[j + k].v[i]);
+            out.v[i] = from_float<T>(run.any ? silu_of<T>(sum) : 0.f);
+        }
+        store<W>(run.y + i64(run.first + j) * run.d + at, out);
+    }
+    if (run.first > 0 || !run.any) return;
+    Pack<T, W> last[K - 1];
+#pragma unroll
+    for (int k = 0; k < K - 1; k++) last[k] = run.template input<W>(run.tokens - (K - 1) + k, K, at);
+#pragma unroll
+    for (int k = 0; k < K - 1; k++) store<W>(run.kept + k * i64(run.d) + at, last[k]);
+}
+
 template <typename T, int K>
 __global__ void __launch_bounds__(128)
     causal_conv(const T* x, const T* __restrict__ w, const T* __restrict__ bias, T* conv, const i32* cu_seqlens,
@@ -30,45 +80,13 @@ __global__ void __launch_bounds__(128)
     const int at = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     const Tile tile(cu_seqlens, b, 1, RUN, blockIdx.x);
     if (at >= d || tile.first >= tile.end) return;
-    const bool vectorized = d % 8 == 0 && m % 8 == 0 && aligned(x, w, bias, conv, y);
     const int length = seq_lens[tile.sequence];
-    const bool old = length > tile.end, any = length > 0;
     T* kept = conv + i64(state_slots[tile.sequence]) * (K - 1) * d;
-    x += i64(tile.start) * m;
-    y += i64(tile.start) * d;
-    Pack<T, 8> weights[K], shift = {}, rows[RUN + K - 1] = {};  // weights: as they lie, K of a column together
-#pragma unroll
-    for (int k = 0; k < K; k++) weights[k] = load_row<8>(w, i64(at) * K + 8 * k, i64(d) * K, vectorized);
-    if (bias != nullptr) shift = load_row<8>(bias, at, d, vectorized);
-    pdl_wait();
-#pragma unroll
-    for (int j = 0; j < RUN + K - 1; j++) {
-        const int position = tile.first + j - (K - 1);  // among the new tokens
-        if (position >= 0 && position < tile.end) rows[j] = load_row<8>(x + i64(position) * m, at, d, vectorized);
-        if (position < 0 && old) rows[j] = load_row<8>(kept + (position + K - 1) * i64(d), at, d, vectorized);
-    }
-#pragma unroll
-    for (int j = 0; j < RUN; j++) {
-        if (tile.first + j >= tile.end) break;
-        Pack<T, 8> out;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float sum = to_float(shift.v[i]);
-#pragma unroll
-            for (int k = 0; k < K; k++)
-                sum += to_float(weights[(i * K + k) / 8].v[(i * K + k) % 8]) * to_float(rows[j + k].v[i]);
-            out.v[i] = from_float<T>(any ? silu_of<T>(sum) : 0.f);
-        }
-        store_row<8>(y + i64(tile.first + j) * d, at, d, vectorized, out);
-    }
-    if (tile.first > 0 || !any) return;
-    Pack<T, 8> last[K - 1] = {};
-#pragma unroll
-    for (int k = 0; k < K - 1; k++) {
-        const int position = tile.end - (K - 1) + k;
-        if (position >= 0) last[k] = load_row<8>(x + i64(position) * m, at, d, vectorized);
-        if (position < 0 && old) last[k] = load_row<8>(kept + (position + K - 1) * i64(d), at, d, vectorized);
-    }
-#pragma unroll
-    for (int k = 0; k < K - 1; k++) store_row<8>(kept + k * i64(d), at, d, vectorized, last[k]);
+    const Run<T> run{
+        x + i64(tile.start) * m, w,          bias, kept, y + i64(tile.start) * d, tile.first, tile.end, d, m,
+        length > tile.end,       length > 0,
+    };
+    const auto wait = [] { pdl_wait(); };
+    if (d % 8 == 0 && m % 8 == 0 && aligned(x, w, bias, conv, y)) return convolve<8, K>(run, at, wait);
+    for (int i = at; i < min(at + 8, d); i++) convolve<1, K>(run, i, wait);
 }

@@ -30,6 +30,11 @@
 // Tried: nothing else yet; no GPU has run it.
 #include "gated_delta.cuh"
 
+// That a multiprocessor has at least: as many as registers allow without spills, for more of the state to be on its
+// way at once.
+template <typename T>
+constexpr int BLOCKS = sizeof(T) == 2 ? 3 : 2;
+
 // What a lane reads of a token: its rows of q and k, its columns of v, and what the gates are made of.
 template <typename T, int R>
 struct Token {
@@ -94,7 +99,7 @@ __device__ __forceinline__ Pack<T, 4> step(Pack<f32, 4> (&state)[R], const Token
 }
 
 template <typename T, int K, int GROUPS>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, BLOCKS<T>)
     gated_delta(const T* x, const T* ba, const f32* __restrict__ A_log, const f32* __restrict__ dt_bias, f32* state,
                 const i32* cu_seqlens, const i32* seq_lens, const i32* state_slots, T* y, int G, int H, int V) {
     constexpr int R = K / GROUPS, LANES = WARP / GROUPS;
@@ -104,6 +109,7 @@ __global__ void __launch_bounds__(128)
     const int column = (warp * LANES + lane % LANES) * 4, row = lane / LANES * R, head = blockIdx.y;
     const int first = cu_seqlens[blockIdx.z], end = cu_seqlens[blockIdx.z + 1], length = seq_lens[blockIdx.z];
     const bool there = column < V, mine = there && lane < LANES;  // mine: y is the lane's to write
+    const int key_head = head / (H / G), width = 2 * G * K + H * V;
     const Head gates(A_log, dt_bias, head);
     if (first >= end) return;
     f32* kept = state + ((i64(state_slots[blockIdx.z]) * H + head) * K + row) * V + column;
@@ -113,11 +119,9 @@ __global__ void __launch_bounds__(128)
         for (int i = 0; i < R; i++) s[i] = load<4>(kept + i64(i) * V);
     }
     pdl_wait();
-    const int width = 2 * G * K + H * V;
     Token<T, R> token, next;
     const auto fetch = [&](int at) {
         const T* from = x + i64(at) * width;
-        const int key_head = head / (H / G);
         next.fetch(from + key_head * K + row, from + (G + key_head) * K + row, from + 2 * G * K + head * V + column,
                    ba + i64(at) * 2 * H + head, H, there);
     };
@@ -126,7 +130,8 @@ __global__ void __launch_bounds__(128)
         token = next;
         if (at + 1 < end) fetch(at + 1);
         Pack<T, 4> out = step<K, GROUPS>(s, token, gates);
-        if (length == 0) out = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++) out.v[j] = length > 0 ? out.v[j] : from_float<T>(0.f);
         if (mine) store<4>(y + (i64(at) * H + head) * V + column, out);
     }
     if (!there || length == 0) return;

@@ -325,12 +325,13 @@ __device__ __forceinline__ void relate_tokens(const T* rows, const T* keys, int 
     }
 }
 
-// 16 rows of A to work.a. Rows of its lower left quarter are not multiplied with beta yet.
+// 16 rows of A to work.a, and what is above its diagonal, which nobody reads. Rows of its lower left quarter are not
+// multiplied with beta yet.
 template <int K, int N, typename T>
 __device__ __forceinline__ void relate_keys(const T* keys, int first, Prepared& work) {
     relate_tokens<K, N>(keys, keys, first, work, [&](int row, int column, float x, float y) {
         const float factor = work.key[row] * (column >= first ? work.beta[row] : 1.f);
-        const Pack<f32, 2> a{column < row ? x * factor : 0.f, column + 1 < row ? y * factor : 0.f};
+        const Pack<f32, 2> a{x * factor, y * factor};
         store<2>(&work.a[row][column], a);
     });
 }
@@ -440,7 +441,7 @@ __device__ __forceinline__ void prepare_chunks(const Task<T>& task, const Buffer
     cp_async_commit();
     for (int chunk = 0; chunk < task.chunks; chunk++) {
         const int token = chunk * TOKENS + lane;
-        const bool there = token < task.tokens;
+        const bool there = token < task.tokens;  // if not, its q, k and v are zeros, and its gates must keep the state
         const T* gate = task.ba + i64(there ? token : 0) * 2 * task.H;
         const float b = to_float(gate[0]), a = to_float(gate[task.H]);
         if (chunk + 1 < task.chunks) fetch(chunk + 1);
@@ -448,7 +449,7 @@ __device__ __forceinline__ void prepare_chunks(const Task<T>& task, const Buffer
         cp_async_wait<1>();
         bar_sync(1, HELPERS);  // all rows of the chunk are there
         weigh_tokens<K>(queries ? buffers.queries(chunk) : buffers.keys(chunk), there ? gates.log_decay(a) : 0.f,
-                        there ? sigmoid(b) : 0.f, queries, work, factors[chunk % 2]);
+                        sigmoid(b), queries, work, factors[chunk % 2]);
         bar_sync(1, HELPERS);
         relate(buffers, chunk, queries, work);
         exchange();

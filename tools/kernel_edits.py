@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tools import kernel_edits_attention as attention
+from tools import kernel_edits_delta as delta
 from tools import kernel_edits_experts as experts
 from tools import kernel_edits_hopper as hopper
 from tools import kernel_edits_training as training
@@ -73,7 +74,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("kv_cache.cu", "at < 2 * H * D; at", "at <= 2 * H * D; at"),
     ("rope.cu", "at < columns; at", "at <= columns; at"),
     ("rope.cu", "at < turned && i < 2 * h", "at < turned && i <= 2 * h"),
-    ("norm.cu", "if (index >= i64(n)", "if (index > i64(n)"),
+    ("norm.cu", "if (index >= i64(n) * (num", "if (index > i64(n) * (num"),
     ("norm.cu", "squares += at + j < d ?", "squares += at + j <= d ?"),
     ("advance.cu", "i < b; i += blockDim.x", "i <= b; i += blockDim.x"),
     ("advance.cu", "max(token[i], 0);", "token[i];"),
@@ -362,6 +363,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # peaks.cu
     ("peaks.cu", "v[i] = at < n ?", "v[i] = at <= n ?"),
     *attention.EDITS,
+    *delta.EDITS,
     *experts.EDITS,
     *hopper.EDITS,
     *training.EDITS,
@@ -439,6 +441,7 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "between the read of count and the next gather lie the barriers of find_bin",
     ),
     *attention.EQUIVALENT,
+    *delta.EQUIVALENT,
     *experts.EQUIVALENT,
     *hopper.EQUIVALENT,
     *training.EQUIVALENT,

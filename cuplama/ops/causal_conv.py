@@ -16,7 +16,14 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
 
-__all__ = ["causal_conv", "sequence_inputs", "stateful_case"]
+__all__ = [
+    "causal_conv",
+    "equal_sequences",
+    "random_sequences",
+    "random_state",
+    "sequence_inputs",
+    "stateful_case",
+]
 
 _THREADS = 128
 _RUN = 8  # tokens of a tile; as in causal_conv.cu
@@ -46,6 +53,12 @@ def stateful_case(new: list[int], seq_lens: list[int], **sizes: Any) -> dict[str
     """A case with sequences of ``seq_lens`` tokens, the last ``new`` of each new, and two slots of state that no
     sequence has. A sequence without tokens has one row where n is b: a row that pads a decode step."""
     return dict(n=sum(new), b=len(new), new=new, seq_lens=seq_lens, Z=len(new) + 2, **sizes)
+
+
+def equal_sequences(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The case of ``b`` sequences of ``length`` tokens, of which ``new`` are new: as people ask for it."""
+    rest = {name: size for name, size in sizes.items() if name not in ("b", "length", "new")}
+    return stateful_case([sizes["new"]] * sizes["b"], [sizes["length"]] * sizes["b"], **rest)
 
 
 def random_sequences(draw: Draw) -> tuple[list[int], list[int]]:
@@ -118,10 +131,12 @@ causal_conv = Op(
         _case([3, 20], [4, 20], 1032, 1040, K=9),
         _case([17], [17], 2560, 2560),
     ],
+    compiled=lambda case: case["K"] == 4,
     sizes=_sizes,
     inputs=_inputs,
     rules=("d <= m",),
-    shape=_case([1], [512], 10240, 10240),
+    shape=dict(b=1, length=512, new=1, d=10240, m=10240, K=4, bias=False),
+    complete=equal_sequences,
     bytes=_bytes,
     flops=lambda c: c["n"] * c["d"] * (2 * c["K"] + 4),
 )

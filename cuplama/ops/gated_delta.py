@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, narrow, upcast
-from .causal_conv import random_sequences, random_state, sequence_inputs, stateful_case
+from .causal_conv import equal_sequences, random_sequences, random_state, sequence_inputs, stateful_case
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
@@ -112,8 +112,8 @@ def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any])
     return {
         **given,
         "x": narrow(x.astype(np.float32), T),
-        "A_log": np.log(rng.uniform(0.01, 16, H)).astype(np.float32),
-        "dt_bias": rng.uniform(-7, 1, H).astype(np.float32),
+        "A_log": rng.uniform(math.log(0.01), math.log(16), H).astype(np.float32),
+        "dt_bias": rng.uniform(-7, 4, H).astype(np.float32),
         "state": random_state(rng, given, (case["Z"], H, case["K"], case["V"]), np.dtype(np.float32)),
     }
 
@@ -155,7 +155,8 @@ gated_delta = Op(
     sizes=_sizes,
     inputs=_inputs,
     rules=("H % G == 0",),
-    shape=_case([1], [512], 16, 48, 128, 128),
+    shape=dict(b=1, length=512, new=1, G=16, H=48, K=128, V=128),
+    complete=equal_sequences,
     unaligned=False,
     # float32 sums over K, which every token hands on to the next; of prompts in 16 bits, factors that are two numbers
     # of that size.
