@@ -154,7 +154,7 @@ def abstract_values(
     padding included.
     """
     found = {name: abstract(shape, T) for name, shape in config.weight_shapes().items()}
-    found |= {name: abstract(found[name].shape, DTYPES["f32"]) for name in config.f32_weights()}
+    found |= {name: abstract(found[name].shape, DTYPES["f32"]) for name in config.wide_weights()}
     for i, (heads, size) in config.caches.items():
         found |= {f"{i}.cache.{part}": abstract((pages, heads, PAGE, size), cache or T) for part in "kv"}
     for i in config.delta_layers:

@@ -84,7 +84,8 @@ def folder_tensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
     if config.wrapper is not None:
         tensors = text_tensors(tensors, config.family, config.wrapper)
     elif config.family.left_out:
-        tensors = without(tensors, config.family.left_out, "tensors that no layer of the model has are left out")
+        begins = [name.replace("{num_layers}", str(config.num_layers)) for name in config.family.left_out]
+        tensors = without(tensors, begins, "tensors that no layer of the model has are left out")
     if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
         tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
     return read_quantised(tensors, config.raw.get("quantization_config"), str(folder / "config.json"))
@@ -121,7 +122,7 @@ def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int])
         named = sources if not experts else (sources[0], sources[other])
         raise CheckpointError(f"{layout.folder}: tensors {', '.join(named)} have different dtypes")
     source = tuple(dict.fromkeys(sources) if experts else sources)
-    return Weight(name, source, tuple(parts), experts, recipe.f32)
+    return Weight(name, source, tuple(parts), experts, recipe.wide)
 
 
 def _find(layout: Layout, name: str, recipe: Recipe, tensor_name: str) -> tuple[Tensor, str]:
@@ -141,7 +142,7 @@ def _checked(found: Tensor, shape: tuple[int, ...], experts: int, recipe: Recipe
     """
     quantised = isinstance(found.data, Stored)
     stored = shape[::-1] if recipe.transposed and not quantised else shape
-    stored = (experts, *stored) if experts else stored
+    stored = (experts, *stored) if experts else (1, *stored) if recipe.row else stored
     if quantised and recipe.experts:
         raise CheckpointError(f"{found.file}: tensor {found.name} is {found.dtype}; experts cannot be quantised yet")
     if found.shape != stored:

@@ -27,6 +27,33 @@ def other_experts(model: Any) -> None:
                 parameter.data = parameter.data.roll(1, 0)
 
 
+def tensors(model: Any) -> list[tuple[str, Any]]:
+    """(name, tensor) of parameters and buffers."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def zeroed(match: str) -> Mutate:
+    """Zero the tensors whose name contains the text."""
+
+    def mutate(model: Any) -> None:
+        for name, tensor in tensors(model):
+            if match in name:
+                tensor.data.zero_()
+
+    return mutate
+
+
+def filled_with_one(match: str) -> Mutate:
+    """Set the parameters whose name contains the text to one."""
+
+    def mutate(model: Any) -> None:
+        for name, tensor in tensors(model):
+            if match in name:
+                tensor.data.fill_(1.0)
+
+    return mutate
+
+
 def expert_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     """(name, change to the loaded model, config overrides), for models with experts."""
     cfg = model.config
@@ -34,6 +61,23 @@ def expert_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     if chosen is None or not routers(model):
         return
     yield "other_experts", other_experts, {}
-    yield "one_expert_less", keep, {chosen: getattr(cfg, chosen) - 1}
+    if cfg.model_type != "phimoe":  # its mixer always chooses two
+        yield "one_expert_less", keep, {chosen: getattr(cfg, chosen) - 1}
+    settings = cfg.to_dict()
+    if settings.get("n_group", 1) > 1:
+        yield "groups", keep, {"n_group": 1, "topk_group": 1}
+        yield "one_group_less", keep, {"topk_group": cfg.topk_group - 1}
+    if "routed_scaling_factor" in settings:
+        yield "routed_scaling_factor", keep, {"routed_scaling_factor": 1.0}
+    if "router_jitter_noise" in settings and cfg.model_type == "phimoe":
+        yield "mixer_threshold", keep, {"router_jitter_noise": 0.01}
+    if any("e_score_correction_bias" in name for name, _ in tensors(model)):
+        yield "correction", zeroed("e_score_correction_bias"), {}
+    for part in ("router.scale", "per_expert_scale", "layernorm_1.weight", "layernorm_2.weight"):
+        if any(part in name for name, _ in tensors(model)):
+            yield part, filled_with_one(part), {}
+    for part in ("shared_expert.", "shared_experts.", "shared_expert_gate"):
+        if any(part in name for name, _ in tensors(model)):
+            yield part.rstrip("."), zeroed(part), {}
     if (renormalised := getattr(cfg, "norm_topk_prob", None)) is not None:
         yield "norm_topk_prob", keep, {"norm_topk_prob": not renormalised}

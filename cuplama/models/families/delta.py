@@ -77,8 +77,8 @@ GATED = {
 # What gated delta layers have in place of attention, but for the matrices that their input is multiplied by.
 DELTA = {
     "{i}.delta_conv": one(f"2*{KEYS}+{VALUES},conv_size", _DELTA + "conv1d.weight", only="delta", single=True),
-    "{i}.delta_A_log": one("value_heads", _DELTA + "A_log", only="delta", f32=True),
-    "{i}.delta_dt_bias": one("value_heads", _DELTA + "dt_bias", only="delta", f32=True),
+    "{i}.delta_A_log": one("value_heads", _DELTA + "A_log", only="delta", wide=True),
+    "{i}.delta_dt_bias": one("value_heads", _DELTA + "dt_bias", only="delta", wide=True),
     "{i}.delta_norm": one("value_size", _DELTA + "norm.weight", only="delta"),
     "{i}.delta_out_proj": one(f"d,{VALUES}", _DELTA + "out_proj.weight", only="delta"),
 }
