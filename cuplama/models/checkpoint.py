@@ -106,6 +106,7 @@ class Layout:
 
 def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int]) -> Weight:
     """The weight of a recipe. Raises CheckpointError naming a tensor that is missing, or of another shape or dtype."""
+    recipe = recipe.as_merged() if recipe.merged in layout.tensors else recipe
     experts, parts, sources = dims["E"] if recipe.experts else 0, list[_Part](), list[str]()
     for expert in range(max(1, experts)):
         for i, (_, tensor_name) in enumerate(recipe.parts):

@@ -257,6 +257,7 @@ class ModelConfig:
                         chosen,
                         parts=tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in chosen.parts),
                         otherwise=None if self.tied is False else chosen.otherwise,
+                        merged=None if chosen.merged is None else chosen.merged.replace("{i}", str(i)),
                         when=None,
                         instead={},
                         only=None,

@@ -6,7 +6,7 @@ The defaults are those of transformers for a config that leaves the field out (t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,9 +84,10 @@ class Recipe:
     are whole. single: the tensor of a part is [m, 1, k] (a depthwise convolution).
 
     experts: the weight has one more axis in front, of experts, and the shapes are those of one expert's parts. A name
-    with "{e}" is that of a tensor of each expert; any other tensor is of all experts, with that axis. interleaved: the
-    checkpoint's rows are by turns those of two matrices, which lie one below the other here (gpt-oss). row: the tensor
-    of a part [m] is [1, m]. wide: the weight is float32 on a device, whatever the model's dtype.
+    with "{e}" is that of a tensor of each expert; any other tensor is of all experts, with that axis. merged: the name
+    of one tensor of all parts and experts, which some files have in place of those. interleaved: the checkpoint's rows
+    are by turns those of two matrices, which lie one below the other here (gpt-oss). row: the tensor of a part [m] is
+    [1, m]. wide: the weight is float32 on a device, whatever the model's dtype.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -100,6 +101,7 @@ class Recipe:
     single: bool = False
     experts: bool = False
     interleaved: bool = False
+    merged: str | None = None
     row: bool = False
     wide: bool = False
 
@@ -108,6 +110,11 @@ class Recipe:
         if self.only is not None and self.only not in flags:
             return None
         return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
+
+    def as_merged(self) -> Recipe:
+        """The same of the one tensor ``merged``."""
+        rows, (_, *rest) = "+".join(shape.split(",")[0] for shape, _ in self.parts), self.parts[0][0].split(",")
+        return replace(self, parts=((",".join((rows, *rest)), self.merged or ""),), merged=None)
 
     def tensor_shape(self, part: int, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the tensor of a part, as its layer has it: not transposed, of one expert."""

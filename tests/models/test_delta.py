@@ -27,6 +27,7 @@ from cuplama.models.rounding import round_weights
 from cuplama.ops.launch import Device
 from cuplama.train import gradients
 from tests.adapters import write_adapter
+from tests.paths import GOLDEN
 from tests.tiny import DELTA, copy, load
 
 CONFIG = load_config(DELTA)  # d 48; layers 0 to 2 are delta layers; 4 heads and 2 KV heads of 16
@@ -83,6 +84,40 @@ def test_layers_that_guess_further_tokens_are_left_out_by_name(
     with caplog.at_level(logging.WARNING, "cuplama"):
         assert load_weights(folder, CONFIG).keys() == load_weights(DELTA, CONFIG).keys()
     assert caplog.messages == ["tensors that no layer of the model has are left out: mtp (2)"]
+
+
+def test_the_text_part_of_a_published_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its tensors have longer names, beside those of vision and of further tokens."""
+    text = read_json(DELTA / "config.json")
+    outer = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": text}
+    folder = copy(DELTA, tmp_path / "m", config=outer)
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(DELTA / "model.safetensors").items()
+    }
+    others = {
+        name: np.zeros(2, np.float32) for name in ("model.visual.norm.weight", "mtp.norm.weight", "mtp.fc.weight")
+    }
+    save_file({**tensors, **others}, folder / "model.safetensors")
+    with load(DELTA, context=64) as wanted, load(folder, context=64) as model:
+        assert np.array_equal(model.logits(PROMPT), wanted.logits(PROMPT))
+    assert "tensors of other parts are left out: model.visual (1), mtp (2)" in caplog.text
+
+
+def test_experts_may_be_merged(tmp_path: Path) -> None:
+    """As files of Qwen3.5 have them, where transformers saves each of its own."""
+    folder = copy(GOLDEN / "qwen35-moe", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    for i in range(2):
+        begin = f"model.layers.{i}.mlp.experts."
+        gate, up, down = (
+            np.stack([tensors.pop(f"{begin}{e}.{name}_proj.weight") for e in range(7)])
+            for name in ("gate", "up", "down")
+        )
+        tensors |= {f"{begin}gate_up_proj": np.concatenate([gate, up], 1), f"{begin}down_proj": down}
+    save_file(tensors, folder / "model.safetensors")
+    with load(GOLDEN / "qwen35-moe", context=64) as wanted, load(folder, context=64) as model:
+        assert np.array_equal(model.logits(PROMPT), wanted.logits(PROMPT))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,9 @@ def test_names_ops_and_rotations() -> None:
         "nemotron": {"norm": "layer_norm", "norm_offset": 1.0, "partial_rotary": True},
         "phi": {"norm": "layer_norm", "partial_rotary": True},
         "phi3": {"rope_types": ("default", "longrope"), "partial_rotary": True},
+        "qwen3_5_moe_text": {"norm_offset": 1.0, "partial_rotary": True},
         "qwen3_5_text": {"norm_offset": 1.0, "partial_rotary": True},
+        "qwen3_next": {"norm_offset": 1.0, "partial_rotary": True},
         "stablelm": {"norm": "layer_norm", "partial_rotary": True},
     }
 
@@ -260,6 +262,8 @@ ABSENT = {
     "Olmo3": (160, 8, 1e-5, 2048, "default", 5e5, 8),
     "Phi": (160, 8, 1e-5, 2048, "default", 1e4, 4),
     "Qwen3_5": (4, 256, 1e-6, 32768, "default", 1e4, 64),
+    "Qwen3_5Moe": (2, 256, 1e-6, 32768, "default", 1e4, 64),
+    "Qwen3Next": (2, 256, 1e-6, 32768, "default", 1e4, 64),
     "SeedOss": (8, 128, 1e-6, 524288, "default", 1e4, 128),
     "SmolLM3": (4, 8, 1e-6, 32768, "default", 2e6, 8),
     "StableLm": (32, 8, 1e-5, 4096, "default", 1e4, 2),

@@ -26,10 +26,11 @@ PUBLISHED = {
     "phi-3-mini-4k": (3_821_079_552, 4096, 1e4, 2047, 1e-5),
     "qwen2.5-0.5b": (494_032_768, 32768, 1e6, 0, 1e-6),
     "qwen3.6-27b": (26_895_998_464, 262144, None, 0, 1e-6),
+    "qwen3.6-35b-a3b": (34_660_610_688, 262144, None, 0, 1e-6),
     "qwen3-8b": (8_190_735_360, 40960, 1e6, 0, 1e-6),
 }
 
-WRAPPED = ("gemma-3-4b", "gemma-4-e4b", "qwen3.6-27b")  # models of text and more
+WRAPPED = ("gemma-3-4b", "gemma-4-e4b", "qwen3.6-27b", "qwen3.6-35b-a3b")  # models of text and more
 
 
 def test_every_shape_is_checked_here() -> None:

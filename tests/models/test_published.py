@@ -69,6 +69,8 @@ PARAMETERS: dict[str, int | float] = {
     "qwen3.5-0.8b": 0.75239e9,
     "qwen3.5-9b": 8.95e9,
     "qwen3.6-27b": 26.9e9,
+    "qwen3.6-35b-a3b": 34.66e9,
+    "qwen3-next-80b-a3b": 79.67e9,
     "seed-oss-36b": 36_151_104_512,
     "smollm3-3b": 3_075_098_624,
     "smollm3-3b-base": 3_075_098_624,
@@ -216,6 +218,8 @@ REFUSED = [
     ("granite-4.0-micro", "num_local_experts", 62),
     ("gemma-3-1b", "rope_parameters", {"rope_type": "default"}),
     ("smollm3-3b", "no_rope_layers", [1, 0]),
+    ("qwen3-next-80b-a3b", "use_sliding_window", True),
+    ("qwen3-next-80b-a3b", "attention_bias", True),
     ("stablelm-2-1.6b", "use_parallel_residual", True),
     ("stablelm-2-1.6b", "qk_layernorm", True),
     ("phi-2", "qk_layernorm", True),
@@ -266,13 +270,15 @@ def test_what_a_layer_cannot_be_is_refused_by_name(name: str, field: str, value:
 
 
 def test_qwen_3_5_has_attention_in_every_fourth_layer() -> None:
-    for name in ("qwen3.5-0.8b", "qwen3.5-9b", "qwen3.6-27b"):
+    for name in ("qwen3-next-80b-a3b", "qwen3.6-35b-a3b", "qwen3.5-0.8b", "qwen3.5-9b", "qwen3.6-27b"):
         config = published(name)
         assert list(config.caches) == list(range(3, config.num_layers, 4))
         assert len(config.delta_layers) == 3 * config.num_layers // 4
         (rope,) = config.ropes.values()
         assert (rope.theta, rope.dim, rope.type) == (1e7, 64, "default")
     assert config.state_shapes == ((3, 10240), (48, 128, 128))
+    active = {name: published(name).parameters(False, active=True) for name in PARAMETERS if name.endswith("a3b")}
+    assert (active["qwen3.6-35b-a3b"], active["qwen3-next-80b-a3b"]) == (3_454_988_928, 3_874_929_408)
 
 
 def test_hunyuan_stretches_its_base() -> None:

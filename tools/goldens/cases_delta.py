@@ -20,6 +20,13 @@ DELTA: Config = {
     **rope("default", 1000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
 }
 
+EXPERTS: Config = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+}
+
 DELTA_CASES: dict[str, Case] = {
     "qwen35": Case("qwen3_5_text", {}, DELTA),
     # A state that nothing behind it reads, and attention that begins.
@@ -32,5 +39,20 @@ DELTA_CASES: dict[str, Case] = {
             "tie_word_embeddings": True,
         },
         DELTA,
+    ),
+    "qwen35-moe": Case(
+        "qwen3_5_moe_text",
+        {**EXPERTS, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+        DELTA,
+    ),
+    "qwen3-next": Case(
+        "qwen3_next",
+        {
+            **EXPERTS,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+        },
+        DELTA,
+        spelling="v4",
     ),
 }

@@ -12,7 +12,17 @@ from typing import Any
 from ..family import Kinds, Recipe, Rotations, Rows, Windows, one
 from .layout import HEAD_NORMS, KV_ROWS, LAYER, LLAMA, Q_ROWS
 
-__all__ = ["DELTA", "DELTA_FIELDS", "DELTA_KINDS", "DELTA_ROTATIONS", "DELTA_WINDOWS", "GATED", "KEYS", "VALUES"]
+__all__ = [
+    "DELTA",
+    "DELTA_FIELDS",
+    "DELTA_KINDS",
+    "DELTA_ROTATIONS",
+    "DELTA_WINDOWS",
+    "GATED",
+    "KEYS",
+    "VALUES",
+    "delta_and",
+]
 
 KEYS, VALUES = "key_heads*key_size", "value_heads*value_size"
 _LINEAR = "linear_attention"
@@ -43,6 +53,17 @@ DELTA_ROTATIONS = Rotations(
     defaults={"partial_rotary_factor": 0.25},
     harmless=("mrope_section", "mrope_interleaved"),  # a token of text has one position, a picture's has three
 )
+
+
+def delta_and(other: Kinds) -> Kinds:
+    """The flags of gated delta layers, and those of another rule."""
+
+    def rule(raw: Mapping[str, Any], windows: Sequence[int]) -> list[dict[str, Any]]:
+        both = zip(_kinds(raw, windows), other.rule(raw, windows), strict=True)
+        return [{"flags": own["flags"] | more["flags"]} for own, more in both]
+
+    return Kinds((*DELTA_KINDS.reads, *other.reads), rule)
+
 
 DELTA_FIELDS = {
     "key_heads": ("linear_num_key_heads", 16),

@@ -15,7 +15,12 @@ DELTA_INPUTS = {
     "{i}.delta_z_proj": one(f"{VALUES},d", _INPUT + "z.weight", only="delta"),
     "{i}.delta_ba_proj": Recipe(tuple(("value_heads,d", f"{_INPUT}{x}.weight") for x in "ba"), only="delta"),
 }
-QWEN3_5_NEUTRAL = {"attention_bias": OFF, "attn_output_gate": (None, True), "output_gate_type": (None, "silu", "swish")}
+QWEN3_5_NEUTRAL = {
+    "attention_bias": OFF,
+    "attn_output_gate": (None, True),
+    "output_gate_type": (None, "silu", "swish"),
+    "use_sliding_window": OFF,
+}
 # The state is float32 whatever a config says; layers that guess further tokens are left out.
 QWEN3_5_IGNORED = ("mamba_ssm_dtype", "mtp_*")
 MTP = ("mtp.",)
