@@ -49,7 +49,7 @@ DELTA_CASES: dict[str, Case] = {
         "qwen3_next",
         {
             **EXPERTS,
-            "mlp_only_layers": [1],
+            "mlp_only_layers": [0, 1, 3],
             "norm_topk_prob": False,
         },
         DELTA,
