@@ -31,7 +31,7 @@ FAMILY = Family(
             max_position_embeddings=32768,
         ),
         **DELTA_FIELDS,
-        "intermediate_size": ("moe_intermediate_size", 512),  # of layers without experts, which it does not have
+        "intermediate_size": ("moe_intermediate_size", 512),  # there are no layers without experts
         "experts": ("num_experts", 256),
         "experts_per_token": ("num_experts_per_tok", 8),
         "expert_size": ("moe_intermediate_size", 512),
@@ -43,7 +43,7 @@ FAMILY = Family(
     partial_rotary=True,
     norm_offset=1.0,
     neutral=QWEN3_5_NEUTRAL,
-    ignored=QWEN3_5_IGNORED,
+    ignored=(*QWEN3_5_IGNORED, "intermediate_size"),
     router=Router(settings={"renormalise": 1}),
     aliases={"num_local_experts": "num_experts"},
     wrappers=(
