@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..ops import OPS
 from ..ops.signature import dim_names, dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
+from .config_sizes import DELTA_SIZES, model_flags, model_sizes
 from .family import Family, Recipe, Wrapper
 from .lora import Adapter, LowRank, part_rows
 from .rope import Rope
@@ -38,12 +39,6 @@ _INSTEAD = {
     "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
 }
-_DELTA_SIZES = ("key_heads", "value_heads", "key_size", "value_size", "conv_size")
-# Sizes that may be 0, or absent.
-_OPTIONAL_SIZES = (
-    "per_layer_size", "per_layer_vocab", "experts", "experts_per_token", "expert_size", "shared_size", *_DELTA_SIZES,
-)  # fmt: skip
-_MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
 @dataclass(frozen=True)
@@ -193,7 +188,7 @@ class ModelConfig:
             "num_layers": self.num_layers,
             "per_layer_size": self.per_layer_size,
             "per_layer_vocab": self.per_layer_vocab,
-            **{name: getattr(self, name) for name in _DELTA_SIZES},
+            **{name: getattr(self, name) for name in DELTA_SIZES},
             "E": self.experts,
             "e": self.expert_size,
             "s": self.shared_size,
@@ -358,7 +353,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     reader.rename(family.aliases)
     reader.neutral(family)
     reader.quantised()
-    sizes: dict[str, Any] = dict(_sizes(reader, family))
+    sizes: dict[str, Any] = dict(model_sizes(reader, family))
     layers = _layers(reader, family, sizes)
     del sizes["num_layers"]
     activation = reader.get(*family.fields["activation"])
@@ -371,7 +366,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     for quantity, source in family.numbers.items():
         if (number := reader.number(source)) is not None:
             numbers[quantity] = number
-    router = _router(reader, family, sizes)
+    router = _router(reader, family, sizes, layers)
     if left_out := reader.left_out(family):
         _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
     return ModelConfig(
@@ -383,7 +378,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         activation=family.activations[activation],
         layers=layers,
         tied=reader.tied(name, family),
-        flags=_flags(reader, family, sizes),
+        flags=model_flags(reader, family, sizes),
         dtype=reader.dtype(),
         bos=next(iter(_ids(reader, "bos_token_id")), None),
         eos=_ids(reader, "eos_token_id"),
@@ -391,42 +386,6 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         wrapper=wrapper,
         router=router,
     )
-
-
-def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
-    """The sizes of a ModelConfig by name, and num_layers."""
-    quantities = (name for name in family.fields if name not in ("activation", "eps"))
-    values = {name: reader.get(*family.fields[name]) for name in quantities}
-    sizes = {
-        name: reader.size(family.fields[name][0], values[name])
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads")
-    }
-    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
-    if sizes["num_layers"] > _MAX_LAYERS:
-        reader.refuse(family.fields["num_layers"][0], f"at most {_MAX_LAYERS:,} layers")
-    kv_heads = reader.size("num_key_value_heads", _or(values.get("num_kv_heads"), heads))
-    intermediate = reader.size(family.fields["intermediate_size"][0], _or(values["intermediate_size"], 4 * hidden))
-    context = reader.size(family.fields["context"][0], values["context"])
-    if values.get("head_dim") is None and hidden % heads:
-        reader.refuse(family.fields["num_heads"][0], f"a divisor of hidden size {hidden} (or an explicit head_dim)")
-    head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
-    if heads % kv_heads:
-        reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
-    for name in _OPTIONAL_SIZES:
-        on = _is_on(reader, family.flags[name]) if name in family.flags else values.get(name)
-        if name in values:
-            sizes[name] = reader.size(family.fields[name][0], values[name]) if on else 0
-    if values.get("shared_experts"):  # as one of their size all together
-        count = reader.size(family.fields["shared_experts"][0], values["shared_experts"])
-        sizes["shared_size"] = count * sizes["expert_size"]
-    if sizes.get("key_heads") and sizes["value_heads"] % sizes["key_heads"]:
-        reader.refuse(family.fields["value_heads"][0], f"a multiple of {family.fields['key_heads'][0]}")
-    return sizes | {
-        "num_kv_heads": kv_heads,
-        "intermediate_size": intermediate,
-        "context": context,
-        "head_dim": head_dim,
-    }
 
 
 def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> tuple[Layer, ...]:
@@ -440,39 +399,26 @@ def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> t
     return tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True))
 
 
-def _router(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> dict[str, float]:
+def _router(
+    reader: ConfigReader, family: Family, sizes: Mapping[str, int], layers: Sequence[Layer]
+) -> dict[str, float]:
     """The attributes of the op that chooses experts, which must be such that it can; none for a model without."""
-    if not sizes.get("experts"):
+    if not sizes.get("experts") and not any("sparse" in layer.flags for layer in layers):
         return {}
+    for name in ("experts", "experts_per_token", "expert_size"):
+        reader.size(family.fields[name][0], sizes.get(name))
     op, found = OPS[family.router.op], dict[str, float]({"k": sizes["experts_per_token"]})
     for name, source in family.router.settings.items():
         value = reader.setting(source)
         if value is not None:
             found[name] = value
     env = {"E": sizes["experts"], **op.signature.defaults, **found}
-    for rule in ("1 <= k <= E", *op.rules):
+    for rule in ("k <= E", *op.rules):
         if not dim_value(rule, env):
             shown = ", ".join(f"{name} = {env[name]}" for name in dim_names(rule))
             reader.refuse(family.fields["experts_per_token"][0], f"what a router can do: {rule}, with {shown} here")
     return found
 
 
-def _flags(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> frozenset[str]:
-    """The flags of recipes that the config sets, and the sizes that may be 0 and are not."""
-    found = {flag for flag, source in family.flags.items() if _is_on(reader, source)}
-    return frozenset(found | {name for name in _OPTIONAL_SIZES if sizes.get(name)})
-
-
-def _is_on(reader: ConfigReader, source: str | bool | tuple[str, bool]) -> bool:
-    """Whether a flag is set."""
-    key, absent = source if isinstance(source, tuple) else (source, False)
-    return reader.switch(key, absent) if isinstance(key, str) else key
-
-
 def _ids(reader: ConfigReader, key: str) -> tuple[int, ...]:
     return token_ids(reader.raw.get(key), f"{reader.where}: {reader.path(key)}")
-
-
-def _or(value: Any, default: int) -> Any:
-    """A field that may be null. Zero is not null."""
-    return default if value is None else value

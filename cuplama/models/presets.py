@@ -131,6 +131,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         rope_scaling={**_LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True,
     ),
     "mistral-7b-v0.1": _shape("Mistral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e4, sliding_window=4096),
+    "mixtral-8x7b": _shape("Mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e6, num_local_experts=8),
     "phi-3-mini-4k": _shape(
         "Phi3", 3072, 8192, 32, 32, 32, 32064, 4096, 1e4, sliding_window=2047, original_max_position_embeddings=4096
     ),
@@ -160,6 +161,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512,
     },
+    "qwen3-30b-a3b": _shape(
+        "Qwen3Moe", 2048, 6144, 48, 32, 4, 151936, 40960, 1e6,
+        rms_norm_eps=1e-6, head_dim=128, num_experts=128, moe_intermediate_size=768, norm_topk_prob=True,
+    ),
     "qwen3-8b": _shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, 1e6, rms_norm_eps=1e-6, head_dim=128),
 }  # fmt: skip
 
