@@ -285,7 +285,7 @@ def _two_layers(config: ModelConfig) -> ModelConfig:
 def _engine(config: ModelConfig, capacity: int = 1 << 60, context: int = 8192) -> Engine:
     gpu = PoolGpu(capacity)
     backend = CudaBackend("bf16", gpu=gpu)
-    return Engine(backend, config, weights_on(gpu, config.weight_shapes(), backend.dtype), context, context)
+    return Engine(backend, config, weights_on(gpu, config, backend.dtype), context, context, slots=2)
 
 
 def _generate(engine: Engine, *prompts: int) -> None:
