@@ -31,6 +31,7 @@ from .quant.weight import Weight
 __all__ = [
     "ACTIVATIONS",
     "DEVICES",
+    "Room",
     "Setup",
     "check_head_dim",
     "open_backend",
@@ -69,8 +70,16 @@ class Setup:
     prefix_cache: bool = True
 
 
-def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
-    """A backend with room for one model, and the tokens of its cache.
+@dataclass(frozen=True)
+class Room:
+    """What there is room for beside a model: tokens, of its cache; slots, for states of sequences."""
+
+    tokens: int
+    slots: int
+
+
+def open_backend(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, Room]:
+    """A backend with room for one model, and for what else.
 
     Where activations "fp8" change nothing, a warning says so.
 
@@ -151,7 +160,7 @@ def stored_dtype(config: ModelConfig, weights: Mapping[str, Weight]) -> str:
     return config.stored if table.packed else dtype_name(table.dtype)
 
 
-def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
+def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, Room]:
     from .backends.cuda.backend import CudaBackend
 
     check_head_dim(config)
@@ -187,10 +196,10 @@ def _open_cuda(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight])
     except DeviceError:
         backend.close()
         raise
-    return backend, plan.tokens
+    return backend, Room(plan.tokens, plan.slots)
 
 
-def _open_numpy(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, int]:
+def _open_numpy(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]) -> tuple[Backend, Room]:
     from .backends.numpy import NumPyBackend
 
     chosen = "f32" if setup.dtype == "auto" else setup.dtype
@@ -208,13 +217,16 @@ def _open_numpy(setup: Setup, config: ModelConfig, weights: Mapping[str, Weight]
         tokens = _host_tokens(setup.context, memory.cache_bytes(config, kept, PAGE), free)
     # cos and sin, and as much again while they are made
     tables = 8 * setup.context * sum(rope.dim for rope in config.ropes.values())
-    need = memory.cache_bytes(config, kept, tokens) + tables
+    state = memory.state_bytes(config, backend.dtype)
+    need = memory.cache_bytes(config, kept, tokens) + tables + 2 * state
+    slots = memory.most_slots(setup.max_running, state, free - need) if state else 1
+    need += (slots - 1) * state
     if need > free:  # before the system runs out of memory
         raise DeviceError(
             f"a cache of {tokens} tokens takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free;"
             " ask for a shorter context"
         )
-    return backend, tokens
+    return backend, Room(tokens, slots)
 
 
 def _host_tokens(context: int, page: int, free: float) -> int:

@@ -90,8 +90,8 @@ def load(
     adapter: a folder or hub id of a LoRA adapter as PEFT saves it, which is applied beside the model's weights.
     deterministic: a text's logits are the same bit for bit whatever is computed beside it, however its prompt is cut,
     and whether its tokens are read or were generated. On CUDA alone, and slower.
-    max_running, max_waiting: sequences that run at a time, 256 by default, and that may wait beside them, any number by
-    default; more are refused with BusyError.
+    max_running, max_waiting: sequences that run at a time, 256 by default, or as many as have room for their states;
+    and that may wait beside them, any number by default; more are refused with BusyError.
     prefix_cache: what a prompt has in common with earlier ones, in whole pages of 64 tokens, is not computed again.
     offline: never ask the hub; use what was downloaded before (as HF_HUB_OFFLINE=1).
     progress: called with (bytes loaded, bytes in all).
@@ -164,7 +164,7 @@ def start_engine(
 
     Raises ParameterError, DeviceError, CheckpointError; nothing stays on the device then.
     """
-    backend, tokens = open_backend(setup, config, weights)
+    backend, room = open_backend(setup, config, weights)
     try:
         loaded = _upload(backend, weights, progress)
         return Engine(
@@ -172,11 +172,12 @@ def start_engine(
             config,
             loaded,
             setup.context,
-            tokens,
+            room.tokens,
             setup.kv_cache_dtype,
             setup.max_running,
             setup.max_waiting,
             setup.prefix_cache,
+            room.slots,
         )
     except BaseException:
         backend.close()

@@ -17,6 +17,7 @@ import numpy as np
 from cuplama.backends.cuda.gpu import Gpu
 from cuplama.backends.numpy import NumPyBackend
 from cuplama.dtypes import DTYPES
+from cuplama.models.config import ModelConfig
 from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.launch import Device
 from cuplama.ops.prototypes import prototypes
@@ -270,6 +271,9 @@ class FakeGpu(Gpu):
     def write(self, array: Any, host: np.ndarray[Any, Any]) -> None:
         content = host.copy()
         self.do(lambda: np.copyto(array, content))
+
+    def copy(self, array: Any, source: Any) -> None:
+        self.do(lambda: np.copyto(array, source))
 
     def read(self, array: Any) -> np.ndarray[Any, Any]:
         self._wait()
@@ -525,6 +529,7 @@ def _nothing(*_: int, **__: int) -> None:
 _nothing.text = "a product"  # type: ignore[attr-defined]
 
 
-def weights_on(gpu: PoolGpu, shapes: dict[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, Any]:
+def weights_on(gpu: PoolGpu, config: ModelConfig, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Weights of zeros."""
-    return {name: gpu.empty(shape, dtype) for name, shape in shapes.items()}
+    wide, shapes = config.wide_weights(), config.weight_shapes()
+    return {name: gpu.empty(shape, DTYPES["f32"] if name in wide else dtype) for name, shape in shapes.items()}

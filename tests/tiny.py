@@ -1,4 +1,4 @@
-"""Two tiny models of the golden cases that many tests run on NumPy, and how they are loaded, copied and checked."""
+"""Three tiny models of the golden cases that many tests run on NumPy, and how they are loaded, copied and checked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.paths import GOLDEN
 
 CHARS = GOLDEN / "gpt2-char"  # a tokenizer of 65 characters; no BOS, no stop token; context 80
 LLAMA = GOLDEN / "llama3-gqa"  # no tokenizer
+DELTA = GOLDEN / "qwen35"  # no tokenizer; layers with states
 
 
 def load(folder: Path, **options: Any) -> Model:
@@ -51,9 +52,13 @@ def in_threads(*calls: Callable[[], Any], seconds: float = 60.0) -> list[Any]:
 
 
 def assert_all_pages_free(*models: Model) -> None:
-    """After a test no sequence holds a page of the cache."""
+    """After a test no sequence holds a page of the cache, or a slot."""
     for model in models:
         cache = model.engine.cache
         assert cache.free == cache.pages
         assert sorted([*cache._empty, *cache._left]) == list(range(cache.pages))
         assert not any(cache._owners)
+        if cache.states.arrays:
+            assert sorted([*cache.states._empty, *cache.states._kept.values()]) == list(
+                range(1, cache.states.slots + 1)
+            )

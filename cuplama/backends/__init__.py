@@ -103,6 +103,9 @@ class Backend(Protocol):
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         """Overwrite a device array, in order with what is queued."""
 
+    def copy(self, array: Array, source: Array) -> None:
+        """Overwrite a contiguous device array with another of its shape and dtype, in order with what is queued."""
+
     def when_short_of_memory(self, give_back: Callable[[], None]) -> None:
         """Call ``give_back``, which drops what is kept only for speed, before an allocation fails."""
 

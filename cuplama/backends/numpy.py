@@ -146,6 +146,9 @@ class NumPyBackend:
     def write(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         array[...] = host
 
+    def copy(self, array: Array, source: Array) -> None:
+        array[...] = source
+
     def when_short_of_memory(self, give_back: Callable[[], None]) -> None:
         pass
 

@@ -27,6 +27,7 @@ def graph(model: str | None, offline: bool, fused: bool, training: bool) -> None
     r  rows whose logits are asked for
     M  pages that a sequence may have
     P  pages of the cache
+    Z  slots for states of sequences
     """
     from ..engine.decode import decode_nodes
     from ..lab.shapes import shapes, training_shapes

@@ -16,7 +16,7 @@ import numpy as np
 from ..backends.cuda.unpacking import largest_slice
 from ..device import stored_dtype
 from ..dtypes import DTYPES
-from ..engine.memory import cache_bytes, plan
+from ..engine.memory import cache_bytes, plan, state_bytes
 from ..errors import ParameterError
 from ..loading import DEFAULT_CONTEXT
 from ..models.checkpoint import has_weights, load_weights
@@ -37,6 +37,13 @@ from .text_info import text_facts, text_view
 __all__ = ["facts", "find_config", "view"]
 
 _PARTS = {**dict.fromkeys(TABLES, "embedding"), "lm_head": "head"}
+# A part of a weight's name -> the part of the model; the first that is there counts.
+_WORDS = {
+    ".delta_": "gated_delta",
+    **dict.fromkeys((".qkv_proj", ".attn_gate_proj", ".o_proj"), "attention"),
+    "norm": "norms",
+    ".experts.": "experts",
+}
 
 
 def find_config(model: str | None, offline: bool) -> tuple[Path | None, ModelConfig]:
@@ -96,6 +103,7 @@ def facts(
         "cache_bytes_per_token": per_token,
         "cache_bytes": per_token * context,
         "eight_bit_cache_bytes": per_token * context // T.itemsize,
+        "state_bytes": state_bytes(config, T),
         "gpu_bytes": _gpu_bytes(config, sum(device[name] for name in sizes), T, context, packed),
         "numpy_bytes": 4 * sum(sizes.values()) + cache_bytes(config, DTYPES["f32"], context),
         **text_facts(folder, config),
@@ -118,7 +126,7 @@ def _is_adapter(name: str) -> bool:
 
 def _layers_by_heads(config: ModelConfig) -> list[dict[str, int]]:
     """How many layers have so many key/value heads of that size."""
-    every = (config.dims(f"{i}.") for i in range(config.num_layers))
+    every = (config.dims(f"{i}.") for i in range(config.num_layers) if i not in config.delta_layers)
     found = Counter((dims["num_kv_heads"], dims["D"]) for dims in every)
     return [{"kv_heads": heads, "head_size": size, "layers": count} for (heads, size), count in found.items()]
 
@@ -151,7 +159,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "kv_heads": config.num_kv_heads,
         "head_size": config.head_dim,
         "layers_by_heads": _layers_by_heads(config),
-        "layers_without_keys": config.num_layers - len(config.caches),
+        "layers_without_keys": config.num_layers - len(config.caches) - len(config.delta_layers),
+        "delta_layers": len(config.delta_layers),
         "learned_positions": not config.family.rotary,
         "rotations": [
             {"type": rope.type, "theta": rope.theta, "size": rope.dim, "layers": used.count(name)}
@@ -200,6 +209,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "memory by part": [f"{part.replace('_', '-')} {size_text(n)}" for part, n in facts["bytes_by_part"].items()],
         "KV cache": f"{per_token} per token, {size_text(facts['cache_bytes'])} for {context} tokens;"
         f" {size_text(facts['eight_bit_cache_bytes'])} with --kv-cache-dtype fp8",
+        **({"state": _state(facts)} if facts["delta_layers"] else {}),
         "memory needed": f"{gpu}, {size_text(facts['numpy_bytes'])} on NumPy, with that cache",
         **text_view(facts),
     }
@@ -213,6 +223,10 @@ def _attention(facts: Mapping[str, Any]) -> str:
     ]
     more = f", those of other layers{_share(facts, shared)}" if shared else ""
     return f"{facts['heads']} heads, {', '.join(each)}{more}"
+
+
+def _state(facts: Mapping[str, Any]) -> str:
+    return f"{size_text(facts['state_bytes'])} per sequence{_share(facts, facts['delta_layers'])}: gated delta rule"
 
 
 def _feed_forward(facts: Mapping[str, Any]) -> str:
@@ -234,14 +248,9 @@ def _by_part(memory: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, size in memory.items():
         kind = "adapter" if _is_adapter(name) else _PARTS.get(name, "")
-        part = kind or ("attention" if _is_attention(name) else _layer_part(name))
+        part = kind or next((part for word, part in _WORDS.items() if word in name), "feed_forward")
         found[part] = found.get(part, 0) + size
     return found
-
-
-def _layer_part(name: str) -> str:
-    """The part that a weight of a layer belongs to, beside attention."""
-    return "norms" if "norm" in name else "experts" if ".experts." in name else "feed_forward"
 
 
 def _bits(
@@ -269,10 +278,6 @@ def _gpu_bytes(
         return None
     chunk, unpacked = CudaBackend.prefill_chunks[-1], largest_slice(packed, T.itemsize)
     return plan(config, weights, T, context, context, chunk, Device(), unpacked).total
-
-
-def _is_attention(name: str) -> bool:
-    return name.split(".")[1:2] in (["qkv_proj"], ["o_proj"])
 
 
 def _positions(facts: Mapping[str, Any]) -> str:

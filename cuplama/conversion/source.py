@@ -67,10 +67,16 @@ class Source:
     @classmethod
     def open(cls, folder: Path, verb: str = "quantise") -> Source:
         """Raises ConfigError and CheckpointError as a model is loaded, and ConfigError for one that is quantised
-        already. verb: what is to be done with it, in words."""
+        already, or whose tensors are taken apart. verb: what is to be done with it, in words."""
         if folder.is_file():
             raise ConfigError(f"{folder} is a file; only folders in Hugging Face layout are taken here")
         config = load_config(folder)
+        recipes = config.recipes()
+        if any(recipe.rows for recipe in recipes.values()):
+            raise ConfigError(
+                f"{folder}: {config.architecture} takes tensors apart, and nothing can {verb} such a model yet;"
+                " load it with --quantize or --adapter instead"
+            )
         weights, linear = load_weights(folder, config), linear_weights(config)
         if any(w.packed for w in weights.values()):
             raise ConfigError(f"{folder} is quantised already; {verb} the model that it was made of")

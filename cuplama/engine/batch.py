@@ -18,6 +18,7 @@ from ..models.rope import RotationTables, Span, table_rows
 from ..ops.abstract import AbstractArray, abstract
 from .kv_cache import PAGE, page_table
 from .sequence import SequenceState
+from .state_cache import PADDING_SLOT
 
 __all__ = ["ASKED", "INPUTS", "Batch", "Input", "abstract_tables", "abstract_values", "input_shapes"]
 
@@ -42,6 +43,7 @@ INPUTS: tuple[Input, ...] = (
     Input("cu_seqlens", ("b+1",), "first row of each sequence; the last entry is n", lambda b: b.rows),
     Input("seq_lens", ("b",), "tokens of each sequence, new ones included"),
     Input("page_table", ("b", "M"), "pages of each sequence, in order", lambda b: b.padding_page),
+    Input("state_slots", ("b",), "slot of each sequence's state", lambda b: PADDING_SLOT),
     Input("logit_rows", ("r",), "rows whose logits are asked for"),
     Input(LAST["input_ids"], ("e",), "token ids of the last tokens of sequences that end here"),
     Input(LAST["rope.rows"], ("e",), "row of each of them in the tables of rotations"),
@@ -107,6 +109,7 @@ class Batch:
             "cu_seqlens": cu_seqlens,
             "seq_lens": seq_lens,
             "page_table": table,
+            "state_slots": np.array([s.slot for s, _ in parts]),
             "logit_rows": np.arange(len(positions)) if all_logits else cu_seqlens[1:][complete] - 1,
             LAST["input_ids"]: np.array([parts[int(i)][0].tokens[-1] for i in complete]),
             LAST["rope.rows"]: rows[cu_seqlens[1:][complete] - 1],
@@ -142,16 +145,21 @@ def abstract_values(
     pages: int,
     positions: int,
     cache: np.dtype[Any] | None = None,
+    slots: int = 2,
 ) -> dict[str, AbstractArray]:
     """Descriptions of everything that a model's graph reads, by name: weights, cache, rotation tables and inputs.
 
     shapes: of the inputs, by ``input_shapes``; pages: of the cache, the padding page included; positions: that the
-    rotation tables cover; cache: what keys and values are stored in, ``T`` by default.
+    rotation tables cover; cache: what keys and values are stored in, ``T`` by default; slots: of states, that of
+    padding included.
     """
     found = {name: abstract(shape, T) for name, shape in config.weight_shapes().items()}
     found |= {name: abstract(found[name].shape, DTYPES["f32"]) for name in config.wide_weights()}
     for i, (heads, size) in config.caches.items():
         found |= {f"{i}.cache.{part}": abstract((pages, heads, PAGE, size), cache or T) for part in "kv"}
+    for i in config.delta_layers:
+        for part, shape, dtype in zip(("conv", "state"), config.state_shapes, (T, DTYPES["f32"]), strict=True):
+            found[f"{i}.cache.{part}"] = abstract((slots, *shape), dtype)
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}
     found |= abstract_tables(config, positions)
     return found | {name: abstract(shape, DTYPES["i32"]) for name, shape in shapes.items()}

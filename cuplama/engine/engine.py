@@ -28,6 +28,7 @@ from .pipeline import News, Pipeline
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import SequenceState
+from .state_cache import SPARE_SLOTS
 from .stats import EngineStats
 
 __all__ = ["MAX_RUNNING", "Engine"]
@@ -52,7 +53,8 @@ class Engine:
     weights: canonical name -> device array; context: tokens a sequence may have; cache_tokens: tokens that all
     sequences together may have in the cache; kv_cache_dtype: what that holds, one of ``KV_CACHE_DTYPES``; max_running:
     sequences that run at a time; max_waiting: that may wait beside them, None for any number; prefix_cache: whether
-    sequences that begin alike share the pages of their beginnings.
+    sequences that begin alike share the pages of their beginnings; slots: for states of sequences, by default for all
+    that run and ``SPARE_SLOTS`` more. Where there are fewer, fewer run at a time.
 
     failure: what the last step failed with; None after one that did not.
     """
@@ -68,10 +70,14 @@ class Engine:
         max_running: int = MAX_RUNNING,
         max_waiting: int | None = None,
         prefix_cache: bool = True,
+        slots: int | None = None,
     ) -> None:
         self.backend, self.config, self.context = backend, config, context
+        slots = max_running + SPARE_SLOTS if slots is None else slots
+        if config.delta_layers:
+            max_running = min(max_running, slots - min(SPARE_SLOTS, slots // 4))
         self.max_running, self.max_waiting = max_running, max_waiting
-        self.cache = PagedCache(backend, config, pages_for(max(cache_tokens, context)), kv_cache_dtype)
+        self.cache = PagedCache(backend, config, pages_for(max(cache_tokens, context)), kv_cache_dtype, slots)
         self.runner = Runner(backend, config, weights, self.cache, context)
         self.scheduler = Scheduler(self.cache, context, max_running, config.ropes.values(), prefix_cache)
         self.pipeline = Pipeline(self.runner, self.scheduler)

@@ -14,6 +14,7 @@ import numpy as np
 from ..backends import Backend
 from ..dtypes import DTYPES, Array
 from ..models.config import ModelConfig
+from .state_cache import StateCache
 
 __all__ = ["KV_CACHE_DTYPES", "MAX_TOKENS", "PAGE", "PagedCache", "cache_dtype", "page_table", "pages_for"]
 
@@ -40,10 +41,13 @@ class PagedCache:
     A page belongs to nobody, to one sequence, or to several. One that has a key, by which its content can be found
     again, keeps it when the last of them has left, until the page is needed: those that were left first go first.
 
-    kv_cache_dtype: one of ``KV_CACHE_DTYPES``.
+    kv_cache_dtype: one of ``KV_CACHE_DTYPES``; slots: of ``states``, for the layers that have a state of each sequence
+    in place of keys and values. Their arrays are among ``arrays``.
     """
 
-    def __init__(self, backend: Backend, config: ModelConfig, pages: int, kv_cache_dtype: str = "auto") -> None:
+    def __init__(
+        self, backend: Backend, config: ModelConfig, pages: int, kv_cache_dtype: str = "auto", slots: int = 1
+    ) -> None:
         self.dtype = cache_dtype(kv_cache_dtype, backend.dtype)
         self.pages = pages
         self.padding_page = pages  # belongs to no sequence: the rows that pad a batch write there
@@ -52,6 +56,8 @@ class PagedCache:
             for i, (heads, size) in config.caches.items()
             for part in "kv"
         }
+        self.states = StateCache(backend, config, slots)
+        self.arrays |= self.states.arrays
         self.clear()
 
     @property
@@ -60,7 +66,9 @@ class PagedCache:
         return len(self._empty) + len(self._left)
 
     def clear(self) -> None:
-        """All pages are free, and none has a key. Low ones go first: memory that is never used is never touched."""
+        """All pages are free, and none has a key. Low ones go first: memory that is never used is never touched. So
+        are all slots of states."""
+        self.states.clear()
         self._empty = list(range(self.pages - 1, -1, -1))
         self._left: dict[int, None] = {}  # pages with a key that nobody owns, those that were left first in front
         self._owners = [0] * self.pages

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from .graphs import LONG_PASS, max_logits, padded_rows, padded_sequences
 from .kv_cache import MAX_TOKENS, PAGE, pages_for
 from .sampler import Sampler
 from .sequence import SequenceState
+from .state_cache import SPARE_SLOTS
 
 __all__ = [
     "FIXED",
@@ -40,9 +40,11 @@ __all__ = [
     "cache_bytes",
     "check",
     "fit",
+    "most_slots",
     "peak_bytes",
     "plan",
     "shared_bytes",
+    "state_bytes",
     "step_bytes",
     "workspace_bytes",
 ]
@@ -64,7 +66,8 @@ _LONG_PASS_SHARE = 1 / 16
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes a model takes on the GPU. tokens: that the cache holds; dtype: of weights and activations; cache_dtype: of
-    the cache, if that is another."""
+    the cache, if that is another; states, slots: of layers that have a state of each sequence, and how many of those
+    there are room for."""
 
     weights: int
     cache: int
@@ -72,18 +75,22 @@ class MemoryPlan:
     tokens: int
     dtype: str
     cache_dtype: str = ""
+    states: int = 0
+    slots: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all of it."""
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.states + self.workspace
 
     def parts(self) -> tuple[tuple[str, int], ...]:
         """What and how much, in the order of allocation."""
         kind = self.cache_dtype and f" in {self.cache_dtype}"
+        states = ((f"states ({self.slots} slots)", self.states),) if self.states else ()
         return (
             (f"weights ({self.dtype})", self.weights),
             (f"cache ({self.tokens} tokens{kind})", self.cache),
+            *states,
             ("workspace", self.workspace),
         )
 
@@ -95,6 +102,12 @@ class MemoryPlan:
 def cache_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int) -> int:
     """Keys and values of all layers for that many tokens, in whole pages. dtype: of the cache."""
     return config.kv_size * pages_for(tokens) * PAGE * dtype.itemsize
+
+
+def state_bytes(config: ModelConfig, dtype: np.dtype[Any]) -> int:
+    """The state of one sequence in all layers that have one. dtype: of activations."""
+    conv, state = (math.prod(shape) for shape in config.state_shapes)
+    return len(config.delta_layers) * (conv * dtype.itemsize + state * DTYPES["f32"].itemsize)
 
 
 def workspace_bytes(config: ModelConfig, dtype: np.dtype[Any], tokens: int, device: Device, logit_rows: int = 1) -> int:
@@ -167,12 +180,13 @@ def plan(
     unpacked: int = 0,
     cache: np.dtype[Any] | None = None,
     running: int = 1,
+    slots: int = 1,
 ) -> MemoryPlan:
     """What a model takes whose weights have that many bytes, and whose activations have that dtype.
 
     context: tokens of a sequence; tokens: of the whole cache; chunk: the most tokens of one prefill pass; unpacked:
     bytes of scratch for the numbers of quantised weights, which all passes share; cache: the dtype of keys and values,
-    that of the activations by default; running: the most sequences of one decode step.
+    that of the activations by default; running: the most sequences of one decode step; slots: for states of sequences.
     """
     cache = cache or dtype
     tables = sum(4 * rope.dim * table_rows(rope, context) for rope in config.ropes.values())
@@ -190,6 +204,8 @@ def plan(
         tokens=tokens,
         dtype=dtype_name(dtype),
         cache_dtype="" if cache == dtype else dtype_name(cache),
+        states=state_bytes(config, dtype) * (slots + 1),  # and that of padding
+        slots=slots,
     )
 
 
@@ -212,21 +228,36 @@ def fit(
     tokens: as of ``plan``, with decode steps of as many sequences as it has room for at their full length. None: a
     cache of as many whole pages as ``SHARE`` of what is free beside the rest has room for, with decode steps of
     ``running`` sequences; and one of ``context`` tokens, as if they were asked for, where it would be smaller.
+
+    Where layers have states there are slots for ``running`` sequences and ``SPARE_SLOTS`` more, or for as many as a
+    page each is there for; but no more than half of what the cache may take has room for, and one at least.
     """
 
-    def of(chunk: int, sequences: int, tokens: int) -> MemoryPlan:
-        return plan(config, weights, dtype, context, tokens, chunk, device, unpacked, cache, sequences)
+    def of(chunk: int, sequences: int, tokens: int, slots: int = 1) -> MemoryPlan:
+        sequences = min(sequences, slots) if config.delta_layers else sequences
+        return plan(config, weights, dtype, context, tokens, chunk, device, unpacked, cache, sequences, slots)
 
     least = tokens or context
     for chunk in chunks:
         found = of(chunk, min(running, max(1, least // context)), least)
         if found.total <= free and (chunk <= LONG_PASS or found.workspace <= free * _LONG_PASS_SHARE):
             break
+    slots = 1
+    if config.delta_layers:
+        owners = running if tokens is None else min(running, pages_for(tokens))
+        slots = most_slots(owners, state_bytes(config, dtype), free - found.total)
+        found = of(chunk, min(running, max(1, least // context)), least, slots)
     if tokens is None:
-        most = _most_tokens(partial(of, chunk, running), max(context, chunk), free)
+        most = _most_tokens(lambda tokens: of(chunk, running, tokens, slots), max(context, chunk), free)
         if most > context:
-            found = of(chunk, running, most)
+            found = of(chunk, running, most, slots)
     return chunk, found
+
+
+def most_slots(owners: int, size: int, free: float) -> int:
+    """Slots for states of ``owners`` sequences, if half of ``SHARE`` of what is free has room for so many; one at
+    least. size: bytes of one; free: bytes beside a plan with one."""
+    return min(owners + SPARE_SLOTS, 1 + max(0, int(SHARE / 2 * min(free, 2.0**62)) // size))
 
 
 def _most_tokens(of: Callable[[int], MemoryPlan], start: int, free: int) -> int:

@@ -4,6 +4,10 @@ A full page is found by a hash of its tokens and of the key of the page before i
 up to there (Kwon et al., "PagedAttention", arXiv:2309.06180, section 4.4; the chain of hashes is vLLM's). The first
 page of a chain hashes what else its content depends on: the frequencies of the rotation. Weights, adapter and dtypes
 are the same for all sequences of an engine.
+
+Of a model whose layers have states a beginning is found only as far as the state behind it was kept, too. States are
+large, so a sequence leaves few: behind the last full page of its prompt, from where a prompt that goes on can go on,
+and where the pages that it shares with others end (Pan et al., "Marconi", arXiv:2411.19379). Its passes end there.
 """
 
 from __future__ import annotations
@@ -46,20 +50,27 @@ class PrefixCache:
         self._ropes = list(ropes)
         self.queries = self.hits = 0
 
-    def find(self, s: SequenceState) -> tuple[list[int], bytes | None]:
+    def find(self, s: SequenceState) -> tuple[list[int], list[bytes]]:
         """The pages that hold the first tokens of a sequence, at least one token left out, for that has to be fed; and
-        the key of its next full page, which was not found."""
+        the keys of full pages that would have been the next ones, any of which it could go on from."""
+        s.borders = ()
+        if not self.enabled or s.asks_for_prompt:  # the logits of its first tokens would be missing
+            return [], []
+        keys = self._keys(s, (len(s.tokens) - 1) // PAGE)
         pages = list[int]()
-        if self.enabled and not s.asks_for_prompt:  # the logits of its first tokens would be missing
-            for key in self._keys(s, (len(s.tokens) - 1) // PAGE):
-                page = self.cache.find(key)
-                if page is None:
-                    return pages, key
-                pages.append(page)
-        return pages, None
+        for page in map(self.cache.find, keys):
+            if page is None:
+                break
+            pages.append(page)
+        if not self.cache.states.arrays:
+            return pages, keys[len(pages) :][:1]
+        count = self.cache.states.kept(keys[: len(pages)])
+        s.borders = tuple(PAGE * n for n in sorted({len(pages), len(keys)}) if n > count)
+        return pages[:count], keys[count:]
 
     def take(self, s: SequenceState, pages: Sequence[int]) -> None:
-        """Begin a sequence with pages that were found."""
+        """Begin a sequence with pages that were found, and the state behind them."""
+        s.slot = self.cache.states.begin(self._keys(s, len(pages))[-1] if pages else None)
         s.pages = self.cache.share(pages)
         s.cached, s.regime = len(pages) * PAGE, self.regime(s)
         if not s.life:  # what it computes again, because it lost its pages, is no new question
@@ -75,6 +86,17 @@ class PrefixCache:
         if self.enabled and s.regime == self.regime(s):
             for page, key in zip(s.pages, self._keys(s, s.cached // PAGE), strict=False):
                 self.cache.name(page, key)
+
+    def keep_state(self, s: SequenceState) -> None:
+        """Keep the state of a sequence if it has come to one of its borders; all before is queued, and nothing else."""
+        if s.cached in s.borders and s.regime == self.regime(s):
+            self.cache.states.keep(self._keys(s, s.cached // PAGE)[-1], s.slot)
+
+    def coming(self, s: SequenceState) -> list[bytes]:
+        """The keys that others will find when a running sequence has been read."""
+        if not self.cache.states.arrays:
+            return s.keys[s.cached // PAGE :]
+        return [s.keys[at // PAGE - 1] for at in s.borders if s.cached < at <= len(s.keys) * PAGE]
 
     def _keys(self, s: SequenceState, count: int) -> list[bytes]:
         """The keys of the first full pages of a sequence."""

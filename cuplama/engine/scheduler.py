@@ -15,9 +15,10 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 
 from ..models.rope import Rope
-from .kv_cache import PAGE, PagedCache, pages_for
+from .kv_cache import PagedCache, pages_for
 from .prefix_cache import PrefixCache
 from .sequence import SequenceState
+from .state_cache import PADDING_SLOT
 
 __all__ = ["Scheduler"]
 
@@ -29,7 +30,7 @@ def _order(s: SequenceState) -> tuple[int, int]:
 
 
 class Scheduler:
-    """waiting, running: the sequences without and with pages, in their order.
+    """waiting, running: the sequences without and with pages, and a slot for their state, in their order.
 
     context: tokens a sequence may have; max_running: sequences that may have pages at a time; ropes: of the model's
     layers; prefix_cache: whether beginnings are shared. preemptions: how often a sequence has lost its pages.
@@ -68,8 +69,8 @@ class Scheduler:
         for s in self.waiting[:]:
             if len(self.running) >= self.max_running:
                 break
-            found, following = self.prefixes.find(s)
-            if following in coming:
+            found, missing = self.prefixes.find(s)
+            if not coming.isdisjoint(missing):
                 continue
             taken = pages_for(len(s.tokens)) - len(found)
             needed = promised + taken + self.cache.needs(found) + self.cache.pages // _SPARE
@@ -80,12 +81,12 @@ class Scheduler:
             insort(self.running, s, key=_order)
             self.prefixes.take(s, found)
             s.admitted = s.admitted or time.perf_counter()
-            coming.update(s.keys[len(found) :])
+            coming.update(self.prefixes.coming(s))
         return len(self.running) > before
 
     def _coming(self) -> set[bytes]:
-        """The keys of pages that running sequences have not been queued to write yet."""
-        return {key for s in self.running for key in s.keys[s.cached // PAGE :]}
+        """The keys of what running sequences have not been queued to write yet."""
+        return {key for s in self.running for key in self.prefixes.coming(s)}
 
     def _promised(self) -> int:
         """Free pages that running sequences were admitted for, and have not got yet."""
@@ -122,6 +123,7 @@ class Scheduler:
         if s.error is None:
             self.prefixes.keep(s)
         self.cache.release(s.pages)
+        s.slot = self.cache.states.release(s.slot)
 
     def start_again(self, dropped: Iterable[SequenceState] = ()) -> None:
         """Nothing that was queued counts any more, and no page holds anything: all that run wait again, but those that
@@ -132,7 +134,7 @@ class Scheduler:
         for s in everyone:
             if s.pages:
                 s.life += 1
-            s.pages, s.cached, s.ahead, s.row = [], 0, 0, None
+            s.pages, s.cached, s.ahead, s.row, s.slot = [], 0, 0, None, PADDING_SLOT
 
     # -- what goes into a pass
 
@@ -148,7 +150,8 @@ class Scheduler:
             if s.life != life:
                 continue  # it has just lost its pages
             room = max(left, int(s.cached == len(s.tokens) - 1))
-            count = min(room, len(s.tokens) - s.cached, logits if s.asks_for_prompt else room)
+            border = next((at for at in s.borders if at > s.cached), len(s.tokens))
+            count = min(room, border - s.cached, logits if s.asks_for_prompt else room)
             if not count or (parts and s.asks_for_prompt) or not self.make_room(s, s.cached + count):
                 continue
             parts.append((s, count))
@@ -177,6 +180,7 @@ class Scheduler:
             if s.cached == len(s.tokens):
                 yield s
             self.prefixes.keep(s)
+            self.prefixes.keep_state(s)
 
     def may_decode(self, s: SequenceState) -> bool:
         """Whether a captured step can draw the next token: the last one was drawn and not fed, and all before it are

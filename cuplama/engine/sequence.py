@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ..errors import CuplamaError
 from ..sampling_params import SamplingParams
 from .constraint import Constraint
+from .state_cache import PADDING_SLOT
 
 __all__ = ["SequenceState", "Token"]
 
@@ -30,7 +31,8 @@ class SequenceState:
     draw; every_logit: the logits of the prompt are asked for, and nothing is drawn.
 
     What the engine keeps: tokens: of prompt and text; cached: of them, those whose keys and values are in the cache or
-    will be when what is queued has run; pages: of the cache, in order; error: why it failed.
+    will be when what is queued has run; pages: of the cache, in order; slot: of its state, PADDING_SLOT for none;
+    error: why it failed.
     """
 
     prompt: Sequence[int]
@@ -43,6 +45,8 @@ class SequenceState:
     cached: int = 0
     regime: tuple[int, ...] = ()  # of the rotation of those
     pages: list[int] = field(default_factory=list)
+    slot: int = PADDING_SLOT
+    borders: tuple[int, ...] = ()  # numbers of tokens behind which its state is to be kept, each the end of a page
     finish_reason: str | None = None
     error: CuplamaError | None = None
     prompt_scores: list[Token] = field(default_factory=list)  # of every token of the prompt but the first

@@ -206,7 +206,7 @@ def _passes(
 
     def values(rows: int, sequences: int, stored: np.dtype[Any]) -> dict[str, Array | None]:
         shapes = input_shapes(rows, sequences, pages, logit_rows=sequences)
-        standing = abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT, stored)
+        standing = abstract_values(config, T, shapes, sequences * pages + 1, _CONTEXT, stored, sequences + 1)
         return {**standing, **described_weights(config, weight_format)}
 
     # A prompt whose last logits are asked for, and what one does beside where all are.

@@ -19,7 +19,14 @@ __all__ = ["LETTERS", "shapes", "training_shapes"]
 
 # Sizes that a pass decides, by ARCHITECTURE.md's letters, and the number that stands for each while shapes are found:
 # primes beyond any size of a model, so that no other size is taken for one of them.
-LETTERS: Mapping[str, int] = {"n": 1_000_003, "b": 1_000_033, "r": 1_000_037, "M": 1_000_039, "P": 1_000_081}
+LETTERS: Mapping[str, int] = {
+    "n": 1_000_003,
+    "b": 1_000_033,
+    "r": 1_000_037,
+    "M": 1_000_039,
+    "P": 1_000_081,
+    "Z": 1_000_099,
+}
 _TOKENS = 1_009  # stands for the tokens of a batch in a training step: also a prime, and one chunk of the head
 
 
@@ -30,7 +37,9 @@ def shapes(config: ModelConfig, every_row: bool = False) -> dict[str, str]:
     dtype, as on a GPU.
     """
     T, inputs = DTYPES[config.stored], input_shapes(*(LETTERS[letter] for letter in "nbMr"))
-    found: dict[str, Array | None] = {**abstract_values(config, T, inputs, LETTERS["P"], config.context)}
+    found: dict[str, Array | None] = {
+        **abstract_values(config, T, inputs, LETTERS["P"], config.context, None, LETTERS["Z"])
+    }
     graph = decoder(config)
     for _ in infer([*graph.body, *(graph.every_row() if every_row else graph.selected_rows())], found, T):
         pass  # infer adds what each node makes

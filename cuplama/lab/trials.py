@@ -5,6 +5,7 @@ A trial reads a prompt and draws one token, or generates tokens after a prompt, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..completion import Timings
 from ..engine.kv_cache import PAGE, pages_for
+from ..engine.memory import state_bytes
 from ..errors import ParameterError
 from ..model import Model
 from ..models.config import ModelConfig
@@ -74,7 +76,8 @@ def cache_tokens(batch: int, tokens: int) -> int:
 
 
 def step_bytes(model: Model, length: float, batch: int) -> float:
-    """Bytes that a decode step must read: every weight once, and the keys and values of ``length`` tokens a sequence.
+    """Bytes that a decode step must read: every weight once, and the keys and values of ``length`` tokens a sequence;
+    and those of the states of sequences, which it reads and writes.
 
     Of experts as many count as an even choice takes. A table from which only rows are taken (embedding, learned
     positions) counts only if it is the head as well.
@@ -86,17 +89,19 @@ def step_bytes(model: Model, length: float, batch: int) -> float:
     weights = sum(stored_bytes(array) * (read if experts else 1) for array, experts in used.values())
     seen = 0.0  # numbers of the cache, of one sequence
     for i, layer in enumerate(config.layers):
-        heads, size = config.caches[i if layer.kv_layer is None else layer.kv_layer]
+        heads, size = config.caches.get(i if layer.kv_layer is None else layer.kv_layer, (0, 0))
         seen += 2 * heads * size * (min(length, layer.window) if layer.window else length)
-    return weights + batch * seen * model.engine.cache.dtype.itemsize
+    states = 2 * state_bytes(config, model.backend.dtype)
+    return weights + batch * (seen * model.engine.cache.dtype.itemsize + states)
 
 
 def prompt_operations(config: ModelConfig, trial: Trial) -> float:
-    """Floating-point operations of reading a prompt: two per multiply-add, causal attention by the pairs it sees.
+    """Floating-point operations of reading a prompt: two per multiply-add, causal attention by the pairs it sees; a
+    gated delta rule reads and writes each number of its state for each token, and multiplies it by the query.
 
-    Layers behind the last keys and values that are cached read the last token alone, and so does the head.
+    Layers behind the last that writes to the cache read the last token alone, and so does the head.
     """
-    last = max(config.caches)
+    last = max((*config.caches, *config.delta_layers))
     matrices = {True: 0, False: 0}  # whether they read every token -> numbers that they have
     for name, shape in config.weight_shapes().items():
         if len(shape) >= 2 and name not in TABLES:
@@ -106,10 +111,12 @@ def prompt_operations(config: ModelConfig, trial: Trial) -> float:
     at = np.arange(trial.depth, trial.depth + trial.prompt, dtype=np.float64) + 1
     pairs = sum(
         float((np.minimum(at, layer.window) if layer.window else at).sum()) * (layer.head_dim or config.head_dim)
-        for layer in config.layers[: last + 1]
+        for i, layer in enumerate(config.layers[: last + 1])
+        if i not in config.delta_layers
     )
-    rows = trial.batch * trial.prompt
-    return 2 * (rows * matrices[True] + trial.batch * matrices[False]) + 4 * config.num_heads * trial.batch * pairs
+    rows, states = trial.batch * trial.prompt, len(config.delta_layers) * math.prod(config.state_shapes[1])
+    products = rows * (matrices[True] + 3 * states) + trial.batch * matrices[False]
+    return 2 * products + 4 * config.num_heads * trial.batch * pairs
 
 
 class Runs:

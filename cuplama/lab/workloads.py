@@ -20,6 +20,7 @@ from ..engine.decode import RING, decode_step, step_inputs
 from ..engine.kv_cache import pages_for
 from ..engine.sampler import Sampler
 from ..engine.sequence import SequenceState
+from ..engine.state_cache import PADDING_SLOT
 from ..errors import ParameterError
 from ..models.config import ModelConfig
 from ..models.fusion import PREFILL_RULES, fuse
@@ -48,7 +49,7 @@ __all__ = [
     "shape_workload",
 ]
 
-_DEFAULT_MODELS = ("llama-3.1-8b", "qwen3-8b", "gpt2")
+_DEFAULT_MODELS = ("llama-3.1-8b", "qwen3-8b", "gpt2", "qwen3.6-27b")
 _MAX_SIZE = 2**31 - 1  # sizes and counters of kernels are i32
 
 
@@ -246,7 +247,7 @@ def decode_workloads(
     inputs = step_inputs(batch, pages, batch * pages)
     built.pad_into(inputs)
     inputs |= sampler.inputs | {"ring": np.zeros((RING, batch), np.int32)}
-    walk = _Walk(config, dtype, batch * pages, context, "decode", weight_format)
+    walk = _Walk(config, dtype, batch * pages, context, "decode", weight_format, batch)
     walk.run(decode_step(decoder(config), batch, sampler.nodes), inputs)
     return walk.workloads()
 
@@ -272,26 +273,36 @@ def prompt_workloads(
 
 
 def _sequences(config: ModelConfig, count: int, tokens: int, pages: int) -> list[SequenceState]:
-    """Sequences of random tokens, greedy, each on ``pages`` pages drawn at random from a pool of just so many."""
+    """Sequences of random tokens, greedy, each on ``pages`` pages drawn at random from a pool of just so many, and with
+    a slot of its own."""
     rng = np.random.default_rng(0)
     owned = rng.permutation(count * pages).reshape(count, pages).tolist()
     ids = rng.integers(0, config.vocab_size, (count, tokens)).tolist()
     params = SamplingParams(temperature=0.0, seed=0)
-    return [SequenceState(i, params, frozenset(), pages=p) for i, p in zip(ids, owned, strict=True)]
+    slots = range(PADDING_SLOT + 1, count + 1)
+    return [SequenceState(i, params, frozenset(), pages=p, slot=z) for i, p, z in zip(ids, owned, slots, strict=True)]
 
 
 class _Walk:
     """Collects the workloads of node lists; what has the same op, shapes and attributes is one workload, counted.
 
-    pages: of the cache; positions: that the rotation tables cover; values: of the last list, by name.
+    pages: of the cache; positions: that the rotation tables cover; sequences: at most; values: of the last list, by
+    name.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: str, pages: int, positions: int, graph: str, weight_format: str
+        self,
+        config: ModelConfig,
+        dtype: str,
+        pages: int,
+        positions: int,
+        graph: str,
+        weight_format: str,
+        sequences: int = 1,
     ) -> None:
         self._config, self._dtype, self._graph = config, dtype, graph
         self._standing = {
-            **abstract_values(config, DTYPES[dtype], {}, pages + 1, positions),
+            **abstract_values(config, DTYPES[dtype], {}, pages + 1, positions, slots=sequences + 1),
             **described_weights(config, weight_format),
         }
         self._found: dict[Any, Workload] = {}

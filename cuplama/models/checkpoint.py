@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError
 from ..files import is_missing, not_opened, not_understood, read_json
 from ..gguf import is_gguf, open_gguf
-from ..ops.signature import dim_value
 from ..quant.readers import read_quantised
 from ..quant.stored import Stored
 from ..quant.tensor import SAFETENSORS, Tensor
@@ -107,17 +106,17 @@ class Layout:
 
 def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int]) -> Weight:
     """The weight of a recipe. Raises CheckpointError naming a tensor that is missing, or of another shape or dtype."""
+    recipe = recipe.as_merged() if recipe.merged in layout.tensors else recipe
     experts, parts, sources = dims["E"] if recipe.experts else 0, list[_Part](), list[str]()
-    shapes = [tuple(dim_value(d, dims) for d in shape.split(",")) for shape, _ in recipe.parts]
     for expert in range(max(1, experts)):
-        for shape, (_, tensor_name) in zip(shapes, recipe.parts, strict=True):
+        for i, (_, tensor_name) in enumerate(recipe.parts):
             found, used = _find(layout, name, recipe, tensor_name.replace("{e}", str(expert)))
             whole = experts if "{e}" not in tensor_name else 0
-            data = _checked(found, shape, whole, recipe, layout)
+            data = _checked(found, recipe.tensor_shape(i, dims), whole, recipe, layout)
             if isinstance(data, Stored):
-                parts.append(data)
+                parts += (data[rows] for rows in recipe.slices(i, dims)) if recipe.rows else (data,)
             else:
-                parts += recipe.canonical(data[expert] if whole else data, dims)
+                parts += recipe.canonical(data[expert] if whole else data, dims, i)
             sources.append(used)
     plain = [p.dtype for p in parts if not isinstance(p, Stored)]
     if len(plain) == len(parts) and (other := next((i for i, d in enumerate(plain) if d != plain[0]), 0)):

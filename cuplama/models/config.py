@@ -20,6 +20,7 @@ from ..ops import OPS
 from ..ops.signature import dim_names, dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
+from .config_sizes import DELTA_SIZES, model_flags, model_sizes
 from .family import Family, Recipe, Wrapper
 from .lora import Adapter, LowRank, part_rows
 from .rope import Rope
@@ -38,9 +39,6 @@ _INSTEAD = {
     "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
 }
-# Sizes that may be 0, or absent.
-_OPTIONAL_SIZES = ("per_layer_size", "per_layer_vocab", "experts", "experts_per_token", "expert_size", "shared_size")
-_MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,9 @@ class ModelConfig:
     per_layer_size: of what each layer is given beside the residual stream, 0 for nothing; per_layer_vocab: tokens that
     have an embedding for that.
 
+    Of gated delta layers: key_heads, value_heads of them, key_size, value_size of one, and conv_size, the tokens that
+    their convolution sees; 0 where no layer is such.
+
     experts, experts_per_token: how many the layers of experts have, and how many of them compute a token; expert_size,
     shared_size: the feed-forward size of one, and of what all tokens share beside them, 0 for nothing; router: the
     attributes of the op that chooses them; router_scale: what its logits are multiplied by.
@@ -116,6 +117,11 @@ class ModelConfig:
     query_context: float = 0.0
     per_layer_size: int = 0
     per_layer_vocab: int = 0
+    key_heads: int = 0
+    value_heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+    conv_size: int = 0
     experts: int = 0
     experts_per_token: int = 0
     expert_size: int = 0
@@ -182,6 +188,7 @@ class ModelConfig:
             "num_layers": self.num_layers,
             "per_layer_size": self.per_layer_size,
             "per_layer_vocab": self.per_layer_vocab,
+            **{name: getattr(self, name) for name in DELTA_SIZES},
             "E": self.experts,
             "e": self.expert_size,
             "s": self.shared_size,
@@ -190,8 +197,21 @@ class ModelConfig:
     @cached_property
     def caches(self) -> Mapping[int, tuple[int, int]]:
         """Layer -> (key/value heads, their size), for the layers that have keys and values of their own."""
-        dims = {i: self.dims(f"{i}.") for i, layer in enumerate(self.layers) if layer.kv_layer is None}
+        own = (i for i, layer in enumerate(self.layers) if layer.kv_layer is None and "delta" not in layer.flags)
+        dims = {i: self.dims(f"{i}.") for i in own}
         return {i: (sizes["num_kv_heads"], sizes["D"]) for i, sizes in dims.items()}
+
+    @cached_property
+    def delta_layers(self) -> tuple[int, ...]:
+        """The layers that have a state of each sequence in place of keys and values."""
+        return tuple(i for i, layer in enumerate(self.layers) if "delta" in layer.flags)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one sequence in one of those layers: the last inputs of the convolution, in the dtype of activations, and
+        the state, float32."""
+        channels = 2 * self.key_heads * self.key_size + self.value_heads * self.value_size
+        return (self.conv_size - 1, channels), (self.value_heads, self.key_size, self.value_size)
 
     @cached_property
     def head_dims(self) -> frozenset[int]:
@@ -232,6 +252,7 @@ class ModelConfig:
                         chosen,
                         parts=tuple((shape, tensor.replace("{i}", str(i))) for shape, tensor in chosen.parts),
                         otherwise=None if self.tied is False else chosen.otherwise,
+                        merged=None if chosen.merged is None else chosen.merged.replace("{i}", str(i)),
                         when=None,
                         instead={},
                         only=None,
@@ -239,8 +260,9 @@ class ModelConfig:
         return found
 
     def unused_tensors(self) -> set[str]:
-        """Names of tensors that layers of another kind have, and that a layer has no use for: files may hold them."""
-        alike = replace(self, layers=tuple(replace(layer, flags=frozenset()) for layer in self.layers))
+        """Names of tensors that layers of another kind have, and that a layer has no use for: files may hold them. A
+        layer with a gated delta rule is another layer altogether."""
+        alike = replace(self, layers=tuple(replace(layer, flags=layer.flags & {"delta"}) for layer in self.layers))
         named, used = (
             {tensor for recipe in config.own_recipes().values() for _, tensor in recipe.parts}
             for config in (alike, self)
@@ -268,8 +290,8 @@ class ModelConfig:
         for name, recipe in self.own_recipes().items():
             if name != "lm_head" or not tied:
                 dims, times = self.dims(name), experts if recipe.experts else 1
-                for shape, tensor in recipe.parts:
-                    found[tensor] = times * math.prod(dim_value(x, dims) for x in shape.split(","))
+                for i, (_, tensor) in enumerate(recipe.parts):
+                    found[tensor] = times * math.prod(recipe.tensor_shape(i, dims))
         return sum(found.values())
 
     @cached_property
@@ -331,7 +353,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     reader.rename(family.aliases)
     reader.neutral(family)
     reader.quantised()
-    sizes: dict[str, Any] = dict(_sizes(reader, family))
+    sizes: dict[str, Any] = dict(model_sizes(reader, family))
     layers = _layers(reader, family, sizes)
     del sizes["num_layers"]
     activation = reader.get(*family.fields["activation"])
@@ -356,7 +378,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         activation=family.activations[activation],
         layers=layers,
         tied=reader.tied(name, family),
-        flags=_flags(reader, family, sizes),
+        flags=model_flags(reader, family, sizes),
         dtype=reader.dtype(),
         bos=next(iter(_ids(reader, "bos_token_id")), None),
         eos=_ids(reader, "eos_token_id"),
@@ -364,40 +386,6 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         wrapper=wrapper,
         router=router,
     )
-
-
-def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
-    """The sizes of a ModelConfig by name, and num_layers."""
-    quantities = (name for name in family.fields if name not in ("activation", "eps"))
-    values = {name: reader.get(*family.fields[name]) for name in quantities}
-    sizes = {
-        name: reader.size(family.fields[name][0], values[name])
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads")
-    }
-    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
-    if sizes["num_layers"] > _MAX_LAYERS:
-        reader.refuse(family.fields["num_layers"][0], f"at most {_MAX_LAYERS:,} layers")
-    kv_heads = reader.size("num_key_value_heads", _or(values.get("num_kv_heads"), heads))
-    intermediate = reader.size(family.fields["intermediate_size"][0], _or(values["intermediate_size"], 4 * hidden))
-    context = reader.size(family.fields["context"][0], values["context"])
-    if values.get("head_dim") is None and hidden % heads:
-        reader.refuse(family.fields["num_heads"][0], f"a divisor of hidden size {hidden} (or an explicit head_dim)")
-    head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
-    if heads % kv_heads:
-        reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
-    for name in _OPTIONAL_SIZES:
-        on = _is_on(reader, family.flags[name]) if name in family.flags else values.get(name)
-        if name in values:
-            sizes[name] = reader.size(family.fields[name][0], values[name]) if on else 0
-    if values.get("shared_experts"):  # as one of their size all together
-        count = reader.size(family.fields["shared_experts"][0], values["shared_experts"])
-        sizes["shared_size"] = count * sizes["expert_size"]
-    return sizes | {
-        "num_kv_heads": kv_heads,
-        "intermediate_size": intermediate,
-        "context": context,
-        "head_dim": head_dim,
-    }
 
 
 def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> tuple[Layer, ...]:
@@ -429,22 +417,5 @@ def _router(reader: ConfigReader, family: Family, sizes: Mapping[str, int], spar
     return found
 
 
-def _flags(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> frozenset[str]:
-    """The flags of recipes that the config sets, and the sizes that may be 0 and are not."""
-    found = {flag for flag, source in family.flags.items() if _is_on(reader, source)}
-    return frozenset(found | {name for name in _OPTIONAL_SIZES if sizes.get(name)})
-
-
-def _is_on(reader: ConfigReader, source: str | bool | tuple[str, bool]) -> bool:
-    """Whether a flag is set."""
-    key, absent = source if isinstance(source, tuple) else (source, False)
-    return reader.switch(key, absent) if isinstance(key, str) else key
-
-
 def _ids(reader: ConfigReader, key: str) -> tuple[int, ...]:
     return token_ids(reader.raw.get(key), f"{reader.where}: {reader.path(key)}")
-
-
-def _or(value: Any, default: int) -> Any:
-    """A field that may be null. Zero is not null."""
-    return default if value is None else value

@@ -161,8 +161,9 @@ class ConfigReader:
         windows = tuple(self.ruled(rule.reads, lambda: rule.rule(self.raw, layers), layers))
         for i, kind in enumerate(types or ()):
             kind = "full_attention" if kind == "attention" else kind  # its older name, where Mamba layers may be beside
-            if kind not in ("full_attention", "sliding_attention"):
-                self.refuse(f"layer_types[{i}]", "full_attention, sliding_attention", kind)
+            known = ("full_attention", "sliding_attention", *rule.others)
+            if kind not in known:
+                self.refuse(f"layer_types[{i}]", ", ".join(known), kind)
             if (kind == "sliding_attention") != (windows[i] > 0):
                 self.refuse(
                     f"layer_types[{i}]",

@@ -19,13 +19,14 @@ def checkpoint_tensors(
     """(tensor name, array) of every tensor that some canonical arrays are stacked of, in the shapes of the checkpoint.
 
     arrays: canonical name -> weight, or whatever has its shape, such as its gradient. A head that is tied to the
-    embedding is not in it, as in checkpoints.
+    embedding is not in it, as in checkpoints. A tensor that was taken apart comes last, put together again.
     """
+    apart = dict[str, np.ndarray[Any, Any]]()
     for name, recipe in config.recipes().items():
         if name not in arrays:
             continue
         at, dims = 0, config.dims(name)
-        for shape, tensor in recipe.parts:
+        for i, (shape, tensor) in enumerate(recipe.parts):
             rows = slice(at, at := at + dim_value(shape.split(",")[0], dims))
             if recipe.experts:
                 parts = [recipe.stored(array[rows], dims) for array in arrays[name]]
@@ -34,5 +35,13 @@ def checkpoint_tensors(
                     if "{e}" in tensor
                     else [(tensor, np.stack(parts))]
                 )
-            elif config.adapter is None or config.adapter.stores(tensor):
+            elif config.adapter is not None and not config.adapter.stores(tensor):
+                continue
+            elif recipe.rows and recipe.rows[i] is not None:
+                part, slices = arrays[name][rows], recipe.slices(i, dims)
+                whole = apart.setdefault(tensor, np.empty(recipe.tensor_shape(i, dims), part.dtype))
+                for cut, piece in zip(slices, np.split(part, len(slices)), strict=True):
+                    whole[cut] = piece
+            else:
                 yield tensor, recipe.stored(arrays[name][rows], dims)
+    yield from apart.items()

@@ -6,10 +6,12 @@ The defaults are those of transformers for a config that leaves the field out (t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from ..ops.signature import dim_value
 
 __all__ = [
     "ALL_ALIKE",
@@ -31,6 +33,7 @@ __all__ = [
     "Recipe",
     "Rotations",
     "Router",
+    "Rows",
     "Windows",
     "Wrapper",
     "fields",
@@ -44,24 +47,47 @@ REQUIRED = object()  # the default of a field that must be there
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows that a part of a weight takes of a tensor with further ones: the same in each group of its rows.
+
+    whole: rows of the tensor; groups: how many groups they are; first: where in a group the part's begin, which are as
+    many in each group. All are dim expressions, as in ``Recipe``.
+    """
+
+    whole: str
+    groups: str
+    first: str = "0"
+
+    def slices(self, count: int, dims: Mapping[str, int]) -> list[slice]:
+        """Where the ``count`` rows of the part are, in each group."""
+        groups, first = dim_value(self.groups, dims), dim_value(self.first, dims)
+        size = dim_value(self.whole, dims) // groups
+        return [slice(at + first, at + first + count // groups) for at in range(0, groups * size, size)]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a canonical weight is made of checkpoint tensors.
 
-    parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over
-    V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads, D (head_dim),
+    parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over V
+    (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads, D (head_dim),
     num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), E (experts), e and s
-    (feed-forward of an expert, and of the one that all tokens share), as the *canonical* weight has them. transposed:
-    the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first part's is not there,
-    unless the config says that head and embedding are not tied. when: the config flag, or the size above 0, under which
-    the weight exists. by_head: the checkpoint's rows are, for each key head, those of its queries, of itself and of its
-    values (InternLM 2); canonical ones are all queries, all keys and all values. instead: flag of a layer -> the recipe
-    that such a layer has, or None where it has no such weight. only: the flag of the layers that have the weight; by
-    default all have it.
+    (feed-forward of an expert, and of the one that all tokens share), and of gated delta layers key_heads, value_heads,
+    key_size, value_size and conv_size, as the *canonical* weight has them.
+
+    transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first part's is
+    not there, unless the config says that head and embedding are not tied. when: the config flag, or the size above 0,
+    under which the weight exists. by_head: the checkpoint's rows are, for each key head, those of its queries, of
+    itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values. instead: flag of a
+    layer -> the recipe that such a layer has, or None where it has no such weight. only: the flag of the layers that
+    have the weight; by default all have it. rows: of each part, if it takes some rows of a tensor alone; () where all
+    are whole. single: the tensor of a part is [m, 1, k] (a depthwise convolution).
 
     experts: the weight has one more axis in front, of experts, and the shapes are those of one expert's parts. A name
-    with "{e}" is that of a tensor of each expert; any other tensor is of all experts, with that axis. interleaved: the
-    checkpoint's rows are by turns those of two matrices, which lie one below the other here (gpt-oss). row: the tensor
-    of a part [m] is [1, m]. wide: the weight is float32 on a device, whatever the model's dtype.
+    with "{e}" is that of a tensor of each expert; any other tensor is of all experts, with that axis. merged: the name
+    of one tensor of all parts and experts, which some files have in place of those. interleaved: the checkpoint's rows
+    are by turns those of two matrices, which lie one below the other here (gpt-oss). row: the tensor of a part [m] is
+    [1, m]. wide: the weight is float32 on a device, whatever the model's dtype.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -71,8 +97,11 @@ class Recipe:
     by_head: bool = False
     instead: Mapping[str, Recipe | None] = field(default_factory=dict)
     only: str | None = None
+    rows: tuple[Rows | None, ...] = ()
+    single: bool = False
     experts: bool = False
     interleaved: bool = False
+    merged: str | None = None
     row: bool = False
     wide: bool = False
 
@@ -82,12 +111,30 @@ class Recipe:
             return None
         return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
 
-    def canonical(self, array: _Array, dims: Mapping[str, int]) -> tuple[_Array, ...]:
-        """A tensor of the checkpoint, or an expert's share of it, as what is stacked to make its part of the weight.
+    def as_merged(self) -> Recipe:
+        """The same of the one tensor ``merged``."""
+        rows, (_, *rest) = "+".join(shape.split(",")[0] for shape, _ in self.parts), self.parts[0][0].split(",")
+        return replace(self, parts=((",".join((rows, *rest)), self.merged or ""),), merged=None)
+
+    def tensor_shape(self, part: int, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the tensor of a part, as its layer has it: not transposed, of one expert."""
+        m, *rest = (dim_value(d, dims) for d in self.parts[part][0].split(","))
+        rows = self.rows[part] if self.rows else None
+        return (m if rows is None else dim_value(rows.whole, dims), *((1,) if self.single else ()), *rest)
+
+    def slices(self, part: int, dims: Mapping[str, int]) -> list[slice]:
+        """The rows that a part takes of its tensor, in order."""
+        count, rows = dim_value(self.parts[part][0].split(",")[0], dims), self.rows[part] if self.rows else None
+        return [slice(0, count)] if rows is None else rows.slices(count, dims)
+
+    def canonical(self, array: _Array, dims: Mapping[str, int], part: int = 0) -> tuple[_Array, ...]:
+        """A tensor of the checkpoint, or an expert's share of it, as what is stacked to make that part of the weight.
 
         dims: the sizes by the names above. Views, unless rows lie head by head.
         """
-        array = array[0] if self.row else array
+        if self.rows:
+            return tuple(array[rows] for rows in self.slices(part, dims))
+        array = array[0] if self.row else array[:, 0] if self.single else array
         array = array[_rows_by_kind(dims)] if self.by_head else array
         array = array.T if self.transposed else array
         return (array[::2], array[1::2]) if self.interleaved else (array,)
@@ -98,7 +145,7 @@ class Recipe:
             array = np.stack(np.split(array, 2), 1).reshape(array.shape)
         array = array.T if self.transposed else array
         array = array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
-        return array[None] if self.row else array
+        return array[None] if self.row else array[:, None] if self.single else array
 
 
 def _rows_by_kind(dims: Mapping[str, int]) -> np.ndarray[Any, np.dtype[np.int_]]:
@@ -146,11 +193,12 @@ class Windows:
     """A rule for sliding windows.
 
     reads: the fields of config.json that it goes by; rule: (config.json, number of layers) -> the window of each layer
-    in tokens, 0 for full attention.
+    in tokens, 0 for full attention; others: what ``layer_types`` may call layers without attention, which have none.
     """
 
     reads: tuple[str, ...]
     rule: Callable[[Mapping[str, Any], int], list[int]]
+    others: tuple[str, ...] = ()
 
 
 def window_everywhere(absent: int | None) -> Windows:
@@ -205,13 +253,14 @@ class Rotations:
     reads: the fields of config.json that it goes by; rule: (config.json, the window of each layer) -> for each layer
     the key of its settings in ``rope_parameters``, "" where these are one object for all layers, None for a layer
     without rotation; settings: (config.json) -> ``rope_parameters`` by these keys, where a config has other names for
-    them; defaults: of settings that a config gives nowhere.
+    them; defaults: of settings that a config gives nowhere; harmless: further settings that change nothing.
     """
 
     reads: tuple[str, ...]
     rule: Callable[[Mapping[str, Any], Sequence[int]], list[str | None]]
     settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
 
 
 ONE_ROTATION = Rotations((), lambda raw, windows: [""] * len(windows))
@@ -292,7 +341,8 @@ class Family:
     model, "{num_layers}" standing for its number.
 
     Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
-    keys are normalised; whether experts are its MLP. Flags: "parallel", for attention and MLP side by side;
+    keys are normalised; whether what attention gives has a gate; whether experts are its MLP. A layer with the flag
+    "delta" has a gated delta rule in place of attention. Flags: "parallel", for attention and MLP side by side;
     "qk_norm_after_rope"; "v_norm", for values that are normalised with them, without a weight.
     """
 

@@ -1,8 +1,8 @@
 """A model as a plain list of nodes, from its config alone. This is the only place where a model's layers are written.
 
 Values are names: weights ("3.qkv_proj"; lora.py has those of an adapter), inputs of a pass ("input_ids", "page_table",
-...: engine/batch.py lists them), cache arrays ("3.cache.k") and activations. The tokens of all sequences in a batch are
-concatenated: every activation is [n, ...] for n new tokens.
+...: engine/batch.py lists them), cache arrays ("3.cache.k", "2.cache.state") and activations. The tokens of all
+sequences in a batch are concatenated: every activation is [n, ...] for n new tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import ParameterError
 from ..ops.node import Node
 from .config import ModelConfig
 
@@ -31,8 +32,8 @@ _XIELU = {"beta": 0.5, "eps": -1e-6}
 
 @dataclass(frozen=True)
 class Cut:
-    """A model cut behind the last keys and values that go to the cache, the last that every token of a prompt needs:
-    those of the last layer, or of an earlier one where layers behind it share them.
+    """A model cut behind the last node that writes to the cache, the last that every token of a prompt needs: in the
+    last layer, or in an earlier one where layers behind it share keys and values.
 
     body: from token ids to those; rest: the nodes behind them, up to the residual stream; between: the values of the
     body that the rest reads, [n, ...]; last: from those to logits, for the rows that "logit_rows" names alone. Each
@@ -76,7 +77,7 @@ class Graph:
         """The model in the two parts of a pass over prompts. Only a graph with a cache can be cut."""
         body, rest, needed = list[Node](), list[Node](), set[str]()
         for node in reversed(self.body):
-            part = body if node.op == "kv_append" or needed & set(node.outs) else rest
+            part = body if set(node.ins) & set(node.outs) or needed & set(node.outs) else rest
             part.insert(0, node)
             needed.update(node.ins if part is body else ())
         made = {name for node in body for name in node.outs if name not in node.ins}
@@ -92,8 +93,10 @@ def decoder(config: ModelConfig, cached: bool = True, dropout: float = 0.0) -> G
 
     cached: keys and values go to the paged cache, and attention reads them there; otherwise, as in training, the tokens
     of a batch are whole sequences, which attend to themselves. dropout: the share of each sublayer's result that is
-    left out, drawn by the input "dropout.seed".
+    left out, drawn by the input "dropout.seed". Raises ParameterError for a model that needs a cache.
     """
+    if config.delta_layers and not cached:
+        raise ParameterError(f"{config.architecture} cannot be trained: gated delta layers have no gradient yet")
     nodes = _Nodes(config, cached, dropout)
     streams = [nodes.embedding()]
     for i in range(config.num_layers):
@@ -185,7 +188,8 @@ class _Nodes:
         """Layer i. Its MLP reads the sum of x and attention, or what attention reads where the two are parallel."""
         parallel = "parallel" in self.config.flags
         h = self.read(x, f"{i}.attn_norm")
-        y = self.added(x, self.attention(i, h), f"{i}.attn_post_norm", f"{i}.x")
+        mixed = self.delta(i, h) if i in self.config.delta_layers else self.attention(i, h)
+        y = self.added(x, mixed, f"{i}.attn_post_norm", f"{i}.x")
         if not parallel or f"{i}.mlp_norm" in self.weights:
             h = self.read(x if parallel else y, f"{i}.mlp_norm")
         out, more, scalar = f"{i + 1}.x0", self.config.per_layer_size > 0, self.present(f"{i}.layer_scalar")
@@ -209,8 +213,8 @@ class _Nodes:
         return self.emit("add", out, x, y)
 
     def attention(self, i: int, h: str) -> str:
-        """Layer i's attention, of what its norm gives."""
-        config = self.config
+        """Layer i's attention, of what its norm gives. Where its output has a gate, that opens by the same."""
+        config, normed = self.config, h
         h = self.linear(h, f"{i}.qkv_proj", U="T")
         after = "qk_norm_after_rope" in config.flags
         for part in (self.rotated, self.normed) if after else (self.normed, self.rotated):
@@ -218,7 +222,23 @@ class _Nodes:
         if config.query_temperature:
             attrs = {"temperature": config.query_temperature, "context": int(config.query_context)}
             h = self.emit("scale_queries", f"{i}.tempered", h, "positions", **self.heads(i), **attrs)
-        return self.linear(self.attend(i, h), f"{i}.o_proj", U="f32")
+        h = self.attend(i, h)
+        for gate in self.present(f"{i}.attn_gate_proj"):
+            h = self.emit("sigmoid_mul", f"{i}.attn_gated", h, self.linear(normed, gate, U="T"))
+        return self.linear(h, f"{i}.o_proj", U="f32")
+
+    def delta(self, i: int, h: str) -> str:
+        """Layer i's gated delta rule, of what its norm gives: queries, keys and values are convolved with those of the
+        tokens before, and read and write the state of their sequence, a matrix for each head."""
+        sequences = ("cu_seqlens", "seq_lens", "state_slots")
+        conv, state = f"{i}.cache.conv", f"{i}.cache.state"
+        x, ba = self.linear(h, f"{i}.delta_qkv_proj", U="T"), self.linear(h, f"{i}.delta_ba_proj", U="T")
+        self.found.append(Node("causal_conv", (f"{i}.convolved", conv), (x, f"{i}.delta_conv", "", conv, *sequences)))
+        gates = (ba, f"{i}.delta_A_log", f"{i}.delta_dt_bias")
+        self.found.append(Node("gated_delta", (f"{i}.delta", state), (f"{i}.convolved", *gates, state, *sequences)))
+        z = self.linear(h, f"{i}.delta_z_proj", U="T")
+        h = self.emit("gated_norm", f"{i}.delta_normed", f"{i}.delta", f"{i}.delta_norm", z, eps=self.config.eps)
+        return self.linear(h, f"{i}.delta_out_proj", U="f32")
 
     def normed(self, i: int, h: str) -> str:
         """Queries and keys normalised, where the model has such norms: each head, or all heads of a row together."""

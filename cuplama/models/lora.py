@@ -71,12 +71,12 @@ class Adapter:
 
     def parameters(self, recipes: Mapping[str, Recipe], dims: Callable[[str], Mapping[str, int]]) -> int:
         """How many numbers it has. recipes: as of ``matrices``; dims: ``ModelConfig.dims``."""
-        every = ((dims(name), *part) for name, recipe in recipes.items() for part in linear_modules(name, recipe))
-        return sum(
-            self.modules[module].rank * sum(dim_value(size, sizes) for size in shape.split(","))
-            for sizes, shape, module in every
-            if module in self.modules
-        )
+        sizes = {
+            module: sum(recipe.tensor_shape(i, dims(name)))
+            for name, recipe in recipes.items()
+            for i, (_, module) in enumerate(linear_modules(name, recipe))
+        }
+        return sum(added.rank * sizes[module] for module, added in self.modules.items())
 
     def recipes(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
         """The recipes of ``X.lora_a`` and ``X.lora_b``, with the names that PEFT stores tensors under."""
@@ -85,7 +85,11 @@ class Adapter:
             parts = [(*shape.split(","), module) for shape, module in linear_modules(name, recipes[name])]
             a = tuple((f"{added.rank},{columns}", lora_name(module, "A")) for _, columns, module in parts)
             b = tuple((f"{rows},{added.rank}", lora_name(module, "B")) for rows, _, module in parts)
-            found |= {f"{name}.lora_a": Recipe(a), f"{name}.lora_b": Recipe(b, by_head=recipes[name].by_head)}
+            recipe = recipes[name]
+            found |= {
+                f"{name}.lora_a": Recipe(a),
+                f"{name}.lora_b": Recipe(b, by_head=recipe.by_head, rows=recipe.rows),
+            }
         return found
 
 
@@ -94,7 +98,7 @@ def linear_modules(name: str, recipe: Recipe) -> list[tuple[str, str]]:
 
     PEFT stores another kind of adapter for tables whose rows are looked up, and for tensors of several experts.
     """
-    if name in TABLES or recipe.experts or not all("," in shape for shape, _ in recipe.parts):
+    if name in TABLES or recipe.experts or recipe.single or not all("," in shape for shape, _ in recipe.parts):
         return []
     return [(shape, tensor.removesuffix(".weight")) for shape, tensor in recipe.parts]
 
@@ -106,7 +110,8 @@ def lora_name(module: str, which: str) -> str:
 
 def modules_of(recipes: Mapping[str, Recipe]) -> tuple[list[str], list[str]]:
     """The names of a model's linear layers, and of what else has a weight. recipes: of the model itself."""
-    linear = [module for name, recipe in recipes.items() for _, module in linear_modules(name, recipe)]
+    modules = (module for name, recipe in recipes.items() for _, module in linear_modules(name, recipe))
+    linear = list(dict.fromkeys(modules))
     tensors = [tensor for recipe in recipes.values() for _, tensor in recipe.parts if tensor.endswith(".weight")]
     others = dict.fromkeys(tensor.removesuffix(".weight").replace("{e}", "0") for tensor in tensors)
     for module in linear:

@@ -16,7 +16,6 @@ import numpy as np
 
 from ..errors import CheckpointError, ConfigError
 from ..files import is_missing, read_json
-from ..ops.signature import dim_value
 from ..quant.settings import Settings
 from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
@@ -72,8 +71,8 @@ def load_adapter(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[s
         dims = config.dims(name)
         dtype = next((tensors[n].dtype for _, n in recipe.parts if n in tensors), "F32")
         zeros = {
-            n: _zeros(n, file, dtype, [dim_value(d, dims) for d in shape.split(",")])
-            for shape, n in recipe.parts
+            n: _zeros(n, file, dtype, recipe.tensor_shape(i, dims))
+            for i, (_, n) in enumerate(recipe.parts)
             if n not in wanted
         }
         weights[name] = assemble(Layout(folder, {**tensors, **zeros}, ADAPTER_CONFIG, str), name, recipe, dims)

@@ -23,6 +23,22 @@ _LLAMA3_ROPE = {
 }
 
 
+_QWEN3_5 = {
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
 def _shape(
     architecture: str,
     hidden: int,
@@ -122,6 +138,29 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2.5-0.5b": _shape(
         "Qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6, rms_norm_eps=1e-6, tie_word_embeddings=True
     ),
+    "qwen3.6-27b": {
+        **_QWEN3_5,
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 48,
+    },
+    "qwen3.6-35b-a3b": {
+        **_QWEN3_5,
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 32,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
     "qwen3-30b-a3b": _shape(
         "Qwen3Moe", 2048, 6144, 48, 32, 4, 151936, 40960, 1e6,
         rms_norm_eps=1e-6, head_dim=128, num_experts=128, moe_intermediate_size=768, norm_topk_prob=True,

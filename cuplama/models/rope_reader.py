@@ -120,7 +120,11 @@ class _One:
         left_out = [name for name in ROPE_LEFT_OUT if settings.pop(name, None) is not None]
         self.reader.dropped += [f"{self.path}.{name}" for name in left_out]
         numbers = (str(number.key).rpartition(".") for number in self.family.numbers.values())
-        for name in (*ROPE_HARMLESS, *(key for path, _, key in numbers if path == self.path)):
+        for name in (
+            *ROPE_HARMLESS,
+            *self.family.rotations.harmless,
+            *(key for path, _, key in numbers if path == self.path),
+        ):
             settings.pop(name, None)
 
     def _check_keys(self, kind: str, settings: Mapping[str, Any], dim: int) -> None:

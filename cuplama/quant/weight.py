@@ -127,7 +127,8 @@ class Weight:
         """The whole of a weight that is not packed, in its stored dtype: a view of the file where it is one tensor, a
         copy otherwise."""
         parts = [p for p in self.parts if not isinstance(p, Stored)]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(self.shape)
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.reshape(self.shape) if self.experts else whole
 
     def mapped(self) -> np.ndarray[Any, Any] | Experts:
         """The same for references that read it piece by piece: of experts nothing is copied until one is asked for."""

@@ -25,7 +25,7 @@ ROPE = RotationTables({"rope": Rope("default", 10000.0, 8, 256, 256, {})}, 256)
 
 def _sequence(tokens: int, cached: int, pages: list[int]) -> SequenceState:
     s = SequenceState(list(range(tokens)), SamplingParams(seed=0), frozenset(), pages=pages)
-    s.cached = cached
+    s.cached, s.slot = cached, pages[0]
     return s
 
 
@@ -45,6 +45,7 @@ def test_the_inputs_of_ragged_sequences() -> None:
         "cu_seqlens": [0, 3, 5, 6],
         "seq_lens": [70, 2, 2],
         "page_table": [[4, 2], [7, SPARE], [5, SPARE]],
+        "state_slots": [4, 7, 5],
         "logit_rows": [2, 4],  # the third prompt is not through
         "last.input_ids": [69, 1],
         "last.rope.rows": [69, 1],
@@ -65,6 +66,7 @@ def test_padding_belongs_to_no_sequence() -> None:
     assert host["slot_mapping"][6:].tolist() == [SPARE * PAGE] * 2
     assert host["cu_seqlens"].tolist() == [0, 3, 5, 6, 6, 6]
     assert host["seq_lens"].tolist() == [70, 2, 2, 0, 0]
+    assert host["state_slots"].tolist() == [4, 7, 5, 0, 0]
     assert host["page_table"].tolist() == [[4, 2, 9, 9], [7, 9, 9, 9], [5, 9, 9, 9], [9] * 4, [9] * 4]
     for name, array in batch.arrays.items():
         assert np.array_equal(host[name][tuple(map(slice, array.shape))], array)
@@ -96,11 +98,14 @@ def test_a_graph_reads_weights_caches_tables_and_these_inputs(case: Path) -> Non
     calls = [call for _, call in infer(nodes, values, DTYPES["bf16"])]
     assert len(calls) == len(nodes)
     last = [call for node, call in zip(nodes, calls, strict=True) if "last.seq_lens" in node.ins]
-    assert {(call["n"], call["b"]) for call in last} == {(2, 2)}
-    assert len(last) == config.num_layers - max(config.caches)  # and those that share keys and values
+    assert all((call["n"], call["b"]) == (2, 2) for call in last)
+    end = max((*config.caches, *config.delta_layers))
+    assert len(last) == sum(i not in config.delta_layers for i in range(end, config.num_layers))  # the last, and others
     assert values["logits"].shape == (2, config.vocab_size)
     read = {name for node in nodes for name in node.ins}
     # Learned positions and rotation exclude each other; few layers rotate behind the last keys and values.
     unused = given - read - {"rope.rows", "positions", "last.rope.rows", "last.input_ids"}
+    unused -= set() if config.delta_layers else {"state_slots"}
+    unused -= set() if last else {"last.cu_seqlens", "last.seq_lens", "last.page_table"}
     assert unused == set()
     assert {spec.name for spec in INPUTS} <= given

@@ -38,7 +38,7 @@ def _bits(completion: cuplama.Completion) -> list[Any]:
     return [(t.id, t.logprob, t.top) for t in completion.logprobs]
 
 
-@pytest.mark.parametrize(("case", "cublas"), [("llama3-gqa", None), ("qwen3", HostCublas())])
+@pytest.mark.parametrize(("case", "cublas"), [("llama3-gqa", None), ("qwen3", HostCublas()), ("qwen35", None)])
 def test_a_text_depends_neither_on_its_batch_nor_on_how_its_tokens_came(case: str, cublas: Any) -> None:
     with _model(case, cublas) as model:
         alone = _bits(model.generate(PROMPT, max_tokens=6, **GREEDY))

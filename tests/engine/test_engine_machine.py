@@ -6,6 +6,7 @@ NumPy plays the device, one that is late: what a replay writes is seen when some
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from cuplama.engine.kv_cache import PAGE
 from tests.engine.test_joining import KINDS
 from tests.engine.test_pages import spoil_new_pages
 from tests.fakes import LateNumPyBackend
-from tests.tiny import LLAMA, assert_all_pages_free, load
+from tests.tiny import DELTA, LLAMA, assert_all_pages_free, load
 
 BEGINNINGS = [[], [1 + i % 9 for i in range(PAGE)], [1 + i % 9 for i in range(PAGE + 7)], [5] * (2 * PAGE - 1)]
 RESTS = [[3], [4, 5, 6], [7] * 12]
@@ -33,14 +34,14 @@ MOST = (1, 12, 75)
 
 
 @cache
-def _plain() -> Model:
-    return load(LLAMA, context=256, prefix_cache=False)
+def _plain(folder: Path) -> Model:
+    return load(folder, context=256, prefix_cache=False)
 
 
 @cache
-def alone(beginning: int, rest: int, kind: int, most: int) -> tuple[list[int], str | None]:
+def alone(folder: Path, beginning: int, rest: int, kind: int, most: int) -> tuple[list[int], str | None]:
     """Tokens and finish_reason of a sequence that nothing happens to."""
-    done = _plain().generate(*_call(beginning, rest), **_options(kind, most))
+    done = _plain(folder).generate(*_call(beginning, rest), **_options(kind, most))
     return done.tokens, done.finish_reason
 
 
@@ -56,6 +57,8 @@ def _options(kind: int, most: int) -> dict[str, Any]:
 class Machine(RuleBasedStateMachine):
     """Streams of one model, read by one thread."""
 
+    folder = LLAMA
+
     def __init__(self) -> None:
         super().__init__()
         self._patch = pytest.MonkeyPatch()
@@ -63,12 +66,14 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         pages=st.sampled_from([4, 5, 9]), running=st.integers(1, 6), chunk=st.sampled_from([16, 512]),
-        late=st.booleans(), prefix=st.booleans(),
+        late=st.booleans(), prefix=st.booleans(), spare=st.sampled_from([0, 1, 8]),
     )  # fmt: skip
-    def begin(self, pages: int, running: int, chunk: int, late: bool, prefix: bool) -> None:
+    def begin(self, pages: int, running: int, chunk: int, late: bool, prefix: bool, spare: int) -> None:
+        for module in ("engine", "memory"):
+            self._patch.setattr(f"cuplama.engine.{module}.SPARE_SLOTS", spare)
         if late:
             self._patch.setattr("cuplama.backends.numpy.NumPyBackend", LateNumPyBackend)
-        self.model = load(LLAMA, context=256, cache_tokens=pages * PAGE, max_running=running, prefix_cache=prefix)
+        self.model = load(self.folder, context=256, cache_tokens=pages * PAGE, max_running=running, prefix_cache=prefix)
         self._patch.setattr(self.model.backend, "prefill_chunk", chunk)
         spoil_new_pages(self.model.engine.cache, self._patch)
 
@@ -98,7 +103,7 @@ class Machine(RuleBasedStateMachine):
 
     def _read(self, i: int, count: int) -> None:
         stream, tokens, key = self.streams[i]
-        wanted, reason = alone(*key)
+        wanted, reason = alone(self.folder, *key)
         for _ in range(count):
             delta = next(stream, None)
             if delta is None:
@@ -149,7 +154,7 @@ class Machine(RuleBasedStateMachine):
             if call is not None and call.error is not None:
                 with pytest.raises(fault):
                     entry[1].extend(delta.token.id for delta in entry[0])
-                assert entry[1] == alone(*entry[2])[0][: len(entry[1])]
+                assert entry[1] == alone(self.folder, *entry[2])[0][: len(entry[1])]
                 self.streams.remove(entry)
 
     @invariant()
@@ -165,8 +170,19 @@ class Machine(RuleBasedStateMachine):
         assert not any(s.pages for s in scheduler.waiting)
         assert len(scheduler.running) <= scheduler.max_running
         loop = self.model.engine.pipeline._loop
+        states = cache.states
+        if states.arrays:
+            slots = [s.slot for s in scheduler.running]
+            assert sorted([*slots, *states._empty, *states._kept.values()]) == list(range(1, states.slots + 1))
+        assert not any(s.slot for s in scheduler.waiting)
         rows = {} if loop is None else {row: s for row, s in enumerate(loop.rows) if s is not None}
         assert rows == {s.row: s for s in scheduler.running if s.row is not None}
+
+
+class DeltaMachine(Machine):
+    """The same of a model whose layers have states."""
+
+    folder = DELTA
 
 
 def _states(stream: Any) -> list[Any]:
@@ -177,10 +193,12 @@ def _states(stream: Any) -> list[Any]:
 _FAST = settings(max_examples=14, stateful_step_count=20, deadline=None, derandomize=True)
 
 
-def test_an_engine_in_any_order() -> None:
-    run_state_machine_as_test(Machine, settings=_FAST)
+@pytest.mark.parametrize("machine", [Machine, DeltaMachine])
+def test_an_engine_in_any_order(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=_FAST)
 
 
 @pytest.mark.slow
-def test_an_engine_in_any_order_for_long() -> None:
-    run_state_machine_as_test(Machine, settings=settings(_FAST, max_examples=120, stateful_step_count=40))
+@pytest.mark.parametrize("machine", [Machine, DeltaMachine])
+def test_an_engine_in_any_order_for_long(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(_FAST, max_examples=120, stateful_step_count=40))

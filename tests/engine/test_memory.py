@@ -294,7 +294,7 @@ def _two_layers(config: ModelConfig) -> ModelConfig:
 def _engine(config: ModelConfig, capacity: int = 1 << 60, context: int = 8192) -> Engine:
     gpu = PoolGpu(capacity)
     backend = CudaBackend("bf16", gpu=gpu)
-    return Engine(backend, config, weights_on(gpu, config.weight_shapes(), backend.dtype), context, context)
+    return Engine(backend, config, weights_on(gpu, config, backend.dtype), context, context, slots=2)
 
 
 def _generate(engine: Engine, *prompts: int) -> None:
@@ -369,7 +369,8 @@ def test_a_model_that_was_dropped_makes_room_for_the_largest_cache(monkeypatch: 
     monkeypatch.setattr("cuplama.backends.cuda.backend.Gpu", lambda device: gpu)
     monkeypatch.setattr("cuplama.device.cuda_available", lambda: (True, ""))
     for _ in range(2):
-        backend, tokens = open_backend(Setup("cuda", "f32", 512, None), config, weights)
+        backend, room = open_backend(Setup("cuda", "f32", 512, None), config, weights)
+        tokens = room.tokens
         engine = Engine(backend, config, {n: backend.load_weight(w) for n, w in weights.items()}, 512, tokens)
         assert engine.cache.pages * PAGE == tokens > 512
         sizes.append(tokens)

@@ -24,17 +24,25 @@ PROMPTS = ["First", "The", "To be"]
 
 
 def spoil_new_pages(cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page holds when it is given is NaN from now on: nobody may count on it."""
-    extend = cache.extend
+    """What a page or a slot holds when it is given is NaN from now on: nobody may count on it."""
+    extend, take, states = cache.extend, cache.states._take, cache.states.arrays
+    pages = [array for name, array in cache.arrays.items() if name not in states]
 
     def spoiled(owned: list[int], tokens: int) -> bool:
         before = len(owned)
         done = extend(owned, tokens)
-        for array in cache.arrays.values():
+        for array in pages:
             array[owned[before:]] = np.nan
         return done
 
+    def spoiled_slot() -> int:
+        slot = take()
+        for array in states.values():
+            array[slot] = np.nan
+        return slot
+
     monkeypatch.setattr(cache, "extend", spoiled)
+    monkeypatch.setattr(cache.states, "_take", spoiled_slot)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from cuplama.engine.graphs import MAX_PASSES, padded_rows
 from cuplama.engine.kv_cache import PAGE
 from cuplama.engine.sequence import SequenceState
 from cuplama.errors import DeviceError
-from tests.engine.feeding import last_logits
+from tests.engine.feeding import last_logits, release
 from tests.paths import GOLDEN
 
 CASES = sorted((GOLDEN).iterdir())
@@ -41,8 +41,7 @@ def continued(model: cuplama.Model, prompts: list[list[int]]) -> list[np.ndarray
             s.tokens = p[: max(1, int(part * len(p)))]
             s.cached = min(s.cached, len(s.tokens) - 1)  # one of a single token is fed twice
         found.append(last_logits(engine, sequences))
-    for s in sequences:
-        engine.cache.release(s.pages)
+    release(engine.cache, sequences)
     return found
 
 
@@ -52,7 +51,8 @@ def test_captured_passes_agree_with_plain_ones(case: Path, chunk: int) -> None:
     """Ragged batches, continued and chunked prompts; every row's logits."""
     captured, prompts = _load(case, chunk=chunk)
     plain, _ = _load(case, records=False, chunk=chunk)
-    assert captured.engine.cache.arrays["0.cache.k"].shape == plain.engine.cache.arrays["0.cache.k"].shape
+    one, other = ({name: a.shape for name, a in model.engine.cache.arrays.items()} for model in (captured, plain))
+    assert one == other
     for batch in ([prompts[1]], prompts, prompts[:2] * 3):
         wanted = continued(plain, batch)
         for _ in range(2):  # nothing is captured before it comes again

@@ -50,7 +50,7 @@ def _sequence(tokens: list[int], drawn: int = 0, **params: Any) -> SequenceState
 
 def _prefixes(rope: Rope = DEFAULT, pages: int = 16, enabled: bool = True) -> PrefixCache:
     backend: Any = SimpleNamespace(dtype=np.dtype(np.float32))
-    config: Any = SimpleNamespace(caches={})
+    config: Any = SimpleNamespace(caches={}, delta_layers=())
     return PrefixCache(PagedCache(backend, config, pages), [rope], enabled)
 
 
@@ -104,8 +104,8 @@ def test_the_next_key_is_told() -> None:
     _kept(prefixes, _sequence(ONE))
     s = _sequence([*ONE, *[9] * PAGE])
     pages, following = prefixes.find(s)
-    assert (len(pages), following) == (2, _keys(ONE, DEFAULT.keys_depend_on(1, 1))[2])
-    assert prefixes.find(_sequence(ONE))[1] is None
+    assert (len(pages), following) == (2, _keys(ONE, DEFAULT.keys_depend_on(1, 1))[2:])
+    assert prefixes.find(_sequence(ONE))[1] == []
 
 
 def test_who_asks_for_the_logits_of_its_prompt_reads_it_all_and_off_is_off() -> None:
@@ -113,10 +113,10 @@ def test_who_asks_for_the_logits_of_its_prompt_reads_it_all_and_off_is_off() -> 
     _kept(prefixes, _sequence(ONE))
     for s in (_sequence(ONE, prompt_logprobs=0), _sequence(ONE)):
         s.every_logit = s.params.prompt_logprobs is None
-        assert prefixes.find(s) == ([], None)
+        assert prefixes.find(s) == ([], [])
     off = _prefixes(enabled=False)
     _kept(off, _sequence(ONE))
-    assert off.find(_sequence(ONE)) == ([], None)
+    assert off.find(_sequence(ONE)) == ([], [])
     assert len(off.cache._empty) == 16
 
 

@@ -20,7 +20,7 @@ DEFAULT = Rope("default", 1e4, 4, 128, 128, {})
 
 def _scheduler(pages: int = 8, context: int = 128, most: int = 99, rope: Rope = DEFAULT, prefix: bool = False) -> Any:
     backend: Any = SimpleNamespace(dtype=np.dtype(np.float32))
-    config: Any = SimpleNamespace(caches={})
+    config: Any = SimpleNamespace(caches={}, delta_layers=())
     return Scheduler(PagedCache(backend, config, pages), context, most, [rope], prefix)
 
 

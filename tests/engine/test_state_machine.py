@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cuplama.engine import kv_cache, prefix_cache, scheduler
+from cuplama.engine import kv_cache, prefix_cache
 from cuplama.engine.kv_cache import PagedCache
 from cuplama.engine.scheduler import Scheduler
 from cuplama.engine.sequence import SequenceState
@@ -44,7 +44,7 @@ Written = tuple[Any, tuple[int, ...]]  # a slot: how its keys were rotated, and 
 
 def _cache() -> PagedCache:
     backend: Any = SimpleNamespace(dtype=np.dtype(np.float32))
-    config: Any = SimpleNamespace(caches={})
+    config: Any = SimpleNamespace(caches={}, delta_layers=())
     return PagedCache(backend, config, PAGES)
 
 
@@ -61,7 +61,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._patch = pytest.MonkeyPatch()
-        for module in (kv_cache, prefix_cache, scheduler):
+        for module in (kv_cache, prefix_cache):
             self._patch.setattr(module, "PAGE", SIZE)
         self.flying = deque[tuple[bool, list[tuple[SequenceState, int]]]]()
         self.memory: list[list[Written | None]] = [[None] * SIZE for _ in range(PAGES)]

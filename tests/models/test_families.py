@@ -129,6 +129,9 @@ def test_names_ops_and_rotations() -> None:
         "phi": {"norm": "layer_norm", "partial_rotary": True},
         "phi3": {"rope_types": ("default", "longrope"), "partial_rotary": True},
         "phimoe": {"norm": "layer_norm", "rope_types": ("default", "longrope")},
+        "qwen3_5_moe_text": {"norm_offset": 1.0, "partial_rotary": True},
+        "qwen3_5_text": {"norm_offset": 1.0, "partial_rotary": True},
+        "qwen3_next": {"norm_offset": 1.0, "partial_rotary": True},
         "stablelm": {"norm": "layer_norm", "partial_rotary": True},
     }
 
@@ -269,6 +272,9 @@ ABSENT = {
     "PhiMoE": (8, 8, 1e-5, 131072, "default", 1e6, 8),
     "Qwen2Moe": (16, 8, 1e-6, 32768, "default", 1e4, 8),
     "Qwen3Moe": (4, 8, 1e-6, 32768, "default", 1e4, 8),
+    "Qwen3_5": (4, 256, 1e-6, 32768, "default", 1e4, 64),
+    "Qwen3_5Moe": (2, 256, 1e-6, 32768, "default", 1e4, 64),
+    "Qwen3Next": (2, 256, 1e-6, 32768, "default", 1e4, 64),
     "SeedOss": (8, 128, 1e-6, 524288, "default", 1e4, 128),
     "SmolLM3": (4, 8, 1e-6, 32768, "default", 2e6, 8),
     "StableLm": (32, 8, 1e-5, 4096, "default", 1e4, 2),

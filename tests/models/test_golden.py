@@ -15,7 +15,7 @@ import cuplama
 from cuplama import Model
 from cuplama.models.config import load_config
 from cuplama.models.families import FAMILIES
-from tests.engine.feeding import last_logits
+from tests.engine.feeding import last_logits, release
 from tests.paths import GOLDEN
 
 CASES = sorted(p for p in (GOLDEN).iterdir() if (p / "meta.json").exists())
@@ -111,8 +111,7 @@ def decode_steps(model: Model, prompts: list[list[int]], greedy: list[list[int]]
                 rows[i].append(logits[i])
                 s.tokens.append(greedy[i][step])
     finally:
-        for s in sequences:
-            engine.cache.release(s.pages)
+        release(engine.cache, sequences)
     return [np.stack(r) for r in rows]
 
 

@@ -26,9 +26,14 @@ PUBLISHED = {
     "mixtral-8x7b": (46_702_792_704, 32768, 1e6, 0, 1e-5),
     "phi-3-mini-4k": (3_821_079_552, 4096, 1e4, 2047, 1e-5),
     "qwen2.5-0.5b": (494_032_768, 32768, 1e6, 0, 1e-6),
+    "qwen3.6-27b": (26_895_998_464, 262144, None, 0, 1e-6),
+    "qwen3.6-35b-a3b": (34_660_610_688, 262144, None, 0, 1e-6),
     "qwen3-30b-a3b": (30_532_122_624, 40960, 1e6, 0, 1e-6),
     "qwen3-8b": (8_190_735_360, 40960, 1e6, 0, 1e-6),
 }
+
+WRAPPED = ("gemma-3-4b", "gemma-4-e4b", "qwen3.6-27b", "qwen3.6-35b-a3b")  # models of text and more
+EXPERTS = ("mixtral-8x7b", "qwen3-30b-a3b")
 
 
 def test_every_shape_is_checked_here() -> None:
@@ -43,23 +48,23 @@ def test_shapes_have_the_published_number_of_parameters(name: str) -> None:
     assert (known, elements, config.context, theta, max(config.windows), config.eps) == (name, *PUBLISHED[name])
 
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("name", EXPERTS)
 def test_models_with_experts_are_those_of_the_published_config(name: str) -> None:
     published = parse_config(read_json(DATA / "configs" / f"{name}.json"))
     assert find_shape(name)[1] == replace(published, bos=None, eos=())
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(("gemma", "mixtral", "qwen3-30b"))])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in (*WRAPPED, *EXPERTS)])
 def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> None:
     """All that a run depends on; the tokens that begin and end a text are not part of a shape."""
     published = load_config(shared / "configs" / name)
     assert find_shape(name)[1] == replace(published, bos=None, eos=())
 
 
-@pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-4-e4b"])
-def test_gemmas_are_the_text_part_of_the_published_config(name: str) -> None:
-    published = parse_config(read_json(DATA / "configs" / f"{name}.json"))
-    assert find_shape(name)[1] == replace(published, bos=None, eos=(), tied=True, wrapper=None)
+@pytest.mark.parametrize("name", WRAPPED)
+def test_some_are_the_text_part_of_the_published_config(name: str) -> None:
+    published, found = parse_config(read_json(DATA / "configs" / f"{name}.json")), find_shape(name)[1]
+    assert found == replace(published, bos=None, eos=(), tied=name.startswith("gemma"), wrapper=None)
 
 
 def test_llama_3_scales_its_rotation() -> None:

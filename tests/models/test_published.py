@@ -91,6 +91,12 @@ PARAMETERS: dict[str, int | float] = {
     "qwen2-57b-a14b": 57.4e9,
     "qwen3-235b-a22b": 235_093_634_560,
     "qwen3-30b-a3b": 30_532_122_624,
+    # As GGUF files count them.
+    "qwen3.5-0.8b": 0.75239e9,
+    "qwen3.5-9b": 8.95e9,
+    "qwen3.6-27b": 26.9e9,
+    "qwen3.6-35b-a3b": 34.66e9,
+    "qwen3-next-80b-a3b": 79.67e9,
     "seed-oss-36b": 36_151_104_512,
     "smollm3-3b": 3_075_098_624,
     "smollm3-3b-base": 3_075_098_624,
@@ -268,6 +274,8 @@ REFUSED = [
     ("granite-4.0-micro", "num_local_experts", 62),
     ("gemma-3-1b", "rope_parameters", {"rope_type": "default"}),
     ("smollm3-3b", "no_rope_layers", [1, 0]),
+    ("qwen3-next-80b-a3b", "use_sliding_window", True),
+    ("qwen3-next-80b-a3b", "attention_bias", True),
     ("stablelm-2-1.6b", "use_parallel_residual", True),
     ("stablelm-2-1.6b", "qk_layernorm", True),
     ("phi-2", "qk_layernorm", True),
@@ -289,7 +297,7 @@ def test_what_is_not_there_is_refused_by_name(name: str, field: str, value: obje
         parse_config(raw)
 
 
-GEMMA_4_REFUSED = [
+WRAPPED_REFUSED = [
     ("gemma-4-e4b", "use_bidirectional_attention", "all"),
     ("gemma-4-e4b", "num_kv_shared_layers", 42),  # all of them
     ("gemma-4-e4b", "num_kv_shared_layers", 37),  # so that no layer before them is without a window
@@ -299,15 +307,33 @@ GEMMA_4_REFUSED = [
     ("gemma-4-31b", "per_layer_config", {"5": {"head_dim": 0}}),
     ("gemma-4-31b", "num_global_key_value_heads", 5),
     ("gemma-4-31b", "hidden_size_per_layer_input", "256"),
+    ("qwen3.6-27b", "attention_bias", True),
+    ("qwen3.6-27b", "attn_output_gate", False),
+    ("qwen3.6-27b", "output_gate_type", "sigmoid"),
+    ("qwen3.6-27b", "linear_num_value_heads", 50),
+    ("qwen3.6-27b", "linear_conv_kernel_dim", "4"),
+    ("qwen3.6-27b", "mlp_only_layers", [3]),
 ]
 
 
-@pytest.mark.parametrize(("name", "field", "value"), GEMMA_4_REFUSED)
+@pytest.mark.parametrize(("name", "field", "value"), WRAPPED_REFUSED)
 def test_what_a_layer_cannot_be_is_refused_by_name(name: str, field: str, value: object) -> None:
     raw = read_json(DATA / "configs" / f"{name}.json")
     raw["text_config"][field] = value
     with pytest.raises(ConfigError, match=rf"^config.json: text_config\..*{field}"):
         parse_config(raw)
+
+
+def test_qwen_3_5_has_attention_in_every_fourth_layer() -> None:
+    for name in ("qwen3-next-80b-a3b", "qwen3.6-35b-a3b", "qwen3.5-0.8b", "qwen3.5-9b", "qwen3.6-27b"):
+        config = published(name)
+        assert list(config.caches) == list(range(3, config.num_layers, 4))
+        assert len(config.delta_layers) == 3 * config.num_layers // 4
+        (rope,) = config.ropes.values()
+        assert (rope.theta, rope.dim, rope.type) == (1e7, 64, "default")
+    assert config.state_shapes == ((3, 10240), (48, 128, 128))
+    active = {name: published(name).parameters(False, active=True) for name in PARAMETERS if name.endswith("a3b")}
+    assert (active["qwen3.6-35b-a3b"], active["qwen3-next-80b-a3b"]) == (3_454_988_928, 3_874_929_408)
 
 
 def test_hunyuan_stretches_its_base() -> None:

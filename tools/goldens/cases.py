@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tools.goldens.case import SMALL, Case, Config, O, rope
+from tools.goldens.cases_delta import DELTA_CASES
 from tools.goldens.cases_experts import EXPERT_CASES
 from tools.goldens.cases_more import MORE_CASES
 from tools.goldens.cases_scaled import SCALED_CASES
@@ -149,6 +150,7 @@ CASES: dict[str, Case] = {
         chars=True,
     ),
     "gpt2-exact-gelu": Case("gpt2", {"activation_function": "gelu"}, GPT2, context=80),
+    **DELTA_CASES,
     **MORE_CASES,
     **EXPERT_CASES,
     **SCALED_CASES,

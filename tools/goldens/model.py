@@ -34,10 +34,12 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             buffer.copy_(exact(0.7 + 0.1 * torch.randn(buffer.shape, generator=rng)))
         elif name.endswith("e_score_correction_bias"):  # between scores, so that it decides
             buffer.copy_(exact(0.2 * torch.randn(buffer.shape, generator=rng)))
-    mean = 0.0 if model.config.model_type == "nemotron" else 1.0  # of norm weights, to which Nemotron adds one
+    # Of norm weights: to these one is added (the Gemmas' are large all the same).
+    added = model.config.model_type in ("nemotron", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=rng)
         if "norm" in name or ".ln_" in name:
+            mean = 0.0 if added and not name.endswith("linear_attn.norm.weight") else 1.0
             value = 0.25 * noise if name.endswith("bias") else mean + 0.3 * noise
             if "q_norm" in name and model.config.model_type == "gemma4_text":
                 value = value / 2  # its attention has no other scale, and would be so sharp that roundings grow
@@ -49,6 +51,10 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             value = 0.3 * noise
         elif "alpha_" in name:  # of xIELU
             value = p + 0.3 * noise
+        elif name.endswith("A_log"):  # states that outlast some tokens
+            value = 0.5 * noise - 1
+        elif name.endswith("conv1d.weight"):
+            value = 1.5 * noise / p.shape[2] ** 0.5
         elif "embed_tokens" in name or "wte" in name:
             # An untied embedding is kept small, where the first norm's epsilon shows. A tied one that is multiplied
             # must not outweigh the layers, or each token is followed by itself.

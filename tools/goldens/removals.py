@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tools.goldens.case import Case, Config
+from tools.goldens.removals_delta import delta_removals
 from tools.goldens.removals_experts import expert_removals
 from tools.goldens.removals_more import more_removals
 from tools.goldens.removals_scaled import scaled_removals
@@ -110,19 +111,26 @@ def other_gelu(model: Any) -> None:
         block.mlp.act = transformers.activations.ACT2FN[other]
 
 
+def attentions(model: Any) -> list[Any]:
+    """The attention of each layer that has it."""
+    return [layer.self_attn for layer in model.model.layers if hasattr(layer, "self_attn")]
+
+
 def swapped_kv_heads(model: Any) -> None:
     """KV head h % n_kv in place of h // group, the other way one might share them."""
     cfg = model.config
     n = cfg.num_attention_heads
-    for layer in model.model.layers:
-        kv, d = n // layer.self_attn.num_key_value_groups, layer.self_attn.head_dim
+    for attention in attentions(model):
+        kv, d = n // attention.num_key_value_groups, attention.head_dim
         order = [h for k in range(kv) for h in range(n) if h % kv == k]
         rows = torch.tensor([h * d + i for h in order for i in range(d)])
-        q, o = layer.self_attn.q_proj, layer.self_attn.o_proj
-        for tensors in (q, getattr(layer.self_attn, "q_norm", None)):
+        q, o = attention.q_proj, attention.o_proj
+        for tensors in (q, getattr(attention, "q_norm", None)):
             for parameter in tensors.parameters() if tensors is not None else ():
                 if len(parameter) == len(rows):  # a norm of all heads together, and not of each
                     parameter.data = parameter.data[rows]
+                elif len(parameter) == 2 * len(rows):  # of each head its query, and then its gate
+                    parameter.data = parameter.data.unflatten(0, (n, -1))[order].flatten(0, 1)
         o.weight.data = o.weight.data[:, rows]
 
 
@@ -145,6 +153,7 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     yield "rotation", no_rotation, {}
     yield from more_removals(model)
     yield from scaled_removals(model)
+    yield from delta_removals(model)
     yield from expert_removals(model)
     for part in PARTS:
         if any(part in n for n in names):
@@ -152,7 +161,7 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     for part in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
         if any(part in n for n in names):
             yield part, norms_one(part), {}
-    if 1 < model.model.layers[0].self_attn.num_key_value_groups < cfg.num_attention_heads:
+    if 1 < attentions(model)[0].num_key_value_groups < cfg.num_attention_heads:
         yield "kv_sharing", swapped_kv_heads, {}
     for kind, settings in rotations(cfg).items():
         if settings["rope_type"] != "default":
@@ -166,6 +175,6 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
         yield "window", keep, {"sliding_window": 1000}
         yield "window_plus_one", keep, {"sliding_window": width + 1}
         yield "window_minus_one", keep, {"sliding_window": width - 1}
-    alike = len({layer.self_attn.head_dim for layer in model.model.layers}) == 1
+    alike = len({attention.head_dim for attention in attentions(model)}) == 1
     if alike and "sliding_attention" in (getattr(cfg, "layer_types", None) or []):
         yield "max_window_layers", keep, {"layer_types": ["sliding_attention"] * cfg.num_hidden_layers}

@@ -104,7 +104,7 @@ def more_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
         yield "no_rotation_in_full_layers", rotated_everywhere, {}
     if family == "hunyuan_v1_dense":
         yield "norms_behind_rotation", norms_before_rotation, {}
-    if family in ("gemma", "gemma2", "gemma3_text", "nemotron"):
+    if family in ("gemma", "gemma2", "gemma3_text", "nemotron") or family.startswith(("qwen3_5", "qwen3_next")):
         yield "norm_offset", norm_offset, {}
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         yield "partial_rotary", keep, {"rope_parameters": {**settings, "partial_rotary_factor": 1.0}}

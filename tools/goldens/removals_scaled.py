@@ -102,7 +102,7 @@ def keep(model: Any) -> None:
 def scaled_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     """(name, change to the loaded model, config overrides) of what the model has beside Llama's parts."""
     cfg, layer = model.config, model.model.layers[0]
-    size = layer.self_attn.head_dim
+    size = next(each.self_attn.head_dim for each in model.model.layers if hasattr(each, "self_attn"))
     for field, neutral in NUMBERS.items():
         if getattr(cfg, field, neutral) != neutral:
             yield field, keep, {field: neutral}

@@ -213,6 +213,11 @@ class CudaBackend:
         with self._on_gpu() as gpu:
             gpu.write(array, np.ascontiguousarray(host, array.dtype))
 
+    def copy(self, array: Array, source: Array) -> None:
+        """Overwrite a contiguous device array with another of its shape and dtype, in order with what is queued."""
+        with self._on_gpu() as gpu:
+            gpu.copy(array, source)
+
     def host_ring(self, shape: tuple[int, int]) -> tuple[np.ndarray[Any, Any], Array]:
         """Pinned int32 host memory that kernels write directly: the host's view, and the array that ops take."""
         with self._on_gpu() as gpu:

@@ -152,6 +152,10 @@ class Gpu:
         """Copy from pageable memory; the host array may change as soon as this returns."""
         array.data.copy_from_host_async(host.ctypes.data, host.nbytes, self.stream)
 
+    def copy(self, array: Array, source: Array) -> None:
+        """Copy an array on the GPU, in order with what is queued."""
+        array.data.copy_from_device_async(source.data, array.nbytes, self.stream)
+
     def read(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy in host memory, once everything queued before has run."""
         host = np.empty(array.shape, array.dtype)

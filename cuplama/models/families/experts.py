@@ -15,6 +15,7 @@ from .layout import LAYER
 __all__ = [
     "ALL_SPARSE",
     "correction",
+    "either_way",
     "expert_weights",
     "merged_experts",
     "mlp_where_dense",
@@ -52,6 +53,12 @@ def expert_weights(
         "{i}.experts.gate_up_proj": Recipe((("e,d", gate), ("e,d", up)), experts=True, only=_SPARSE),
         "{i}.experts.down_proj": one("d,e", down, experts=True, only=_SPARSE),
     }
+
+
+def either_way(weights: Mapping[str, Recipe], gate_up: str, down: str) -> dict[str, Recipe]:
+    """The same where some files have each matrix of all experts in one tensor of these names, without the layer's."""
+    merged = {"{i}.experts.gate_up_proj": LAYER + gate_up, "{i}.experts.down_proj": LAYER + down}
+    return {name: replace(recipe, merged=merged.get(name)) for name, recipe in weights.items()}
 
 
 def merged_experts(router: str, gate_up: str, down: str, **options: Any) -> dict[str, Recipe]:

@@ -10,7 +10,7 @@ from .experts import expert_weights, mlp_where_dense, shared_expert
 from .layout import LAYER, LLAMA
 from .qwen3_moe import QWEN_ROUTER, QWEN_SPARSE
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "SHARED_EXPERT"]
 
 
 def _windows(raw: Mapping[str, Any], layers: int) -> list[int]:
@@ -22,7 +22,11 @@ def _windows(raw: Mapping[str, Any], layers: int) -> list[int]:
     return [window * (i % 2 == 0 and i < first) for i in range(layers)]
 
 
-_SHARED_GATE = one("1,d", LAYER + "mlp.shared_expert_gate.weight", when="shared_size", only="sparse")
+# The expert that all tokens share, and its gate.
+SHARED_EXPERT = {
+    **shared_expert("mlp.shared_expert"),
+    "{i}.shared_gate": one("1,d", LAYER + "mlp.shared_expert_gate.weight", when="shared_size", only="sparse"),
+}
 
 FAMILY = Family(
     "Qwen2MoeForCausalLM",
@@ -30,8 +34,7 @@ FAMILY = Family(
     {
         **mlp_where_dense(LLAMA),
         **expert_weights(),
-        **shared_expert("mlp.shared_expert"),
-        "{i}.shared_gate": _SHARED_GATE,
+        **SHARED_EXPERT,
     },
     {
         **fields(intermediate_size=5632, num_key_value_heads=16, max_position_embeddings=32768),

@@ -421,6 +421,14 @@ def test_what_cuda_complains_about_is_a_device_error(broken: str, backend: CudaB
             calls[name]()
 
 
+def test_a_copy_comes_in_its_turn(backend: CudaBackend) -> None:
+    """Behind what is queued before it, and before what is queued later."""
+    x = backend.upload(np.arange(6, dtype=np.float32).reshape(2, 3))
+    backend.copy(x[0], x[1])
+    backend.write(x[1], np.zeros(3, np.float32))
+    assert backend.download(x).tolist() == [[3, 4, 5], [0, 0, 0]]
+
+
 # ---- weights and dtypes ----------------------------------------------------------------------------------------------
 
 
