@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..ops.weights import segments_of
 from ..quant.catalog import CATALOG, random_stored
 from ..quant.format import Format
 from ..quant.packed import Packed
-from ..quant.stored import Stack, Stored, described
+from ..quant.stored import Experts, Stack, Stored, described
 
 __all__ = [
     "WEIGHT_FORMATS",
@@ -22,6 +22,7 @@ __all__ = [
     "layer_formats",
     "layer_matrices",
     "random_packed",
+    "random_weight",
 ]
 
 
@@ -35,6 +36,15 @@ def random_packed(formats: str, m: int, k: int, rng: np.random.Generator, deviat
         for name, start, end in zip(names, [0, *ends], ends, strict=False)
     )
     return parts[0] if len(parts) == 1 else Stack(parts)
+
+
+def random_weight(
+    formats: str, shape: Sequence[int], rng: np.random.Generator, deviation: float = 1.0
+) -> Stored | Stack | Experts:
+    """The same by its shape, [m, k] or, for each of E experts, [E, m, k]."""
+    *experts, m, k = shape
+    parts = [random_packed(formats, m, k, rng, deviation) for _ in range(*experts or [1])]
+    return Experts(tuple(parts)) if experts else parts[0]
 
 
 MIXTURES: Mapping[str, tuple[str, str]] = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
@@ -81,8 +91,7 @@ def layer_matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]
             yield name, (shape[0], shape[1])
 
 
-def filled(weight: Array, rng: np.random.Generator) -> Stored | Stack:
+def filled(weight: Array, rng: np.random.Generator) -> Stored | Stack | Experts:
     """Random numbers for a described weight, so small that sums over a row stay near 1."""
-    m, k = weight.shape
     names = [s.format.name for s in segments_of(weight) or ()]
-    return random_packed(" + ".join(names), m, k, rng, k**-0.5)
+    return random_weight(" + ".join(names), weight.shape, rng, weight.shape[-1] ** -0.5)
