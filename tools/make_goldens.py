@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.goldens.case import Case
 from tools.goldens.cases import CASES
-from tools.goldens.model import NEW_TOKENS, greedy, load, logits_of, randomize
+from tools.goldens.model import NEW_TOKENS, experts_of, greedy, load, logits_of, randomize
 from tools.goldens.removals import removals
 from tools.goldens.spellings import write_char_tokenizer, write_configs, write_json
 
@@ -73,7 +73,18 @@ def run_prompts(folder: Path, vocab: int, seed: int) -> tuple[Arrays, float]:
             raise UnfairError("constant continuation")
         arrays |= {f"prompt_{j}": ids, f"greedy_{j}": tokens, f"steps_{j}": steps}
         arrays[f"logits_{j}"] = logits_of(load(folder), ids)
+        arrays |= chosen_experts(folder, ids, f"experts_{j}")
     return arrays, min_gap
+
+
+def chosen_experts(folder: Path, ids: np.ndarray, name: str) -> Arrays:
+    """The experts of each token of ids [n] by that name, int32 [layers, n, k], in ascending order; nothing for a model
+    without. UnfairError if transformers chooses others in 16 bits: then its KL would be that of a coin."""
+    found = experts_of(load(folder), ids)
+    for dtype in (torch.bfloat16, torch.float16) if len(found) else ():
+        if not np.array_equal(found, experts_of(load(folder, dtype), ids)):
+            raise UnfairError(f"other experts in {dtype}")
+    return {name: found} if len(found) else {}
 
 
 def cache_difference(folder: Path, arrays: Arrays) -> float:

@@ -15,13 +15,12 @@ import numpy as np
 from ..dtypes import dtype_name
 from ..errors import ConfigError, ParameterError
 from ..hub import HUB_FILES
-from ..models.checkpoint import INDEX, load_weights, open_tensors
+from ..models.checkpoint import INDEX, folder_tensors, load_weights, open_tensors
 from ..models.config import ModelConfig, load_config
 from ..models.rounding import linear_weights
 from ..quant.compressed import TensorSpec, tensor_specs
 from ..quant.grid import Grid
 from ..quant.rtn import GROUPS
-from ..quant.stored import Stored
 from ..quant.weight import Weight
 
 __all__ = ["Source", "layer_of", "plain_spec"]
@@ -80,12 +79,12 @@ class Source:
             name: tuple(s if s in files or config.wrapper else s.removeprefix(prefix) for s in weight.source)
             for name, weight in weights.items()
         }
-        tensors: dict[str, np.ndarray[Any, Any]] = {}
-        recipes = config.recipes()
+        stored, tensors = folder_tensors(folder, config), dict[str, np.ndarray[Any, Any]]()
         for name, weight in weights.items():
-            dims = config.dims(name)
-            plain = [recipes[name].stored(p, dims) for p in weight.parts if not isinstance(p, Stored)]
-            tensors |= dict(zip(names[name], plain, strict=True))
+            for written, source in zip(names[name], weight.source, strict=True):
+                data = stored[source].data
+                assert isinstance(data, np.ndarray)
+                tensors[written] = data
         return cls(folder, config, weights, linear, tensors, names)
 
     def check_described(self) -> None:

@@ -86,6 +86,7 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
     form: of ``WEIGHT_FORMATS`` for the matrices of the layers, or "". The head shares the embedding's array if the
     config ties them.
     """
+    wide = config.f32_weights()
     found = {
         name: random_weight(
             name,
@@ -93,6 +94,7 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
             dtype,
             ("embed_tokens",) if name == "lm_head" and config.head_is_tied else (name,),
             1 - config.family.norm_offset if name.endswith(("norm", "scalar")) else 0.0,
+            name in wide,
         )
         for name, shape in config.weight_shapes().items()
     }

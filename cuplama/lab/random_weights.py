@@ -35,7 +35,7 @@ def _values(dtype: str, centre: float) -> np.ndarray[Any, Any]:
 class _RandomWeight:
     """Has the interface of ``quant.weight.Weight`` and holds random values: the same values over and over.
 
-    source: as of a Weight; two weights with the same source are one. centre: the mean, 1 for the scale of a norm.
+    source, f32: as of a Weight; two weights with the same source are one. centre: the mean, 1 for the scale of a norm.
     """
 
     name: str
@@ -43,6 +43,7 @@ class _RandomWeight:
     source: tuple[str, ...]
     dtype: np.dtype[Any]
     centre: float = 0.0
+    f32: bool = False
 
     packed = False
     parts = ()
@@ -64,7 +65,15 @@ class _RandomWeight:
 
     def device_bytes(self, dtype: np.dtype[Any]) -> int:
         """Bytes on a device where plain weights have that dtype."""
-        return self.elements * dtype.itemsize
+        return self.elements * self.held(dtype).itemsize
+
+    def held(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """As of a Weight."""
+        return DTYPES["f32"] if self.f32 else dtype
+
+    def mapped(self) -> np.ndarray[Any, Any]:
+        """As of a Weight."""
+        return self.array()
 
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
         """Yields (element offset, contiguous 1-D array) for chunks of at most ``max_bytes``."""
@@ -82,10 +91,15 @@ class _RandomWeight:
 
 
 def random_weight(
-    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], source: tuple[str, ...] = (), centre: float = 0.0
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    source: tuple[str, ...] = (),
+    centre: float = 0.0,
+    f32: bool = False,
 ) -> Weight:
     """A weight of random values, as backends take it: normal, of deviation 0.02. source: its name if not given."""
-    return cast(Weight, _RandomWeight(name, shape, source or (name,), dtype, centre))
+    return cast(Weight, _RandomWeight(name, shape, source or (name,), dtype, centre, f32))
 
 
 _ROWS = 512  # of a quantised weight that are made once and repeated

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,9 +29,10 @@ from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
 from .wrapper import text_tensors
 
-__all__ = ["INDEX", "Layout", "assemble", "has_weights", "load_weights", "open_file", "open_tensors"]
+__all__ = ["INDEX", "Layout", "assemble", "folder_tensors", "has_weights", "load_weights", "open_file", "open_tensors"]
 
 _DTYPES = ("F32", "F16", "BF16")  # of safetensors, those that weights may have
+_Part = np.ndarray[Any, Any] | Stored
 INDEX = "model.safetensors.index.json"
 
 
@@ -51,7 +53,7 @@ def load_weights(folder: Path, config: ModelConfig) -> dict[str, Weight]:
         gguf = open_gguf(folder)
         layout = Layout(folder, gguf_tensors(gguf, config.dims()), "its metadata", partial(gguf_name, gguf))
     else:
-        layout = Layout(folder, _safetensors(folder, config), "config.json", str)
+        layout = Layout(folder, folder_tensors(folder, config), "config.json", str)
     tensors = layout.tensors
     used: set[str] = set()
     weights = {}
@@ -77,8 +79,8 @@ def _adds_nothing(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return quantised and isinstance(data, np.ndarray) and not data.any()
 
 
-def _safetensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
-    """The tensors of a folder by their full names, quantised matrices as one tensor each."""
+def folder_tensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
+    """The tensors of a folder by the family's full names, quantised matrices as one tensor each."""
     tensors, prefix = open_tensors(folder), config.family.prefix
     if config.wrapper is not None:
         tensors = text_tensors(tensors, config.family, config.wrapper)
@@ -102,33 +104,58 @@ class Layout:
 
 def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int]) -> Weight:
     """The weight of a recipe. Raises CheckpointError naming a tensor that is missing, or of another shape or dtype."""
-    parts, sources, tensors = [], [], layout.tensors
-    for shape_text, tensor_name in recipe.parts:
-        shape = tuple(dim_value(d, dims) for d in shape_text.split(","))
-        found = tensors.get(tensor_name)
-        if found is None and recipe.otherwise is not None:
-            found, tensor_name = tensors.get(recipe.otherwise), recipe.otherwise
-        if found is None:
-            raise CheckpointError(f"{layout.folder}: {_missing(layout, name, recipe, tensor_name)}")
-        quantised = isinstance(found.data, Stored)
-        stored = shape[::-1] if recipe.transposed and not quantised else shape
-        if found.shape != stored:
-            raise CheckpointError(
-                f"{found.file}: tensor {found.name} has shape {list(found.shape)};"
-                f" {layout.described} asks for {list(stored)}"
-            )
-        if found.data is None or (found.dtype not in _DTYPES and not quantised):
-            raise CheckpointError(
-                f"{found.file}: tensor {found.name} has dtype {found.dtype}; supported: {', '.join(_DTYPES)}"
-            )
-        if isinstance(found.data, Stored) and recipe.by_head:
-            raise CheckpointError(f"{found.file}: tensor {found.name} is quantised, and its rows lie head by head")
-        parts.append(found.data if isinstance(found.data, Stored) else recipe.canonical(found.data, dims))
-        sources.append(tensor_name)
+    experts, parts, sources = dims["E"] if recipe.experts else 0, list[_Part](), list[str]()
+    shapes = [tuple(dim_value(d, dims) for d in shape.split(",")) for shape, _ in recipe.parts]
+    for expert in range(max(1, experts)):
+        for shape, (_, tensor_name) in zip(shapes, recipe.parts, strict=True):
+            found, used = _find(layout, name, recipe, tensor_name.replace("{e}", str(expert)))
+            whole = experts if "{e}" not in tensor_name else 0
+            data = _checked(found, shape, whole, recipe, layout)
+            if isinstance(data, Stored):
+                parts.append(data)
+            else:
+                parts += recipe.canonical(data[expert] if whole else data, dims)
+            sources.append(used)
     plain = [p.dtype for p in parts if not isinstance(p, Stored)]
-    if len(plain) == len(parts) and len(set(plain)) > 1:
-        raise CheckpointError(f"{layout.folder}: tensors {', '.join(sources)} have different dtypes")
-    return Weight(name, tuple(sources), tuple(parts))
+    if len(plain) == len(parts) and (other := next((i for i, d in enumerate(plain) if d != plain[0]), 0)):
+        named = sources if not experts else (sources[0], sources[other])
+        raise CheckpointError(f"{layout.folder}: tensors {', '.join(named)} have different dtypes")
+    source = tuple(dict.fromkeys(sources) if experts else sources)
+    return Weight(name, source, tuple(parts), experts, recipe.f32)
+
+
+def _find(layout: Layout, name: str, recipe: Recipe, tensor_name: str) -> tuple[Tensor, str]:
+    """A tensor, and the name that it goes by. Raises CheckpointError where it is missing."""
+    found = layout.tensors.get(tensor_name)
+    if found is None and recipe.otherwise is not None:
+        found, tensor_name = layout.tensors.get(recipe.otherwise), recipe.otherwise
+    if found is None:
+        raise CheckpointError(f"{layout.folder}: {_missing(layout, name, recipe, tensor_name)}")
+    return found, tensor_name
+
+
+def _checked(found: Tensor, shape: tuple[int, ...], experts: int, recipe: Recipe, layout: Layout) -> _Part:
+    """What a tensor holds, which must have the shape of its part of the weight, and a dtype that weights may have.
+
+    experts: how many have their share in it, 0 for a tensor that is not of several.
+    """
+    quantised = isinstance(found.data, Stored)
+    stored = shape[::-1] if recipe.transposed and not quantised else shape
+    stored = (experts, *stored) if experts else stored
+    if quantised and recipe.experts:
+        raise CheckpointError(f"{found.file}: tensor {found.name} is {found.dtype}; experts cannot be quantised yet")
+    if found.shape != stored:
+        raise CheckpointError(
+            f"{found.file}: tensor {found.name} has shape {list(found.shape)};"
+            f" {layout.described} asks for {list(stored)}"
+        )
+    if found.data is None or (found.dtype not in _DTYPES and not quantised):
+        raise CheckpointError(
+            f"{found.file}: tensor {found.name} has dtype {found.dtype}; supported: {', '.join(_DTYPES)}"
+        )
+    if quantised and recipe.by_head:
+        raise CheckpointError(f"{found.file}: tensor {found.name} is quantised, and its rows lie head by head")
+    return found.data
 
 
 def _missing(layout: Layout, name: str, recipe: Recipe, tensor_name: str) -> str:

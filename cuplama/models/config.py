@@ -16,7 +16,8 @@ import numpy as np
 from ..errors import ConfigError
 from ..files import is_missing, read_json
 from ..gguf import is_gguf, open_gguf
-from ..ops.signature import dim_value
+from ..ops import OPS
+from ..ops.signature import dim_names, dim_value
 from ..quant.readers import settings_beside
 from .config_reader import ConfigReader, is_number
 from .family import Family, Recipe, Wrapper
@@ -37,7 +38,8 @@ _INSTEAD = {
     "*.gguf": "a GGUF file is a model by itself; name it",
     "snapshots/*/config.json": "give that folder",
 }
-_OPTIONAL_SIZES = frozenset({"per_layer_size", "per_layer_vocab"})
+# Sizes that may be 0, or absent.
+_OPTIONAL_SIZES = ("per_layer_size", "per_layer_vocab", "experts", "experts_per_token", "expert_size", "shared_size")
 _MAX_LAYERS = 10_000  # far beyond any model; every layer takes memory before a weight is read
 
 
@@ -78,6 +80,10 @@ class ModelConfig:
 
     per_layer_size: of what each layer is given beside the residual stream, 0 for nothing; per_layer_vocab: tokens that
     have an embedding for that.
+
+    experts, experts_per_token: how many the layers of experts have, and how many of them compute a token; expert_size,
+    shared_size: the feed-forward size of one, and of what all tokens share beside them, 0 for nothing; router: the
+    attributes of the op that chooses them.
     """
 
     architecture: str
@@ -110,12 +116,19 @@ class ModelConfig:
     query_context: float = 0.0
     per_layer_size: int = 0
     per_layer_vocab: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    shared_size: int = 0
+    router: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
+        experts = f"{self.experts} experts of {self.expert_size}, " if self.experts else ""
         return (
             f"<ModelConfig {self.architecture}: {self.num_layers} layers of {self.hidden_size}, "
-            f"{self.num_heads} heads and {self.num_kv_heads} KV heads of {self.head_dim}, "
-            f"feed-forward {self.intermediate_size}, vocabulary {self.vocab_size}, context {self.context}>"
+            f"{self.num_heads} heads and {self.num_kv_heads} KV heads of {self.head_dim}, {experts}"
+            f"feed-forward {self.intermediate_size}, "
+            f"vocabulary {self.vocab_size}, context {self.context}>"
         )
 
     @property
@@ -168,6 +181,9 @@ class ModelConfig:
             "num_layers": self.num_layers,
             "per_layer_size": self.per_layer_size,
             "per_layer_vocab": self.per_layer_vocab,
+            "E": self.experts,
+            "e": self.expert_size,
+            "s": self.shared_size,
         }
 
     @cached_property
@@ -236,16 +252,23 @@ class ModelConfig:
         for name, recipe in self.recipes().items():
             dims = self.dims(name)
             parts = [tuple(dim_value(x, dims) for x in shape.split(",")) for shape, _ in recipe.parts]
-            shapes[name] = (sum(p[0] for p in parts), *parts[0][1:])
+            shape = (sum(p[0] for p in parts), *parts[0][1:])
+            shapes[name] = (self.experts, *shape) if recipe.experts else shape
         return shapes
 
-    def parameters(self, tied: bool) -> int:
-        """How many numbers the model's own tensors hold, each once. tied: whether head and embedding are one matrix."""
-        found = dict[str, int]()
+    def f32_weights(self) -> frozenset[str]:
+        """The canonical names of those that a device holds in float32, whatever the model's dtype."""
+        return frozenset(name for name, recipe in self.own_recipes().items() if recipe.f32)
+
+    def parameters(self, tied: bool, active: bool = False) -> int:
+        """How many numbers the model's own tensors hold, each once. tied: whether head and embedding are one matrix;
+        active: only of the experts that compute a token, with everything else."""
+        found, experts = dict[str, int](), self.experts_per_token if active else self.experts
         for name, recipe in self.own_recipes().items():
             if name != "lm_head" or not tied:
-                dims = self.dims(name)
-                found |= {t: math.prod(dim_value(x, dims) for x in shape.split(",")) for shape, t in recipe.parts}
+                dims, times = self.dims(name), experts if recipe.experts else 1
+                for shape, tensor in recipe.parts:
+                    found[tensor] = times * math.prod(dim_value(x, dims) for x in shape.split(","))
         return sum(found.values())
 
     @cached_property
@@ -303,6 +326,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     """
     reader, wrapper = open_config(raw, where)
     name, family = reader.family()
+    given = reader.raw
+    reader.rename(family.aliases)
     reader.neutral(family)
     reader.quantised()
     sizes: dict[str, Any] = dict(_sizes(reader, family))
@@ -318,6 +343,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     for quantity, source in family.numbers.items():
         if (number := reader.number(source)) is not None:
             numbers[quantity] = number
+    router = _router(reader, family, sizes)
     if left_out := reader.left_out(family):
         _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
     return ModelConfig(
@@ -333,8 +359,9 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         dtype=reader.dtype(),
         bos=next(iter(_ids(reader, "bos_token_id")), None),
         eos=_ids(reader, "eos_token_id"),
-        raw=reader.raw,
+        raw=given,
         wrapper=wrapper,
+        router=router,
     )
 
 
@@ -357,8 +384,9 @@ def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
     head_dim = reader.size("head_dim", _or(values.get("head_dim"), hidden // heads))
     if heads % kv_heads:
         reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
-    for name in _OPTIONAL_SIZES & values.keys():
-        sizes[name] = reader.size(family.fields[name][0], values[name]) if values[name] else 0
+    for name in _OPTIONAL_SIZES:
+        if name in values:
+            sizes[name] = reader.size(family.fields[name][0], values[name]) if values[name] else 0
     return sizes | {
         "num_kv_heads": kv_heads,
         "intermediate_size": intermediate,
@@ -376,6 +404,23 @@ def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> t
     head_dims = [layer.head_dim or sizes["head_dim"] for layer in layers]
     ropes = rotations(reader, family, windows, head_dims, sizes["context"])
     return tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True))
+
+
+def _router(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The attributes of the op that chooses experts, which must be such that it can; none for a model without."""
+    if not sizes.get("experts"):
+        return {}
+    op, found = OPS[family.router.op], dict[str, float]({"k": sizes["experts_per_token"]})
+    for name, source in family.router.settings.items():
+        value = reader.setting(source)
+        if value is not None:
+            found[name] = value
+    env = {"E": sizes["experts"], **op.signature.defaults, **found}
+    for rule in ("1 <= k <= E", *op.rules):
+        if not dim_value(rule, env):
+            shown = ", ".join(f"{name} = {env[name]}" for name in dim_names(rule))
+            reader.refuse(family.fields["experts_per_token"][0], f"what a router can do: {rule}, with {shown} here")
+    return found
 
 
 def _flags(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> frozenset[str]:

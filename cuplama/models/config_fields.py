@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .family import OFF, Family
+from .family import OFF, Family, Number
 
 __all__ = ["NEUTRAL", "read_by", "unclassified"]
 
@@ -108,8 +108,10 @@ NAMED: Mapping[str, tuple[Any, ...]] = {
 def read_by(family: Family) -> set[str]:
     """The fields that a family reads beyond those that all of them do."""
     flags = (key for key in family.flags.values() if isinstance(key, str))
-    numbers = (number.key.partition(".")[0] for number in family.numbers.values() if number.key is not None)
-    fields = (key for key, _ in family.fields.values())
+    router = family.router.settings.values()
+    sources = (*family.numbers.values(), *(source for source in router if isinstance(source, Number)))
+    numbers = (number.key.partition(".")[0] for number in sources if number.key is not None)
+    fields = (source[0] for source in (*family.fields.values(), *router) if isinstance(source, tuple))
     return {*fields, *flags, *numbers, *family.windows.reads, *family.rotations.reads, *family.kinds.reads}
 
 

@@ -41,9 +41,11 @@ class ConfigReader:
     def __init__(self, raw: Mapping[str, Any], where: str, within: str = "", beside: Collection[str] = ()) -> None:
         self.raw, self.where, self._within, self._beside = raw, where, within, beside
         self.dropped: list[str] = []
+        self._spelled: dict[str, str] = {}
 
     def path(self, key: str) -> str:
         """The name of a field, or of a field's field, in the file."""
+        key = self._spelled.get(key, key)
         inside = self._within and key.partition(".")[0].partition("[")[0] not in self._beside
         return f"{self._within}.{key}" if inside else key
 
@@ -182,6 +184,28 @@ class ConfigReader:
             given = {key: self.raw[key] for key in reads if key in self.raw}
             key = next(iter(given), reads[0])
             self.refuse(key, f"what goes together with {', '.join(k for k in reads if k != key) or 'the other fields'}")
+
+    def rename(self, aliases: Mapping[str, str]) -> None:
+        """Read fields under other names as those that they stand for, which errors then name as the file does."""
+        raw = dict(self.raw)
+        for alias, key in aliases.items():
+            if raw.get(alias) is not None:
+                if raw.get(key) not in (None, raw[alias]):
+                    self.refuse(alias, f"the same as {key}, {json.dumps(raw[key])}")
+                raw[key] = raw.pop(alias)
+                self._spelled[key] = alias
+        self.raw = raw
+
+    def setting(self, source: int | tuple[str, Any] | Number) -> float | None:
+        """A setting of a router, or None where its field is null."""
+        if isinstance(source, Number):
+            return self.number(source)
+        if not isinstance(source, tuple):
+            return source
+        value = self.get(*source)
+        if value is not None and (not isinstance(value, int) or value < 0):
+            self.refuse(source[0], "true, false, or a whole number")
+        return None if value is None else int(value)
 
     def number(self, source: Number) -> float | None:
         """A number of the mathematics, or None where its field is null: then it has no effect."""

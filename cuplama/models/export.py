@@ -26,8 +26,13 @@ def checkpoint_tensors(
             continue
         at, dims = 0, config.dims(name)
         for shape, tensor in recipe.parts:
-            rows = dim_value(shape.split(",")[0], dims)
-            part = arrays[name][at : at + rows]
-            at += rows
-            if config.adapter is None or config.adapter.stores(tensor):
-                yield tensor, recipe.stored(part, dims)
+            rows = slice(at, at := at + dim_value(shape.split(",")[0], dims))
+            if recipe.experts:
+                parts = [recipe.stored(array[rows], dims) for array in arrays[name]]
+                yield from (
+                    ((tensor.replace("{e}", str(e)), part) for e, part in enumerate(parts))
+                    if "{e}" in tensor
+                    else [(tensor, np.stack(parts))]
+                )
+            elif config.adapter is None or config.adapter.stores(tensor):
+                yield tensor, recipe.stored(arrays[name][rows], dims)

@@ -13,6 +13,7 @@ import numpy as np
 
 __all__ = [
     "ALL_ALIKE",
+    "GATES",
     "GELU",
     "HARMLESS_TENSORS",
     "NO_WINDOW",
@@ -23,11 +24,13 @@ __all__ = [
     "SILU",
     "TABLES",
     "WINDOW_BY_LAYER",
+    "WINDOW_IF_USED",
     "Family",
     "Kinds",
     "Number",
     "Recipe",
     "Rotations",
+    "Router",
     "Windows",
     "Wrapper",
     "fields",
@@ -46,13 +49,19 @@ class Recipe:
 
     parts: (shape, tensor name) of each tensor, stacked along the first axis; shapes are dim expressions over
     V (vocabulary), d (hidden), f (feed-forward), P (learned positions), num_heads, num_kv_heads, D (head_dim),
-    num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), as the *canonical* weight has
-    them. transposed: the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first
-    part's is not there, unless the config says that head and embedding are not tied. when: the config flag, or the
-    size above 0, under which the weight exists. by_head: the checkpoint's rows are, for each key head, those of its
-    queries, of itself and of its values (InternLM 2); canonical ones are all queries, all keys and all values. instead:
-    flag of a layer -> the recipe that such a layer has, or None where it has no such weight. only: the flag of the
-    layers that have the weight; by default all have it.
+    num_layers, per_layer_size and per_layer_vocab (what a layer is given of a token), E (experts), e and s
+    (feed-forward of an expert, and of the one that all tokens share), as the *canonical* weight has them. transposed:
+    the checkpoint stores the transpose (GPT-2's Conv1D). otherwise: a name to try when the first part's is not there,
+    unless the config says that head and embedding are not tied. when: the config flag, or the size above 0, under which
+    the weight exists. by_head: the checkpoint's rows are, for each key head, those of its queries, of itself and of its
+    values (InternLM 2); canonical ones are all queries, all keys and all values. instead: flag of a layer -> the recipe
+    that such a layer has, or None where it has no such weight. only: the flag of the layers that have the weight; by
+    default all have it.
+
+    experts: the weight has one more axis in front, of experts, and the shapes are those of one expert's parts. A name
+    with "{e}" is that of a tensor of each expert; any other tensor is of all experts, with that axis. interleaved: the
+    checkpoint's rows are by turns those of two matrices, which lie one below the other here (gpt-oss). f32: the weight
+    is held in float32, whatever the dtype of the model.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -62,6 +71,9 @@ class Recipe:
     by_head: bool = False
     instead: Mapping[str, Recipe | None] = field(default_factory=dict)
     only: str | None = None
+    experts: bool = False
+    interleaved: bool = False
+    f32: bool = False
 
     def of_layer(self, flags: Collection[str]) -> Recipe | None:
         """The recipe that a layer with these flags has."""
@@ -69,13 +81,19 @@ class Recipe:
             return None
         return next((recipe for flag, recipe in self.instead.items() if flag in flags), self)
 
-    def canonical(self, array: _Array, dims: Mapping[str, int]) -> _Array:
-        """A tensor of the checkpoint as a part of the weight. dims: the sizes by the names above."""
+    def canonical(self, array: _Array, dims: Mapping[str, int]) -> tuple[_Array, ...]:
+        """A tensor of the checkpoint, or an expert's share of it, as what is stacked to make its part of the weight.
+
+        dims: the sizes by the names above. Views, unless rows lie head by head.
+        """
         array = array[_rows_by_kind(dims)] if self.by_head else array
-        return array.T if self.transposed else array
+        array = array.T if self.transposed else array
+        return (array[::2], array[1::2]) if self.interleaved else (array,)
 
     def stored(self, array: _Array, dims: Mapping[str, int]) -> _Array:
-        """The way back."""
+        """The way back, of the whole part."""
+        if self.interleaved:
+            array = np.stack(np.split(array, 2), 1).reshape(array.shape)
         array = array.T if self.transposed else array
         return array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
 
@@ -94,6 +112,9 @@ def one(shape: str, name: str, **options: Any) -> Recipe:
 
 # Canonical weights whose rows are looked up.
 TABLES = ("embed_tokens", "position_table", "embed_tokens_per_layer")
+
+# Matrices by which a layer decides something: few numbers, which are never quantised.
+GATES = ("router", "shared_gate")
 
 # Tensors that files hold and that are nothing to load: leftovers of old exporters, and xIELU's constants.
 HARMLESS_TENSORS = (
@@ -167,6 +188,11 @@ def _from_a_layer_on(raw: Mapping[str, Any], layers: int) -> list[int]:
 NO_WINDOW = Windows((), lambda raw, layers: [0] * layers)
 # Qwen: the layers that ``layer_types`` names, or those from ``max_window_layers`` on, if the window is on.
 WINDOW_BY_LAYER = Windows(("sliding_window", "use_sliding_window", "max_window_layers"), _from_a_layer_on)
+# The same for every layer, if the window is on.
+WINDOW_IF_USED = Windows(
+    ("sliding_window", "use_sliding_window"),
+    lambda raw, layers: [raw.get("sliding_window", 4096) or 0 if raw.get("use_sliding_window") else 0] * layers,
+)
 
 
 @dataclass(frozen=True)
@@ -218,6 +244,18 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Router:
+    """How the experts of a token are chosen.
+
+    op: of ops/route.py; settings: its attribute -> the value of it; a field of config.json that is a whole number or a
+    switch, with the default of an absent one; or a ``Number``. Where a field is null the op's own default counts.
+    """
+
+    op: str = "route"
+    settings: Mapping[str, int | tuple[str, Any] | Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Wrapper:
     """A model of text and more, of which the text part runs: its settings are ``text_config``.
 
@@ -245,11 +283,12 @@ class Family:
     config of a model without a head does not say; norm_offset: what is added to the weights of norms; rope: the op that
     rotates; rotations, kinds: the rules for those of layers, and for what else differs among these; numbers: fields of
     ModelConfig that are multipliers and limits -> how config.json gives them; wrappers: models of which this is the
-    text part.
+    text part; router: of models with experts; aliases: other names of fields, as other versions of transformers write
+    them, -> the names that are used here.
 
     Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
-    keys are normalised. Flags: "parallel", for attention and MLP side by side; "qk_norm_after_rope"; "v_norm", for
-    values that are normalised with them, without a weight.
+    keys are normalised; whether experts are its MLP. Flags: "parallel", for attention and MLP side by side;
+    "qk_norm_after_rope"; "v_norm", for values that are normalised with them, without a weight.
     """
 
     architecture: str
@@ -276,6 +315,8 @@ class Family:
     kinds: Kinds = ALL_ALIKE
     numbers: Mapping[str, Number] = field(default_factory=dict)
     wrappers: tuple[Wrapper, ...] = ()
+    router: Router = field(default_factory=Router)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 # Llama's: quantity -> (its field in config.json, the default of an absent one).

@@ -39,8 +39,12 @@ def _norm_linear(norm: str, act: str | None) -> Rule:
     )
 
 
-# For any number of rows: our kernels and cuBLAS alike add the residual to a product before they write it.
-PREFILL_RULES: tuple[Rule, ...] = (Rule(("linear", "add"), "linear_add"),)
+# For any number of rows: our kernels and cuBLAS alike add the residual to a product before they write it, and so does
+# the sum over experts, if it has not something else to add.
+PREFILL_RULES: tuple[Rule, ...] = (
+    Rule(("linear", "add"), "linear_add"),
+    Rule(("combine_pairs", "add"), "combine_pairs", {"a": ("add", "a")}),
+)
 
 # For many rows where activations are rounded to 8 bits: what comes before a product writes them so.
 _EIGHT_BIT: tuple[Rule, ...] = (

@@ -262,9 +262,48 @@ class _Nodes:
         return self.linear(h, f"{i}.layer_input_proj", U="f32")
 
     def feed_forward(self, i: int, h: str) -> str:
-        """Layer i's MLP, of what its norm gives. A gated MLP has its two first matrices stacked in one."""
-        (up,) = self.present(f"{i}.gate_up_proj", f"{i}.up_proj")
-        learned = self.present(f"{i}.act.alpha_p", f"{i}.act.alpha_n")
+        """Layer i's MLP, of what its norm gives: experts where it has a router."""
+        return self.mixture(i, h) if f"{i}.router" in self.weights else self.mlp(f"{i}.", h)
+
+    def mlp(self, prefix: str, h: str) -> str:
+        """An MLP whose weights begin so. A gated one has its two first matrices stacked in one."""
+        (up,) = self.present(f"{prefix}gate_up_proj", f"{prefix}up_proj")
+        learned = self.present(f"{prefix}act.alpha_p", f"{prefix}act.alpha_n")
         h = self.linear(h, up, U="T")
-        h = self.emit(self.config.activation, f"{i}.act", h, *learned, **(_XIELU if learned else {}))
-        return self.linear(h, f"{i}.down_proj", U="f32")
+        h = self.emit(self.config.activation, f"{prefix}act", h, *learned, **(_XIELU if learned else {}))
+        return self.linear(h, f"{prefix}down_proj", U="f32")
+
+    # -- experts
+
+    def mixture(self, i: int, h: str) -> str:
+        """Layer i's experts, and the one that all tokens share, if it has that."""
+        shared = (self.mlp(f"{i}.shared.", h),) if f"{i}.shared.gate_up_proj" in self.weights else ()
+        gated = f"{i}.shared_gate" in self.weights
+        y = self.experts(i, self.linear(h, f"{i}.router", U="f32"), h, *(() if gated else shared))
+        if not gated:
+            return y
+        # A gate is a router of one expert, which all tokens have: its weight is the sigmoid.
+        attrs = {"k": 1, "sigmoid": 1, "renormalise": 0}
+        share = self.routed("route", f"{i}.shared", self.linear(h, f"{i}.shared_gate", U="f32"), **attrs)[1]
+        return self.emit("combine_pairs", f"{i}.shared.added", *shared, share, y)
+
+    def routed(self, op: str, name: str, logits: str, *ins: str, **attrs: Any) -> tuple[str, str]:
+        """(experts, weights) of each row."""
+        outs = f"{name}.chosen", f"{name}.weights"
+        self.found.append(Node(op, outs, (logits, *ins), attrs))
+        return outs
+
+    def experts(self, i: int, logits: str, h: str, *more: str) -> str:
+        """What the experts that the router's logits choose make of h, by their weights, beside what there is more.
+        A pair is a row and one of its experts."""
+        config, name = self.config, f"{i}.experts"
+        scale, (correction, *_) = self.present(f"{i}.router.scale"), (*self.present(f"{i}.router.correction"), "")
+        beside = (correction, *scale) if correction or scale else ()
+        chosen, weights = self.routed(config.family.router.op, name, logits, *beside, **config.router)
+        pairs = f"{name}.pairs", f"{name}.offsets"
+        self.found.append(Node("sort_pairs", pairs, (chosen,), {"E": config.experts}))
+        bias = (self.present(f"{name}.{x}_proj.bias") for x in ("gate_up", "down"))
+        op = f"expert_linear_{config.activation}"
+        y = self.emit(op, f"{name}.act", h, f"{name}.gate_up_proj", *pairs, *next(bias))
+        y = self.emit("expert_linear", f"{name}.out", y, f"{name}.down_proj", *pairs, *next(bias))
+        return self.emit("combine_pairs", f"{name}.sum", y, weights, *more)

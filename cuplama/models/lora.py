@@ -92,9 +92,9 @@ class Adapter:
 def linear_modules(name: str, recipe: Recipe) -> list[tuple[str, str]]:
     """(shape of the matrix, name of the module) of each part of a canonical weight; none if it is no linear layer's.
 
-    PEFT stores another kind of adapter for tables whose rows are looked up.
+    PEFT stores another kind of adapter for tables whose rows are looked up, and for tensors of several experts.
     """
-    if name in TABLES or not all("," in shape for shape, _ in recipe.parts):
+    if name in TABLES or recipe.experts or not all("," in shape for shape, _ in recipe.parts):
         return []
     return [(shape, tensor.removesuffix(".weight")) for shape, tensor in recipe.parts]
 
@@ -108,7 +108,7 @@ def modules_of(recipes: Mapping[str, Recipe]) -> tuple[list[str], list[str]]:
     """The names of a model's linear layers, and of what else has a weight. recipes: of the model itself."""
     linear = [module for name, recipe in recipes.items() for _, module in linear_modules(name, recipe)]
     tensors = [tensor for recipe in recipes.values() for _, tensor in recipe.parts if tensor.endswith(".weight")]
-    others = dict.fromkeys(tensor.removesuffix(".weight") for tensor in tensors)
+    others = dict.fromkeys(tensor.removesuffix(".weight").replace("{e}", "0") for tensor in tensors)
     for module in linear:
         del others[module]
     return linear, list(others)

@@ -12,6 +12,7 @@ from ..quant.rtn import GROUPS, Rounded, dividing_group
 from ..quant.stored import Stored
 from ..quant.weight import Weight
 from .config import ModelConfig
+from .family import GATES
 from .graph import decoder
 
 __all__ = ["linear_weights", "round_weights"]
@@ -20,8 +21,9 @@ _log = logging.getLogger("cuplama")
 
 
 def linear_weights(config: ModelConfig) -> tuple[str, ...]:
-    """The canonical names of the matrices that the layers multiply by, in the order of the graph."""
-    return tuple(node.ins[1] for node in decoder(config).body if node.op == "linear" and "." in node.ins[1])
+    """The canonical names of the matrices that the layers multiply by, in the order of the graph; without ``GATES``."""
+    names = (node.ins[1] for node in decoder(config).body if node.op == "linear" and "." in node.ins[1])
+    return tuple(name for name in names if not name.endswith(GATES))
 
 
 def round_weights(weights: Mapping[str, Weight], config: ModelConfig, quantize: str) -> dict[str, Weight]:
@@ -29,8 +31,10 @@ def round_weights(weights: Mapping[str, Weight], config: ModelConfig, quantize: 
 
     quantize: one of ``GRIDS``. Whole rows share a scale, of "int4" groups of 128, or the most of 64 and 32 that divide
     a row; a matrix whose rows none of them divides stays as it is, and the log says so. Raises ParameterError for a
-    model that is quantised already.
+    model that is quantised already, and for one with experts.
     """
+    if config.experts:
+        raise ParameterError(f"quantize = {quantize!r}: the experts of {config.architecture} cannot be quantised yet")
     grid, found, left = GRIDS[quantize], dict(weights), []
     for name in linear_weights(config):
         weight = weights[name]

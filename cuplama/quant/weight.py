@@ -13,7 +13,33 @@ from .fields import Field, element_plane
 from .format import PLAIN_CODES, Format, plain_code_format, plain_format
 from .stored import Stack, Stored
 
-__all__ = ["Weight", "as_stored"]
+__all__ = ["Experts", "Weight", "as_stored"]
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The matrices of experts, or their biases, as they lie in mapped files: array-like, indexed by an expert's number.
+
+    shape: [experts, rows, columns]; parts: arrays, as many for each expert, whose rows are its rows.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[np.ndarray[Any, Any], ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored elements."""
+        dtype: np.dtype[Any] = self.parts[0].dtype
+        return dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, expert: int) -> np.ndarray[Any, Any]:
+        """[rows, columns]: a view where one tensor holds them, else a copy."""
+        each = len(self.parts) // len(self)
+        own = self.parts[expert * each : (expert + 1) * each]
+        return own[0] if each == 1 else np.concatenate(own)
 
 
 @dataclass(frozen=True)
@@ -21,12 +47,15 @@ class Weight:
     """A canonical weight: one or more tensors of mapped files, their rows stacked along the first axis.
 
     source: the tensors' names; two weights with the same source are one (a tied head). parts: arrays of numbers, or
-    quantised matrices.
+    quantised matrices. experts: how many experts share the rows, 0 for a weight without such an axis; f32: whether a
+    device holds it in float32, whatever the model's dtype.
     """
 
     name: str
     source: tuple[str, ...]
     parts: tuple[np.ndarray[Any, Any] | Stored, ...]
+    experts: int = 0
+    f32: bool = False
 
     @property
     def packed(self) -> bool:
@@ -48,8 +77,9 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the stacked rows."""
-        return (sum(len(p) for p in self.parts), *self.parts[0].shape[1:])
+        """Of the stacked rows, with the axis of experts in front."""
+        rows, rest = sum(len(p) for p in self.parts), self.parts[0].shape[1:]
+        return (self.experts, rows // self.experts, *rest) if self.experts else (rows, *rest)
 
     @property
     def elements(self) -> int:
@@ -64,9 +94,13 @@ class Weight:
     def device_bytes(self, dtype: np.dtype[Any]) -> int:
         """Bytes on a device where plain weights have that dtype."""
         if not self.packed:
-            return self.elements * dtype.itemsize
+            return self.elements * self.held(dtype).itemsize
         segments = self.stored(dtype).segments
         return sum(s.data.nbytes + (0 if s.order is None else s.order.nbytes) for s in segments)
+
+    def held(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """What a device holds a plain weight in, where the model has that dtype."""
+        return DTYPES["f32"] if self.f32 else dtype
 
     def stored(self, dtype: np.dtype[Any]) -> Stack | Stored:
         """A packed weight as one array-like value; plain parts are of that dtype in it."""
@@ -93,7 +127,12 @@ class Weight:
         """The whole of a weight that is not packed, in its stored dtype: a view of the file where it is one tensor, a
         copy otherwise."""
         parts = [p for p in self.parts if not isinstance(p, Stored)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(self.shape)
+
+    def mapped(self) -> np.ndarray[Any, Any] | Experts:
+        """The same for references that read it piece by piece: of experts nothing is copied until one is asked for."""
+        parts = tuple(p for p in self.parts if not isinstance(p, Stored))
+        return Experts(self.shape, parts) if self.experts else self.array()
 
 
 def as_stored(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> Stored:

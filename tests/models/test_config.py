@@ -48,7 +48,7 @@ def test_numbers_that_json_does_not_have(number: str) -> None:
 
 # What is wrong -> the words that the message must hold: the field, its value, what is supported.
 REFUSALS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("Llama", {"architectures": ["MixtralForCausalLM"]}, ("architectures", "MixtralForCausalLM", "GPT2LMHeadModel")),
+    ("Llama", {"architectures": ["DbrxForCausalLM"]}, ("architectures", "DbrxForCausalLM", "GPT2LMHeadModel")),
     ("Llama", {"architectures": "LlamaForCausalLM"}, ("architectures", "MistralForCausalLM")),
     ("Llama", {"architectures": [["LlamaForCausalLM"]]}, ("architectures", "MistralForCausalLM")),
     ("Llama", {"architectures": None, "model_type": "mamba"}, ("model_type", "mamba", "supported: apertus, ", "qwen3")),

@@ -216,7 +216,7 @@ def test_rows_by_head_become_queries_keys_and_values() -> None:
     """Two key heads of size 2, each with two queries: the file has q q k v, q q k v."""
     recipe = one("num_heads*D+2*num_kv_heads*D", "x", by_head=True)
     dims = {"num_heads": 4, "num_kv_heads": 2, "D": 2}
-    found = recipe.canonical(np.arange(16), dims)
+    (found,) = recipe.canonical(np.arange(16), dims)
     assert found.tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
     assert recipe.stored(found, dims).tolist() == list(range(16))
 

@@ -1,8 +1,9 @@
-"""The golden models: a row per case. Those of further families are in cases_more.py and cases_scaled.py."""
+"""The golden models: a row per case. Those of further families are in cases_NAME.py."""
 
 from __future__ import annotations
 
 from tools.goldens.case import SMALL, Case, Config, O, rope
+from tools.goldens.cases_experts import EXPERT_CASES
 from tools.goldens.cases_more import MORE_CASES
 from tools.goldens.cases_scaled import SCALED_CASES
 
@@ -149,5 +150,6 @@ CASES: dict[str, Case] = {
     ),
     "gpt2-exact-gelu": Case("gpt2", {"activation_function": "gelu"}, GPT2, context=80),
     **MORE_CASES,
+    **EXPERT_CASES,
     **SCALED_CASES,
 }

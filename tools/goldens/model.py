@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tools.goldens.internlm2  # noqa: F401  registers its classes
 
-__all__ = ["NEW_TOKENS", "exact", "greedy", "load", "logits_of", "randomize"]
+__all__ = ["NEW_TOKENS", "exact", "experts_of", "greedy", "load", "logits_of", "randomize", "routers"]
 
 NEW_TOKENS = 24
 
@@ -54,7 +54,7 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             value = noise * 3.0 / model.config.hidden_size**0.5
         else:
             conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            fan_in = p.shape[0] if conv1d else p.shape[1]
+            fan_in = p.shape[0] if conv1d else p.shape[-1]
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn"))
             # The two GELUs differ by 5e-4 at most: amplify what they feed.
             sharp |= any(part in name for part in ("mlp.c_", "mlp.fc"))
@@ -65,7 +65,8 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
 def load(folder: Path, dtype: torch.dtype = torch.float32, config: Path | None = None, **overrides: Any) -> Any:
     """A fresh model: transformers' dynamic RoPE remembers earlier lengths, so none is used twice."""
     cfg = AutoConfig.from_pretrained(config or folder / "config.json", **overrides)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=cfg, dtype=dtype, attn_implementation="eager").eval()
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=cfg, dtype=dtype, **how).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -75,6 +76,25 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
     """Logits [n, vocab] of ids [n], float32, in one pass."""
     out: np.ndarray = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].float().numpy()
     return out
+
+
+def routers(model: Any) -> list[torch.nn.Module]:
+    """The modules that choose experts, layer by layer."""
+    return [m for m in model.modules() if type(m).__name__.endswith(("Router", "TopKGating"))]
+
+
+def experts_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    """The experts of each token of ids [n], int32 [layers with experts, n, k], in ascending order."""
+    found: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, ins: Any, outs: tuple[torch.Tensor, ...]) -> None:
+        (chosen,) = (x for x in outs if not x.is_floating_point())
+        found.append(chosen.sort(-1).values)
+
+    for router in routers(model):
+        router.register_forward_hook(keep)
+    logits_of(model, ids)
+    return np.array([chosen.numpy() for chosen in found], np.int32)
 
 
 def greedy(model: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

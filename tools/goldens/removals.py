@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tools.goldens.case import Case, Config
+from tools.goldens.removals_experts import expert_removals
 from tools.goldens.removals_more import more_removals
 from tools.goldens.removals_scaled import scaled_removals
 
@@ -144,6 +145,7 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     yield "rotation", no_rotation, {}
     yield from more_removals(model)
     yield from scaled_removals(model)
+    yield from expert_removals(model)
     for part in PARTS:
         if any(part in n for n in names):
             yield part, zero(part), {}

@@ -185,18 +185,19 @@ class CudaBackend:
     def load_weight(self, weight: Weight) -> Array:
         """A checkpoint weight in the backend's dtype, through the pinned buffers; copies are queued, not awaited.
 
-        A weight with quantised parts is packed on the way. Raises CheckpointError naming a tensor whose values float16
-        cannot hold.
+        Some have a dtype of their own; one with quantised parts is packed on the way. Raises CheckpointError naming a
+        tensor whose values float16 cannot hold.
         """
         with self._on_gpu() as gpu:
             if weight.packed:
                 self._loading = self._loading or Loading(gpu, self.dtype)
                 self._packed[weight.name] = weight.shape
                 return self._loading.pack(weight.name, weight.parts)
-            out = gpu.empty(weight.shape, self.dtype)
-            widest = max(1, self.dtype.itemsize // weight.dtype.itemsize)
+            dtype = weight.held(self.dtype)
+            out = gpu.empty(weight.shape, dtype)
+            widest = max(1, dtype.itemsize // weight.dtype.itemsize)
             for offset, chunk in weight.chunks(STAGE // widest):
-                gpu.stage(out, offset, convert(chunk, self.dtype, weight.name))
+                gpu.stage(out, offset, convert(chunk, dtype, weight.name))
         return out
 
     def end_loading(self) -> None:

@@ -1,0 +1,56 @@
+"""Layers of experts as most families store them, and the rules for which layers are such.
+
+A layer's flag is "sparse" where experts are its MLP, and "dense" where it has one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..family import Kinds, Recipe, one
+from .layout import LAYER
+
+__all__ = ["ALL_SPARSE", "expert_fields", "expert_weights", "mlp_where_dense", "sparse_where"]
+
+_SPARSE, _DENSE = "sparse", "dense"
+_MLP = ("{i}.gate_up_proj", "{i}.down_proj")
+
+ALL_SPARSE = Kinds((), lambda raw, windows: [{"flags": frozenset({_SPARSE})}] * len(windows))
+
+
+def sparse_where(reads: Sequence[str], rule: Callable[[Mapping[str, Any], int], bool]) -> Kinds:
+    """Experts in the layers for which the rule says so. rule: (config.json, number of the layer) -> whether."""
+
+    def kinds(raw: Mapping[str, Any], windows: Sequence[int]) -> list[Mapping[str, Any]]:
+        return [{"flags": frozenset({_SPARSE if rule(raw, i) else _DENSE})} for i in range(len(windows))]
+
+    return Kinds(tuple(reads), kinds)
+
+
+def mlp_where_dense(weights: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """The weights of a model in which the MLPs are those of dense layers."""
+    return {name: replace(recipe, only=_DENSE) if name.startswith(_MLP) else recipe for name, recipe in weights.items()}
+
+
+def expert_fields(base: Mapping[str, tuple[str, Any]], **own: tuple[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Config fields with those of experts. own: quantity -> (field, default of an absent one) of a family's own."""
+    usual = {
+        "experts": ("num_experts", 0),
+        "experts_per_token": ("num_experts_per_tok", 0),
+        "expert_size": ("moe_intermediate_size", 0),
+    }
+    return {**base, **usual, **own}
+
+
+def expert_weights(
+    module: str = "mlp", names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"), router: str = "gate.weight"
+) -> dict[str, Recipe]:
+    """Experts, each with a tensor for each matrix, and their router. module: of a layer, which holds both."""
+    gate, up, down = (f"{LAYER}{module}.experts.{{e}}.{name}.weight" for name in names)
+    return {
+        "{i}.router": one("E,d", f"{LAYER}{module}.{router}", only=_SPARSE),
+        "{i}.experts.gate_up_proj": Recipe((("e,d", gate), ("e,d", up)), experts=True, only=_SPARSE),
+        "{i}.experts.down_proj": one("d,e", down, experts=True, only=_SPARSE),
+    }
