@@ -13,7 +13,7 @@ from ..ops.weights import segments_of
 from ..quant.catalog import CATALOG, random_stored
 from ..quant.format import Format
 from ..quant.packed import Packed
-from ..quant.stored import Experts, Stack, Stored, described
+from ..quant.stored import ExpertStack, Stack, Stored, described
 
 __all__ = [
     "WEIGHT_FORMATS",
@@ -40,11 +40,11 @@ def random_packed(formats: str, m: int, k: int, rng: np.random.Generator, deviat
 
 def random_weight(
     formats: str, shape: Sequence[int], rng: np.random.Generator, deviation: float = 1.0
-) -> Stored | Stack | Experts:
+) -> Stored | Stack | ExpertStack:
     """The same by its shape, [m, k] or, for each of E experts, [E, m, k]."""
     *experts, m, k = shape
     parts = [random_packed(formats, m, k, rng, deviation) for _ in range(*experts or [1])]
-    return Experts(tuple(parts)) if experts else parts[0]
+    return ExpertStack(tuple(parts)) if experts else parts[0]
 
 
 MIXTURES: Mapping[str, tuple[str, str]] = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q5_K_M": ("Q5_K", "Q6_K")}
@@ -91,7 +91,7 @@ def layer_matrices(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]
             yield name, (shape[0], shape[1])
 
 
-def filled(weight: Array, rng: np.random.Generator) -> Stored | Stack | Experts:
+def filled(weight: Array, rng: np.random.Generator) -> Stored | Stack | ExpertStack:
     """Random numbers for a described weight, so small that sums over a row stay near 1."""
     names = [s.format.name for s in segments_of(weight) or ()]
     return random_weight(" + ".join(names), weight.shape, rng, weight.shape[-1] ** -0.5)

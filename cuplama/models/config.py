@@ -82,8 +82,9 @@ class ModelConfig:
     have an embedding for that.
 
     experts, experts_per_token: how many the layers of experts have, and how many of them compute a token; expert_size,
-    shared_size: the feed-forward size of one, and of what all tokens share beside them, 0 for nothing; router: the
-    attributes of the op that chooses them.
+    shared_size: the feed-forward size of one, and of what all tokens share beside them, 0 for nothing; swiglu_alpha,
+    swiglu_limit: of a clamped activation (ops/experts.py), 0 for others; router: the attributes of the op that chooses
+    experts.
     """
 
     architecture: str
@@ -120,6 +121,8 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_size: int = 0
     shared_size: int = 0
+    swiglu_alpha: float = 0.0
+    swiglu_limit: float = 0.0
     router: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from .fields import Field, element_plane
 from .format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, Packing
-from .stored import Experts, Segment, Stack, Stored
+from .stored import ExpertStack, Segment, Stack, Stored
 
 __all__ = ["Packed", "lane_codes", "pack", "packed"]
 
@@ -37,11 +37,11 @@ class Packed:
         return self.shape, *((s.rows, s.format, s.order is None) for s in self.segments)
 
 
-def packed(weight: Stored | Stack | Experts | Packed) -> Packed:
+def packed(weight: Stored | Stack | ExpertStack | Packed) -> Packed:
     """A weight packed in host memory: a matrix is one segment, a stack one for each part; what is packed stays so."""
     if isinstance(weight, Packed):
         return weight
-    if isinstance(weight, Experts):
+    if isinstance(weight, ExpertStack):
         whole = _joined(weight.matrices)
         return Packed(weight.shape, (Segment(len(whole), whole.format, pack(whole)),))
     parts = weight.parts if isinstance(weight, Stack) else (weight,)

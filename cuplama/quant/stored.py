@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..ops.weights import expert_rows
 from .fields import Field
 from .format import Format
 
-__all__ = ["Experts", "Segment", "Stack", "Stored", "described"]
+__all__ = ["ExpertStack", "Segment", "Stack", "Stored", "described", "expert_stack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
-class Experts:
+class ExpertStack:
     """Matrices of one shape, one for each expert: array-like [E, m, k], indexed by expert."""
 
     parts: tuple[Stored | Stack, ...]
@@ -146,3 +146,10 @@ class Experts:
         """What it is when it is packed, described."""
         E, m, k = self.shape
         return (described(E * expert_rows(m), k, self.matrices[0].format),)
+
+
+def expert_stack(parts: Sequence[Stored], experts: int) -> ExpertStack:
+    """The parts of several experts, as many of each, expert after expert."""
+    each = len(parts) // experts
+    runs = [tuple(parts[at : at + each]) for at in range(0, len(parts), each)]
+    return ExpertStack(tuple(run[0] if each == 1 else Stack(run) for run in runs))

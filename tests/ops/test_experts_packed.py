@@ -15,7 +15,7 @@ from cuplama.ops.abstract import abstract
 from cuplama.ops.launch import Device
 from cuplama.quant.catalog import CATALOG
 from cuplama.quant.packed import packed
-from cuplama.quant.stored import Experts
+from cuplama.quant.stored import ExpertStack
 
 SMALL = Device(arch=80, sms=3, shared=166912)  # each block has units of several experts
 FEW, MANY = ["experts_packed.cu"], ["unpack.cu", "experts_many_mma.cu"]
@@ -98,7 +98,7 @@ def test_other_gpus() -> None:
 def test_an_expert_is_a_whole_number_of_blocks() -> None:
     workload = case("expert_linear", n=1, s=1, E=3, m=23, k=136, b=False, W="int8")
     w = workload.ins[1]
-    assert isinstance(w, Experts)
+    assert isinstance(w, ExpertStack)
     assert w.shape == (3, 23, 136)
     assert np.array_equal(w.numbers()[2], w[2].numbers())
     (segment,), (described,) = packed(w).segments, w.segments
