@@ -1,4 +1,5 @@
 // rms_norm      y[n,d] = x / sqrt(mean(x^2) + eps) * (offset + w)            x[n,d]: f32, w[d]: T, y: T
+// rms_norm_f32  the same with y: f32
 // rms_norm_add  y[n,m] = (a + rms_norm(x)) * scalar      a, y: f32 (the residual stream); scalar[1] (may be null): T
 //               of rows of m = 2 d, 3 d, ... each d elements are normalised by themselves: they are rows to the kernel
 // layer_norm    y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * (offset + w) + b    b[d] (may be null): T
@@ -60,6 +61,15 @@ __global__ void __launch_bounds__(1024)
     y += i64(blockIdx.x) * d;
     const f32* a = nullptr;
     normalise<CHUNKS>(x, w, a, 1.f, y, d, eps, offset, d % 8 == 0 && aligned(x, w, y), [] { pdl_wait(); });
+}
+
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(1024)
+    rms_norm_f32(const f32* x, const T* __restrict__ w, f32* y, int d, f32 eps, f32 offset) {
+    launch_dependents();
+    x += i64(blockIdx.x) * d;
+    y += i64(blockIdx.x) * d;
+    normalise<CHUNKS>(x, w, nullptr, 1.f, y, d, eps, offset, d % 8 == 0 && aligned(x, w, y), [] { pdl_wait(); });
 }
 
 template <typename T, int CHUNKS>

@@ -104,7 +104,7 @@ class NumPyBackend:
     def load_weight(self, weight: Weight) -> Array:
         if not self._convert:
             return _settled(weight).stored(self.dtype) if weight.packed else weight.mapped()
-        array = np.empty(weight.shape, weight.held(self.dtype))
+        array = np.empty(weight.shape, weight.device_dtype(self.dtype))
         if weight.packed:
             _decode(weight, array)
             return array

@@ -149,7 +149,7 @@ def abstract_values(
     rotation tables cover; cache: what keys and values are stored in, ``T`` by default.
     """
     found = {name: abstract(shape, T) for name, shape in config.weight_shapes().items()}
-    found |= {name: abstract(found[name].shape, DTYPES["f32"]) for name in config.f32_weights()}
+    found |= {name: abstract(found[name].shape, DTYPES["f32"]) for name in config.wide_weights()}
     for i, (heads, size) in config.caches.items():
         found |= {f"{i}.cache.{part}": abstract((pages, heads, PAGE, size), cache or T) for part in "kv"}
     found |= {name: abstract(part.shape, part.dtype) for name, part in config.lora_parts().items()}

@@ -86,7 +86,7 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
     form: of ``WEIGHT_FORMATS`` for the matrices of the layers, or "". The head shares the embedding's array if the
     config ties them.
     """
-    wide = config.f32_weights()
+    wide = config.wide_weights()
     found = {
         name: random_weight(
             name,

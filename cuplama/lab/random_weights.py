@@ -35,7 +35,7 @@ def _values(dtype: str, centre: float) -> np.ndarray[Any, Any]:
 class _RandomWeight:
     """Has the interface of ``quant.weight.Weight`` and holds random values: the same values over and over.
 
-    source, f32: as of a Weight; two weights with the same source are one. centre: the mean, 1 for the scale of a norm.
+    source, wide: as of a Weight; two weights with the same source are one. centre: the mean, 1 for the scale of a norm.
     """
 
     name: str
@@ -43,7 +43,7 @@ class _RandomWeight:
     source: tuple[str, ...]
     dtype: np.dtype[Any]
     centre: float = 0.0
-    f32: bool = False
+    wide: bool = False
 
     packed = False
     parts = ()
@@ -65,11 +65,11 @@ class _RandomWeight:
 
     def device_bytes(self, dtype: np.dtype[Any]) -> int:
         """Bytes on a device where plain weights have that dtype."""
-        return self.elements * self.held(dtype).itemsize
+        return self.elements * self.device_dtype(dtype).itemsize
 
-    def held(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    def device_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """As of a Weight."""
-        return DTYPES["f32"] if self.f32 else dtype
+        return DTYPES["f32"] if self.wide else dtype
 
     def mapped(self) -> np.ndarray[Any, Any]:
         """As of a Weight."""
@@ -96,10 +96,10 @@ def random_weight(
     dtype: np.dtype[Any],
     source: tuple[str, ...] = (),
     centre: float = 0.0,
-    f32: bool = False,
+    wide: bool = False,
 ) -> Weight:
     """A weight of random values, as backends take it: normal, of deviation 0.02. source: its name if not given."""
-    return cast(Weight, _RandomWeight(name, shape, source or (name,), dtype, centre, f32))
+    return cast(Weight, _RandomWeight(name, shape, source or (name,), dtype, centre, wide))
 
 
 _ROWS = 512  # of a quantised weight that are made once and repeated

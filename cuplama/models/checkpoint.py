@@ -27,7 +27,7 @@ from ..quant.tensor import SAFETENSORS, Tensor
 from ..quant.weight import Weight
 from .config import ModelConfig
 from .family import HARMLESS_TENSORS, Recipe
-from .wrapper import text_tensors
+from .wrapper import text_tensors, without
 
 __all__ = ["INDEX", "Layout", "assemble", "folder_tensors", "has_weights", "load_weights", "open_file", "open_tensors"]
 
@@ -84,6 +84,9 @@ def folder_tensors(folder: Path, config: ModelConfig) -> Mapping[str, Tensor]:
     tensors, prefix = open_tensors(folder), config.family.prefix
     if config.wrapper is not None:
         tensors = text_tensors(tensors, config.family, config.wrapper)
+    elif config.family.left_out:
+        begins = [name.replace("{num_layers}", str(config.num_layers)) for name in config.family.left_out]
+        tensors = without(tensors, begins, "tensors that no layer of the model has are left out")
     if not any(name.startswith(prefix) for name in tensors):  # a bare export: "h.0.ln_1.weight"
         tensors = {name if name == "lm_head.weight" else prefix + name: t for name, t in tensors.items()}
     return read_quantised(tensors, config.raw.get("quantization_config"), str(folder / "config.json"))
@@ -124,7 +127,7 @@ def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int])
     if experts:
         _check_alike(layout, parts, sources)
     source = tuple(dict.fromkeys(sources) if experts else sources)
-    return Weight(name, source, tuple(parts), experts, recipe.f32)
+    return Weight(name, source, tuple(parts), experts, recipe.wide)
 
 
 def _find(layout: Layout, name: str, recipe: Recipe, tensor_name: str) -> tuple[Tensor, str]:
@@ -144,7 +147,7 @@ def _checked(found: Tensor, shape: tuple[int, ...], experts: int, recipe: Recipe
     """
     quantised = isinstance(found.data, Stored)
     stored = shape[::-1] if recipe.transposed and not quantised else shape
-    stored = (experts, *stored) if experts else stored
+    stored = (experts, *stored) if experts else (1, *stored) if recipe.row else stored
     if found.shape != stored:
         raise CheckpointError(
             f"{found.file}: tensor {found.name} has shape {list(found.shape)};"

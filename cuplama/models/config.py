@@ -82,9 +82,9 @@ class ModelConfig:
     have an embedding for that.
 
     experts, experts_per_token: how many the layers of experts have, and how many of them compute a token; expert_size,
-    shared_size: the feed-forward size of one, and of what all tokens share beside them, 0 for nothing; swiglu_alpha,
-    swiglu_limit: of a clamped activation (ops/experts.py), 0 for others; router: the attributes of the op that chooses
-    experts.
+    shared_size: the feed-forward size of one, and of what all tokens share beside them, 0 for nothing; router: the
+    attributes of the op that chooses them; router_scale: what its logits are multiplied by; swiglu_alpha, swiglu_limit:
+    of a clamped activation (ops/experts.py), 0 for others.
     """
 
     architecture: str
@@ -124,6 +124,7 @@ class ModelConfig:
     swiglu_alpha: float = 0.0
     swiglu_limit: float = 0.0
     router: Mapping[str, float] = field(default_factory=dict)
+    router_scale: float = 1.0
 
     def __repr__(self) -> str:
         experts = f"{self.experts} experts of {self.expert_size}, " if self.experts else ""
@@ -259,9 +260,9 @@ class ModelConfig:
             shapes[name] = (self.experts, *shape) if recipe.experts else shape
         return shapes
 
-    def f32_weights(self) -> frozenset[str]:
+    def wide_weights(self) -> frozenset[str]:
         """The canonical names of those that a device holds in float32, whatever the model's dtype."""
-        return frozenset(name for name, recipe in self.own_recipes().items() if recipe.f32)
+        return frozenset(name for name, recipe in self.own_recipes().items() if recipe.wide)
 
     def parameters(self, tied: bool, active: bool = False) -> int:
         """How many numbers the model's own tensors hold, each once. tied: whether head and embedding are one matrix;
@@ -388,8 +389,12 @@ def _sizes(reader: ConfigReader, family: Family) -> dict[str, int]:
     if heads % kv_heads:
         reader.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
     for name in _OPTIONAL_SIZES:
+        on = _is_on(reader, family.flags[name]) if name in family.flags else values.get(name)
         if name in values:
-            sizes[name] = reader.size(family.fields[name][0], values[name]) if values[name] else 0
+            sizes[name] = reader.size(family.fields[name][0], values[name]) if on else 0
+    if values.get("shared_experts"):  # as one of their size all together
+        count = reader.size(family.fields["shared_experts"][0], values["shared_experts"])
+        sizes["shared_size"] = count * sizes["expert_size"]
     return sizes | {
         "num_kv_heads": kv_heads,
         "intermediate_size": intermediate,
@@ -428,9 +433,14 @@ def _router(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> d
 
 def _flags(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> frozenset[str]:
     """The flags of recipes that the config sets, and the sizes that may be 0 and are not."""
-    sources = family.flags.items()
-    found = {flag for flag, source in sources if (reader.switch(source) if isinstance(source, str) else source)}
+    found = {flag for flag, source in family.flags.items() if _is_on(reader, source)}
     return frozenset(found | {name for name in _OPTIONAL_SIZES if sizes.get(name)})
+
+
+def _is_on(reader: ConfigReader, source: str | bool | tuple[str, bool]) -> bool:
+    """Whether a flag is set."""
+    key, absent = source if isinstance(source, tuple) else (source, False)
+    return reader.switch(key, absent) if isinstance(key, str) else key
 
 
 def _ids(reader: ConfigReader, key: str) -> tuple[int, ...]:

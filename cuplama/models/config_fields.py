@@ -107,12 +107,13 @@ NAMED: Mapping[str, tuple[Any, ...]] = {
 
 def read_by(family: Family) -> set[str]:
     """The fields that a family reads beyond those that all of them do."""
-    flags = (key for key in family.flags.values() if isinstance(key, str))
     router = family.router.settings.values()
     sources = (*family.numbers.values(), *(source for source in router if isinstance(source, Number)))
     numbers = (number.key.partition(".")[0] for number in sources if number.key is not None)
-    fields = (source[0] for source in (*family.fields.values(), *router) if isinstance(source, tuple))
-    return {*fields, *flags, *numbers, *family.windows.reads, *family.rotations.reads, *family.kinds.reads}
+    flags = tuple(source for source in family.flags.values() if not isinstance(source, bool))
+    fields = (source[0] for source in (*family.fields.values(), *router, *flags) if isinstance(source, tuple))
+    switches = (source for source in flags if isinstance(source, str))
+    return {*fields, *switches, *numbers, *family.windows.reads, *family.rotations.reads, *family.kinds.reads}
 
 
 def unclassified(raw: Mapping[str, Any], family: Family) -> list[str]:

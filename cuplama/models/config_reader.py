@@ -137,9 +137,9 @@ class ConfigReader:
             found = found if value in (None, "", "auto") else value.removeprefix("torch.")
         return found
 
-    def switch(self, key: str) -> bool:
+    def switch(self, key: str, absent: bool = False) -> bool:
         """A field that is true or false; null is false."""
-        value = self.raw.get(key)
+        value = self.raw.get(key, absent)
         if value is not None and not isinstance(value, bool):
             self.refuse(key, "true, false")
         return bool(value)
@@ -150,7 +150,8 @@ class ConfigReader:
         if types is not None and (not isinstance(types, list) or len(types) != layers):
             self.refuse("layer_types", f"a list of {layers} names")
         window = self.raw.get("sliding_window")
-        if window is not None and (type(window) is not int or window < 2):
+        off = window == 0 and self.raw.get("use_sliding_window") is False  # as transformers 5 writes it for Qwen2-MoE
+        if window is not None and not off and (type(window) is not int or window < 2):
             self.refuse("sliding_window", "null or a whole number >= 2")
         first = self.raw.get("max_window_layers")
         if first is not None and (type(first) is not int or first < 0):

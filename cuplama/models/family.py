@@ -63,8 +63,8 @@ class Recipe:
 
     experts: the weight has one more axis in front, of experts, and the shapes are those of one expert's parts. A name
     with "{e}" is that of a tensor of each expert; any other tensor is of all experts, with that axis. interleaved: the
-    checkpoint's rows are by turns those of two matrices, which lie one below the other here (gpt-oss). f32: the weight
-    is held in float32, whatever the dtype of the model.
+    checkpoint's rows are by turns those of two matrices, which lie one below the other here (gpt-oss). row: the tensor
+    of a part [m] is [1, m]. wide: the weight is float32 on a device, whatever the model's dtype.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -76,7 +76,8 @@ class Recipe:
     only: str | None = None
     experts: bool = False
     interleaved: bool = False
-    f32: bool = False
+    row: bool = False
+    wide: bool = False
 
     def of_layer(self, flags: Collection[str]) -> Recipe | None:
         """The recipe that a layer with these flags has."""
@@ -89,6 +90,7 @@ class Recipe:
 
         dims: the sizes by the names above. Views, unless rows lie head by head.
         """
+        array = array[0] if self.row else array
         array = array[_rows_by_kind(dims)] if self.by_head else array
         return self.apart(array.T if self.transposed else array)
 
@@ -101,7 +103,8 @@ class Recipe:
         if self.interleaved:
             array = np.stack(np.split(array, 2), 1).reshape(array.shape)
         array = array.T if self.transposed else array
-        return array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
+        array = array[np.argsort(_rows_by_kind(dims))] if self.by_head else array
+        return array[None] if self.row else array
 
 
 def _rows_by_kind(dims: Mapping[str, int]) -> np.ndarray[Any, np.dtype[np.int_]]:
@@ -282,7 +285,8 @@ class Family:
     architecture, model_type: its names in config.json; weights: canonical name -> recipe, "{i}" standing for the layer;
     fields: quantity -> (config field, default of an absent one); activations: name in config.json -> op; embed, norm:
     op names; rotary: whether positions are rotations; prefix: of tensor names, which bare exports leave out; windows:
-    the rule for sliding windows; flags: flag of a recipe -> the config field that sets it, or a constant; rope_types:
+    the rule for sliding windows; flags: flag of a recipe -> the config field that sets it, false where it is absent or
+    with the value that it then has, or a constant; one with the name of a size that may be 0 switches that; rope_types:
     those that it may have; rope_aliases: other names of rope types; partial_rotary: whether a part of the head may stay
     unrotated; original_context: its own default of original_max_position_embeddings; neutral, ignored: further fields
     as in ``NEUTRAL`` and ``HARMLESS`` of config_fields.py; tied: whether head and embedding are one matrix where a
@@ -290,7 +294,8 @@ class Family:
     rotates; rotations, kinds: the rules for those of layers, and for what else differs among these; numbers: fields of
     ModelConfig that are multipliers and limits -> how config.json gives them; wrappers: models of which this is the
     text part; router: of models with experts; aliases: other names of fields, as other versions of transformers write
-    them, -> the names that are used here.
+    them, -> the names that are used here; left_out: what the names of tensors begin with that are of no layer of the
+    model, "{num_layers}" standing for its number.
 
     Weights say the rest (graph.py): which norms a layer has, and where; whether its MLP is gated; whether queries and
     keys are normalised; whether experts are its MLP. Flags: "parallel", for attention and MLP side by side;
@@ -307,7 +312,7 @@ class Family:
     rotary: bool = True
     prefix: str = "model."
     windows: Windows = NO_WINDOW
-    flags: Mapping[str, str | bool] = field(default_factory=dict)
+    flags: Mapping[str, str | bool | tuple[str, bool]] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     partial_rotary: bool = False
@@ -323,6 +328,7 @@ class Family:
     wrappers: tuple[Wrapper, ...] = ()
     router: Router = field(default_factory=Router)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 # Llama's: quantity -> (its field in config.json, the default of an absent one).

@@ -189,7 +189,7 @@ class _Nodes:
         if not parallel or f"{i}.mlp_norm" in self.weights:
             h = self.read(x if parallel else y, f"{i}.mlp_norm")
         out, more, scalar = f"{i + 1}.x0", self.config.per_layer_size > 0, self.present(f"{i}.layer_scalar")
-        z = self.added(y, self.feed_forward(i, h), f"{i}.mlp_post_norm", *((f"{i}.z",) if more else (out, *scalar)))
+        z = self.added(y, self.feed_forward(i, h, y), f"{i}.mlp_post_norm", *((f"{i}.z",) if more else (out, *scalar)))
         return self.added(z, self.layer_input(i, z), f"{i}.layer_input_norm", out, *scalar) if more else z
 
     def read(self, x: str, weight: str) -> str:
@@ -262,9 +262,11 @@ class _Nodes:
         h = self.emit(f"{self.config.activation}_part", f"{i}.gated", h, _LAYER_INPUTS, first=i * size)
         return self.linear(h, f"{i}.layer_input_proj", U="f32")
 
-    def feed_forward(self, i: int, h: str) -> str:
-        """Layer i's MLP, of what its norm gives: experts where it has a router."""
-        return self.mixture(i, h) if f"{i}.router" in self.weights else self.mlp(f"{i}.", h)
+    def feed_forward(self, i: int, h: str, x: str) -> str:
+        """Layer i's MLP, of what its norm gives, h, or its experts, or both side by side. x: the residual stream."""
+        if f"{i}.router" not in self.weights:
+            return self.mlp(f"{i}.", h)
+        return self.side_by_side(i, h, x) if f"{i}.experts_norm" in self.weights else self.mixture(i, h)
 
     def mlp(self, prefix: str, h: str) -> str:
         """An MLP whose weights begin so. A gated one has its two first matrices stacked in one."""
@@ -287,6 +289,14 @@ class _Nodes:
         attrs = {"k": 1, "sigmoid": 1, "renormalise": 0}
         share = self.routed("route", f"{i}.shared", self.linear(h, f"{i}.shared_gate", U="f32"), **attrs)[1]
         return self.emit("combine_pairs", f"{i}.shared.added", *shared, share, y)
+
+    def side_by_side(self, i: int, h: str, x: str) -> str:
+        """Layer i's MLP, of h, and its experts, of the residual stream x, with norms before and behind, as in Gemma 4:
+        the router has a norm of its own."""
+        dense = self.emit("rms_norm_f32", f"{i}.dense", self.mlp(f"{i}.", h), f"{i}.dense_post_norm", **self.norms)
+        logits = self.linear(self.read(x, f"{i}.router_norm"), f"{i}.router", U="f32")
+        y = self.experts(i, self.scaled(logits, self.config.router_scale), self.read(x, f"{i}.experts_norm"))
+        return self.emit("rms_norm_add", f"{i}.both", y, f"{i}.experts_post_norm", dense, **self.norms)
 
     def routed(self, op: str, name: str, logits: str, *ins: str, **attrs: Any) -> tuple[str, str]:
         """(experts, weights) of each row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CheckpointError
@@ -13,7 +13,7 @@ from .config_reader import ConfigReader
 from .families import FAMILIES
 from .family import Family, Wrapper
 
-__all__ = ["open_config", "own_name", "text_tensors"]
+__all__ = ["open_config", "own_name", "text_tensors", "without"]
 
 _log = logging.getLogger("cuplama")
 # The fields beside ``text_config`` that count for the text part, and win over its own, as in transformers 5.24: a
@@ -89,17 +89,26 @@ def text_tensors(tensors: Mapping[str, Tensor], family: Family, wrapper: Wrapper
     Raises CheckpointError for two tensors of one name.
     """
     found: dict[str, Tensor] = {}
-    others: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        part = next((begin for begin in wrapper.left_out if name.startswith(begin)), None)
-        if part is not None:
-            others[part.rstrip(".")] += 1
-            continue
+    left_out = (*wrapper.left_out, *family.left_out)
+    text = without(tensors, left_out, "only the text part runs; tensors of other parts are left out")
+    for name, tensor in text.items():
         own = own_name(name, family, wrapper)
         if own in found:
             raise CheckpointError(f"{tensor.file}: tensor {name} is {found[own].name} once more")
         found[own] = tensor
+    return found
+
+
+def without(tensors: Mapping[str, Tensor], begins: Sequence[str], why: str) -> dict[str, Tensor]:
+    """The tensors but those whose names begin so; one warning says why, and how many there are of each kind."""
+    found: dict[str, Tensor] = {}
+    others: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        part = next((begin for begin in begins if name.startswith(begin)), None)
+        if part is None:
+            found[name] = tensor
+        else:
+            others[part.rstrip(".")] += 1
     if others:
-        parts = ", ".join(f"{part} ({count})" for part, count in sorted(others.items()))
-        _log.warning("only the text part runs; tensors of other parts are left out: %s", parts)
+        _log.warning("%s: %s", why, ", ".join(f"{part} ({count})" for part, count in sorted(others.items())))
     return found

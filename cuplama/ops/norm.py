@@ -29,6 +29,7 @@ __all__ = [
     "qk_norm_wide",
     "rms_norm",
     "rms_norm_add",
+    "rms_norm_f32",
     "row_launch",
     "wide_parts",
 ]
@@ -145,6 +146,10 @@ def _rms_gradient(g: Gradient) -> None:
     _row_gradient(g, "rms_norm_backward", g.of("y"), "w")
 
 
+def _rms_f32_gradient(g: Gradient) -> None:
+    _row_gradient(g, "rms_norm_backward", g.rounded("y"), "w")
+
+
 def _rms_add_gradient(g: Gradient) -> None:
     if g.has("scalar"):
         raise OpError("rms_norm_add: a stored scalar has no gradient yet, so models that have it cannot be trained")
@@ -183,6 +188,20 @@ rms_norm = Op(
     doc="y = x / sqrt(mean(x^2) + eps) * (offset + w)",
     reference=_rms_norm,
     gradient=_rms_gradient,
+    recompute="cheap",
+    kernels=_row_kernels,
+    cases=_CASES,
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6, offset=draw(0, 1)),
+    tolerance=_ROW_TOLERANCE,
+    flops=lambda c: 4 * c["n"] * c["d"],
+)
+
+rms_norm_f32 = Op(
+    "rms_norm_f32",
+    "y[n,d]:f32 = (x[n,d]:f32, w[d]:T, eps:f32, offset:f32=0)",
+    doc="rms_norm whose result is added to another before it is rounded",
+    reference=_rms_norm,
+    gradient=_rms_f32_gradient,
     recompute="cheap",
     kernels=_row_kernels,
     cases=_CASES,

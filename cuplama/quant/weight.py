@@ -47,7 +47,7 @@ class Weight:
     """A canonical weight: one or more tensors of mapped files, their rows stacked along the first axis.
 
     source: the tensors' names; two weights with the same source are one (a tied head). parts: arrays of numbers, or
-    quantised matrices. experts: how many experts share the rows, 0 for a weight without such an axis; f32: whether a
+    quantised matrices. experts: how many experts share the rows, 0 for a weight without such an axis; wide: whether a
     device holds it in float32, whatever the model's dtype.
     """
 
@@ -55,7 +55,7 @@ class Weight:
     source: tuple[str, ...]
     parts: tuple[np.ndarray[Any, Any] | Stored, ...]
     experts: int = 0
-    f32: bool = False
+    wide: bool = False
 
     @property
     def packed(self) -> bool:
@@ -94,13 +94,13 @@ class Weight:
     def device_bytes(self, dtype: np.dtype[Any]) -> int:
         """Bytes on a device where plain weights have that dtype."""
         if not self.packed:
-            return self.elements * self.held(dtype).itemsize
+            return self.elements * self.device_dtype(dtype).itemsize
         segments = self.stored(dtype).segments
         return sum(s.data.nbytes + (0 if s.order is None else s.order.nbytes) for s in segments)
 
-    def held(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    def device_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """What a device holds a plain weight in, where the model has that dtype."""
-        return DTYPES["f32"] if self.f32 else dtype
+        return DTYPES["f32"] if self.wide else dtype
 
     def stored(self, dtype: np.dtype[Any]) -> Stack | Stored | ExpertStack:
         """A packed weight as one array-like value; plain parts are of that dtype in it."""

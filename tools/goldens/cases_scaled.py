@@ -99,6 +99,18 @@ SCALED_CASES: dict[str, Case] = {
         {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "attention_bias": True},
         GEMMA4,
     ),
+    "gemma4-experts": Case(
+        "gemma4_text",
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "enable_moe_block": True,
+            "num_experts": 7,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 20,
+        },
+        GEMMA4,
+    ),
     "olmo2": Case("olmo2", rope("default", 500000.0), GQA, spelling="v4"),
     "olmo3": Case(
         "olmo3",

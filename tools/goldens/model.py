@@ -32,6 +32,8 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.copy_(exact(0.7 + 0.1 * torch.randn(buffer.shape, generator=rng)))
+        elif name.endswith("e_score_correction_bias"):  # between scores, so that it decides
+            buffer.copy_(exact(0.2 * torch.randn(buffer.shape, generator=rng)))
     mean = 0.0 if model.config.model_type == "nemotron" else 1.0  # of norm weights, to which Nemotron adds one
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=rng)
@@ -39,6 +41,10 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
             value = 0.25 * noise if name.endswith("bias") else mean + 0.3 * noise
             if "q_norm" in name and model.config.model_type == "gemma4_text":
                 value = value / 2  # its attention has no other scale, and would be so sharp that roundings grow
+        elif name.endswith("e_score_correction_bias"):
+            value = 0.1 * noise
+        elif name.endswith(("router.scale", "per_expert_scale")):
+            value = 1 + 0.3 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
         elif "alpha_" in name:  # of xIELU
@@ -83,9 +89,14 @@ def routers(model: Any) -> list[torch.nn.Module]:
     return [m for m in model.modules() if type(m).__name__.endswith(("Router", "TopKGating"))]
 
 
-def experts_of(model: Any, ids: np.ndarray) -> np.ndarray:
-    """The experts of each token of ids [n], int32 [layers with experts, n, k], in ascending order."""
+def experts_of(model: Any, ids: np.ndarray, noise: int = 0) -> np.ndarray:
+    """The experts of each token of ids [n], int32 [layers with experts, n, k], in ascending order. noise: a seed; then
+    what routers are given is off by as much as numbers in bfloat16 may be."""
     found: list[torch.Tensor] = []
+    rng = torch.Generator().manual_seed(noise)
+
+    def disturb(module: torch.nn.Module, ins: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (ins[0] * (1 + 2**-8 * torch.randn(ins[0].shape, generator=rng)),)
 
     def keep(module: torch.nn.Module, ins: Any, outs: tuple[torch.Tensor, ...]) -> None:
         (chosen,) = (x for x in outs if not x.is_floating_point())
@@ -93,6 +104,8 @@ def experts_of(model: Any, ids: np.ndarray) -> np.ndarray:
 
     for router in routers(model):
         router.register_forward_hook(keep)
+        if noise:
+            router.register_forward_pre_hook(disturb)
     logits_of(model, ids)
     return np.array([chosen.numpy() for chosen in found], np.int32)
 

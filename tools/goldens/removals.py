@@ -161,7 +161,7 @@ def removals(case: Case, model: Any) -> Iterator[tuple[str, Mutate, Config]]:
             yield named(kind, "attention_factor"), no_attention_factor(kind), {}
         if settings["rope_type"] == "longrope":
             yield "long_factor", short_factors_only, {}
-    if getattr(cfg, "sliding_window", None) is not None:
+    if getattr(cfg, "sliding_window", None):
         width = cfg.sliding_window
         yield "window", keep, {"sliding_window": 1000}
         yield "window_plus_one", keep, {"sliding_window": width + 1}

@@ -27,21 +27,37 @@ def other_experts(model: Any) -> None:
                 parameter.data = parameter.data.roll(1, 0)
 
 
+def tensors(model: Any) -> list[tuple[str, Any]]:
+    """(name, tensor) of parameters and buffers."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def zeroed(match: str) -> Mutate:
+    """Zero the tensors whose name contains the text."""
+
+    def mutate(model: Any) -> None:
+        for name, tensor in tensors(model):
+            if match in name:
+                tensor.data.zero_()
+
+    return mutate
+
+
+def filled_with_one(match: str) -> Mutate:
+    """Set the parameters whose name contains the text to one."""
+
+    def mutate(model: Any) -> None:
+        for name, tensor in tensors(model):
+            if match in name:
+                tensor.data.fill_(1.0)
+
+    return mutate
+
+
 def no_sinks(model: Any) -> None:
     """Attention that leaves nothing over."""
     for layer in model.model.layers:
         layer.self_attn.sinks.data.fill_(-1e4)
-
-
-def without(part: str) -> Mutate:
-    """The parameters whose names end so are 0."""
-
-    def mutate(model: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if name.endswith(part):
-                parameter.data.zero_()
-
-    return mutate
 
 
 def rows_in_halves(model: Any) -> None:
@@ -59,7 +75,7 @@ def gpt_oss_removals() -> Iterator[tuple[str, Mutate, Config]]:
     yield "swiglu_limit", keep, {"swiglu_limit": 100.0}
     yield "swiglu_alpha", keep, {"swiglu_alpha": 1.0}
     for part in ("router.bias", "gate_up_proj_bias", "down_proj_bias"):
-        yield part, without(part), {}
+        yield part, zeroed(part), {}
 
 
 def expert_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
@@ -71,6 +87,23 @@ def expert_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     if cfg.model_type == "gpt_oss":
         yield from gpt_oss_removals()
     yield "other_experts", other_experts, {}
-    yield "one_expert_less", keep, {chosen: getattr(cfg, chosen) - 1}
+    if cfg.model_type != "phimoe":  # its mixer always chooses two
+        yield "one_expert_less", keep, {chosen: getattr(cfg, chosen) - 1}
+    settings = cfg.to_dict()
+    if settings.get("n_group", 1) > 1:
+        yield "groups", keep, {"n_group": 1, "topk_group": 1}
+        yield "one_group_less", keep, {"topk_group": cfg.topk_group - 1}
+    if "routed_scaling_factor" in settings:
+        yield "routed_scaling_factor", keep, {"routed_scaling_factor": 1.0}
+    if "router_jitter_noise" in settings and cfg.model_type == "phimoe":
+        yield "mixer_threshold", keep, {"router_jitter_noise": 0.01}
+    if any("e_score_correction_bias" in name for name, _ in tensors(model)):
+        yield "correction", zeroed("e_score_correction_bias"), {}
+    for part in ("router.scale", "per_expert_scale", "layernorm_1.weight", "layernorm_2.weight"):
+        if any(part in name for name, _ in tensors(model)):
+            yield part, filled_with_one(part), {}
+    for part in ("shared_expert.", "shared_experts.", "shared_expert_gate"):
+        if any(part in name for name, _ in tensors(model)):
+            yield part.rstrip("."), zeroed(part), {}
     if (renormalised := getattr(cfg, "norm_topk_prob", None)) is not None:
         yield "norm_topk_prob", keep, {"norm_topk_prob": not renormalised}

@@ -193,7 +193,7 @@ class CudaBackend:
                 self._loading = self._loading or Loading(gpu, self.dtype)
                 self._packed[weight.name] = weight.shape
                 return self._loading.pack(weight)
-            dtype = weight.held(self.dtype)
+            dtype = weight.device_dtype(self.dtype)
             out = gpu.empty(weight.shape, dtype)
             widest = max(1, dtype.itemsize // weight.dtype.itemsize)
             for offset, chunk in weight.chunks(STAGE // widest):

@@ -12,7 +12,15 @@ from typing import Any
 from ..family import Kinds, Recipe, one
 from .layout import LAYER
 
-__all__ = ["ALL_SPARSE", "expert_fields", "expert_weights", "mlp_where_dense", "sparse_where"]
+__all__ = [
+    "ALL_SPARSE",
+    "correction",
+    "expert_weights",
+    "merged_experts",
+    "mlp_where_dense",
+    "shared_expert",
+    "sparse_where",
+]
 
 _SPARSE, _DENSE = "sparse", "dense"
 _MLP = ("{i}.gate_up_proj", "{i}.down_proj")
@@ -34,16 +42,6 @@ def mlp_where_dense(weights: Mapping[str, Recipe]) -> dict[str, Recipe]:
     return {name: replace(recipe, only=_DENSE) if name.startswith(_MLP) else recipe for name, recipe in weights.items()}
 
 
-def expert_fields(base: Mapping[str, tuple[str, Any]], **own: tuple[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Config fields with those of experts. own: quantity -> (field, default of an absent one) of a family's own."""
-    usual = {
-        "experts": ("num_experts", 0),
-        "experts_per_token": ("num_experts_per_tok", 0),
-        "expert_size": ("moe_intermediate_size", 0),
-    }
-    return {**base, **usual, **own}
-
-
 def expert_weights(
     module: str = "mlp", names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"), router: str = "gate.weight"
 ) -> dict[str, Recipe]:
@@ -54,3 +52,28 @@ def expert_weights(
         "{i}.experts.gate_up_proj": Recipe((("e,d", gate), ("e,d", up)), experts=True, only=_SPARSE),
         "{i}.experts.down_proj": one("d,e", down, experts=True, only=_SPARSE),
     }
+
+
+def merged_experts(router: str, gate_up: str, down: str, **options: Any) -> dict[str, Recipe]:
+    """The same where each matrix of all experts is one tensor. The names of tensors come without the layer's; options:
+    further fields of the experts' recipes."""
+    return {
+        "{i}.router": one("E,d", LAYER + router, only=_SPARSE),
+        "{i}.experts.gate_up_proj": one("2*e,d", LAYER + gate_up, experts=True, only=_SPARSE, **options),
+        "{i}.experts.down_proj": one("d,e", LAYER + down, experts=True, only=_SPARSE, **options),
+    }
+
+
+def shared_expert(module: str) -> dict[str, Recipe]:
+    """The expert that all tokens share, where its size is not 0."""
+    gate, up, down = (f"{LAYER}{module}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    options: Mapping[str, Any] = {"when": "shared_size", "only": _SPARSE}
+    return {
+        "{i}.shared.gate_up_proj": Recipe((("s,d", gate), ("s,d", up)), **options),
+        "{i}.shared.down_proj": one("d,s", down, **options),
+    }
+
+
+def correction(tensor: str, **options: Any) -> dict[str, Recipe]:
+    """What is added to scores where experts are compared, float32. options: further fields of the recipe."""
+    return {"{i}.router.correction": one("E", LAYER + tensor, only=_SPARSE, wide=True, **options)}

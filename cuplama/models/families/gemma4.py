@@ -1,4 +1,4 @@
-"""Gemma 4 without experts: two sizes of heads, layers that share keys and values, and embeddings for each layer."""
+"""Gemma 4: two sizes of heads, shared keys and values, embeddings for each layer, and experts beside the MLP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..family import OFF, Family, Kinds, Number, Recipe, Rotations, Windows, Wrapper, fields, one
+from ..family import Family, Kinds, Number, Recipe, Rotations, Windows, Wrapper, fields, one
 from .gemma import GEMMA
 from .layout import HEAD_NORMS, LAYER
 
@@ -61,7 +61,7 @@ def _qkv(recipe: Recipe) -> Recipe:
     )
 
 
-_PER_LAYER = "per_layer_size"
+_PER_LAYER, _EXPERTS = "per_layer_size", "experts"
 _WEIGHTS = {
     **GEMMA,
     **HEAD_NORMS,
@@ -77,6 +77,14 @@ _WEIGHTS = {
     "{i}.layer_input_gate": one("per_layer_size,d", LAYER + "per_layer_input_gate.weight", when=_PER_LAYER),
     "{i}.layer_input_proj": one("d,per_layer_size", LAYER + "per_layer_projection.weight", when=_PER_LAYER),
     "{i}.layer_input_norm": one("d", LAYER + "post_per_layer_input_norm.weight", when=_PER_LAYER),
+    "{i}.dense_post_norm": one("d", LAYER + "post_feedforward_layernorm_1.weight", when=_EXPERTS),
+    "{i}.router_norm": one("d", LAYER + "router.scale", when=_EXPERTS),
+    "{i}.router": one("E,d", LAYER + "router.proj.weight", when=_EXPERTS),
+    "{i}.router.scale": one("E", LAYER + "router.per_expert_scale", when=_EXPERTS, wide=True),
+    "{i}.experts_norm": one("d", LAYER + "pre_feedforward_layernorm_2.weight", when=_EXPERTS),
+    "{i}.experts.gate_up_proj": one("2*e,d", LAYER + "experts.gate_up_proj", when=_EXPERTS, experts=True),
+    "{i}.experts.down_proj": one("d,e", LAYER + "experts.down_proj", when=_EXPERTS, experts=True),
+    "{i}.experts_post_norm": one("d", LAYER + "post_feedforward_layernorm_2.weight", when=_EXPERTS),
 }
 
 _ROTATIONS = {
@@ -93,10 +101,13 @@ FAMILY = Family(
         "activation": ("hidden_activation", "gelu_pytorch_tanh"),
         "per_layer_size": ("hidden_size_per_layer_input", 256),
         "per_layer_vocab": ("vocab_size_per_layer_input", 262144),
+        "experts": ("num_experts", None),
+        "experts_per_token": ("top_k_experts", None),
+        "expert_size": ("moe_intermediate_size", None),
     },
     activations={"gelu_pytorch_tanh": "gelu_tanh_mul"},
     windows=Windows(("sliding_window",), _windows),
-    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "v_norm": True},
+    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "v_norm": True, _EXPERTS: "enable_moe_block"},
     rope_types=("default", "linear", "llama3", "yarn", "proportional"),
     tied=True,
     rotations=Rotations(
@@ -115,10 +126,11 @@ FAMILY = Family(
         "embedding_scale": Number("hidden_size", make=math.sqrt),
         "attention_scale": Number(None, 1.0),
         "logits_cap": Number("final_logit_softcapping", None),
+        "router_scale": Number("hidden_size", make=lambda size: float(size**-0.5)),
     },
     # With "vision" only the tokens of pictures see what comes after them.
-    neutral={"enable_moe_block": OFF, "use_bidirectional_attention": ("vision", None)},
-    ignored=("hidden_act", "cache_implementation", "moe_intermediate_size", "top_k_experts"),
+    neutral={"use_bidirectional_attention": ("vision", None)},
+    ignored=("hidden_act", "cache_implementation"),
     wrappers=(
         Wrapper(
             ("Gemma4ForConditionalGeneration",),

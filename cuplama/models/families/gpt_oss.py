@@ -4,7 +4,7 @@ layer."""
 from __future__ import annotations
 
 from ..family import Family, Number, Rotations, fields, one, window_by_pattern
-from .experts import ALL_SPARSE, expert_fields
+from .experts import ALL_SPARSE
 from .layout import LAYER, LLAMA
 
 __all__ = ["FAMILY"]
@@ -36,8 +36,8 @@ FAMILY = Family(
         "{i}.experts.down_proj": one("d,e", _EXPERTS + "down_proj", transposed=True, **_DOWN),
         "{i}.experts.down_proj.bias": one("d", _EXPERTS + "down_proj_bias", **_DOWN),
     },
-    expert_fields(
-        fields(
+    {
+        **fields(
             hidden_size=2880,
             intermediate_size=2880,
             num_hidden_layers=36,
@@ -48,10 +48,10 @@ FAMILY = Family(
             rms_norm_eps=1e-5,
             max_position_embeddings=131072,
         ),
-        experts=("num_local_experts", 128),
-        experts_per_token=("num_experts_per_tok", 4),
-        expert_size=("intermediate_size", 2880),
-    ),
+        "experts": ("num_local_experts", 128),
+        "experts_per_token": ("num_experts_per_tok", 4),
+        "expert_size": ("intermediate_size", 2880),
+    },
     activations={"silu": "clamped_swiglu"},
     windows=window_by_pattern(128, 2),
     flags={"qkv_bias": True, "o_bias": True},

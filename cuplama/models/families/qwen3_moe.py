@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..family import OFF, WINDOW_IF_USED, Family, Router, fields
-from .experts import expert_fields, expert_weights, mlp_where_dense, sparse_where
+from .experts import expert_weights, mlp_where_dense, sparse_where
 from .layout import HEAD_NORMS, LLAMA
 
-__all__ = ["FAMILY", "QWEN_SPARSE"]
+__all__ = ["FAMILY", "QWEN_ROUTER", "QWEN_SPARSE"]
 
 
 def _has_experts(raw: Mapping[str, Any], layer: int) -> bool:
@@ -18,22 +18,23 @@ def _has_experts(raw: Mapping[str, Any], layer: int) -> bool:
 
 
 QWEN_SPARSE = sparse_where(("decoder_sparse_step", "mlp_only_layers"), _has_experts)
+QWEN_ROUTER = Router(settings={"renormalise": ("norm_topk_prob", False)})
 
 FAMILY = Family(
     "Qwen3MoeForCausalLM",
     "qwen3_moe",
     mlp_where_dense(LLAMA | HEAD_NORMS) | expert_weights(),
-    expert_fields(
-        fields(intermediate_size=6144, num_key_value_heads=4, max_position_embeddings=32768),
-        experts=("num_experts", 128),
-        experts_per_token=("num_experts_per_tok", 8),
-        expert_size=("moe_intermediate_size", 768),
-    ),
+    {
+        **fields(intermediate_size=6144, num_key_value_heads=4, max_position_embeddings=32768),
+        "experts": ("num_experts", 128),
+        "experts_per_token": ("num_experts_per_tok", 8),
+        "expert_size": ("moe_intermediate_size", 768),
+    },
     windows=WINDOW_IF_USED,
     flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     kinds=QWEN_SPARSE,
     neutral={"mlp_bias": OFF},
     ignored=("max_window_layers",),  # the window, if it is on, is that of every layer
-    router=Router(settings={"renormalise": ("norm_topk_prob", False)}),
+    router=QWEN_ROUTER,
     aliases={"num_local_experts": "num_experts"},
 )

@@ -1,0 +1,31 @@
+"""OLMoE: Llama with experts in place of every MLP, and norms over all queries and all keys of a token together."""
+
+from __future__ import annotations
+
+from ..family import OFF, Family, Router, fields, one
+from .experts import ALL_SPARSE, expert_weights, mlp_where_dense
+from .layout import KV_ROWS, LAYER, LLAMA, Q_ROWS
+
+__all__ = ["FAMILY"]
+
+FAMILY = Family(
+    "OlmoeForCausalLM",
+    "olmoe",
+    {
+        **mlp_where_dense(LLAMA),
+        **expert_weights(),
+        "{i}.q_norm": one(Q_ROWS, LAYER + "self_attn.q_norm.weight"),
+        "{i}.k_norm": one(KV_ROWS, LAYER + "self_attn.k_norm.weight"),
+    },
+    {
+        **fields(intermediate_size=2048, rms_norm_eps=1e-5, max_position_embeddings=4096),
+        "experts": ("num_experts", 64),
+        "experts_per_token": ("num_experts_per_tok", 8),
+        "expert_size": ("intermediate_size", 2048),
+    },
+    flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+    kinds=ALL_SPARSE,
+    neutral={"mlp_bias": OFF},
+    router=Router(settings={"renormalise": ("norm_topk_prob", False)}),
+    aliases={"num_local_experts": "num_experts"},
+)
