@@ -20,12 +20,17 @@ from .signature import OpError
 from .unpacking import UNPACKED, unpack_launches
 from .weights import SegmentLike, expert_rows, segments_of
 
-__all__ = ["packed_experts_plan"]
+__all__ = ["packed_experts_plan", "unpacked_experts"]
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
 _FEW = 32  # pairs for each expert of the model up to which blocks are streamed, once for each 8 of them
 _SLICE_BYTES = 256 << 20  # of unpacked numbers, at most, unless one expert has more
+
+
+def unpacked_experts(E: int, rows: int, k: int, itemsize: int) -> int:
+    """How many of E experts of that many rows are unpacked at a time. itemsize: of a number."""
+    return min(E, max(1, _SLICE_BYTES // (rows * k * itemsize)))
 
 
 def packed_experts_plan(
@@ -46,7 +51,7 @@ def packed_experts_plan(
     if launch is not None:
         return Plan((launch,))
     rows = parts * call["m"]
-    each = max(1, _SLICE_BYTES // (rows * call["k"] * call.dtypes["T"].itemsize))
+    each = unpacked_experts(call["E"], rows, call["k"], call.dtypes["T"].itemsize)
     launches: list[Launch] = []
     for first in range(0, call["E"], each):
         count = min(each, call["E"] - first)
@@ -54,8 +59,7 @@ def packed_experts_plan(
         launch = plain(count)
         starts = {name: first for name in ("offsets", "b") if first and call.arrays[name] is not None}
         launches.append(replace(launch, names={**launch.names, "w": UNPACKED}, starts=starts))
-    dense = (min(each, call["E"]) * rows, call["k"])
-    return Plan(tuple(launches), {UNPACKED: (dense, dtype_name(call.dtypes["T"]))})
+    return Plan(tuple(launches), {UNPACKED: ((each * rows, call["k"]), dtype_name(call.dtypes["T"]))})
 
 
 def _few(constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike) -> Launch | None:
