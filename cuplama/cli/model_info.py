@@ -81,6 +81,7 @@ def facts(
         "folder": None if folder is None else str(folder),
         "architecture": config.architecture,
         "parameters": config.parameters(tied),
+        "active_parameters": config.parameters(tied, active=True),
         **_shape(config),
         "context": config.context,
         "default_context": context,
@@ -122,6 +123,22 @@ def _layers_by_heads(config: ModelConfig) -> list[dict[str, int]]:
     return [{"kv_heads": heads, "head_size": size, "layers": count} for (heads, size), count in found.items()]
 
 
+def _experts(config: ModelConfig) -> dict[str, int] | None:
+    """Of a model with experts: how many a layer has and how many of them compute a token, the sizes of one and of what
+    all tokens share, and how many layers have them, and how many an MLP."""
+    if not config.experts:
+        return None
+    names = config.own_recipes()
+    return {
+        "count": config.experts,
+        "per_token": config.experts_per_token,
+        "size": config.expert_size,
+        "shared_size": config.shared_size,
+        "layers": sum(f"{i}.router" in names for i in range(config.num_layers)),
+        "mlp_layers": sum(f"{i}.down_proj" in names for i in range(config.num_layers)),
+    }
+
+
 def _shape(config: ModelConfig) -> dict[str, Any]:
     """What the layers are."""
     used = [config.rope_name(i) for i in range(config.num_layers)]
@@ -129,6 +146,7 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "feed_forward_size": config.intermediate_size,
+        "experts": _experts(config),
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "head_size": config.head_dim,
@@ -165,10 +183,11 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "folder": facts["folder"] or "none: the published shape of a known model",
         "architecture": facts["architecture"],
-        "parameters": f"{facts['parameters']:,}",
+        "parameters": f"{facts['parameters']:,}"
+        + (f", of which a token uses {facts['active_parameters']:,}" if facts["experts"] else ""),
         "layers": facts["layers"],
         "hidden size": facts["hidden_size"],
-        "feed-forward size": facts["feed_forward_size"],
+        "feed-forward size": facts["feed_forward_size"] if facts["experts"] is None else _feed_forward(facts),
         "attention": _attention(facts),
         "positions": _positions(facts),
         "context": f"{facts['context']} tokens" + (more if context < facts["context"] else ""),
@@ -196,6 +215,14 @@ def _attention(facts: Mapping[str, Any]) -> str:
     return f"{facts['heads']} heads, {', '.join(each)}{more}"
 
 
+def _feed_forward(facts: Mapping[str, Any]) -> str:
+    experts, mlps = facts["experts"], facts["experts"]["mlp_layers"]
+    shared = f" and one of {experts['shared_size']}" if experts["shared_size"] else ""
+    chosen = f"{experts['per_token']} of {experts['count']} experts of {experts['size']}{shared} for each token"
+    dense = f"; {facts['feed_forward_size']}{_share(facts, mlps)}" if mlps else ""
+    return f"{chosen}{_share(facts, experts['layers'])}{dense}"
+
+
 def _adapter_text(adapter: Mapping[str, Any]) -> str:
     base = f", made for {adapter['base']}" if adapter["base"] else ""
     ranks = " and ".join(map(str, adapter["ranks"]))
@@ -207,9 +234,14 @@ def _by_part(memory: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, size in memory.items():
         kind = "adapter" if _is_adapter(name) else _PARTS.get(name, "")
-        part = kind or ("attention" if _is_attention(name) else "norms" if "norm" in name else "feed_forward")
+        part = kind or ("attention" if _is_attention(name) else _layer_part(name))
         found[part] = found.get(part, 0) + size
     return found
+
+
+def _layer_part(name: str) -> str:
+    """The part that a weight of a layer belongs to, beside attention."""
+    return "norms" if "norm" in name else "experts" if ".experts." in name else "feed_forward"
 
 
 def _bits(

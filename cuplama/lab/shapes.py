@@ -54,8 +54,11 @@ def _with_letter(node: Node) -> Node:
 
 def _shown(values: Mapping[str, Array | None], more: Mapping[int, str] = MappingProxyType({})) -> dict[str, str]:
     letters = {size: letter for letter, size in LETTERS.items()} | {LETTERS["b"] + 1: "b+1"} | dict(more)
+
+    def shown(size: int) -> str:
+        times, rest = divmod(size, LETTERS["n"])
+        return letters.get(size) or (f"{times}*n" if times and not rest else str(size))
+
     return {
-        name: f"[{','.join(letters.get(size, str(size)) for size in x.shape)}]:{dtype_name(x.dtype)}"
-        for name, x in values.items()
-        if x is not None
+        name: f"[{','.join(map(shown, x.shape))}]:{dtype_name(x.dtype)}" for name, x in values.items() if x is not None
     }

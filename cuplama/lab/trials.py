@@ -17,6 +17,7 @@ from ..errors import ParameterError
 from ..model import Model
 from ..models.config import ModelConfig
 from ..models.family import TABLES
+from ..ops.experts import chosen_experts
 from ..ops.weights import stored_bytes
 
 __all__ = ["UNTIL_REPLAYED", "Runs", "Trial", "cache_tokens", "prompt_operations", "step_bytes", "trials"]
@@ -75,11 +76,14 @@ def cache_tokens(batch: int, tokens: int) -> int:
 def step_bytes(model: Model, length: float, batch: int) -> float:
     """Bytes that a decode step must read: every weight once, and the keys and values of ``length`` tokens a sequence.
 
-    A table from which only rows are taken (embedding, learned positions) counts only if it is the head as well.
+    Of experts as many count as an even choice takes. A table from which only rows are taken (embedding, learned
+    positions) counts only if it is the head as well.
     """
     values, config = model.engine.runner.values, model.config
-    used = {id(values[n]): values[n] for n in config.weight_shapes() if n not in TABLES}
-    weights = sum(stored_bytes(a) for a in used.values())
+    recipes = config.recipes()
+    used = {id(values[n]): (values[n], recipe.experts) for n, recipe in recipes.items() if n not in TABLES}
+    read = chosen_experts(config.experts, config.experts_per_token, batch) / config.experts if config.experts else 1.0
+    weights = sum(stored_bytes(array) * (read if experts else 1) for array, experts in used.values())
     seen = 0.0  # numbers of the cache, of one sequence
     for i, layer in enumerate(config.layers):
         heads, size = config.caches[i if layer.kv_layer is None else layer.kv_layer]
@@ -95,9 +99,10 @@ def prompt_operations(config: ModelConfig, trial: Trial) -> float:
     last = max(config.caches)
     matrices = {True: 0, False: 0}  # whether they read every token -> numbers that they have
     for name, shape in config.weight_shapes().items():
-        if len(shape) == 2 and name not in TABLES:
-            number = name.partition(".")[0]
-            matrices[name != "lm_head" and not (number.isdigit() and int(number) > last)] += shape[0] * shape[1]
+        if len(shape) >= 2 and name not in TABLES:
+            number, numbers = name.partition(".")[0], shape[-2] * shape[-1]
+            each = config.experts_per_token if len(shape) == 3 else 1  # of the experts those that compute a token
+            matrices[name != "lm_head" and not (number.isdigit() and int(number) > last)] += each * numbers
     at = np.arange(trial.depth, trial.depth + trial.prompt, dtype=np.float64) + 1
     pairs = sum(
         float((np.minimum(at, layer.window) if layer.window else at).sum()) * (layer.head_dim or config.head_dim)

@@ -101,11 +101,16 @@ class Workload:
         """Host arrays: the given ones, and normal values where there is a description. Matrices keep sums near 1."""
         rng = np.random.default_rng(seed)
         found: list[Array | None] = []
+        whole: Mapping[str, Any] = {}  # whole numbers that mean something to the op, which therefore makes them
+        if self.op.inputs is not None and any(isinstance(x, AbstractArray) and x.dtype.kind == "i" for x in self.ins):
+            whole = self.op.inputs(rng, self.call.env, DTYPES[self.dtype])
         for spec, x in zip(self.op.signature.ins, self.ins, strict=False):
             if isinstance(x, Packed):
                 found.append(filled(x, rng))
+            elif isinstance(x, AbstractArray) and x.dtype.kind == "i" and spec.name in whole:
+                found.append(whole[spec.name])
             elif isinstance(x, AbstractArray):
-                scale = x.shape[1] ** -0.5 if spec.name == "w" and len(x.shape) == 2 else 1.0
+                scale = x.shape[-1] ** -0.5 if spec.name == "w" and len(x.shape) >= 2 else 1.0
                 found.append(normal_values(rng, x.shape, x.dtype, scale))
             else:
                 found.append(x)
@@ -294,7 +299,7 @@ class _Walk:
     def run(self, nodes: Sequence[Node], inputs: Mapping[str, Any]) -> None:
         """Collect the nodes, on these inputs of the pass."""
         self.values = {**self._standing, **inputs}
-        matrices = {name for name, shape in self._config.weight_shapes().items() if len(shape) == 2}
+        matrices = {name for name, shape in self._config.weight_shapes().items() if len(shape) >= 2}
         for node, call in infer(executable(nodes), self.values, DTYPES[self._dtype]):
             weights = tuple(name.split(".", 1)[-1] for name in node.ins if name in matrices)
             self._add(node, call, weights)

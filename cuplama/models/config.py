@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -347,7 +347,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     for quantity, source in family.numbers.items():
         if (number := reader.number(source)) is not None:
             numbers[quantity] = number
-    router = _router(reader, family, sizes)
+    router = _router(reader, family, sizes, layers)
     if left_out := reader.left_out(family):
         _log.warning("%s: fields that nothing reads are left out: %s", where, ", ".join(left_out))
     return ModelConfig(
@@ -414,17 +414,21 @@ def _layers(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> t
     return tuple(replace(layer, rope=rope) for layer, rope in zip(layers, ropes, strict=True))
 
 
-def _router(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> dict[str, float]:
+def _router(
+    reader: ConfigReader, family: Family, sizes: Mapping[str, int], layers: Sequence[Layer]
+) -> dict[str, float]:
     """The attributes of the op that chooses experts, which must be such that it can; none for a model without."""
-    if not sizes.get("experts"):
+    if not sizes.get("experts") and not any("sparse" in layer.flags for layer in layers):
         return {}
+    for name in ("experts", "experts_per_token", "expert_size"):
+        reader.size(family.fields[name][0], sizes.get(name))
     op, found = OPS[family.router.op], dict[str, float]({"k": sizes["experts_per_token"]})
     for name, source in family.router.settings.items():
         value = reader.setting(source)
         if value is not None:
             found[name] = value
     env = {"E": sizes["experts"], **op.signature.defaults, **found}
-    for rule in ("1 <= k <= E", *op.rules):
+    for rule in ("k <= E", *op.rules):
         if not dim_value(rule, env):
             shown = ", ".join(f"{name} = {env[name]}" for name in dim_names(rule))
             reader.refuse(family.fields["experts_per_token"][0], f"what a router can do: {rule}, with {shown} here")

@@ -106,6 +106,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
     },
+    "gpt-oss-20b": _shape(
+        "GptOss", 2880, 2880, 24, 64, 8, 201088, 131072, 150000.0,
+        head_dim=64, num_local_experts=32, num_experts_per_tok=4, attention_bias=True, sliding_window=128,
+        rope_scaling={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
     "llama-2-7b": _shape("Llama", 4096, 11008, 32, 32, 32, 32000, 4096, 1e4, torch_dtype="float16"),
     "llama-3.1-8b": _shape(
         "Llama", 4096, 14336, 32, 32, 8, 128256, 131072, 5e5, rope_scaling={**_LLAMA3_ROPE, "factor": 8.0}
@@ -115,11 +123,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         rope_scaling={**_LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True,
     ),
     "mistral-7b-v0.1": _shape("Mistral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e4, sliding_window=4096),
+    "mixtral-8x7b": _shape("Mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e6, num_local_experts=8),
     "phi-3-mini-4k": _shape(
         "Phi3", 3072, 8192, 32, 32, 32, 32064, 4096, 1e4, sliding_window=2047, original_max_position_embeddings=4096
     ),
     "qwen2.5-0.5b": _shape(
         "Qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6, rms_norm_eps=1e-6, tie_word_embeddings=True
+    ),
+    "qwen3-30b-a3b": _shape(
+        "Qwen3Moe", 2048, 6144, 48, 32, 4, 151936, 40960, 1e6,
+        rms_norm_eps=1e-6, head_dim=128, num_experts=128, moe_intermediate_size=768, norm_topk_prob=True,
     ),
     "qwen3-8b": _shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, 1e6, rms_norm_eps=1e-6, head_dim=128),
 }  # fmt: skip

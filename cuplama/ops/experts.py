@@ -25,6 +25,7 @@ from .signature import OpError
 from .weights import segments_of, stored_bytes
 
 __all__ = [
+    "chosen_experts",
     "expert_linear",
     "expert_linear_clamped_swiglu",
     "expert_linear_gelu_tanh_mul",
@@ -138,11 +139,16 @@ def _plan(act: str, call: Call, device: Device) -> Plan:
 
 
 def _chosen(call: Call) -> float:
-    """Experts that have a pair; where only sizes are known, as many as are expected of an even choice."""
-    offsets, E = call.arrays["offsets"], call["E"]
+    """Experts that have a pair; where only sizes are known, as many as are expected."""
+    offsets = call.arrays["offsets"]
     if isinstance(offsets, np.ndarray):
         return float(np.count_nonzero(np.diff(offsets)))
-    return float(E * (1 - (1 - min(1, call["s"] / E)) ** call["n"]))
+    return chosen_experts(call["E"], call["s"], call["n"])
+
+
+def chosen_experts(experts: int, each: int, rows: int) -> float:
+    """How many experts have a row, if each row has ``each`` of them and all are as likely as others."""
+    return float(experts * (1 - (1 - min(1, each / experts)) ** rows))
 
 
 def _bytes(parts: int, call: Call) -> float:

@@ -43,9 +43,11 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Weight]:
         width = deviation / math.sqrt(2 * config.num_layers) if name.endswith(_ADDED) else deviation
         dims = config.dims(name)
         shapes = [tuple(dim_value(d, dims) for d in shape.split(",")) for shape, _ in recipe.parts]
+        shapes *= config.experts if recipe.experts else 1
         constant = 1 - config.family.norm_offset if name.endswith(("norm", "scalar")) else 0.0
         parts = tuple(_part(shape, constant, width, numbers) for shape in shapes)
-        found[name] = Weight(name, tuple(tensor for _, tensor in recipe.parts), parts)
+        experts = config.experts if recipe.experts else 0
+        found[name] = Weight(name, tuple(tensor for _, tensor in recipe.parts), parts, experts, recipe.wide)
     return found
 
 

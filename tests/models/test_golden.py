@@ -45,6 +45,7 @@ class Golden:
             self.logits = [data[f"logits_{j}"] for j in range(count)]
             self.greedy = [data[f"greedy_{j}"].tolist() for j in range(count)]
             self.steps = [data[f"steps_{j}"] for j in range(count)]
+            self.experts = [data.get(f"experts_{j}", ()) for j in range(count)]
 
 
 class Case(Golden):
@@ -180,12 +181,20 @@ SCATTER = 1.1
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("folder", CASES, ids=lambda p: p.name)
-def test_sixteen_bits_stay_as_close_to_float32_as_transformers(folder: Path, dtype: str) -> None:
-    golden = Golden(folder)
+def test_sixteen_bits_stay_as_close_to_float32_as_transformers(folder: Path, dtype: str, chosen: list[Array]) -> None:
+    golden, found, wanted, rows = Golden(folder), list[Array](), list[Array](), 0
     with load(folder, dtype) as model:
-        found = np.concatenate([model.logits(p) for p in golden.prompts])
-    wanted = np.concatenate(golden.logits)
-    p, q = log_softmax(wanted), log_softmax(found)
+        for prompt, logits, experts in zip(golden.prompts, golden.logits, golden.experts, strict=True):
+            chosen.clear()
+            found.append(model.logits(prompt))
+            rows += len(prompt)
+            # A token whose router is near a tie may have other experts: it and those that see it have other logits.
+            other = np.flatnonzero((np.stack(chosen) != experts).any((0, 2))) if len(experts) else ()
+            same = next(iter(other), len(prompt))
+            found[-1] = found[-1][:same]
+            wanted.append(logits[:same])
+    assert sum(map(len, found)) > 0.5 * rows
+    p, q = log_softmax(np.concatenate(wanted)), log_softmax(np.concatenate(found))
     kl = float((np.exp(p) * (p - q)).sum(-1).mean())
     assert 0 < kl <= SCATTER * golden.meta["kl"][dtype]
 

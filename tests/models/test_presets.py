@@ -19,12 +19,15 @@ PUBLISHED = {
     "gemma-3-4b": (3_880_263_168, 131072, 1e4, 1024, 1e-6),
     "gemma-4-e4b": (7_463_013_418, 131072, 1e4, 512, 1e-6),
     "gpt2": (124_439_808, 1024, None, 0, 1e-5),
+    "gpt-oss-20b": (20_914_757_184, 131072, 1.5e5, 128, 1e-5),
     "llama-2-7b": (6_738_415_616, 4096, 1e4, 0, 1e-5),
     "llama-3.1-8b": (8_030_261_248, 131072, 5e5, 0, 1e-5),
     "llama-3.2-1b": (1_235_814_400, 131072, 5e5, 0, 1e-5),
     "mistral-7b-v0.1": (7_241_732_096, 32768, 1e4, 4096, 1e-5),
+    "mixtral-8x7b": (46_702_792_704, 32768, 1e6, 0, 1e-5),
     "phi-3-mini-4k": (3_821_079_552, 4096, 1e4, 2047, 1e-5),
     "qwen2.5-0.5b": (494_032_768, 32768, 1e6, 0, 1e-6),
+    "qwen3-30b-a3b": (30_532_122_624, 40960, 1e6, 0, 1e-6),
     "qwen3-8b": (8_190_735_360, 40960, 1e6, 0, 1e-6),
 }
 
@@ -41,7 +44,7 @@ def test_shapes_have_the_published_number_of_parameters(name: str) -> None:
     assert (known, elements, config.context, theta, max(config.windows), config.eps) == (name, *PUBLISHED[name])
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("gemma")])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(("gemma", "gpt-oss"))])
 def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> None:
     """All that a run depends on; the tokens that begin and end a text are not part of a shape."""
     published = load_config(shared / "configs" / name)
@@ -52,6 +55,11 @@ def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> No
 def test_gemmas_are_the_text_part_of_the_published_config(name: str) -> None:
     published = parse_config(read_json(DATA / "configs" / f"{name}.json"))
     assert find_shape(name)[1] == replace(published, bos=None, eos=(), tied=True, wrapper=None)
+
+
+def test_gpt_oss_is_the_published_config() -> None:
+    published = parse_config(read_json(DATA / "configs" / "gpt-oss-20b.json"))
+    assert find_shape("gpt-oss-20b")[1] == replace(published, dtype="bfloat16", bos=None, eos=())
 
 
 def test_llama_3_scales_its_rotation() -> None:

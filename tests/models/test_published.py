@@ -15,6 +15,15 @@ from cuplama.models.config import ModelConfig, parse_config
 from cuplama.models.graph import decoder
 from tests.paths import DATA
 
+
+def ahead(d: int, experts: int, size: int, norms: int) -> int:
+    """Parameters of the further layer of GLM-4.5, which predicts one more token and is left out."""
+    attention = d * (2 * 96 + 2 * 8) * 128 + (96 + 2 * 8) * 128 + norms
+    mixture = (experts + 1) * 3 * d * size + experts * (d + 1)
+    return attention + mixture + 2 * d + 3 * d + 2 * d * d + 2 * 151552 * d
+
+
+GLM_AHEAD, GLM_AIR_AHEAD = ahead(5120, 160, 1536, 2 * 128), ahead(4096, 128, 1408, 0)
 # Parameters as the hub counts them, or as the makers round them where that is a float. Of models of text and more, the
 # text part: the whole without the vision tower and what projects its outcome.
 PARAMETERS: dict[str, int | float] = {
@@ -25,6 +34,8 @@ PARAMETERS: dict[str, int | float] = {
     "command-r7b": 8_028_033_024,
     "deepseek-llm-7b": 6_910_365_696,
     "ernie-4.5-0.3b": 360_748_032,
+    "ernie-4.5-21b-a3b": 21.8e9,
+    "ernie-4.5-300b-a47b": 300e9,
     "exaone-4.0-1.2b": 1.28e9,
     "exaone-4.0-32b": 32.0e9,
     "falcon3-7b": 7_455_550_464,
@@ -35,6 +46,7 @@ PARAMETERS: dict[str, int | float] = {
     "gemma-3-27b": 27_432_406_640 - 423_060_336,
     "gemma-3-4b": 4_300_079_472 - 419_816_304,
     # As GGUF files count them, less keys and values of layers that share those of others: files have them all the same.
+    "gemma-4-26b-a4b": 25.2e9,
     "gemma-4-31b": 30.7e9,
     "gemma-4-e2b": 4.65e9 - 18_882_560,
     "gemma-4-e4b": 7.52e9 - 55_070_720,
@@ -45,6 +57,10 @@ PARAMETERS: dict[str, int | float] = {
     "glm-4-9b-chat-1m": 9_483_857_920,
     "gpt-oss-120b": 116_829_156_672,
     "gpt-oss-20b": 20_914_757_184,
+    "glm-4.5": 358_337_791_296 - GLM_AHEAD,
+    "glm-4.5-air": 110_468_824_832 - GLM_AIR_AHEAD,
+    "granite-3.1-1b-a400m": 1_334_628_352,
+    "granite-3.1-3b-a800m": 3_298_793_472,
     "granite-3.3-2b": 2_533_539_840,
     "granite-3.3-8b": 8_170_864_640,
     "granite-4.0-1b": 1_631_750_144,
@@ -61,12 +77,22 @@ PARAMETERS: dict[str, int | float] = {
     "minitron-4b": 4.19e9,
     "minitron-8b": 8.27e9,
     "mistral-small-3.1-24b": 23_572_403_200,
+    "mixtral-8x22b": 140_620_634_112,
+    "mixtral-8x7b": 46_702_792_704,
     "olmo-2-32b": 32_234_279_936,
     "olmo-2-7b": 7_298_617_344,
     "olmo-3-32b": 32_233_522_176,
     "olmo-3-7b": 7_298_011_136,
+    "olmoe-1b-7b-0125": 6_919_161_856,
+    "olmoe-1b-7b-0924": 6_919_161_856,
     "phi-1.5": 1_418_270_720,
     "phi-2": 2_779_683_840,
+    "phi-3.5-moe": 41_873_153_344,
+    "phi-mini-moe": 7.65e9,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57.4e9,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-30b-a3b": 30_532_122_624,
     "seed-oss-36b": 36_151_104_512,
     "smollm3-3b": 3_075_098_624,
     "smollm3-3b-base": 3_075_098_624,
@@ -92,6 +118,36 @@ def test_parameters(name: str, count: int | float, caplog: pytest.LogCaptureFixt
     found = config.parameters(config.head_is_tied)
     assert found == count if isinstance(count, int) else abs(found / count - 1) < 0.004
     assert len(decoder(config).body) > 6 * config.num_layers
+
+
+# Parameters that a token uses, as the makers round them.
+ACTIVE = {
+    "ernie-4.5-21b-a3b": 3e9,
+    "ernie-4.5-300b-a47b": 47e9,
+    "gemma-4-26b-a4b": 3.8e9,
+    "glm-4.5": 32e9,
+    "glm-4.5-air": 12e9,
+    "granite-3.1-1b-a400m": 400e6,
+    "granite-3.1-3b-a800m": 800e6,
+    "mixtral-8x22b": 39e9,
+    "mixtral-8x7b": 13e9,
+    "olmoe-1b-7b-0924": 1.3e9,
+    "phi-3.5-moe": 6.6e9,
+    "phi-mini-moe": 2.4e9,
+    "qwen1.5-moe-a2.7b": 2.7e9,
+    "qwen2-57b-a14b": 14e9,
+    "qwen3-235b-a22b": 22e9,
+    "qwen3-30b-a3b": 3.3e9,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), ACTIVE.items())
+def test_active_parameters(name: str, count: float) -> None:
+    """Some makers leave embedding and head out."""
+    config = published(name)
+    found = config.parameters(config.head_is_tied, active=True)
+    assert found - 2 * config.vocab_size * config.hidden_size < 1.04 * count
+    assert found > 0.97 * count
 
 
 def test_layers_of_two_kinds() -> None:
@@ -251,7 +307,6 @@ def test_what_is_not_there_is_refused_by_name(name: str, field: str, value: obje
 
 
 GEMMA_4_REFUSED = [
-    ("gemma-4-e4b", "enable_moe_block", True),
     ("gemma-4-e4b", "use_bidirectional_attention", "all"),
     ("gemma-4-e4b", "num_kv_shared_layers", 42),  # all of them
     ("gemma-4-e4b", "num_kv_shared_layers", 37),  # so that no layer before them is without a window

@@ -108,6 +108,7 @@ SCALED_CASES: dict[str, Case] = {
             "num_experts": 7,
             "top_k_experts": 2,
             "moe_intermediate_size": 20,
+            "tie_word_embeddings": False,
         },
         GEMMA4,
     ),

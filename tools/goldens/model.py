@@ -89,14 +89,9 @@ def routers(model: Any) -> list[torch.nn.Module]:
     return [m for m in model.modules() if type(m).__name__.endswith(("Router", "TopKGating"))]
 
 
-def experts_of(model: Any, ids: np.ndarray, noise: int = 0) -> np.ndarray:
-    """The experts of each token of ids [n], int32 [layers with experts, n, k], in ascending order. noise: a seed; then
-    what routers are given is off by as much as numbers in bfloat16 may be."""
+def experts_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    """The experts of each token of ids [n], int32 [layers with experts, n, k], in ascending order."""
     found: list[torch.Tensor] = []
-    rng = torch.Generator().manual_seed(noise)
-
-    def disturb(module: torch.nn.Module, ins: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (ins[0] * (1 + 2**-8 * torch.randn(ins[0].shape, generator=rng)),)
 
     def keep(module: torch.nn.Module, ins: Any, outs: tuple[torch.Tensor, ...]) -> None:
         (chosen,) = (x for x in outs if not x.is_floating_point())
@@ -104,8 +99,6 @@ def experts_of(model: Any, ids: np.ndarray, noise: int = 0) -> np.ndarray:
 
     for router in routers(model):
         router.register_forward_hook(keep)
-        if noise:
-            router.register_forward_pre_hook(disturb)
     logits_of(model, ids)
     return np.array([chosen.numpy() for chosen in found], np.int32)
 
