@@ -84,7 +84,10 @@ def test_dtypes_and_activations() -> None:
         "gemma-3-4b", "gemma-4-e4b", "gpt2", "llama-3.2-1b", "qwen2.5-0.5b",
     }  # fmt: skip
     activations = {n: c.activation for n, c in configs.items() if c.activation != "silu_mul"}
-    assert activations == {"gemma-3-4b": "gelu_tanh_mul", "gemma-4-e4b": "gelu_tanh_mul", "gpt2": "gelu_tanh"}
+    assert activations == {
+        "gemma-3-4b": "gelu_tanh_mul", "gemma-4-e4b": "gelu_tanh_mul", "gpt2": "gelu_tanh",
+        "gpt-oss-20b": "clamped_swiglu",
+    }  # fmt: skip
 
 
 def test_a_folder_is_its_own_shape_and_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
