@@ -23,6 +23,7 @@ __all__ = ["FIRST_ALONE", "fast_cases", "launched", "mark_slow"]
 
 # Tests whose cases compile kernels of their own: files, or functions of a file. The first case of a function is fast.
 FIRST_ALONE = (
+    "models/test_routing.py::test_tokens_near_a_tie",
     "ops/test_attention.py",
     "ops/test_e4m3.py",
     "ops/test_experts.py",

@@ -95,6 +95,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     },
+    "gpt-oss-20b": _shape(
+        "GptOss", 2880, 2880, 24, 64, 8, 201088, 131072, 150000.0,
+        head_dim=64, num_local_experts=32, num_experts_per_tok=4, attention_bias=True, sliding_window=128,
+        rope_scaling={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
     "gpt2": {
         "architectures": ["GPT2LMHeadModel"],
         "n_embd": 768,
@@ -106,14 +114,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
     },
-    "gpt-oss-20b": _shape(
-        "GptOss", 2880, 2880, 24, 64, 8, 201088, 131072, 150000.0,
-        head_dim=64, num_local_experts=32, num_experts_per_tok=4, attention_bias=True, sliding_window=128,
-        rope_scaling={
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-            "original_max_position_embeddings": 4096,
-        },
-    ),
     "llama-2-7b": _shape("Llama", 4096, 11008, 32, 32, 32, 32000, 4096, 1e4, torch_dtype="float16"),
     "llama-3.1-8b": _shape(
         "Llama", 4096, 14336, 32, 32, 8, 128256, 131072, 5e5, rope_scaling={**_LLAMA3_ROPE, "factor": 8.0}

@@ -113,12 +113,14 @@ def test_names_ops_and_rotations() -> None:
     assert {name: differences for name, differences in found.items() if differences} == {
         "cohere2": {"norm": "layer_norm", "rope": "rope_pairs"},
         "ernie4_5": {"rope": "rope_pairs"},
+        "ernie4_5_moe": {"rope": "rope_pairs"},
         "gemma": {"norm_offset": 1.0},
         "gemma2": {"norm_offset": 1.0},
         "gemma3_text": {"norm_offset": 1.0},
         "gemma4_text": {"rope_types": ("default", "linear", "llama3", "yarn", "proportional")},
         "glm": {"rope": "rope_pairs", "partial_rotary": True},
         "glm4": {"rope": "rope_pairs", "partial_rotary": True},
+        "glm4_moe": {"partial_rotary": True},
         "gpt2": {"embed": "embedding_pos", "norm": "layer_norm", "prefix": "transformer.", "rotary": False},
         "helium": {"rope": "rope_pairs"},
         "hunyuan_v1_dense": {"rope_types": ("default", "ntk_alpha")},
@@ -126,6 +128,7 @@ def test_names_ops_and_rotations() -> None:
         "nemotron": {"norm": "layer_norm", "norm_offset": 1.0, "partial_rotary": True},
         "phi": {"norm": "layer_norm", "partial_rotary": True},
         "phi3": {"rope_types": ("default", "longrope"), "partial_rotary": True},
+        "phimoe": {"norm": "layer_norm", "rope_types": ("default", "longrope")},
         "stablelm": {"norm": "layer_norm", "partial_rotary": True},
     }
 
@@ -243,22 +246,30 @@ ABSENT = {
     "Arcee": (160, 8, 1e-5, 4096, "default", 1e4, 8),
     "Cohere2": (160, 8, 1e-5, 8192, "default", 1e4, 8),
     "Ernie4_5": (2, 128, 1e-5, 131072, "default", 5e5, 128),
+    "Ernie4_5_Moe": (4, 8, 1e-5, 131072, "default", 5e5, 8),
     "Exaone4": (32, 8, 1e-5, 2048, "default", 1e4, 8),
     "Gemma": (16, 256, 1e-6, 8192, "default", 1e4, 256),
     "Gemma2": (4, 256, 1e-6, 8192, "default", 1e4, 256),
     "Gemma3": (4, 256, 1e-6, 131072, "default", 1e4, 256),
     "Glm": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
     "Glm4": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
+    "Glm4Moe": (8, 8, 1e-5, 131072, "default", 1e4, 4),
     "GptOss": (8, 64, 1e-5, 131072, "yarn", 1.5e5, 64),
     "Granite": (160, 8, 1e-6, 2048, "default", 1e4, 8),
+    "GraniteMoe": (160, 8, 1e-6, 2048, "default", 1e4, 8),
     "Helium": (20, 128, 1e-8, 4096, "default", 1e5, 128),
     "HunYuanDenseV1": (160, 8, 1e-5, 2048, "default", 1e4, 8),
     "InternLM2": (160, 8, 1e-6, 2048, "default", 1e4, 8),
     "InternLM3": (2, 128, 1e-5, 32768, "default", 1e4, 128),
+    "Mixtral": (8, 8, 1e-5, 131072, "default", 1e6, 8),
     "Nemotron": (160, 8, 1e-5, 4096, "default", 1e4, 4),
     "Olmo2": (160, 8, 1e-5, 2048, "default", 1e4, 8),
     "Olmo3": (160, 8, 1e-5, 2048, "default", 5e5, 8),
+    "Olmoe": (160, 8, 1e-5, 4096, "default", 1e4, 8),
     "Phi": (160, 8, 1e-5, 2048, "default", 1e4, 4),
+    "PhiMoE": (8, 8, 1e-5, 131072, "default", 1e6, 8),
+    "Qwen2Moe": (16, 8, 1e-6, 32768, "default", 1e4, 8),
+    "Qwen3Moe": (4, 8, 1e-6, 32768, "default", 1e4, 8),
     "SeedOss": (8, 128, 1e-6, 524288, "default", 1e4, 128),
     "SmolLM3": (4, 8, 1e-6, 32768, "default", 2e6, 8),
     "StableLm": (32, 8, 1e-5, 4096, "default", 1e4, 2),
@@ -276,7 +287,33 @@ def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[A
     mixed = dict.fromkeys(("Cohere2", "Exaone4", "Olmo3"), (4096, 4096, 4096, 0))
     mixed |= {"Gemma2": (4096, 0, 4096, 0), "Gemma3": (4096,) * 4, "GptOss": (128, 0, 128, 0)}
     assert config.windows == mixed.get(family, (0,) * 4)
-    assert config.head_is_tied == (family in ("Cohere2", "Ernie4_5", "Gemma", "Gemma2", "Gemma3", "SmolLM3"))
+    tied = ("Cohere2", "Ernie4_5", "Ernie4_5_Moe", "Gemma", "Gemma2", "Gemma3", "SmolLM3")
+    assert config.head_is_tied == (family in tied)
     assert config.logits_scale == (0.0625 if family == "Cohere2" else 1)
-    assert config.attention_scale == {"Gemma2": 1 / 16, "Gemma3": 1 / 16, "Granite": 1}.get(family, 0)
+    scales = {"Gemma2": 1 / 16, "Gemma3": 1 / 16, "Granite": 1, "GraniteMoe": 1}
+    assert config.attention_scale == scales.get(family, 0)
     assert (config.attention_cap, config.logits_cap) == ((50, 30) if family == "Gemma2" else (0, 0))
+
+
+# Of experts: (how many, of a token, their size, that of the shared one, which of four layers have them, router).
+_GLM_ROUTER = {"k": 8, "sigmoid": 1, "groups": 1, "kept": 1, "renormalise": 1, "factor": 1.0}
+ABSENT_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "Ernie4_5_Moe": (64, 6, 1536, 3072, [1, 2, 3], {"k": 6}),
+    "Glm4Moe": (128, 8, 1408, 1408, [1, 2, 3], _GLM_ROUTER),
+    "GraniteMoe": (8, 2, 48, 0, [0, 1, 2, 3], {"k": 2}),
+    "Mixtral": (8, 2, 48, 0, [0, 1, 2, 3], {"k": 2}),
+    "Olmoe": (64, 8, 48, 0, [0, 1, 2, 3], {"k": 8, "renormalise": 0}),
+    "PhiMoE": (16, 2, 48, 0, [0, 1, 2, 3], {"k": 2, "threshold": 0.02}),
+    "Qwen2Moe": (60, 4, 1408, 5632, [0, 1, 2, 3], {"k": 4, "renormalise": 0}),
+    "Qwen3Moe": (128, 8, 768, 0, [0, 1, 2, 3], {"k": 8, "renormalise": 0}),
+}
+
+
+@pytest.mark.parametrize(("family", "wanted"), ABSENT_EXPERTS.items())
+def test_what_a_config_means_that_leaves_experts_out(family: str, wanted: tuple[Any, ...]) -> None:
+    config = parse(family, num_hidden_layers=4)
+    names = config.weight_shapes()
+    layers = [i for i in range(4) if f"{i}.router" in names]
+    found = (config.experts, config.experts_per_token, config.expert_size, config.shared_size, layers, config.router)
+    assert found == wanted
+    assert [i for i in range(4) if f"{i}.down_proj" in names] == [i for i in range(4) if i not in layers]

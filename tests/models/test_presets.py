@@ -44,7 +44,15 @@ def test_shapes_have_the_published_number_of_parameters(name: str) -> None:
     assert (known, elements, config.context, theta, max(config.windows), config.eps) == (name, *PUBLISHED[name])
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(("gemma", "gpt-oss"))])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_models_with_experts_are_those_of_the_published_config(name: str) -> None:
+    published = parse_config(read_json(DATA / "configs" / f"{name}.json"))
+    assert find_shape(name)[1] == replace(published, bos=None, eos=())
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLISHED if not name.startswith(("gemma", "gpt-oss", "mixtral", "qwen3-30b"))]
+)
 def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> None:
     """All that a run depends on; the tokens that begin and end a text are not part of a shape."""
     published = load_config(shared / "configs" / name)
@@ -104,6 +112,6 @@ def test_a_folder_is_its_own_shape_and_comes_first(tmp_path: Path, monkeypatch: 
 def test_other_names_are_refused_with_those_that_are_known() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"'gpt3' is neither a folder .* known shapes: gemma-3-4b, gemma-4-e4b, gpt2, llama-2-7b, .*qwen3-8b$",
+        match=r"'gpt3' is neither a folder .* known shapes: gemma-3-4b, gemma-4-e4b, gpt-oss-20b, gpt2, .*qwen3-8b$",
     ):
         find_shape("gpt3")
