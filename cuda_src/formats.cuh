@@ -4,7 +4,7 @@
 //
 //     w = scale * (number(code) - zero) + offset
 //
-// Code says how codes lie and what they stand for: Whole<BITS, BIAS>, E4m3, Nf4, Plain<T>. Scales says what a group of
+// Code says how codes lie and what they stand for: Whole<BITS, BIAS>, E4m3, E2m1, Nf4, Plain<T>. Scales says what a group of
 // GROUP columns of a row has in common: Direct<GROUP, S, ZERO, OFFSET>, or Nested<GROUP, S, LEAST>, whose scale is a
 // product; or Unscaled, nothing. GROUP 0: a float32 scale for each whole row, behind the last block (row_scales).
 //
@@ -17,18 +17,18 @@
 //     raw           the same, but numbers are to be multiplied by RAW<T> still.
 //     floats        the same eight as f32: columns 4 t .. 4 t + 3 of row r, then of row r + 8.
 //
-// They give number(code) - zero, before the scale. fragment is exact where T holds the number: all of Whole and E4m3
-// is; Nf4 is rounded to T. Nearly all of the work is in the 16-bit path, so it is counted: instructions a chunk of 8
+// They give number(code) - zero, before the scale. fragment is exact where T holds the number: all of Whole, E4m3 and
+// E2m1 is; Nf4 is rounded to T. Nearly all of the work is in the 16-bit path, so it is counted: instructions a chunk of 8
 // codes in bf16, and 8 bits of an f16's mantissa, where they are fewer:
 //
 //     Whole<4>  3 shifts, 4 logic, 4 packed subtractions (f16: 1 shift)     Whole<8>  2, 8, 4 (f16: 2, 4, 4)
 //     Whole<6>  6, 8, 4 (f16: 5)                                            E4m3      6, 8, 4 packed products
-//     Nf4       about 4, 9, and 18 byte permutations
+//     Nf4       about 4, 9, and 18 byte permutations                        E2m1      7, 8, 4 packed products
 //     raw: Whole<4> in bf16 1 shift, 4 logic, 4 packed multiply-adds; all others as above
 //
 // Shifts, logic and permutations run at half the rate of the packed arithmetic on sm_80 to sm_90.
 //
-// A NaN of E4m3 (0x7f, 0xff) is taken for 480. Test: tests/quant/test_formats_cuh.py.
+// A NaN of E4m3 (0x7f, 0xff) is taken for 480, one of e8m0 for infinity, and 2^-127 for zero. Test: tests/quant/test_formats_cuh.py.
 #ifndef CUPLAMA_FORMATS_CUH
 #define CUPLAMA_FORMATS_CUH
 
@@ -49,6 +49,7 @@ struct Part {
     }
     static __device__ __forceinline__ float part_float(u8 x) { return whole_float(x); }
     static __device__ __forceinline__ float part_float(i8 x) { return float(x); }
+    static __device__ __forceinline__ float part_float(e8m0 x) { return __int_as_float(int(x.bits) << 23); }
     template <typename F>
     static __device__ __forceinline__ float part_float(F x) {
         return to_float(x);

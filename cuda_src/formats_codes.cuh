@@ -7,6 +7,12 @@
 
 typedef signed char i8;
 
+// A power of two, 2^(bits - 127): the exponent of an f32, whose smallest, 2^-127, is below the normal numbers and
+// counts as 0. 255 stands for no number.
+struct e8m0 {
+    u8 bits;
+};
+
 constexpr int BLOCK_ROWS = 16, BLOCK_COLUMNS = 128, CHUNK_COLUMNS = 16, BLOCK_CHUNKS = BLOCK_COLUMNS / CHUNK_COLUMNS;
 
 // ---- pairs of 16-bit floats in a register ---------------------------------------------------------------------------
@@ -268,6 +274,31 @@ struct E4m3 : Codes<8>, NoMinus {
             const u32 word = words.low[2 * chunk + i % 2], sign = i < 2 ? word << 8 : word;
             const u32 rest = i < 2 ? (word & 0x007f007fu) << UP : (word & 0x7f007f00u) >> (8 - UP);
             a[i] = multiply_two<T>((sign & 0x80008000u) | rest, FACTOR);
+        }
+    }
+};
+
+// 4-bit floats: a sign, 2 bits of exponent, 1 of mantissa.
+struct E2m1 : Codes<4>, NoMinus {
+    static constexpr int BITS = 4;
+    typedef LaneWords<4> Words;
+
+    static __device__ __forceinline__ float number(u32 code) {
+        const unsigned short bits = (code & 8u) << 12 | (code & 7u) << 9;
+        f16 x;
+        memcpy(&x, &bits, 2);
+        return to_float(x) * 16384.f;
+    }
+
+    // As of E4m3: the sign to the highest bit, the other three to where exponent and mantissa of T meet.
+    template <typename T>
+    static __device__ __forceinline__ void fragment(const Words& words, int chunk, const u32 (&)[2], u32 (&a)[4]) {
+        constexpr int UP = IS_F16<T> ? 9 : 6;                          // of the three bits
+        constexpr u32 FACTOR = IS_F16<T> ? 0x74007400u : 0x7e807e80u;  // 2^14, 2^126
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 word = words.low[chunk], rest = moved(word, UP - 4 * i) & 0x00070007u << UP;
+            a[i] = multiply_two<T>(and_or(word << (12 - 4 * i), 0x80008000u, rest), FACTOR);
         }
     }
 };

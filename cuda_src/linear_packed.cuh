@@ -47,17 +47,31 @@ __device__ __forceinline__ int staged_at(int column) {
 
 __device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
 
-// A warp's share of the weight on its way through its ring, packed block by packed block. What it has of a tile in a
-// phase is a run of at most BLOCKS that lie one behind the other. The order is phase, unit, tile of the unit. Making
-// one starts it; it reads nothing but weights.
+// The units of a GPU block where it has those of one weight: an equal share of all.
 template <typename S>
+struct OneWeight {
+    static constexpr bool MORE = false;  // there is no other weight
+
+    // Goes to the units begin .. end - 1 of the next weight; none at the end. Where they lie, in units from the first.
+    __device__ __forceinline__ int next(int units, int& begin, int& end) {
+        const int group = blockIdx.x / S::SPLIT, groups = gridDim.x / S::SPLIT;
+        begin = units * group / groups, end = units * (group + 1) / groups;
+        return begin;
+    }
+};
+
+// A warp's share of the weight on its way through its ring, packed block by packed block. What it has of a tile in a
+// phase is a run of at most BLOCKS that lie one behind the other. The order is phase, unit, tile of the unit, and from
+// one weight to the next where a GPU block has units of several. Making one starts it; it reads nothing but weights,
+// and what next() reads.
+template <typename S, typename Weights = OneWeight<S>>
 struct Stream {
     typedef typename S::W W;
     static constexpr int PIECES = sizeof(W) / 16;
     uint4* ring;            // of this lane, in its warp's
     const uint4* weight;    // of this lane
     int from;               // what to ask for next, in pieces of 16 bytes: fewer than 2^31, as 32 GiB
-    int begin, end, units;  // of this GPU block, and of the weight
+    int begin, end, units;  // of this GPU block, of the weight that it asks for, and of a weight
     int first;              // phase of this GPU block
     int columns;            // blocks of a row of blocks
     int half;               // from a unit's first tile to its second, in pieces
@@ -66,16 +80,19 @@ struct Stream {
     int run, left;          // blocks of a run, and those of this one that are left
     int filling, reading;   // slots, in pieces
 
-    // rows: of the weight, if gated of half of it
-    __device__ __forceinline__ Stream(const W* blocks, int rows, int k) {
+    Weights weights;
+
+    // rows: of a weight, if gated of half of it
+    __device__ __forceinline__ Stream(const W* blocks, int rows, int k, const Weights& weights = Weights())
+        : weights(weights) {
         DYNAMIC_SHARED(uint4, memory);
-        const int lane = threadIdx.x % WARP, group = blockIdx.x / S::SPLIT, groups = gridDim.x / S::SPLIT;
+        const int lane = threadIdx.x % WARP;
         units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % S::SPLIT * S::PHASES;
         ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES) + lane;
-        begin = units * group / groups, end = units * (group + 1) / groups;
+        const int row = this->weights.next(units, begin, end);
         columns = W::columns(k);
         half = units * columns * PIECES;
-        weight = reinterpret_cast<const uint4*>(blocks) + lane, from = (begin * columns + column_of(first)) * PIECES;
+        weight = reinterpret_cast<const uint4*>(blocks) + lane, from = (row * columns + column_of(first)) * PIECES;
         filling = 0, reading = 0, phase = first;
         begin_phase();
         fill<S::EARLY>();
@@ -143,6 +160,11 @@ struct Stream {
                     phase++;
                     begin_phase();
                 }
+                if constexpr (Weights::MORE)
+                    if (remaining == 0) {
+                        from = (weights.next(units, begin, end) * columns + column_of(first)) * PIECES;
+                        begin_phase();
+                    }
             }
         }
         cp_async_commit();
@@ -184,8 +206,8 @@ struct Factors {
             for (int c = 0; c < BLOCK_CHUNKS; c++) mine[c] = hidden(lane_row() == c);
     }
 
-    template <typename Rows>
-    __device__ __forceinline__ void fill(Stream<S>& stream, const Rows& rows, int phase) {
+    template <typename Weights, typename Rows>
+    __device__ __forceinline__ void fill(Stream<S, Weights>& stream, const Rows& rows, int phase) {
         rows.stage(stream, phase);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
@@ -221,7 +243,8 @@ struct Factors {
     }
 
     // The sums of a tile over the columns of this warp, to partial [TILE].
-    __device__ __forceinline__ void multiply_tile(Stream<S>& stream, int count, f32* partial) const {
+    template <typename Weights>
+    __device__ __forceinline__ void multiply_tile(Stream<S, Weights>& stream, int count, f32* partial) const {
         float total[4] = {};
         const T* at = x;
         const f32* of = sums;

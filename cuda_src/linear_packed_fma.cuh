@@ -11,13 +11,14 @@ struct FloatFactors {
     typedef typename S::T T;
     const f32* x;  // of this lane's columns
 
-    template <typename Rows>
-    __device__ __forceinline__ void fill(Stream<S>& stream, const Rows& rows, int phase) {
+    template <typename Weights, typename Rows>
+    __device__ __forceinline__ void fill(Stream<S, Weights>& stream, const Rows& rows, int phase) {
         rows.stage(stream, phase);
         x = rows.staged + threadIdx.x / WARP * (S::BLOCKS * BLOCK_COLUMNS) + threadIdx.x % 4 * 4;
     }
 
-    __device__ __forceinline__ void multiply_tile(Stream<S>& stream, int count, f32* partial) const {
+    template <typename Weights>
+    __device__ __forceinline__ void multiply_tile(Stream<S, Weights>& stream, int count, f32* partial) const {
         float total[S::ROWS][2] = {};
 #pragma unroll 1
         for (int b = 0; b < count; b++) add_block(stream.take(), x + b * BLOCK_COLUMNS, total);

@@ -35,6 +35,7 @@ __all__ = ["main", "make"]
 CASES_DIR = Path(__file__).resolve().parents[1] / "tests" / "golden" / "quantised"
 PROMPTS = (1, 9, 29)  # in tokens
 SEED = 7
+EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")  # ends of names of what all experts share
 MIN_CHANGE = 2e-2  # that quantising makes in the logits: ten times the tolerance of the tests
 
 
@@ -49,16 +50,24 @@ def write_model(case: Case, folder: Path, truth: Path) -> int:
     names = [name for name, m in model.named_modules() if isinstance(m, kinds)]
     transposed = [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
     ends = () if case.head else ("lm_head", "embed_tokens", "wte", "wpe")
-    matrices = [n for n in names if not n.endswith(ends) and n not in case.plain]
+    matrices = [n for n in names if not n.endswith(ends) and n not in case.plain and not case.experts_only]
     if case.settings["quant_method"] != "compressed-tensors":  # others have no quantised embedding
         matrices = [n for n in matrices if not n.endswith("embed_tokens")]
     tensors: dict[str, torch.Tensor] = {}
     state = {
         name: t for name, t in model.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)
     }
+    count = len(matrices)
     for name, value in state.items():
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in matrices:
+        if name.endswith(EXPERTS):
+            state[name] = value.clone()
+            for written, own in experts_of(config, name, state[name]):
+                stored, numbers = case.pack(written, own.clone(), case.settings)
+                tensors |= {written + end: t.clone().contiguous() for end, t in stored.items()}
+                own.copy_(numbers)
+                count += 1
+        elif name.endswith(".weight") and module in matrices:
             turned = value.T if module in transposed else value
             stored, numbers = case.pack(module, turned.clone(), case.settings)
             tensors |= {module + end: t.clone().contiguous() for end, t in stored.items()}
@@ -76,7 +85,20 @@ def write_model(case: Case, folder: Path, truth: Path) -> int:
         settings = {**whole, "sparsity_config": {}, "transform_config": {}, "version": compressed_tensors.__version__}
     saved |= {"dtype": str(case.dtype).removeprefix("torch."), "quantization_config": settings}
     write_json(folder / "config.json", saved)
-    return len(matrices)
+    return count
+
+
+def experts_of(config: Any, name: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The modules that a tensor of all experts is written as, each with its part of it, [out, in] or [E, out, in]."""
+    if config.model_type == "gpt_oss":
+        return [(name, value.transpose(1, 2))]
+    place, _, kind = name.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj")}.get(kind, (kind,))
+    return [
+        (f"{place}.{e}.{part}", half)
+        for e, expert in enumerate(value)
+        for part, half in zip(parts, expert.chunk(len(parts)), strict=True)
+    ]
 
 
 def plain_logits(case: Case, folder: Path, ids: np.ndarray) -> np.ndarray:

@@ -196,6 +196,7 @@ _DECODED = 1 << 18  # numbers that a thread decodes at a time: what it makes on 
 def _decode(weight: Weight, array: np.ndarray[Any, Any]) -> None:
     """The numbers of a weight with quantised parts into ``array``, by as many threads as passes have."""
     outs, pieces, first = list[Array](), list[Callable[[], Array]](), 0
+    array = array.reshape(-1, array.shape[-1])  # experts one below the other
     for part in weight.parts:
         count = max(1, _DECODED // max(1, part.shape[1]))
         for at in range(0, len(part), count):

@@ -84,6 +84,8 @@ def quantise(folder: Path, out: Path, options: Options, progress: Progress | Non
     source, grid = Source.open(folder), GRIDS[options.format]
     source.check_described()
     options.check(source.config.context)
+    if options.method == "gptq" and source.config.experts:
+        raise ParameterError(f"method = gptq does not take the experts of {source.config.architecture}; rtn does")
     options = replace(options, length=options.length or min(_LENGTH, source.config.context))
     group = source.group(grid, options.group_size)
     shards = make_shards(source.specs(grid, group), options.shard_bytes)
@@ -132,7 +134,7 @@ def _recipe(source: Source, options: Options, group: int) -> dict[str, Any]:
 
 def _config(source: Source, grid: Grid, group: int, options: Options) -> dict[str, Any]:
     sort = options.method == "gptq"
-    return {**source.config.raw, "quantization_config": config_of(grid, group, ("lm_head",), sort)}
+    return {**source.config.raw, "quantization_config": config_of(grid, group, ("lm_head", *source.plain), sort)}
 
 
 def _written(matrices: Mapping[str, Quantised]) -> dict[str, np.ndarray[Any, Any]]:

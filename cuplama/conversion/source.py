@@ -17,6 +17,7 @@ from ..errors import ConfigError, ParameterError
 from ..hub import HUB_FILES
 from ..models.checkpoint import INDEX, folder_tensors, load_weights, open_tensors
 from ..models.config import ModelConfig, load_config
+from ..models.family import GATES, Recipe
 from ..models.rounding import linear_weights
 from ..quant.compressed import TensorSpec, tensor_specs
 from ..quant.grid import Grid
@@ -96,11 +97,22 @@ class Source:
     def check_described(self) -> None:
         """Raises ConfigError for a model whose matrices compressed-tensors cannot describe."""
         recipes = self.config.recipes()
-        if any(recipes[name].transposed or recipes[name].by_head for name in self.linear):
+        if any(self._undescribed(recipes[name]) for name in self.linear):
             raise ConfigError(
-                f"{self.folder}: {self.config.architecture} stores its matrices transposed, or head by head, and"
-                " nothing reads compressed-tensors of such; load it with --quantize instead"
+                f"{self.folder}: {self.config.architecture} stores its matrices transposed, head by head, or those of"
+                " all experts together, and nothing reads compressed-tensors of such; load it with --quantize instead"
             )
+
+    @staticmethod
+    def _undescribed(recipe: Recipe) -> bool:
+        together = recipe.experts and any("{e}" not in tensor for _, tensor in recipe.parts)
+        return recipe.transposed or recipe.by_head or together
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The modules of the layers that stay as they are."""
+        names = [tensor for name, own in self.names.items() if name.endswith(GATES) for tensor in own]
+        return tuple(name.removesuffix(".weight") for name in names)
 
     def group(self, grid: Grid, asked: int | None) -> int:
         """The columns that share a scale: as many as were asked for, or else the grid's own number or the largest
@@ -108,7 +120,7 @@ class Source:
         if asked is None and grid.group == 0:
             return 0
         tried = GROUPS if asked is None else (asked,)
-        widths = {name: self.weights[name].shape[1] for name in self.linear}
+        widths = {name: self.weights[name].shape[-1] for name in self.linear}
         for group in tried:
             if group == 0 or all(width % group == 0 for width in widths.values()):
                 return group

@@ -98,8 +98,8 @@ def dummy_weights(config: ModelConfig, dtype: np.dtype[Any], form: str = "") -> 
         )
         for name, shape in config.weight_shapes().items()
     }
-    for name, (_, k) in layer_matrices(config) if form else ():
-        found[name] = random_quantised(name, k, layer_formats(config, name, form))
+    for name, (*experts, _, k) in layer_matrices(config, form):
+        found[name] = random_quantised(name, k, layer_formats(config, name, form), *experts)
     return found
 
 

@@ -105,17 +105,17 @@ def random_weight(
 _ROWS = 512  # of a quantised weight that are made once and repeated
 
 
-def random_quantised(name: str, k: int, formats: Sequence[tuple[int, Format]]) -> Weight:
+def random_quantised(name: str, k: int, formats: Sequence[tuple[int, Format]], experts: int = 0) -> Weight:
     """A quantised weight of random values of deviation 0.02: in each part the same rows over and over.
 
-    k: columns; formats: (rows, format) of each part.
+    k: columns; formats: (rows, format) of each part; experts: how many have these parts each, all alike.
     """
     parts = []
     for m, form in formats:
         few = random_stored(form, min(m, _ROWS), k, np.random.default_rng(0), deviation=0.02)
         fields = {part: _repeated(field, m) for part, field in few.fields.items()}
         parts.append(Stored((m, k), form, fields, few.nbytes * m // few.shape[0]))
-    return Weight(name, tuple(f"{name}.{i}" for i in range(len(parts))), tuple(parts))
+    return Weight(name, tuple(f"{name}.{i}" for i in range(len(parts))), tuple(parts) * max(1, experts), experts)
 
 
 def _repeated(field: Field, m: int) -> Field:

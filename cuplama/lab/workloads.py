@@ -36,7 +36,7 @@ from ..ops.weights import segments_of
 from ..quant.catalog import CATALOG
 from ..quant.packed import Packed
 from ..sampling_params import SamplingParams
-from .quantised import described_weights, filled, random_packed
+from .quantised import described_weights, filled, random_weight
 
 __all__ = [
     "Workload",
@@ -204,8 +204,8 @@ def case_workload(op: Op, case: Mapping[str, Any], dtype: str, seed: int = 0) ->
     inputs: dict[str, Any] = dict(op.random_inputs(rng, case, T))
     if case.get("W"):
         (spec,) = (s for s in op.signature.ins if s.dtype == "W" and s.name in ("w", "table"))
-        m, k = (dim_value(d, case) for d in spec.dims or ())
-        inputs[spec.name] = random_packed(case["W"], m, k, rng)
+        sizes = [dim_value(d, case) for d in spec.dims or ()]
+        inputs[spec.name] = random_weight(case["W"], sizes, rng)
     return Workload(op, tuple(inputs[s.name] for s in op.signature.ins), attributes(op, case, T), dtype)
 
 

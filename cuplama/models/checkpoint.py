@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,9 @@ def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int])
             whole = experts if "{e}" not in tensor_name else 0
             data = _checked(found, recipe.tensor_shape(i, dims), whole, recipe, layout)
             if isinstance(data, Stored):
-                parts += (data[rows] for rows in recipe.slices(i, dims)) if recipe.rows else (data,)
+                rows = recipe.tensor_shape(i, dims)[0]
+                own = data[expert * rows : (expert + 1) * rows] if whole else data
+                parts += (own[kind] for kind in recipe.slices(i, dims)) if recipe.rows else recipe.apart(own)
             else:
                 parts += recipe.canonical(data[expert] if whole else data, dims, i)
             sources.append(used)
@@ -122,6 +124,8 @@ def assemble(layout: Layout, name: str, recipe: Recipe, dims: Mapping[str, int])
     if len(plain) == len(parts) and (other := next((i for i, d in enumerate(plain) if d != plain[0]), 0)):
         named = sources if not experts else (sources[0], sources[other])
         raise CheckpointError(f"{layout.folder}: tensors {', '.join(named)} have different dtypes")
+    if experts:
+        _check_alike(layout, parts, sources)
     source = tuple(dict.fromkeys(sources) if experts else sources)
     return Weight(name, source, tuple(parts), experts, recipe.wide)
 
@@ -144,8 +148,6 @@ def _checked(found: Tensor, shape: tuple[int, ...], experts: int, recipe: Recipe
     quantised = isinstance(found.data, Stored)
     stored = shape[::-1] if recipe.transposed and not quantised else shape
     stored = (experts, *stored) if experts else (1, *stored) if recipe.row else stored
-    if quantised and recipe.experts:
-        raise CheckpointError(f"{found.file}: tensor {found.name} is {found.dtype}; experts cannot be quantised yet")
     if found.shape != stored:
         raise CheckpointError(
             f"{found.file}: tensor {found.name} has shape {list(found.shape)};"
@@ -158,6 +160,21 @@ def _checked(found: Tensor, shape: tuple[int, ...], experts: int, recipe: Recipe
     if quantised and recipe.by_head:
         raise CheckpointError(f"{found.file}: tensor {found.name} is quantised, and its rows lie head by head")
     return found.data
+
+
+def _check_alike(layout: Layout, parts: Sequence[_Part], sources: Sequence[str]) -> None:
+    """Refuse experts that are not all quantised in one way, or with an order of their columns. sources: as many for
+    each of the parts."""
+    named = [sources[i * len(sources) // len(parts)] for i in range(len(parts))]
+    kinds = [p.format.name if isinstance(p, Stored) else "plain" for p in parts]
+    if other := next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0):
+        raise CheckpointError(
+            f"{layout.folder}: tensor {named[0]} is {kinds[0]}, {named[other]} is {kinds[other]};"
+            " the experts of a layer must be quantised alike"
+        )
+    ordered = (n for n, p in zip(named, parts, strict=True) if isinstance(p, Stored) and p.order is not None)
+    if name := next(ordered, ""):
+        raise CheckpointError(f"{layout.folder}: tensor {name} has an order of columns (desc_act); experts cannot")
 
 
 def _missing(layout: Layout, name: str, recipe: Recipe, tensor_name: str) -> str:

@@ -84,7 +84,8 @@ class ModelConfig:
 
     experts, experts_per_token: how many the layers of experts have, and how many of them compute a token; expert_size,
     shared_size: the feed-forward size of one, and of what all tokens share beside them, 0 for nothing; router: the
-    attributes of the op that chooses them; router_scale: what its logits are multiplied by.
+    attributes of the op that chooses them; router_scale: what its logits are multiplied by; swiglu_alpha, swiglu_limit:
+    of a clamped activation (ops/experts.py), 0 for others.
     """
 
     architecture: str
@@ -126,6 +127,8 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_size: int = 0
     shared_size: int = 0
+    swiglu_alpha: float = 0.0
+    swiglu_limit: float = 0.0
     router: Mapping[str, float] = field(default_factory=dict)
     router_scale: float = 1.0
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..ops.signature import dim_value
+from ..quant.stored import Stored
 
 __all__ = [
     "ALL_ALIKE",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 _Array = np.ndarray[Any, Any]
+_Rows = TypeVar("_Rows", _Array, Stored)
 REQUIRED = object()  # the default of a field that must be there
 
 
@@ -136,8 +138,11 @@ class Recipe:
             return tuple(array[rows] for rows in self.slices(part, dims))
         array = array[0] if self.row else array[:, 0] if self.single else array
         array = array[_rows_by_kind(dims)] if self.by_head else array
-        array = array.T if self.transposed else array
-        return (array[::2], array[1::2]) if self.interleaved else (array,)
+        return self.apart(array.T if self.transposed else array)
+
+    def apart(self, rows: _Rows) -> tuple[_Rows, ...]:
+        """Rows, as the canonical weight has them or quantised ones, in the parts that are stacked."""
+        return (rows[::2], rows[1::2]) if self.interleaved else (rows,)
 
     def stored(self, array: _Array, dims: Mapping[str, int]) -> _Array:
         """The way back, of the whole part."""

@@ -264,15 +264,16 @@ class _Nodes:
         scale, cap = config.attention_scale or dims["D"] ** -0.5, config.attention_cap
         settings: dict[str, Any] = {"num_heads": config.num_heads, "window": layer.window, "scale": scale}
         settings |= {"softcap": cap} if cap else {}
+        sinks = self.present(f"{i}.sinks")
         if not self.cached:
-            sizes = {"H": dims["num_kv_heads"], "D": dims["D"]}
-            self.found.append(Node("self_attention", (out, f"{i}.lse"), (h, "cu_seqlens"), {**settings, **sizes}))
+            settings |= {"H": dims["num_kv_heads"], "D": dims["D"]}
+            self.found.append(Node("self_attention", (out, f"{i}.lse"), (h, "cu_seqlens", *sinks), settings))
             return out
         source = i if layer.kv_layer is None else layer.kv_layer
         cache = (f"{source}.cache.k", f"{source}.cache.v")
         if source == i:
             self.found.append(Node("kv_append", cache, (h, "slot_mapping", *cache)))
-        return self.emit("attention", out, h, *cache, "cu_seqlens", "seq_lens", "page_table", **settings)
+        return self.emit("attention", out, h, *cache, "cu_seqlens", "seq_lens", "page_table", *sinks, **settings)
 
     def layer_input(self, i: int, x: str) -> str:
         """What layer i makes of its own part of ``_LAYER_INPUTS``, through a gate that the residual stream x opens."""
@@ -333,7 +334,8 @@ class _Nodes:
         pairs = f"{name}.pairs", f"{name}.offsets"
         self.found.append(Node("sort_pairs", pairs, (chosen,), {"E": config.experts}))
         bias = (self.present(f"{name}.{x}_proj.bias") for x in ("gate_up", "down"))
-        op = f"expert_linear_{config.activation}"
-        y = self.emit(op, f"{name}.act", h, f"{name}.gate_up_proj", *pairs, *next(bias))
+        op, limits = f"expert_linear_{config.activation}", {"alpha": config.swiglu_alpha, "limit": config.swiglu_limit}
+        attrs = limits if config.swiglu_limit else {}
+        y = self.emit(op, f"{name}.act", h, f"{name}.gate_up_proj", *pairs, *next(bias), **attrs)
         y = self.emit("expert_linear", f"{name}.out", y, f"{name}.down_proj", *pairs, *next(bias))
         return self.emit("combine_pairs", f"{name}.sum", y, weights, *more)

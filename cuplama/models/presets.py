@@ -111,6 +111,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     },
+    "gpt-oss-20b": _shape(
+        "GptOss", 2880, 2880, 24, 64, 8, 201088, 131072, 150000.0,
+        head_dim=64, num_local_experts=32, num_experts_per_tok=4, attention_bias=True, sliding_window=128,
+        rope_scaling={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
     "gpt2": {
         "architectures": ["GPT2LMHeadModel"],
         "n_embd": 768,

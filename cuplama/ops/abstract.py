@@ -36,6 +36,10 @@ class AbstractArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __getitem__(self, rows: slice) -> AbstractArray:
+        """Of a run along the first axis."""
+        return AbstractArray((len(range(*rows.indices(self.shape[0]))), *self.shape[1:]), self.dtype)
+
 
 def abstract(shape: Sequence[int], dtype: np.dtype[Any]) -> AbstractArray:
     """The description of an array of that shape and dtype."""

@@ -83,6 +83,7 @@ def bind(launch: Launch, call: Call, scratch: Mapping[str, Array]) -> BoundLaunc
     segments = (part for name, array in call.arrays.items() for part in named_segments(name, array))
     values: dict[str, Any] = {**call.env, **call.arrays, **dict(segments), **scratch, **launch.constants}
     values |= {parameter: _named(launch, values, array) for parameter, array in launch.names.items()}
+    values |= {parameter: values[parameter][start:] for parameter, start in launch.starts.items()}
 
     template = []
     for p in proto.template:

@@ -20,6 +20,7 @@ _CASES: list[dict[str, Any]] = [
     dict(n=3, d=4096, V=4, P=3),
     dict(n=9, d=200, V=40, P=5, W="int4 g64"),
     dict(n=4, d=256, V=21, P=5, W="Q6_K"),
+    dict(n=3, d=160, V=19, P=4, W="mxfp4"),
     dict(n=12, d=300, V=50, P=9, W="Q5_1 + fp8 ordered"),  # segments of 25 rows
 ]
 

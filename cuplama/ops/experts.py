@@ -1,5 +1,6 @@
 """Products of rows with the weights of the experts that compute them. Kernels: cuda_src/experts.cu (by multiply-adds),
-experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu and experts_many_wgmma.cu (many).
+experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu and experts_many_wgmma.cu (many), experts_packed.cu
+(few pairs of packed weights; experts_packed.py).
 
 ``sort_pairs`` (route.py) says which pairs of a row and an expert there are. A product gives a row for each pair, at the
 pair's own number, so the next product, whose x has a row for each pair, takes the same ``pairs`` and ``offsets``.
@@ -8,17 +9,20 @@ pair's own number, so the next product, whose x has a row for each pair, takes t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import Array
 from .activation import gelu_tanh_mul, silu_mul
+from .experts_packed import packed_experts_plan
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
 from .op import Call, Draw, Op
 from .route import MAX_EXPERTS, sort_pairs
 from .signature import OpError
+from .weights import segments_of, stored_bytes
 
 __all__ = [
     "chosen_experts",
@@ -78,42 +82,60 @@ def _with_clamped_swiglu(
     return _clamped_swiglu(_expert_linear(x, w, pairs, offsets, b), alpha=alpha, limit=limit)
 
 
-def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Plan | None:
+def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Launch | None:
     """The launch of experts_mma.cu, if a block has enough shared memory for it."""
     shape = tensor_shape(call["k"], _RUN, device, _LONGEST)
     if shape is None:
         return None
     block = (_WARP * shape.warps,)
     own = {**constants, **shape.constants}
-    return Plan((Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own),))
+    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own)
 
 
-def _many(constants: Mapping[str, Any], call: Call, device: Device) -> Plan:
-    """The launch of experts_many_wgmma.cu on Hopper, elsewhere of experts_many_mma.cu."""
-    pairs, columns = call["n"] * call["s"], _WIDE // (1 if constants["ACT"] == "NO_ACT" else 2)
-    most = min(call["E"], pairs)  # experts that have a pair
-    rows = _HIGH if pairs >= _HIGH_FROM * most else _LOW
-    tiles = pairs // rows + most
+def _many(constants: Mapping[str, Any], call: Call, device: Device, E: int) -> Launch:
+    """The launch of experts_many_wgmma.cu on Hopper, elsewhere of experts_many_mma.cu. E: experts of the launch."""
+    pairs, columns = call["n"] * call["s"], _WIDE // _parts(constants)
+    rows = _HIGH if pairs >= _HIGH_FROM * min(call["E"], pairs) else _LOW
+    tiles = pairs // rows + min(E, pairs)
     stage = (rows + _WIDE) * _STEP * 2
     depth = max(2, min(_MAX_STAGES, (device.shared // 2 - _RESERVED_BYTES) // stage))  # two blocks, if they fit
-    own = {**constants, "ROWS": rows, "DEPTH": depth}
+    own = {**constants, "E": E, "ROWS": rows, "DEPTH": depth}
     grid = (tiles * -(-call["m"] // columns),)
     if device.arch == 90:
         kernel = "experts_many_wgmma.cu:expert_linear_many_wgmma"
-        return Plan((Launch(kernel, grid, (2 * rows,), depth * stage + _ALIGNMENT, own),))
-    return Plan((Launch("experts_many_mma.cu:expert_linear_many_mma", grid, (_MANY_THREADS,), depth * stage, own),))
+        return Launch(kernel, grid, (2 * rows,), depth * stage + _ALIGNMENT, own)
+    return Launch("experts_many_mma.cu:expert_linear_many_mma", grid, (_MANY_THREADS,), depth * stage, own)
+
+
+def _parts(constants: Mapping[str, Any]) -> int:
+    """Rows of w that make a column of y."""
+    return 1 if constants["ACT"] == "NO_ACT" else 2
+
+
+def _plain(constants: Mapping[str, Any], call: Call, device: Device, E: int) -> Launch:
+    """The launch for plain weights of so many experts, and any number of pairs."""
+    pairs = call["n"] * call["s"]
+    if _tensor(call, device):
+        return _many(constants, call, device, E)
+    blocks = min(_BLOCKS * device.sms, -(-pairs * call["m"] // (_THREADS // _WARP)))
+    return Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants={**constants, "E": E})
+
+
+def _tensor(call: Call, device: Device) -> bool:
+    return call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0
 
 
 def _plan(act: str, call: Call, device: Device) -> Plan:
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
-    pairs = call["n"] * call["s"]
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
-    if call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0:
-        few = pairs <= _FEW * call["E"] and not device.deterministic  # one way to add up, whatever the number of rows
-        return (few and _few(constants, call, device)) or _many(constants, call, device)
-    blocks = min(_BLOCKS * device.sms, -(-pairs * call["m"] // (_THREADS // _WARP)))
-    return Plan((Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants=constants),))
+    if segments_of(call.arrays["w"]) is not None:
+        plain = partial(_plain, constants, call, device)
+        return packed_experts_plan(constants, _parts(constants), call, device, plain)
+    # One way to add up on a deterministic device, whatever the number of rows.
+    few = call["n"] * call["s"] <= _FEW * call["E"] and not device.deterministic
+    launch = _few(constants, call, device) if few and _tensor(call, device) else None
+    return Plan((launch or _plain(constants, call, device, call["E"]),))
 
 
 def _chosen(call: Call) -> float:
@@ -132,9 +154,11 @@ def chosen_experts(experts: int, each: int, rows: int) -> float:
 def _bytes(parts: int, call: Call) -> float:
     """Weights of the experts that were chosen, and every other array once."""
     pairs = call["n"] * call["s"]
-    expert = parts * call["m"] * (call["k"] + (call.arrays["b"] is not None))
-    floats = _chosen(call) * expert + call["n"] * call["k"] + pairs * call["m"]
-    return float(floats * call.dtypes["T"].itemsize + 4 * (pairs + call["E"] + 1))
+    bias = parts * call["m"] * (call.arrays["b"] is not None)
+    floats = _chosen(call) * bias + call["n"] * call["k"] + pairs * call["m"]
+    weights, itemsize = call.arrays["w"], call.dtypes["T"].itemsize
+    expert = stored_bytes(weights) / call["E"] if segments_of(weights) else parts * call["m"] * call["k"] * itemsize
+    return float(_chosen(call) * expert + floats * itemsize + 4 * (pairs + call["E"] + 1))
 
 
 def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
@@ -161,6 +185,11 @@ _CASES = (
     dict(n=90, s=2, E=4, m=72, k=200, b=True, chosen=3),
     dict(n=400, s=1, E=2, m=42, k=72, b=False, chosen=1),
     dict(n=6, s=2, E=3, m=10, k=61, b=False),
+    # Packed: streamed, for one row and for several; unpacked, for many pairs and where halves end within a block.
+    dict(n=1, s=3, E=6, m=48, k=328, b=True, W="mxfp4"),
+    dict(n=5, s=2, E=4, m=32, k=200, b=False, W="int4 g128", chosen=2),
+    dict(n=70, s=1, E=2, m=16, k=136, b=True, W="fp8"),
+    dict(n=10, s=2, E=3, m=23, k=200, b=True, W="Q4_K"),
 )
 
 
@@ -185,6 +214,7 @@ def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: f
         kernel_docs={
             "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
             "expert_linear_mma": "The same for few pairs of each expert, on tensor cores.",
+            "expert_linear_packed": "The same for few pairs of each expert and packed weights.",
             "expert_linear_many_mma": "The same for many pairs, on tensor cores.",
             "expert_linear_many_wgmma": "The same for many pairs, on Hopper's tensor cores.",
         },

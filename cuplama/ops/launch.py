@@ -28,7 +28,7 @@ class Launch:
     kernel: ``"norm.cu:rms_norm"``; shared: bytes of dynamic shared memory; constants: values for parameters (run time
     or template) that are neither arrays, dims nor attributes; names: parameter -> the array that it takes, where that
     has another name: scratch, another array of the op, or ``w.0``, the first segment of a packed weight w, and
-    ``w.0.order``, the order of its columns.
+    ``w.0.order``, the order of its columns; starts: parameter -> where along the first axis of its array it begins.
     """
 
     kernel: str
@@ -37,6 +37,7 @@ class Launch:
     shared: int = 0
     constants: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    starts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

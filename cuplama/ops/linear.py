@@ -272,6 +272,7 @@ linear = Op(
             (1, 40, 328, True, "T", "int4 g128"),
             (3, 70, 256, False, "f32", "Q4_K + Q6_K"),
             (2, 33, 200, False, "T", "nf4"),
+            (1, 24, 200, True, "f32", "mxfp4"),
             (16, 48, 256, True, "f32", "int4 g128"),
             (40, 48, 256, False, "T", "Q4_K"),
             (20, 33, 136, True, "T", "fp8 ordered"),

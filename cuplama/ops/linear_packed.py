@@ -15,12 +15,23 @@ from .op import Call
 from .signature import OpError
 from .weights import SegmentLike
 
-__all__ = ["MAX_FEW_ROWS", "TUNING", "Tuning", "halves_of", "plan_packed"]
+__all__ = [
+    "MAX_FEW_ROWS",
+    "ROWS",
+    "TUNING",
+    "Sizes",
+    "Tuning",
+    "block_sums",
+    "halves_of",
+    "plan_packed",
+    "staged_tuning",
+]
 
 MAX_FEW_ROWS = 8
 """Rows of x that one launch takes."""
 
-_ROWS = (1, 2, 4, 8)  # of x, that a kernel may be compiled for
+ROWS = (1, 2, 4, 8)
+"""Rows of x that a kernel may be compiled for."""
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _RESERVED_BYTES = 5 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
@@ -75,8 +86,8 @@ def _shape(columns: int, most: int, phases: int) -> _Shape:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """What shared memory holds.
+class Sizes:
+    """What the shared memory of a GPU block holds.
 
     rows: of x; parts: tiles of a unit; units: of a GPU block, at most; element: bytes of one of x; sums: of a row of x
     in a packed block, for offsets; step: units between two barriers;
@@ -116,6 +127,16 @@ class _Sizes:
         return None
 
 
+def block_sums(packing: Any) -> int:
+    """Sums of a row of x that the kernels need for the columns of a packed block: one for each group with an offset."""
+    return int(packing.groups) if {"offset", "super_least"} & dict(packing.parts).keys() else 0
+
+
+def staged_tuning(tuning: Tuning = TUNING) -> Tuning:
+    """That of kernels without tensor cores."""
+    return replace(tuning, warps=(_STAGED_WARPS, _STAGED_WARPS))
+
+
 def _split(x_bytes: int, part: int, device: Device) -> int:
     """GPU blocks that share k: a power of two, of which many fit the multiprocessors."""
     split = 1
@@ -143,18 +164,17 @@ def _launch(
     n, k, tensor, normed = call["n"], call["k"], _tensor(call, device), "norm" in kernel
     parts = halves_of(constants)
     wanted = MAX_FEW_ROWS if device.deterministic else min(n - first, MAX_FEW_ROWS)
-    rows_of_x = next(rows for rows in _ROWS if rows >= wanted)
+    rows_of_x = next(rows for rows in ROWS if rows >= wanted)
     outs = weight.rows // parts  # columns of y
     units = -(-outs // _BLOCK_ROWS)  # a tile, if gated one of each half
     step = tuning.steps[rows_of_x > 1]
     levels = 2 if normed and constants.get("U") == "f32" else 1
     packing = weight.format.packing
-    sums = packing.groups if {"offset", "super_least"} & dict(packing.parts).keys() else 0
     split = _split(2 * rows_of_x * k, min(tuning.part, device.shared * 5 // 8), device) if tensor and not normed else 1
     groups = min(device.sms // split, units)
-    sizes = _Sizes(rows_of_x, parts, -(-units // groups), 2 * levels if tensor else 4, sums, step, split)
+    sizes = Sizes(rows_of_x, parts, -(-units // groups), 2 * levels if tensor else 4, block_sums(packing), step, split)
     if not tensor:
-        tuning = replace(tuning, warps=(_STAGED_WARPS, _STAGED_WARPS))
+        tuning = staged_tuning(tuning)
     divided = sizes.divide(-(-k // _BLOCK_COLUMNS), packing.block_bytes, tuning, device)
     if divided is None:
         raise OpError(f"{call.op.name}: {device.shared} bytes of shared memory are too few for {weight.format.name}")

@@ -12,7 +12,15 @@ from typing import Any, Protocol
 
 from ..dtypes import Array, upcast
 
-__all__ = ["MAX_PACKED_ROWS", "SegmentLike", "named_segments", "segments_of", "stored_bytes", "weight_rows"]
+__all__ = [
+    "MAX_PACKED_ROWS",
+    "SegmentLike",
+    "expert_rows",
+    "named_segments",
+    "segments_of",
+    "stored_bytes",
+    "weight_rows",
+]
 
 MAX_PACKED_ROWS = 64
 """Rows of x that kernels multiply with a packed weight as it is. For more a library computes, from its numbers."""
@@ -30,6 +38,11 @@ class SegmentLike(Protocol):
     def data(self) -> Array: ...
     @property
     def order(self) -> Array | None: ...
+
+
+def expert_rows(rows: int) -> int:
+    """Rows that an expert of so many has in a packed weight of experts: whole packed blocks of 16."""
+    return -(-rows // 16) * 16
 
 
 def weight_rows(w: Array, rows: Array | slice) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .fields import Field, Plane, element_plane
-from .format import E4M3, NF4, PART_DTYPES, PLAIN_CODES, Format, grouped, plain_code_format, whole
+from .format import E2M1, E4M3, NF4, PART_DTYPES, PLAIN_CODES, Format, grouped, plain_code_format, whole
 from .gguf import GGUF_FORMATS
 from .stored import Stored
 
@@ -28,6 +28,7 @@ QUANTISED: Mapping[str, Format] = {
         grouped("fp8", E4M3, 0),
         grouped("fp8 g128", E4M3, 128),
         grouped("nf4", NF4, 64),
+        grouped("mxfp4", E2M1, 32, "e8m0"),
         *GGUF_FORMATS.values(),
     )
 }

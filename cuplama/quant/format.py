@@ -26,6 +26,7 @@ from ..dtypes import DTYPES, Array, upcast
 __all__ = [
     "BLOCK_COLUMNS",
     "BLOCK_ROWS",
+    "E2M1",
     "E4M3",
     "NF4",
     "NF4_NUMBERS",
@@ -106,6 +107,9 @@ def whole(bits: int, bias: int = 0) -> Code:
 
 E4M3 = Code("e4m3", 8, "E4m3")
 """8-bit floats: a sign, 4 bits of exponent, 3 of mantissa; no infinity."""
+E2M1 = Code("e2m1", 4, "E2m1")
+"""4-bit floats: a sign, 2 bits of exponent, 1 of mantissa; no infinity, no NaN. With scales of 8 bits for groups of 32
+they are MXFP4: Open Compute Project, "Microscaling Formats (MX) Specification", version 1.0."""
 NF4 = Code("nf4", 4, "Nf4")
 """Quantiles of a normal distribution between -1 and 1: Dettmers et al., "QLoRA", arXiv:2305.14314, appendix E."""
 PLAIN_CODES = {name: Code(name, bits, f"Plain<{name}>") for name, bits in (("f16", 16), ("bf16", 16), ("f32", 32))}
@@ -122,6 +126,7 @@ _NUMBERS: Mapping[str, Callable[[Code], np.ndarray[Any, Any]]] = {
         for bits in (4, 5, 6, 8)
     },
     "e4m3": lambda c: np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
+    "e2m1": lambda c: np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32),
     "nf4": lambda c: np.array(NF4_NUMBERS, np.float32),
 }
 
@@ -134,7 +139,7 @@ class Packing:
     float32, follow behind the last block. parts: name -> dtype of what the scale is made of, one number for each row
     and group:
 
-    - scale (f16, bf16, f32), and with it zero (u8) or offset (of the scale's dtype), or neither;
+    - scale (f16, bf16, f32; e8m0, powers of two), and with it zero (u8) or offset (of the scale's dtype), or neither;
     - or super_scale (f16) and, of the block's own, sub_scale (u8 or i8), whose product is the scale; with them
       super_least (f16) and sub_least (u8), whose product, negative, is the offset, or neither. The super ones are one
       for each row of a block.
@@ -195,6 +200,7 @@ PART_DTYPES: Mapping[str, np.dtype[Any]] = {
     **{name: DTYPES[name] for name in ("f16", "bf16", "f32")},
     "u8": np.dtype(np.uint8),
     "i8": np.dtype(np.int8),
+    "e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 
 
@@ -260,8 +266,10 @@ def _by_groups(combine: np.ufunc, numbers: np.ndarray[Any, Any], values: np.ndar
 
 
 def _part(stored: Any, name: str, dtype: str) -> np.ndarray[Any, Any]:
-    bits = stored.fields[name].read()
-    return _floats(bits, dtype) if dtype in PLAIN else bits.astype(PART_DTYPES[dtype]).astype(np.float32)
+    bits, kind = stored.fields[name].read(), PART_DTYPES[dtype]
+    if dtype in PLAIN:
+        return _floats(bits, dtype)
+    return np.asarray(bits.astype(f"u{kind.itemsize}").view(kind).astype(np.float32))
 
 
 def _floats(bits: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:

@@ -69,13 +69,13 @@ class Module:
         for end in ends:
             self._left.pop(self.name + end, None)
 
-    def put(self, weight: Stored) -> None:
-        """The module's weight."""
+    def put(self, weight: Stored, end: str = ".weight", shape: tuple[int, ...] = ()) -> None:
+        """The module's weight. end: of its name; shape: of a weight of experts, whose rows lie one below the other."""
         main = self._main
-        if self.has(".weight"):
+        if self.has(end):
             codes = next(iter(self._taken.values()))
-            self.refuse(".weight", f"is there beside {codes.name}; expected: one of the two")
-        self._left[self.name + ".weight"] = Tensor(main.name, main.file, weight.format.name, weight.shape, weight)
+            self.refuse(end, f"is there beside {codes.name}; expected: one of the two")
+        self._left[self.name + end] = Tensor(main.name, main.file, weight.format.name, shape or weight.shape, weight)
 
 
 class Modules:

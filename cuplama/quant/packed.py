@@ -9,23 +9,26 @@ and columns beyond the matrix are zero bytes: numbers that are finite.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from .fields import Field, element_plane
 from .format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, Packing
-from .stored import Segment, Stack, Stored
+from .stored import ExpertStack, Segment, Stack, Stored
 
 __all__ = ["Packed", "lane_codes", "pack", "packed"]
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed weight [m, k], on whatever device its segments are; they lie one below the other."""
+    """A packed weight [m, k], on whatever device its segments are; they lie one below the other. Of experts [E, m, k]:
+    one segment with the rows of each, up to a whole number of blocks."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     segments: tuple[Segment, ...]
 
     @cached_property
@@ -34,10 +37,13 @@ class Packed:
         return self.shape, *((s.rows, s.format, s.order is None) for s in self.segments)
 
 
-def packed(weight: Stored | Stack | Packed) -> Packed:
+def packed(weight: Stored | Stack | ExpertStack | Packed) -> Packed:
     """A weight packed in host memory: a matrix is one segment, a stack one for each part; what is packed stays so."""
     if isinstance(weight, Packed):
         return weight
+    if isinstance(weight, ExpertStack):
+        whole = _joined(weight.matrices)
+        return Packed(weight.shape, (Segment(len(whole), whole.format, pack(whole)),))
     parts = weight.parts if isinstance(weight, Stack) else (weight,)
     return Packed(weight.shape, tuple(Segment(p.shape[0], p.format, pack(p), p.order) for p in parts))
 
@@ -65,6 +71,16 @@ def pack(stored: Stored) -> np.ndarray[Any, Any]:
         size = BLOCK_ROWS * each * values.itemsize
         blocks[:, :, at : at + size] = np.ascontiguousarray(pairs).view(np.uint8).reshape(rows, columns, size)
     return out
+
+
+def _joined(matrices: Sequence[Stored]) -> Stored:
+    """Matrices of one format, one below the other, as one in memory."""
+    first = matrices[0]
+    fields = {}
+    for name, field in first.fields.items():
+        bits = np.concatenate([m.fields[name].read() for m in matrices])
+        fields[name] = Field((element_plane(bits.astype(f"u{max(8, field.bits) // 8}")),))
+    return Stored((sum(map(len, matrices)), first.shape[1]), first.format, fields, sum(m.nbytes for m in matrices))
 
 
 def _padded(values: np.ndarray[Any, Any], rows: int, columns: int) -> np.ndarray[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from ..dtypes import DTYPES, Array
 from ..ops.abstract import abstract
+from ..ops.weights import expert_rows
 from .fields import Field
 from .format import Format
 
-__all__ = ["Segment", "Stack", "Stored", "described"]
+__all__ = ["ExpertStack", "Segment", "Stack", "Stored", "described", "expert_stack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +107,49 @@ class Stack:
     def segments(self) -> tuple[Segment, ...]:
         """What it is when it is packed, described."""
         return tuple(s for p in self.parts for s in p.segments)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertStack:
+    """Matrices of one shape, one for each expert: array-like [E, m, k], indexed by expert."""
+
+    parts: tuple[Stored | Stack, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, rows of each, columns)."""
+        return len(self.parts), *self.parts[0].shape
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, expert: int) -> Stored | Stack:
+        return self.parts[expert]
+
+    def numbers(self) -> np.ndarray[Any, Any]:
+        """What it holds, float32 [E, m, k]."""
+        return np.stack([p.numbers() for p in self.parts])
+
+    @property
+    def matrices(self) -> tuple[Stored, ...]:
+        """Its matrices one below the other as they are packed: the last row of an expert is repeated where its rows
+        are no whole number of packed blocks. Nobody reads what that gives."""
+        found: list[Stored] = []
+        for expert in self.parts:
+            *first, last = expert.parts if isinstance(expert, Stack) else (expert,)
+            more = expert_rows(len(expert)) - len(expert)
+            found += [*first, last[np.minimum(np.arange(len(last) + more), len(last) - 1)] if more else last]
+        return tuple(found)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What it is when it is packed, described."""
+        E, m, k = self.shape
+        return (described(E * expert_rows(m), k, self.matrices[0].format),)
+
+
+def expert_stack(parts: Sequence[Stored], experts: int) -> ExpertStack:
+    """The parts of several experts, as many of each, expert after expert."""
+    each = len(parts) // experts
+    runs = [tuple(parts[at : at + each]) for at in range(0, len(parts), each)]
+    return ExpertStack(tuple(run[0] if each == 1 else Stack(run) for run in runs))

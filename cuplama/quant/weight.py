@@ -11,7 +11,7 @@ import numpy as np
 from ..dtypes import DTYPES, dtype_name
 from .fields import Field, element_plane
 from .format import PLAIN_CODES, Format, plain_code_format, plain_format
-from .stored import Stack, Stored
+from .stored import ExpertStack, Stack, Stored, expert_stack
 
 __all__ = ["Experts", "Weight", "as_stored"]
 
@@ -102,9 +102,11 @@ class Weight:
         """What a device holds a plain weight in, where the model has that dtype."""
         return DTYPES["f32"] if self.wide else dtype
 
-    def stored(self, dtype: np.dtype[Any]) -> Stack | Stored:
+    def stored(self, dtype: np.dtype[Any]) -> Stack | Stored | ExpertStack:
         """A packed weight as one array-like value; plain parts are of that dtype in it."""
         parts = tuple(p if isinstance(p, Stored) else as_stored(p, dtype) for p in self.parts)
+        if self.experts:
+            return expert_stack(parts, self.experts)
         return parts[0] if len(parts) == 1 else Stack(parts)
 
     def chunks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:

@@ -25,6 +25,7 @@ from cuplama.quant.compressed import TensorSpec
 from cuplama.quant.grid import GRIDS
 from cuplama.quant.rtn import Rounded
 from tests.conversion.made import TEXT, stopped_at, write_model
+from tests.paths import GOLDEN
 from tests.tiny import CHARS
 
 INT4 = Options("int4", 32)
@@ -240,3 +241,28 @@ def test_the_config_is_that_of_the_model_with_a_description(model: Path, tmp_pat
     described = found.pop("quantization_config")
     assert found == json.loads((model / "config.json").read_text())
     assert described["config_groups"]["group_0"]["weights"]["actorder"] == "weight"
+
+
+def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
+    """As matrices like any other; routers stay, and compressed-tensors says so."""
+    folder = GOLDEN / "qwen3-moe"
+    quantise(folder, tmp_path / "out", Options("int8"))
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", "model.layers.0.mlp.gate", "model.layers.2.mlp.gate"]
+    prompt = [5, 6, 7, 8]
+    with (
+        cuplama.load(tmp_path / "out", device="numpy") as model,
+        cuplama.load(folder, device="numpy", quantize="int8") as wanted,
+    ):
+        np.testing.assert_allclose(model.logits(prompt), wanted.logits(prompt), atol=1e-5, rtol=0)
+
+
+def test_what_is_not_written_of_experts(tmp_path: Path) -> None:
+    with pytest.raises(
+        ParameterError, match="method = gptq does not take the experts of Qwen3MoeForCausalLM; rtn does"
+    ):
+        quantise(GOLDEN / "qwen3-moe", tmp_path / "out", Options("int8", method="gptq", text=TEXT))
+    with pytest.raises(
+        ConfigError, match="GptOssForCausalLM stores its matrices transposed, head by head, or those of"
+    ):
+        quantise(GOLDEN / "gpt-oss", tmp_path / "out", Options("int8"))

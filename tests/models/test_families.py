@@ -257,6 +257,7 @@ ABSENT = {
     "Glm": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
     "Glm4": (2, 128, 1.5625e-7, 131072, "default", 1e4, 64),
     "Glm4Moe": (8, 8, 1e-5, 131072, "default", 1e4, 4),
+    "GptOss": (8, 64, 1e-5, 131072, "yarn", 1.5e5, 64),
     "Granite": (160, 8, 1e-6, 2048, "default", 1e4, 8),
     "GraniteMoe": (160, 8, 1e-6, 2048, "default", 1e4, 8),
     "Helium": (20, 128, 1e-8, 4096, "default", 1e5, 128),
@@ -290,7 +291,7 @@ def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[A
     found = (config.num_kv_heads, config.head_dim, config.eps, config.context, rope.type, rope.theta, rope.dim)
     assert found == wanted
     mixed = dict.fromkeys(("Cohere2", "Exaone4", "Olmo3"), (4096, 4096, 4096, 0))
-    mixed |= {"Gemma2": (4096, 0, 4096, 0), "Gemma3": (4096,) * 4}
+    mixed |= {"Gemma2": (4096, 0, 4096, 0), "Gemma3": (4096,) * 4, "GptOss": (128, 0, 128, 0)}
     assert config.windows == mixed.get(family, (0,) * 4)
     tied = ("Cohere2", "Ernie4_5", "Ernie4_5_Moe", "Gemma", "Gemma2", "Gemma3", "SmolLM3")
     assert config.head_is_tied == (family in tied)

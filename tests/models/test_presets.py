@@ -19,6 +19,7 @@ PUBLISHED = {
     "gemma-3-4b": (3_880_263_168, 131072, 1e4, 1024, 1e-6),
     "gemma-4-e4b": (7_463_013_418, 131072, 1e4, 512, 1e-6),
     "gpt2": (124_439_808, 1024, None, 0, 1e-5),
+    "gpt-oss-20b": (20_914_757_184, 131072, 1.5e5, 128, 1e-5),
     "llama-2-7b": (6_738_415_616, 4096, 1e4, 0, 1e-5),
     "llama-3.1-8b": (8_030_261_248, 131072, 5e5, 0, 1e-5),
     "llama-3.2-1b": (1_235_814_400, 131072, 5e5, 0, 1e-5),
@@ -54,7 +55,7 @@ def test_models_with_experts_are_those_of_the_published_config(name: str) -> Non
     assert find_shape(name)[1] == replace(published, bos=None, eos=())
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in (*WRAPPED, *EXPERTS)])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in (*WRAPPED, *EXPERTS, "gpt-oss-20b")])
 def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> None:
     """All that a run depends on; the tokens that begin and end a text are not part of a shape."""
     published = load_config(shared / "configs" / name)
@@ -65,6 +66,11 @@ def test_shapes_are_those_of_the_published_config(shared: Path, name: str) -> No
 def test_some_are_the_text_part_of_the_published_config(name: str) -> None:
     published, found = parse_config(read_json(DATA / "configs" / f"{name}.json")), find_shape(name)[1]
     assert found == replace(published, bos=None, eos=(), tied=name.startswith("gemma"), wrapper=None)
+
+
+def test_gpt_oss_is_the_published_config() -> None:
+    published = parse_config(read_json(DATA / "configs" / "gpt-oss-20b.json"))
+    assert find_shape("gpt-oss-20b")[1] == replace(published, dtype="bfloat16", bos=None, eos=())
 
 
 def test_llama_3_scales_its_rotation() -> None:
@@ -89,7 +95,10 @@ def test_dtypes_and_activations() -> None:
         "gemma-3-4b", "gemma-4-e4b", "gpt2", "llama-3.2-1b", "qwen2.5-0.5b",
     }  # fmt: skip
     activations = {n: c.activation for n, c in configs.items() if c.activation != "silu_mul"}
-    assert activations == {"gemma-3-4b": "gelu_tanh_mul", "gemma-4-e4b": "gelu_tanh_mul", "gpt2": "gelu_tanh"}
+    assert activations == {
+        "gemma-3-4b": "gelu_tanh_mul", "gemma-4-e4b": "gelu_tanh_mul", "gpt2": "gelu_tanh",
+        "gpt-oss-20b": "clamped_swiglu",
+    }  # fmt: skip
 
 
 def test_a_folder_is_its_own_shape_and_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +115,6 @@ def test_a_folder_is_its_own_shape_and_comes_first(tmp_path: Path, monkeypatch: 
 def test_other_names_are_refused_with_those_that_are_known() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"'gpt3' is neither a folder .* known shapes: gemma-3-4b, gemma-4-e4b, gpt2, llama-2-7b, .*qwen3-8b$",
+        match=r"'gpt3' is neither a folder .* known shapes: gemma-3-4b, gemma-4-e4b, gpt-oss-20b, gpt2, .*qwen3-8b$",
     ):
         find_shape("gpt3")

@@ -55,6 +55,8 @@ PARAMETERS: dict[str, int | float] = {
     "glm-4-9b-0414": 9_400_279_040,
     "glm-4-9b-chat": 9_399_951_360,
     "glm-4-9b-chat-1m": 9_483_857_920,
+    "gpt-oss-120b": 116_829_156_672,
+    "gpt-oss-20b": 20_914_757_184,
     "glm-4.5": 358_337_791_296 - GLM_AHEAD,
     "glm-4.5-air": 110_468_824_832 - GLM_AIR_AHEAD,
     "granite-3.1-1b-a400m": 1_334_628_352,
@@ -264,6 +266,18 @@ def test_gemma_4_has_layers_of_several_kinds() -> None:
     assert len(small.unused_tensors()) == 20 * 3
 
 
+def test_gpt_oss_has_sinks_and_a_window_in_every_second_layer() -> None:
+    config = published("gpt-oss-20b")
+    assert config.windows == (128, 0) * 12
+    (rope,) = config.ropes.values()
+    assert (rope.type, rope.theta, rope.settings["truncate"]) == ("yarn", 150000, False)
+    assert (config.swiglu_alpha, config.swiglu_limit, config.experts_per_token) == (1.702, 7.0, 4)
+    assert config.weight_shapes()["0.sinks"] == (64,)
+    products = [node for node in decoder(config).body if node.op.startswith("expert_linear")]
+    assert products[0].attrs == {"alpha": 1.702, "limit": 7.0}
+    assert config.parameters(False, active=True) - 201088 * 2880 == 3_608_307_264  # 3.61 billion, without embedding
+
+
 # What these families may ask for and is not there: (model, field, value that is refused).
 REFUSED = [
     ("gemma-2b", "hidden_activation", "gelu"),
@@ -271,6 +285,9 @@ REFUSED = [
     ("gemma-2-2b", "use_bidirectional_attention", True),
     ("gemma-2-2b", "hidden_activation", "relu"),
     ("gemma-3-1b", "attn_logit_softcapping", 50.0),
+    ("gpt-oss-20b", "attention_bias", False),
+    ("gpt-oss-20b", "hidden_act", "gelu"),
+    ("gpt-oss-20b", "swiglu_limit", 0),
     ("granite-4.0-micro", "num_local_experts", 62),
     ("gemma-3-1b", "rope_parameters", {"rope_type": "default"}),
     ("smollm3-3b", "no_rope_layers", [1, 0]),

@@ -19,6 +19,7 @@ from cuplama.quant.rtn import Rounded
 from cuplama.quant.weight import Weight
 from tests.conversion.made import write_model
 from tests.gguf_models import write_converted
+from tests.paths import GOLDEN
 from tests.tiny import CHARS, LLAMA
 
 
@@ -105,3 +106,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
     once = round_weights(load_weights(LLAMA, config), config, "fp8")
     with pytest.raises(ParameterError, match=r"quantize = 'int4': the model is quantised already; 0.qkv_proj is fp8"):
         round_weights(once, config, "int4")
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_experts_are_quantised_and_routers_are_not(name: str) -> None:
+    """Each expert's rows as those of a matrix of its own; gpt-oss' lie transposed, and by turns."""
+    folder = GOLDEN / name
+    config = load_config(folder)
+    weights = load_weights(folder, config)
+    found = round_weights(weights, config, "int8")
+    experts = found["0.experts.gate_up_proj"]
+    assert experts.packed
+    assert not found["0.router"].packed
+    assert experts.shape == weights["0.experts.gate_up_proj"].shape
+    numbers = experts.stored(np.dtype(np.float32)).numbers()
+    plain = weights["0.experts.gate_up_proj"].array()
+    scale = np.abs(plain).max(-1, keepdims=True) / 128
+    assert np.abs(numbers - plain).max() > 0
+    assert (np.abs(numbers - plain) <= scale * 1.01).all()  # a whole one where the far end has the other sign

@@ -12,8 +12,10 @@ from cuplama.dtypes import DTYPES
 from cuplama.ops.binding import BoundLaunch
 from cuplama.ops.prototypes import prototypes
 from cuplama.quant.catalog import CATALOG, random_stored
-from cuplama.quant.format import PLAIN_CODES
+from cuplama.quant.fields import Field, element_plane
+from cuplama.quant.format import PART_DTYPES, PLAIN_CODES
 from cuplama.quant.packed import pack
+from cuplama.quant.stored import Stored
 from cuplama.simt.emulator import precompile, run
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -68,7 +70,7 @@ def _unscaled(stored: Any) -> tuple[Array, Array, Array]:
     parts = {}
     for part, dtype in form.packing.parts:
         bits = stored.fields[part].read()
-        kind = DTYPES.get(dtype, np.dtype({"u8": np.uint8, "i8": np.int8}.get(dtype, np.uint8)))
+        kind = PART_DTYPES[dtype]
         values = bits.astype(f"u{kind.itemsize}").view(kind).astype(np.float32)
         parts[part] = np.repeat(values, 128 // values.shape[1], 1)
     scale, offset = parts.get("scale", np.float32(1)), parts.get("offset", np.float32(0))
@@ -88,7 +90,7 @@ def test_fragments(name: str, T: str) -> None:
     _launch(f"fragments<{_type(name)}, {T}>", pack(stored).view(np.uint32), y, parts)
     numbers, scales, offsets = _unscaled(stored)
     wanted = _shares(numbers).reshape(8, 32, 2, 2, 2).transpose(0, 1, 3, 2, 4)
-    if name.startswith(("int", "Q", "fp8")):
+    if name.startswith(("int", "Q", "fp8", "mxfp4")):
         assert np.array_equal(wanted.astype(DTYPES[T]).astype(np.float32), wanted), "T holds them all"
     assert np.array_equal(y.astype(np.float32), wanted.astype(DTYPES[T]).astype(np.float32))
     packing = stored.format.packing
@@ -96,6 +98,24 @@ def test_fragments(name: str, T: str) -> None:
     if packing.group and packing.parts:
         for at, values in enumerate((scales, offsets)):
             np.testing.assert_allclose(parts[:, :, at], _shares(values)[..., 0], rtol=2e-7)
+
+
+def test_every_code_of_mxfp4_with_every_scale() -> None:
+    """Bit for bit what a code times a power of two is in float32, infinite where that is too large; kernels take what
+    is below the normal numbers for 0."""
+    codes = np.tile(np.arange(32, dtype=np.uint8) % 16, (255, 1))
+    scales = np.arange(255, dtype=np.uint8)[:, None]  # 255 is no number
+    fields = {"code": Field((element_plane(codes),)), "scale": Field((element_plane(scales),))}
+    stored = Stored((255, 32), CATALOG["mxfp4"], fields, 0)
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    with np.errstate(over="ignore"):
+        wanted = np.ldexp(np.tile(np.concatenate([numbers, -numbers]), (255, 2)), scales.astype(np.int32) - 127)
+        assert np.array_equal(stored.numbers().view(np.uint32), wanted.view(np.uint32))
+    tiny = np.finfo(np.float32).tiny
+    wanted = np.where((np.abs(wanted) < tiny) | (scales == 0), np.copysign(np.float32(0), wanted), wanted)
+    y = np.zeros((255, 32), np.float32)
+    _launch(f"elements<{_type('mxfp4')}>", pack(stored).view(np.uint32), y, np.int32(255), np.int32(32), grid=255)
+    assert np.array_equal(y.view(np.uint32), wanted.view(np.uint32))
 
 
 @pytest.mark.parametrize("name", CATALOG)

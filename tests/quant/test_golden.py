@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import cuplama
 from cuplama.config import load_config
 from cuplama.errors import CheckpointError, ConfigError
-from cuplama.models.checkpoint import load_weights
+from cuplama.models.checkpoint import folder_tensors, load_weights
 from cuplama.quant.readers import READERS
 from tests.paths import GOLDEN
 
@@ -34,10 +34,9 @@ def test_logits(folder: Path) -> None:
 def test_matrices_stay_as_they_are_stored(folder: Path) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     weights = load_weights(folder, load_config(folder))
-    parts = [
-        (source, part) for w in weights.values() if w.packed for source, part in zip(w.source, w.parts, strict=True)
-    ]
-    assert len({s for s, p in parts if hasattr(p, "fields")}) == meta["matrices"]
+    plain = {p.name for p in folder_tensors(folder, load_config(folder)).values() if isinstance(p.data, np.ndarray)}
+    packed = {source for w in weights.values() if w.packed for source in w.source}
+    assert len(packed - plain) == meta["matrices"]
 
 
 def test_every_reader_has_a_golden_model() -> None:
@@ -120,3 +119,27 @@ def test_a_quantised_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
         f"{tmp_path}/model.safetensors: tensor model.layers.0.mlp.up_proj.qweight has shape [128, 128];"
         " config.json asks for [256, 128]"
     )
+
+
+def test_experts_that_are_not_all_quantised_alike_are_refused(tmp_path: Path) -> None:
+    """Or whose columns have an order of their own: one launch computes all experts of a layer."""
+    module = "model.layers.0.mlp.experts.3.up_proj"
+
+    def plain(tensors: dict[str, Any]) -> None:
+        for end in (".qweight", ".qzeros", ".scales", ".g_idx"):
+            tensors.pop(module + end, None)
+        tensors[f"{module}.weight"] = np.zeros((32, 64), np.float16)
+
+    def ordered(tensors: dict[str, Any]) -> None:
+        tensors[f"{module}.g_idx"] = np.ascontiguousarray(tensors[f"{module}.g_idx"][::-1])
+
+    folder = changed("gptq-experts", tmp_path / "plain", plain)
+    with pytest.raises(
+        CheckpointError, match=r"experts\.0\.gate_proj\S* is int4 .*3\.up_proj.weight is plain; the experts"
+    ):
+        load_weights(folder, load_config(folder))
+    folder = changed("gptq-experts", tmp_path / "ordered", ordered, desc_act=True)
+    with pytest.raises(
+        CheckpointError, match=rf"tensor {module}\S* has an order of columns \(desc_act\); experts cannot"
+    ):
+        load_weights(folder, load_config(folder))

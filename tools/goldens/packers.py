@@ -19,8 +19,9 @@ from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-__all__ = ["pack_awq", "pack_bitsandbytes", "pack_compressed", "pack_fp8", "pack_gptq"]
+__all__ = ["pack_awq", "pack_bitsandbytes", "pack_compressed", "pack_fp8", "pack_gptq", "pack_mxfp4"]
 
 Settings = Mapping[str, Any]
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -170,3 +171,21 @@ def pack_gptq(module: str, weight: torch.Tensor, settings: Settings) -> Packed:
         ".g_idx": torch.from_numpy(g_idx),
     }
     return stored, torch.from_numpy(np.ascontiguousarray(numbers.T.astype(np.float32)))
+
+
+# ---- MXFP4 -----------------------------------------------------------------------------------------------------------
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def pack_mxfp4(module: str, weight: torch.Tensor, settings: Settings) -> Packed:
+    """Of all experts, weight [E, out, in]: the nearest codes, and powers of two under which the largest becomes 4 to 8.
+    The numbers are those that transformers makes of them."""
+    experts, m, k = weight.shape
+    groups = weight.reshape(experts, m, k // 32, 32)
+    exponents = torch.floor(torch.log2(groups.abs().amax(-1))) - 2
+    ratios = groups / 2.0 ** exponents[..., None]
+    codes = (ratios.abs()[..., None] - E2M1).abs().argmin(-1) + 8 * (ratios < 0)
+    blocks = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    scales = (exponents + 127).to(torch.uint8)
+    numbers = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return {"_blocks": blocks, "_scales": scales}, numbers.transpose(1, 2)

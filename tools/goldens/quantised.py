@@ -10,7 +10,7 @@ import torch
 
 from tools.goldens.case import SMALL, Config, rope
 from tools.goldens.cases import GPT2
-from tools.goldens.packers import pack_awq, pack_bitsandbytes, pack_compressed, pack_fp8, pack_gptq
+from tools.goldens.packers import pack_awq, pack_bitsandbytes, pack_compressed, pack_fp8, pack_gptq, pack_mxfp4
 
 __all__ = ["CASES", "Case", "Pack", "Settings"]
 
@@ -30,6 +30,29 @@ WIDE: Config = {
 # Less than 300 kB of 8-bit numbers, and 128 divides most sizes.
 SMALLER: Config = {**WIDE, "head_dim": 32, "tie_word_embeddings": True}
 TINY: Config = {**WIDE, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+# Experts whose rows are no whole number of blocks of 16, or are.
+GPT_OSS: Config = {
+    **TINY,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+    "swiglu_limit": 1.5,
+    **rope("yarn", 150000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+           original_max_position_embeddings=32),
+}  # fmt: skip
+QWEN_MOE: Config = {
+    **TINY,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 # 128 divides neither of these sizes.
 RAGGED: Config = {**WIDE, "hidden_size": 96, "intermediate_size": 144, "head_dim": 48}
 
@@ -39,7 +62,8 @@ class Case:
     """One quantised model.
 
     family, base: of the model; settings: its quantization_config; pack: what makes the tensors of a matrix; plain:
-    modules that stay as they are; dtype: of all other tensors; head: whether the head is quantised too.
+    modules that stay as they are; dtype: of all other tensors; head: whether the head is quantised too; experts_only:
+    whether experts are and nothing else.
     """
 
     settings: Settings
@@ -49,6 +73,7 @@ class Case:
     plain: Sequence[str] = ()
     dtype: torch.dtype = torch.bfloat16
     head: bool = False
+    experts_only: bool = False
 
 
 def compressed(form: str, *groups: Settings, ignore: Sequence[str] = ("lm_head",), **more: Any) -> Settings:
@@ -171,6 +196,29 @@ CASES: dict[str, Case] = {
         TINY,
         dtype=torch.float16,
     ),
+    "mxfp4": Case(
+        {"quant_method": "mxfp4", "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]},
+        pack_mxfp4,
+        "gpt_oss",
+        GPT_OSS,
+        experts_only=True,
+    ),
+    "awq-experts": Case(
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+        pack_awq,
+        "qwen3_moe",
+        {**QWEN_MOE, "moe_intermediate_size": 64},
+        dtype=torch.float16,
+    ),
+    "gptq-experts": Case(
+        {**GPTQ, "checkpoint_format": "gptq"},
+        pack_gptq,
+        "qwen3_moe",
+        {**QWEN_MOE, "moe_intermediate_size": 32},
+        dtype=torch.float16,
+    ),
+    "fp8-block-experts": Case(FP8, pack_fp8, "qwen3_moe", {**QWEN_MOE, "moe_intermediate_size": 40}),
     "nf4": Case(NF4, pack_bitsandbytes, base=TINY),
     "nf4-double": Case({**NF4, "bnb_4bit_use_double_quant": True}, pack_bitsandbytes, "phi3", TINY),
     "llm-int8": Case(

@@ -54,12 +54,38 @@ def filled_with_one(match: str) -> Mutate:
     return mutate
 
 
+def no_sinks(model: Any) -> None:
+    """Attention that leaves nothing over."""
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-1e4)
+
+
+def rows_in_halves(model: Any) -> None:
+    """Gates in the first half of each expert's columns, and not in every second."""
+    for layer in model.model.layers:
+        for name in ("gate_up_proj", "gate_up_proj_bias"):
+            parameter = getattr(layer.mlp.experts, name)
+            parameter.data = parameter.data.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def gpt_oss_removals() -> Iterator[tuple[str, Mutate, Config]]:
+    """The same of what gpt-oss has beside experts."""
+    yield "sinks", no_sinks, {}
+    yield "interleaved", rows_in_halves, {}
+    yield "swiglu_limit", keep, {"swiglu_limit": 100.0}
+    yield "swiglu_alpha", keep, {"swiglu_alpha": 1.0}
+    for part in ("router.bias", "gate_up_proj_bias", "down_proj_bias"):
+        yield part, zeroed(part), {}
+
+
 def expert_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
     """(name, change to the loaded model, config overrides), for models with experts."""
     cfg = model.config
     chosen = next((name for name in _CHOSEN if name in cfg.to_dict() and cfg.to_dict()[name]), None)
     if chosen is None or not routers(model):
         return
+    if cfg.model_type == "gpt_oss":
+        yield from gpt_oss_removals()
     yield "other_experts", other_experts, {}
     if cfg.model_type != "phimoe":  # its mixer always chooses two
         yield "one_expert_less", keep, {chosen: getattr(cfg, chosen) - 1}

@@ -192,7 +192,7 @@ class CudaBackend:
             if weight.packed:
                 self._loading = self._loading or Loading(gpu, self.dtype)
                 self._packed[weight.name] = weight.shape
-                return self._loading.pack(weight.name, weight.parts)
+                return self._loading.pack(weight)
             dtype = weight.device_dtype(self.dtype)
             out = gpu.empty(weight.shape, dtype)
             widest = max(1, dtype.itemsize // weight.dtype.itemsize)

@@ -21,8 +21,8 @@ from ...quant.fields import Field, Plane
 from ...quant.format import BLOCK_COLUMNS, BLOCK_ROWS, PART_DTYPES, Packing, plain_format
 from ...quant.packed import Packed
 from ...quant.rtn import Rounded
-from ...quant.stored import Segment, Stored
-from ...quant.weight import as_stored
+from ...quant.stored import Segment, Stored, expert_stack
+from ...quant.weight import Weight, as_stored
 from .gpu import Gpu
 from .rounding import RoundingJob
 
@@ -60,14 +60,16 @@ class Loading:
         self._gpu, self._dtype = gpu, dtype
         self._raw: Array | None = None
 
-    def pack(self, name: str, parts: Sequence[np.ndarray[Any, Any] | Stored]) -> Packed:
+    def pack(self, weight: Weight) -> Packed:
         """Queue the packing of a weight whose parts lie one below the other; rows of one format are a segment.
 
         Raises CheckpointError naming a plain part whose values float16 cannot hold.
         """
-        stored = [p if isinstance(p, Stored) else self._plain(p, name) for p in parts]
-        m, k = sum(len(p) for p in stored), stored[0].shape[1]
-        return Packed((m, k), tuple(self._segment(stack) for stack in _alike(stored)))
+        stored: Sequence[Stored]
+        stored = [p if isinstance(p, Stored) else self._plain(p, weight.name) for p in weight.parts]
+        if weight.experts:
+            stored = expert_stack(stored, weight.experts).matrices
+        return Packed(weight.shape, tuple(self._segment(stack) for stack in _alike(stored)))
 
     def _plain(self, array: np.ndarray[Any, Any], name: str) -> Stored:
         return as_stored(convert(np.ascontiguousarray(array), self._dtype, name), self._dtype)

@@ -83,10 +83,11 @@ class Planned:
 
 
 class _Launch:
-    """A kernel launch without its arrays. pointers: (number of an argument, number of the array that it takes); parts:
-    the same for arguments that take a segment of a packed weight, or its order, with the number of that."""
+    """A kernel launch without its arrays. pointers: (number of an argument, number of the array that it takes); starts:
+    the same for arguments that begin within it, and where; parts: the same for arguments that take a segment of a
+    packed weight, or its order, with the number of that."""
 
-    __slots__ = ("args", "block", "function", "grid", "parts", "pointers", "shared", "text")
+    __slots__ = ("args", "block", "function", "grid", "parts", "pointers", "shared", "starts", "text")
 
     def __init__(
         self, function: Callable[..., None], bound: BoundLaunch, position: Mapping[str, int], launch: Launch
@@ -96,6 +97,7 @@ class _Launch:
         self.text = bound.describe()
         self.args: list[Any] = list(bound.args)
         self.pointers: list[tuple[int, int]] = []
+        self.starts: list[tuple[int, int, int]] = []
         self.parts: list[tuple[int, int, str, int]] = []
         for i, (p, value) in enumerate(zip(bound.prototype.parameters, bound.args, strict=True)):
             name, _, part = launch.names.get(p.name, p.name).partition(".")
@@ -105,6 +107,8 @@ class _Launch:
             if part:
                 segment, _, order = part.partition(".")
                 self.parts.append((i, position[name], order or "data", int(segment)))
+            elif p.name in launch.starts:
+                self.starts.append((i, position[name], launch.starts[p.name]))
             else:
                 self.pointers.append((i, position[name]))
 
@@ -112,6 +116,8 @@ class _Launch:
         args = self.args.copy()
         for i, j in self.pointers:
             args[i] = arrays[j]
+        for i, j, start in self.starts:
+            args[i] = arrays[j][start:]  # type: ignore[index]
         for i, j, part, segment in self.parts:
             args[i] = getattr(arrays[j].segments[segment], part)  # type: ignore[union-attr]
         self.function(self.grid, self.block, tuple(args), self.shared)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...ops.experts_packed import unpacked_experts
+
 __all__ = ["SLICE_BYTES", "largest_slice", "row_slices"]
 
 SLICE_BYTES = 256 << 20
@@ -34,7 +36,8 @@ def largest_slice(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
     Tables that rows are looked up in are not multiplied with.
     """
     found = 0
-    for m, k in (shape for name, shape in shapes.items() if name not in _TABLES):
+    for *experts, m, k in (shape for name, shape in shapes.items() if name not in _TABLES):
         start, stop = row_slices(m, k, itemsize)[0]
-        found = max(found, (stop - start) * k * itemsize)
+        rows = unpacked_experts(experts[0], m, k, itemsize) * m if experts else stop - start
+        found = max(found, rows * k * itemsize)
     return found

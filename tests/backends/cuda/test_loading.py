@@ -13,7 +13,7 @@ import pytest
 from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.dtypes import DTYPES
 from cuplama.quant.fields import Field, Plane, element_plane, word_plane
-from cuplama.quant.format import E4M3, NF4, Format, grouped, nested, whole
+from cuplama.quant.format import E2M1, E4M3, NF4, Format, grouped, nested, whole
 from cuplama.quant.packed import Packed, pack
 from cuplama.quant.stored import Stored
 from cuplama.quant.weight import Weight, as_stored
@@ -100,6 +100,15 @@ def nf4(rng: np.random.Generator, m: int, k: int) -> Stored:
     code = Plane(data, 4, np.arange(m, dtype=np.int64) * k * 4, (i ^ 1) * 4)
     assert k % 2 == 0
     return _stored(grouped("nf4", NF4, 64, "f32"), m, k, code=Field((code,)), scale=_floats(rng, m, -(-k // 64)))
+
+
+def mxfp4(rng: np.random.Generator, m: int, k: int) -> Stored:
+    """The even element in the low half of a byte; a power of two for 32 columns."""
+    data = rng.integers(0, 256, (m, k // 2), np.uint8).reshape(-1)
+    i = np.arange(k, dtype=np.int64)
+    code = Plane(data, 4, np.arange(m, dtype=np.int64) * k * 4, i * 4)
+    scale = element_plane(rng.integers(0, 255, (m, k // 32), np.uint8))
+    return _stored(grouped("mxfp4", E2M1, 32, "e8m0"), m, k, code=Field((code,)), scale=Field((scale,)))
 
 
 def _k_blocks(rng: np.random.Generator, m: int, k: int, size: int) -> tuple[Any, Any, Any]:
@@ -203,6 +212,7 @@ LAYOUTS: Mapping[str, Any] = {
     "block-fp8": lambda rng: block_fp8(rng, 150, 136),
     "signed8": lambda rng: signed8(rng, 5, 31),
     "nf4": lambda rng: nf4(rng, 33, 70),
+    "mxfp4": lambda rng: mxfp4(rng, 21, 160),
     "q6_k": lambda rng: q6_k(rng, 18, 256),
     "q5_k": lambda rng: q5_k(rng, 3, 512),
     "q4_1": lambda rng: q4_1(rng, 17, 160),

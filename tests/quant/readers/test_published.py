@@ -48,6 +48,8 @@ PUBLISHED = {
         "quant_method": "fp8", "weight_block_size": null}""",
     "Llama-3.1-405B-Instruct-FP8": """{"activation_scale_ub": 1200.0, "modules_to_not_convert":
         ["model.layers.0.self_attn.q_proj"], "quant_method": "fbgemm_fp8"}""",
+    "gpt-oss-20b": """{"modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+        "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"}""",
     "bnb-4bit of unsloth": """{"_load_in_4bit": true, "_load_in_8bit": false, "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": true,
         "llm_int8_enable_fp32_cpu_offload": false, "llm_int8_has_fp16_weight": false, "llm_int8_skip_modules": null,
@@ -69,7 +71,7 @@ def test_published_settings_are_known(name: str) -> None:
         ("int4", "quantization_config is not an object of settings"),
         ({}, "quantization_config.quant_method is missing; supported: awq, bitsandbytes, compressed-tensors, fp8,"),
         ({"bits": 4, "group_size": 64}, "quantization_config.quant_method is missing; supported: awq"),
-        ({"quant_method": "mxfp4"}, 'quantization_config.quant_method is "mxfp4"; supported: awq'),
+        ({"quant_method": "hqq"}, 'quantization_config.quant_method is "hqq"; supported: awq'),
         ({"quant_method": 4}, "quantization_config.quant_method is 4; supported: awq"),
         ({"quant_method": ["awq"] * 30}, 'quantization_config.quant_method is ["awq", "awq", '),
     ],

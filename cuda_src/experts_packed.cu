@@ -1,0 +1,155 @@
+// expert_linear_packed    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert]), as expert_linear (experts.cu), of a
+//                         packed weight (formats.cuh), for few pairs of each expert: x[n,k], b[E,m] (may be null), y: T;
+//                         w: W, the row blocks of an expert behind those of the one before it, of which each has the
+//                         same number; where two rows of w make a column of y, m is a multiple of 16
+//
+// linear_packed.cu's way to stream packed blocks, for the weights of several experts: a tile of up to ROWS pairs of one
+// expert stands for the rows of x, and only experts that have a pair are read. The units of all tiles (16 columns of y),
+// one tile behind the other, are dealt to the GPU blocks in equal shares. So a block goes from one expert to the next
+// where its share does; the rings run on meanwhile, because the warps ask for weights ahead of what they multiply. How
+// many tiles there are is read on the device: the grid depends on sizes alone.
+//
+// Which weights are read depends on what earlier kernels chose, so the rings are filled behind the wait for them. A row
+// of x goes through shared memory as a whole: k has one phase, and where it is long a tile has fewer rows.
+//
+// Launch: cuplama/ops/experts_packed.py. Op: cuplama/ops/experts.py. Test: tests/ops/test_experts_packed.py.
+// Tried: nothing else yet; no GPU has run it.
+#include "experts.cuh"
+#include "linear_packed.cuh"
+#include "linear_packed_fma.cuh"
+#include "linear_packed_rows.cuh"
+#include "linear_packed_sums.cuh"
+
+// What is left of a block's units: of tile `at / units` of the pairs, unit `at % units`, and so on up to `stop`.
+template <typename S>
+struct Share {
+    static constexpr bool MORE = true;
+    PairTiles<S::ROWS> tiles;
+    u32 at, stop;
+
+    __device__ __forceinline__ Share(const PairTiles<S::ROWS>& tiles, int units) : tiles(tiles) {
+        const u32 all = u32(tiles.count()) * units, each = all / gridDim.x, more = all % gridDim.x;
+        at = blockIdx.x * each + min(blockIdx.x, more);
+        stop = at + each + (blockIdx.x < more);
+    }
+
+    // The next units begin .. end - 1, of one tile.
+    __device__ __forceinline__ bool next(PairTile& tile, int units, int& begin, int& end) {
+        if (at >= stop) return false;
+        tile = tiles.at(at / u32(units));
+        begin = at % u32(units);
+        end = min(begin + int(stop - at), units);
+        at += end - begin;
+        return true;
+    }
+
+    // The same for the stream of weights, as OneWeight has it.
+    __device__ __forceinline__ int next(int units, int& begin, int& end) {
+        PairTile tile;
+        if (next(tile, units, begin, end)) return tile.expert * S::PARTS * units + begin;
+        begin = end = 0;
+        return 0;
+    }
+};
+
+// The rows of x of a tile of pairs, as SharedRows leaves rows in shared memory.
+template <typename S, typename Y>
+struct PairRows {
+    typedef typename S::T T;
+    static constexpr int TOGETHER = 8 / S::ROWS < S::BLOCKS ? 8 / S::ROWS : S::BLOCKS;  // fours of a row
+    const T* x;
+    const i32* own;  // the tile's pairs
+    int s, k, count;
+    bool vectorized;
+    Y* staged;
+
+    template <typename Weights>
+    __device__ __forceinline__ void stage(Stream<S, Weights>&, int) const {
+        constexpr int STEP = 4 * S::THREADS;
+        const T* rows[S::ROWS];
+#pragma unroll
+        for (int r = 0; r < S::ROWS; r++) rows[r] = x + i64(own[min(r, count - 1)] / s) * k;
+#pragma unroll 1
+        for (int first = 0; first < S::BLOCKS; first += TOGETHER) {
+            const int at = first * STEP + threadIdx.x * 4;
+            Pack<T, 4> v[S::ROWS][TOGETHER];
+#pragma unroll
+            for (int r = 0; r < S::ROWS; r++)
+                read_fours<false>(v[r], rows[r], nullptr, at, STEP, r < count ? min(k, S::SPAN) : 0, vectorized);
+#pragma unroll
+            for (int r = 0; r < S::ROWS; r++)
+#pragma unroll
+                for (int i = 0; i < TOGETHER; i++) {
+                    if (first + i >= S::BLOCKS) continue;
+                    Pack<Y, 4> four;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) four.v[j] = from_float<Y>(to_float(v[r][i].v[j]));
+                    store<4>(staged + r * STRIDE_OF<S, Y> + staged_at<Y>(at + i * STEP), four);
+                }
+        }
+        __syncthreads();
+    }
+};
+
+// What becomes of the sums: rows of y where the pairs are.
+template <typename T>
+struct PairOutput {
+    static constexpr const f32* a = nullptr;
+    T* y;
+    const i32* own;
+    const T* b;
+    int count, m, rows;  // pairs; columns of y, twice
+    const f32* scales;
+    f32 alpha, limit;
+
+    __device__ __forceinline__ float residual_of(int, int) const { return 0.f; }
+    template <int ACT, int PARTS>
+    __device__ __forceinline__ void put(int row, int column, float, const float (&total)[PARTS]) const {
+        y[i64(own[row]) * m + column] = from_float<T>(gated<ACT, T>(total, alpha, limit));
+    }
+};
+
+// The product of one tile after the other. Y: of x in shared memory.
+template <typename S, typename Y, typename Sums>
+struct Product {
+    typedef typename S::T T;
+    const T *x, *b;
+    const i32* pairs;
+    T* y;
+    int s, m, k;
+    const f32* scales;  // of whole rows of w
+    f32 alpha, limit;
+
+    __device__ __forceinline__ void operator()(Stream<S, Share<S>>& stream, Share<S> share) const {
+        const bool vectorized = k % 4 == 0 && aligned(x);
+        Sums sums;
+        PairTile tile;
+        int begin, end;
+        while (share.next(tile, stream.units, begin, end)) {
+            const i32* own = pairs + tile.first;
+            const PairRows<S, Y> rows{x, own, s, k, tile.count, vectorized, reinterpret_cast<Y*>(stream.staged())};
+            const i64 first = i64(tile.expert) * S::PARTS;
+            const T* bias = b == nullptr ? b : b + first * m;
+            const f32* own_scales = scales + first * (stream.units * BLOCK_ROWS);
+            const PairOutput<T> out{y, own, bias, tile.count, m, m, own_scales, alpha, limit};
+            multiply_rows(stream, begin, end, rows, sums, out);
+        }
+    }
+};
+
+template <typename T, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int DEPTH, int STEP>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    expert_linear_packed(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
+                         const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
+    typedef Shape<T, W, ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, DEPTH - 1, STEP, 1, false> S;
+    __shared__ i32 before[MAX_EXPERTS + 1];
+    pdl_wait();
+    const int units = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const Share<S> share(PairTiles<ROWS>(offsets, before, E), units);
+    Stream<S, Share<S>> stream(w, m, k, share);
+    const f32* scales = W::row_scales(w, E * S::PARTS * units * BLOCK_ROWS, k);
+    if constexpr (TENSOR<T>)
+        Product<S, T, Factors<S, 1>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share);
+    else
+        Product<S, f32, FloatFactors<S>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share);
+}

@@ -1,0 +1,111 @@
+"""Products with packed weights of experts, on the emulator: every format, several tiles of an expert, slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama.lab.check import check, expected, planned, run_guarded
+from cuplama.lab.emulation import EmulatedDevice
+from cuplama.lab.workloads import Workload, case_workload
+from cuplama.ops import OPS, experts_packed
+from cuplama.ops.abstract import abstract
+from cuplama.ops.launch import Device
+from cuplama.quant.catalog import CATALOG
+from cuplama.quant.packed import packed
+from cuplama.quant.stored import ExpertStack
+
+SMALL = Device(arch=80, sms=3, shared=166912)  # each block has units of several experts
+FEW, MANY = ["experts_packed.cu"], ["unpack.cu", "experts_many_mma.cu"]
+KNOBS = {"expert_linear_clamped_swiglu": dict(alpha=1.702, limit=7.0)}
+
+
+def case(op: str, dtype: str = "bf16", seed: int = 0, **sizes: Any) -> Workload:
+    return case_workload(OPS[op], {"b": True, **KNOBS.get(op, {}), **sizes}, dtype, seed)
+
+
+def run(workload: Workload, files: list[str], device: Device = SMALL) -> None:
+    """Held to the reference, and computed by the kernels of these files."""
+    launches = planned(workload, workload.ins, device, abstract)[0]
+    assert [launch.file for launch in launches] == files
+    arrays = workload.arrays()
+    check(workload, arrays, run_guarded(workload, arrays, EmulatedDevice(device)), expected(workload, arrays))
+
+
+SHORT = ("mxfp4", "int8")  # formats of the short tests
+NAMES = [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in CATALOG]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format(name: str) -> None:
+    """Columns that end within a block, one row of x and several, tiles of one expert and of many."""
+    for n in (1, 3):
+        run(case("expert_linear_silu_mul", n=n, s=3, E=5, m=48, k=328, W=name), FEW)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("f16", marks=pytest.mark.slow), "f32"])
+@pytest.mark.parametrize("op", [name for name in OPS if name.startswith("expert_linear")])
+def test_every_activation(op: str, dtype: str) -> None:
+    run(case(op, dtype, n=5, s=2, E=4, m=32, k=200, W="mxfp4", chosen=3), FEW)
+
+
+def test_rows_that_end_within_a_block() -> None:
+    run(case("expert_linear", n=2, s=2, E=5, m=23, k=136, W="int4 g128"), FEW)
+
+
+def test_more_pairs_of_an_expert_than_a_tile_has() -> None:
+    run(case("expert_linear_silu_mul", n=21, s=1, E=6, m=32, k=136, W="mxfp4", chosen=2), FEW)
+
+
+def test_a_block_without_a_share() -> None:
+    run(case("expert_linear", n=1, s=1, E=2, m=16, k=128, W="mxfp4"), FEW, Device(arch=80, sms=40))
+
+
+def test_of_long_rows_a_tile_has_fewer() -> None:
+    small = Device(arch=86, sms=2, shared=101376)
+    workload = case("expert_linear", n=8, s=1, E=2, m=16, k=14336, b=False, W="mxfp4")
+    (launch,) = planned(workload, workload.ins, small, abstract)[0]
+    assert "NO_ACT, 1, 16" in launch.expression
+    run(workload, FEW, small)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_many_pairs_are_multiplied_with_unpacked_numbers(dtype: str) -> None:
+    files = MANY if dtype == "bf16" else ["unpack.cu", "experts.cu"]
+    run(case("expert_linear_silu_mul", dtype, n=70, s=1, E=2, m=32, k=72, W="mxfp4"), files)
+
+
+def test_halves_that_begin_within_a_block_are_unpacked_expert_by_expert() -> None:
+    run(case("expert_linear_silu_mul", n=3, s=2, E=3, m=11, k=72, W="fp8"), ["unpack.cu"] * 3 + MANY[1:])
+
+
+def test_unpacked_experts_go_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_packed, "_SLICE_BYTES", 2 * 32 * 72 * 2)
+    run(case("expert_linear_clamped_swiglu", n=180, s=1, E=5, m=16, k=72, W="mxfp4", chosen=4), 3 * MANY)
+
+
+def test_a_deterministic_device_has_one_way_for_any_number_of_rows() -> None:
+    device = Device(arch=80, sms=3, shared=166912, deterministic=True)
+    run(case("expert_linear", n=1, s=2, E=3, m=16, k=72, W="mxfp4"), MANY, device)
+
+
+def test_other_gpus() -> None:
+    run(case("expert_linear_silu_mul", "f16", n=3, s=2, E=4, m=16, k=1100, W="int4 g64"), FEW, Device(75, 2, 65536))
+
+
+def test_an_expert_is_a_whole_number_of_blocks() -> None:
+    workload = case("expert_linear", n=1, s=1, E=3, m=23, k=136, b=False, W="int8")
+    w = workload.ins[1]
+    assert isinstance(w, ExpertStack)
+    assert w.shape == (3, 23, 136)
+    assert np.array_equal(w.numbers()[2], w[2].numbers())
+    (segment,), (described,) = packed(w).segments, w.segments
+    assert segment.rows == described.rows == 3 * 32
+    assert segment.data.nbytes == described.data.nbytes
+
+
+def test_only_the_blocks_of_chosen_experts_are_counted() -> None:
+    few, more = (case("expert_linear", n=9, s=2, E=7, m=48, k=128, b=False, W="mxfp4", chosen=c) for c in (2, 5))
+    assert more.call.nbytes() - few.call.nbytes() == 3 * 3 * 1088
