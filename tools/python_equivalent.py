@@ -13,7 +13,7 @@ TUNED: tuple[tuple[str, str, str], ...] = (
     ("cuplama/engine/graphs.py", "MAX_STEPS", "captured steps that are kept: memory against capturing again"),
     ("cuplama/engine/input_buffer.py", "_ALIGNMENT", "of arrays in a buffer: NumPy takes any, a GPU a multiple of 16"),
     ("cuplama/engine/memory.py", "FIXED", "a margin in a plan, in bytes"),
-    ("cuplama/models/config.py", "_MAX_LAYERS", "far beyond any model"),
+    ("cuplama/models/config_sizes.py", "_MAX_LAYERS", "far beyond any model"),
     ("cuplama/models/config_reader.py", "MAX_NUMBER", "far beyond any setting, and far below what overflows"),
 )
 

@@ -57,8 +57,9 @@ _ADMITTED: Mapping[str, tuple[int, str]] = {k: v for op in OPS.values() for k, v
 # Of a known model a decode step and a short prompt are walked for each of these numbers of sequences; each has a row of
 # logits. Up to 8 rows every number of rows has instances of its own. More rows a library computes, or where there is
 # none our kernels, 8 at a time: of the engine's larger steps 12 alone leaves a rest, and 64 stands for the others.
+# Attention of a step has other blocks from certain numbers of sequences times key heads on: 24 and 48 are between.
 _EIGHT_BIT = ("fp8", "fp8 g128")  # formats whose products of many rows may round the other side to 8 bits too
-_SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 64)
+_SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 24, 48, 64)
 # Packed formats that a known model is walked with, one of each kind of code and scale; the ops' own cases have more. Of
 # the instances for 1, 2, 4 and 8 rows the first and the last stand for the others, so that all kernels compile in
 # minutes.

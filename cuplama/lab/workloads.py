@@ -103,7 +103,8 @@ class Workload:
         rng = np.random.default_rng(seed)
         found: list[Array | None] = []
         whole: Mapping[str, Any] = {}  # where none of the whole numbers is given, the op makes some that fit together
-        numbers = [x for x in self.ins if x is not None and not isinstance(x, Packed) and x.dtype.kind == "i"]
+        plain = (x for x in self.ins if isinstance(x, (np.ndarray, AbstractArray)))
+        numbers = [x for x in plain if x.dtype.kind == "i"]
         if self.op.inputs is not None and numbers and all(isinstance(x, AbstractArray) for x in numbers):
             whole = self.op.inputs(rng, self.call.env, DTYPES[self.dtype])
         for spec, x in zip(self.op.signature.ins, self.ins, strict=False):

@@ -188,7 +188,7 @@ _CASES = (
     # Packed: streamed, for one row and for several; unpacked, for many pairs and where halves end within a block.
     dict(n=1, s=3, E=6, m=48, k=328, b=True, W="mxfp4"),
     dict(n=5, s=2, E=4, m=32, k=200, b=False, W="int4 g128", chosen=2),
-    dict(n=70, s=1, E=2, m=16, k=136, b=True, W="fp8"),
+    dict(n=70, s=1, E=2, m=48, k=136, b=True, W="fp8"),
     dict(n=10, s=2, E=3, m=23, k=200, b=True, W="Q4_K"),
 )
 
@@ -215,6 +215,7 @@ def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: f
             "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
             "expert_linear_mma": "The same for few pairs of each expert, on tensor cores.",
             "expert_linear_packed": "The same for few pairs of each expert and packed weights.",
+            "unpack": "The numbers of packed weights of some experts, for many pairs.",
             "expert_linear_many_mma": "The same for many pairs, on tensor cores.",
             "expert_linear_many_wgmma": "The same for many pairs, on Hopper's tensor cores.",
         },

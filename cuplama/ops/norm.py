@@ -215,7 +215,7 @@ rms_norm = Op(
 rms_norm_f32 = Op(
     "rms_norm_f32",
     "y[n,d]:f32 = (x[n,d]:f32, w[d]:T, eps:f32, offset:f32=0)",
-    doc="rms_norm whose result is added to another before it is rounded",
+    doc="y = x / sqrt(mean(x^2) + eps) * (offset + w), which is added to another before it is rounded",
     reference=_rms_norm,
     gradient=_rms_f32_gradient,
     recompute="cheap",

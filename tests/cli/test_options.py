@@ -412,6 +412,7 @@ def test_cache_tokens_reach_what_is_served(
     lifecycle = pytest.importorskip("cuplama.server.lifecycle", reason="serve needs its extra")
     loaded: list[Any] = []
     monkeypatch.setattr("cuplama.cli.serve.open_model", lambda *_, **more: loaded.append(more["cache_tokens"]))
+    monkeypatch.setattr("cuplama.server.warm_up.warm_up", lambda model: None)
     monkeypatch.setattr(lifecycle, "serve", lambda service, load, sock, **more: (load(), sock.close()))
     assert run("serve", "--port", "0", *options.split())[0] == 0
     assert loaded == [tokens]
