@@ -61,8 +61,8 @@ def check_bf16(case: Golden, loss: float, found: Mapping[str, Array]) -> None:
 
 
 def test_goldens_are_of_every_family() -> None:
-    """Apertus, Gemma 4, Qwen3.5 and models with experts cannot be trained. Granite 4 has the nodes of Granite, and the InternLMs those of
-    Llama."""
+    """Apertus, Gemma 4, Qwen3.5 and models with experts cannot be trained. Granite 4 has the nodes of Granite, and the
+    InternLMs those of Llama."""
     families = {load_config(golden(name).folder).family.model_type for name in CASES}
     others = {"apertus", "gemma4_text", "granitemoehybrid", "internlm2", "internlm3"}
     others |= {"qwen3_5_text"} | {family.model_type for family in FAMILIES.values() if "{i}.router" in family.weights}
