@@ -23,17 +23,27 @@ __all__ = ["FIRST_ALONE", "fast_cases", "launched", "mark_slow"]
 
 # Tests whose cases compile kernels of their own: files, or functions of a file. The first case of a function is fast.
 FIRST_ALONE = (
+    "engine/test_deterministic.py",
+    "lab/test_check.py::test_a_kernel_that_is_too_large_everywhere_is_refused",
+    "lab/test_inventory.py::test_small_files_compile_cleanly_from_the_oldest_to_the_newest_arch",
     "models/test_routing.py::test_tokens_near_a_tie",
     "ops/test_attention.py",
+    "ops/test_deterministic.py",
     "ops/test_e4m3.py",
     "ops/test_experts.py",
+    "ops/test_experts_packed.py",
+    "ops/test_gated_delta.py",
+    "ops/test_linear_packed.py",
+    "ops/test_linear_packed_many.py",
     "ops/test_ops.py::test_a_row_of_a_product_does_not_depend_on_the_others",
     "ops/test_ops.py::test_unaligned_arrays",
     "ops/test_sampling_statistics.py",
     "ops/test_self_attention.py",
     "ops/test_small_gpu.py",
+    "quant/test_formats_cuh.py",
     "simt/test_adapters.py",
     "simt/test_models.py",
+    "simt/test_quantised_experts.py",
 )
 _EMULATOR = "test_emulator"  # its parameters are an op, a case and a dtype
 _RUNS = 2  # a kernel is launched by this many fast cases, of different dtypes where it can be
