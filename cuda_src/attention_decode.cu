@@ -21,14 +21,14 @@
 //   arrivals    [b, H * parts] u32    zero before and after
 //
 // Ops and references: cuplama/ops/attention.py (attention), cuplama/ops/fused.py (append_attention). Test: tests/ops/.
-// Benchmark: cuplama kernels bench attention append_attention.
+// Benchmark: cuplama kernels bench attention append_attention; of many sequences benchmarks/attention_batches.py.
 //
 // C is T, or e4m3 (e4m3.cuh). D is a multiple of 8 up to 256, or of 16 up to 512. Scores, softmax statistics and sums are
 // f32.
 //
-// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4 for D > 256, take several
-// blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many as make max_splits
-// splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a captured launch
+// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4 for
+// D > 256, take several blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many
+// as make max_splits splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a captured launch
 // serves every length, and among launches of the same WARPS and min_keys, which the size of the batch decides, a result
 // depends on the sequence's own length alone. The block that arrives last adds up the splits, in their order. A sequence of
 // one split needs none of this. The block with the last split computes the new k and v, attends to its own copy, and
@@ -42,6 +42,8 @@
 //            An e4m3 cache is widened to f16 in registers on the way to the products, which then are of f16: from sm_89
 //            on by one instruction for two numbers, and values by half as many exchanges of bytes as 16 bits take. A
 //            lane reads 16 bytes of a row there too if D allows: 16 elements, so which d meets which is another order.
+//            Next tiles are on their way in registers, two of them; or with STAGES > 0 in a ring of each warp in shared
+//            memory, for many sequences (ops/decode_blocks.py has the choice and the times).
 //   else     (attention_decode_fma.cuh): LANES lanes hold a row of SHARE*LANES >= D elements, a block reads ROWS keys side
 //            by side, and the products of the Q heads are summed over the lanes by a reduce-scatter.
 //

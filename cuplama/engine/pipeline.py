@@ -104,11 +104,12 @@ class Pipeline:
             self._best = None
         self._join()
         (backlog, waiting), longest = self._backlog(), self.runner.backend.prefill_chunk
-        crowd = waiting // max(1, self._decodes)
+        decoding = self._decodes
+        crowd = waiting // max(1, decoding)
         passes_a_step = min(_PASSES_A_STEP, max(1, crowd, 1 + backlog // (_BACKLOG * longest)))
-        # A power of two: each size of a pass is captured by itself, which takes 10 to 40 ms.
+        # A power of two: each size of a pass is captured by itself, which takes 10 to 60 ms.
         share = 1 << max(0, (backlog // _BACKLOG).bit_length() - 1)
-        chunk = min(longest, max(_LEAST_CHUNK if self._decodes else LONG_PASS, share))
+        chunk = min(longest, max(_LEAST_CHUNK if decoding else LONG_PASS, share))
         while True:
             flying = sum(isinstance(work, _Pass) for work in self._flying)
             may_read = flying < (_PASSES if self.runner.backend.captures else 1)
