@@ -66,6 +66,9 @@ def running(settings: Settings) -> Iterator[dict[str, Any]]:
                 raise load.FailedError(f"the server did not start:\n{log.read()[-2000:]}")
             yield json.loads(said)
         finally:
+            if process.poll() is not None:
+                log.seek(0)
+                print(f"the server ended with status {process.returncode}:\n{log.read()[-2000:]}", file=sys.stderr)
             process.terminate()
             try:
                 process.wait(20)

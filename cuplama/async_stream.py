@@ -69,7 +69,7 @@ class AsyncStream:
         mailbox = _mailboxes.setdefault(loop, _Mailbox(loop))
         self._engine, self._generation = engine, generation
         self._deltas: deque[Delta] = deque()
-        self._ready, self._is_read = asyncio.Event(), True
+        self._ready, self._is_read, self._rests = asyncio.Event(), True, False
         own = weakref.ref(self)  # the engine must not keep a stream that everybody else has forgotten
         self._call: Call | None = engine.submit(generation.begin(), priority, lambda: mailbox.post(own))
 
@@ -100,6 +100,8 @@ class AsyncStream:
 
     def _come(self) -> None:
         """There is something new. Where nobody looks at single deltas, it is taken in at once, and the end is told."""
+        if self._rests and self._call is not None and not self._call.ended:
+            return
         if not self._is_read:
             try:
                 self.ready()
@@ -117,6 +119,21 @@ class AsyncStream:
         self._is_read = False
         async for _ in self:
             pass
+
+    async def rest(self, seconds: float) -> None:
+        """Wait for so many seconds, or for the end: of a reader who would rather take in many deltas at once."""
+        import asyncio
+
+        if self._call is None or self._call.ended:
+            return
+        self._ready.clear()
+        timer = asyncio.get_running_loop().call_later(seconds, self._ready.set)
+        self._rests = True
+        try:
+            await self._ready.wait()
+        finally:
+            self._rests = False
+            timer.cancel()
 
     def ready(self) -> list[Delta]:
         """The deltas that are there already, without waiting: what a step brought for several sequences."""

@@ -24,7 +24,7 @@ from .generation import Generation
 from .generation_config import Settings, params_over
 from .models.config import ModelConfig
 from .output_text import OutputText
-from .prompts import Prompt, Prompts, TokenIds, plain_prompt, plain_prompts, prompt_of_batch, whole_ids
+from .prompts import PlainPrompt, Prompt, Prompts, TokenIds, plain_prompt, plain_prompts, prompt_of_batch, whole_ids
 from .sampling_params import SamplingOptions, SamplingParams, given_options
 from .structured import Grammars
 from .text.tokenizer import Tokenizer
@@ -132,7 +132,9 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt, text or ids, checked. An empty prompt becomes BOS. Raises PromptError."""
-        plain = plain_prompt(prompt)
+        return self._ids(plain_prompt(prompt))
+
+    def _ids(self, plain: PlainPrompt) -> list[int]:
         ids = self.tokenizer.encode(plain) if isinstance(plain, str) else plain
         if not ids:
             if self.bos is None:
@@ -374,7 +376,7 @@ class Model:
         sequences: list[SequenceState] = []
         for number, plain in enumerate(prompts):
             with prompt_of_batch(None if single else number):
-                ids = self._fit(self.encode(plain), room)
+                ids = self._fit(self._ids(plain), room)
             for choice in params.choices(count):
                 constraint = self._grammars.constraint(choice, stops)
                 sequences.append(SequenceState(ids, choice, stops, constraint=constraint))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from .completion import Delta
 from .engine.sequence import SequenceState, Token
 from .text.detokenizer import Detokenizer
@@ -23,16 +25,22 @@ class OutputText:
         self._tokenizer = tokenizer
         asked = sequence.params.show_special
         special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
-        shown = (special if asked else frozenset()) if isinstance(asked, bool) else special.intersection(asked)
-        self._detokenizer = Detokenizer(tokenizer, context=sequence.prompt, shown=shown) if tokenizer else None
+        self._shown = (special if asked else frozenset()) if isinstance(asked, bool) else special.intersection(asked)
         self._stops = StopStrings(sequence.params.stop)
         # Where special tokens are not shown, stop strings are compared with them only if one of them asks for it.
         self._watched = frozenset[int]()
         if tokenizer is not None and any(map(tokenizer.spells_special, sequence.params.stop)):
-            self._watched = special - shown
+            self._watched = special - self._shown
         self.text = ""
         self.tokens: list[Token] = []
         self._stopped = False
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer | None:
+        """Made for the first token, while the GPU is at work: it looks at the prompt, which takes 0.1 ms."""
+        if self._tokenizer is None:
+            return None
+        return Detokenizer(self._tokenizer, context=self.sequence.prompt, shown=self._shown)
 
     @property
     def finish_reason(self) -> str | None:

@@ -233,6 +233,25 @@ def test_who_wants_the_end_alone_gets_it(model: Model, chars: Model) -> None:
         assert (found.text, found.tokens, found.finish_reason) == (wanted.text, wanted.tokens, wanted.finish_reason)
 
 
+def test_a_rest_ends_with_the_generation_or_by_the_clock(model: Model, chars: Model) -> None:
+    async def work() -> Any:
+        async with model.astream(PROMPTS[0], **SAMPLED) as stream:
+            first = [await anext(stream)]
+            await stream.rest(1e-3)
+            began = time.monotonic()
+            await stream.rest(60)
+            await stream.rest(60)
+            assert time.monotonic() - began < 30
+            deltas = first + stream.ready()
+            return deltas, stream.ended, stream.completion
+
+    deltas, ended, found = _run(work)
+    wanted = chars.generate(PROMPTS[0], **SAMPLED)
+    assert ended
+    assert "".join(d.text for d in deltas) == found.text == wanted.text
+    assert [d.token.id for d in deltas] == wanted.tokens
+
+
 def test_a_loop_that_ends_in_the_middle_leaves_the_others_alone(model: Model, chars: Model) -> None:
     async def leaves() -> None:
         stream = model.astream("First", temperature=0, max_tokens=None)

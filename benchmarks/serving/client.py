@@ -106,6 +106,8 @@ class Client:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[_Connection]:
         """A connection, which is kept for the next request unless this one fails."""
+        while self._idle and self._idle[-1][0].at_eof():  # the server has closed it: it was idle for too long
+            self._idle.pop()[1].close()
         connection = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
         try:
             yield connection

@@ -13,6 +13,7 @@ __all__ = [
     "LONG_PASS",
     "MAX_PASSES",
     "MAX_STEPS",
+    "STEP_SIZES",
     "GraphCache",
     "max_logits",
     "padded_prompts",
@@ -38,7 +39,7 @@ _LAST_ROW_MULTIPLE = 128
 
 # Decode steps are captured for these numbers of sequences, and beyond them for multiples of 32; passes over prompts for
 # powers of two: there a sequence that pads a pass costs next to nothing.
-_SEQUENCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
+STEP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 
 
 def padded_rows(rows: int) -> int:
@@ -49,7 +50,7 @@ def padded_rows(rows: int) -> int:
 
 def padded_sequences(sequences: int) -> int:
     """The rows of the captured step that serves a batch of this many sequences."""
-    return next((s for s in _SEQUENCES if s >= sequences), -(-sequences // 32) * 32)
+    return next((s for s in STEP_SIZES if s >= sequences), -(-sequences // 32) * 32)
 
 
 def padded_prompts(sequences: int) -> int:

@@ -35,7 +35,7 @@ _PASSES_A_STEP = 4
 # an H200 reads 1,024 tokens in 25 ms), fewer read the weights more often. A backlog of more than _BACKLOG times as many
 # makes it longer, up to the longest pass.
 _LEAST_CHUNK = 1024
-_BACKLOG = 4
+_BACKLOG = 2
 # A loop has rows for sequences whose prompts are still read: _ROOM times as many as there are, or _LEAST_ROOM.
 _ROOM, _LEAST_ROOM = 3, 15
 # Decode steps after which a loop is left for one that fits better: leaving it takes as long as a step of a small model.

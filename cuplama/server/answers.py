@@ -128,12 +128,14 @@ async def _events(
     running: Running, form: Form, head: Mapping[str, Any], options: Mapping[str, bool]
 ) -> AsyncIterator[bytes]:
     """The events of a stream. An error in its middle is its last object."""
-    stream = _Stream(running, form, head, options)
+    stream, events = _Stream(running, form, head, options), b""
     try:
         async for deltas in running:
-            if events := stream.events(deltas):
+            events += stream.events(deltas)
+            if events and not running.ended:  # the last go out in one: many texts may end at once, 0.1 ms a sending
                 yield events
-        yield stream.end() + DONE
+                events = b""
+        yield events + stream.end() + DONE
     except Exception as error:
         yield event(error_body(running.failed(error))) + DONE
 

@@ -150,16 +150,19 @@ async def answer_in_blocks(service: Service, request: Request, read: Read, asked
 
 
 async def _events(running: Running, writer: Writer) -> AsyncIterator[bytes]:
-    begun = False
+    begun, events = False, list[Named]()
     try:
         async for deltas in running:
-            events = [] if begun else writer.begin(running.completions[0])
+            if not begun:
+                events += writer.begin(running.completions[0])
             begun = True
             events += [new for step in writer.blocks.push(deltas) for new in writer.step(step)]
-            if events:
+            if events and not running.ended:  # the last go out in one
                 yield _bytes(events)
+                events = []
         completion = running.completions[0]
-        events = [] if begun else writer.begin(completion)
+        if not begun:
+            events += writer.begin(completion)
         events += [new for step in writer.blocks.end() for new in writer.step(step)]
         yield _bytes([*events, *writer.end(completion)])
     except Exception as error:

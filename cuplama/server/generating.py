@@ -24,6 +24,7 @@ from .tool_choice import ToolChoice, tool_constraint
 
 __all__ = ["Asked", "Running", "check_count", "prepare", "prepare_chat", "usage"]
 
+_SHORT = 8192  # bytes of a request's body: its text is tokens in a millisecond, which is what a thread may cost as well
 _REST = 0.02  # seconds: at 64 sequences of a 1B model a task that slept so long has 15 tokens to take in, and not one
 # Where neither the request nor the model's generation_config.json says: as OpenAI, and not as the library.
 _DEFAULTS = {"temperature": 1.0, "max_tokens": None}
@@ -45,8 +46,9 @@ class Asked:
         return frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else self.model.stop_ids)
 
 
-async def prepare(service: Service, read: Read, encode: Callable[[Model], list[list[int]]]) -> Asked:
-    """A request's prompts and sampling parameters, made in a thread: a long prompt must not hold up other requests.
+async def prepare(service: Service, request: Request, read: Read, encode: Callable[[Model], list[list[int]]]) -> Asked:
+    """A request's prompts and sampling parameters. A long prompt or a grammar is read in a thread: that must not hold
+    up other requests. For most prompts another thread would take longer than what it has to do.
 
     encode: makes the prompts' ids. Raises ApiError for what is beyond the limits, and what ``encode`` and
     ``Model.params`` raise.
@@ -69,11 +71,17 @@ async def prepare(service: Service, read: Read, encode: Callable[[Model], list[l
                 raise ApiError(400, said, code="context_length_exceeded")
         return Asked(model, prompts, params, n, read.own["priority"])
 
-    return await asyncio.to_thread(make)
+    is_short = len(await request.body()) <= _SHORT and not _is_formed(read) and not read.own.get("tools")
+    return make() if is_short else await asyncio.to_thread(make)
 
 
 async def prepare_chat(
-    service: Service, read: Read, encode: Callable[[Model], ChatRequest], choice: ToolChoice, parallel: bool = True
+    service: Service,
+    request: Request,
+    read: Read,
+    encode: Callable[[Model], ChatRequest],
+    choice: ToolChoice,
+    parallel: bool = True,
 ) -> tuple[Asked, ChatRequest]:
     """The same for a chat. encode: makes its prompt; choice: of its tools, of which ``parallel`` allows several calls.
 
@@ -88,18 +96,23 @@ async def prepare_chat(
         found.append(chat)
         return [chat.ids]
 
-    return await prepare(service, read, make), found[0]
+    return await prepare(service, request, read, make), found[0]
 
 
 def _held(model: Model, chat: ChatRequest, read: Read, choice: ToolChoice, parallel: bool) -> dict[str, str]:
     """What holds the answer to its tools. Where another form is asked for, that one counts, unless a call must come."""
     held = tool_constraint(model, chat, choice, parallel)
-    formed = constraint(read.own) or read.sampling.get("response_format", {}).get("type", "text") != "text"
+    formed = _is_formed(read)
     if choice.required and formed:
         raise ApiError(400, "tool_choice asks for a call; that excludes another form of the text", param="tool_choice")
     if choice.required and not held:
         raise ApiError(400, "tool_choice: calls in this model's form cannot be enforced", param="tool_choice")
     return {} if formed else held
+
+
+def _is_formed(read: Read) -> bool:
+    """Whether the request asks for text of a form: JSON, or by a grammar."""
+    return bool(constraint(read.own)) or read.sampling.get("response_format", {}).get("type", "text") != "text"
 
 
 def check_count(name: str, count: int, most: int, nouns: str) -> None:
@@ -137,6 +150,11 @@ class Running:
         self._stream = asked.model.astream(prompt, asked.params, n=asked.n, priority=asked.priority)
 
     @property
+    def ended(self) -> bool:
+        """Whether every delta has been given."""
+        return self._stream.ended
+
+    @property
     def completions(self) -> list[Completion]:
         """What each sequence has so far: prompt by prompt, and of each its choices."""
         return self._stream.completions
@@ -147,7 +165,7 @@ class Running:
 
     async def seldom(self) -> AsyncIterator[list[Delta]]:
         """The same for a client that sees the whole alone: with rests in between, so that many tokens are taken in at
-        once. The end comes a twentieth of the request's time late at most, and _REST."""
+        once. The end is no rest's wait late; a stop string may be found by _REST late."""
         async for deltas in self._deltas(_REST):
             yield deltas
 
@@ -161,8 +179,8 @@ class Running:
                 for index, count in Counter(d.index for d in deltas).items():
                     self.meter.tokens(count, index)
             yield deltas
-            if rest and not self._stream.ended:
-                await asyncio.sleep(min(rest, self.meter.seconds / 20))
+            if rest:
+                await self._stream.rest(rest)
             delta = await anext(self._stream, None)
 
     async def _first(self) -> Delta | None:

@@ -110,7 +110,8 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
 
 
 def _parsed(body: bytes, limits: Limits) -> Any:
-    if (found := _levels(body)) > limits.nesting:
+    opening = body.count(b"[") + body.count(b"{")  # of most bodies that is enough to know
+    if opening > limits.nesting and (found := _levels(body)) > limits.nesting:
         raise ApiError(400, f"the body is nested {found} levels deep; at most {limits.nesting} are allowed")
     try:
         return json.loads(body.decode(), parse_constant=_no_constant)  # of bytes it would take UTF-16 as well

@@ -69,14 +69,19 @@ USAGE = {"choices": [], "usage": {"completion_tokens": 3, "prompt_tokens_details
 
 
 @asynccontextmanager
-async def serving(*bodies: bytes | Sequence[bytes], status: int = 200) -> AsyncIterator[tuple[Client, list[Any]]]:
-    """A client of a server that answers each request with the next body, a list of them in chunks; and what it got."""
+async def serving(
+    *bodies: bytes | Sequence[bytes], status: int = 200, keeps: bool = True
+) -> AsyncIterator[tuple[Client, list[Any]]]:
+    """A client of a server that answers each request with the next body, a list of them in chunks; and what it got.
+
+    keeps: whether it takes another request on a connection.
+    """
     got: list[Any] = []
     left = list(bodies)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = object()
-        while head := await reader.readline():
+        while (keeps or connection not in [other for other, *_ in got]) and (head := await reader.readline()):
             lines = [head.decode().strip()]
             while line := (await reader.readline()).decode().strip():
                 lines.append(line)
@@ -131,6 +136,16 @@ async def test_whole_answers_and_connections_that_are_used_again() -> None:
             assert (answer.error, answer.tokens, answer.texts) == ("", 3, [answer.ended])
         assert await client.get("/v1/models") == (200, b"{}")
     assert len({connection for connection, *_ in got}) == 1
+
+
+async def test_a_connection_that_the_server_has_closed_is_not_used_again() -> None:
+    whole = json.dumps({"choices": [{"text": "abc"}], "usage": {"completion_tokens": 3}}).encode()
+    async with serving(whole, whole, keeps=False) as (client, got):
+        for _ in range(2):
+            answer = await client.complete("m", Ask([1], 3), 0.0, stream=False)
+            assert answer.error == ""
+            await asyncio.sleep(0.05)  # the end of the connection comes, as it does when a server has waited for long
+    assert len({connection for connection, *_ in got}) == 2
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,7 @@ def test_many_prompts_are_read_between_steps_and_no_step_waits_for_ever() -> Non
     assert kinds.count("p") >= 26
 
 
-@pytest.mark.parametrize(("waiting", "most"), [(1, 40), (3, 40), (6, 40), (11, 64), (50, 100)])
+@pytest.mark.parametrize(("waiting", "most"), [(1, 40), (3, 40), (6, 64), (11, 100), (50, 100)])
 def test_a_pass_is_long_only_where_many_tokens_wait(waiting: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of 40 tokens; a pass of more than 40 is long here, and 100 are the most."""
     monkeypatch.setattr("cuplama.engine.pipeline.LONG_PASS", 40)

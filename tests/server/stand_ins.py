@@ -57,6 +57,10 @@ class ScriptedStream:
         """Whether every step has been taken."""
         return not self._steps
 
+    async def rest(self, seconds: float) -> None:
+        """Wait; the end comes no sooner for it."""
+        await asyncio.sleep(0 if self.ended else seconds)
+
     def ready(self) -> list[Delta]:
         """The texts that have come by now."""
         found = []

@@ -13,15 +13,18 @@ from cuplama.server.warm_up import warm_up
 def test_a_burst_runs_and_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with cuplama.load(device="numpy", context=40, cache_tokens=2000, max_running=8) as model:
         monkeypatch.setattr(model.backend, "captures", True)
-        seen, generate = list[tuple[int, int]](), model.generate
+        seen, counts, generate = list[list[int]](), list[int](), model.generate
 
         def counted(prompts: Any, **options: Any) -> Any:
-            seen.append((len(prompts), len(prompts[0])))
+            seen.extend(prompts)
+            counts.append(len(prompts))
             return generate(prompts, **options)
 
         monkeypatch.setattr(model, "generate", counted)
         warm_up(model)
-        assert seen == [(1, 36), (8, 36)]
+        assert counts == [1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+        assert {len(prompt) for prompt in seen} == {36}
+        assert len({prompt[0] for prompt in seen}) == len(seen)
         stats = model.engine.stats
         assert (stats.steps, stats.prompt_tokens, stats.generated_tokens, stats.prefix_queries) == (0, 0, 0, 0)
         generate("Once", max_tokens=2)

@@ -79,7 +79,7 @@ async def _chat(service: Service, request: Request) -> Response:
     def encode(model: Model) -> ChatRequest:
         return read_chat_request(model, read.own["messages"], read.chat, tools, read.own["reasoning_effort"])
 
-    asked, chat_request = await prepare_chat(service, read, encode, choice, parallel)
+    asked, chat_request = await prepare_chat(service, request, read, encode, choice, parallel)
     shown = Shown(
         logprobs=read.own["logprobs"],
         prompt_logprobs=read.sampling.get("prompt_logprobs"),

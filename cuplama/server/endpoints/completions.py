@@ -84,7 +84,7 @@ async def _completions(service: Service, request: Request) -> Response:
         read.sampling["logprobs"] = logprobs
         if read.own["echo"]:
             read.sampling["prompt_logprobs"] = max(logprobs, read.sampling.get("prompt_logprobs", 0))
-    asked = await prepare(service, read, lambda model: _encoded(model, read))
+    asked = await prepare(service, request, read, lambda model: _encoded(model, read))
     form.spell(asked.model)
     return await answer(service, request, read, asked, form)
 

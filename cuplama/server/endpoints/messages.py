@@ -70,7 +70,9 @@ async def _messages(service: Service, request: Request) -> Response:
     if (form := _output_format(read)) is not None:
         read.sampling["response_format"] = form
     service.check_name(read.own["model"])
-    asked, chat = await prepare_chat(service, read, lambda model: _read_chat(model, read, choice), choice, parallel)
+    asked, chat = await prepare_chat(
+        service, request, read, lambda model: _read_chat(model, read, choice), choice, parallel
+    )
     silent = (read.own["thinking"] or {}).get("type") == "disabled"
     blocks = Blocks(SplitText(chat.splitter(), reasoning=not silent, several_calls=parallel))
     writer = MessagesWriter(blocks, request.state.id, service.name, asked)
@@ -81,7 +83,7 @@ async def _count(service: Service, request: Request) -> Response:
     read = COUNT_FIELDS.read(await read_object(request, service.limits))
     service.check_name(read.own["model"])
     choice, _ = _choice(read.own["tool_choice"])
-    asked = await prepare(service, read, lambda model: [_read_chat(model, read, choice).ids])
+    asked = await prepare(service, request, read, lambda model: [_read_chat(model, read, choice).ids])
     return JSONResponse({"input_tokens": len(asked.prompts[0])})
 
 

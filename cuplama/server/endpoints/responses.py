@@ -76,7 +76,7 @@ async def _responses(service: Service, request: Request) -> Response:
     def encode(model: Model) -> ChatRequest:
         return read_chat_request(model, messages, read.chat, tools if choice.tools else None, effort)
 
-    asked, chat = await prepare_chat(service, read, encode, choice, parallel)
+    asked, chat = await prepare_chat(service, request, read, encode, choice, parallel)
     blocks = Blocks(SplitText(chat.splitter(), several_calls=parallel))
     writer = ResponsesWriter(blocks, request.state.id, service.name, _echoed(read, asked.params.max_tokens))
     return await answer_in_blocks(service, request, read, asked, writer)
