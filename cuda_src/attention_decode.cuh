@@ -134,20 +134,6 @@ __device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Head
     }
 }
 
-// Whether this block is the last of `blocks` to arrive. Who arrives last finds every split written; it leaves the
-// counter as it was for the next launch. The barriers extend the fences of one thread to the block.
-__device__ __forceinline__ bool arrives_last(u32* counter, int blocks) {
-    __shared__ int last;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(counter, 1u) == u32(blocks - 1);
-        __threadfence();
-        if (last) *counter = 0;
-    }
-    __syncthreads();
-    return last;
-}
-
 // A softmax over splits and the sum of 4 columns under it.
 struct SplitSums {
     static constexpr int BATCH = 8;  // splits that a thread asks for at once

@@ -137,4 +137,21 @@ __device__ __forceinline__ float block_max(float x) {
     return x;
 }
 
+// ---- what blocks leave for the last of them ----------------------------------------------------------------------------
+
+// Whether this block is the last of `blocks` to arrive. Who arrives last finds everything written that others wrote
+// before a barrier ahead of this; it leaves the counter as it was for the next launch. The barriers extend the fences of
+// one thread to the block.
+__device__ __forceinline__ bool arrives_last(u32* counter, int blocks) {
+    __shared__ int last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(counter, 1u) == u32(blocks - 1);
+        __threadfence();
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
 #endif

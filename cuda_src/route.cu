@@ -21,98 +21,9 @@
 #include "common.cuh"
 #include "experts.cuh"
 #include "ptx.cuh"
+#include "route.cuh"
 
 constexpr int ROWS = 4;  // of a block
-
-// What experts are chosen by: a number that is larger for a larger key, of equal keys for the lower index, never 0.
-__device__ __forceinline__ u64 rank_of(float key, int expert) {
-    const u32 bits = __float_as_uint(key + 0.f);  // -0 becomes 0
-    const u32 ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return u64(key == key ? ordered : 0u) << 32 | (0xffffffffu - expert);
-}
-
-__device__ __forceinline__ int expert_of(u64 rank) { return int(0xffffffffu - u32(rank)); }
-
-__device__ __forceinline__ u64 warp_max(u64 x) {
-#pragma unroll
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
-        const u64 other = __shfl_xor_sync(ALL_LANES, x, lanes);
-        if (other > x) x = other;
-    }
-    return x;
-}
-
-// A warp's row: lane l has the experts l + 32 i. What cannot be chosen any more has rank 0.
-template <int EACH>
-struct Row {
-    float logit[EACH];
-    u64 rank[EACH];
-    int E, lane;
-
-    __device__ __forceinline__ Row(const f32* logits, int row, int E) : E(E), lane(threadIdx.x % WARP) {
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int expert = lane + WARP * i;
-            logit[i] = expert < E ? logits[i64(row) * E + expert] : -infinity();
-            rank[i] = rank_of(logit[i], expert);
-        }
-    }
-
-    // The best of the experts first .. first + count - 1, and which it is; 0 if there is none.
-    __device__ __forceinline__ u64 best(int first, int count) const {
-        u64 most = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (u32(lane + WARP * i - first) < u32(count) && rank[i] > most) most = rank[i];
-        return warp_max(most);
-    }
-
-    // An expert's value of those that the lanes have.
-    __device__ __forceinline__ float value_of(int expert, const float (&values)[EACH]) const {
-        float found = 0.f;
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (expert == lane + WARP * i) found = values[i];
-        return __shfl_sync(ALL_LANES, found, expert % WARP);
-    }
-
-    __device__ __forceinline__ void remove(int first, int count) {
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (u32(lane + WARP * i - first) < u32(count)) rank[i] = 0;
-    }
-
-    // Leaves the experts of the `kept` best of the groups. by: what experts are chosen by.
-    __device__ __forceinline__ void keep_groups(int groups, int kept, const float (&by)[EACH]) {
-        const int size = E / groups;
-        u64 mine = 0;  // of group `lane`
-        for (int g = 0; g < groups; g++) {
-            float sum = 0.f;
-            int top = -1;
-            for (int i = 0; i < 2; i++) {
-                u64 most = 0;
-#pragma unroll
-                for (int j = 0; j < EACH; j++) {
-                    const int expert = lane + WARP * j;
-                    if (u32(expert - g * size) < u32(size) && expert != top && rank[j] > most) most = rank[j];
-                }
-                most = warp_max(most);
-                if (most == 0) break;  // a group of one
-                top = expert_of(most);
-                sum += value_of(top, by);
-            }
-            if (lane == g) mine = rank_of(sum, g);
-        }
-        u32 left = 0;
-        for (int i = 0; i < kept; i++) {
-            const u64 most = warp_max(mine);
-            if (mine == most) mine = 0;
-            left |= 1u << expert_of(most);
-        }
-        for (int g = 0; g < groups; g++)
-            if (!(left >> g & 1)) remove(g * size, size);
-    }
-};
 
 template <int EACH>
 __global__ void route(const f32* logits, const f32* __restrict__ bias, const f32* __restrict__ scale, i32* experts,
@@ -122,41 +33,8 @@ __global__ void route(const f32* logits, const f32* __restrict__ bias, const f32
     pdl_wait();
     const int row = blockIdx.x * ROWS + threadIdx.x / WARP;
     if (row >= n) return;
-    Row<EACH> of(logits, row, E);
-    float score[EACH], by[EACH], largest = -infinity(), sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) largest = fmaxf(largest, of.logit[i]);
-    largest = warp_max(largest);
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        score[i] = sigmoid ? 1.f / (1.f + expf(-of.logit[i])) : expf(of.logit[i] - largest);
-        sum += score[i];  // 0 beyond E
-    }
-    const float whole = sigmoid ? 1.f : warp_sum(sum);
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int expert = of.lane + WARP * i;
-        score[i] /= whole;
-        by[i] = score[i];
-        if (bias == nullptr || expert >= E) continue;
-        by[i] += bias[expert];
-        of.rank[i] = rank_of(by[i], expert);
-    }
-    if (groups > 1) of.keep_groups(groups, kept, by);
-    float mine = 0.f;
-    int chosen = 0;
-    for (int slot = 0; slot < k; slot++) {
-        const int expert = expert_of(of.best(0, E));
-        const float found = of.value_of(expert, score);
-        of.remove(expert, 1);
-        if (of.lane == slot) chosen = expert, mine = found;
-    }
-    const float total = warp_sum(mine) + 1e-20f;  // of scores that are all 0
-    if (of.lane >= k) return;
-    float weight = (renormalise ? mine / total : mine) * factor;
-    if (scale != nullptr) weight *= scale[chosen];
-    experts[i64(row) * k + of.lane] = chosen;
-    weights[i64(row) * k + of.lane] = weight;
+    choose<EACH>(logits + i64(row) * E, bias, scale, experts + i64(row) * k, weights + i64(row) * k, E, k, sigmoid,
+                 groups, kept, renormalise, factor);
 }
 
 template <int EACH>
@@ -165,7 +43,7 @@ __global__ void route_sparsemixer(const f32* logits, i32* experts, f32* weights,
     pdl_wait();
     const int row = blockIdx.x * ROWS + threadIdx.x / WARP;
     if (row >= n) return;
-    Row<EACH> of(logits, row, E);
+    Row<EACH> of(logits + i64(row) * E, E);
     for (int slot = 0; slot < k; slot++) {
         const int expert = expert_of(of.best(0, E));
         const float largest = of.value_of(expert, of.logit);

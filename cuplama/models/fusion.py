@@ -23,12 +23,14 @@ class Rule:
 
     An input of the fused op takes the value of the first part's input of the same name. Where the names differ, or
     another part is meant, ``sources`` says so: name of the fused op's input -> (op of the part, name of its input). An
-    input that no part has is left out.
+    input that no part has is left out. The fused op's outputs are those of the last part, then the arrays that others
+    update in place, then ``kept``: outputs of others that later nodes need, as (op of the part, name of the output).
     """
 
     parts: tuple[str, ...]
     fused: str
     sources: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    kept: tuple[tuple[str, str], ...] = ()
 
 
 def _norm_linear(norm: str, act: str | None) -> Rule:
@@ -68,6 +70,18 @@ EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *BATCH_RULES)
 # For a decode step of at most ``MAX_STREAMED_ROWS`` rows, whose products our own kernels compute. The first rule that
 # fits is taken, so longer patterns stand before shorter ones.
 FEW_ROWS_RULES: tuple[Rule, ...] = (
+    Rule(
+        ("rms_norm", "linear", "route", "sort_pairs"),
+        "rms_norm_route",
+        {
+            "g": ("rms_norm", "w"),
+            "w": ("linear", "w"),
+            "b": ("linear", "b"),
+            "bias": ("route", "bias"),
+            "scale": ("route", "scale"),
+        },
+        kept=(("rms_norm", "y"), ("route", "weights")),
+    ),
     _norm_linear("rms_norm", "silu_mul"),
     _norm_linear("rms_norm", "gelu_tanh_mul"),
     _norm_linear("layer_norm", "gelu_tanh"),
@@ -85,7 +99,7 @@ def fuse(nodes: Sequence[Node], rules: Sequence[Rule]) -> list[Node]:
     while at < len(nodes):
         for rule in rules:
             parts = tuple(nodes[at : at + len(rule.parts)])
-            fits = tuple(p.op for p in parts) == rule.parts and _closed(parts, nodes[at + len(parts) :])
+            fits = tuple(p.op for p in parts) == rule.parts and _closed(rule, parts, nodes[at + len(parts) :])
             if fits and _complete(fused := _fused(rule, parts)):
                 out.append(fused)
                 at += len(parts)
@@ -96,15 +110,22 @@ def fuse(nodes: Sequence[Node], rules: Sequence[Rule]) -> list[Node]:
     return out
 
 
-def _hidden(parts: Sequence[Node]) -> set[str]:
-    """The values that fusion would hide: what all parts but the last make, unless it is an array updated in place."""
+def _inner(parts: Sequence[Node]) -> set[str]:
+    """The values that all parts but the last make, unless they are arrays updated in place."""
     return {name for p in parts[:-1] for name in p.outs if name not in p.ins}
 
 
-def _closed(parts: Sequence[Node], rest: Sequence[Node]) -> bool:
+def _kept(rule: Rule, parts: Sequence[Node]) -> list[str]:
+    """The values of those that the fused node makes all the same."""
+    outs = {(p.op, s.name): name for p in parts for s, name in zip(OPS[p.op].signature.outs, p.outs, strict=True)}
+    return [outs[which] for which in rule.kept]
+
+
+def _closed(rule: Rule, parts: Sequence[Node], rest: Sequence[Node]) -> bool:
     """Whether each part feeds the next, and nothing later needs a value that fusion would hide."""
     chained = all(set(a.outs) & set(b.ins) for a, b in itertools.pairwise(parts))
-    return chained and not any(_hidden(parts) & set(node.ins) for node in rest)
+    hidden = _inner(parts).difference(_kept(rule, parts))
+    return chained and not any(hidden & set(node.ins) for node in rest)
 
 
 def _complete(fused: Node) -> bool:
@@ -113,9 +134,9 @@ def _complete(fused: Node) -> bool:
     So a norm without a bias is not fused into an op that needs one, and a part with an optional input or attribute that
     the fused op does not have stays as it is.
     """
-    signature, hidden = OPS[fused.op].signature, _hidden(fused.parts)
+    signature = OPS[fused.op].signature
     given = dict(itertools.zip_longest((s.name for s in signature.ins), fused.ins, fillvalue=""))
-    read = {name for p in fused.parts for name in p.ins} - hidden - {""}
+    read = {name for p in fused.parts for name in p.ins} - _inner(fused.parts) - {""}
     optional = {name for p in fused.parts for name in p.attrs.keys() & OPS[p.op].signature.defaults.keys()}
     known = {s.name for s in signature.attrs}
     return all(given[s.name] or s.optional for s in signature.ins) and read <= set(fused.ins) and optional <= known
@@ -123,13 +144,13 @@ def _complete(fused: Node) -> bool:
 
 def _inputs(rule: Rule, parts: Sequence[Node]) -> tuple[str, ...]:
     """The values of the fused op's inputs, in its order; the empty name for one that is left out."""
-    hidden = _hidden(parts)
+    inner = _inner(parts)
     by_part = [(p.op, {s.name: v for s, v in zip(OPS[p.op].signature.ins, p.ins, strict=False)}) for p in parts]
     found = []
     for spec in OPS[rule.fused].signature.ins:
         part, name = rule.sources.get(spec.name, ("", spec.name))
         values = (given.get(name, "") for op, given in by_part if part in ("", op))
-        found.append(next((v for v in values if v and v not in hidden), ""))
+        found.append(next((v for v in values if v and v not in inner), ""))
     while not found[-1]:
         found.pop()
     return tuple(found)
@@ -142,4 +163,5 @@ def _fused(rule: Rule, parts: tuple[Node, ...]) -> Node:
     # An eps that no part gives is not used.
     attrs = {s.name: 0.0 for s in signature.attrs if s.dtype == "f32" and s.default is None}
     attrs |= {k: v for p in parts for k, v in p.attrs.items() if k in known}
-    return Node(rule.fused, (*parts[-1].outs, *in_place), _inputs(rule, parts), attrs, parts)
+    outs = (*parts[-1].outs, *in_place, *_kept(rule, parts))
+    return Node(rule.fused, outs, _inputs(rule, parts), attrs, parts)

@@ -300,9 +300,10 @@ class _Nodes:
 
     def mixture(self, i: int, h: str) -> str:
         """Layer i's experts, and the one that all tokens share, if it has that."""
+        routes = self.routes(i, self.linear(h, f"{i}.router", U="f32"))  # behind the norm, which fusion needs
         shared = (self.mlp(f"{i}.shared.", h),) if f"{i}.shared.gate_up_proj" in self.weights else ()
         gated = f"{i}.shared_gate" in self.weights
-        y = self.experts(i, self.linear(h, f"{i}.router", U="f32"), h, *(() if gated else shared))
+        y = self.experts(i, routes, h, *(() if gated else shared))
         if not gated:
             return y
         # A gate is a router of one expert, which all tokens have: its weight is the sigmoid.
@@ -315,7 +316,8 @@ class _Nodes:
         the router has a norm of its own."""
         dense = self.emit("rms_norm_f32", f"{i}.dense", self.mlp(f"{i}.", h), f"{i}.dense_post_norm", **self.norms)
         logits = self.linear(self.read(x, f"{i}.router_norm"), f"{i}.router", U="f32")
-        y = self.experts(i, self.scaled(logits, self.config.router_scale), self.read(x, f"{i}.experts_norm"))
+        routes = self.routes(i, self.scaled(logits, self.config.router_scale))
+        y = self.experts(i, routes, self.read(x, f"{i}.experts_norm"))
         return self.emit("rms_norm_add", f"{i}.both", y, f"{i}.experts_post_norm", dense, **self.norms)
 
     def routed(self, op: str, name: str, logits: str, *ins: str, **attrs: Any) -> tuple[str, str]:
@@ -324,15 +326,21 @@ class _Nodes:
         self.found.append(Node(op, outs, (logits, *ins), attrs))
         return outs
 
-    def experts(self, i: int, logits: str, h: str, *more: str) -> str:
-        """What the experts that the router's logits choose make of h, by their weights, beside what there is more.
-        A pair is a row and one of its experts."""
+    def routes(self, i: int, logits: str) -> tuple[str, str, str]:
+        """Which experts the router's logits choose: (their weights, pairs, offsets). A pair is a row and one of its
+        experts."""
         config, name = self.config, f"{i}.experts"
         scale, (correction, *_) = self.present(f"{i}.router.scale"), (*self.present(f"{i}.router.correction"), "")
         beside = (correction, *scale) if correction or scale else ()
         chosen, weights = self.routed(config.family.router.op, name, logits, *beside, **config.router)
         pairs = f"{name}.pairs", f"{name}.offsets"
         self.found.append(Node("sort_pairs", pairs, (chosen,), {"E": config.experts}))
+        return weights, *pairs
+
+    def experts(self, i: int, routes: tuple[str, str, str], h: str, *more: str) -> str:
+        """What the experts that were chosen make of h, by their weights, beside what there is more."""
+        config, name = self.config, f"{i}.experts"
+        weights, *pairs = routes
         bias = (self.present(f"{name}.{x}_proj.bias") for x in ("gate_up", "down"))
         op, limits = f"expert_linear_{config.activation}", {"alpha": config.swiglu_alpha, "limit": config.swiglu_limit}
         attrs = limits if config.swiglu_limit else {}

@@ -17,7 +17,7 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
 
-__all__ = ["MAX_EXPERTS", "combine_pairs", "route", "route_sparsemixer", "sort_pairs"]
+__all__ = ["MAX_EXPERTS", "combine_pairs", "lane_experts", "route", "route_sparsemixer", "sort_pairs"]
 
 MAX_EXPERTS = 512
 """Experts that the kernels can choose from; as in cuda_src/experts.cuh."""
@@ -94,7 +94,7 @@ def _combine_pairs(x: Array, weights: Array, a: Array | None = None) -> Array:
     return y
 
 
-def _each(call: Call) -> int:
+def lane_experts(call: Call) -> int:
     """Experts of a lane, as a power of two."""
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
@@ -104,11 +104,13 @@ def _each(call: Call) -> int:
 
 def _route_kernels(call: Call, device: Device) -> Plan:
     grid = (-(-call["n"] // _ROUTE_ROWS),)
-    return Plan((Launch(f"route.cu:{call.op.name}", grid, (_ROUTE_ROWS * _WARP,), constants={"EACH": _each(call)}),))
+    return Plan(
+        (Launch(f"route.cu:{call.op.name}", grid, (_ROUTE_ROWS * _WARP,), constants={"EACH": lane_experts(call)}),)
+    )
 
 
 def _sort_kernels(call: Call, device: Device) -> Plan:
-    _each(call)
+    lane_experts(call)
     threads = max(_MIN_SORTING, min(_MAX_SORTING, 1 << (call["n"] * call["k"] - 1).bit_length()))
     return Plan((Launch("route.cu:sort_pairs", (1,), (threads,), threads // _WARP * call["E"] * 4),))
 

@@ -76,6 +76,16 @@ def test_fusion_keeps_a_value_that_is_used_again() -> None:
     assert [n.op for n in fuse(nodes, rules)] == ["rms_norm", "linear", "add"]
 
 
+def test_a_router_and_its_norm_are_one_node_that_keeps_what_experts_need() -> None:
+    config = load_config(GOLDEN / "qwen2-moe")
+    fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
+    found = [node for node in fused if node.op == "rms_norm_route"]
+    assert len(found) == sum(f"{i}.router" in config.weight_shapes() for i in range(config.num_layers)) > 0
+    assert found[0].outs == ("1.experts.pairs", "1.experts.offsets", "1.mlp_norm.out", "1.experts.weights")
+    assert found[0].ins == ("1.x", "1.mlp_norm", "1.router")
+    assert found[0].attrs["k"] == config.experts_per_token
+
+
 def test_a_part_with_what_the_fused_op_lacks_is_not_fused() -> None:
     """Left out, an input or an attribute would be ignored: the result would be another one."""
     rotation = [

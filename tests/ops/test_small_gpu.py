@@ -38,6 +38,9 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("layer_norm_linear", dict(n=3, m=19, k=4104, U="f32", **_WIDE), Device(sms=1)),
     # ... which linear.cu computes on GPUs without tensor cores for it; x, several pieces for a thread, ends the memory
     ("linear", dict(n=4, m=61, k=520, b=True, U="T"), Device(arch=75, sms=2, shared=65536)),
+    # ... whose rows do not all fit in shared memory
+    ("rms_norm_route", dict(n=7, d=4000, E=9, k=2, b=False, bias=False, scale=False, eps=1e-6),
+     Device(arch=75, sms=40, shared=65536)),
     # Adapters in 16 bits without tensor cores
     ("lora_add", dict(n=67, m=70, q=34, r=17, scale=0.5, U="T"), Device(arch=75, sms=40, shared=65536)),
     ("lora_backward_h", dict(n=9, m=1100, q=17, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),

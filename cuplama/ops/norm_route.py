@@ -1,0 +1,109 @@
+"""A norm, a router, its choice and the pairs by expert in one launch, for few rows. Kernel: cuda_src/norm_route.cu.
+
+Defined by its parts, ``rms_norm``, ``linear``, ``route`` and ``sort_pairs``: the reference only calls theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import Array
+from .launch import Device, Launch, Plan
+from .linear import MAX_STREAMED_ROWS, linear
+from .norm import rms_norm
+from .op import Call, Draw, Op
+from .route import lane_experts, route, sort_pairs
+from .signature import OpError
+
+__all__ = ["rms_norm_route"]
+
+_WARP = 32
+_WARPS = 4  # of a block, an expert for each; as in norm_route.cu
+_RESERVED_BYTES = 4096  # of shared memory: static arrays, and what the driver keeps for itself
+
+
+def _reference(
+    x: Array,
+    g: Array,
+    w: Array,
+    b: Array | None = None,
+    bias: Array | None = None,
+    scale: Array | None = None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    k: int,
+    sigmoid: int = 0,
+    groups: int = 1,
+    kept: int = 1,
+    renormalise: int = 1,
+    factor: float = 1.0,
+) -> tuple[Array, Array, Array, Array]:
+    normed = rms_norm.reference(x, g, eps=eps, offset=offset)
+    router = dict(k=k, sigmoid=sigmoid, groups=groups, kept=kept, renormalise=renormalise, factor=factor)
+    experts, weights = route.reference(linear.reference(normed, w, b), bias, scale, **router)
+    return *sort_pairs.reference(experts, E=len(w)), normed, weights
+
+
+def _kernels(call: Call, device: Device) -> Plan:
+    n, E = call["n"], call["E"]
+    if n > MAX_STREAMED_ROWS:
+        raise OpError(f"rms_norm_route: {n} rows are more than the {MAX_STREAMED_ROWS} that the kernel takes")
+    row = -(-call["d"] // 8) * 8 * call.dtypes["T"].itemsize
+    room = (device.shared - _RESERVED_BYTES) // row
+    if not room:
+        raise OpError(f"rms_norm_route: a block's shared memory does not hold a row of {call['d']} elements")
+    rows = min(1 << (n - 1).bit_length(), 1 << room.bit_length() - 1)  # at a time
+    constants = {"EACH": lane_experts(call), "ROWS": rows}
+    grid = (-(-E // _WARPS),)
+    launch = Launch("norm_route.cu:rms_norm_route", grid, (_WARPS * _WARP,), min(n, rows) * row, constants)
+    return Plan((launch,), {"logits": ((n, E), "f32"), "finished": ((1,), "u32")}, frozenset({"finished"}))
+
+
+def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
+    """Weights whose first column, with a large first element of x, tells the experts apart by more than what the
+    rounding of the norm changes."""
+    E, d = case["E"], case["d"]
+    x = rng.standard_normal((case["n"], d)).astype(np.float32)
+    w = rng.standard_normal((E, d)) * 0.05 / np.sqrt(d)
+    x[:, 0] = np.sqrt(d)
+    w[:, 0] = rng.permutation(E) * (2 / E / np.sqrt(d))
+    return {"x": x, "w": w.astype(T), "g": np.ones(d, T) - T.type(case.get("offset", 0))}
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    E = draw(1, 60)
+    return dict(n=draw(1, 8), d=draw(1, 200), E=E, k=draw(1, min(E, 10)), b=False, bias=False, scale=bool(draw(0, 1)),
+                sigmoid=draw(0, 1), renormalise=draw(0, 1), factor=2.5, eps=1e-6, offset=draw(0, 1))  # fmt: skip
+
+
+_NEITHER = dict(b=False, bias=False, scale=False, eps=1e-6)
+
+rms_norm_route = Op(
+    "rms_norm_route",
+    "pairs[n*k]:i32, offsets[E+1]:i32, normed[n,d]:T, weights[n,k]:f32 = (x[n,d]:f32, g[d]:T, w[E,d]:T, b[E]:T?,"
+    " bias[E]:f32?, scale[E]:f32?, eps:f32, offset:f32=0, k:i32, sigmoid:i32=0, groups:i32=1, kept:i32=1,"
+    " renormalise:i32=1, factor:f32=1)",
+    doc="normed = rms_norm(x) with the scale g; the experts and weights that route chooses for the logits"
+    " normed w^T + b, with its bias, scale and attributes; and the pairs of rows and experts as sort_pairs gives them.",
+    reference=_reference,
+    kernels=_kernels,
+    cases=[
+        dict(n=1, d=64, E=8, k=2, **_NEITHER),
+        dict(n=2, d=100, E=37, k=4, **_NEITHER, offset=1),
+        dict(n=8, d=72, E=128, k=8, **_NEITHER, renormalise=0),
+        dict(n=2, d=1100, E=5, k=2, **_NEITHER),
+        dict(n=3, d=520, E=60, k=32, **_NEITHER, sigmoid=1, factor=2.5),
+        dict(n=5, d=48, E=64, k=6, b=True, bias=True, scale=True, sigmoid=1, groups=8, kept=4, eps=1e-6),
+    ],
+    sizes=_sizes,
+    inputs=_inputs,
+    shape=dict(n=1, d=2048, E=128, k=8, **_NEITHER),
+    rules=route.rules,
+    # Of the weights: the rounding of the norm to T, in logits of up to 1.4.
+    tolerance={"f32": 64.0, "f16": 1.25, "bf16": 1.25, "f16:f32": 5000.0, "bf16:f32": 40000.0},
+    flops=lambda c: 2 * c["n"] * c["E"] * c["d"],
+)
