@@ -10,6 +10,7 @@ float32's roundings; tests/golden/README.md says what each file holds.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ TOKENS, KEPT = 1 << 17, 48
 NEAREST = 2e-6  # a logit's difference that another order of a sum of some dozen products does not turn
 
 
+def router_of(model: Any) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """The first router, with the correction where that is beside it and no part of it, as in MiniMax-M2."""
+    router = routers(model)[0]
+    outer = next(module for module in model.modules() if router in module.children())
+    beside = (outer.e_score_correction_bias,) if hasattr(outer, "e_score_correction_bias") else ()
+    return lambda x: tuple(router(x, *beside))
+
+
 def chosen(router: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(experts, weights) [n, k], experts in ascending order."""
     outs = router(x)
@@ -37,7 +46,7 @@ def chosen(router: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def make(name: str) -> str:
     """Write the file of a golden model. Returns a line about it."""
     model = load(CASES_DIR / name)
-    router, width = routers(model)[0], model.config.hidden_size
+    router, width = router_of(model), model.config.hidden_size
     x = torch.randn((TOKENS, width), generator=torch.Generator().manual_seed(1))
     experts, weights = chosen(router, x)
     # A token is as near to a tie as the smallest step towards a random other token that gives it other experts.

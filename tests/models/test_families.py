@@ -125,6 +125,7 @@ def test_names_ops_and_rotations() -> None:
         "helium": {"rope": "rope_pairs"},
         "hunyuan_v1_dense": {"rope_types": ("default", "ntk_alpha")},
         "internlm2": {"rope_types": ("default", "linear", "dynamic")},
+        "minimax_m2": {"partial_rotary": True},
         "nemotron": {"norm": "layer_norm", "norm_offset": 1.0, "partial_rotary": True},
         "phi": {"norm": "layer_norm", "partial_rotary": True},
         "phi3": {"rope_types": ("default", "longrope"), "partial_rotary": True},
@@ -133,6 +134,7 @@ def test_names_ops_and_rotations() -> None:
         "qwen3_5_text": {"norm_offset": 1.0, "partial_rotary": True},
         "qwen3_next": {"norm_offset": 1.0, "partial_rotary": True},
         "stablelm": {"norm": "layer_norm", "partial_rotary": True},
+        "starcoder2": {"norm": "layer_norm"},
     }
 
 
@@ -150,6 +152,14 @@ def test_a_window_that_is_on_has_a_default(family: str) -> None:
     assert many == (0,) * 28 + (4096,) * 2
     assert parse(family, num_hidden_layers=30, sliding_window=8).windows == (0,) * 30
     assert parse(family, use_sliding_window=True, max_window_layers=0, sliding_window=None).windows == (0,)
+
+
+def test_windows_of_dots_begin_at_a_layer() -> None:
+    """Whether ``use_sliding_window`` says so or not, of 4096 tokens from layer 62 on."""
+    many = {"num_hidden_layers": 64, "use_sliding_window": False, **NEEDED["Dots1"]}
+    assert parse("Dots1", **many).windows == (0,) * 62 + (4096,) * 2
+    assert parse("Dots1", sliding_window=None, **many).windows == (0,) * 64
+    assert parse("Dots1", sliding_window=8, max_window_layers=63, **many).windows == (0,) * 63 + (8,)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +258,11 @@ ABSENT = {
     "Apertus": (160, 8, 1e-5, 65536, "llama3", 12e6, 8),
     "Arcee": (160, 8, 1e-5, 4096, "default", 1e4, 8),
     "Cohere2": (160, 8, 1e-5, 8192, "default", 1e4, 8),
+    "Dots1": (32, 8, 1e-6, 2048, "default", 1e4, 8),
     "Ernie4_5": (2, 128, 1e-5, 131072, "default", 5e5, 128),
     "Ernie4_5_Moe": (4, 8, 1e-5, 131072, "default", 5e5, 8),
     "Exaone4": (32, 8, 1e-5, 2048, "default", 1e4, 8),
+    "FlexOlmo": (160, 8, 1e-6, 4096, "default", 5e5, 8),
     "Gemma": (16, 256, 1e-6, 8192, "default", 1e4, 256),
     "Gemma2": (4, 256, 1e-6, 8192, "default", 1e4, 256),
     "Gemma3": (4, 256, 1e-6, 131072, "default", 1e4, 256),
@@ -264,6 +276,7 @@ ABSENT = {
     "HunYuanDenseV1": (160, 8, 1e-5, 2048, "default", 1e4, 8),
     "InternLM2": (160, 8, 1e-6, 2048, "default", 1e4, 8),
     "InternLM3": (2, 128, 1e-5, 32768, "default", 1e4, 128),
+    "MiniMaxM2": (8, 128, 1e-6, 196608, "default", 5e6, 128),
     "Mixtral": (8, 8, 1e-5, 131072, "default", 1e6, 8),
     "Nemotron": (160, 8, 1e-5, 4096, "default", 1e4, 4),
     "Olmo2": (160, 8, 1e-5, 2048, "default", 1e4, 8),
@@ -279,13 +292,18 @@ ABSENT = {
     "SeedOss": (8, 128, 1e-6, 524288, "default", 1e4, 128),
     "SmolLM3": (4, 8, 1e-6, 32768, "default", 2e6, 8),
     "StableLm": (32, 8, 1e-5, 4096, "default", 1e4, 2),
+    "Starcoder2": (2, 8, 1e-5, 4096, "default", 1e4, 8),
 }
+
+
+# What such a config must have beside the sizes, since the family's class has no default.
+NEEDED = {"Dots1": {"n_routed_experts": 9, "num_experts_per_tok": 2, "n_shared_experts": 3}}
 
 
 @pytest.mark.parametrize(("family", "wanted"), ABSENT.items())
 def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[Any, ...]) -> None:
     sizes = {"vocab_size": 96, "hidden_size": 1280, "intermediate_size": 48, "num_attention_heads": 160}
-    raw = {"architectures": [f"{family}ForCausalLM"], **sizes, "num_hidden_layers": 4}
+    raw = {"architectures": [f"{family}ForCausalLM"], **sizes, "num_hidden_layers": 4, **NEEDED.get(family, {})}
     config = parse_config(raw)
     (rope,) = config.ropes.values()
     found = (config.num_kv_heads, config.head_dim, config.eps, config.context, rope.type, rope.theta, rope.dim)
@@ -293,7 +311,7 @@ def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[A
     mixed = dict.fromkeys(("Cohere2", "Exaone4", "Olmo3"), (4096, 4096, 4096, 0))
     mixed |= {"Gemma2": (4096, 0, 4096, 0), "Gemma3": (4096,) * 4, "GptOss": (128, 0, 128, 0)}
     assert config.windows == mixed.get(family, (0,) * 4)
-    tied = ("Cohere2", "Ernie4_5", "Ernie4_5_Moe", "Gemma", "Gemma2", "Gemma3", "SmolLM3")
+    tied = ("Cohere2", "Ernie4_5", "Ernie4_5_Moe", "Gemma", "Gemma2", "Gemma3", "SmolLM3", "Starcoder2")
     assert config.head_is_tied == (family in tied)
     assert config.logits_scale == (0.0625 if family == "Cohere2" else 1)
     scales = {"Gemma2": 1 / 16, "Gemma3": 1 / 16, "Granite": 1, "GraniteMoe": 1}
@@ -304,9 +322,12 @@ def test_what_a_config_means_that_leaves_fields_out(family: str, wanted: tuple[A
 # Of experts: (how many, of a token, their size, that of the shared one, which of four layers have them, router).
 _GLM_ROUTER = {"k": 8, "sigmoid": 1, "groups": 1, "kept": 1, "renormalise": 1, "factor": 1.0}
 ABSENT_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "Dots1": (9, 2, 1408, 3 * 1408, [0, 1, 2, 3], {**_GLM_ROUTER, "k": 2, "renormalise": 0}),
     "Ernie4_5_Moe": (64, 6, 1536, 3072, [1, 2, 3], {"k": 6}),
+    "FlexOlmo": (7, 5, 48, 0, [0, 1, 2, 3], {"k": 5, "renormalise": 0}),
     "Glm4Moe": (128, 8, 1408, 1408, [1, 2, 3], _GLM_ROUTER),
     "GraniteMoe": (8, 2, 48, 0, [0, 1, 2, 3], {"k": 2}),
+    "MiniMaxM2": (256, 8, 48, 0, [0, 1, 2, 3], {"k": 8, "sigmoid": 1}),
     "Mixtral": (8, 2, 48, 0, [0, 1, 2, 3], {"k": 2}),
     "Olmoe": (64, 8, 48, 0, [0, 1, 2, 3], {"k": 8, "renormalise": 0}),
     "PhiMoE": (16, 2, 48, 0, [0, 1, 2, 3], {"k": 2, "threshold": 0.02}),
@@ -317,7 +338,7 @@ ABSENT_EXPERTS: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize(("family", "wanted"), ABSENT_EXPERTS.items())
 def test_what_a_config_means_that_leaves_experts_out(family: str, wanted: tuple[Any, ...]) -> None:
-    config = parse(family, num_hidden_layers=4)
+    config = parse(family, num_hidden_layers=4, **NEEDED.get(family, {}))
     names = config.weight_shapes()
     layers = [i for i in range(4) if f"{i}.router" in names]
     found = (config.experts, config.experts_per_token, config.expert_size, config.shared_size, layers, config.router)

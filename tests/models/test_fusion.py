@@ -17,7 +17,9 @@ from tests.paths import GOLDEN
 
 CASES = sorted(GOLDEN.iterdir())
 # Families whose layers have nothing but what the rules name.
-PLAIN = {"gpt2", "internlm2", "internlm3", "llama", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"}
+PLAIN = {
+    "gpt2", "internlm2", "internlm3", "llama", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+}  # fmt: skip
 
 
 def _leaves(nodes: list[Node]) -> list[Node]:

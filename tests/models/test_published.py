@@ -33,12 +33,15 @@ PARAMETERS: dict[str, int | float] = {
     "command-a": 111_057_580_032,
     "command-r7b": 8_028_033_024,
     "deepseek-llm-7b": 6_910_365_696,
+    "dots.llm1": 142_774_381_696,
     "ernie-4.5-0.3b": 360_748_032,
     "ernie-4.5-21b-a3b": 21.8e9,
     "ernie-4.5-300b-a47b": 300e9,
     "exaone-4.0-1.2b": 1.28e9,
     "exaone-4.0-32b": 32.0e9,
     "falcon3-7b": 7_455_550_464,
+    # OLMo 2 7B with the MLPs of six more in each layer, and routers.
+    "flexolmo-7x7b": 7_298_617_344 + 32 * (6 * 3 * 4096 * 11008 + 7 * 4096),
     "gemma-2-27b": 27_227_128_320,
     "gemma-2-2b": 2_614_341_888,
     "gemma-2b": 2_506_172_416,
@@ -72,6 +75,7 @@ PARAMETERS: dict[str, int | float] = {
     "internlm2.5-1.8b": 1_889_110_016,
     "internlm2.5-7b": 7_737_708_544,
     "internlm3-8b": 8_804_241_408,
+    "minimax-m2": 228_703_644_928 - 13_880_064,  # less the scales of its fp8 matrices
     "ministral-3-14b": 13.5e9,
     "ministral-3-3b": 3_849_090_048 - 420_083_712,
     "minitron-4b": 4.19e9,
@@ -104,6 +108,9 @@ PARAMETERS: dict[str, int | float] = {
     "smollm3-3b-base": 3_075_098_624,
     "stablelm-2-1.6b": 1_644_515_328,
     "stablelm-3b": 2_795_443_200,
+    "starcoder2-15b": 15_957_889_024,
+    "starcoder2-3b": 3_030_371_328,
+    "starcoder2-7b": 7_173_923_840,
     "yi-6b": 6_061_035_520,
 }
 
@@ -128,6 +135,7 @@ def test_parameters(name: str, count: int | float, caplog: pytest.LogCaptureFixt
 
 # Parameters that a token uses, as the makers round them.
 ACTIVE = {
+    "dots.llm1": 14e9,
     "ernie-4.5-21b-a3b": 3e9,
     "ernie-4.5-300b-a47b": 47e9,
     "gemma-4-26b-a4b": 3.8e9,
@@ -135,6 +143,7 @@ ACTIVE = {
     "glm-4.5-air": 12e9,
     "granite-3.1-1b-a400m": 400e6,
     "granite-3.1-3b-a800m": 800e6,
+    "minimax-m2": 10e9,
     "mixtral-8x22b": 39e9,
     "mixtral-8x7b": 13e9,
     "olmoe-1b-7b-0924": 1.3e9,
@@ -236,7 +245,8 @@ PARTS = [
     ("phi-1.5", 32),
     ("stablelm-3b", 20),
     ("minitron-4b", 64),
-]  # of 128, 128, 128, 80, 64, 80 and 128
+    ("minimax-m2", 64),
+]  # of 128, 128, 128, 80, 64, 80, 128 and 128
 
 
 @pytest.mark.parametrize(("name", "rotated"), PARTS)
@@ -303,6 +313,20 @@ REFUSED = [
     ("hunyuan-7b", "use_qk_norm", False),
     ("apertus-8b", "post_norm", True),
     ("exaone-4.0-32b", "sliding_window_pattern", 0),
+    ("starcoder2-3b", "mlp_type", "gated"),
+    ("starcoder2-3b", "norm_type", "rms_norm"),
+    ("starcoder2-3b", "use_bias", "yes"),
+    ("minimax-m2", "attn_type_list", [0] + [1] * 61),
+    ("minimax-m2", "rotary_dim", "64"),
+    ("minimax-m2", "scoring_func", "softmax"),
+    ("minimax-m2", "use_routing_bias", False),
+    ("minimax-m2", "qk_norm_type", "per_head"),
+    ("minimax-m2", "shared_intermediate_size", 1536),
+    ("minimax-m2", "layernorm_mlp_beta", 3.5),
+    ("dots.llm1", "scoring_func", "softmax"),
+    ("dots.llm1", "moe_layer_freq", 2),
+    ("dots.llm1", "n_shared_experts", None),
+    ("flexolmo-7x7b", "clip_qkv", 8.0),
 ]
 
 

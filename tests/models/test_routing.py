@@ -38,8 +38,10 @@ def routed(backend: Backend, case: Path, x: np.ndarray[Any, Any]) -> tuple[np.nd
     config = load_config(case)
     weights = {name: backend.load_weight(w) for name, w in load_weights(case, config).items()}
     layer = next(i for i in range(config.num_layers) if f"{i}.router" in weights)
-    read = f"{layer}.x" if f"{layer}.router_norm" in weights else f"{layer}.mlp_norm.out"
-    nodes = router_nodes(list(decoder(config).body), {*weights, read, ""})
+    body = list(decoder(config).body)
+    logits = next(node for node in body if node.outs == (f"{layer}.router.out",))
+    read = f"{layer}.x" if f"{layer}.router_norm" in weights else logits.ins[0]
+    nodes = router_nodes(body, {*weights, read, ""})
     outs = backend.run(nodes, {**weights, read: backend.upload(x)}, nodes[-1].outs)
     experts, share = (backend.download(outs[name]) for name in nodes[-1].outs)
     order = experts.argsort(-1)

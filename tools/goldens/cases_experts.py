@@ -129,6 +129,52 @@ EXPERT_CASES: dict[str, Case] = {
             **rope("default", 1e6, partial_rotary_factor=0.5),
         },
     ),
+    # As it is published: the number of elements of a head that rotate, and not the part.
+    "minimax-m2": Case(
+        "minimax_m2",
+        {
+            **HEADS,
+            "num_local_experts": 9,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 20,
+            **rope("default", 1e6, partial_rotary_factor=0.5),
+        },
+        spelling="minimax_m2",
+    ),
+    "dots1": Case(
+        "dots1",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "n_routed_experts": 9,
+            "num_experts_per_tok": 3,
+            "n_group": 3,
+            "topk_group": 2,
+            "moe_intermediate_size": 20,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+            "sliding_window": 8,
+            "max_window_layers": 2,
+            **rope("default", 1e6),
+        },
+        spelling="v4",
+    ),
+    "flex-olmo": Case(
+        "flex_olmo",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "hidden_size": 48,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 20,
+            "pad_token_id": None,
+            **rope("default", 500000.0),
+        },
+    ),
     "ernie45-moe": Case(
         "ernie4_5_moe",
         {

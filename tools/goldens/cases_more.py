@@ -78,6 +78,19 @@ MORE_CASES: dict[str, Case] = {
         },
         layer_norms(SMALL),
     ),
+    "starcoder2": Case(
+        "starcoder2",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+            **rope("default", 1e6),
+        },
+        layer_norms(SMALL, "norm_epsilon"),
+        spelling="v4",
+    ),
     "apertus": Case("apertus", {"num_attention_heads": 4, "num_key_value_heads": 2, **LLAMA3}),
     "internlm2": Case(
         "internlm2",

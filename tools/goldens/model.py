@@ -65,7 +65,9 @@ def randomize(model: Any, seed: int, tied: bool) -> None:
         elif "lm_head" in name:
             value = noise * 3.0 / model.config.hidden_size**0.5
         else:
-            conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            conv1d = model.config.model_type == "gpt2" and name.endswith(
+                ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+            )
             fan_in = p.shape[0] if conv1d else p.shape[-1]
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "c_attn"))
             # The two GELUs differ by 5e-4 at most: amplify what they feed.

@@ -20,7 +20,8 @@ Mutate = Callable[[Any], None]
 # Parameters that some models have: the words by which their names are found.
 PARTS = (
     "q_proj.bias", "v_proj.bias", "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias", "dense.bias",
-    "fc1.bias", "fc2.bias", "layernorm.bias", "model.norm.bias", "lm_head.bias", "alpha_p", "alpha_n",
+    "fc1.bias", "fc2.bias", "c_fc.bias", "c_proj.bias", "layernorm.bias", "model.norm.bias", "lm_head.bias",
+    "alpha_p", "alpha_n",
 )  # fmt: skip
 
 

@@ -27,6 +27,18 @@ def other_experts(model: Any) -> None:
                 parameter.data = parameter.data.roll(1, 0)
 
 
+def softmax_weights(model: Any) -> None:
+    """The chosen experts' weights in the ratios of a softmax, where sigmoids give them; their sum stays."""
+
+    def keep_sum(module: Any, ins: Any, outs: tuple[Any, ...]) -> tuple[Any, ...]:
+        logits, weights, chosen = outs
+        others = logits.float().softmax(-1).gather(-1, chosen)
+        return logits, others * (weights.sum(-1, keepdim=True) / others.sum(-1, keepdim=True)), chosen
+
+    for router in routers(model):
+        router.register_forward_hook(keep_sum)
+
+
 def tensors(model: Any) -> list[tuple[str, Any]]:
     """(name, tensor) of parameters and buffers."""
     return [*model.named_parameters(), *model.named_buffers()]
@@ -95,6 +107,8 @@ def expert_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
         yield "one_group_less", keep, {"topk_group": cfg.topk_group - 1}
     if "routed_scaling_factor" in settings:
         yield "routed_scaling_factor", keep, {"routed_scaling_factor": 1.0}
+    if cfg.model_type in ("dots1", "minimax_m2"):
+        yield "sigmoids", softmax_weights, {}
     if "router_jitter_noise" in settings and cfg.model_type == "phimoe":
         yield "mixer_threshold", keep, {"router_jitter_noise": 0.01}
     if any("e_score_correction_bias" in name for name, _ in tensors(model)):

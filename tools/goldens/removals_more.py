@@ -69,7 +69,7 @@ def other_activation(other: nn.Module) -> Mutate:
 
     def mutate(model: Any) -> None:
         for layer in model.model.layers:
-            layer.mlp.act_fn = layer.mlp.activation_fn = other
+            layer.mlp.act_fn = layer.mlp.activation_fn = layer.mlp.act = other
 
     return mutate
 

@@ -115,7 +115,7 @@ def scaled_removals(model: Any) -> Iterator[tuple[str, Mutate, Config]]:
         for norm in NORMS:
             if hasattr(layer, norm):
                 yield norm, without(norm), {}
-    if cfg.model_type in ("olmo2", "olmo3"):
+    if cfg.model_type in ("olmo2", "olmo3", "flex_olmo", "minimax_m2"):
         yield "whole_width", heads_normalised, {}
     if hasattr(layer, "layer_scalar"):
         yield "v_norm", plain_values, {}

@@ -56,6 +56,13 @@ def spell_internlm2(config: Config) -> Config:
     return {**out, "bias": config["attention_bias"], "architectures": ["InternLM2ForCausalLM"]}
 
 
+def spell_minimax_m2(config: Config) -> Config:
+    """As MiniMax-M2 is published: how many elements of a head rotate."""
+    out = spell_v4(config)
+    part = out.pop("partial_rotary_factor")
+    return {**out, "rotary_dim": int(out["head_dim"] * part)}
+
+
 def write_json(path: Path, data: Any) -> None:
     """JSON as the golden files have it."""
     path.write_text(json.dumps(data, indent=1) + "\n")
@@ -73,6 +80,7 @@ def write_configs(case: Case, folder: Path) -> None:
         "v1": spell_v1,
         "internlm2": spell_internlm2,
         "internlm3": spell_internlm3,
+        "minimax_m2": spell_minimax_m2,
     }[case.spelling]
     write_json(folder / "config.json", spell(saved))
     if case.twins:

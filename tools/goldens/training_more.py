@@ -54,4 +54,5 @@ def more_training_cases(small: Config, whole: Config) -> dict[str, Case]:
         "seed-oss": Case("seed_oss", {}, small),
         "smollm3": Case("smollm3", {"no_rope_layers": [1, 0]}, whole),
         "stablelm": Case("stablelm", {"layer_norm_eps": 2e-3, "use_qkv_bias": True, "hidden_size": 48}, centred),
+        "starcoder2": Case("starcoder2", {"norm_epsilon": 2e-3, "sliding_window": 7}, centred),
     }

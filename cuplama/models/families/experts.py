@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..family import Kinds, Recipe, one
+from ..family import Kinds, Number, Recipe, Router, one
 from .layout import LAYER
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "expert_weights",
     "merged_experts",
     "mlp_where_dense",
+    "router_by_groups",
     "shared_expert",
+    "sparse_behind",
     "sparse_where",
 ]
 
@@ -36,6 +38,26 @@ def sparse_where(reads: Sequence[str], rule: Callable[[Mapping[str, Any], int], 
         return [{"flags": frozenset({_SPARSE if rule(raw, i) else _DENSE})} for i in range(len(windows))]
 
     return Kinds(tuple(reads), kinds)
+
+
+def sparse_behind(absent: int) -> Kinds:
+    """Experts behind the first ``first_k_dense_replace`` layers. absent: their number where the field is left out."""
+    name = "first_k_dense_replace"
+    return sparse_where((name,), lambda raw, layer: bool(layer >= raw.get(name, absent)))
+
+
+def router_by_groups(renormalise: bool) -> Router:
+    """Sigmoids, of the experts of the best groups. renormalise: whether the weights of a token's experts add up to one
+    where ``norm_topk_prob`` is left out."""
+    return Router(
+        settings={
+            "sigmoid": 1,
+            "groups": ("n_group", 1),
+            "kept": ("topk_group", 1),
+            "renormalise": ("norm_topk_prob", renormalise),
+            "factor": Number("routed_scaling_factor", 1.0),
+        }
+    )
 
 
 def mlp_where_dense(weights: Mapping[str, Recipe]) -> dict[str, Recipe]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from ..family import OFF, ONE_ROTATION, Family, Number, Router, fields
-from .experts import correction, expert_weights, mlp_where_dense, shared_expert, sparse_where
+from ..family import OFF, ONE_ROTATION, Family, fields
+from .experts import correction, expert_weights, mlp_where_dense, router_by_groups, shared_expert, sparse_behind
 from .layout import HEAD_NORMS, LLAMA
 
 __all__ = ["FAMILY"]
-
-
-def _has_experts(raw: Mapping[str, Any], layer: int) -> bool:
-    return bool(layer >= raw.get("first_k_dense_replace", 1))
 
 
 FAMILY = Family(
@@ -35,20 +29,12 @@ FAMILY = Family(
         "shared_experts": ("n_shared_experts", 1),
     },
     flags={"qkv_bias": "attention_bias", "qk_norm": "use_qk_norm"},
-    kinds=sparse_where(("first_k_dense_replace",), _has_experts),
+    kinds=sparse_behind(1),
     partial_rotary=True,
     rotations=replace(ONE_ROTATION, defaults={"partial_rotary_factor": 0.5}),
     neutral={"mlp_bias": OFF, "num_nextn_predict_layers": (None, 0, 1)},
     ignored=("num_mtp_layers",),
-    router=Router(
-        settings={
-            "sigmoid": 1,
-            "groups": ("n_group", 1),
-            "kept": ("topk_group", 1),
-            "renormalise": ("norm_topk_prob", True),
-            "factor": Number("routed_scaling_factor", 1.0),
-        }
-    ),
+    router=router_by_groups(renormalise=True),
     aliases={"num_local_experts": "n_routed_experts"},
     left_out=("model.layers.{num_layers}.",),  # a further layer, which predicts more tokens at a time
 )

@@ -15,6 +15,7 @@ __all__ = [
     "POST_NORMS",
     "Q_ROWS",
     "UNGATED",
+    "WIDE_NORMS",
 ]
 
 LAYER = "model.layers.{i}."
@@ -62,6 +63,12 @@ POST_NORMS = {
 HEAD_NORMS = {
     "{i}.q_norm": one("D", LAYER + "self_attn.q_norm.weight"),
     "{i}.k_norm": one("D", LAYER + "self_attn.k_norm.weight"),
+}
+
+# Norms of all queries and of all keys of a token together.
+WIDE_NORMS = {
+    "{i}.q_norm": one(Q_ROWS, LAYER + "self_attn.q_norm.weight"),
+    "{i}.k_norm": one(KV_ROWS, LAYER + "self_attn.k_norm.weight"),
 }
 
 # Pictures beside a text model of Mistral's, which may be of more than one kind.

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, fields, one
-from .layout import KV_ROWS, LAYER, POST_NORMS, Q_ROWS
+from ..family import OFF, Family, fields
+from .layout import POST_NORMS, WIDE_NORMS
 
 __all__ = ["FAMILY", "OLMO"]
 
-OLMO = {
-    **POST_NORMS,
-    "{i}.q_norm": one(Q_ROWS, LAYER + "self_attn.q_norm.weight"),
-    "{i}.k_norm": one(KV_ROWS, LAYER + "self_attn.k_norm.weight"),
-}
+OLMO = POST_NORMS | WIDE_NORMS
 
 FAMILY = Family(
     "Olmo2ForCausalLM",

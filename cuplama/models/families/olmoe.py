@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, Router, fields, one
+from ..family import OFF, Family, Router, fields
 from .experts import ALL_SPARSE, expert_weights, mlp_where_dense
-from .layout import KV_ROWS, LAYER, LLAMA, Q_ROWS
+from .layout import LLAMA, WIDE_NORMS
 
 __all__ = ["FAMILY"]
 
 FAMILY = Family(
     "OlmoeForCausalLM",
     "olmoe",
-    {
-        **mlp_where_dense(LLAMA),
-        **expert_weights(),
-        "{i}.q_norm": one(Q_ROWS, LAYER + "self_attn.q_norm.weight"),
-        "{i}.k_norm": one(KV_ROWS, LAYER + "self_attn.k_norm.weight"),
-    },
+    mlp_where_dense(LLAMA | WIDE_NORMS) | expert_weights(),
     {
         **fields(intermediate_size=2048, rms_norm_eps=1e-5, max_position_embeddings=4096),
         "experts": ("num_experts", 64),
