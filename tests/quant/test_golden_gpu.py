@@ -20,7 +20,8 @@ from cuplama import Model
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.quant.grid import GRIDS
 from tests.paths import DATA, GOLDEN
-from tools.verify_models import kl, stepwise
+from tools.divergence import kl
+from tools.runs import stepwise
 
 pytestmark = pytest.mark.gpu
 
