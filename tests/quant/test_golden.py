@@ -18,6 +18,7 @@ from cuplama.models.checkpoint import folder_tensors, load_weights
 from cuplama.quant.readers import READERS
 from tests.paths import GOLDEN
 from tools.divergence import alike, compared, divergence, rows_of
+from tools.golden_figures import allowed
 from tools.runs import in_one_piece
 
 FOLDERS = sorted((GOLDEN.parent / "quantised").iterdir())
@@ -45,8 +46,10 @@ def test_bfloat16_stays_as_close_to_float32_as_transformers(folder: Path) -> Non
         prompts, rows = rows_of(golden)
     with cuplama.load(folder, device="numpy", dtype="bfloat16") as model:
         found = [divergence(wanted, in_one_piece(model, p)) for p, wanted in zip(prompts, rows, strict=True)]
-    of_both = [part[:n] for part, n in zip(found, compared(meta, "bfloat16", prompts), strict=True)]
-    assert 0 < np.concatenate(of_both).mean() <= meta["kl"]["bfloat16"] < 2e-3
+    counts, known = compared(meta, "bfloat16", prompts), meta["kl"]["bfloat16"]
+    of_both = np.concatenate([part[:n] for part, n in zip(found, counts, strict=True)])
+    assert 0 < of_both.mean() <= allowed(len(of_both) / sum(map(len, prompts))) * known
+    assert known < 2e-3  # a near tie that is not left out makes 20 times that
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)

@@ -31,6 +31,7 @@ GOOD_32: dict[str, Any] = {
 FACTORS = {"whole": SCATTER, "steps": FEWER, "alike": LATER}
 GOOD_16 = {
     "transformers": 1e-4,
+    "counted": 0.5,
     **{name: factor * 1e-4 for name, factor in FACTORS.items()},
     "any": ANYHOW,
     "compared": MIN_COMPARED,
@@ -70,12 +71,19 @@ def test_each_figure_of_float32_is_demanded(figure: str) -> None:
     )
 
 
-@pytest.mark.parametrize("figure", GOOD_16)
+@pytest.mark.parametrize("figure", ["transformers", "whole", "steps", "alike", "any", "compared"])
 def test_each_figure_of_16_bits_is_demanded(figure: str) -> None:
     assert met_16_bit(GOOD_16)
     for bad in (math.nan, 0.9 * GOOD_16[figure] if figure in ("transformers", "compared") else 1.0):
         assert not met_16_bit(GOOD_16 | {figure: bad})
     assert not met_16_bit(GOOD_16 | {"whole": 0.0})  # equal to float32, as if it ran in that
+
+
+def test_a_mean_of_less_than_half_of_the_tokens_may_scatter_more() -> None:
+    more = GOOD_16 | {"whole": FEWER * 1e-4}
+    assert not met_16_bit(more)
+    assert met_16_bit(more | {"counted": 0.49})
+    assert not met_16_bit(more | {"counted": 0.49, "whole": 2.1e-4})
 
 
 def test_steps_and_one_piece_have_the_experts_of_transformers() -> None:
