@@ -20,9 +20,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tools.divergence import Rows, divergence, rows_of, summary
 from tools.goldens.case import Case
 from tools.goldens.cases import CASES
-from tools.goldens.model import NEW_TOKENS, experts_of, greedy, load, logits_of, randomize
+from tools.goldens.model import NEW_TOKENS, greedy, load, logits_of, randomize, run
 from tools.goldens.removals import removals
 from tools.goldens.spellings import write_char_tokenizer, write_configs, write_json
 
@@ -43,20 +44,6 @@ class UnfairError(Exception):
     """This seed does not give a fair golden."""
 
 
-def kl(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(reference || other) per row, in nats, computed in float64."""
-
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64)
-        x = x - x.max(-1, keepdims=True)
-        out: np.ndarray = x - np.log(np.exp(x).sum(-1, keepdims=True))
-        return out
-
-    p, q = log_softmax(reference), log_softmax(other)
-    out: np.ndarray = (np.exp(p) * (p - q)).sum(-1)
-    return out
-
-
 def run_prompts(folder: Path, vocab: int, seed: int) -> tuple[Arrays, float]:
     """The arrays of golden.npz and the smallest gap; UnfairError as soon as a gap or a continuation is unfair."""
     rng = np.random.default_rng(seed)
@@ -72,19 +59,18 @@ def run_prompts(folder: Path, vocab: int, seed: int) -> tuple[Arrays, float]:
         if len(set(tokens.tolist())) < MIN_DISTINCT:
             raise UnfairError("constant continuation")
         arrays |= {f"prompt_{j}": ids, f"greedy_{j}": tokens, f"steps_{j}": steps}
-        arrays[f"logits_{j}"] = logits_of(load(folder), ids)
-        arrays |= chosen_experts(folder, ids, f"experts_{j}")
+        arrays |= fair_rows(folder, ids).arrays(j)
     return arrays, min_gap
 
 
-def chosen_experts(folder: Path, ids: np.ndarray, name: str) -> Arrays:
-    """The experts of each token of ids [n] by that name, int32 [layers, n, k], in ascending order; nothing for a model
-    without. UnfairError if transformers chooses others in 16 bits: then its KL would be that of a coin."""
-    found = experts_of(load(folder), ids)
-    for dtype in (torch.bfloat16, torch.float16) if len(found) else ():
-        if not np.array_equal(found, experts_of(load(folder, dtype), ids)):
+def fair_rows(folder: Path, ids: np.ndarray) -> Rows:
+    """What the model gives for ids [n] in float32. UnfairError if it chooses other experts in 16 bits: then few tokens
+    would be left to compare."""
+    rows = run(load(folder), ids)
+    for dtype in (torch.bfloat16, torch.float16) if len(rows.experts) else ():
+        if not np.array_equal(rows.experts, run(load(folder, dtype), ids).experts):
             raise UnfairError(f"other experts in {dtype}")
-    return {name: found} if len(found) else {}
+    return rows
 
 
 def cache_difference(folder: Path, arrays: Arrays) -> float:
@@ -118,15 +104,13 @@ def write_fair_model(name: str, case: Case, folder: Path) -> tuple[int, Arrays, 
     raise SystemExit(f"{name}: no seed below {MAX_SEEDS} gives a fair golden")
 
 
-def low_precision_kl(folder: Path, prompts: list[np.ndarray], truth: list[np.ndarray]) -> dict[str, float]:
-    """Mean KL from the float32 logits `truth` of transformers' own bfloat16 and float16 runs, by dtype."""
-    divergence: dict[str, float] = {}
+def low_precision_kl(folder: Path, prompts: list[np.ndarray], truth: list[Rows]) -> dict[str, Any]:
+    """The ``summary`` of transformers' own bfloat16 and float16 runs."""
+    runs: dict[str, list[np.ndarray]] = {}
     for dtype in (torch.bfloat16, torch.float16):
-        low = [logits_of(load(folder, dtype), ids) for ids in prompts]
-        divergence[str(dtype).removeprefix("torch.")] = float(
-            np.concatenate([kl(a, b) for a, b in zip(truth, low, strict=True)]).mean()
-        )
-    return divergence
+        found = [run(load(folder, dtype), ids) for ids in prompts]
+        runs[str(dtype).removeprefix("torch.")] = list(map(divergence, truth, found))
+    return summary(runs, PROMPTS)
 
 
 def sensitivity_of(name: str, case: Case, folder: Path, ids: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -155,7 +139,7 @@ def make(name: str, case: Case) -> str:
     for twin in sorted(folder.glob("config.v?.json")):
         for ids, row in zip(prompts, rows, strict=True):
             np.testing.assert_array_equal(logits_of(load(folder, config=twin), ids), row, err_msg=str(twin))
-    divergence = low_precision_kl(folder, prompts, rows)
+    apart = low_precision_kl(folder, prompts, rows_of(arrays)[1])
     sensitivity = sensitivity_of(name, case, folder, prompts[-1], rows[-1])
 
     columns: dict[str, Any] = {**arrays}
@@ -174,14 +158,14 @@ def make(name: str, case: Case) -> str:
         "prompt_lengths": list(PROMPTS),
         "min_gap": round(min_gap, 5),
         "logit_std": round(float(logits.std()), 3),
-        "kl": divergence,
+        **apart,
         "cached_equals_one_pass": not case.sequential,
         "cache_difference": difference,
         "sensitivity": {k: round(v, 4) for k, v in sensitivity.items()},
     }
     write_json(folder / "meta.json", meta)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    low_kl = " ".join(f"{k} {v:.1e}" for k, v in divergence.items())
+    low_kl = " ".join(f"{k} {v:.1e}" for k, v in apart["kl"].items())
     weakest = min(sensitivity.items(), key=lambda kv: kv[1])
     return (
         f"{name:22} seed {seed:3} gap {min_gap:.3f} std {logits.std():.2f} kl {low_kl} "

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tools.goldens.model import load, logits_of, randomize
+from tools.divergence import divergence, kl, summary
+from tools.goldens.model import load, logits_of, randomize, run
 from tools.goldens.quantised import CASES, Case
 from tools.goldens.spellings import write_json
-from tools.make_goldens import kl
 
 __all__ = ["main", "make"]
 
@@ -37,6 +37,7 @@ PROMPTS = (1, 9, 29)  # in tokens
 SEED = 7
 EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")  # ends of names of what all experts share
 MIN_CHANGE = 2e-2  # that quantising makes in the logits: ten times the tolerance of the tests
+MIN_ALIKE = 0.25  # of the tokens come before one that has other experts in bfloat16; `kl` is a mean of those alone
 
 
 def write_model(case: Case, folder: Path, truth: Path) -> int:
@@ -132,13 +133,16 @@ def make(name: str, case: Case) -> str:
         count = write_model(case, folder, truth)
         rng = np.random.default_rng(SEED)
         prompts = [rng.integers(3, case.base["vocab_size"], n).astype(np.int32) for n in PROMPTS]
-        rows = [logits_of(load(truth), ids) for ids in prompts]
-        low = [logits_of(load(truth, torch.bfloat16), ids) for ids in prompts]
-        change = float(np.abs(plain_logits(case, truth, prompts[-1]) - rows[-1]).max())
+        rows = [run(load(truth), ids) for ids in prompts]
+        low = [run(load(truth, torch.bfloat16), ids) for ids in prompts]
+        change = float(np.abs(plain_logits(case, truth, prompts[-1]) - rows[-1].logits).max())
     assert change > MIN_CHANGE, f"{name}: the logits do not show that it is quantised ({change})"
-    divergence = float(np.concatenate([kl(a, b) for a, b in zip(rows, low, strict=True)]).mean())
+    parts = list(map(divergence, rows, low))
+    apart = np.concatenate(parts)
+    assert len(apart) >= MIN_ALIKE * sum(PROMPTS), f"{name}: {len(apart)} tokens come before others have other experts"
     arrays: dict[str, Any] = {f"prompt_{j}": ids for j, ids in enumerate(prompts)}
-    arrays |= {f"logits_{j}": row for j, row in enumerate(rows)}
+    for j, row in enumerate(rows):
+        arrays |= row.arrays(j)
     np.savez_compressed(folder / "golden.npz", **arrays)
     meta = {
         "case": name,
@@ -149,16 +153,15 @@ def make(name: str, case: Case) -> str:
             "bitsandbytes": bitsandbytes.__version__,
         },
         "matrices": count,
-        "kl": {"bfloat16": divergence},
-        "loaded": loaded_kl(folder, prompts, rows),
+        **summary({"bfloat16": parts}, PROMPTS),
+        "loaded": loaded_kl(folder, prompts, [row.logits for row in rows]),
         "change": round(change, 3),
     }
     write_json(folder / "meta.json", meta)
     loaded = "not loaded" if meta["loaded"] is None else f"{meta['loaded']:.1e}"
     size = sum(f.stat().st_size for f in folder.iterdir())
-    return (
-        f"{name:28} {count:2} matrices, kl {divergence:.1e}, loaded {loaded}, change {change:.2f}, {size / 1000:.0f} kB"
-    )
+    mean = f"{apart.mean():.1e} of {len(apart)} tokens"
+    return f"{name:28} {count:2} matrices, kl {mean}, loaded {loaded}, change {change:.2f}, {size / 1000:.0f} kB"
 
 
 def main(names: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Whole models on a GPU: ``python -m tools.verify_models --out FOLDER [--stories FOLDER] [--big CONFIG]``.
 
 - goldens: float32 logits and greedy tokens of every family against transformers; the KL of bf16 and fp16 runs beside
-  that of transformers' own; plain steps, captured steps and a ragged batch.
+  that of transformers' own; plain steps, captured steps and a ragged batch (``golden_figures.py``).
 - stories (a stories260K folder beside its expected.txt): the published text; sampled text equal on NumPy and CUDA.
 - endurance: load, generate, close, many times over; many tokens: no memory may be lost.
 - big (a folder with a config.json): random weights of that shape, written to a file, loaded and run.
@@ -29,76 +29,40 @@ import numpy as np
 
 import cuplama
 from cuplama.backends.cuda.backend import CudaBackend
-from cuplama.engine.decode import decode_nodes
-from cuplama.engine.input_buffer import InputBuffer
-from cuplama.engine.sequence import SequenceState
 from cuplama.models.config import load_config
-from cuplama.models.graph import LOGITS
 from cuplama.ops.signature import dim_value
+from tools.golden_figures import Golden, figures_16_bit, figures_float32, met_16_bit, met_float32
 from tools.verify import environment
 
-__all__ = ["big", "endurance", "golden", "kl", "main", "stepwise", "stories"]
+__all__ = ["big", "endurance", "golden", "golden_line", "main", "stories"]
 
 CASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "cases"
-LIMIT = 1e-3  # largest difference allowed in float32
 
 
-def kl(truth: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """KL(truth || logits) per row, in nats, in float64."""
-
-    def log_softmax(z: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        z = z.astype(np.float64)
-        z = z - z.max(-1, keepdims=True)
-        out: np.ndarray[Any, Any] = z - np.log(np.exp(z).sum(-1, keepdims=True))
-        return out
-
-    p, q = log_softmax(truth), log_softmax(logits)
-    rows: np.ndarray[Any, Any] = (np.exp(p) * (p - q)).sum(-1)
-    return rows
-
-
-def stepwise(model: cuplama.Model, prompt: list[int]) -> np.ndarray[Any, Any]:
-    """The logits after each token, fed one at a time through the nodes of a decode step."""
-    runner, sequence = model.engine.runner, SequenceState(prompt[:1], model.params(), frozenset())
-    nodes, rows = decode_nodes(runner.graph, 1), []
-    for n in range(1, len(prompt) + 1):
-        sequence.tokens = prompt[:n]
-        runner.cache.extend(sequence.pages, n)
-        inputs = InputBuffer(model.backend, runner.batch([(sequence, 1)]).arrays).device
-        (logits,) = model.backend.run(nodes, {**runner.values, **inputs}, (LOGITS,)).values()
-        rows.append(model.backend.download(logits))
-        sequence.cached = n
-    runner.cache.release(sequence.pages)
-    return np.concatenate(rows)
-
-
-def golden(case: Path) -> dict[str, Any]:
+def golden(case: Path, device: str = "cuda") -> dict[str, Any]:
     """One golden model in three dtypes."""
-    meta = json.loads((case / "meta.json").read_text())
-    data = np.load(case / "golden.npz")
-    prompts = [data[k].tolist() for k in data.files if k.startswith("prompt_")]
-    greedy: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
-    row: dict[str, Any] = {"case": case.name}
-    with cuplama.load(case, device="cuda", dtype="float32", context=meta["context"], cache_tokens=1000) as model:
-        row["logits"] = max(float(np.abs(model.logits(p) - data[f"logits_{j}"]).max()) for j, p in enumerate(prompts))
-        wanted = [data[f"greedy_{j}"].tolist() for j in range(len(prompts))]
-        # Four times: at last the prompts are replayed as well.
-        alone = [[model.generate(p, **greedy).tokens for p in prompts] for _ in range(4)]
-        batches = [[c.tokens for c in model.generate(prompts, **greedy)] for _ in range(4)]
-        row["captured"], row["batch"] = alone == [wanted] * 4, batches == [wanted] * 4
-        model.backend.captures = False
-        row["plain"] = [model.generate(p, **greedy).tokens for p in prompts] == wanted
+    data = Golden(case)
+    with data.load(device) as model:
+        row: dict[str, Any] = {"case": case.name, **figures_float32(data, model)}
+    row["ok"] = met_float32(row)
     for dtype in ("bfloat16", "float16"):
-        with cuplama.load(case, device="cuda", dtype=dtype, context=meta["context"]) as model:
-            rows = np.concatenate([kl(data[f"logits_{j}"], model.logits(p)) for j, p in enumerate(prompts)])
-            row[f"kl_{dtype}"], row[f"kl_{dtype}_transformers"] = float(rows.mean()), meta["kl"][dtype]
-            # Token by token, through the fused nodes: the same positions, so the same truth.
-            short = [p for p in prompts if len(p) < 32]
-            truth = np.concatenate([data[f"logits_{prompts.index(p)}"] for p in short])
-            row[f"kl_{dtype}_fused"] = float(kl(truth, np.concatenate([stepwise(model, p) for p in short])).mean())
-    row["ok"] = row["logits"] <= LIMIT and row["captured"] and row["batch"] and row["plain"]
-    row["kl_ok"] = all(row[f"kl_{d}"] <= row[f"kl_{d}_transformers"] for d in ("bfloat16", "float16"))
+        with data.load(device, dtype) as model:
+            row[dtype] = figures_16_bit(data, model, dtype)
+        row["ok"] = row["ok"] and met_16_bit(row[dtype])
     return row
+
+
+def golden_line(row: dict[str, Any]) -> str:
+    """What ``golden`` found, for people."""
+    same = row["alone"] and row["batch"] and row["plain"] and row["pieces"]
+    logits = max(row[name] for name in ("logits", "steps", "chunks"))
+    text = f"{row['case']:<22} logits {logits:.1e} {'tokens equal' if same else f'TOKENS DIFFER {row}'}"
+    for dtype in ("bfloat16", "float16"):
+        r = row[dtype]
+        text += f" {dtype} KL {r['whole']:.1e}, by fused steps {r['steps']:.1e} (transformers {r['transformers']:.1e})"
+        text += "" if r["compared"] == 1 else f" of {r['compared']:.0%} of the tokens"
+        text += "" if met_16_bit(r) else " LARGER"
+    return text
 
 
 def stories(folder: Path) -> dict[str, Any]:
@@ -276,14 +240,7 @@ def main() -> int:
     if not args.skip_goldens:
         section("goldens", lambda: [golden(c) for c in sorted(CASES.iterdir())])
         if isinstance(result["goldens"], list):
-            for r in result["goldens"]:
-                tokens = "tokens equal" if r["captured"] and r["batch"] and r["plain"] else f"TOKENS DIFFER {r}"
-                kls = ""
-                for d in ("bfloat16", "float16"):
-                    one_piece, steps, limit = (r[f"kl_{d}{suffix}"] for suffix in ("", "_fused", "_transformers"))
-                    kls += f"{d} KL {one_piece:.1e}, by fused steps {steps:.1e} (transformers {limit:.1e}) "
-                    kls += "" if max(one_piece, steps) <= limit else "LARGER "
-                lines.append(f"{r['case']:<22} logits {r['logits']:.1e} {tokens} {kls}")
+            lines += map(golden_line, result["goldens"])
     if args.stories:
         section("stories", lambda: stories(args.stories))
         section("endurance", lambda: endurance(args.stories, args.cycles, args.tokens))

@@ -22,7 +22,7 @@ from cuplama.quant.fields import Field, element_plane
 from cuplama.quant.stored import Stored
 from cuplama.quant.weight import Weight
 from tests.fakes import FakeGpu, HostCublas
-from tools.verify_models import kl
+from tools.divergence import kl
 
 TEXT = (
     "Once upon a time there was a little dog who lived near the sea. Every morning he ran along the beach and barked at"

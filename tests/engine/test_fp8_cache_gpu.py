@@ -11,7 +11,8 @@ import cuplama
 from cuplama import Model
 from cuplama.backends.cuda.driver import cuda_available
 from cuplama.dtypes import dtype_name
-from tools.verify_models import kl, stepwise
+from tools.divergence import kl
+from tools.runs import stepwise
 
 pytestmark = pytest.mark.gpu
 

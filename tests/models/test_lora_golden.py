@@ -23,7 +23,7 @@ from cuplama.models.peft import load_adapter
 from cuplama.models.rounding import round_weights
 from tests.adapters import LORA
 from tests.paths import GOLDEN
-from tools.verify_models import stepwise
+from tools.runs import stepwise
 
 FOLDERS = sorted(LORA.iterdir())
 TOLERANCE = 2e-4

@@ -20,7 +20,7 @@ from cuplama.models.rounding import round_weights
 from tests.adapters import LORA
 from tests.fakes import FakeGpu
 from tests.paths import GOLDEN
-from tools.verify_models import stepwise
+from tools.runs import stepwise
 
 FOLDERS = [LORA / name for name in ("llama3-gqa", "gpt2", "mistral-window")]  # some of a stack, one matrix, the head
 

@@ -23,7 +23,9 @@ from tests.engine.test_prefill import continued
 from tests.fakes import FakeGpu
 from tests.paths import GOLDEN
 from tests.tiny import assert_all_pages_free
-from tools.verify_models import kl, stepwise
+from tools.divergence import compared, divergence, kl
+from tools.golden_figures import Golden
+from tools.runs import in_one_piece, step_by_step, stepwise
 
 CASES = sorted((GOLDEN).iterdir())
 
@@ -53,10 +55,11 @@ def test_golden_tokens(case: Path) -> None:
 @pytest.mark.parametrize(("dtype", "name"), [("bf16", "bfloat16"), ("f16", "float16")])
 def test_16_bit_logits(case: Path, dtype: str, name: str) -> None:
     """In one piece and by fused steps. transformers' divergence is a mean over more positions, hence the factor."""
-    model, golden, meta = _load(case, dtype)
-    prompt = golden["prompt_1"].tolist()
-    for logits in (model.logits(prompt), stepwise(model, prompt)):
-        assert kl(golden["logits_1"], logits).mean() <= 2 * meta["kl"][name]
+    (model, _, _), golden = _load(case, dtype), Golden(case)
+    prompt, wanted = golden.prompts[1], golden.rows[1]
+    for found in (in_one_piece(model, prompt), step_by_step(model, prompt)):
+        rows = divergence(wanted, found)[: compared(golden.meta, name, golden.prompts)[1]]
+        assert rows.mean() <= 2 * golden.meta["kl"][name]
 
 
 @pytest.mark.parametrize("name", ["llama3-gqa", "gpt2-char", "qwen3", "mistral-window"])

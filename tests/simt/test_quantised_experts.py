@@ -19,7 +19,7 @@ from cuplama.ops import experts_packed
 from cuplama.quant.packed import Packed, packed
 from tests.fakes import FakeGpu
 from tests.paths import GOLDEN
-from tools.verify_models import stepwise
+from tools.runs import stepwise
 
 FOLDERS = [GOLDEN.parent / "quantised" / name for name in ("mxfp4", "gptq-experts")]
 

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tools.goldens.internlm2  # noqa: F401  registers its classes
+from tools.divergence import Rows, stacked
 
-__all__ = ["NEW_TOKENS", "exact", "experts_of", "greedy", "load", "logits_of", "randomize", "routers"]
+__all__ = ["NEW_TOKENS", "exact", "greedy", "load", "logits_of", "randomize", "routers", "run"]
 
 NEW_TOKENS = 24
 
@@ -97,18 +98,16 @@ def routers(model: Any) -> list[torch.nn.Module]:
     return [m for m in model.modules() if type(m).__name__.endswith(("Router", "TopKGating"))]
 
 
-def experts_of(model: Any, ids: np.ndarray) -> np.ndarray:
-    """The experts of each token of ids [n], int32 [layers with experts, n, k], in ascending order."""
-    found: list[torch.Tensor] = []
+def run(model: Any, ids: np.ndarray) -> Rows:
+    """What each token of ids [n] gives, in one pass."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
 
     def keep(module: torch.nn.Module, ins: Any, outs: tuple[torch.Tensor, ...]) -> None:
-        (chosen,) = (x for x in outs if not x.is_floating_point())
-        found.append(chosen.sort(-1).values)
+        found.append((outs[2].numpy(), outs[1].float().numpy()))
 
     for router in routers(model):
         router.register_forward_hook(keep)
-    logits_of(model, ids)
-    return np.array([chosen.numpy() for chosen in found], np.int32)
+    return stacked(logits_of(model, ids), found)
 
 
 def greedy(model: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
