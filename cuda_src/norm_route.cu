@@ -1,8 +1,8 @@
 // rms_norm_route  a norm, a router, its choice, and the pairs by expert: rms_norm, linear, route and sort_pairs in one,
 //                 for up to 8 rows
-//                 normed[n,d] = rms_norm(x) with scale g[d]                   x: f32, g, normed: T
-//                 logits = normed w[E,d]^T + b[E], of which weights[n,k], pairs[n*k] and offsets[E+1] are made as by
-//                 those ops                                            w, b (may be null): T, bias, scale: see route.cu
+//                 normed[n,d] = rms_norm(x) with scale g[d]                  x: f32, g, normed: T
+//                 logits = normed w[E,d]^T + b[E]                            w, b (may be null): T
+//                 experts[n,k], weights[n,k], pairs[n*k], offsets[E+1]: of the logits, as route and sort_pairs make them
 //
 // In a decode step of few sequences these four take a few microseconds each, and nearly all of that is the time that a
 // kernel takes to begin and to reach memory.
@@ -70,9 +70,10 @@ __device__ __forceinline__ void multiply(const T* rows, const T* w, float b, f32
     }
 }
 
-// pairs[size] and offsets[E+1] of the experts that were chosen, in shared memory. All threads of the block call.
-__device__ __forceinline__ void place(const i32* chosen, i32* pairs, i32* offsets, int size, int E) {
+// experts[size], pairs[size] and offsets[E+1] of what was chosen, in shared memory. All threads of the block call.
+__device__ __forceinline__ void place(const i32* chosen, i32* experts, i32* pairs, i32* offsets, int size, int E) {
     for (int i = threadIdx.x; i < size; i += blockDim.x) {
+        experts[i] = chosen[i];
         int ahead = 0;
         for (int j = 0; j < size; j++) ahead += chosen[j] < chosen[i] || (chosen[j] == chosen[i] && j < i);
         pairs[ahead] = i;
@@ -89,8 +90,8 @@ template <typename T, int EACH, int ROWS>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_route(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b,
                    const f32* __restrict__ bias, const f32* __restrict__ scale, i32* pairs, i32* offsets, T* normed,
-                   f32* weights, f32* logits, u32* finished, int n, int d, int E, int k, f32 eps, f32 offset,
-                   int sigmoid, int groups, int kept, int renormalise, f32 factor) {
+                   i32* experts, f32* weights, f32* logits, u32* finished, int n, int d, int E, int k, f32 eps,
+                   f32 offset, int sigmoid, int groups, int kept, int renormalise, f32 factor) {
     DYNAMIC_SHARED(T, rows);
     __shared__ i32 chosen[MAX_PAIRS];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, expert = blockIdx.x * WARPS + warp;
@@ -114,5 +115,5 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
         choose<EACH>(logits + i64(row) * E, bias, scale, chosen + row * k, weights + i64(row) * k, E, k, sigmoid,
                      groups, kept, renormalise, factor);
     __syncthreads();
-    place(chosen, pairs, offsets, n * k, E);
+    place(chosen, experts, pairs, offsets, n * k, E);
 }

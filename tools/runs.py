@@ -25,8 +25,9 @@ _Host = np.ndarray[Any, Any]
 
 def _routers(nodes: Sequence[Node]) -> list[tuple[str, ...]]:
     """What the routers among the nodes give, layer by layer: the names of experts and weights."""
-    chosen = {node.ins[0] for node in nodes if node.op == "sort_pairs"}  # The gate of a shared expert has no pairs.
-    return [node.outs for node in nodes if node.outs[0] in chosen]
+    parts = [part for node in nodes for part in (node.parts or (node,))]
+    chosen = {part.ins[0] for part in parts if part.op == "sort_pairs"}  # The gate of a shared expert has no pairs.
+    return [part.outs for part in parts if part.outs[0] in chosen]
 
 
 def in_one_piece(model: Model, prompt: list[int]) -> Rows:

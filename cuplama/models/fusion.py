@@ -80,7 +80,7 @@ FEW_ROWS_RULES: tuple[Rule, ...] = (
             "bias": ("route", "bias"),
             "scale": ("route", "scale"),
         },
-        kept=(("rms_norm", "y"), ("route", "weights")),
+        kept=(("rms_norm", "y"), ("route", "experts"), ("route", "weights")),
     ),
     _norm_linear("rms_norm", "silu_mul"),
     _norm_linear("rms_norm", "gelu_tanh_mul"),

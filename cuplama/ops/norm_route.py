@@ -41,11 +41,11 @@ def _reference(
     kept: int = 1,
     renormalise: int = 1,
     factor: float = 1.0,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     normed = rms_norm.reference(x, g, eps=eps, offset=offset)
     router = dict(k=k, sigmoid=sigmoid, groups=groups, kept=kept, renormalise=renormalise, factor=factor)
     experts, weights = route.reference(linear.reference(normed, w, b), bias, scale, **router)
-    return *sort_pairs.reference(experts, E=len(w)), normed, weights
+    return *sort_pairs.reference(experts, E=len(w)), normed, experts, weights
 
 
 def _kernels(call: Call, device: Device) -> Plan:
@@ -84,7 +84,7 @@ _NEITHER = dict(b=False, bias=False, scale=False, eps=1e-6)
 
 rms_norm_route = Op(
     "rms_norm_route",
-    "pairs[n*k]:i32, offsets[E+1]:i32, normed[n,d]:T, weights[n,k]:f32 = (x[n,d]:f32, g[d]:T, w[E,d]:T, b[E]:T?,"
+    "pairs[n*k]:i32, offsets[E+1]:i32, normed[n,d]:T, experts[n,k]:i32, weights[n,k]:f32 = (x[n,d]:f32, g[d]:T, w[E,d]:T, b[E]:T?,"
     " bias[E]:f32?, scale[E]:f32?, eps:f32, offset:f32=0, k:i32, sigmoid:i32=0, groups:i32=1, kept:i32=1,"
     " renormalise:i32=1, factor:f32=1)",
     doc="normed = rms_norm(x) with the scale g; the experts and weights that route chooses for the logits"

@@ -83,7 +83,8 @@ def test_a_router_and_its_norm_are_one_node_that_keeps_what_experts_need() -> No
     fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
     found = [node for node in fused if node.op == "rms_norm_route"]
     assert len(found) == sum(f"{i}.router" in config.weight_shapes() for i in range(config.num_layers)) > 0
-    assert found[0].outs == ("1.experts.pairs", "1.experts.offsets", "1.mlp_norm.out", "1.experts.weights")
+    routed = "1.experts.chosen", "1.experts.weights"
+    assert found[0].outs == ("1.experts.pairs", "1.experts.offsets", "1.mlp_norm.out", *routed)
     assert found[0].ins == ("1.x", "1.mlp_norm", "1.router")
     assert found[0].attrs["k"] == config.experts_per_token
 
