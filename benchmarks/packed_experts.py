@@ -3,10 +3,12 @@
 The two products of a layer of gpt-oss-20b and of Qwen3-30B-A3B for prompts of several lengths, in bf16: with codes that
 become numbers inside the tiles of the product ("in tiles", cuda_src/experts_packed_many_*.cu), with numbers that are
 unpacked to scratch first ("scratch", unpack.cu and the kernels of plain experts), and these kernels on plain weights
-("plain"), which is what scratch would take if unpacking were free. Times are those of a replayed graph; a product is
+("plain"), which is what scratch would take if unpacking were free; up to 64 pairs for each expert also with blocks that
+are streamed for 8 pairs at a time ("streamed", experts_packed.cu). Times are those of a replayed graph; a product is
 first checked on a small case. --skew: how unevenly experts are chosen; 0 is by chance alone.
 
-``IN_TILES`` in cuplama/ops/experts_packed.py is where "scratch" begins to be faster, in pairs for each expert.
+``IN_TILES`` in cuplama/ops/experts_packed.py are the pairs for each expert at which "in tiles" begins to be faster than
+"streamed", and "scratch" than "in tiles".
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ from cuplama.ops.op import Op
 from cuplama.ops.route import sort_pairs
 from cuplama.quant.packed import Packed
 
-TOKENS = (512, 1024, 2048, 4096, 8192)
+TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 REPEATS = 10
 KNOBS = {"expert_linear_clamped_swiglu": {"alpha": 1.702, "limit": 7.0}}
 _ALWAYS = 1 << 30  # pairs for each expert
+_STREAMED = 64  # pairs for each expert up to which blocks are streamed
+WAYS = {"in tiles": (0, _ALWAYS), "scratch": (0, 0), "streamed": (_STREAMED, 0)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def check_small(backend: CudaBackend, shape: Shape, form: str) -> None:
     """Raises WrongResultError if small products are wrong: of a few tall tiles, and of many."""
     for n, E, m, k in ((900, 3, 144, 712), (700, 9, 336, 1160)):
         case = {"n": n, "s": 2, "E": E, "m": m, "k": k, "b": True, "W": form, **KNOBS.get(shape.op, {})}
-        op = with_codes_in_tiles(OPS[shape.op], _ALWAYS)
+        op = with_codes_in_tiles(OPS[shape.op], WAYS["in tiles"])
         workload = replace(case_workload(OPS[shape.op], case, "bf16"), op=op)
         arrays = workload.arrays()
         check(workload, arrays, run_guarded(workload, arrays, BackendExecutor(backend)))
@@ -94,8 +98,8 @@ def ways(backend: CudaBackend, shape: Shape, form: str) -> Iterator[tuple[str, O
     E, rows = shape.experts, shape.parts * shape.m
     op, packed = OPS[shape.op], random_weight(form, E * rows, shape.k)
     w = backend.upload(Packed((E, rows, shape.k), packed.segments))
-    yield "in tiles", with_codes_in_tiles(op, _ALWAYS), w
-    yield "scratch", with_codes_in_tiles(op, 0), w
+    for way, pairs in WAYS.items():
+        yield way, with_codes_in_tiles(op, pairs), w
     del w
     some = normal_values(np.random.default_rng(0), (1, rows, shape.k), DTYPES["bf16"], 0.02)
     yield "plain", op, backend.upload(np.tile(some, (E, 1, 1)))
@@ -105,6 +109,8 @@ def times(backend: CudaBackend, shape: Shape, form: str, skew: float) -> Iterato
     """Times of one product in one format."""
     for way, op, w in ways(backend, shape, form):
         for tokens in TOKENS:
+            if way == "streamed" and tokens * shape.each > _STREAMED * shape.experts:
+                continue
             pairs, offsets = map(backend.upload, pairs_of(shape, tokens, skew))
             rows = tokens * (shape.each if shape.op == "expert_linear" else 1)
             x = backend.upload(normal_values(np.random.default_rng(1), (rows, shape.k), DTYPES["bf16"], 1.0))

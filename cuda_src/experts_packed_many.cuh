@@ -2,7 +2,7 @@
 // experts_packed_many_wgmma.cu): how codes and rows of x come, codes as numbers in the order of the products, and the
 // way of the sums to y.
 //
-// A block of the grid has a tile of up to ROWS pairs of one expert by BAND tiles of 16 rows of w, and takes products of
+// A block of the grid has a tile of up to ROWS pairs of one expert, as many as the expert's other tiles, by BAND tiles of 16 rows of w, and takes products of
 // STEP columns at a time, half a packed block. w is the A of the products, from registers: so a code becomes a number
 // once for all pairs of the tile, and no number of w is ever stored. x is the B, from shared memory, as it lies in
 // global memory: its rows are where the pairs say, in 128 bytes with exchanged vectors (Layout<64>).
@@ -74,7 +74,7 @@ __device__ __forceinline__ bool find_share(Share& share, const PairTiles<S::ROWS
                                            int m) {
     const int across = (m + S::OUTS - 1) / S::OUTS, number = blockIdx.x / across;
     if (number >= tiles.count()) return false;
-    share = {tiles.at(number), own, int(blockIdx.x % across) * S::OUTS};
+    share = {tiles.even(number), own, int(blockIdx.x % across) * S::OUTS};
     for (int i = threadIdx.x; i < S::ROWS; i += S::THREADS)
         own[i] = pairs[share.tile.first + min(i, share.tile.count - 1)];
     __syncthreads();

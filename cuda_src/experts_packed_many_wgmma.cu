@@ -2,10 +2,11 @@
 //                                    Hopper's tensor cores (sm_90a alone); parameters and grid are as there
 //
 // Two warpgroups; each warp has 16 of the block's 128 rows of w, and all pairs of the tile are the N of its products, as
-// many as there are, up to a multiple of 64. While products run, the numbers of the next step are made: where a tile has
-// more than 128 pairs, and a multiprocessor one block, in another set of registers; else by the other block. With 256
-// pairs a step of 64 columns is 1024 cycles of the tensor cores, and its numbers in mxfp4 are about 400 of the other
-// pipes. What a block reads in a step is 32 KB of x and 4.3 KB of codes, mostly from L2.
+// many as there are, up to a multiple of 32 and at least 64: for fewer the products would take less time than their
+// numbers. While products run, the numbers of the next step are made: where a tile has more than 128 pairs, and a
+// multiprocessor one block, in another set of registers; else by the other block. With 256 pairs a step of 64 columns is
+// 1024 cycles of the tensor cores, and its numbers in mxfp4 about 120 instructions of each of two warps. What a block
+// reads in a step is 32 KB of x and 4.3 KB of codes, mostly from L2.
 //
 // A stage of x is filled again two steps after it was multiplied: each warp has then waited for its own products, and
 // the barrier of the step in between says so of all warps. So DEPTH - 2 steps are on their way while one is multiplied.
@@ -15,8 +16,8 @@
 #include "experts_packed_many.cuh"
 
 constexpr int WARPS = 8;
-constexpr int LEAST = 64;     // by which the pairs of a product grow
-constexpr int SHARING = 128;  // pairs of a tile up to which a multiprocessor has two blocks
+constexpr int LEAST = 64, MORE = 32;  // pairs of a product at least, and by which they grow
+constexpr int SHARING = 128;          // pairs of a tile up to which a multiprocessor has two blocks
 
 template <int N>
 __device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, f16) {
@@ -32,7 +33,7 @@ template <typename S, int N>
 __device__ __forceinline__ void multiply_pairs(const Product<S>& product, const Share& share) {
     typedef typename S::T T;
     if constexpr (N > LEAST)
-        if (share.tile.count <= N - LEAST) return multiply_pairs<S, N - LEAST>(product, share);
+        if (share.tile.count <= N - MORE) return multiply_pairs<S, N - MORE>(product, share);
     Operands<S, N> operands(product, share);
     operands.begin();
     const typename S::W* codes = product.codes + threadIdx.x / WARP;

@@ -33,7 +33,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_SHARED, "if (w < warp) sum += partial[w];", "if (w <= warp) sum += partial[w];"),
     (_SHARED, "+ ROWS - 1) / ROWS; });", ") / ROWS; });"),
     (_SHARED, "if (before[middle] <= tile)", "if (before[middle] < tile)"),
-    (_SHARED, "(tile - before[expert]) * ROWS;", "tile * ROWS;"),
+    (_SHARED, "(tile - before[expert]) * each;", "tile * each;"),
+    (_SHARED, "+ tiles - 1) / tiles);", ") / tiles);"),
     ("activation.cuh", "gate > limit ? limit : gate,", "gate,"),
     ("activation.cuh", "up < -limit ? -limit : up;", "up;"),
     # experts.cu

@@ -24,14 +24,14 @@ from .weights import SegmentLike, expert_rows, segments_of
 
 __all__ = ["IN_TILES", "packed_experts_plan", "unpacked_experts"]
 
-IN_TILES = 1024
-"""Pairs for each expert of the model up to which codes become numbers inside the tiles of a product, once for each
-tile; for more they are unpacked to scratch, once. The figure is to be measured: ``python -m
-benchmarks.packed_experts`` times both ways. With 0 all are unpacked to scratch."""
+IN_TILES = (32, 1024)
+"""Pairs for each expert of the model. Up to the first number blocks are streamed, once for each 8 pairs of an expert;
+up to the second codes become numbers inside the tiles of a product, once for each tile; for more they are unpacked to
+scratch, once. Both figures are to be measured: ``python -m benchmarks.packed_experts`` times all ways. With (32, 0)
+all that is not streamed is unpacked to scratch."""
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
-_FEW = 32  # pairs for each expert of the model up to which blocks are streamed, once for each 8 of them
 _SLICE_BYTES = 256 << 20  # of unpacked numbers, at most, unless one expert has more
 
 # experts_packed_many_mma.cu and experts_packed_many_wgmma.cu
@@ -86,7 +86,7 @@ def packed_experts_plan(
     call: Call,
     device: Device,
     plain: Callable[[int], Launch],
-    in_tiles: int = IN_TILES,
+    in_tiles: tuple[int, int] = IN_TILES,
 ) -> Plan:
     """The launches of a product with a packed weight.
 
@@ -100,9 +100,9 @@ def packed_experts_plan(
     pairs, whole = call["n"] * call["s"], parts == 1 or call["m"] % _BLOCK_ROWS == 0
     launch = None
     if whole and not device.deterministic:  # which has one way to add up, whatever the number of rows
-        if pairs <= _FEW * call["E"]:
+        if pairs <= in_tiles[0] * call["E"]:
             launch = _few(constants, parts, call, device, segments[0])
-        if launch is None and pairs <= in_tiles * call["E"]:
+        if launch is None and pairs <= in_tiles[1] * call["E"]:
             launch = _many(constants, parts, call, device, segments[0])
     if launch is not None:
         return Plan((launch,))

@@ -34,7 +34,7 @@ def case(op: str, dtype: str = "bf16", seed: int = 0, **sizes: Any) -> Workload:
 def to_scratch(op: str, dtype: str = "bf16", **sizes: Any) -> Workload:
     """A case whose weights are unpacked if it has many pairs."""
     given = case(op, dtype, **sizes)
-    return replace(given, op=with_codes_in_tiles(given.op, 0))
+    return replace(given, op=with_codes_in_tiles(given.op, (32, 0)))
 
 
 def run(workload: Workload, files: list[str], device: Device = SMALL) -> None:

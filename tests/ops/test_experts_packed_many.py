@@ -13,8 +13,9 @@ import pytest
 from cuplama.dtypes import DTYPES
 from cuplama.lab.check import planned
 from cuplama.lab.workloads import Workload
-from cuplama.ops import OPS, experts_packed
+from cuplama.ops import OPS
 from cuplama.ops.abstract import abstract, attributes
+from cuplama.ops.experts import with_codes_in_tiles
 from cuplama.ops.launch import Device, Launch
 from cuplama.ops.route import sort_pairs
 from cuplama.ops.weights import expert_rows
@@ -33,15 +34,15 @@ FORMATS = [name for name, form in CATALOG.items() if form.packing is not None an
 NAMES = [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
 
 
-@pytest.fixture
-def all_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few pairs there are, this way is taken."""
-    monkeypatch.setattr(experts_packed, "_FEW", 0)
+def in_tiles(op: str, dtype: str = "bf16", **sizes: Any) -> Workload:
+    """A case for which this way is taken, however few pairs there are."""
+    given = case(op, dtype, **sizes)
+    return replace(given, op=with_codes_in_tiles(given.op, (0, 1024)))
 
 
 def ragged(counts: Sequence[int], op: str = "expert_linear", dtype: str = "bf16", **sizes: Any) -> Workload:
     """A case in which expert i has counts[i] pairs, of rows that are not in order."""
-    given = case(op, dtype, n=sum(counts), s=1, E=len(counts), **sizes)
+    given = in_tiles(op, dtype, n=sum(counts), s=1, E=len(counts), **sizes)
     chosen = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     experts = np.random.default_rng(1).permutation(chosen)[:, None]
     x, w, _, _, b = given.ins
@@ -62,32 +63,30 @@ def plan(device: Device, op: str, n: int, s: int, E: int, m: int, k: int, W: str
 
 @BOTH
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("all_in_tiles")
 def test_every_format(name: str, device: Device, files: list[str]) -> None:
     """Columns that end within a block's first half, an odd number of steps, and tiles of w beyond the last."""
-    run(case("expert_linear_silu_mul", n=9, s=2, E=3, m=48, k=296, W=name), files, device)
+    run(in_tiles("expert_linear_silu_mul", n=9, s=2, E=3, m=48, k=296, W=name), files, device)
 
 
 @BOTH
 @pytest.mark.parametrize("op", [name for name in OPS if name.startswith("expert_linear")])
-@pytest.mark.usefixtures("all_in_tiles")
 def test_every_activation(op: str, device: Device, files: list[str]) -> None:
     """In f16, with a bias and an expert without pairs, over more columns of y than a block has."""
-    run(case(op, "f16", n=7, s=2, E=4, m=144, k=128, W="mxfp4", chosen=3), files, device)
+    run(in_tiles(op, "f16", n=7, s=2, E=4, m=144, k=128, W="mxfp4", chosen=3), files, device)
 
 
 @BOTH
-@pytest.mark.parametrize("counts", [(64, 0, 33, 1), (65, 96, 0, 130)], ids=str)
-@pytest.mark.usefixtures("all_in_tiles")
+@pytest.mark.parametrize("counts", [(64, 0, 33, 1), (65, 0, 130)], ids=str)
 def test_tiles_of_an_expert(counts: tuple[int, ...], device: Device, files: list[str]) -> None:
-    """Full ones, one pair in the last, experts without any; rows of w that end within a block, scales of rows."""
-    run(ragged(counts, m=23, k=200, W="int8", b=False), files, device)
+    """Full ones, one pair alone, experts without any; rows of w that end within a block, scales of rows; rings that are
+    gone through more than once."""
+    run(ragged(counts, m=23, k=552, W="int8", b=False), files, device)
 
 
 def test_products_of_every_height_on_hopper() -> None:
-    """Tiles of up to 256 pairs: products of 256, 192, 128 and 64, and more steps than stages."""
-    counts = (256 + 40, 0, 100, 190, 64, 1)
-    workload = ragged(counts, "expert_linear_clamped_swiglu", m=16, k=520, W="mxfp4")
+    """Products of 64 to 256 pairs, two of 160 for an expert with 300."""
+    counts = (300, 0, 256, 210, 190, 100, 70, 1)
+    workload = ragged(counts, "expert_linear_clamped_swiglu", m=16, k=136, W="mxfp4")
     (launch,) = planned(workload, workload.ins, HOPPER, abstract)[0]
     assert "256, 6>" in launch.expression
     run(workload, WGMMA, HOPPER)
