@@ -1,14 +1,18 @@
-"""Many pairs of experts with packed weights, both ways: ``python -m benchmarks.packed_experts [--out FILE]``.
+"""Pairs of experts with packed weights, in all ways: ``python -m benchmarks.packed_experts [--out FILE]``.
 
-The two products of a layer of gpt-oss-20b and of Qwen3-30B-A3B for prompts of several lengths, in bf16: with codes that
-become numbers inside the tiles of the product ("in tiles", cuda_src/experts_packed_many_*.cu), with numbers that are
-unpacked to scratch first ("scratch", unpack.cu and the kernels of plain experts), and these kernels on plain weights
-("plain"), which is what scratch would take if unpacking were free; up to 64 pairs for each expert also with blocks that
-are streamed for 8 pairs at a time ("streamed", experts_packed.cu). Times are those of a replayed graph; a product is
-first checked on a small case. --skew: how unevenly experts are chosen; 0 is by chance alone.
+The two products of a layer of gpt-oss-20b and of Qwen3-30B-A3B for prompts of several lengths, in bf16:
 
-``IN_TILES`` in cuplama/ops/experts_packed.py are the pairs for each expert at which "in tiles" begins to be faster than
-"streamed", and "scratch" than "in tiles".
+- "in tiles of ..." pairs codes become numbers inside the product (cuda_src/experts_packed_many_*.cu): of up to 256 on
+  Hopper, else 128, or less where experts have few;
+- "scratch": unpacked first, for the kernels of plain experts (unpack.cu, experts_many_*.cu);
+- "streamed", up to 64 pairs for each expert: for 8 pairs of an expert at a time (experts_packed.cu);
+- "plain": experts_many_*.cu on plain weights, which is what "scratch" would take if unpacking were free.
+
+Times are those of a replayed graph; a product is first checked on small cases. --skew: how unevenly experts are chosen;
+0 is by chance alone.
+
+``WAYS`` in cuplama/ops/experts_packed.py has the pairs for each expert at which "in tiles" begins to be faster than
+"streamed", and "scratch" than "in tiles"; ``up_to`` there those at which taller tiles do.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from cuplama.lab.check import BackendExecutor, WrongResultError, check, run_guar
 from cuplama.lab.timing import Replay
 from cuplama.lab.workloads import case_workload, normal_values
 from cuplama.ops import OPS
-from cuplama.ops.experts import with_codes_in_tiles
+from cuplama.ops.experts import packed_ways
+from cuplama.ops.experts_packed import Ways
 from cuplama.ops.op import Op
 from cuplama.ops.route import sort_pairs
 from cuplama.quant.packed import Packed
@@ -42,7 +47,11 @@ REPEATS = 10
 KNOBS = {"expert_linear_clamped_swiglu": {"alpha": 1.702, "limit": 7.0}}
 _ALWAYS = 1 << 30  # pairs for each expert
 _STREAMED = 64  # pairs for each expert up to which blocks are streamed
-WAYS = {"in tiles": (0, _ALWAYS), "scratch": (0, 0), "streamed": (_STREAMED, 0)}
+WAYS = {
+    **{f"in tiles of {rows}": Ways(0, _ALWAYS, rows) for rows in (256, 128, 64)},
+    "scratch": Ways(0, 0),
+    "streamed": Ways(_STREAMED, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -76,10 +85,11 @@ def check_small(backend: CudaBackend, shape: Shape, form: str) -> None:
     """Raises WrongResultError if small products are wrong: of a few tall tiles, and of many."""
     for n, E, m, k in ((900, 3, 144, 712), (700, 9, 336, 1160)):
         case = {"n": n, "s": 2, "E": E, "m": m, "k": k, "b": True, "W": form, **KNOBS.get(shape.op, {})}
-        op = with_codes_in_tiles(OPS[shape.op], WAYS["in tiles"])
-        workload = replace(case_workload(OPS[shape.op], case, "bf16"), op=op)
+        workload = case_workload(OPS[shape.op], case, "bf16")
         arrays = workload.arrays()
-        check(workload, arrays, run_guarded(workload, arrays, BackendExecutor(backend)))
+        for rows in (256, 128, 64):
+            workload = replace(workload, op=packed_ways(OPS[shape.op], Ways(0, _ALWAYS, rows)))
+            check(workload, arrays, run_guarded(workload, arrays, BackendExecutor(backend)))
 
 
 def pairs_of(shape: Shape, tokens: int, skew: float) -> tuple[Any, Any]:
@@ -98,8 +108,8 @@ def ways(backend: CudaBackend, shape: Shape, form: str) -> Iterator[tuple[str, O
     E, rows = shape.experts, shape.parts * shape.m
     op, packed = OPS[shape.op], random_weight(form, E * rows, shape.k)
     w = backend.upload(Packed((E, rows, shape.k), packed.segments))
-    for way, pairs in WAYS.items():
-        yield way, with_codes_in_tiles(op, pairs), w
+    for name, way in WAYS.items():
+        yield name, packed_ways(op, way), w
     del w
     some = normal_values(np.random.default_rng(0), (1, rows, shape.k), DTYPES["bf16"], 0.02)
     yield "plain", op, backend.upload(np.tile(some, (E, 1, 1)))

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..dtypes import Array
 from .activation import gelu_tanh_mul, silu_mul
-from .experts_packed import IN_TILES, packed_experts_plan
+from .experts_packed import WAYS, Ways, packed_experts_plan
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
 from .op import Call, Draw, Op
@@ -31,7 +31,7 @@ __all__ = [
     "expert_linear_clamped_swiglu",
     "expert_linear_gelu_tanh_mul",
     "expert_linear_silu_mul",
-    "with_codes_in_tiles",
+    "packed_ways",
 ]
 
 _WARP = 32
@@ -127,13 +127,13 @@ def _tensor(call: Call, device: Device) -> bool:
     return call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0
 
 
-def _plan(act: str, call: Call, device: Device, in_tiles: tuple[int, int] = IN_TILES) -> Plan:
+def _plan(act: str, call: Call, device: Device, ways: Ways = WAYS) -> Plan:
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
     if segments_of(call.arrays["w"]) is not None:
         plain = partial(_plain, constants, call, device)
-        return packed_experts_plan(constants, _parts(constants), call, device, plain, in_tiles)
+        return packed_experts_plan(constants, _parts(constants), call, device, plain, ways)
     # One way to add up on a deterministic device, whatever the number of rows.
     few = call["n"] * call["s"] <= _FEW * call["E"] and not device.deterministic
     launch = _few(constants, call, device) if few and _tensor(call, device) else None
@@ -205,10 +205,9 @@ _ACTS = {
 }
 
 
-def with_codes_in_tiles(op: Op, pairs: tuple[int, int]) -> Op:
-    """One of these ops with other numbers of pairs for each expert between which the codes of packed weights become
-    numbers inside the tiles of the product: ``IN_TILES`` (experts_packed.py). It is for comparing the ways."""
-    return replace(op, kernels=lambda call, device: _plan(_ACTS[op.name], call, device, pairs))
+def packed_ways(op: Op, ways: Ways) -> Op:
+    """One of these ops with another choice of the ways to compute a product with a packed weight, to compare them."""
+    return replace(op, kernels=lambda call, device: _plan(_ACTS[op.name], call, device, ways))
 
 
 # In tiles of 256: for one of the ops, since a compiler takes seconds for that kernel.

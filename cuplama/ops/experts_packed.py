@@ -22,13 +22,26 @@ from .signature import OpError
 from .unpacking import UNPACKED, unpack_launches
 from .weights import SegmentLike, expert_rows, segments_of
 
-__all__ = ["IN_TILES", "packed_experts_plan", "unpacked_experts"]
+__all__ = ["WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
 
-IN_TILES = (32, 1024)
-"""Pairs for each expert of the model. Up to the first number blocks are streamed, once for each 8 pairs of an expert;
-up to the second codes become numbers inside the tiles of a product, once for each tile; for more they are unpacked to
-scratch, once. Both figures are to be measured: ``python -m benchmarks.packed_experts`` times all ways. With (32, 0)
-all that is not streamed is unpacked to scratch."""
+
+@dataclass(frozen=True)
+class Ways:
+    """Which way a product with a packed weight is computed, by the pairs for each expert of the model.
+
+    streamed: up to so many, blocks are streamed, once for each 8 pairs of an expert; in_tiles: up to so many, codes
+    become numbers inside the tiles of a product, once for each tile; for more they are unpacked to scratch, once. rows:
+    pairs of a tile at most.
+    """
+
+    streamed: int = 32
+    in_tiles: int = 1024
+    rows: int = 256
+
+
+WAYS = Ways()
+"""What is taken. The figures are to be measured: ``python -m benchmarks.packed_experts`` times all ways. With
+``Ways(in_tiles=0)`` all that is not streamed is unpacked to scratch."""
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
@@ -86,12 +99,12 @@ def packed_experts_plan(
     call: Call,
     device: Device,
     plain: Callable[[int], Launch],
-    in_tiles: tuple[int, int] = IN_TILES,
+    ways: Ways = WAYS,
 ) -> Plan:
     """The launches of a product with a packed weight.
 
     constants: those of all its kernels; parts: rows of w that make a column of y; plain: the launch for the plain
-    weights of so many experts; in_tiles: as ``IN_TILES``.
+    weights of so many experts.
     """
     segments = segments_of(call.arrays["w"])
     assert segments is not None
@@ -100,10 +113,10 @@ def packed_experts_plan(
     pairs, whole = call["n"] * call["s"], parts == 1 or call["m"] % _BLOCK_ROWS == 0
     launch = None
     if whole and not device.deterministic:  # which has one way to add up, whatever the number of rows
-        if pairs <= in_tiles[0] * call["E"]:
+        if pairs <= ways.streamed * call["E"]:
             launch = _few(constants, parts, call, device, segments[0])
-        if launch is None and pairs <= in_tiles[1] * call["E"]:
-            launch = _many(constants, parts, call, device, segments[0])
+        if launch is None and pairs <= ways.in_tiles * call["E"]:
+            launch = _many(constants, parts, call, device, segments[0], ways.rows)
     if launch is not None:
         return Plan((launch,))
     rows = parts * call["m"]
@@ -147,14 +160,17 @@ def _few(constants: Mapping[str, Any], parts: int, call: Call, device: Device, s
     return None
 
 
-def _many(constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike) -> Launch | None:
-    """The launch for many pairs; None where tensor cores do not take them, or a tile does not fit shared memory."""
+def _many(
+    constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike, rows: int
+) -> Launch | None:
+    """The launch for many pairs, in tiles of at most ``rows``; None where tensor cores do not take them, or a tile does
+    not fit shared memory."""
     packing, pairs = segment.format.packing, call["n"] * call["s"]
     if call.dtypes["T"].itemsize != 2 or device.arch < 80 or call["k"] % 8 or packing.code.bits > _MOST_BITS:
         return None
     of = _WGMMA if device.arch == 90 else _MMA
     chosen = min(call["E"], pairs)  # experts, at most
-    tiles = next(t for t in of.tiles if pairs <= t.up_to * chosen)
+    tiles = next(t for t in of.tiles if pairs <= t.up_to * chosen or t.rows >= rows)
     band = _BAND * packing.block_bytes
     rings = {d: d * tiles.rows * _STEP_BYTES + (d - of.behind + 3) // 2 * band for d in of.depths}
     shared = {d: max(ring, tiles.rows * _SUMS_BYTES) + of.alignment for d, ring in rings.items()}

@@ -16,7 +16,8 @@ from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS, experts_packed
 from cuplama.ops.abstract import abstract
-from cuplama.ops.experts import with_codes_in_tiles
+from cuplama.ops.experts import packed_ways
+from cuplama.ops.experts_packed import Ways
 from cuplama.ops.launch import Device
 from cuplama.quant.catalog import CATALOG
 from cuplama.quant.packed import packed
@@ -34,7 +35,7 @@ def case(op: str, dtype: str = "bf16", seed: int = 0, **sizes: Any) -> Workload:
 def to_scratch(op: str, dtype: str = "bf16", **sizes: Any) -> Workload:
     """A case whose weights are unpacked if it has many pairs."""
     given = case(op, dtype, **sizes)
-    return replace(given, op=with_codes_in_tiles(given.op, (32, 0)))
+    return replace(given, op=packed_ways(given.op, Ways(in_tiles=0)))
 
 
 def run(workload: Workload, files: list[str], device: Device = SMALL) -> None:

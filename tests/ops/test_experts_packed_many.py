@@ -15,7 +15,8 @@ from cuplama.lab.check import planned
 from cuplama.lab.workloads import Workload
 from cuplama.ops import OPS
 from cuplama.ops.abstract import abstract, attributes
-from cuplama.ops.experts import with_codes_in_tiles
+from cuplama.ops.experts import packed_ways
+from cuplama.ops.experts_packed import Ways
 from cuplama.ops.launch import Device, Launch
 from cuplama.ops.route import sort_pairs
 from cuplama.ops.weights import expert_rows
@@ -37,7 +38,7 @@ NAMES = [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) f
 def in_tiles(op: str, dtype: str = "bf16", **sizes: Any) -> Workload:
     """A case for which this way is taken, however few pairs there are."""
     given = case(op, dtype, **sizes)
-    return replace(given, op=with_codes_in_tiles(given.op, (0, 1024)))
+    return replace(given, op=packed_ways(given.op, Ways(streamed=0)))
 
 
 def ragged(counts: Sequence[int], op: str = "expert_linear", dtype: str = "bf16", **sizes: Any) -> Workload:
@@ -114,6 +115,15 @@ def test_two_blocks_share_a_multiprocessor_where_experts_have_fewer_pairs() -> N
         (launch,) = plan(Device(), "expert_linear_silu_mul", n=tokens, s=8, E=128, m=768, k=2048, W="int4 g128")
         assert launch.constants["ROWS"] == rows
         assert launch.shared <= Device().shared // 2 - 4096
+
+
+def test_tiles_may_be_held_low() -> None:
+    """For comparing heights: a tile has no more pairs than that, and the result is the same."""
+    workload = ragged((130, 0, 110), m=16, k=72, W="mxfp4")
+    low = replace(workload, op=packed_ways(workload.op, Ways(rows=64)))
+    (launch,) = planned(low, low.ins, HOPPER, abstract)[0]
+    assert "64, 6>" in launch.expression
+    run(low, WGMMA, HOPPER)
 
 
 @pytest.mark.parametrize(
