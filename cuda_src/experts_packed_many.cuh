@@ -2,10 +2,11 @@
 // experts_packed_many_wgmma.cu): how codes and rows of x come, codes as numbers in the order of the products, and the
 // way of the sums to y.
 //
-// A block of the grid has a tile of up to ROWS pairs of one expert, as many as the expert's other tiles, by BAND tiles of 16 rows of w, and takes products of
-// STEP columns at a time, half a packed block. w is the A of the products, from registers: so a code becomes a number
-// once for all pairs of the tile, and no number of w is ever stored. x is the B, from shared memory, as it lies in
-// global memory: its rows are where the pairs say, in 128 bytes with exchanged vectors (Layout<64>).
+// A block of the grid has a tile of up to ROWS pairs of one expert, as many as the expert's other tiles, by BAND tiles
+// of 16 rows of w, and takes products of STEP columns at a time, half a packed block. w is the A of the products, from
+// registers: so a code becomes a number once for all pairs of the tile, and no number of w is ever stored. x is the B,
+// from shared memory, as it lies in global memory: its rows are where the pairs say, in 128 bytes with exchanged
+// vectors (Layout<64>).
 //
 // Packed blocks have the codes in an order of k that suits an x which is read by lanes. Tensor cores read x in its own
 // order, so here the codes change places instead. A lane 4 r + t has columns 4 t .. 4 t + 3 of a chunk of 16 and must
@@ -200,9 +201,9 @@ __device__ __forceinline__ void make_half(const W& block, int half, u32 (&a)[4][
 
 // ---- what becomes of the sums ---------------------------------------------------------------------------------------
 
-// The block's sums to y, by way of shared memory, which nothing else uses by now: a thread then has 8 columns of a pair.
-// total: of (tile, 8 pairs, row half, pair) the sum. With STRIDE the 32 numbers that a warp writes at a time meet all
-// banks.
+// The block's sums to y, by way of shared memory, which nothing else uses by now: a thread then has 8 columns of a
+// pair. total: of (tile, 8 pairs, row half, pair) the sum. With STRIDE the 32 numbers that a warp writes at a time meet
+// all banks.
 template <typename S, int N>
 __device__ __forceinline__ void put_sums(const float (&total)[S::TILES * N / 2], const Product<S>& product,
                                          const Share& share) {

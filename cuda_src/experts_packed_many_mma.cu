@@ -1,19 +1,20 @@
-// expert_linear_packed_many_mma    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert]), as expert_linear (experts.cu),
-//                                  of a packed weight (formats.cuh) for many pairs, on tensor cores: x, b, y in 16 bits
-//                                  (sm_80 and later), x on 16-byte boundaries; codes of up to 8 bits; k is a multiple
-//                                  of 8; where two rows of w make a column of y, m is a multiple of 16
+// expert_linear_packed_many_mma    y[pair, m] = act(x[pair / s] w[expert]^T + b[expert]), as expert_linear
+//                                  (experts.cu), of a packed weight (formats.cuh) for many pairs, on tensor cores: x,
+//                                  b, y in 16 bits (sm_80 and later), x on 16-byte boundaries; codes of up to 8 bits; k
+//                                  is a multiple of 8; where two rows of w make a column of y, m is a multiple of 16
 //
 // The codes become numbers in the registers of the products, once for all pairs of a tile (experts_packed_many.cuh): no
-// weight in 16 bits is written or read. A block has a tile of up to ROWS pairs of one expert by 128 rows of its weights:
-// all columns of y of a tile of pairs are next to each other in the grid, and so are the tiles of an expert, so that
-// rows of x and codes are still in L2 when they are read again. How many tiles there are is read on the device; the
-// grid has room for the most that there can be, n*s / ROWS + min(E, n*s), and blocks beyond the last tile end at once.
+// weight in 16 bits is written or read. A block has a tile of up to ROWS pairs of one expert by 128 rows of its
+// weights: all columns of y of a tile of pairs are next to each other in the grid, and so are the tiles of an expert,
+// so that rows of x and codes are still in L2 when they are read again. How many tiles there are is read on the device;
+// the grid has room for the most that there can be, n*s / ROWS + min(E, n*s), and blocks beyond the last tile end at
+// once.
 //
 // Four warps, each with 32 rows of w and all pairs, so that what is read of x in shared memory serves two tiles of w.
 //
 // Scales and offsets are folded into the numbers, which are rounded to T once, as a weight is that a program keeps in
-// 16 bits; scales of whole rows come in at the end, in f32. Sums go along k in steps of 16, whatever ROWS is: a row of y
-// does not depend on the other pairs, bit for bit.
+// 16 bits; scales of whole rows come in at the end, in f32. Sums go along k in steps of 16, whatever ROWS is: a row of
+// y does not depend on the other pairs, bit for bit.
 //
 // Launch: cuplama/ops/experts_packed.py. Op: cuplama/ops/experts.py. Test: tests/ops/test_experts_packed_many.py.
 // Benchmark: python -m benchmarks.packed_experts. Tried: nothing else yet; no GPU has run it.

@@ -1,12 +1,12 @@
 // expert_linear_packed_many_wgmma    what expert_linear_packed_many_mma computes (experts_packed_many_mma.cu), on
 //                                    Hopper's tensor cores (sm_90a alone); parameters and grid are as there
 //
-// Two warpgroups; each warp has 16 of the block's 128 rows of w, and all pairs of the tile are the N of its products, as
-// many as there are, up to a multiple of 32 and at least 64: for fewer the products would take less time than their
+// Two warpgroups; each warp has 16 of the block's 128 rows of w, and all pairs of the tile are the N of its products,
+// as many as there are, up to a multiple of 32 and at least 64: for fewer the products would take less time than their
 // numbers. While products run, the numbers of the next step are made: where a tile has more than 128 pairs, and a
-// multiprocessor one block, in another set of registers; else by the other block. With 256 pairs a step of 64 columns is
-// 1024 cycles of the tensor cores, and its numbers in mxfp4 about 120 instructions of each of two warps. What a block
-// reads in a step is 32 KB of x and 4.3 KB of codes, mostly from L2.
+// multiprocessor one block, in another set of registers; else by the other block. With 256 pairs a step of 64 columns
+// is 1024 cycles of the tensor cores, and its numbers in mxfp4 about 120 instructions of each of two warps. What a
+// block reads in a step is 32 KB of x and 4.3 KB of codes, mostly from L2.
 //
 // A stage of x is filled again two steps after it was multiplied: each warp has then waited for its own products, and
 // the barrier of the step in between says so of all warps. So DEPTH - 2 steps are on their way while one is multiplied.

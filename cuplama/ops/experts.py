@@ -17,7 +17,7 @@ import numpy as np
 
 from ..dtypes import Array
 from .activation import gelu_tanh_mul, silu_mul
-from .experts_packed import WAYS, Ways, packed_experts_plan
+from .experts_packed import Ways, packed_experts_plan
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
 from .op import Call, Draw, Op
@@ -127,7 +127,7 @@ def _tensor(call: Call, device: Device) -> bool:
     return call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0
 
 
-def _plan(act: str, call: Call, device: Device, ways: Ways = WAYS) -> Plan:
+def _plan(act: str, call: Call, device: Device, ways: Ways | None = None) -> Plan:
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}

@@ -99,13 +99,14 @@ def packed_experts_plan(
     call: Call,
     device: Device,
     plain: Callable[[int], Launch],
-    ways: Ways = WAYS,
+    ways: Ways | None = None,
 ) -> Plan:
     """The launches of a product with a packed weight.
 
     constants: those of all its kernels; parts: rows of w that make a column of y; plain: the launch for the plain
-    weights of so many experts.
+    weights of so many experts; ways: ``WAYS`` if None.
     """
+    ways = ways or WAYS
     segments = segments_of(call.arrays["w"])
     assert segments is not None
     if len(segments) != 1 or segments[0].order is not None:
