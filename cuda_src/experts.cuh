@@ -58,6 +58,17 @@ struct PairTiles {
     __device__ __forceinline__ int count() const { return before[E]; }
 
     __device__ __forceinline__ PairTile at(int tile) const {
+        const int expert = expert_of(tile);
+        return cut(expert, tile, ROWS);
+    }
+
+    // The same where the tiles of an expert have nearly the same number of pairs, in place of one with the rest.
+    __device__ __forceinline__ PairTile even(int tile) const {
+        const int expert = expert_of(tile), tiles = before[expert + 1] - before[expert];
+        return cut(expert, tile, (offsets[expert + 1] - offsets[expert] + tiles - 1) / tiles);
+    }
+
+    __device__ __forceinline__ int expert_of(int tile) const {
         int expert = 0, end = E;  // before[expert] <= tile < before[end]
         while (end - expert > 1) {
             const int middle = (expert + end) / 2;
@@ -66,8 +77,13 @@ struct PairTiles {
             else
                 end = middle;
         }
-        const int first = offsets[expert] + (tile - before[expert]) * ROWS;
-        return {expert, first, min(ROWS, offsets[expert + 1] - first)};
+        return expert;
+    }
+
+    // A tile of an expert whose tiles have `each` pairs, but for the last.
+    __device__ __forceinline__ PairTile cut(int expert, int tile, int each) const {
+        const int first = offsets[expert] + (tile - before[expert]) * each;
+        return {expert, first, min(each, offsets[expert + 1] - first)};
     }
 };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["EDITS", "EQUIVALENT"]
 
 _SHARED, _FEW, _MANY = "experts.cuh", "experts_mma.cu", "experts_many.cuh"
+_PACKED, _PACKED_WGMMA = "experts_packed_many.cuh", "experts_packed_many_wgmma.cu"
 
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
@@ -40,7 +41,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_SHARED, "if (w < warp) sum += partial[w];", "if (w <= warp) sum += partial[w];"),
     (_SHARED, "+ ROWS - 1) / ROWS; });", ") / ROWS; });"),
     (_SHARED, "if (before[middle] <= tile)", "if (before[middle] < tile)"),
-    (_SHARED, "(tile - before[expert]) * ROWS;", "tile * ROWS;"),
+    (_SHARED, "(tile - before[expert]) * each;", "tile * each;"),
+    (_SHARED, "+ tiles - 1) / tiles);", ") / tiles);"),
     ("activation.cuh", "gate > limit ? limit : gate,", "gate,"),
     ("activation.cuh", "up < -limit ? -limit : up;", "up;"),
     # experts.cu
@@ -62,6 +64,23 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("experts_many_wgmma.cu", "cp_async_wait<DEPTH - 3>();", "cp_async_wait<DEPTH - 2>();"),
     ("experts_many_wgmma.cu", "step > 0 || i > 0", "step > 0"),
     ("experts_many_wgmma.cu", "stages + warp / 4 * (64 * STEP)", "stages"),
+    # many pairs, packed weights
+    (_PACKED, "t % 2 == 0 ? 0x6240u : 0x7351u", "0x6240u"),
+    (_PACKED, "high = low + 2;", "high = low + 1;"),
+    (_PACKED, "- t + t / 2,", ","),
+    (_PACKED, "u32(share.own[row + i * APART] / product.s) * k", "u32(share.own[row + i * APART]) * k"),
+    (_PACKED, "inside && i * APART < count", "i * APART < count"),
+    (_PACKED, "min(unit, product.units - 1)", "unit"),
+    (_PACKED, "(share.tile.expert * S::PARTS + part)", "(share.tile.expert * S::PARTS)"),
+    (_PACKED, "int(blockIdx.x % across) * S::OUTS", "0"),
+    (_PACKED, "product.b[(before + p) * m", "product.b[p * m"),
+    (_PACKED, "product.scales[(before + p)", "product.scales[p"),
+    (_PACKED, "row < share.tile.count;", "row < N;"),
+    (_PACKED, "sum[p].v[c] * scale[p][c]", "sum[p].v[c]"),
+    (_PACKED_WGMMA, "half + 1 < left", "half == 0"),
+    (_PACKED_WGMMA, "make_half(codes[slot * BAND], 1 - half", "make_half(codes[slot * BAND], half"),
+    ("experts_packed_many_mma.cu", "if (j * 16 >= count) break;", "if (j * 16 + 16 >= count) break;"),
+    ("experts_packed_many_mma.cu", "half == 0 && left < product.steps", "half == 0"),
 )
 
 # (file, text around the place of a mutation, why it cannot change a result)

@@ -1,6 +1,6 @@
 """Products of rows with the weights of the experts that compute them. Kernels: cuda_src/experts.cu (by multiply-adds),
-experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu and experts_many_wgmma.cu (many), experts_packed.cu
-(few pairs of packed weights; experts_packed.py).
+experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu and experts_many_wgmma.cu (many); of packed weights
+(experts_packed.py) experts_packed.cu (few), experts_packed_many_mma.cu and experts_packed_many_wgmma.cu (many).
 
 ``sort_pairs`` (route.py) says which pairs of a row and an expert there are. A product gives a row for each pair, at the
 pair's own number, so the next product, whose x has a row for each pair, takes the same ``pairs`` and ``offsets``.
@@ -8,7 +8,8 @@ pair's own number, so the next product, whose x has a row for each pair, takes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..dtypes import Array
 from .activation import gelu_tanh_mul, silu_mul
-from .experts_packed import packed_experts_plan
+from .experts_packed import Ways, packed_experts_plan
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
 from .op import Call, Draw, Op
@@ -30,6 +31,7 @@ __all__ = [
     "expert_linear_clamped_swiglu",
     "expert_linear_gelu_tanh_mul",
     "expert_linear_silu_mul",
+    "packed_ways",
 ]
 
 _WARP = 32
@@ -125,13 +127,13 @@ def _tensor(call: Call, device: Device) -> bool:
     return call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0
 
 
-def _plan(act: str, call: Call, device: Device) -> Plan:
+def _plan(act: str, call: Call, device: Device, ways: Ways | None = None) -> Plan:
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
     if segments_of(call.arrays["w"]) is not None:
         plain = partial(_plain, constants, call, device)
-        return packed_experts_plan(constants, _parts(constants), call, device, plain)
+        return packed_experts_plan(constants, _parts(constants), call, device, plain, ways)
     # One way to add up on a deterministic device, whatever the number of rows.
     few = call["n"] * call["s"] <= _FEW * call["E"] and not device.deterministic
     launch = _few(constants, call, device) if few and _tensor(call, device) else None
@@ -185,17 +187,39 @@ _CASES = (
     dict(n=90, s=2, E=4, m=72, k=200, b=True, chosen=3),
     dict(n=400, s=1, E=2, m=42, k=72, b=False, chosen=1),
     dict(n=6, s=2, E=3, m=10, k=61, b=False),
-    # Packed: streamed, for one row and for several; unpacked, for many pairs and where halves end within a block.
+    # Packed: streamed, for one row and for several; many pairs, in tiles of 64 and of 128; unpacked, where halves end
+    # within a block.
     dict(n=1, s=3, E=6, m=48, k=328, b=True, W="mxfp4"),
     dict(n=5, s=2, E=4, m=32, k=200, b=False, W="int4 g128", chosen=2),
     dict(n=70, s=1, E=2, m=48, k=136, b=True, W="fp8"),
+    dict(n=100, s=2, E=3, m=144, k=424, b=True, W="mxfp4", chosen=2),
     dict(n=10, s=2, E=3, m=23, k=200, b=True, W="Q4_K"),
 )
 
 
-def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: float) -> Op:
+_ACTS = {
+    "expert_linear": "NO_ACT",
+    "expert_linear_silu_mul": "SILU_MUL",
+    "expert_linear_gelu_tanh_mul": "GELU_TANH_MUL",
+    "expert_linear_clamped_swiglu": "CLAMPED_SWIGLU",
+}
+
+
+def packed_ways(op: Op, ways: Ways) -> Op:
+    """One of these ops with another choice of the ways to compute a product with a packed weight, to compare them."""
+    return replace(op, kernels=lambda call, device: _plan(_ACTS[op.name], call, device, ways))
+
+
+# In two tiles of up to 256 pairs: for one of the ops, since a compiler takes seconds for that kernel.
+_TALL = dict(n=257, s=1, E=2, m=16, k=200, b=False, W="mxfp4", chosen=1)
+
+
+def _op(
+    name: str, doc: str, reference: Any, cost: int = 0, cases: Sequence[Mapping[str, Any]] = _CASES, **knobs: float
+) -> Op:
     """A product of the pairs' rows, with what comes behind it. cost: operations of an element of that; knobs: its
     attributes, with the values that they have in tests."""
+    act = _ACTS[name]
     parts = 2 if act != "NO_ACT" else 1
     rows = "m" if parts == 1 else "2*m"
     attributes = "".join(f", {knob}:f32" for knob in knobs)
@@ -205,7 +229,7 @@ def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: f
         doc=f"{doc} A row of y for each pair of a row and an expert: pair = row * s + slot, sorted as by sort_pairs.",
         reference=reference,
         kernels=lambda call, device: _plan(act, call, device),
-        cases=[{**case, **knobs} for case in _CASES],
+        cases=[{**case, **knobs} for case in cases],
         sizes=lambda draw: {**_sizes(draw), **knobs},
         inputs=_inputs,
         shape=dict(n=1, s=8, E=128, m=768, k=2048, b=False, **knobs),
@@ -215,6 +239,8 @@ def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: f
             "expert_linear": "y = act(x w^T + b) for each pair, by multiply-adds",
             "expert_linear_mma": "The same for few pairs of each expert, on tensor cores.",
             "expert_linear_packed": "The same for few pairs of each expert and packed weights.",
+            "expert_linear_packed_many_mma": "The same for many pairs and packed weights, on tensor cores.",
+            "expert_linear_packed_many_wgmma": "The same for many pairs and packed weights, on Hopper's tensor cores.",
             "unpack": "The numbers of packed weights of some experts, for many pairs.",
             "expert_linear_many_mma": "The same for many pairs, on tensor cores.",
             "expert_linear_many_wgmma": "The same for many pairs, on Hopper's tensor cores.",
@@ -224,11 +250,10 @@ def _op(name: str, act: str, doc: str, reference: Any, cost: int = 0, **knobs: f
     )
 
 
-expert_linear = _op("expert_linear", "NO_ACT", "y[pair] = x[row] w[expert]^T + b[expert].", _expert_linear)
+expert_linear = _op("expert_linear", "y[pair] = x[row] w[expert]^T + b[expert].", _expert_linear)
 
 expert_linear_silu_mul = _op(
     "expert_linear_silu_mul",
-    "SILU_MUL",
     "y[pair] = silu_mul(x[row] w[expert]^T + b[expert]); the first m rows of w[expert] give what is put through silu.",
     _with_silu_mul,
     cost=5,
@@ -236,7 +261,6 @@ expert_linear_silu_mul = _op(
 
 expert_linear_gelu_tanh_mul = _op(
     "expert_linear_gelu_tanh_mul",
-    "GELU_TANH_MUL",
     "y[pair] = gelu_tanh_mul(x[row] w[expert]^T + b[expert]); the first m rows of w[expert] give what is put through"
     " gelu.",
     _with_gelu_tanh_mul,
@@ -245,11 +269,11 @@ expert_linear_gelu_tanh_mul = _op(
 
 expert_linear_clamped_swiglu = _op(
     "expert_linear_clamped_swiglu",
-    "CLAMPED_SWIGLU",
     "[g, u] = x[row] w[expert]^T + b[expert], g at most limit, u at most limit in size;"
     " y[pair] = g / (1 + exp(-alpha g)) * (u + 1), the activation of gpt-oss.",
     _with_clamped_swiglu,
     cost=7,
+    cases=(*_CASES, _TALL),
     alpha=1.702,
     limit=7.0,
 )

@@ -1,7 +1,11 @@
-"""Products with packed weights of experts, on the emulator: every format, several tiles of an expert, slices."""
+"""Products with packed weights of experts, on the emulator: every format, several tiles of an expert, slices.
+
+Where codes become numbers inside the tiles of many pairs is test_experts_packed_many.py's; here they are unpacked.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,8 @@ from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS, experts_packed
 from cuplama.ops.abstract import abstract
+from cuplama.ops.experts import packed_ways
+from cuplama.ops.experts_packed import Ways
 from cuplama.ops.launch import Device
 from cuplama.quant.catalog import CATALOG
 from cuplama.quant.packed import packed
@@ -24,6 +30,12 @@ KNOBS = {"expert_linear_clamped_swiglu": dict(alpha=1.702, limit=7.0)}
 
 def case(op: str, dtype: str = "bf16", seed: int = 0, **sizes: Any) -> Workload:
     return case_workload(OPS[op], {"b": True, **KNOBS.get(op, {}), **sizes}, dtype, seed)
+
+
+def to_scratch(op: str, dtype: str = "bf16", **sizes: Any) -> Workload:
+    """A case whose weights are unpacked if it has many pairs."""
+    given = case(op, dtype, **sizes)
+    return replace(given, op=packed_ways(given.op, Ways(in_tiles=0)))
 
 
 def run(workload: Workload, files: list[str], device: Device = SMALL) -> None:
@@ -74,7 +86,7 @@ def test_of_long_rows_a_tile_has_fewer() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_many_pairs_are_multiplied_with_unpacked_numbers(dtype: str) -> None:
     files = MANY if dtype == "bf16" else ["unpack.cu", "experts.cu"]
-    run(case("expert_linear_silu_mul", dtype, n=70, s=1, E=2, m=32, k=72, W="mxfp4"), files)
+    run(to_scratch("expert_linear_silu_mul", dtype, n=70, s=1, E=2, m=32, k=72, W="mxfp4"), files)
 
 
 def test_halves_that_begin_within_a_block_are_unpacked_expert_by_expert() -> None:
@@ -83,7 +95,7 @@ def test_halves_that_begin_within_a_block_are_unpacked_expert_by_expert() -> Non
 
 def test_unpacked_experts_go_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_packed, "_SLICE_BYTES", 2 * 32 * 72 * 2)
-    run(case("expert_linear_clamped_swiglu", n=180, s=1, E=5, m=16, k=72, W="mxfp4", chosen=4), 3 * MANY)
+    run(to_scratch("expert_linear_clamped_swiglu", n=180, s=1, E=5, m=16, k=72, W="mxfp4", chosen=4), 3 * MANY)
 
 
 def test_a_deterministic_device_has_one_way_for_any_number_of_rows() -> None:

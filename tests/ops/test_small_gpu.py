@@ -52,6 +52,10 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     # experts_many_mma.cu, before Hopper: tiles of 64 pairs and of 128, several of the weights' rows, odd columns
     ("expert_linear", dict(n=90, s=1, E=2, m=137, k=136, b=True), Device(80, 108, 166912)),
     ("expert_linear_silu_mul", dict(n=200, s=2, E=2, m=42, k=392, b=True), Device(80, 108, 166912)),
+    # experts_packed_many_mma.cu: the same of packed weights, with rings that are gone through more than once
+    ("expert_linear", dict(n=70, s=1, E=2, m=137, k=552, b=True, W="int8"), Device(80, 108, 166912)),
+    ("expert_linear_silu_mul", dict(n=100, s=2, E=3, m=80, k=424, b=True, W="mxfp4", chosen=2),
+     Device(80, 108, 166912)),
     ("attention", _DECODE, Device(sms=8)),
     # GPUs before Hopper, at head sizes that have kernels of their own there
     ("self_attention", self_attention_case(3, 1, 64, [70, 9], window=33), Device(80, 108, 166912)),

@@ -16,6 +16,7 @@ from cuplama.model import Model
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.ops import experts_packed
+from cuplama.ops.experts_packed import Ways
 from cuplama.quant.packed import Packed, packed
 from tests.fakes import FakeGpu
 from tests.paths import GOLDEN
@@ -37,7 +38,7 @@ def test_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with np.load(folder / "golden.npz") as golden:
         prompt, wanted = golden["prompt_1"].tolist(), golden["logits_1"]
     for few in (32, 0):  # pairs up to which blocks are streamed
-        monkeypatch.setattr(experts_packed, "_FEW", few)
+        monkeypatch.setattr(experts_packed, "WAYS", Ways(streamed=few))
         assert np.abs(model.logits(prompt) - wanted).max() <= 2e-3
     assert np.abs(stepwise(model, prompt[:4]) - wanted[:4]).max() <= 2e-3
 

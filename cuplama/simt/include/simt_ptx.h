@@ -254,11 +254,11 @@ SIMT_FN void wgmma_bf16(float (&d)[64], const unsigned (&a)[4], unsigned long lo
   simt::warpgroup_sum<simt::BfloatFormat>(d, a, b);
 }
 
-SIMT_FN void wgmma_rows_bf16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
-  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
-}
 SIMT_FN void wgmma_rows_f16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
   simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[8], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
 }
 SIMT_FN void wgmma_rows_f16(float (&d)[16], const unsigned (&a)[4], unsigned long long b, bool add) {
   simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
@@ -276,6 +276,42 @@ SIMT_FN void wgmma_rows_f16(float (&d)[32], const unsigned (&a)[4], unsigned lon
   simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
 }
 SIMT_FN void wgmma_rows_bf16(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[48], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[48], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[80], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[80], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[96], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[96], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[112], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[112], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_f16(float (&d)[128], const unsigned (&a)[4], unsigned long long b, bool add) {
+  simt::warpgroup_rows<simt::HalfFormat>(d, a, b, add);
+}
+SIMT_FN void wgmma_rows_bf16(float (&d)[128], const unsigned (&a)[4], unsigned long long b, bool add) {
   simt::warpgroup_rows<simt::BfloatFormat>(d, a, b, add);
 }
 

@@ -1,0 +1,89 @@
+// expert_linear_packed_many_wgmma    what expert_linear_packed_many_mma computes (experts_packed_many_mma.cu), on
+//                                    Hopper's tensor cores (sm_90a alone); parameters and grid are as there
+//
+// Two warpgroups; each warp has 16 of the block's 128 rows of w, and all pairs of the tile are the N of its products,
+// as many as there are, up to a multiple of 32 and at least 64: for fewer the products would take less time than their
+// numbers. While products run, the numbers of the next step are made: where a tile has more than 128 pairs, and a
+// multiprocessor one block, in another set of registers; else by the other block. With 256 pairs a step of 64 columns
+// is 1024 cycles of the tensor cores, and its numbers in mxfp4 about 120 instructions of each of two warps. What a
+// block reads in a step is 32 KB of x and 4.3 KB of codes, mostly from L2.
+//
+// A stage of x is filled again two steps after it was multiplied: each warp has then waited for its own products, and
+// the barrier of the step in between says so of all warps. So DEPTH - 2 steps are on their way while one is multiplied.
+//
+// Launch: cuplama/ops/experts_packed.py. Op: cuplama/ops/experts.py. Test: tests/ops/test_experts_packed_many.py.
+// Benchmark: python -m benchmarks.packed_experts. Tried: nothing else yet; no GPU has run it.
+#include "experts_packed_many.cuh"
+
+constexpr int WARPS = 8;
+constexpr int LEAST = 64, MORE = 32;  // pairs of a product at least, and by which they grow
+constexpr int SHARING = 128;          // pairs of a tile up to which a multiprocessor has two blocks
+
+template <int N>
+__device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, f16) {
+    wgmma_rows_f16(d, a, b, true);
+}
+template <int N>
+__device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, bf16) {
+    wgmma_rows_bf16(d, a, b, true);
+}
+
+// A tile of at most N pairs.
+template <typename S, int N>
+__device__ __forceinline__ void multiply_pairs(const Product<S>& product, const Share& share) {
+    typedef typename S::T T;
+    if constexpr (N > LEAST)
+        if (share.tile.count <= N - MORE) return multiply_pairs<S, N - MORE>(product, share);
+    Operands<S, N> operands(product, share);
+    operands.begin();
+    const typename S::W* codes = product.codes + threadIdx.x / WARP;
+    const u64 rows = wgmma_matrix(product.rows, 1);
+    float total[N / 2] = {};
+    constexpr int SETS = S::ROWS > SHARING ? 2 : 1;
+    u32 a[SETS][4][4];
+    cp_async_wait<S::AHEAD - 1>();
+    __syncwarp();
+    make_half(*codes, 0, a[0], T());
+    int stage = 0, slot = 0;
+#pragma unroll 1
+    for (int left = product.steps; left > 0; left -= 2) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half == left) break;
+            cp_async_wait<S::AHEAD - 1>();
+            fence_proxy_async();
+            __syncthreads();  // this stage is there, and the packed block whose numbers are made next
+            wgmma_fence();
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                multiply_rows_of(total, a[half % SETS][c], rows + stage * (S::STAGE / 8) + 2 * c, T());
+            wgmma_commit();
+            operands.fetch_rows();
+            if (half == 1) operands.fetch_codes();
+            cp_async_commit();
+            wgmma_wait<SETS - 1>();  // the set that is made next is free
+            stage = stage + 1 == S::DEPTH ? 0 : stage + 1;
+            if (half == 1) slot = slot + 1 == S::BLOCKS ? 0 : slot + 1;
+            if (half + 1 < left) make_half(codes[slot * BAND], 1 - half, a[(1 - half) % SETS], T());
+        }
+    }
+    wgmma_wait<0>();
+    wgmma_done(total);
+    cp_async_wait<0>();
+    put_sums<S, N>(total, product, share);
+}
+
+template <typename T, typename W, int ACT, int ROWS, int DEPTH>
+__global__ void __launch_bounds__(WARPS* WARP, ROWS > SHARING ? 1 : 2)
+    expert_linear_packed_many_wgmma(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
+                                    const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
+    typedef Tiling<T, W, ACT, ROWS, WARPS, DEPTH, DEPTH - 2> S;
+    DYNAMIC_SHARED(unsigned char, raw);
+    unsigned char* memory = raw + (1024 - __cvta_generic_to_shared(raw) % 1024) % 1024;
+    __shared__ i32 before[MAX_EXPERTS + 1], own[ROWS];
+    launch_dependents();
+    pdl_wait();
+    Share share;
+    if (!find_share<S>(share, PairTiles<ROWS>(offsets, before, E), pairs, own, m)) return;
+    multiply_pairs<S, ROWS>(Product<S>(x, w, b, y, s, E, m, k, alpha, limit, memory), share);
+}
