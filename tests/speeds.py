@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cuplama.dtypes import DTYPES
-from cuplama.ops.abstract import abstract, attributes
+from cuplama.ops.abstract import attributes, described_inputs
 from cuplama.ops.launch import Device
 from cuplama.ops.op import Op
 
@@ -53,8 +52,7 @@ OpCase = tuple[Op, Mapping[str, Any], str]
 
 def launched(op: Op, case: Mapping[str, Any], T: str) -> tuple[frozenset[str], int]:
     """The kernels that a case launches, as ``file.cu:name``, and how much work it is: threads, and elements read."""
-    ins = op.random_inputs(np.random.default_rng(0), case, DTYPES[T])
-    arrays = [None if x is None else abstract(x.shape, x.dtype) for x in (ins[s.name] for s in op.signature.ins)]
+    arrays = described_inputs(op, case, DTYPES[T])
     call = op.bind(arrays, attributes(op, case, DTYPES[T]))
     launches = op.kernels(call, Device()).launches if op.kernels is not None else ()
     work = sum(math.prod(launch.grid) * math.prod(launch.block) for launch in launches)

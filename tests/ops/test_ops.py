@@ -18,7 +18,7 @@ from cuplama.folders import source_folder
 from cuplama.lab.check import BackendExecutor, check, model_dtypes, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.peaks import READ_KERNEL
-from cuplama.lab.workloads import Workload, case_workload
+from cuplama.lab.workloads import Workload, case_workload, described_workload
 from cuplama.ops import OPS
 from cuplama.ops.launch import Device
 from cuplama.ops.missing import missing
@@ -44,14 +44,19 @@ _OF_NO_OP = {
 
 
 def _bind(op: Op, case: Case, T: str) -> Call:
-    return harness.workload(op, case, T).bind()
+    return described_workload(op, case, T).bind()
 
 
 @pytest.mark.parametrize(("op", "case", "T"), _ALL, ids=_NAMES)
 def test_reference(op: Op, case: Case, T: str) -> None:
-    """The reference in T agrees with itself in float64."""
+    """The reference in T agrees with itself in float64. Its inputs are as the case describes them."""
     workload = harness.workload(op, case, T)
     arrays = workload.arrays()
+    described = described_workload(op, case, T).ins
+    assert [x is None for x in arrays] == [x is None for x in described]
+    for array, x in zip(arrays, described, strict=True):
+        if array is not None and segments_of(array) is None:
+            assert (array.shape, array.dtype) == (x.shape, x.dtype)
     check(workload, arrays, harness.run_reference(workload, arrays))
 
 
@@ -61,14 +66,14 @@ def test_launches_bind(op: Op, case: Case, T: str, device: Device) -> None:
     """Every launch finds its arguments by name, with the types of the signature, within the limits of CUDA."""
     if T == "bf16" and device.arch < 80:
         T = "f16"
-    harness.check_launches(harness.workload(op, case, T), device)
+    harness.check_launches(described_workload(op, case, T), device)
 
 
 def test_every_kernel_is_launched() -> None:
     """No kernel of cuda_src/ is dead: every one is used by some case on some architecture."""
     used = set(_OF_NO_OP)
     for op, case, T in _WITH_KERNELS:
-        call = harness.workload(op, case, T).bind()
+        call = _bind(op, case, T)
         for device in (Device(75, 40, 65536), Device(80), Device()):
             assert op.kernels is not None
             used |= {launch.kernel for launch in op.kernels(call, device).launches}
