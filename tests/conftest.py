@@ -58,6 +58,14 @@ def late_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lab walks over all models once for each GPU that it asks about, however often it asks."""
+    from tests.lab.common import needed_once
+
+    monkeypatch.setattr("cuplama.lab.inventory.needed", needed_once)
+
+
+@pytest.fixture
 def all_pages_come_back(chars: Model, llama: Model) -> Iterator[None]:
     """After the test, no page of the two models is in use."""
     yield

@@ -26,6 +26,8 @@ from cuplama.ops.prototypes import prototypes
 from cuplama.ops.signature import OpError
 from tests.backends.cuda.fake_cupy import Card, CUDARuntimeError, Device, MemoryPool, Stream, ndarray
 from tests.fakes import HostCublas
+from tests.ops import harness
+from tests.speeds import fast_cases
 
 F32, F16 = DTYPES["f32"], DTYPES["f16"]
 
@@ -124,17 +126,30 @@ needs_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emu
 
 def _plain_cases(op: Op) -> list[Mapping[str, Any]]:
     """Those with a user's arrays alone: a quantised weight is none, and CuPy has no 8-bit floats."""
-    return [case for case in op.cases if not case.get("W") and case.get("C", "T") == "T"]
+    return [case for case in harness.cases(op) if not case.get("W") and case.get("C", "T") == "T"]
+
+
+def _smallest_cases(op: Op) -> list[Mapping[str, Any]]:
+    """Those that together launch every kernel: the tests of ops compile their instances as well."""
+    cases = _plain_cases(op)
+    return [cases[i] for i in sorted(fast_cases([(op, case, "f16") for case in cases]))]
+
+
+def _ends(op: Op) -> list[Mapping[str, Any]]:
+    """The first and the last of the op's own, and of the random ones the last."""
+    cases = _plain_cases(op)
+    return [cases[0], cases[-harness.RANDOM_CASES - 1], cases[-1]]
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 @needs_emulator
+@pytest.mark.parametrize("chosen", [_smallest_cases, pytest.param(_ends, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(ops.OPS))
 def test_every_op_called_on_cupy_arrays_is_right(
-    name: str, put: Callable[..., Any], card: Card, library: _Library
+    name: str, chosen: Callable[[Op], list[Mapping[str, Any]]], put: Callable[..., Any], card: Card, library: _Library
 ) -> None:
     op = ops.OPS[name]
-    for case in (_plain_cases(op)[0], _plain_cases(op)[-1]):
+    for case in chosen(op):
         workload = case_workload(op, case, "f16")
         arrays = workload.arrays()
         ins = [put(a) for a in arrays]
