@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -226,11 +226,16 @@ def case_workloads(op: Op, dtype: str) -> list[Workload]:
 def default_workloads(op: Op, dtype: str) -> list[Workload]:
     """The op in a decode step and in a prompt of the first well-known model that has it; else at its own shape."""
     for model in _DEFAULT_MODELS if op is OPS.get(op.name) else ():
-        config = find_shape(model)[1]
-        both = [*decode_workloads(config, dtype), *prompt_workloads(config, dtype)]
-        if found := [w for w in both if w.op is op]:
+        if found := [w for w in _both_passes(model, dtype) if w.op is op]:
             return found
     return [shape_workload(op, op.shape, dtype)]
+
+
+@cache
+def _both_passes(model: str, dtype: str) -> Sequence[Workload]:
+    """A decode step and a prompt of a well-known model: walked once, for all ops that are asked for."""
+    config = find_shape(model)[1]
+    return *decode_workloads(config, dtype), *prompt_workloads(config, dtype)
 
 
 def decode_workloads(
