@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     speeds.mark_slow(items)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves alone what is there before the first test.
+
+    Tests, their parameters and the modules that they import are a million objects, and dozens of tests collect garbage.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,13 @@ from cuplama.ops.op import Op
 
 __all__ = ["FIRST_ALONE", "fast_cases", "launched", "mark_slow"]
 
-# Tests whose cases compile kernels of their own: files, or functions of a file. The first case of a function is fast.
+# Tests whose cases compile kernels of their own, or take all models to the ends of their contexts: files, or functions of
+# a file. The first case of a function is fast.
 FIRST_ALONE = (
     "engine/test_deterministic.py",
     "lab/test_check.py::test_a_kernel_that_is_too_large_everywhere_is_refused",
     "lab/test_inventory.py::test_small_files_compile_cleanly_from_the_oldest_to_the_newest_arch",
+    "models/test_golden.py::test_cache_for_one_sequence_runs_a_batch_in_waves",
     "models/test_routing.py::test_tokens_near_a_tie",
     "ops/test_attention.py",
     "ops/test_deterministic.py",
