@@ -20,8 +20,8 @@ from cuplama.ops.op import Op
 
 __all__ = ["FIRST_ALONE", "fast_cases", "launched", "mark_slow"]
 
-# Tests whose cases compile kernels of their own, or take all models to the ends of their contexts: files, or functions of
-# a file. The first case of a function is fast.
+# Tests whose cases compile kernels of their own, or take all models to the ends of their contexts: files, or functions
+# of a file. The first case of a function is fast.
 FIRST_ALONE = (
     "engine/test_deterministic.py",
     "lab/test_check.py::test_a_kernel_that_is_too_large_everywhere_is_refused",

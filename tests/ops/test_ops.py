@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -16,7 +18,7 @@ from cuplama.backends.cuda.rounding import rounding_kernels
 from cuplama.dtypes import Array
 from cuplama.folders import source_folder
 from cuplama.lab.check import BackendExecutor, check, model_dtypes, run_guarded
-from cuplama.lab.emulation import EmulatedDevice
+from cuplama.lab.emulation import EmulatedDevice, emulator_missing
 from cuplama.lab.peaks import READ_KERNEL
 from cuplama.lab.workloads import Workload, case_workload, described_workload
 from cuplama.ops import OPS
@@ -100,6 +102,23 @@ def test_what_is_missing_is_named() -> None:
 # ---- the emulator ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of all cases that run here, or in the workers beside this one."""
+    if emulator_missing():
+        return
+    worker, workers = (
+        os.environ.get(f"PYTEST_XDIST_WORKER{part}", alone) for part, alone in (("", "gw0"), ("_COUNT", "1"))
+    )
+    items = (item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path)
+    found: list[dict[str, Any]] = [
+        item.callspec.params for item in items if item.originalname == test_emulator.__name__
+    ]
+    cases = [(params["op"], params["case"], params["T"]) for params in found]
+    harness.precompile(cases, Fraction(int(worker.removeprefix("gw")), int(workers)))
+
+
+@pytest.mark.usefixtures("_compiled")
 @pytest.mark.parametrize(("op", "case", "T"), _WITH_KERNELS, ids=_KERNEL_NAMES)
 def test_emulator(op: Op, case: Case, T: str) -> None:
     """The kernels' own text, executed on the CPU."""

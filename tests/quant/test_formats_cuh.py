@@ -38,7 +38,7 @@ def _compiled(request: pytest.FixtureRequest) -> None:
     """Kernels of the formats that are tested in this run, several in one call of g++."""
     ours = (item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function))
     found = []
-    for name in dict.fromkeys(item.callspec.params["name"] for item in ours if hasattr(item, "callspec")):
+    for name in dict.fromkeys(str(item.callspec.params["name"]) for item in ours if hasattr(item, "callspec")):
         W = _type(name)
         found += [f"size<{W}>", f"elements<{W}>", f"floats<{W}>", f"fragments<{W}, f16>", f"fragments<{W}, bf16>"]
     precompile([("formats.cu", e) for e in found], folder=KERNELS)
