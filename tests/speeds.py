@@ -1,4 +1,4 @@
-"""Which tests ``make test`` leaves out: those that only run more of the same on the emulator.
+"""Which tests ``make test`` leaves out: those that only run more of the same, most of them on the emulator.
 
 Compiling a kernel's instances for the CPU is what takes long on a fresh clone. So of an op's cases on the emulator the
 fast ones are the smallest that together launch every kernel, and of other tests that run kernels the first of each
