@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CUDA   := cuda_src/*.cu cuda_src/*.cuh cuda_src/ladder/*.cu cuda_src/ladder/*.cuh
+# Bytecode is kept, also where the shell forbids it: else every worker and every program that a test starts would compile
+# our modules, and the tests themselves, anew.
+export PYTHONDONTWRITEBYTECODE :=
 # A worker per core; one that has finished takes tests of another.
 PYTEST := $(BIN)/pytest -q -n auto --dist worksteal
 

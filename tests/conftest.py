@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     speeds.mark_slow(items)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves alone what is there before the first test.
+
+    Tests, their parameters and the modules that they import are a million objects, and dozens of tests collect garbage.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +65,14 @@ def late_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.fakes import LateNumPyBackend
 
     monkeypatch.setattr("cuplama.backends.numpy.NumPyBackend", LateNumPyBackend)
+
+
+@pytest.fixture
+def walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lab walks over all models once for each GPU that it asks about, however often it asks."""
+    from tests.lab.common import needed_once
+
+    monkeypatch.setattr("cuplama.lab.inventory.needed", needed_once)
 
 
 @pytest.fixture

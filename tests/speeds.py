@@ -1,4 +1,4 @@
-"""Which tests ``make test`` leaves out: those that only run more of the same on the emulator.
+"""Which tests ``make test`` leaves out: those that only run more of the same, most of them on the emulator.
 
 Compiling a kernel's instances for the CPU is what takes long on a fresh clone. So of an op's cases on the emulator the
 fast ones are the smallest that together launch every kernel, and of other tests that run kernels the first of each
@@ -11,21 +11,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cuplama.dtypes import DTYPES
-from cuplama.ops.abstract import abstract, attributes
+from cuplama.ops.abstract import attributes, described_inputs
 from cuplama.ops.launch import Device
 from cuplama.ops.op import Op
 
 __all__ = ["FIRST_ALONE", "fast_cases", "launched", "mark_slow"]
 
-# Tests whose cases compile kernels of their own: files, or functions of a file. The first case of a function is fast.
+# Tests whose cases compile kernels of their own, or take all models to the ends of their contexts: files, or functions
+# of a file. The first case of a function is fast.
 FIRST_ALONE = (
     "engine/test_deterministic.py",
     "lab/test_check.py::test_a_kernel_that_is_too_large_everywhere_is_refused",
     "lab/test_inventory.py::test_small_files_compile_cleanly_from_the_oldest_to_the_newest_arch",
+    "models/test_golden.py::test_cache_for_one_sequence_runs_a_batch_in_waves",
     "models/test_routing.py::test_tokens_near_a_tie",
     "ops/test_attention.py",
     "ops/test_deterministic.py",
@@ -53,8 +54,7 @@ OpCase = tuple[Op, Mapping[str, Any], str]
 
 def launched(op: Op, case: Mapping[str, Any], T: str) -> tuple[frozenset[str], int]:
     """The kernels that a case launches, as ``file.cu:name``, and how much work it is: threads, and elements read."""
-    ins = op.random_inputs(np.random.default_rng(0), case, DTYPES[T])
-    arrays = [None if x is None else abstract(x.shape, x.dtype) for x in (ins[s.name] for s in op.signature.ins)]
+    arrays = described_inputs(op, case, DTYPES[T])
     call = op.bind(arrays, attributes(op, case, DTYPES[T]))
     launches = op.kernels(call, Device()).launches if op.kernels is not None else ()
     work = sum(math.prod(launch.grid) * math.prod(launch.block) for launch in launches)

@@ -42,12 +42,11 @@ from ..ops.launch import Device, Plan
 from ..ops.node import Node, executable
 from ..ops.op import Call, Op
 from ..ops.prototypes import prototype_of
-from ..ops.weights import segments_of
 from ..quant.packed import Packed
 from .check import model_dtypes
 from .peaks import READ_KERNEL
 from .quantised import described_weights
-from .workloads import case_workload
+from .workloads import described_workload
 
 __all__ = ["Need", "Result", "compile_kernels", "expressions", "judge", "needed"]
 
@@ -159,9 +158,7 @@ def _calls_of(ops: Sequence[Op], dtype: str) -> Sequence[Call]:
     found = []
     for op in ops:
         for case in filter(op.compiled, op.cases):
-            workload = case_workload(op, case, dtype)
-            ins = [x if x is None or segments_of(x) is not None else abstract(x.shape, x.dtype) for x in workload.ins]
-            found.append(workload.bind(ins))
+            found.append(described_workload(op, case, dtype).bind())
     return found
 
 
@@ -174,7 +171,7 @@ def _eight_bit_calls(dtype: str) -> Sequence[Call]:
     for op, (k, form) in itertools.product(OPS.values(), [*zip(widths, _EIGHT_BIT, strict=False), (widths[-1], "fp8")]):
         if op.matmul and op.matmul.form == "nt":
             case = {**op.cases[0], "n": 8, "m": 16, "k": k, "W": form}
-            found.append(case_workload(op, case, dtype).bind())
+            found.append(described_workload(op, case, dtype).bind())
     return found
 
 

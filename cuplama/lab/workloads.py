@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from ..models.graph import LOGITS, decoder
 from ..models.presets import find_shape
 from ..models.rope import RotationTables
 from ..ops import OPS
-from ..ops.abstract import AbstractArray, attributes, infer
+from ..ops.abstract import AbstractArray, attributes, described_inputs, infer
 from ..ops.node import Node, executable
 from ..ops.op import Call, Op
 from ..ops.signature import OpError, dim_names, dim_value
@@ -44,6 +44,7 @@ __all__ = [
     "case_workloads",
     "decode_workloads",
     "default_workloads",
+    "described_workload",
     "normal_values",
     "prompt_workloads",
     "shape_workload",
@@ -200,14 +201,21 @@ def _shown(value: Any) -> str:
 
 def case_workload(op: Op, case: Mapping[str, Any], dtype: str, seed: int = 0) -> Workload:
     """A case of the op with random inputs, those of ``seed``."""
-    T = DTYPES[dtype]
     rng = np.random.default_rng(seed)
-    inputs: dict[str, Any] = dict(op.random_inputs(rng, case, T))
+    inputs = op.random_inputs(rng, case, DTYPES[dtype])
+    return _case_workload(op, case, dtype, [inputs[s.name] for s in op.signature.ins], rng)
+
+
+def described_workload(op: Op, case: Mapping[str, Any], dtype: str) -> Workload:
+    """The case with descriptions of its inputs, which is enough to plan it; a quantised weight is there."""
+    return _case_workload(op, case, dtype, described_inputs(op, case, DTYPES[dtype]), np.random.default_rng(0))
+
+
+def _case_workload(op: Op, case: Mapping[str, Any], dtype: str, ins: list[Any], rng: np.random.Generator) -> Workload:
     if case.get("W"):
-        (spec,) = (s for s in op.signature.ins if s.dtype == "W" and s.name in ("w", "table"))
-        sizes = [dim_value(d, case) for d in spec.dims or ()]
-        inputs[spec.name] = random_weight(case["W"], sizes, rng)
-    return Workload(op, tuple(inputs[s.name] for s in op.signature.ins), attributes(op, case, T), dtype)
+        ((at, spec),) = ((i, s) for i, s in enumerate(op.signature.ins) if s.dtype == "W" and s.name in ("w", "table"))
+        ins[at] = random_weight(case["W"], [dim_value(d, case) for d in spec.dims or ()], rng)
+    return Workload(op, tuple(ins), attributes(op, case, DTYPES[dtype]), dtype)
 
 
 def case_workloads(op: Op, dtype: str) -> list[Workload]:
@@ -218,11 +226,16 @@ def case_workloads(op: Op, dtype: str) -> list[Workload]:
 def default_workloads(op: Op, dtype: str) -> list[Workload]:
     """The op in a decode step and in a prompt of the first well-known model that has it; else at its own shape."""
     for model in _DEFAULT_MODELS if op is OPS.get(op.name) else ():
-        config = find_shape(model)[1]
-        both = [*decode_workloads(config, dtype), *prompt_workloads(config, dtype)]
-        if found := [w for w in both if w.op is op]:
+        if found := [w for w in _both_passes(model, dtype) if w.op is op]:
             return found
     return [shape_workload(op, op.shape, dtype)]
+
+
+@cache
+def _both_passes(model: str, dtype: str) -> Sequence[Workload]:
+    """A decode step and a prompt of a well-known model: walked once, for all ops that are asked for."""
+    config = find_shape(model)[1]
+    return *decode_workloads(config, dtype), *prompt_workloads(config, dtype)
 
 
 def decode_workloads(

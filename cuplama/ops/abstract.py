@@ -17,7 +17,7 @@ from . import OPS
 from .node import Node
 from .op import Call, Op
 
-__all__ = ["AbstractArray", "abstract", "attributes", "infer"]
+__all__ = ["AbstractArray", "abstract", "attributes", "described_inputs", "infer"]
 
 
 class _Flags:
@@ -44,6 +44,12 @@ class AbstractArray:
 def abstract(shape: Sequence[int], dtype: np.dtype[Any]) -> AbstractArray:
     """The description of an array of that shape and dtype."""
     return AbstractArray(tuple(shape), np.dtype(dtype))
+
+
+def described_inputs(op: Op, case: Mapping[str, Any], T: np.dtype[Any]) -> list[Array | None]:
+    """Descriptions of ``op.random_inputs`` for a case, in the signature's order, without drawing them."""
+    found = (op.input_shape(spec, case, T) for spec in op.signature.ins)
+    return [None if x is None else abstract(*x) for x in found]
 
 
 def attributes(op: Op, given: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from ..dtypes import DTYPES
 from ..folders import source_folder
 from . import OPS
-from .abstract import attributes
+from .abstract import attributes, described_inputs
 from .launch import Device
 from .op import Call, Op
 from .prototypes import prototypes
@@ -26,8 +24,7 @@ Bind = Callable[[Op, Mapping[str, Any], str], Call]
 
 def _bound(op: Op, case: Mapping[str, Any], T: str) -> Call:
     """The call of a case with plain weights."""
-    inputs = op.random_inputs(np.random.default_rng(0), case, DTYPES[T])
-    return op.bind([inputs[s.name] for s in op.signature.ins], attributes(op, case, DTYPES[T]))
+    return op.bind(described_inputs(op, case, DTYPES[T]), attributes(op, case, DTYPES[T]))
 
 
 def missing(others: Collection[str] = (), ops: Mapping[str, Op] = OPS, bind: Bind = _bound) -> list[str]:

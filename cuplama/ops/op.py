@@ -310,20 +310,31 @@ class Op:
         given = self.inputs(rng, case, T) if self.inputs is not None else {}
         arrays: dict[str, np.ndarray[Any, Any] | None] = {}
         for spec in self.signature.ins:
-            assert spec.dims is not None
-            if spec.optional and not case.get(spec.name, True):
-                arrays[spec.name] = None
-                continue
-            if spec.name in given:
+            if spec.name in given and not _left_out(spec, case):
                 arrays[spec.name] = given[spec.name]
                 continue
-            shape = tuple(dim_value(d, case) for d in spec.dims)
-            dtype = DTYPES.get(spec.dtype) or case_dtype(spec.letter, case, T)
+            if (found := self.input_shape(spec, case, T)) is None:
+                arrays[spec.name] = None
+                continue
+            shape, dtype = found
             if dtype.kind in "iu":
                 arrays[spec.name] = rng.integers(0, dim_value(self.ranges[spec.name], case), shape).astype(dtype)
             else:
                 arrays[spec.name] = narrow(rng.standard_normal(shape).astype(np.float32), dtype)
         return arrays
+
+    def input_shape(
+        self, spec: Spec, case: Mapping[str, Any], T: np.dtype[Any]
+    ) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
+        """Shape and dtype of an input in a case, which names every size; None if the case leaves the input out."""
+        assert spec.dims is not None
+        if _left_out(spec, case):
+            return None
+        return tuple(dim_value(d, case) for d in spec.dims), DTYPES.get(spec.dtype) or case_dtype(spec.letter, case, T)
+
+
+def _left_out(spec: Spec, case: Mapping[str, Any]) -> bool:
+    return spec.optional and not case.get(spec.name, True)
 
 
 def case_dtype(letter: str, case: Mapping[str, Any], T: np.dtype[Any]) -> np.dtype[Any]:

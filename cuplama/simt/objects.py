@@ -235,9 +235,12 @@ def precompile(
     """
     missing: dict[str, list[str]] = {}
     builds: dict[str, Build] = {}
+    keys: dict[str, str] = {}
     for file, expression in dict.fromkeys(kernels):
-        build = builds[file] = Build.of(file, folder, arch, defines)
-        if _found(_entry(build.key(), expression)) is None:
+        if file not in builds:
+            builds[file] = Build.of(file, folder, arch, defines)
+            keys[file] = builds[file].key()
+        if _found(_entry(keys[file], expression)) is None:
             missing.setdefault(file, []).append(expression)
     if missing:
         _runtime()

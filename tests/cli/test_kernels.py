@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import pytest
 from cuplama.backends.cuda.nvrtc import Program, Resources
 from cuplama.backends.cuda.toolkit import toolkit_folders
 from cuplama.cli.kernels import list as list_module
-from cuplama.cli.kernels.names import Users, find_ops, kernel_users
+from cuplama.cli.kernels.names import find_ops
 from cuplama.cli.kernels.options import parse_shape
 from cuplama.cli.kernels.watch import stamps, watch
 from cuplama.errors import CuplamaError, DeviceError, ParameterError
@@ -25,7 +24,6 @@ from cuplama.lab import inventory
 from cuplama.lab.emulation import Emulator, emulator_missing
 from cuplama.lab.workloads import Workload
 from cuplama.ops import OPS
-from cuplama.ops.op import Op
 from tests.lab.common import candidate, invoke, needs_matplotlib
 from tests.paths import ROOT
 
@@ -45,22 +43,8 @@ needs_nvrtc = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_gpu(walked_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cuplama.backends.cuda.driver.cuda_available", lambda device=0: (False, "no GPU in this test"))
-
-
-_walked = functools.cache(kernel_users)
-
-
-@pytest.fixture(autouse=True)
-def _walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The walk over all models takes a second for each architecture: what it finds is kept."""
-
-    def users(arch: int = 90, outside: Sequence[Op] = ()) -> Mapping[tuple[str, str], Users]:
-        return kernel_users(arch, outside) if outside else _walked(arch)
-
-    monkeypatch.setattr("cuplama.cli.kernels.list.kernel_users", users)
-    monkeypatch.setattr("cuplama.cli.kernels.names.kernel_users", users)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from click.testing import CliRunner
 
 from cuplama.cli.main import cli
 from cuplama.folders import source_folder
+from cuplama.lab import inventory
 from cuplama.lab.peaks import Peaks
+from cuplama.ops.launch import Device
+from cuplama.ops.op import Op
 
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="draws with matplotlib")
 PEAKS = Peaks(read=4e12, arithmetic=8e14, dtype="bf16")
@@ -28,6 +33,16 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+
+_needed = inventory.needed
+_all_needed = functools.cache(_needed)
+
+
+def needed_once(
+    device: Device, ops: Iterable[str] | None = None, outside: Sequence[Op] = ()
+) -> dict[str, dict[str, inventory.Need]]:
+    """``inventory.needed``, whose walk over all models takes seconds: what it finds for a device is kept."""
+    return _all_needed(device) if ops is None and not outside else _needed(device, ops, outside)
 
 
 def invoke(*args: str) -> Any:

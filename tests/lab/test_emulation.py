@@ -28,6 +28,7 @@ def test_of_a_compilers_messages_the_first_is_shown() -> None:
 
 
 @needs_nvrtc
+@pytest.mark.usefixtures("walked_once")
 def test_without_a_compiler_it_says_so_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What can be done without one is done: the kernels are compiled for the GPU."""
     monkeypatch.setattr("cuplama.backends.cuda.driver.cuda_available", lambda device=0: (False, "no GPU in this test"))

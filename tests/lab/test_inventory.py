@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,14 +23,14 @@ from cuplama.ops.abstract import abstract
 from cuplama.ops.launch import Device
 from cuplama.ops.prototypes import prototypes
 from tests.backends.cuda.conftest import nvrtc, sources
+from tests.lab.common import needed_once
 
 __all__ = ["nvrtc", "sources"]
 
 
-@functools.cache
 def _needed(arch: int) -> dict[str, dict[str, inventory.Need]]:
-    """What is needed on a GPU of that architecture: a walk over all models, which takes seconds."""
-    return inventory.needed(Device(arch=arch, shared=shared_limit(arch)))
+    """What is needed on a GPU of that architecture."""
+    return needed_once(Device(arch=arch, shared=shared_limit(arch)))
 
 
 def _workloads(model: str, arch: int) -> Iterator[Workload]:

@@ -124,7 +124,9 @@ def test_token_by_token_equals_one_piece(case: Case) -> None:
     assert difference(found, wanted) <= TOLERANCE
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(16, marks=pytest.mark.slow)]
+)
 def test_chunked_prefill_equals_one_piece(case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case.model.backend, "prefill_chunk", chunk)
     prompt, wanted = case.prompts[-1], case.logits[-1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -16,9 +18,9 @@ from cuplama.backends.cuda.rounding import rounding_kernels
 from cuplama.dtypes import Array
 from cuplama.folders import source_folder
 from cuplama.lab.check import BackendExecutor, check, model_dtypes, run_guarded
-from cuplama.lab.emulation import EmulatedDevice
+from cuplama.lab.emulation import EmulatedDevice, emulator_missing
 from cuplama.lab.peaks import READ_KERNEL
-from cuplama.lab.workloads import Workload, case_workload
+from cuplama.lab.workloads import Workload, case_workload, described_workload
 from cuplama.ops import OPS
 from cuplama.ops.launch import Device
 from cuplama.ops.missing import missing
@@ -44,14 +46,19 @@ _OF_NO_OP = {
 
 
 def _bind(op: Op, case: Case, T: str) -> Call:
-    return harness.workload(op, case, T).bind()
+    return described_workload(op, case, T).bind()
 
 
 @pytest.mark.parametrize(("op", "case", "T"), _ALL, ids=_NAMES)
 def test_reference(op: Op, case: Case, T: str) -> None:
-    """The reference in T agrees with itself in float64."""
+    """The reference in T agrees with itself in float64. Its inputs are as the case describes them."""
     workload = harness.workload(op, case, T)
     arrays = workload.arrays()
+    described = described_workload(op, case, T).ins
+    assert [x is None for x in arrays] == [x is None for x in described]
+    for array, x in zip(arrays, described, strict=True):
+        if array is not None and segments_of(array) is None:
+            assert (array.shape, array.dtype) == (x.shape, x.dtype)
     check(workload, arrays, harness.run_reference(workload, arrays))
 
 
@@ -61,14 +68,14 @@ def test_launches_bind(op: Op, case: Case, T: str, device: Device) -> None:
     """Every launch finds its arguments by name, with the types of the signature, within the limits of CUDA."""
     if T == "bf16" and device.arch < 80:
         T = "f16"
-    harness.check_launches(harness.workload(op, case, T), device)
+    harness.check_launches(described_workload(op, case, T), device)
 
 
 def test_every_kernel_is_launched() -> None:
     """No kernel of cuda_src/ is dead: every one is used by some case on some architecture."""
     used = set(_OF_NO_OP)
     for op, case, T in _WITH_KERNELS:
-        call = harness.workload(op, case, T).bind()
+        call = _bind(op, case, T)
         for device in (Device(75, 40, 65536), Device(80), Device()):
             assert op.kernels is not None
             used |= {launch.kernel for launch in op.kernels(call, device).launches}
@@ -95,6 +102,23 @@ def test_what_is_missing_is_named() -> None:
 # ---- the emulator ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of all cases that run here, or in the workers beside this one."""
+    if emulator_missing():
+        return
+    worker, workers = (
+        os.environ.get(f"PYTEST_XDIST_WORKER{part}", alone) for part, alone in (("", "gw0"), ("_COUNT", "1"))
+    )
+    items = (item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path)
+    found: list[dict[str, Any]] = [
+        item.callspec.params for item in items if item.originalname == test_emulator.__name__
+    ]
+    cases = [(params["op"], params["case"], params["T"]) for params in found]
+    harness.precompile(cases, Fraction(int(worker.removeprefix("gw")), int(workers)))
+
+
+@pytest.mark.usefixtures("_compiled")
 @pytest.mark.parametrize(("op", "case", "T"), _WITH_KERNELS, ids=_KERNEL_NAMES)
 def test_emulator(op: Op, case: Case, T: str) -> None:
     """The kernels' own text, executed on the CPU."""

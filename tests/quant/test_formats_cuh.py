@@ -34,9 +34,11 @@ def _launch(expression: str, *args: Any, grid: int = 1) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """Kernels of the formats that are tested in this run, several in one call of g++."""
+    ours = (item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function))
     found = []
-    for name in CATALOG:
+    for name in dict.fromkeys(str(item.callspec.params["name"]) for item in ours if hasattr(item, "callspec")):
         W = _type(name)
         found += [f"size<{W}>", f"elements<{W}>", f"floats<{W}>", f"fragments<{W}, f16>", f"fragments<{W}, bf16>"]
     precompile([("formats.cu", e) for e in found], folder=KERNELS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from cuplama.ops.prototypes import prototypes
 from cuplama.ops.signature import OpError
 from tests.backends.cuda.fake_cupy import Card, CUDARuntimeError, Device, MemoryPool, Stream, ndarray
 from tests.fakes import HostCublas
+from tests.ops import harness
+from tests.speeds import fast_cases
 
 F32, F16 = DTYPES["f32"], DTYPES["f16"]
 
@@ -122,19 +124,32 @@ def _watched(card: Card, allocator: Callable[[int], Any]) -> list[int]:
 needs_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
 
-def _plain_cases(op: Op) -> list[Mapping[str, Any]]:
+def _plain(cases: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Those with a user's arrays alone: a quantised weight is none, and CuPy has no 8-bit floats."""
-    return [case for case in op.cases if not case.get("W") and case.get("C", "T") == "T"]
+    return [case for case in cases if not case.get("W") and case.get("C", "T") == "T"]
+
+
+def _smallest(op: Op) -> list[Mapping[str, Any]]:
+    """Those that together launch every kernel: the tests of ops compile their instances as well."""
+    cases = _plain(harness.cases(op))
+    return [cases[i] for i in sorted(fast_cases([(op, case, "f16") for case in cases]))]
+
+
+def _ends(op: Op) -> list[Mapping[str, Any]]:
+    """The first and the last of the op's own."""
+    cases = _plain(op.cases)
+    return [cases[0], cases[-1]]
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 @needs_emulator
+@pytest.mark.parametrize("chosen", [_smallest, pytest.param(_ends, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(ops.OPS))
 def test_every_op_called_on_cupy_arrays_is_right(
-    name: str, put: Callable[..., Any], card: Card, library: _Library
+    name: str, chosen: Callable[[Op], list[Mapping[str, Any]]], put: Callable[..., Any], card: Card, library: _Library
 ) -> None:
     op = ops.OPS[name]
-    for case in (_plain_cases(op)[0], _plain_cases(op)[-1]):
+    for case in chosen(op):
         workload = case_workload(op, case, "f16")
         arrays = workload.arrays()
         ins = [put(a) for a in arrays]
@@ -261,7 +276,7 @@ def test_a_call_becomes_part_of_a_graph_that_the_user_captures(put: Callable[...
 def _zeroing_op() -> tuple[Op, dict[str, Any]]:
     """An op whose plan has scratch that holds zeros at first, and what a case of it takes."""
     op = ops.OPS["attention"]
-    for case in _plain_cases(op):
+    for case in _plain(op.cases):
         workload = case_workload(op, case, "f32")
         assert op.kernels is not None
         if op.kernels(workload.call, LaunchDevice()).zeroed:
@@ -463,7 +478,7 @@ def _on_gpu(real: Any, host: np.ndarray[Any, Any] | None) -> Any:
 def test_every_op_on_a_gpu(real: Any, name: str, dtype: str) -> None:
     """First case and last, each checked by the judge; what is updated in place is the array that was given."""
     op = ops.OPS[name]
-    for case in (_plain_cases(op)[0], _plain_cases(op)[-1]):
+    for case in _ends(op):
         workload = case_workload(op, case, dtype)
         arrays = workload.arrays()
         for _ in range(2):  # once to plan, once as planned; a second update in place would not be the reference's
