@@ -84,9 +84,9 @@ _NEITHER = dict(b=False, bias=False, scale=False, eps=1e-6)
 
 rms_norm_route = Op(
     "rms_norm_route",
-    "pairs[n*k]:i32, offsets[E+1]:i32, normed[n,d]:T, experts[n,k]:i32, weights[n,k]:f32 = (x[n,d]:f32, g[d]:T, w[E,d]:T, b[E]:T?,"
-    " bias[E]:f32?, scale[E]:f32?, eps:f32, offset:f32=0, k:i32, sigmoid:i32=0, groups:i32=1, kept:i32=1,"
-    " renormalise:i32=1, factor:f32=1)",
+    "pairs[n*k]:i32, offsets[E+1]:i32, normed[n,d]:T, experts[n,k]:i32, weights[n,k]:f32 = (x[n,d]:f32, g[d]:T,"
+    " w[E,d]:T, b[E]:T?, bias[E]:f32?, scale[E]:f32?, eps:f32, offset:f32=0, k:i32, sigmoid:i32=0, groups:i32=1,"
+    " kept:i32=1, renormalise:i32=1, factor:f32=1)",
     doc="normed = rms_norm(x) with the scale g; the experts and weights that route chooses for the logits"
     " normed w^T + b, with its bias, scale and attributes; and the pairs of rows and experts as sort_pairs gives them.",
     reference=_reference,
