@@ -20,13 +20,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     speeds.mark_slow(items)
 
 
-def pytest_collection_finish() -> None:
-    """The garbage collector leaves alone what is there before the first test.
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """The garbage collector leaves alone what is there before the first test, and again behind a server that has ended,
+    which thaws everything.
 
-    Tests, their parameters and the modules that they import are a million objects, and dozens of tests collect garbage.
+    Tests, their parameters and the modules that they import are 650,000 objects, and dozens of tests collect garbage.
     """
-    gc.collect()
-    gc.freeze()
+    if gc.get_freeze_count() == 0:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
