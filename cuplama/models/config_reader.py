@@ -10,8 +10,8 @@ from typing import Any, NoReturn, TypeVar
 
 from ..errors import ConfigError
 from ..quant.readers import check
+from . import families
 from .config_fields import NEUTRAL, read_by, unclassified
-from .families import FAMILIES
 from .family import REQUIRED, Family, Number
 
 __all__ = ["MAX_NUMBER", "ConfigReader", "is_number"]
@@ -63,21 +63,23 @@ class ConfigReader:
         computes something else, is refused.
         """
         names, model_type = self.raw.get("architectures"), self.raw.get("model_type")
-        wrappers = {w.model_type: w.architectures for f in FAMILIES.values() for w in f.wrappers}
-        named = next((f for f in FAMILIES.values() if f.model_type == model_type), None)
+        wrappers = {w.model_type: w.architectures for f in families.FAMILIES.values() for w in f.wrappers}
+        named = next((f for f in families.FAMILIES.values() if f.model_type == model_type), None)
         if not names:
             if named is not None:
                 return named.architecture, named
             if "model_type" in self.raw:
-                self.refuse("model_type", ", ".join([*(f.model_type for f in FAMILIES.values()), *wrappers]))
+                self.refuse("model_type", ", ".join([*(f.model_type for f in families.FAMILIES.values()), *wrappers]))
             raise ConfigError(f"{self.where}: neither architectures nor model_type is given; is this a model's config?")
         known = isinstance(names, list) and isinstance(names[0], str)
-        family = FAMILIES.get(names[0], named) if known else None
+        family = families.FAMILIES.get(names[0], named) if known else None
         if family is None:
-            self.refuse("architectures", ", ".join([*FAMILIES, *(name for w in wrappers.values() for name in w)]))
+            self.refuse(
+                "architectures", ", ".join([*families.FAMILIES, *(name for w in wrappers.values() for name in w)])
+            )
         if (model_type or family.model_type) != family.model_type:
             self.refuse("model_type", f"{family.model_type} for {names[0]}")
-        if names[0] not in FAMILIES and _OTHER_MODELS.search(names[0]):
+        if names[0] not in families.FAMILIES and _OTHER_MODELS.search(names[0]):
             self.refuse("architectures", f"{family.architecture} for {family.model_type}")
         if names[0] != family.architecture and not names[0].lower().startswith(family.model_type):
             _log.warning("%s: architectures = %r is read as %s, by model_type", self.where, names, family.architecture)

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..quant.tensor import Tensor
+from . import families
 from .config_reader import ConfigReader
-from .families import FAMILIES
 from .family import Family, Wrapper
 
 __all__ = ["open_config", "own_name", "text_tensors", "without"]
@@ -56,7 +56,7 @@ def _wrapped(raw: Mapping[str, Any]) -> dict[str, tuple[Family, Wrapper]]:
     name = names[0] if isinstance(names, list) else None
     return {
         family.model_type: (family, wrapper)
-        for family in FAMILIES.values()
+        for family in families.FAMILIES.values()
         for wrapper in family.wrappers
         if name in (*wrapper.architectures, *([] if raw.get("architectures") else [wrapper.model_type]))
     }

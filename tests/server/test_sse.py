@@ -207,10 +207,13 @@ async def test_a_slow_reader_gets_what_came_meanwhile_at_once(model: Model, monk
 
 def test_pages_are_free_when_the_client_has_left(url: str, model: Model) -> None:
     body = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "n": 2, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
-        assert next(response.iter_lines()).startswith("data: ")
-        assert model.engine.stats.running == 2
-    eventually(lambda: model.engine.stats.running == 0, 1)
+    left = False
+    for _ in range(5):  # on a busy machine the texts may have ended when the first line is read
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            assert next(response.iter_lines()).startswith("data: ")
+            left = left or model.engine.stats.running == 2
+        eventually(lambda: model.engine.stats.running == 0, 1)
+    assert left
 
 
 @given(st.text())

@@ -18,4 +18,11 @@ def _found() -> dict[str, Family]:
     return {f.architecture: f for f in families}
 
 
-FAMILIES: Mapping[str, Family] = _found()
+FAMILIES: Mapping[str, Family]  # made when it is first asked for: `import cuplama` need not import fifty files
+
+
+def __getattr__(name: str) -> Mapping[str, Family]:
+    if name != "FAMILIES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = _found()
+    return found
