@@ -48,12 +48,12 @@ print(*sys.modules)
 def test_import_is_quick() -> None:
     """In processor time, and a few times over, because the machine may be busy with something else.
 
-    Where NumPy alone takes long, the machine is slow: there cuplama may take three times as long as NumPy. One BLAS
-    thread, because those that wait for work count as busy.
+    Where NumPy alone takes long, the machine is slow: there cuplama may take three and a half times as long as NumPy,
+    which takes 58 ms where the limit is 0.2 s. One BLAS thread, because those that wait for work count as busy.
     """
     code = "import time; t = time.process_time(); {}; print(time.process_time() - t)"
     own, numpy = (min(float(python(code.format(line))) for _ in range(5)) for line in (EVERYTHING, "import numpy"))
-    assert own < max(LIMIT, 3 * numpy)
+    assert own < max(LIMIT, 3.5 * numpy)
 
 
 def test_public_names() -> None:

@@ -7,7 +7,6 @@ name means here: ``ops.linear`` is the op, and ``from cuplama.ops.linear import 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -40,6 +39,8 @@ from .outside import load, load_all  # noqa: E402  it imports OPS from here
 
 def __getattr__(name: str) -> Op:
     """For type checkers: the names of ops are set above. Raises AttributeError, with the name that was meant."""
+    import difflib  # 4 ms, for an error alone
+
     near = difflib.get_close_matches(name, OPS, 1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; ops: {', '.join(OPS)}"
     raise AttributeError(f"cuplama.ops has no {name!r}{hint}")

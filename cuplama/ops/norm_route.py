@@ -56,7 +56,7 @@ def _kernels(call: Call, device: Device) -> Plan:
     room = (device.shared - _RESERVED_BYTES) // row
     if not room:
         raise OpError(f"rms_norm_route: a block's shared memory does not hold a row of {call['d']} elements")
-    rows = min(1 << (n - 1).bit_length(), 1 << room.bit_length() - 1)  # at a time
+    rows = 1 if n == 1 else min(MAX_STREAMED_ROWS, 1 << room.bit_length() - 1)  # at a time; few sizes to compile
     constants = {"EACH": lane_experts(call), "ROWS": rows}
     grid = (-(-E // _WARPS),)
     launch = Launch("norm_route.cu:rms_norm_route", grid, (_WARPS * _WARP,), min(n, rows) * row, constants)

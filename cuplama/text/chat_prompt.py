@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +87,8 @@ def check_names(given: Collection[str], template: ChatTemplate, others: Collecti
     known = {*reads, *STANDARD_VARIABLES, *others}
     for name in sorted(set(given) - known):
         kind = "neither a sampling parameter nor" if others else "not"
+        import difflib  # 4 ms, for an error alone
+
         near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.65)  # bos_token is not min_tokens
         hint = f"; did you mean {near[0]}?" if near else ""
         listed = ", ".join(sorted(reads)) or "none"

@@ -10,8 +10,8 @@ pre-tokenizer and the flags of added tokens work across the borders of messages 
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
@@ -169,7 +169,7 @@ class _PlainTokenizer:
             self._plain.normalizer = backend.normalizer
         if backend.pre_tokenizer is not None:
             self._plain.pre_tokenizer = backend.pre_tokenizer
-        secret = secrets.token_hex(8)  # unknown to whoever writes a message
+        secret = os.urandom(8).hex()  # unknown to whoever writes a message
         added = backend.get_added_tokens_decoder()
         self.stand_ins = {id: f"\U000f0000{secret}:{id}\U000f0000" for id in controls}
         names = {id: self.stand_ins.get(id, token.content) for id, token in added.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,7 +86,7 @@ class Numbering:
 
     def begin(self, name: str, source: str) -> CallBegins:
         """The next call."""
-        id = secrets.token_hex(5)[:9] if self.short_ids else f"call_{secrets.token_hex(12)}"
+        id = os.urandom(5).hex()[:9] if self.short_ids else f"call_{os.urandom(12).hex()}"
         self.count += 1
         return CallBegins(self.count - 1, id, name, source)
 
