@@ -165,7 +165,7 @@ class Running:
 
     async def seldom(self) -> AsyncIterator[list[Delta]]:
         """The same for a client that sees the whole alone: with rests in between, so that many tokens are taken in at
-        once. The end is no rest's wait late; a stop string may be found by _REST late."""
+        once. The end wakes the reader; a stop string may be found _REST seconds late."""
         async for deltas in self._deltas(_REST):
             yield deltas
 
