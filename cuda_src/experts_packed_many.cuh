@@ -186,19 +186,6 @@ __device__ __forceinline__ typename W::Words ordered_half(const W& block, int ha
     return words;
 }
 
-// The A of the four chunks of half a packed block.
-template <typename W, typename T>
-__device__ __forceinline__ void make_half(const W& block, int half, u32 (&a)[4][4], T) {
-    const typename W::Words codes = ordered_half(block, half);
-    Numbers<W, T> numbers;
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-        const int chunk = half * 4 + c;
-        if (c == 0 || chunk % W::GROUP_CHUNKS == 0) numbers.begin(block, GROUPED<W> ? chunk / W::GROUP_CHUNKS : 0);
-        numbers.make(codes, c, a[c]);
-    }
-}
-
 // ---- what becomes of the sums ---------------------------------------------------------------------------------------
 
 // The block's sums to y, by way of shared memory, which nothing else uses by now: a thread then has 8 columns of a

@@ -29,7 +29,7 @@ __device__ __forceinline__ void multiply_step(float (&total)[S::TILES * S::ROWS 
     typedef typename S::T T;
     u32 a[S::TILES][4][4];
 #pragma unroll
-    for (int i = 0; i < S::TILES; i++) make_half(codes[i], half, a[i], T());
+    for (int i = 0; i < S::TILES; i++) make_chunks(codes[i], ordered_half(codes[i], half), half, a[i], T());
 #pragma unroll
     for (int c = 0; c < 4; c++)
 #pragma unroll

@@ -43,7 +43,7 @@ __device__ __forceinline__ void multiply_pairs(const Product<S>& product, const 
     u32 a[SETS][4][4];
     cp_async_wait<S::AHEAD - 1>();
     __syncwarp();
-    make_half(*codes, 0, a[0], T());
+    make_chunks(*codes, ordered_half(*codes, 0), 0, a[0], T());
     int stage = 0, slot = 0;
 #pragma unroll 1
     for (int left = product.steps; left > 0; left -= 2) {
@@ -64,7 +64,10 @@ __device__ __forceinline__ void multiply_pairs(const Product<S>& product, const 
             wgmma_wait<SETS - 1>();  // the set that is made next is free
             stage = stage + 1 == S::DEPTH ? 0 : stage + 1;
             if (half == 1) slot = slot + 1 == S::BLOCKS ? 0 : slot + 1;
-            if (half + 1 < left) make_half(codes[slot * BAND], 1 - half, a[(1 - half) % SETS], T());
+            if (half + 1 < left) {
+                const typename S::W& next = codes[slot * BAND];
+                make_chunks(next, ordered_half(next, 1 - half), 1 - half, a[(1 - half) % SETS], T());
+            }
         }
     }
     wgmma_wait<0>();

@@ -114,6 +114,19 @@ struct Numbers {
     }
 };
 
+// The A of four chunks, the first half of a block or the second. codes: of these, in the order in which x has its columns.
+template <typename W, typename T>
+__device__ __forceinline__ void make_chunks(const W& block, const typename W::Words& codes, int half, u32 (&a)[4][4],
+                                            T) {
+    Numbers<W, T> numbers;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const int chunk = half * 4 + c;
+        if (c == 0 || chunk % W::GROUP_CHUNKS == 0) numbers.begin(block, GROUPED<W> ? chunk / W::GROUP_CHUNKS : 0);
+        numbers.make(codes, c, a[c]);
+    }
+}
+
 // The codes of four chunks of a block, the first half or the second: a lane's share, as that of chunks 0 .. 3.
 template <typename W>
 __device__ __forceinline__ typename W::Words half_lane(const W& block, int half) {

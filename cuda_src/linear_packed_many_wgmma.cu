@@ -191,19 +191,6 @@ __device__ __forceinline__ void bring_rows(const T* x, int n, int k, const Work&
     }
 }
 
-// Of a tile the A of four chunks, the first half of a block or the second.
-template <typename W, typename T>
-__device__ __forceinline__ void make_half(const W& tile, int half, u32 (&a)[4][4], T) {
-    const typename W::Words codes = half_lane(tile, half);
-    Numbers<W, T> numbers;
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-        const int chunk = half * 4 + c;
-        if (c == 0 || chunk % W::GROUP_CHUNKS == 0) numbers.begin(tile, GROUPED<W> ? chunk / W::GROUP_CHUNKS : 0);
-        numbers.make(codes, c, a[c]);
-    }
-}
-
 // total += the products of the units begin .. end - 1, which are of one band.
 template <typename S, typename W>
 struct Multiplier {
@@ -229,7 +216,7 @@ struct Multiplier {
                 const int half = part % 2;
                 float (&sums)[S::NTILES * 4] =
                     *reinterpret_cast<float (*)[S::NTILES * 4]>(total + part / 2 * (S::NTILES * 4));
-                make_half(own[part / 2], half, a[half], T());
+                make_chunks(own[part / 2], half_lane(own[part / 2], half), half, a[half], T());
                 if (part == 0) mbarrier_wait(&barriers.full[turn], turn_parity);
                 wgmma_fence();
 #pragma unroll

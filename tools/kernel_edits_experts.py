@@ -78,7 +78,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_PACKED, "row < share.tile.count;", "row < N;"),
     (_PACKED, "sum[p].v[c] * scale[p][c]", "sum[p].v[c]"),
     (_PACKED_WGMMA, "half + 1 < left", "half == 0"),
-    (_PACKED_WGMMA, "make_half(codes[slot * BAND], 1 - half", "make_half(codes[slot * BAND], half"),
+    (_PACKED_WGMMA, "ordered_half(next, 1 - half)", "ordered_half(next, half)"),
     ("experts_packed_many_mma.cu", "if (j * 16 >= count) break;", "if (j * 16 + 16 >= count) break;"),
     ("experts_packed_many_mma.cu", "half == 0 && left < product.steps", "half == 0"),
 )
