@@ -10,6 +10,7 @@ import numpy as np
 
 from ..backends import Backend
 from ..dtypes import DTYPES, Array, dtype_name
+from ..ops.op import Op
 from ..ops.weights import segments_of
 from .timing import REPLAYS, Body, Replay, Spread
 from .workloads import Workload, normal_values
@@ -30,9 +31,7 @@ def alternative(
     if backend.name != "cuda":
         return None
     gpu: Any = backend.gpu  # type: ignore[attr-defined]
-    weight = next(
-        (i for i, spec in enumerate(workload.op.signature.ins) if spec.name == "w" and spec.dtype == "W"), None
-    )
+    weight = _one_weight(workload.op)
     if weight is not None and (workload.op.matmul is None or workload.op.matmul.streamed):
         return _product(backend, gpu, workload, [given[weight] for given in ins])
     library = workload.op.library
@@ -50,6 +49,12 @@ def alternative(
     except Exception as e:  # CuPy refuses a dtype in more than one way; the kernel's own time does not depend on it
         print(f"{workload.label}: CuPy cannot do it ({type(e).__name__}: {e})", file=sys.stderr)
         return None
+
+
+def _one_weight(op: Op) -> int | None:
+    """Which input of an op is the weight of its product; None if there is none, or one of several experts."""
+    weights = (i for i, s in enumerate(op.signature.ins) if s.name == "w" and s.dtype == "W" and len(s.dims or ()) == 2)
+    return next(weights, None)
 
 
 def _product(backend: Backend, gpu: Any, workload: Workload, weights: Sequence[Any]) -> tuple[str, Spread] | None:

@@ -23,7 +23,7 @@ from cuplama.lab.trials import UNTIL_REPLAYED, Runs
 from cuplama.lab.workloads import decode_workloads, prompt_workloads, shape_workload
 from cuplama.models.config import parse_config
 from cuplama.ops import OPS
-from tests.lab.common import PEAKS, TINY, invoke, needs_matplotlib
+from tests.lab.common import EXPERTS, PEAKS, TINY, invoke, needs_matplotlib
 
 
 def test_a_row_is_arithmetic_on_the_median() -> None:
@@ -65,6 +65,13 @@ def test_a_whole_model_is_checked_and_timed(gpu: CudaBackend) -> None:
     )
     assert again["passes"] == [{"graph": "decode", "what": "x", "summed_ms": 1000.0, "measured_ms": 2000.0}]
     assert again["rows"] == rows
+
+
+def test_experts_are_timed_without_a_library_beside_them(gpu: CudaBackend) -> None:
+    chosen = [w for w in decode_workloads(parse_config(EXPERTS), "f32", depth=3) if w.op.name.startswith("expert")]
+    rows = kernel_bench.bench(gpu, chosen, PEAKS)
+    assert {r["weights"] for r in rows} == {"experts.gate_up_proj", "experts.down_proj"}
+    assert {r["alternative"] for r in rows} == {None}
 
 
 def test_a_kernel_that_writes_nothing_is_refused(gpu: CudaBackend) -> None:
