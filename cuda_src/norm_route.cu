@@ -18,23 +18,29 @@
 #include "ptx.cuh"
 #include "route.cuh"
 
-constexpr int WARPS = 4;
+constexpr int WARPS = 8;
+constexpr int TOGETHER = 2;     // vectors of a row that a thread asks for before it adds up the first
 constexpr int MAX_PAIRS = 256;  // 8 rows with 32 experts
 
 // rows[n][width] = rms_norm(x), rounded to T, and 0 from d on. All threads of the block call.
 template <typename T>
 __device__ __forceinline__ void normalise(const f32* x, const T* g, T* rows, T* normed, int n, int d, int width,
                                           f32 eps, f32 offset, bool vectorized) {
+    const int stride = blockDim.x * 8;
     for (int r = 0; r < n; r++) {
         const f32* row = x + i64(r) * d;
         float squares = 0.f;
-        for (int at = threadIdx.x * 8; at < d; at += blockDim.x * 8) {
-            const Pack<f32, 8> v = load_row<8>(row, at, d, vectorized);
+        for (int first = threadIdx.x * 8; first < d; first += TOGETHER * stride) {
+            Pack<f32, 8> v[TOGETHER];
 #pragma unroll
-            for (int j = 0; j < 8; j++) squares += v.v[j] * v.v[j];
+            for (int i = 0; i < TOGETHER; i++) v[i] = load_row<8>(row, first + i * stride, d, vectorized);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) squares += v[i].v[j] * v[i].v[j];
         }
         const float inverse = 1.f / sqrtf(block_sum(squares) / d + eps);
-        for (int at = threadIdx.x * 8; at < width; at += blockDim.x * 8) {
+        for (int at = threadIdx.x * 8; at < width; at += stride) {
             const Pack<f32, 8> v = load_row<8>(row, at, d, vectorized);
             const Pack<T, 8> scale = load_row<8>(g, at, d, vectorized);
             Pack<T, 8> out;
@@ -53,7 +59,7 @@ __device__ __forceinline__ void multiply(const T* rows, const T* w, float b, f32
                                          int E, bool vectorized) {
     const int lane = threadIdx.x % WARP;
     float sum[ROWS] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int at = lane * 8; at < d; at += WARP * 8) {
         const Pack<T, 8> weight = load_row<8>(w, at, d, vectorized);
 #pragma unroll

@@ -14,12 +14,18 @@ __device__ __forceinline__ u64 rank_of(float key, int expert) {
 __device__ __forceinline__ int expert_of(u64 rank) { return int(0xffffffffu - u32(rank)); }
 
 __device__ __forceinline__ u64 warp_max(u64 x) {
+#if __CUDA_ARCH__ >= 800
+    // Two instructions for 32 bits each, of some 30 cycles, in place of five rounds of two shuffles.
+    const u32 high = __reduce_max_sync(ALL_LANES, u32(x >> 32));
+    return u64(high) << 32 | __reduce_max_sync(ALL_LANES, u32(x >> 32) == high ? u32(x) : 0u);
+#else
 #pragma unroll
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
         const u64 other = __shfl_xor_sync(ALL_LANES, x, lanes);
         if (other > x) x = other;
     }
     return x;
+#endif
 }
 
 // A warp's row: lane l has the experts l + 32 i. What cannot be chosen any more has rank 0.

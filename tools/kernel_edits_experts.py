@@ -29,8 +29,9 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("route.cu", "if (ahead == 0) own[expert]", "if (ahead == 1) own[expert]"),
     ("route.cu", "x + (row * s + slot) * d", "x + row * s * d"),
     # norm_route.cu
+    ("norm_route.cu", "row, first + i * stride, d", "row, first + i * blockDim.x, d"),
     ("norm_route.cu", "if (normed != nullptr) store_row", "store_row"),
-    ("norm_route.cu", "at < width; at += blockDim.x * 8", "at < width; at += blockDim.x * 16"),
+    ("norm_route.cu", "at < width; at += stride", "at < width; at += 2 * stride"),
     ("norm_route.cu", "lane == 0 && r < n", "lane == 0"),
     ("norm_route.cu", "sum[r] + b;", "sum[r];"),
     ("norm_route.cu", "&& j < i);", "&& j > i);"),

@@ -21,7 +21,7 @@ from .signature import OpError
 __all__ = ["rms_norm_route"]
 
 _WARP = 32
-_WARPS = 4  # of a block, an expert for each; as in norm_route.cu
+_WARPS = 8  # of a block, an expert for each; as in norm_route.cu
 _RESERVED_BYTES = 4096  # of shared memory: static arrays, and what the driver keeps for itself
 
 
