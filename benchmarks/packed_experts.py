@@ -2,11 +2,12 @@
 
 The two products of a layer of gpt-oss-20b and of Qwen3-30B-A3B for prompts of several lengths, in bf16:
 
-- "in tiles of ..." pairs codes become numbers inside the product (cuda_src/experts_packed_many_*.cu): of up to 256 on
+- "in tiles of ..." pairs codes become numbers inside the product (cuda_src/experts_many_*.cu): of up to 256 on
   Hopper, else 128, or less where experts have few;
-- "scratch": unpacked first, for the kernels of plain experts (unpack.cu, experts_many_*.cu);
+- "scratch": unpacked first, for the kernels of plain weights (unpack.cu, experts_many_*.cu);
 - "streamed", up to 64 pairs for each expert: for 8 pairs of an expert at a time (experts_packed.cu);
-- "plain": experts_many_*.cu on plain weights, which is what "scratch" would take if unpacking were free.
+- "plain, in tiles of ...": experts_many_*.cu on plain weights, which is what "scratch" would take if unpacking were
+  free.
 
 Times are those of a replayed graph; a product is first checked on small cases. --skew: how unevenly experts are chosen;
 0 is by chance alone.
@@ -45,12 +46,12 @@ from cuplama.quant.packed import Packed
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 REPEATS = 10
 KNOBS = {"expert_linear_clamped_swiglu": {"alpha": 1.702, "limit": 7.0}}
-_ALWAYS = 1 << 30  # pairs for each expert
 _STREAMED = 64  # pairs for each expert up to which blocks are streamed
+HEIGHTS = (256, 128, 64)  # pairs of a tile, at most
 WAYS = {
-    **{f"in tiles of {rows}": Ways(0, _ALWAYS, rows) for rows in (256, 128, 64)},
-    "scratch": Ways(0, 0),
-    "streamed": Ways(_STREAMED, 0),
+    **{f"in tiles of {rows}": Ways(0, rows=rows) for rows in HEIGHTS},
+    "scratch": Ways(0, in_tiles=False),
+    "streamed": Ways(_STREAMED, in_tiles=False),
 }
 
 
@@ -87,8 +88,8 @@ def check_small(backend: CudaBackend, shape: Shape, form: str) -> None:
         case = {"n": n, "s": 2, "E": E, "m": m, "k": k, "b": True, "W": form, **KNOBS.get(shape.op, {})}
         workload = case_workload(OPS[shape.op], case, "bf16")
         arrays = workload.arrays()
-        for rows in (256, 128, 64):
-            workload = replace(workload, op=packed_ways(OPS[shape.op], Ways(0, _ALWAYS, rows)))
+        for rows in HEIGHTS:
+            workload = replace(workload, op=packed_ways(OPS[shape.op], Ways(0, rows=rows)))
             check(workload, arrays, run_guarded(workload, arrays, BackendExecutor(backend)))
 
 
@@ -112,7 +113,9 @@ def ways(backend: CudaBackend, shape: Shape, form: str) -> Iterator[tuple[str, O
         yield name, packed_ways(op, way), w
     del w
     some = normal_values(np.random.default_rng(0), (1, rows, shape.k), DTYPES["bf16"], 0.02)
-    yield "plain", op, backend.upload(np.tile(some, (E, 1, 1)))
+    plain = backend.upload(np.tile(some, (E, 1, 1)))
+    for rows in HEIGHTS:
+        yield f"plain, in tiles of {rows}", packed_ways(op, Ways(rows=rows)), plain
 
 
 def times(backend: CudaBackend, shape: Shape, form: str, skew: float) -> Iterator[dict[str, Any]]:

@@ -1,73 +1,117 @@
-// expert_linear_many_wgmma    what expert_linear_many_mma computes (experts_many_mma.cu), on Hopper's tensor cores
-//                             (sm_90a alone); parameters and grid are as there
+// expert_linear_many_wgmma           what expert_linear_many_mma computes (experts_many_mma.cu), on Hopper's tensor cores
+//                                    (sm_90a alone); parameters and grid are as there
+// expert_linear_packed_many_wgmma    what expert_linear_packed_many_mma computes, likewise
 //
-// A warpgroup has 64 of the ROWS pairs and all WIDE rows of the weights; both operands lie in shared memory as wgmma
-// wants them, in rows of 128 bytes with exchanged vectors, which is where cp.async puts them anyway (Layout<64>). A
-// stage is filled again two steps after it was multiplied: each warp has then waited for its own products, and the
-// barrier of the step in between says so of all warps. So DEPTH - 2 stages are on their way while one is multiplied.
+// Two warpgroups; each warp has 16 of the block's 128 rows of w, and all pairs of the tile are the N of its products, as
+// many as there are, up to a multiple of 32 and at least 64: for fewer the products would take less time than their
+// numbers. While products run, the numbers of the next step come to registers: where a tile has more than 128 pairs, and
+// a multiprocessor one block, in another set of them; else by the other block. With 256 pairs a step of 64 columns is
+// 1024 cycles of the tensor cores, and its numbers in mxfp4 about 120 instructions of each of two warps. What a block
+// reads in a step is 32 KB of x and 4.3 KB of codes, or 16 KB of plain numbers, mostly from L2.
 //
-// Launch and op: cuplama/ops/experts.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet; no GPU has run it.
-#include "experts_many.cuh"
+// A stage of x is filled again two steps after it was multiplied: each warp has then waited for its own products, and
+// the barrier of the step in between says so of all warps. So DEPTH - 2 steps are on their way while one is multiplied.
+//
+// Launch: cuplama/ops/experts_many.py. Op: cuplama/ops/experts.py. Test: tests/ops/test_experts_many.py.
+// Benchmark: python -m benchmarks.packed_experts.
+#include "experts_many_weights.cuh"
 
-__device__ __forceinline__ void multiply_tile(float (&d)[64], u64 a, u64 b, bool add, f16) {
-    wgmma_n128_f16(d, a, b, add);
+constexpr int WARPS = 8;
+constexpr int LEAST = 64, MORE = 32;  // pairs of a product at least, and by which they grow
+constexpr int SHARING = 128;          // pairs of a tile up to which a multiprocessor has two blocks
+
+template <int N>
+__device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, f16) {
+    wgmma_rows_f16(d, a, b, true);
 }
-__device__ __forceinline__ void multiply_tile(float (&d)[64], u64 a, u64 b, bool add, bf16) {
-    wgmma_n128_bf16(d, a, b, add);
+template <int N>
+__device__ __forceinline__ void multiply_rows_of(float (&d)[N], const u32 (&a)[4], u64 b, bf16) {
+    wgmma_rows_bf16(d, a, b, true);
+}
+
+// The numbers of a step to registers.
+template <typename S, typename Weights>
+__device__ __forceinline__ void take(Weights& weights, int half, u32 (&a)[4][S::TILES][4]) {
+    const typename Weights::Numbers numbers = weights.take(half);
+#pragma unroll
+    for (int c = 0; c < 4; c++) numbers.read(c, a[c]);
+}
+
+// A tile of at most N pairs.
+template <typename S, int N, typename Weights>
+__device__ __forceinline__ void multiply_pairs(const Product<typename S::T>& product, const Share& share,
+                                               Weights weights) {
+    typedef typename S::T T;
+    if constexpr (N > LEAST)
+        if (share.tile.count <= N - MORE) return multiply_pairs<S, N - MORE>(product, share, weights);
+    PairRows<S, N> rows(product, share);
+    begin<S>(rows, weights);
+    const u64 stages = wgmma_matrix(reinterpret_cast<const T*>(product.memory), 1);
+    float total[N / 2] = {};
+    constexpr int SETS = S::ROWS > SHARING ? 2 : 1;
+    u32 a[SETS][4][S::TILES][4];
+    cp_async_wait<S::AHEAD - 1>();
+    __syncwarp();
+    take<S>(weights, 0, a[0]);
+    int stage = 0;
+#pragma unroll 1
+    for (int left = product.steps(); left > 0; left -= 2) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half == left) break;
+            cp_async_wait<S::AHEAD - 1>();
+            fence_proxy_async();
+            __syncthreads();  // this stage is there, and the weights whose numbers are taken next
+            wgmma_fence();
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                multiply_rows_of(total, a[half % SETS][c][0], stages + stage * (S::STAGE / 8) + 2 * c, T());
+            wgmma_commit();
+            rows.fetch();
+            weights.go_on(half, false);
+            cp_async_commit();
+            wgmma_wait<SETS - 1>();  // the set that is taken next is free
+            stage = stage + 1 == S::DEPTH ? 0 : stage + 1;
+            if (half + 1 < left) take<S>(weights, 1 - half, a[(1 - half) % SETS]);
+        }
+    }
+    wgmma_wait<0>();
+    wgmma_done(total);
+    cp_async_wait<0>();
+    put_sums<S, N>(total, product, share, weights.scales(), weights.apart());
+}
+
+// Where the shared memory begins that operands of wgmma lie in: on a 1024-byte boundary.
+__device__ __forceinline__ unsigned char* aligned_memory(unsigned char* memory) {
+    return memory + (1024 - __cvta_generic_to_shared(memory) % 1024) % 1024;
 }
 
 template <typename T, int ACT, int ROWS, int DEPTH>
-__global__ void __launch_bounds__(2 * ROWS, 2)
+__global__ void __launch_bounds__(WARPS* WARP, ROWS > SHARING ? 1 : 2)
     expert_linear_many_wgmma(const T* x, const T* __restrict__ w, const i32* pairs, const i32* offsets,
                              const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
-    constexpr int THREADS = 2 * ROWS, OUTS = WIDE / HALVES<ACT>;  // OUTS: columns of y of a block
-    using Own = Operands<ACT, ROWS, THREADS, T>;
+    typedef Tiling<T, ACT, ROWS, WARPS, DEPTH, true> S;
     DYNAMIC_SHARED(unsigned char, memory);
-    // [DEPTH][ROWS + WIDE][STEP] on a 1024-byte boundary; at the end of each warp the rows of y
-    T* stages = reinterpret_cast<T*>(memory + (1024 - __cvta_generic_to_shared(memory) % 1024) % 1024);
     __shared__ i32 before[MAX_EXPERTS + 1], own[ROWS];
     launch_dependents();
     pdl_wait();
-    const PairTiles<ROWS> tiles(offsets, before, E);
-    const int across = (m + OUTS - 1) / OUTS, number = blockIdx.x / across, column = blockIdx.x % across * OUTS;
-    if (number >= tiles.count()) return;
-    const PairTile tile = tiles.at(number);
-    for (int i = threadIdx.x; i < ROWS; i += THREADS) own[i] = pairs[tile.first + min(i, tile.count - 1)];
-    __syncthreads();
+    Share share;
+    if (!find_share<S>(share, PairTiles<ROWS>(offsets, before, E), pairs, own, m)) return;
+    const Product<T> product{x, b, y, s, m, k, alpha, limit, aligned_memory(memory)};
+    multiply_pairs<S, ROWS>(product, share, PlainTiles<S>(w, product, share));
+}
 
-    Own operands(x, w, own, tile, column, s, m, k);
-    const int warp = threadIdx.x / WARP, steps = (k + STEP - 1) / STEP;
-#pragma unroll
-    for (int i = 0; i < DEPTH - 2; i++) {
-        operands.fetch(stages + i * Own::STAGE);  // beyond k zeros
-        cp_async_commit();
-    }
-    float sum[1][16][4];
-    float (&sums)[64] = reinterpret_cast<float (&)[64]>(sum);
-    const u64 left = wgmma_matrix(stages + warp / 4 * (64 * STEP), 1), right = wgmma_matrix(stages + ROWS * STEP, 1);
-    for (int step = 0, slot = 0; step < steps; step++) {
-        cp_async_wait<DEPTH - 3>();
-        fence_proxy_async();
-        __syncthreads();                         // this stage is there
-        const int at = slot * (Own::STAGE / 8);  // in units of 16 bytes
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < STEP / 16; i++)
-            multiply_tile(sums, left + at + 2 * i, right + at + 2 * i, step > 0 || i > 0, T());
-        wgmma_commit();
-        wgmma_wait<1>();
-        operands.fetch(stages + (slot + DEPTH - 2) % DEPTH * Own::STAGE);
-        cp_async_commit();
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
-    }
-    wgmma_wait<0>();
-    wgmma_done(sums);
-    cp_async_wait<0>();
-    __syncthreads();
-
-    const int mine = warp * 16;
-    const Pairs<T> to{own, y, tile.count, m};
-    const T* bias = b == nullptr ? nullptr : b + i64(tile.expert) * HALVES<ACT> * m;
-    put_sums<ACT>(sum, stages + mine * OUTS, to, mine, column, bias, alpha, limit);
+template <typename T, typename W, int ACT, int ROWS, int DEPTH>
+__global__ void __launch_bounds__(WARPS* WARP, ROWS > SHARING ? 1 : 2)
+    expert_linear_packed_many_wgmma(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
+                                    const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
+    typedef Tiling<T, ACT, ROWS, WARPS, DEPTH, true> S;
+    DYNAMIC_SHARED(unsigned char, memory);
+    __shared__ i32 before[MAX_EXPERTS + 1], own[ROWS];
+    launch_dependents();
+    pdl_wait();
+    Share share;
+    if (!find_share<S>(share, PairTiles<ROWS>(offsets, before, E), pairs, own, m)) return;
+    const Product<T> product{x, b, y, s, m, k, alpha, limit, aligned_memory(memory)};
+    multiply_pairs<S, ROWS>(product, share, PackedTiles<S, W>(w, product, share, E));
 }

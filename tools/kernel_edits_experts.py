@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["EDITS", "EQUIVALENT"]
 
-_SHARED, _FEW, _MANY = "experts.cuh", "experts_mma.cu", "experts_many.cuh"
-_PACKED, _PACKED_WGMMA = "experts_packed_many.cuh", "experts_packed_many_wgmma.cu"
+_SHARED, _FEW = "experts.cuh", "experts_mma.cu"
+_MANY, _WEIGHTS = "experts_many.cuh", "experts_many_weights.cuh"
 
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
@@ -56,32 +56,26 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_FEW, "own[min(lane_row(), tile.count - 1)] / s;", "own[min(lane_row(), tile.count - 1)];"),
     (_FEW, "b + i64(tile.expert) * HALVES<ACT> * m;", "b;"),
     # many pairs
-    (_MANY, "row / 8 % 2 : 0;", "0 : 0;"),
-    (_MANY, "u32(own[row + i * APART] / s) * k;", "u32(own[row + i * APART]) * k;"),
-    (_MANY, "inside && i * COLUMNS < left);", "i * COLUMNS < left);"),
-    (_MANY, "if (b != nullptr && at < m) bias[p]", "if (b != nullptr) bias[p]"),
-    (_MANY, "if (mine + row >= to.count) break;", ";"),
-    ("experts_many_mma.cu", "cp_async_wait<DEPTH - 2>();", "cp_async_wait<DEPTH - 1>();"),
-    ("experts_many_wgmma.cu", "cp_async_wait<DEPTH - 3>();", "cp_async_wait<DEPTH - 2>();"),
-    ("experts_many_wgmma.cu", "step > 0 || i > 0", "step > 0"),
-    ("experts_many_wgmma.cu", "stages + warp / 4 * (64 * STEP)", "stages"),
-    # many pairs, packed weights
-    (_PACKED, "t % 2 == 0 ? 0x6240u : 0x7351u", "0x6240u"),
-    (_PACKED, "high = low + 2;", "high = low + 1;"),
-    (_PACKED, "- t + t / 2,", ","),
-    (_PACKED, "u32(share.own[row + i * APART] / product.s) * k", "u32(share.own[row + i * APART]) * k"),
-    (_PACKED, "inside && i * APART < count", "i * APART < count"),
-    (_PACKED, "min(unit, product.units - 1)", "unit"),
-    (_PACKED, "(share.tile.expert * S::PARTS + part)", "(share.tile.expert * S::PARTS)"),
-    (_PACKED, "int(blockIdx.x % across) * S::OUTS", "0"),
-    (_PACKED, "product.b[(before + p) * m", "product.b[p * m"),
-    (_PACKED, "product.scales[(before + p)", "product.scales[p"),
-    (_PACKED, "row < share.tile.count;", "row < N;"),
-    (_PACKED, "sum[p].v[c] * scale[p][c]", "sum[p].v[c]"),
-    (_PACKED_WGMMA, "half + 1 < left", "half == 0"),
-    (_PACKED_WGMMA, "ordered_half(next, 1 - half)", "ordered_half(next, half)"),
-    ("experts_packed_many_mma.cu", "if (j * 16 >= count) break;", "if (j * 16 + 16 >= count) break;"),
-    ("experts_packed_many_mma.cu", "half == 0 && left < product.steps", "half == 0"),
+    (_MANY, "u32(share.own[row + i * APART] / product.s) * k", "u32(share.own[row + i * APART]) * k"),
+    (_MANY, "inside && i * APART < count", "i * APART < count"),
+    (_MANY, "int(blockIdx.x % across) * S::OUTS", "0"),
+    (_MANY, "(i64(share.tile.expert) * PARTS + p) * m", "p * m"),
+    (_MANY, "row < share.tile.count;", "row < N;"),
+    (_MANY, "sum[p].v[c] * scale[p][c]", "sum[p].v[c]"),
+    (_WEIGHTS, "* S::TILES + i) / (BAND / S::PARTS)", "* S::TILES + i) / BAND"),
+    (_WEIGHTS, "inside && j * APART < left", "inside"),
+    (_WEIGHTS, "if (S::EARLY && group == 0) fetch();", ";"),
+    (_WEIGHTS, "t % 2 == 0 ? 0x6240u : 0x7351u", "0x6240u"),
+    (_WEIGHTS, "high = low + 2;", "high = low + 1;"),
+    (_WEIGHTS, "- t + t / 2,", ","),
+    (_WEIGHTS, "TILE_ROWS, units - 1);", "TILE_ROWS, units);"),
+    (_WEIGHTS, "(i64(expert + part_of<S>(i)) * units", "(i64(expert) * units"),
+    (_WEIGHTS, "+ i64(expert) * rows : nullptr", ": nullptr"),
+    (_WEIGHTS, "half == 1 : half == 0 && !first", "half == 1 : half == 0"),
+    ("experts_many_wgmma.cu", "half + 1 < left", "half == 0"),
+    ("experts_many_wgmma.cu", "take<S>(weights, 1 - half,", "take<S>(weights, half,"),
+    ("experts_many_mma.cu", "if (j * 16 >= count) break;", "if (j * 16 + 16 >= count) break;"),
+    ("experts_many_mma.cu", "weights.go_on(half, left == product.steps());", "weights.go_on(half, false);"),
 )
 
 # (file, text around the place of a mutation, why it cannot change a result)

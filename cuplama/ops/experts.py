@@ -1,6 +1,6 @@
 """Products of rows with the weights of the experts that compute them. Kernels: cuda_src/experts.cu (by multiply-adds),
-experts_mma.cu (few pairs, on tensor cores), experts_many_mma.cu and experts_many_wgmma.cu (many); of packed weights
-(experts_packed.py) experts_packed.cu (few), experts_packed_many_mma.cu and experts_packed_many_wgmma.cu (many).
+experts_mma.cu (few pairs, on tensor cores), those of experts_many.py (many); of packed weights (experts_packed.py)
+experts_packed.cu (few) and those of experts_many.py.
 
 ``sort_pairs`` (route.py) says which pairs of a row and an expert there are. A product gives a row for each pair, at the
 pair's own number, so the next product, whose x has a row for each pair, takes the same ``pairs`` and ``offsets``.
@@ -17,6 +17,7 @@ import numpy as np
 
 from ..dtypes import Array
 from .activation import gelu_tanh_mul, silu_mul
+from .experts_many import MOST_PAIRS, many_launch, takes_many
 from .experts_packed import Ways, packed_experts_plan
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, linear, tensor_shape
@@ -41,12 +42,6 @@ _FEW = 4  # pairs for each expert of the model up to which experts_mma.cu takes 
 _LONGEST = 96  # experts_mma.cu: chunks of a phase; 128 spill registers
 _RING = (160 << 10, 8)  # experts_mma.cu: bytes and chunks of a ring, at most
 _RUN = 8  # experts_mma.cu: tiles of columns whose sums are kept where k goes in phases
-# experts_many_mma.cu and experts_many_wgmma.cu
-_STEP, _WIDE, _MANY_THREADS = 64, 128, 128  # elements of k, rows of weights in a tile, threads of a block
-_LOW, _HIGH, _HIGH_FROM = 64, 128, 192  # pairs in a tile; the higher one from as many pairs of an expert on
-_MAX_STAGES = 4
-_ALIGNMENT = 1024  # bytes: of operands of wgmma in shared memory
-_RESERVED_BYTES = 4096  # of shared memory: static arrays, and what the driver keeps for itself
 
 
 def _expert_linear(x: Array, w: Array, pairs: Array, offsets: Array, b: Array | None = None) -> Array:
@@ -95,37 +90,20 @@ def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Launch | N
     return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own)
 
 
-def _many(constants: Mapping[str, Any], call: Call, device: Device, E: int) -> Launch:
-    """The launch of experts_many_wgmma.cu on Hopper, elsewhere of experts_many_mma.cu. E: experts of the launch."""
-    pairs, columns = call["n"] * call["s"], _WIDE // _parts(constants)
-    rows = _HIGH if pairs >= _HIGH_FROM * min(call["E"], pairs) else _LOW
-    tiles = pairs // rows + min(E, pairs)
-    stage = (rows + _WIDE) * _STEP * 2
-    depth = max(2, min(_MAX_STAGES, (device.shared // 2 - _RESERVED_BYTES) // stage))  # two blocks, if they fit
-    own = {**constants, "E": E, "ROWS": rows, "DEPTH": depth}
-    grid = (tiles * -(-call["m"] // columns),)
-    if device.arch == 90:
-        kernel = "experts_many_wgmma.cu:expert_linear_many_wgmma"
-        return Launch(kernel, grid, (2 * rows,), depth * stage + _ALIGNMENT, own)
-    return Launch("experts_many_mma.cu:expert_linear_many_mma", grid, (_MANY_THREADS,), depth * stage, own)
-
-
 def _parts(constants: Mapping[str, Any]) -> int:
     """Rows of w that make a column of y."""
     return 1 if constants["ACT"] == "NO_ACT" else 2
 
 
-def _plain(constants: Mapping[str, Any], call: Call, device: Device, E: int) -> Launch:
-    """The launch for plain weights of so many experts, and any number of pairs."""
+def _plain(constants: Mapping[str, Any], most: int, call: Call, device: Device, E: int) -> Launch:
+    """The launch for plain weights of so many experts, and any number of pairs. most: pairs of a tile."""
+    if takes_many(call, device):
+        launch = many_launch(constants, _parts(constants), call, device, E, most=most)
+        if launch is not None:
+            return launch
     pairs = call["n"] * call["s"]
-    if _tensor(call, device):
-        return _many(constants, call, device, E)
     blocks = min(_BLOCKS * device.sms, -(-pairs * call["m"] // (_THREADS // _WARP)))
     return Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants={**constants, "E": E})
-
-
-def _tensor(call: Call, device: Device) -> bool:
-    return call.dtypes["T"].itemsize == 2 and device.arch >= 80 and call["k"] % 8 == 0
 
 
 def _plan(act: str, call: Call, device: Device, ways: Ways | None = None) -> Plan:
@@ -133,12 +111,12 @@ def _plan(act: str, call: Call, device: Device, ways: Ways | None = None) -> Pla
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
     if segments_of(call.arrays["w"]) is not None:
-        plain = partial(_plain, constants, call, device)
+        plain = partial(_plain, constants, MOST_PAIRS, call, device)
         return packed_experts_plan(constants, _parts(constants), call, device, plain, ways)
     # One way to add up on a deterministic device, whatever the number of rows.
     few = call["n"] * call["s"] <= _FEW * call["E"] and not device.deterministic
-    launch = _few(constants, call, device) if few and _tensor(call, device) else None
-    return Plan((launch or _plain(constants, call, device, call["E"]),))
+    launch = _few(constants, call, device) if few and takes_many(call, device) else None
+    return Plan((launch or _plain(constants, ways.rows if ways else MOST_PAIRS, call, device, call["E"]),))
 
 
 def _chosen(call: Call) -> float:
@@ -207,7 +185,8 @@ _ACTS = {
 
 
 def packed_ways(op: Op, ways: Ways) -> Op:
-    """One of these ops with another choice of the ways to compute a product with a packed weight, to compare them."""
+    """One of these ops with another choice of the ways to compute a product with a packed weight, and of the pairs of a
+    tile with any weight, to compare them."""
     return replace(op, kernels=lambda call, device: _plan(_ACTS[op.name], call, device, ways))
 
 

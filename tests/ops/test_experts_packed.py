@@ -1,6 +1,6 @@
 """Products with packed weights of experts, on the emulator: every format, several tiles of an expert, slices.
 
-Where codes become numbers inside the tiles of many pairs is test_experts_packed_many.py's; here they are unpacked.
+Where codes become numbers inside the tiles of many pairs is test_experts_many.py's; here they are unpacked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def case(op: str, dtype: str = "bf16", seed: int = 0, **sizes: Any) -> Workload:
 def to_scratch(op: str, dtype: str = "bf16", **sizes: Any) -> Workload:
     """A case whose weights are unpacked if it has many pairs."""
     given = case(op, dtype, **sizes)
-    return replace(given, op=packed_ways(given.op, Ways(in_tiles=0)))
+    return replace(given, op=packed_ways(given.op, Ways(in_tiles=False)))
 
 
 def run(workload: Workload, files: list[str], device: Device = SMALL) -> None:

@@ -1,5 +1,5 @@
-"""Many pairs of experts with packed weights, whose codes become numbers inside the tiles of a product: on the emulator
-every format, ragged experts, tiles of every height; and how they are planned."""
+"""Many pairs of experts, in tiles: on the emulator plain weights and packed ones in every format, ragged experts, tiles
+of every height; and how they are planned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.ops.test_experts_packed import KNOBS, case, run
 AMPERE = Device(arch=80, sms=3, shared=166912)
 SMALL = Device(arch=86, sms=3, shared=101376)  # the least shared memory of a GPU from sm_80 on
 HOPPER = Device(arch=90, sms=3)
-MMA, WGMMA = ["experts_packed_many_mma.cu"], ["experts_packed_many_wgmma.cu"]
+MMA, WGMMA = ["experts_many_mma.cu"], ["experts_many_wgmma.cu"]
 BOTH = pytest.mark.parametrize(("device", "files"), [(AMPERE, MMA), (HOPPER, WGMMA)], ids=["sm_80", "sm_90"])
 SHORT = ("mxfp4", "int4 g128 zero", "fp8")  # formats of the short tests
 FORMATS = [name for name, form in CATALOG.items() if form.packing is not None and form.packing.code.bits <= 8]
@@ -84,13 +84,25 @@ def test_tiles_of_an_expert(counts: tuple[int, ...], device: Device, files: list
     run(ragged(counts, m=23, k=552, W="int8", b=False), files, device)
 
 
-def test_products_of_every_height_on_hopper() -> None:
+WEIGHTS = pytest.mark.parametrize(("weights", "depth"), [({"W": "mxfp4"}, 6), ({}, 4)], ids=["packed", "plain"])
+
+
+@WEIGHTS
+def test_products_of_every_height_on_hopper(weights: dict[str, str], depth: int) -> None:
     """Products of 64 to 256 pairs, two of 160 for an expert with 300."""
     counts = (300, 0, 256, 210, 190, 100, 70, 1)
-    workload = ragged(counts, "expert_linear_clamped_swiglu", m=16, k=136, W="mxfp4")
+    workload = ragged(counts, "expert_linear_clamped_swiglu", m=16, k=136, **weights)
     (launch,) = planned(workload, workload.ins, HOPPER, abstract)[0]
-    assert "256, 6>" in launch.expression
+    assert f"256, {depth}>" in launch.expression
     run(workload, WGMMA, HOPPER)
+
+
+@BOTH
+@pytest.mark.parametrize("op", ["expert_linear", "expert_linear_silu_mul"])
+def test_plain_weights(op: str, device: Device, files: list[str]) -> None:
+    """Columns of y that end within a tile of rows of w, a step that ends within a vector's lanes, rings that are gone
+    through more than once, an expert without pairs and one with a single pair."""
+    run(ragged((64, 0, 33, 1, 130), op, "f16", m=141, k=712), files, device)
 
 
 def test_a_gpu_with_little_shared_memory() -> None:
@@ -130,14 +142,13 @@ def test_tiles_may_be_held_low() -> None:
     ("device", "sizes"),
     [
         (replace(HOPPER, deterministic=True), {}),
-        (HOPPER, {"n": 1024 * 2 + 1}),
         (HOPPER, {"W": "bf16"}),
         (HOPPER, {"k": 76}),
         (HOPPER, {"m": 40}),
         (Device(75, 3, 65536), {}),
         (replace(SMALL, shared=49152), {}),
     ],
-    ids=["deterministic", "pairs", "codes", "columns", "halves", "arch", "shared"],
+    ids=["deterministic", "codes", "columns", "halves", "arch", "shared"],
 )
 def test_what_is_unpacked_to_scratch_all_the_same(device: Device, sizes: dict[str, Any]) -> None:
     given: dict[str, Any] = {"n": 200, "s": 1, "E": 2, "m": 32, "k": 72, "W": "mxfp4", **sizes}
