@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuplama.backends.cuda.backend import CudaBackend
+from cuplama.backends.cuda.driver import cuda_available
 from cuplama.dtypes import Array
-from cuplama.lab.check import check, run_guarded
+from cuplama.lab.check import BackendExecutor, Executor, check, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS
@@ -93,19 +95,39 @@ def test_the_most_pairs_are_sorted() -> None:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
+def _alone_and_among(executor: Executor, rows: int) -> tuple[Array, Array]:
+    """What five pairs give alone, and among as many as there are rows, of two experts: bits."""
+    op, sort = OPS["expert_linear_silu_mul"], OPS["sort_pairs"].reference
+    x, w, _, _, b = case_workload(op, dict(n=rows, s=1, E=2, m=40, k=392, b=True), "bf16").arrays()
+    assert x is not None
+    experts = np.arange(rows, dtype=np.int32)[:, None] % 2
+    few, outs = slice(37, 42), []
+    for some in (few, slice(None)):
+        workload = _workload(op, [x[some], w, *sort(experts[some], E=2), b], {}, "bf16")
+        (y,) = run_guarded(workload, workload.arrays(), executor)
+        check(workload, workload.arrays(), [y])
+        outs.append(y.view(np.uint16))
+    return outs[0], outs[1][few]
+
+
 @pytest.mark.parametrize(("arch", "shared"), [(80, 166912), (90, 232448)])
 def test_a_pair_does_not_depend_on_the_others(arch: int, shared: int) -> None:
-    """Bit for bit, on a deterministic device, with tiles of 64 pairs and of 128."""
-    op, device = OPS["expert_linear_silu_mul"], Device(arch, shared=shared, deterministic=True)
-    given = case_workload(op, dict(n=400, s=1, E=2, m=40, k=392, b=True), "bf16")
-    x, w, _, _, b = given.arrays()
-    assert x is not None
-    sort = OPS["sort_pairs"].reference
-    experts = np.arange(400, dtype=np.int32)[:, None] % 2
-    (whole,) = _run(_workload(op, [x, w, *sort(experts, E=2), b], {}, "bf16"), device)
-    few = slice(37, 42)
-    (part,) = _run(_workload(op, [x[few], w, *sort(experts[few], E=2), b], {}, "bf16"), device)
-    assert np.array_equal(part.view(np.uint16), whole[few].view(np.uint16))
+    """Bit for bit, on a deterministic device, in tiles of few pairs and of 128 or more."""
+    alone, among = _alone_and_among(EmulatedDevice(Device(arch, shared=shared, deterministic=True)), 400)
+    assert np.array_equal(alone, among)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [150, 400, 2000])
+def test_a_pair_does_not_depend_on_the_others_on_a_gpu(rows: int) -> None:
+    """Products of every height add up in the same way: an emulator cannot know that of tensor cores."""
+    works, reason = cuda_available()
+    if not works:
+        pytest.skip(reason)
+    backend = CudaBackend("bf16", deterministic=True)
+    alone, among = _alone_and_among(BackendExecutor(backend), rows)
+    backend.close()
+    assert np.array_equal(alone, among)
 
 
 def test_only_chosen_experts_are_counted() -> None:
