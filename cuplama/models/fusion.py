@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..dtypes import DTYPES
 from ..ops import OPS
@@ -50,13 +50,13 @@ def _norm_linear(norm: str, act: str | None) -> Rule:
     )
 
 
-def _added_norm_linear(act: str | None) -> Rule:
-    """A norm behind a sublayer is computed by the product that reads the residual stream next, through a norm. Later
-    nodes read the residual stream, too."""
-    first, product = {"x": "x", "post": "w", "a": "a", "scalar": "scalar"}, _norm_linear("rms_norm", act)
+def _added(product: Rule) -> Rule:
+    """A norm behind a sublayer is computed by the product that reads the residual stream next, through a norm or cast.
+    Later nodes read the residual stream, too."""
+    first = {"x": "x", "post": "w", "a": "a", "scalar": "scalar"}
     return Rule(
         ("rms_norm_add", *product.parts),
-        product.fused.replace("rms_norm_", "rms_norm_add_norm_"),
+        product.fused,
         {**{name: ("rms_norm_add", of) for name, of in first.items()}, **product.sources},
         kept=(("rms_norm_add", "y"),),
     )
@@ -89,7 +89,13 @@ BATCH_RULES: tuple[Rule, ...] = (
 EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *BATCH_RULES)
 
 # For few rows: a norm behind a sublayer, ahead of the MLP, of the next layer's attention, and of the head.
-ADDED_NORM_RULES: tuple[Rule, ...] = tuple(map(_added_norm_linear, ("silu_mul", "gelu_tanh_mul", None)))
+ADDED_NORM_RULES: tuple[Rule, ...] = (
+    *(
+        _added(replace(rule, fused=rule.fused.replace("rms_norm", "rms_norm_add_norm")))
+        for rule in (_norm_linear("rms_norm", act) for act in ("silu_mul", "gelu_tanh_mul", None))
+    ),
+    _added(Rule(("cast", "linear"), "rms_norm_add_linear", {"w": ("linear", "w"), "b": ("linear", "b")})),
+)
 
 # For a decode step of at most ``MAX_STREAMED_ROWS`` rows, whose products our own kernels compute. The first rule that
 # fits is taken, so longer patterns stand before shorter ones.

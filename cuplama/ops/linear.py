@@ -27,6 +27,7 @@ __all__ = [
     "Prologue",
     "TensorShape",
     "linear",
+    "one_phase",
     "product_sizes",
     "stream_rows",
     "tensor_shape",
@@ -139,6 +140,11 @@ class TensorShape:
     def constants(self) -> dict[str, int]:
         """Template arguments."""
         return {"WARPS": self.warps, "CHUNKS": self.chunks, "PHASES": self.phases, "DEPTH": self.depth}
+
+
+def one_phase(k: int) -> bool:
+    """Whether rows of k elements behind a norm fit into the registers of a block on tensor cores."""
+    return -(-k // _CHUNK) <= _MAX_CHUNKS["normed"]
 
 
 def tensor_shape(
