@@ -80,12 +80,13 @@ struct Residual {
 };
 
 // The rows of x of the ops with a norm. LEVELS: 1, rounded to T, as by the norm alone, or 2, where y is f32: T, and
-// what the rounding took. Rows that fit into registers beside what becomes of them are read once (KEPT).
+// what the rounding took. Rows that fit into registers beside what becomes of them, and beside the residual stream, are
+// read once (KEPT).
 template <int NORM, int LEVELS, int WARPS, int CHUNKS, int PHASES, typename T>
 struct NormalisedRows {
-    static constexpr bool KEPT = PHASES == 1 && LEVELS == 1;
-    // Chunks of a that a lane has registers for beside x.
-    static constexpr int TOGETHER = CHUNKS <= 3 ? CHUNKS : 2;
+    static constexpr bool KEPT = PHASES == 1 && LEVELS == 1 && (CHUNKS <= 6 || !ADDS<NORM>);
+    // Chunks of the residual stream that a lane has registers for beside x.
+    static constexpr int TOGETHER = CHUNKS == 4 ? 2 : 3;
     const f32* x;    // of this lane
     const T* scale;  // in shared memory: g, and h behind it; the scale of the norm behind a sublayer comes last
     Residual added;  // of this lane
