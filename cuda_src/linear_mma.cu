@@ -31,6 +31,9 @@
 // A normalised row is rounded to T, as by the norm alone. Where y is f32 (logits) it is the sum of two numbers of T, so
 // that as little is lost as in linear.cu; each takes products of its own.
 //
+// Where a norm behind a sublayer comes first, x is read before the residual stream, for which registers are short: its
+// latency is added to that of x. So this is for little of both alone (cuplama/ops/added_norm.py). No GPU has run it yet.
+//
 // As in linear.cu, what does not depend on earlier kernels happens before the wait: the ring is filled, scale and shift
 // of the norm are read. What does not lie on 16-byte boundaries comes element by element.
 //
@@ -38,7 +41,7 @@
 // bandwidth (benchmarks/results/2026-11-20-h200-rows.csv; the norms did not start early then). A ring of more than two
 // chunks helps a kernel alone, and costs a step 1 to 6%. x as A would take twice the registers and twice the products.
 //
-// Launch and tuning: cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
+// Launch and tuning: cuplama/ops/linear.py. Ops: there, in fused.py and in added_norm.py. Test: tests/ops/.
 #include "linear_mma.cuh"
 
 // Numbers of T that make an element of a normalised row.
