@@ -69,6 +69,17 @@ def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
         assert [n.op for n in nodes].count("add") == shared * len(sums)
 
 
+@pytest.mark.parametrize("name", ["qwen35", "qwen35-moe", "qwen3-next"])
+def test_all_inputs_of_a_gated_delta_rule_are_one_product_with_its_norm(name: str) -> None:
+    config = load_config(GOLDEN / name)
+    fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
+    for i in config.delta_layers:
+        reads = [node for node in fused if f"{i}.delta_in_proj.out" in node.ins]
+        assert [node.op for node in reads] == ["causal_conv", "gated_delta", "gated_norm"]
+        product = next(node for node in fused if f"{i}.delta_in_proj.out" in node.outs)
+        assert (product.op, product.ins[1:]) == ("rms_norm_linear", (f"{i}.attn_norm", f"{i}.delta_in_proj"))
+
+
 # Golden case -> nodes of a layer, where norms stand behind sublayers, and those of the step besides.
 SANDWICHED = {
     "gemma2": (5, 4),  # embedding, its scale, the first layer's qkv, whose place the head has behind the last, softcap
