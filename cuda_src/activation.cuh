@@ -4,7 +4,9 @@
 #define CUPLAMA_ACTIVATION_CUH
 
 enum Act { NO_ACT, SILU_MUL, GELU_TANH, GELU_ERF, GELU_TANH_MUL, CLAMPED_SWIGLU };  // behind a product
-enum Norm { NO_NORM, RMS_NORM, LAYER_NORM };                                        // before one
+// Before one. ADDED: a norm behind a sublayer, and the residual stream that this is added to; ADDED_NORM: and an RMSNorm
+// of that.
+enum Norm { NO_NORM, RMS_NORM, LAYER_NORM, ADDED, ADDED_NORM };
 
 // Whether an activation takes two sums, of a gate and of what it is multiplied with: w then has 2m rows, gates first.
 template <int ACT>

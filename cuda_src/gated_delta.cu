@@ -7,7 +7,7 @@
 //
 //   x            [n, 2*G*K + H*V] T    queries and keys of G key heads, values of H value heads; value heads of one key
 //                                      head are neighbours
-//   ba           [n, 2*H] T    b of all heads, then a
+//   ba           [n, m] T    b of all heads, then a, in the columns from start on
 //   A_log, dt_bias    [H] f32
 //   state        [Z, H, K, V] f32    of sequence i at state_slots[i]; zeros instead where seq_lens[i] is the number of
 //                                    its new tokens
@@ -101,7 +101,8 @@ __device__ __forceinline__ Pack<T, 4> step(Pack<f32, 4> (&state)[R], const Token
 template <typename T, int K, int GROUPS>
 __global__ void __launch_bounds__(128, BLOCKS<T>)
     gated_delta(const T* x, const T* ba, const f32* __restrict__ A_log, const f32* __restrict__ dt_bias, f32* state,
-                const i32* cu_seqlens, const i32* seq_lens, const i32* state_slots, T* y, int G, int H, int V) {
+                const i32* cu_seqlens, const i32* seq_lens, const i32* state_slots, T* y, int G, int H, int V, int m,
+                int start) {
     constexpr int R = K / GROUPS, LANES = WARP / GROUPS;
     static_assert(K % GROUPS == 0, "each group of lanes has as many rows");
     launch_dependents();
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(128, BLOCKS<T>)
     const auto fetch = [&](int at) {
         const T* from = x + i64(at) * width;
         next.fetch(from + key_head * K + row, from + (G + key_head) * K + row, from + 2 * G * K + head * V + column,
-                   ba + i64(at) * 2 * H + head, H, there);
+                   ba + i64(at) * m + start + head, H, there);
     };
     fetch(first);
     for (int at = first; at < end; at++) {

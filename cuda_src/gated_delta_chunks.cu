@@ -418,8 +418,8 @@ template <typename T>
 struct Task {
     const T *queries, *keys, *values, *ba;
     T* y;
-    int tokens, chunks, width, H;  // width: of x
-    i64 height;                    // of y: elements from one token to the next
+    int tokens, chunks, width, m, H;  // width: of x; m: of ba
+    i64 height;                       // of y: elements from one token to the next
 };
 
 // Both groups call it after each chunk: its buffers may be written again, and those of the next one are there.
@@ -442,7 +442,7 @@ __device__ __forceinline__ void prepare_chunks(const Task<T>& task, const Buffer
     for (int chunk = 0; chunk < task.chunks; chunk++) {
         const int token = chunk * TOKENS + lane;
         const bool there = token < task.tokens;  // if not, its q, k and v are zeros, and its gates must keep the state
-        const T* gate = task.ba + i64(there ? token : 0) * 2 * task.H;
+        const T* gate = task.ba + i64(there ? token : 0) * task.m;
         const float b = to_float(gate[0]), a = to_float(gate[task.H]);
         if (chunk + 1 < task.chunks) fetch(chunk + 1);
         cp_async_commit();
@@ -484,7 +484,7 @@ template <typename T, int K>
 __global__ void __launch_bounds__(WORKERS* WARP + HELPERS, 1)
     gated_delta_chunks(const T* x, const T* ba, const f32* __restrict__ A_log, const f32* __restrict__ dt_bias,
                        f32* state, const i32* cu_seqlens, const i32* seq_lens, const i32* state_slots, T* y, int G,
-                       int H, int V) {
+                       int H, int V, int m, int start) {
     DYNAMIC_SHARED(T, memory);
     __shared__ Factors factors[2];
     __shared__ Prepared work;
@@ -496,11 +496,12 @@ __global__ void __launch_bounds__(WORKERS* WARP + HELPERS, 1)
     const Task<T> task{row + key_head * K,
                        row + (G + key_head) * K,
                        row + 2 * G * K + head * V + part,
-                       ba + i64(first) * 2 * H + head,
+                       ba + i64(first) * m + start + head,
                        y + i64(first) * H * V + head * V + part,
                        tokens,
                        (tokens + TOKENS - 1) / TOKENS,
                        width,
+                       m,
                        H,
                        i64(H) * V};
     const Buffers<T, K> buffers{memory};

@@ -2,6 +2,9 @@
 // linear_add         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
 // layer_norm_linear  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
+// rms_norm_add_linear  y[n,m] = act(rms_norm(sum) w^T + b) or sum w^T + b, with sum[n,k] = (a + rms_norm(x)) * scalar: f32,
+//                    which one block writes; a, x: f32; post[k] (scale of x), g[k] (of the sum), scalar[1] (may be
+//                    null): T
 //                    act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m rows and
 //                    y = silu(row i) * (row m + i)
 //                    Each launch takes the rows first .. first + ROWS - 1 of x, ROWS <= 8. Many rows go to cuBLAS.
@@ -26,7 +29,10 @@
 // - All kernels prefer the same division of a multiprocessor's L1 (Gpu.function): it must be empty to be divided anew.
 // Tried and worse: the copy engine (cp.async.bulk) for the ring; asking for x before the ring is filled.
 //
-// Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
+// A norm behind a sublayer (rms_norm_add_linear) takes one barrier more than the norm before the product alone; by
+// estimate that is a third of a microsecond, in place of a launch of 3. No GPU has run it yet.
+//
+// Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there, in fused.py and in added_norm.py. Test: tests/ops/.
 #include "activation.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
@@ -154,6 +160,55 @@ __device__ __forceinline__ void normalise(const f32* x, const T* h, X* staged, i
         }
     }
     __syncthreads();
+}
+
+// The sum (a[r] + rms_norm(x[r])) * factor, with the scale at `by` in shared memory: a norm behind a sublayer, and the
+// residual stream, W elements at a time. With ADDED the sum, rounded, is staged[r]; with ADDED_NORM it is kept[r], whose
+// norm is staged then. sum: where it goes for later kernels, null in all blocks but one. kept: [2][ROWS][k] in shared
+// memory; x waits in the second half, since L1 may be too small for it beside a. Each thread reads again what it has left
+// there itself, so that no barrier is needed but that of the squares. All threads of the block call.
+template <int NORM, int W, int ROWS, typename T, typename X>
+__device__ __forceinline__ void add_normalised(const f32* x, const f32* a, const T* by, f32 factor, f32* kept, f32* sum,
+                                               X* staged, int k, f32 eps, f32 offset, float (*partial)[ROWS][WARP]) {
+    const int start = threadIdx.x * W, stride = blockDim.x * W;
+    float before[ROWS] = {};
+#pragma unroll 1
+    for (int at = start; at < k; at += stride)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const Pack<f32, W> v = load<W>(x + i64(r) * k + at), residual = load<W>(a + i64(r) * k + at);
+#pragma unroll
+            for (int j = 0; j < W; j++) before[r] += v.v[j] * v.v[j];
+            store<W>(kept + r * k + at, residual);
+            store<W>(kept + (ROWS + r) * k + at, v);
+        }
+    block_sums(before, partial[1]);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) before[r] = 1.f / sqrtf(before[r] / k + eps);
+#pragma unroll 1
+    for (int at = start; at < k; at += stride) {
+        const Pack<T, W> scale = load<W>(by + at);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const Pack<f32, W> v = load<W>(kept + (ROWS + r) * k + at);
+            Pack<f32, W> out = load<W>(kept + r * k + at);
+            Pack<X, W> rounded;
+#pragma unroll
+            for (int j = 0; j < W; j++) {
+                out.v[j] = (out.v[j] + v.v[j] * before[r] * (offset + to_float(scale.v[j]))) * factor;
+                rounded.v[j] = from_float<X>(out.v[j]);
+            }
+            if (sum != nullptr) store<W>(sum + i64(r) * k + at, out);
+            if constexpr (NORM == ADDED_NORM)
+                store<W>(kept + r * k + at, out);
+            else
+                store<W>(staged + r * k + at, rounded);
+        }
+    }
+    if constexpr (NORM == ADDED_NORM)
+        normalise<RMS_NORM, W>(kept, static_cast<const T*>(nullptr), staged, k, eps, offset, partial);
+    else
+        __syncthreads();
 }
 
 // A warp's share of the weights on its way through the ring. Making one starts it; it reads nothing but weights.
@@ -360,5 +415,30 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
         normalise<LAYER_NORM, 8, ROWS>(x + i64(first) * k, h, rows, k, eps, offset, partial);
     else
         normalise<LAYER_NORM, 1, ROWS>(x + i64(first) * k, h, rows, k, eps, offset, partial);
+    multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
+}
+
+template <typename T, typename U, int NORM, int ACT, int ROWS, int OUTS, int DEPTH>
+__global__ void __launch_bounds__(MAX_THREADS, 1)
+    rms_norm_add_linear(const f32* x, const T* __restrict__ post, const f32* a, const T* __restrict__ scalar,
+                        const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y, f32* sum,
+                        int first, int m, int k, f32 eps, f32 offset) {
+    __shared__ float partial[2][ROWS][WARP];
+    f32* kept = behind_ring<DEPTH, f32>();
+    U* rows = reinterpret_cast<U*>(kept + 2 * ROWS * k);
+    T* by = reinterpret_cast<T*>(rows + ROWS * k);
+    const bool vectorized = k % 8 == 0 && aligned(x, post, a, g, sum);
+    fetch_scale(post, by, k, vectorized);
+    if constexpr (NORM == ADDED_NORM) fetch_scale(g, rows, k, vectorized);
+    const f32 factor = scalar != nullptr ? to_float(*scalar) : 1.f;
+    Stream<NEW<ACT, OUTS>, OUTS, DEPTH, T> stream(w, m, k, vectorized_rows(k, w, w));
+    pdl_wait();
+    cp_async_wait<DEPTH>();  // both scales came before the ring
+    x += i64(first) * k, a += i64(first) * k;
+    sum = blockIdx.x == 0 ? sum + i64(first) * k : nullptr;
+    if (vectorized)
+        add_normalised<NORM, 8, ROWS>(x, a, by, factor, kept, sum, rows, k, eps, offset, partial);
+    else
+        add_normalised<NORM, 1, ROWS>(x, a, by, factor, kept, sum, rows, k, eps, offset, partial);
     multiply_rows<ACT, ROWS, OUTS>(stream, rows, w, b, static_cast<const f32*>(nullptr), y + i64(first) * m);
 }

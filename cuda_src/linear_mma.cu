@@ -4,6 +4,9 @@
 // linear_add_mma         y[n,m] = a + x w^T + b              a, y: f32 (the residual stream)
 // rms_norm_linear_mma    y[n,m] = act(rms_norm(x) w^T + b)   x[n,k]: f32, g[k] (scale): T; norms as in norm.cu
 // layer_norm_linear_mma  y[n,m] = act(layer_norm(x) w^T + b)  h[k] (shift, may be null): T
+// rms_norm_add_linear_mma  y[n,m] = act(rms_norm(sum) w^T + b) or sum w^T + b, with sum[n,k] = (a + rms_norm(x)) * scalar:
+//                        f32, which one block writes; a, x: f32; post[k] (scale of x), g[k] (of the sum), scalar[1] (may
+//                        be null): T
 //                        act: none, gelu_tanh, gelu_erf, or gated: silu_mul and gelu_tanh_mul, where w has 2m rows
 //                        and y = silu(row i) * (row m + i)
 //                        A launch takes the rows first .. first + 7 of x, as far as there are so many.
@@ -28,6 +31,9 @@
 // A normalised row is rounded to T, as by the norm alone. Where y is f32 (logits) it is the sum of two numbers of T, so
 // that as little is lost as in linear.cu; each takes products of its own.
 //
+// Where a norm behind a sublayer comes first, x is read before the residual stream, for which registers are short: its
+// latency is added to that of x. So this is for little of both alone (cuplama/ops/added_norm.py). No GPU has run it yet.
+//
 // As in linear.cu, what does not depend on earlier kernels happens before the wait: the ring is filled, scale and shift
 // of the norm are read. What does not lie on 16-byte boundaries comes element by element.
 //
@@ -35,22 +41,28 @@
 // bandwidth (benchmarks/results/2026-11-20-h200-rows.csv; the norms did not start early then). A ring of more than two
 // chunks helps a kernel alone, and costs a step 1 to 6%. x as A would take twice the registers and twice the products.
 //
-// Launch and tuning: cuplama/ops/linear.py. Ops: there and cuplama/ops/fused.py. Test: tests/ops/.
+// Launch and tuning: cuplama/ops/linear.py. Ops: there, in fused.py and in added_norm.py. Test: tests/ops/.
 #include "linear_mma.cuh"
 
 // Numbers of T that make an element of a normalised row.
 template <typename U>
 constexpr int NUMBERS = sizeof(U) == 4 ? 2 : 1;
 
-// Scale g and shift h (zeros if null) of a norm on their way to shared memory. They are constant: they wait for no
-// earlier kernel.
+// Whether the residual stream comes first, and vectors of k elements that the norms take.
+template <int NORM>
+constexpr bool ADDS = NORM == ADDED || NORM == ADDED_NORM;
+template <int NORM>
+constexpr int VECTORS = NORM == LAYER_NORM || NORM == ADDED_NORM ? 2 : 1;
+
+// Scale g and shift h (zeros if null) of a norm, or the scales of two, on their way to shared memory. They are constant:
+// they wait for no earlier kernel.
 template <int NORM, int WARPS, typename T>
 __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, int k) {
     const bool vectorized = aligned(g, h);
 #pragma unroll 1
     for (int at = threadIdx.x * 8; at < k; at += WARPS * WARP * 8)
 #pragma unroll
-        for (int i = 0; i < (NORM == LAYER_NORM ? 2 : 1); i++) {
+        for (int i = 0; i < VECTORS<NORM>; i++) {
             const T* from = (i == 0 ? g : h) + at;
             const bool there = i == 0 || h != nullptr;
             if (vectorized)
@@ -62,29 +74,62 @@ __device__ __forceinline__ const T* fetch_scales(T* to, const T* g, const T* h, 
     return to;
 }
 
+// The residual stream, what the sum of it and the norm behind a sublayer is multiplied by, and where that goes for later
+// kernels.
+struct Residual {
+    const f32* a;
+    f32 factor;
+    f32* sum;
+};
+
 // The rows of x of the ops with a norm. LEVELS: 1, rounded to T, as by the norm alone, or 2, where y is f32: T, and
-// what the rounding took. Rows that fit into registers beside what becomes of them are read once (KEPT).
+// what the rounding took. Rows that fit into registers beside what becomes of them, and beside the residual stream, are
+// read once (KEPT).
 template <int NORM, int LEVELS, int WARPS, int CHUNKS, int PHASES, typename T>
 struct NormalisedRows {
-    static constexpr bool KEPT = PHASES == 1 && LEVELS == 1;
+    static constexpr bool KEPT = PHASES == 1 && LEVELS == 1 && (CHUNKS <= 6 || !ADDS<NORM>);
+    // Chunks of the residual stream that a lane has registers for beside x.
+    static constexpr int TOGETHER = CHUNKS == 4 ? 2 : 3;
     const f32* x;    // of this lane
-    const T* scale;  // in shared memory: g, and h behind it
+    const T* scale;  // in shared memory: g, and h behind it; the scale of the norm behind a sublayer comes last
+    Residual added;  // of this lane
     int k;
     bool there, vectorized;
-    float mean, inverse, offset;
+    float mean, inverse, before, offset;  // before: what the first norm multiplies by
     Pack<f32, 8> kept[KEPT ? CHUNKS : 1][2];
 
-    __device__ __forceinline__ NormalisedRows(const f32* x, const T* scale, int k, int count, f32 offset)
-        : x(x + i64(lane_row()) * k), scale(scale), k(k), there(lane_row() < count), vectorized(aligned(x)), mean(0.f),
-          offset(offset) {}
+    __device__ __forceinline__ NormalisedRows(const f32* x, const T* scale, const Residual& rows, int k, int count,
+                                              f32 offset)
+        : x(x + i64(lane_row()) * k), scale(scale), added(rows), k(k), there(lane_row() < count),
+          vectorized(aligned(x, rows.a, rows.sum)), mean(0.f), before(0.f), offset(offset) {
+        if constexpr (ADDS<NORM>) added.a += i64(lane_row()) * k, added.sum += i64(lane_row()) * k;
+    }
 
-    __device__ __forceinline__ Pack<f32, 8> vector(int phase, int c, int i) const {
+    // Eight elements of x as they are in memory.
+    __device__ __forceinline__ Pack<f32, 8> given(int phase, int c, int i) const {
         const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
         return load_row<8>(x, at, there ? k : 0, vectorized);
     }
 
-    // The sum of f(element) over the row of this lane.
-    template <typename F>
+    // Makes of them the residual stream: (a + rms_norm(x)) * factor.
+    __device__ __forceinline__ void add(Pack<f32, 8>& v, int phase, int c, int i) const {
+        const int at = place<WARPS, CHUNKS>(phase, c) + 32 * i;
+        const Pack<f32, 8> residual = load_row<8>(added.a, at, there ? k : 0, vectorized);
+        const Pack<T, 8> by = load<8>(scale + (VECTORS<NORM> - 1) * k + min(at, k - 8));
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v.v[j] = (residual.v[j] + v.v[j] * before * (offset + to_float(by.v[j]))) * added.factor;
+    }
+
+    // Eight elements of the rows that the norm before the product takes.
+    __device__ __forceinline__ Pack<f32, 8> vector(int phase, int c, int i) const {
+        Pack<f32, 8> v = given(phase, c, i);
+        if constexpr (ADDS<NORM>) add(v, phase, c, i);
+        return v;
+    }
+
+    // The sum of f(element) over the row of this lane; GIVEN: over x as it is in memory.
+    template <bool GIVEN = false, typename F>
     __device__ __forceinline__ float sum(const F& f, float (*partial)[ROWS]) const {
         float total = 0.f;
 #pragma unroll 1
@@ -93,7 +138,9 @@ struct NormalisedRows {
             for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : vector(phase, c, i);
+                    const Pack<f32, 8> v = KEPT    ? kept[KEPT ? c : 0][i]
+                                           : GIVEN ? given(phase, c, i)
+                                                   : vector(phase, c, i);
                     const bool inside = place<WARPS, CHUNKS>(phase, c) + 32 * i < k;
 #pragma unroll
                     for (int j = 0; j < 8; j++) total += inside ? f(v.v[j]) : 0.f;
@@ -108,14 +155,43 @@ struct NormalisedRows {
         return total;
     }
 
+    // Makes the residual stream of what is in registers.
+    __device__ __forceinline__ void add_kept() {
+#pragma unroll
+        for (int c = 0; KEPT && c < CHUNKS; c++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) add(kept[KEPT ? c : 0][i], 0, c, i);
+            if (c % TOGETHER == TOGETHER - 1) __syncwarp();  // as below
+        }
+    }
+
+    // Writes the residual stream.
+    __device__ __forceinline__ void leave() const {
+#pragma unroll 1
+        for (int phase = 0; phase < PHASES; phase++)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : vector(phase, c, i);
+                    store_row<8>(added.sum, place<WARPS, CHUNKS>(phase, c) + 32 * i, there ? k : 0, vectorized, v);
+                }
+    }
+
     // Reads x, for what the rows are multiplied with.
     __device__ __forceinline__ void measure(f32 eps) {
         __shared__ float partial[2][WARPS][ROWS];
 #pragma unroll
         for (int c = 0; KEPT && c < CHUNKS; c++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) kept[KEPT ? c : 0][i] = vector(0, c, i);
+            for (int i = 0; i < 2; i++) kept[KEPT ? c : 0][i] = given(0, c, i);
+        if constexpr (ADDS<NORM>) {
+            before = 1.f / sqrtf(sum<true>([](float v) { return v * v; }, partial[1]) / k + eps);
+            add_kept();
+            if (blockIdx.x == 0) leave();
+        }
         if constexpr (NORM == LAYER_NORM) mean = sum([](float v) { return v; }, partial[1]) / k;
+        if constexpr (NORM == ADDED) return;
         const float from = mean;
         inverse = 1.f / sqrtf(sum([from](float v) { return (v - from) * (v - from); }, partial[0]) / k + eps);
     }
@@ -127,12 +203,13 @@ struct NormalisedRows {
             for (int i = 0; i < 2; i++) {
                 const int at = min(place<WARPS, CHUNKS>(phase, c) + 32 * i, k - 8);  // w is zero beyond
                 const Pack<f32, 8> v = KEPT ? kept[KEPT ? c : 0][i] : vector(phase, c, i);
-                const Pack<T, 8> by = load<8>(scale + at);
-                Pack<T, 8> shift = {}, high, low;
+                Pack<T, 8> by = {}, shift = {}, high, low;
+                if (NORM != ADDED) by = load<8>(scale + at);
                 if (NORM == LAYER_NORM) shift = load<8>(scale + k + at);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
-                    float value = (v.v[j] - mean) * inverse * (offset + to_float(by.v[j]));
+                    float value = v.v[j];
+                    if (NORM != ADDED) value = (value - mean) * inverse * (offset + to_float(by.v[j]));
                     if (NORM == LAYER_NORM) value += to_float(shift.v[j]);
                     high.v[j] = from_float<T>(value);
                     low.v[j] = from_float<T>(value - to_float(high.v[j]));
@@ -169,14 +246,15 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
 
 // The ops with a norm. wait: pdl_wait, which the kernels themselves call so that they are known to be early.
 template <int NORM, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename U, typename Wait>
-__device__ __forceinline__ void norm_linear(const f32* x, const T* g, const T* h, const T* w, const T* b, U* y, int n,
-                                            int first, int m, int k, f32 eps, f32 offset, Wait wait) {
+__device__ __forceinline__ void norm_linear(const f32* x, const Residual& added, const T* g, const T* h, const T* w,
+                                            const T* b, U* y, int n, int first, int m, int k, f32 eps, f32 offset,
+                                            Wait wait) {
     using Weights = Stream<COLUMNS<ACT>, WARPS, CHUNKS, PHASES, DEPTH, T>;
     const T* scale = fetch_scales<NORM, WARPS>(Weights::scales(m), g, h, k);
     Weights stream(w, m, k);
     Vector vectors[CHUNKS][2][NUMBERS<U>];
     const int count = min(n - first, ROWS);
-    NormalisedRows<NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, scale, k, count, offset);
+    NormalisedRows<NORM, NUMBERS<U>, WARPS, CHUNKS, PHASES, T> rows(x + i64(first) * k, scale, added, k, count, offset);
     wait();
     cp_async_wait<DEPTH>();  // scale and shift came before the ring
     rows.measure(eps);
@@ -188,7 +266,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     rms_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y,
                         int n, int first, int m, int k, f32 eps, f32 offset) {
     const T* h = nullptr;
-    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps, offset,
+    norm_linear<RMS_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, {}, g, h, w, b, y, n, first, m, k, eps, offset,
                                                              [] { pdl_wait(); });
 }
 
@@ -196,6 +274,18 @@ template <typename T, typename U, int ACT, int WARPS, int CHUNKS, int PHASES, in
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     layer_norm_linear_mma(const f32* x, const T* __restrict__ g, const T* __restrict__ h, const T* __restrict__ w,
                           const T* __restrict__ b, U* y, int n, int first, int m, int k, f32 eps, f32 offset) {
-    norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, g, h, w, b, y, n, first, m, k, eps, offset,
+    norm_linear<LAYER_NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, {}, g, h, w, b, y, n, first, m, k, eps, offset,
                                                                [] { pdl_wait(); });
+}
+
+template <typename T, typename U, int NORM, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
+__global__ void __launch_bounds__(WARPS* WARP, 1)
+    rms_norm_add_linear_mma(const f32* x, const T* __restrict__ post, const f32* a, const T* __restrict__ scalar,
+                            const T* __restrict__ g, const T* __restrict__ w, const T* __restrict__ b, U* y, f32* sum,
+                            int n, int first, int m, int k, f32 eps, f32 offset) {
+    const f32 factor = scalar != nullptr ? to_float(*scalar) : 1.f;
+    const Residual added = {a + i64(first) * k, factor, sum + i64(first) * k};
+    const T *scale = NORM == ADDED ? post : g, *last = NORM == ADDED ? nullptr : post;
+    norm_linear<NORM, ACT, WARPS, CHUNKS, PHASES, DEPTH>(x, added, scale, last, w, b, y, n, first, m, k, eps, offset,
+                                                         [] { pdl_wait(); });
 }

@@ -8,7 +8,8 @@
 //               are copied
 // qk_norm_wide  the same, but of all query heads of a row together, and of all its key heads
 //               q_norm[num_heads*D], k_norm[num_kv_heads*D]
-// gated_norm    rms_norm of each head, V elements of a row of x, times silu(z)       x, z, y[n,H*V], w[V]: T
+// gated_norm    rms_norm of each head, V elements of a row of x, times silu(z)       x, y[n,H*V], w[V], z[n,m]: T
+//               z: in the columns from start on
 //
 // Mapping: qk_norm and gated_norm give a head to a warp; the others give a row to a block, or (qk_norm_wide) its
 // queries, keys and values to a block each. A thread holds CHUNKS vectors of 8 elements in registers, so x is read once however many
@@ -184,12 +185,14 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <typename T, int CHUNKS>
-__global__ void gated_norm(const T* x, const T* __restrict__ w, const T* z, T* y, int n, int H, int V, f32 eps) {
+__global__ void gated_norm(const T* x, const T* __restrict__ w, const T* z, T* y, int n, int H, int V, int m, int start,
+                           f32 eps) {
     launch_dependents();
     const int lane = threadIdx.x % WARP;
     const i64 index = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;  // of the head, over all tokens
     if (index >= i64(n) * H) return;                                               // a whole warp
-    const bool vectorized = V % 8 == 0 && aligned(x, w, z, y);
+    const bool vectorized = V % 8 == 0 && m % 8 == 0 && start % 8 == 0 && aligned(x, w, z, y);
+    const T* opened = z + index / H * m + start + index % H * V;
     Pack<T, 8> v[CHUNKS], gate[CHUNKS], scale[CHUNKS];
     float squares = 0.f;
 #pragma unroll
@@ -198,7 +201,7 @@ __global__ void gated_norm(const T* x, const T* __restrict__ w, const T* z, T* y
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         v[c] = load_row<8>(x + index * V, (c * WARP + lane) * 8, V, vectorized);
-        gate[c] = load_row<8>(z + index * V, (c * WARP + lane) * 8, V, vectorized);
+        gate[c] = load_row<8>(opened, (c * WARP + lane) * 8, V, vectorized);
 #pragma unroll
         for (int j = 0; j < 8; j++) squares += to_float(v[c].v[j]) * to_float(v[c].v[j]);
     }

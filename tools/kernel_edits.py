@@ -6,6 +6,7 @@ from tools import kernel_edits_attention as attention
 from tools import kernel_edits_delta as delta
 from tools import kernel_edits_experts as experts
 from tools import kernel_edits_hopper as hopper
+from tools import kernel_edits_norms as norms
 from tools import kernel_edits_training as training
 
 __all__ = ["EDITS", "EQUIVALENT"]
@@ -366,6 +367,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     *delta.EDITS,
     *experts.EDITS,
     *hopper.EDITS,
+    *norms.EDITS,
     *training.EDITS,
 )  # fmt: skip
 
@@ -421,11 +423,6 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
         "no kernel calls block_max twice; the barrier is for one that does",
     ),
     (
-        "linear_mma.cu",
-        "__syncwarp();  // keeps the compiler",
-        "it orders what the compiler makes of the loads; no thread waits for another there",
-    ),
-    (
         "sampling.cuh",
         "x += partial[i];\n    __syncthreads();",
         "block_sum of integers is called once; the barrier is for a kernel that calls it twice",
@@ -444,5 +441,6 @@ EQUIVALENT: tuple[tuple[str, str, str], ...] = (
     *delta.EQUIVALENT,
     *experts.EQUIVALENT,
     *hopper.EQUIVALENT,
+    *norms.EQUIVALENT,
     *training.EQUIVALENT,
 )

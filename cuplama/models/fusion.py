@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..dtypes import DTYPES
 from ..ops import OPS
 from ..ops.node import Node
 
-__all__ = ["BATCH_RULES", "EIGHT_BIT_BATCH_RULES", "EIGHT_BIT_RULES", "FEW_ROWS_RULES", "PREFILL_RULES", "Rule", "fuse"]
+__all__ = [
+    "ADDED_NORM_RULES",
+    "BATCH_RULES",
+    "EIGHT_BIT_BATCH_RULES",
+    "EIGHT_BIT_RULES",
+    "FEW_ROWS_RULES",
+    "PREFILL_RULES",
+    "Rule",
+    "fuse",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,18 @@ def _norm_linear(norm: str, act: str | None) -> Rule:
         (norm, "linear", *([act] if act else [])),
         f"{norm}_linear_{act}" if act else f"{norm}_linear",
         {"g": (norm, "w"), "h": (norm, "b"), "w": ("linear", "w"), "b": ("linear", "b")},
+    )
+
+
+def _added(product: Rule) -> Rule:
+    """A norm behind a sublayer is computed by the product that reads the residual stream next, through a norm or cast.
+    Later nodes read the residual stream, too."""
+    first = {"x": "x", "post": "w", "a": "a", "scalar": "scalar"}
+    return Rule(
+        ("rms_norm_add", *product.parts),
+        product.fused,
+        {**{name: ("rms_norm_add", of) for name, of in first.items()}, **product.sources},
+        kept=(("rms_norm_add", "y"),),
     )
 
 
@@ -67,6 +88,15 @@ BATCH_RULES: tuple[Rule, ...] = (
 # The same for more rows than packed weights are multiplied with as they are, where activations are rounded to 8 bits.
 EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *BATCH_RULES)
 
+# For few rows: a norm behind a sublayer, ahead of the MLP, of the next layer's attention, and of the head.
+ADDED_NORM_RULES: tuple[Rule, ...] = (
+    *(
+        _added(replace(rule, fused=rule.fused.replace("rms_norm", "rms_norm_add_norm")))
+        for rule in (_norm_linear("rms_norm", act) for act in ("silu_mul", "gelu_tanh_mul", None))
+    ),
+    _added(Rule(("cast", "linear"), "rms_norm_add_linear", {"w": ("linear", "w"), "b": ("linear", "b")})),
+)
+
 # For a decode step of at most ``MAX_STREAMED_ROWS`` rows, whose products our own kernels compute. The first rule that
 # fits is taken, so longer patterns stand before shorter ones.
 FEW_ROWS_RULES: tuple[Rule, ...] = (
@@ -82,6 +112,7 @@ FEW_ROWS_RULES: tuple[Rule, ...] = (
         },
         kept=(("rms_norm", "y"), ("route", "experts"), ("route", "weights")),
     ),
+    *ADDED_NORM_RULES,
     _norm_linear("rms_norm", "silu_mul"),
     _norm_linear("rms_norm", "gelu_tanh_mul"),
     _norm_linear("layer_norm", "gelu_tanh"),
@@ -100,7 +131,7 @@ def fuse(nodes: Sequence[Node], rules: Sequence[Rule]) -> list[Node]:
         for rule in rules:
             parts = tuple(nodes[at : at + len(rule.parts)])
             fits = tuple(p.op for p in parts) == rule.parts and _closed(rule, parts, nodes[at + len(parts) :])
-            if fits and _complete(fused := _fused(rule, parts)):
+            if fits and _complete(fused := _fused(rule, parts)) and _agreed(fused):
                 out.append(fused)
                 at += len(parts)
                 break
@@ -140,6 +171,15 @@ def _complete(fused: Node) -> bool:
     optional = {name for p in fused.parts for name in p.attrs.keys() & OPS[p.op].signature.defaults.keys()}
     known = {s.name for s in signature.attrs}
     return all(given[s.name] or s.optional for s in signature.ins) and read <= set(fused.ins) and optional <= known
+
+
+def _agreed(fused: Node) -> bool:
+    """Whether the parts that have an attribute of a fused node give it one value, such as the eps of two norms."""
+    for spec in OPS[fused.op].signature.attrs:
+        given = (p.attrs.get(spec.name, OPS[p.op].signature.defaults.get(spec.name)) for p in fused.parts)
+        if len({value for value in given if value is not None}) > 1:
+            return False
+    return True
 
 
 def _inputs(rule: Rule, parts: Sequence[Node]) -> tuple[str, ...]:

@@ -232,12 +232,14 @@ class _Nodes:
         tokens before, and read and write the state of their sequence, a matrix for each head."""
         sequences = ("cu_seqlens", "seq_lens", "state_slots")
         conv, state = f"{i}.cache.conv", f"{i}.cache.state"
-        x, ba = self.linear(h, f"{i}.delta_qkv_proj", U="T"), self.linear(h, f"{i}.delta_ba_proj", U="T")
+        # One product gives what is convolved, and behind it in each row the gates z of heads, b and a of the rule.
+        convolved, values = self.weights[f"{i}.delta_conv"][0], self.weights[f"{i}.delta_out_proj"][1]
+        x = self.linear(h, f"{i}.delta_in_proj", U="T")
         self.found.append(Node("causal_conv", (f"{i}.convolved", conv), (x, f"{i}.delta_conv", "", conv, *sequences)))
-        gates = (ba, f"{i}.delta_A_log", f"{i}.delta_dt_bias")
-        self.found.append(Node("gated_delta", (f"{i}.delta", state), (f"{i}.convolved", *gates, state, *sequences)))
-        z = self.linear(h, f"{i}.delta_z_proj", U="T")
-        h = self.emit("gated_norm", f"{i}.delta_normed", f"{i}.delta", f"{i}.delta_norm", z, eps=self.config.eps)
+        ins = (f"{i}.convolved", x, f"{i}.delta_A_log", f"{i}.delta_dt_bias", state, *sequences)
+        self.found.append(Node("gated_delta", (f"{i}.delta", state), ins, {"start": convolved + values}))
+        attrs = {"eps": self.config.eps, "start": convolved}
+        h = self.emit("gated_norm", f"{i}.delta_normed", f"{i}.delta", f"{i}.delta_norm", x, **attrs)
         return self.linear(h, f"{i}.delta_out_proj", U="f32")
 
     def normed(self, i: int, h: str) -> str:

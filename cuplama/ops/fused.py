@@ -26,7 +26,7 @@ from .attention import (
 )
 from .kv_cache import kv_append
 from .launch import Device, Launch, Plan
-from .linear import PRODUCT_TOLERANCE, linear, product_sizes, stream_rows
+from .linear import PRODUCT_TOLERANCE, Prologue, linear, product_sizes, stream_rows
 from .linear_packed_many import many_rows_docs
 from .matmul import Matmul
 from .norm import qk_norm
@@ -91,11 +91,11 @@ def _norm_linear(norm_op: Op, act: Op | None, **tolerance: float) -> Op:
         return act.reference(y) if act else y
 
     def kernels(call: Call, device: Device) -> Plan:
-        constants = {
-            "ACT": act.name.upper() if act else "NO_ACT",
-            "U": dtype_name(call.dtypes["U" if not act else "T"]),
-        }
-        return stream_rows(f"{norm_op.name}_linear", call, device, normed=True, **constants)
+        U = call.dtypes["T" if act else "U"]
+        constants = {"ACT": act.name.upper() if act else "NO_ACT", "U": dtype_name(U)}
+        return stream_rows(
+            f"{norm_op.name}_linear", call, device, prologue=Prologue(call["k"] * U.itemsize), **constants
+        )
 
     out = "y[n,m]:T" if act else "y[n,m]:U"
     width = "2*m" if rows == 2 else "m"

@@ -25,10 +25,10 @@ _EPS = 1e-6  # of the L2 norm, whatever a model's own eps is
 
 def _gated_delta(
     x: Array, ba: Array, A_log: Array, dt_bias: Array, state: Array, cu_seqlens: Array, seq_lens: Array,
-    state_slots: Array,
+    state_slots: Array, *, start: int = 0,
 ) -> tuple[Array, Array]:  # fmt: skip
     _, H, K, V = state.shape
-    x, ba = upcast(x), upcast(ba)
+    x, ba = upcast(x), upcast(ba[:, start : start + 2 * H])
     G = (x.shape[1] - H * V) // (2 * K)
     q, k = (_unit(part.reshape(len(x), G, K)).repeat(H // G, 1) for part in np.split(x[:, : 2 * G * K], 2, 1))
     q /= math.sqrt(K)
@@ -101,8 +101,11 @@ def _steps(call: Call, device: Device) -> Launch:
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def _case(new: list[int], seq_lens: list[int], G: int, H: int, K: int, V: int) -> dict[str, Any]:
-    return stateful_case(new, seq_lens, G=G, H=H, K=K, V=V)
+def _case(
+    new: list[int], seq_lens: list[int], G: int, H: int, K: int, V: int, before: int = 0, behind: int = 0
+) -> dict[str, Any]:
+    """before, behind: columns of ba beside those of b and a."""
+    return stateful_case(new, seq_lens, G=G, H=H, K=K, V=V, m=before + 2 * H + behind, start=before)
 
 
 def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
@@ -120,7 +123,9 @@ def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any])
 
 def _sizes(draw: Draw) -> dict[str, Any]:
     G, sizes = draw(1, 3), (8, 16, 24, 40, 64, 128, 136, 256)
-    return _case(*random_sequences(draw), G, G * draw(1, 3), sizes[draw(0, 7)], sizes[draw(0, 7)])
+    found = _case(*random_sequences(draw), G, G * draw(1, 3), sizes[draw(0, 7)], sizes[draw(0, 7)])
+    start, behind = draw(0, 20), draw(0, 20)
+    return {**found, "m": start + found["m"] + behind, "start": start}
 
 
 def _bytes(c: Call) -> float:
@@ -130,12 +135,13 @@ def _bytes(c: Call) -> float:
 
 gated_delta = Op(
     "gated_delta",
-    "y[n,H*V]:T, state[Z,H,K,V]:f32 = (x[n,2*G*K+H*V]:T, ba[n,2*H]:T, A_log[H]:f32, dt_bias[H]:f32,"
-    " state[Z,H,K,V]:f32, cu_seqlens[b+1]:i32, seq_lens[b]:i32, state_slots[b]:i32)",
+    "y[n,H*V]:T, state[Z,H,K,V]:f32 = (x[n,2*G*K+H*V]:T, ba[n,m]:T, A_log[H]:f32, dt_bias[H]:f32,"
+    " state[Z,H,K,V]:f32, cu_seqlens[b+1]:i32, seq_lens[b]:i32, state_slots[b]:i32, start:i32=0)",
     doc="y = q^T S / sqrt(K) with S = exp(g) S + k (beta (v - exp(g) k^T S)) for each token of each value head. x holds"
-    " q and k of G key heads, taken as unit vectors, and v of H value heads; ba holds b and a of all heads, with beta ="
-    " sigmoid(b) and g = -exp(A_log) log(1 + exp(a + dt_bias)). state[state_slots[i]] is S of sequence i and is"
-    " updated; a sequence whose seq_lens is the number of its new tokens begins with zeros.",
+    " q and k of G key heads, taken as unit vectors, and v of H value heads; ba holds b and a of all heads, in the"
+    " columns from start on, with beta = sigmoid(b) and g = -exp(A_log) log(1 + exp(a + dt_bias))."
+    " state[state_slots[i]] is S of sequence i and is updated; a sequence whose seq_lens is the number of its new"
+    " tokens begins with zeros.",
     reference=_gated_delta,
     kernels=_kernels,
     kernel_docs={
@@ -144,18 +150,18 @@ gated_delta = Op(
     },
     cases=[
         _case([1], [7], 1, 2, 128, 128),
-        _case([1, 1, 1], [1, 0, 30], 2, 2, 64, 64),
+        _case([1, 1, 1], [1, 0, 30], 2, 2, 64, 64, before=5),
         _case([1, 1], [2, 9], 2, 6, 24, 8),
         _case([9, 0, 4], [12, 0, 4], 1, 3, 24, 40),
-        _case([70], [70], 1, 1, 64, 64),
+        _case([70], [70], 1, 1, 64, 64, before=8, behind=3),
         _case([2, 150, 64], [130, 150, 65], 1, 2, 128, 128),
         _case([33, 0, 40], [60, 0, 40], 2, 2, 48, 192),
     ],
     compiled=lambda case: case["K"] in (64, 128),
     sizes=_sizes,
     inputs=_inputs,
-    rules=("H % G == 0",),
-    shape=dict(b=1, length=512, new=1, G=16, H=48, K=128, V=128),
+    rules=("H % G == 0", "start + 2 * H <= m"),
+    shape=dict(b=1, length=512, new=1, G=16, H=48, K=128, V=128, m=16480, start=16384),
     complete=equal_sequences,
     unaligned=False,
     # float32 sums over K, which every token hands on to the next; of prompts in 16 bits, factors that are two numbers

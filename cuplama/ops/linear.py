@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import DTYPES, Array, upcast
+from ..dtypes import Array, upcast
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .linear_packed import MAX_FEW_ROWS, halves_of, plan_packed
@@ -24,8 +24,10 @@ from .weights import segments_of, weight_rows
 __all__ = [
     "MAX_STREAMED_ROWS",
     "PRODUCT_TOLERANCE",
+    "Prologue",
     "TensorShape",
     "linear",
+    "one_phase",
     "product_sizes",
     "stream_rows",
     "tensor_shape",
@@ -77,6 +79,7 @@ the norm. A result that is stored in 16 bits is rounded once, behind the sum."""
 
 # linear.cu. A block copies its rows of w to shared memory through a ring of batches, ahead of what it multiplies.
 _LANE_LOADS = 4  # 16-byte loads that a lane issues for one batch; BATCH in linear.cu
+_WARP_BATCH = 32 * _LANE_LOADS * 16  # bytes
 _RESERVED_BYTES = 4096 + 1024  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
 _MAX_STAGED_BYTES = 128 << 10  # of rows of x that are copied to shared memory; larger ones are read through L1
 _MIN_DEPTH, _MAX_DEPTH = 2, 4  # batches in a ring: one is multiplied while the others arrive
@@ -139,6 +142,11 @@ class TensorShape:
         return {"WARPS": self.warps, "CHUNKS": self.chunks, "PHASES": self.phases, "DEPTH": self.depth}
 
 
+def one_phase(k: int) -> bool:
+    """Whether rows of k elements behind a norm fit into the registers of a block on tensor cores."""
+    return -(-k // _CHUNK) <= _MAX_CHUNKS["normed"]
+
+
 def tensor_shape(
     k: int,
     tiles: int,
@@ -176,7 +184,7 @@ def _tensor_launch(
     n, m, k, T = call["n"], call["m"], call["k"], call.dtypes["T"]
     if n - first < _MIN_TENSOR_ROWS or T.itemsize != 2 or device.arch < 80 or k % 8 or device.deterministic:
         return None  # of one row linear.cu adds up the products in another order
-    scales = sum(name in call.arrays for name in ("g", "h"))  # vectors of a norm
+    scales = sum(name in call.arrays for name in ("g", "h", "post"))  # vectors of norms
     blocks = min(device.sms, -(-m // _MIN_COLUMNS))
     columns = -(-m // blocks)  # of a block
     longest = _MAX_CHUNKS["normed" if scales else "plain"]
@@ -188,12 +196,26 @@ def _tensor_launch(
     return Launch(f"linear_mma.cu:{kernel}_mma", (blocks,), block, shape.shared, constants={**constants, **own})
 
 
-def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False, **constants: Any) -> Plan:
+@dataclass(frozen=True)
+class Prologue:
+    """What a kernel with a norm has in shared memory, in bytes: for each row of x, and once."""
+
+    row: int
+    once: int = 0
+
+    def rows(self, call: Call, device: Device, halves: int) -> int:
+        """How many rows of x a block of linear.cu has room for, beside the shortest ring. halves: of w, rows that make
+        a column of y."""
+        batch = _shape(call["m"] * halves, halves, device)[2] * _WARP_BATCH
+        return max(0, device.shared - _RESERVED_BYTES - self.once - _MIN_DEPTH * batch) // self.row
+
+
+def stream_rows(kernel: str, call: Call, device: Device, *, prologue: Prologue | None = None, **constants: Any) -> Plan:
     """Launches of a kernel of linear.cu, or its twin in linear_mma.cu: groups of up to 8 rows of x, fewer where shared
     memory cannot hold them.
 
-    constants: the kernel's own; ``ACT`` tells how many rows of w make a column of y. More groups read the weight again:
-    correct, but cuBLAS is the fast way for many rows.
+    prologue: of a kernel that begins with a norm; constants: the kernel's own; ``ACT`` tells how many rows of w make a
+    column of y. More groups read the weight again: correct, but cuBLAS is the fast way for many rows.
     """
     w = call.arrays["w"]
     if w is not None and (segments := segments_of(w)) is not None:
@@ -203,9 +225,9 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
     n, m, k, size = call["n"], call["m"], call["k"], call.dtypes["T"].itemsize
     halves = halves_of(constants)
     outs, blocks, warps = _shape(m * halves, halves, device)
-    batch = warps * 32 * _LANE_LOADS * 16  # bytes that a block asks for at once
+    batch = warps * _WARP_BATCH  # bytes that a block asks for at once
     limit = device.shared - _RESERVED_BYTES
-    row = k * (DTYPES[constants["U"]].itemsize if normed else size)  # bytes of a row of x in shared memory
+    has = prologue or Prologue(k * size)
     launches = []
     first = 0
     while first < n:
@@ -214,15 +236,15 @@ def stream_rows(kernel: str, call: Call, device: Device, *, normed: bool = False
             first += MAX_STREAMED_ROWS
             continue
         rows = min(MAX_STREAMED_ROWS, n - first)
-        if normed:
-            rows = min(rows, (limit - _MIN_DEPTH * batch) // row)
+        if prologue:
+            rows = min(rows, prologue.rows(call, device, halves))
             if rows < 1:
                 raise OpError(f"{call.op.name}: k is {k}; {device.shared} bytes of shared memory do not hold a row")
-        staged = normed or rows * row <= min(_MAX_STAGED_BYTES, limit - 3 * batch)
-        x = -(-rows * row // 16) * 16 * staged
+        staged = prologue is not None or rows * has.row <= min(_MAX_STAGED_BYTES, limit - 3 * batch)
+        x = -(-(rows * has.row + has.once) // 16) * 16 * staged
         depth = _depth(limit - x, batch)
         own = {"ROWS": rows, "OUTS": outs, "DEPTH": depth, "first": first}
-        if not normed:
+        if not prologue:
             own["STAGED"] = staged
         shared = max(depth * batch + x, device.shared // 2)  # two blocks do not fit
         launches.append(Launch(f"linear.cu:{kernel}", (blocks,), (32 * warps,), shared, constants={**constants, **own}))

@@ -82,8 +82,8 @@ def _qk_norm_wide(
     return y
 
 
-def _gated_norm(x: Array, w: Array, z: Array, *, eps: float) -> Array:
-    heads, gate = upcast(x).reshape(len(x), -1, len(w)), upcast(z)
+def _gated_norm(x: Array, w: Array, z: Array, *, eps: float, start: int = 0) -> Array:
+    heads, gate = upcast(x).reshape(len(x), -1, len(w)), upcast(z[:, start : start + x.shape[1]])
     with np.errstate(over="ignore"):  # exp(-z) = inf gives the right limit, 0
         return _rms_norm(heads, w, eps=eps).reshape(x.shape) * gate / (1 + np.exp(-gate))
 
@@ -106,6 +106,11 @@ def _head_sizes(draw: Draw) -> dict[str, Any]:
     return dict(
         n=draw(1, 9), num_heads=draw(1, 9), num_kv_heads=draw(1, 4), D=draw(1, 300), eps=1e-6, offset=draw(0, 1)
     )
+
+
+def _gated_sizes(draw: Draw) -> dict[str, Any]:
+    H, V, start = draw(1, 9), draw(1, 300), draw(0, 20)
+    return dict(n=draw(1, 9), H=H, V=V, m=start + H * V + draw(0, 20), start=start, eps=1e-5)
 
 
 def _added_sizes(draw: Draw) -> dict[str, Any]:
@@ -303,14 +308,25 @@ qk_norm_wide = Op(
 
 gated_norm = Op(
     "gated_norm",
-    "y[n,H*V]:T = (x[n,H*V]:T, w[V]:T, z[n,H*V]:T, eps:f32)",
+    "y[n,H*V]:T = (x[n,H*V]:T, w[V]:T, z[n,m]:T, eps:f32, start:i32=0)",
     doc="y = x / sqrt(mean(x^2) + eps) * w * silu(z), the mean over each head, which is V elements of a row;"
-    " silu(a) = a / (1 + exp(-a))",
+    " silu(a) = a / (1 + exp(-a)). The columns of z from start on are those of x.",
     reference=_gated_norm,
     kernels=_gated_kernels,
-    cases=[dict(n=n, H=h, V=v, eps=1e-6) for n, h, v in ((1, 48, 128), (3, 1, 8), (2, 3, 33), (5, 5, 64), (1, 2, 272))],
-    sizes=lambda draw: dict(n=draw(1, 9), H=draw(1, 9), V=draw(1, 300), eps=1e-5),
-    shape={"n": 1, "H": 48, "V": 128},
+    cases=[
+        dict(n=n, H=h, V=v, m=before + h * v + behind, start=before, eps=1e-6)
+        for n, h, v, before, behind in (
+            (1, 48, 128, 0, 0),
+            (3, 1, 8, 8, 16),
+            (2, 3, 33, 1, 0),
+            (5, 5, 64, 24, 4),
+            (1, 2, 272, 4, 4),
+        )
+    ],
+    sizes=_gated_sizes,
+    rules=("start + H * V <= m",),
+    shape={"n": 1, "H": 48, "V": 128, "m": 16480, "start": 10240},
+    bytes=lambda c: (3 * c["n"] * c["H"] + 1) * c["V"] * c.dtypes["T"].itemsize,
     tolerance=_ROW_TOLERANCE,
     flops=lambda c: 9 * c["n"] * c["H"] * c["V"],
 )

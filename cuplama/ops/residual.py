@@ -10,7 +10,7 @@ from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import EXACT, Call, Op
 
-__all__ = ["add", "cast", "cast_backward", "place_rows", "scale", "select_rows", "slice_rows"]
+__all__ = ["add", "cast", "cast_backward", "cast_launch", "place_rows", "scale", "select_rows", "slice_rows"]
 
 
 def _add(a: Array, b: Array) -> Array:
@@ -87,8 +87,13 @@ def _select_kernels(call: Call, device: Device) -> Plan:
     return Plan((Launch("residual.cu:select_rows", (call["r"], -(-call["d"] // (width * _THREADS))), (_THREADS,)),))
 
 
+def cast_launch(kernel: str, n: int, d: int) -> Launch:
+    """The launch of a cast, or of its gradient, of [n, d] elements."""
+    return Launch(f"residual.cu:{kernel}", (-(-n * d // (8 * _THREADS)),), (_THREADS,))
+
+
 def _cast_kernels(call: Call, device: Device) -> Plan:
-    return Plan((Launch(f"residual.cu:{call.op.name}", (-(-call["n"] * call["d"] // (8 * _THREADS)),), (_THREADS,)),))
+    return Plan((cast_launch(call.op.name, call["n"], call["d"]),))
 
 
 def _copy_kernels(call: Call, device: Device) -> Plan:

@@ -51,7 +51,7 @@ def test_layers_are_of_two_kinds() -> None:
     assert [layer.rope is None for layer in CONFIG.layers] == [True, True, True, False]
     assert CONFIG.state_shapes == ((3, 2 * 32 + 144), (6, 16, 24))
     names = {name.split(".", 1)[1] for name in CONFIG.weight_shapes() if name.startswith("0.")}
-    assert {"delta_qkv_proj", "delta_conv", "delta_A_log", "attn_norm"} <= names
+    assert {"delta_in_proj", "delta_conv", "delta_A_log", "attn_norm"} <= names
     assert not names & {"qkv_proj", "o_proj", "q_norm", "attn_gate_proj"}
     names = {name.split(".", 1)[1] for name in CONFIG.weight_shapes() if name.startswith("3.")}
     assert {"qkv_proj", "o_proj", "q_norm", "attn_gate_proj", "attn_norm"} <= names

@@ -1,5 +1,6 @@
 """Fusion: what the rules make of every family's graph, and what they leave alone."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from cuplama.engine.decode import decode_nodes
 from cuplama.models.config import load_config
-from cuplama.models.fusion import BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, Rule, fuse
+from cuplama.models.fusion import ADDED_NORM_RULES, BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, Rule, fuse
 from cuplama.models.graph import Graph, decoder
 from cuplama.ops import OPS
 from cuplama.ops.node import Node
@@ -66,6 +67,89 @@ def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
     for nodes in (prefill, batch):
         assert [n.op for n in nodes].count("linear_add") == (2 * config.num_layers - sparse) * len(sums)
         assert [n.op for n in nodes].count("add") == shared * len(sums)
+
+
+@pytest.mark.parametrize("name", ["qwen35", "qwen35-moe", "qwen3-next"])
+def test_all_inputs_of_a_gated_delta_rule_are_one_product_with_its_norm(name: str) -> None:
+    config = load_config(GOLDEN / name)
+    fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
+    for i in config.delta_layers:
+        reads = [node for node in fused if f"{i}.delta_in_proj.out" in node.ins]
+        assert [node.op for node in reads] == ["causal_conv", "gated_delta", "gated_norm"]
+        product = next(node for node in fused if f"{i}.delta_in_proj.out" in node.outs)
+        assert (product.op, product.ins[1:]) == ("rms_norm_linear", (f"{i}.attn_norm", f"{i}.delta_in_proj"))
+
+
+# Golden case -> nodes of a layer, where norms stand behind sublayers, and those of the step besides.
+SANDWICHED = {
+    "gemma2": (5, 4),  # embedding, its scale, the first layer's qkv, whose place the head has behind the last, softcap
+    "gemma3": (5, 3),
+    "glm4": (6, 2),  # neighbours are rotated, which the decode kernel does not do
+    "gemma4-same": (6, 3),  # values are normalised
+    "exaone4-full": (6, 3),
+    "exaone4-hybrid": (6, 4),  # one layer has no rotation
+    "olmo2": (7, 3),
+    "olmo3": (7, 3),
+}
+
+
+@pytest.mark.parametrize("name", SANDWICHED)
+def test_a_norm_behind_a_sublayer_is_computed_by_the_next_product(name: str) -> None:
+    config = load_config(GOLDEN / name)
+    nodes = _step(decoder(config))
+    fused = fuse(nodes, FEW_ROWS_RULES)
+    layer, more = SANDWICHED[name]
+    assert len(fused) == layer * config.num_layers + more
+    assert "rms_norm_add" not in {node.op for node in fused}
+    added = [node for node in fused if node.op.startswith("rms_norm_add_")]
+    assert len(added) == 2 * config.num_layers
+    # Before the head it is the final norm's product, in f32; each gives the residual stream, which later nodes add to.
+    assert (added[-1].op, added[-1].attrs["U"]) == ("rms_norm_add_norm_linear", "f32")
+    for node, then in itertools.pairwise(added):
+        assert node.outs[1] == then.ins[2]
+    without = [rule for rule in FEW_ROWS_RULES if rule not in ADDED_NORM_RULES]
+    assert [n.op for n in fuse(nodes, without)].count("rms_norm_add") == 2 * config.num_layers
+
+
+def test_other_inputs_and_attributes_of_a_norm_behind_a_sublayer_reach_the_fused_node() -> None:
+    fused = fuse(_step(decoder(load_config(GOLDEN / "gemma4-shared"))), FEW_ROWS_RULES)
+    scaled = [node for node in fused if node.op == "rms_norm_add_norm_linear" and node.ins[3]]
+    assert [node.ins[3] for node in scaled] == [f"{i}.layer_scalar" for i in range(5)]
+    gates = [node for node in fused if node.op == "rms_norm_add_linear"]
+    assert [node.ins[-1] for node in gates] == [f"{i}.layer_input_gate" for i in range(5)]
+    fused = fuse(_step(decoder(synthetic(**VARIANTS["sandwich"]))), FEW_ROWS_RULES)
+    added = [node for node in fused if node.op.startswith("rms_norm_add_")]
+    assert {node.attrs["offset"] for node in added} == {1.0}
+    assert added[0].ins[:5] == ("0.o_proj.out", "0.attn_post_norm", "x", "", "0.mlp_norm")
+
+
+@pytest.mark.parametrize(
+    ("norm", "later"),
+    [
+        ({"eps": 1e-6}, ()),  # one op has one eps, and one offset
+        ({"eps": 1e-5, "offset": 1.0}, ()),
+        ({"eps": 1e-5}, ("h",)),  # another product of the norm
+    ],
+)
+def test_norms_that_differ_or_are_read_again_stay(norm: dict[str, float], later: tuple[str, ...]) -> None:
+    nodes = [
+        Node("rms_norm_add", ("x1",), ("y0", "post", "x0"), {"eps": 1e-5}),
+        Node("rms_norm", ("h",), ("x1", "g"), norm),
+        Node("linear", ("y",), ("h", "w"), {"U": "T"}),
+        *(Node("linear", ("z",), (name, "v"), {"U": "T"}) for name in later),
+    ]
+    assert fuse(nodes, FEW_ROWS_RULES)[0] == nodes[0]
+    same = [nodes[0], replace(nodes[1], attrs={"eps": 1e-5, "offset": 0.0}), nodes[2]]  # 0 where it is left out
+    assert [n.op for n in fuse(same, FEW_ROWS_RULES)] == ["rms_norm_add_norm_linear"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "glm4"])
+def test_prompts_training_and_many_rows_keep_the_norms_behind_sublayers(name: str) -> None:
+    config = load_config(GOLDEN / name)
+    graph = decoder(config)
+    trained = fuse([*decoder(config, cached=False).body, *graph.every_row()], PREFILL_RULES)
+    for nodes in (trained, fuse(_step(graph), PREFILL_RULES), decode_nodes(graph, 9), decode_nodes(graph, 1, True)):
+        assert [n.op for n in nodes].count("rms_norm_add") == 2 * config.num_layers
 
 
 def test_fusion_keeps_a_value_that_is_used_again() -> None:

@@ -94,7 +94,8 @@ def check_launches(workload: Workload, device: Device) -> list[BoundLaunch]:
         return np.empty(shape, dtype)
 
     bound = bind_plan(plan, call, empty, empty)
-    written = {p.name for b in bound for p, array in zip(b.prototype.parameters, b.args, strict=True)
+    written = {launch.names.get(p.name, p.name) for launch, b in zip(plan.launches, bound, strict=True)
+               for p, array in zip(b.prototype.parameters, b.args, strict=True)
                if p.pointer and not p.const and hasattr(array, "shape") and array.shape}  # fmt: skip
     outs, ins = ({s.name: s for s in specs} for specs in (op.signature.outs, op.signature.ins))
     assert written == set(outs) | (written & set(plan.scratch)), f"{op.name} writes {sorted(written)}"

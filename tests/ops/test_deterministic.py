@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "layer_norm": dict(n=N, d=900, eps=1e-5),
     "qk_norm": dict(n=N, num_heads=3, num_kv_heads=1, D=80, eps=1e-6),
     "qk_norm_wide": dict(n=N, num_heads=3, num_kv_heads=1, D=80, eps=1e-6),
-    "gated_norm": dict(n=N, H=3, V=80, eps=1e-6),
+    "gated_norm": dict(n=N, H=3, V=80, m=240, eps=1e-6),
     "rope": dict(n=N, num_heads=3, num_kv_heads=1, D=80, h=40, R=70),
     "rope_pairs": dict(n=N, num_heads=3, num_kv_heads=1, D=80, h=20, R=70),
     "scale_queries": dict(n=N, num_heads=3, num_kv_heads=1, D=80, temperature=0.5, context=16),

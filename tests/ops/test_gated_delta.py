@@ -20,7 +20,7 @@ from cuplama.ops.signature import OpError
 
 SIZES: dict[str, dict[str, Any]] = {
     "causal_conv": dict(d=40, m=48, K=4, bias=True),
-    "gated_delta": dict(G=1, H=2, K=64, V=64),
+    "gated_delta": dict(G=1, H=2, K=64, V=64, m=4),
 }
 DETERMINISTIC = Device(deterministic=True)
 

@@ -36,9 +36,13 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     ("linear_add", dict(n=6, m=45, k=8264, b=True), Device(sms=1)),
     ("rms_norm_linear_silu_mul", dict(n=2, m=35, k=4168, **_WIDE), Device(sms=1)),
     ("layer_norm_linear", dict(n=3, m=19, k=4104, U="f32", **_WIDE), Device(sms=1)),
+    ("rms_norm_add_norm_linear_silu_mul", dict(n=7, m=45, k=1096, scalar=True, offset=1, **_WIDE), Device(sms=1)),
+    ("rms_norm_add_linear", dict(n=3, m=33, k=328, U="f32", scalar=True, **_WIDE), Device(sms=2)),
     # ... which linear.cu computes on GPUs without tensor cores for it; x, several pieces for a thread, ends the memory
     ("linear", dict(n=4, m=61, k=520, b=True, U="T"), Device(arch=75, sms=2, shared=65536)),
     # ... whose rows do not all fit in shared memory
+    ("rms_norm_add_norm_linear", dict(n=5, m=31, k=1040, U="T", scalar=False, offset=1, **_WIDE),
+     Device(arch=75, sms=2, shared=65536)),
     ("rms_norm_route", dict(n=7, d=4000, E=9, k=2, b=False, bias=False, scale=False, eps=1e-6),
      Device(arch=75, sms=40, shared=65536)),
     # Adapters in 16 bits without tensor cores

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from ..family import OFF, Family, Recipe, Wrapper, fields, one
+from ..family import OFF, Family, Recipe, Wrapper, fields
 from .delta import DELTA, DELTA_FIELDS, DELTA_KINDS, DELTA_ROTATIONS, DELTA_WINDOWS, GATED, KEYS, VALUES
 from .layout import LAYER
 
 __all__ = ["DELTA_INPUTS", "FAMILY", "MTP", "QWEN3_5_IGNORED", "QWEN3_5_NEUTRAL"]
 
 _INPUT = LAYER + "linear_attn.in_proj_"
-# Each of these matrices has a tensor of its own.
+# Each part has a tensor of its own.
+_PARTS = {"qkv": f"2*{KEYS}+{VALUES}", "z": VALUES, "b": "value_heads", "a": "value_heads"}
 DELTA_INPUTS = {
-    "{i}.delta_qkv_proj": one(f"2*{KEYS}+{VALUES},d", _INPUT + "qkv.weight", only="delta"),
-    "{i}.delta_z_proj": one(f"{VALUES},d", _INPUT + "z.weight", only="delta"),
-    "{i}.delta_ba_proj": Recipe(tuple(("value_heads,d", f"{_INPUT}{x}.weight") for x in "ba"), only="delta"),
+    "{i}.delta_in_proj": Recipe(
+        tuple((f"{rows},d", f"{_INPUT}{name}.weight") for name, rows in _PARTS.items()), only="delta"
+    ),
 }
 QWEN3_5_NEUTRAL = {
     "attention_bias": OFF,

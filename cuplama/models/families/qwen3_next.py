@@ -22,15 +22,13 @@ def _part(rows: str, tensor: str) -> tuple[str, str]:
 
 
 _INPUTS = {
-    "{i}.delta_qkv_proj": Recipe(
-        tuple(_part(rows, "qkvz") for rows in (KEYS, KEYS, VALUES)),
-        rows=tuple(Rows(_QKVZ, "key_heads", _FIRST[name]) for name in "qkv"),
-        only="delta",
-    ),
-    "{i}.delta_z_proj": Recipe((_part(VALUES, "qkvz"),), rows=(Rows(_QKVZ, "key_heads", _FIRST["z"]),), only="delta"),
-    "{i}.delta_ba_proj": Recipe(
-        (_part("value_heads", "ba"),) * 2,
-        rows=(Rows(_BA, "key_heads"), Rows(_BA, "key_heads", "value_heads//key_heads")),
+    "{i}.delta_in_proj": Recipe(
+        (*(_part(rows, "qkvz") for rows in (KEYS, KEYS, VALUES, VALUES)), *(_part("value_heads", "ba"),) * 2),
+        rows=(
+            *(Rows(_QKVZ, "key_heads", first) for first in _FIRST.values()),
+            Rows(_BA, "key_heads"),
+            Rows(_BA, "key_heads", "value_heads//key_heads"),
+        ),
         only="delta",
     ),
 }
