@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["EDITS", "EQUIVALENT"]
 
 _SHARED, _FEW, _MANY = "experts.cuh", "experts_mma.cu", "experts_many.cuh"
+_COMBINE = "experts_combine.cuh"
 _PACKED, _PACKED_WGMMA = "experts_packed_many.cuh", "experts_packed_many_wgmma.cu"
 
 # (file, text that occurs once, replacement)
@@ -54,6 +55,19 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_FEW, "i64(tile.expert) * HALVES<ACT> * m * k;", "i64(tile.expert) * m * k;"),
     (_FEW, "own[min(lane_row(), tile.count - 1)] / s;", "own[min(lane_row(), tile.count - 1)];"),
     (_FEW, "b + i64(tile.expert) * HALVES<ACT> * m;", "b;"),
+    # the experts' sum in the product
+    (_COMBINE, "offsets[expert + 1] > offsets[expert];", "offsets[expert + 1] >= offsets[expert];"),
+    (_COMBINE, "place * ROWS + pair / s;", "place * ROWS + pair % s;"),
+    (_COMBINE, "weights[at] = weight[pair];", "weights[at] = weight[i];"),
+    (_COMBINE, "b[i64(chosen.experts[e]) * m + column]", "b[column]"),
+    (_COMBINE, "store<2>(to + (r + 8) * ROWS", "store<2>(to + r * ROWS"),
+    (_COMBINE, "i < WARPS * WARP ? early : start(row, column);", "early;"),
+    (_COMBINE, "if (row >= n) continue;", ";"),
+    ("experts_combine_mma.cu", "chunk == chunks) chunk = 0, expert++;", "chunk == chunks) chunk = 0;"),
+    ("experts_combine_mma.cu", "row + i / 2 * ROWS < end &&", ""),
+    ("experts_combine_mma.cu", "i64(max(pair, 0)) * k + at;", "i64(max(pair, 0) / 2) * k + at;"),
+    ("experts_combine_mma.cu", "fmaf(weight.v[i % 2]", "fmaf(weight.v[0]"),
+    ("experts_combine_mma.cu", "partial += 2 * ROWS * N;", ";"),
     # many pairs
     (_MANY, "row / 8 % 2 : 0;", "0 : 0;"),
     (_MANY, "u32(own[row + i * APART] / s) * k;", "u32(own[row + i * APART]) * k;"),

@@ -1,0 +1,94 @@
+// What the kernels share that go through all experts of up to 8 rows in one sum (experts_combine_mma.cu,
+// experts_combine_packed.cu): which experts were chosen, and by how much each row weighs them.
+#ifndef CUPLAMA_EXPERTS_COMBINE_CUH
+#define CUPLAMA_EXPERTS_COMBINE_CUH
+
+#include "experts.cuh"
+
+constexpr int MAX_PAIRS = 256;  // 8 rows with 32 experts
+
+// The experts that have a pair, in their order, each with a place for every row: in shared memory, weights [most][ROWS],
+// pairs [most][ROWS] and experts [most], where there are `most` of them at most. A row has an expert once.
+template <int ROWS>
+struct Chosen {
+    f32* weights;  // of each row, 0 where the row did not choose the expert
+    i32* pairs;    // -1 there
+    i32* experts;
+    int count;
+
+    // memory: on an 8-byte boundary
+    __device__ __forceinline__ Chosen(f32* memory, int most)
+        : weights(memory), pairs(reinterpret_cast<i32*>(memory) + most * ROWS), experts(pairs + most * ROWS), count(0) {
+        for (int i = threadIdx.x; i < most * ROWS; i += blockDim.x) pairs[i] = -1, weights[i] = 0.f;
+    }
+
+    // Reads what was chosen, all of it at once: pairs[n*s], offsets[E+1], weights[n,s]. All threads of the block call.
+    __device__ __forceinline__ void read(const i32* sorted, const i32* offsets, const f32* by, int size, int s, int E) {
+        __shared__ i32 before[MAX_EXPERTS + 1], found[MAX_PAIRS];
+        __shared__ f32 weight[MAX_PAIRS];
+        for (int i = threadIdx.x; i < size; i += blockDim.x) found[i] = sorted[i], weight[i] = by[i];
+        running_sums(before, E, [&](int expert) { return offsets[expert + 1] > offsets[expert]; });
+        count = before[E];
+        for (int expert = threadIdx.x; expert < E; expert += blockDim.x) {
+            const int place = before[expert];
+            if (before[expert + 1] == place) continue;
+            experts[place] = expert;
+            for (int i = offsets[expert]; i < offsets[expert + 1]; i++) {
+                const int pair = found[i], at = place * ROWS + pair / s;
+                pairs[at] = pair, weights[at] = weight[pair];
+            }
+        }
+        __syncthreads();
+    }
+};
+
+// What an element of y begins with: a, and the biases of the row's experts by their weights.
+template <int ROWS, typename T>
+__device__ __forceinline__ float combine_start(const Chosen<ROWS>& chosen, const f32* a, const T* b, int row,
+                                               int column, int m) {
+    float sum = a != nullptr ? a[i64(row) * m + column] : 0.f;
+    if (b != nullptr)
+#pragma unroll 4
+        for (int e = 0; e < chosen.count; e++)
+            sum = fmaf(chosen.weights[e * ROWS + row], to_float(b[i64(chosen.experts[e]) * m + column]), sum);
+    return sum;
+}
+
+// A lane's sums of a tile, of 16 rows of w by ROWS rows of x, to `to` [16][ROWS]: it has rows r and r + 8 of w with rows
+// 2 t and 2 t + 1 of x.
+template <int ROWS>
+__device__ __forceinline__ void store_tile(f32* to, const float (&total)[4]) {
+    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    if constexpr (ROWS == 1) {
+        if (t == 0) to[r] = total[0], to[r + 8] = total[2];
+    } else if (2 * t < ROWS) {
+        store<2>(to + r * ROWS + 2 * t, Pack<f32, 2>{total[0], total[1]});
+        store<2>(to + (r + 8) * ROWS + 2 * t, Pack<f32, 2>{total[2], total[3]});
+    }
+}
+
+// What rows 2 t and 2 t + 1 of x weigh an expert by.
+template <int ROWS>
+__device__ __forceinline__ Pack<f32, 2> lane_weights(const Chosen<ROWS>& chosen, int expert) {
+    const f32* of = chosen.weights + expert * ROWS;
+    if constexpr (ROWS == 1) return {{of[0], 0.f}};
+    return load<2>(of + threadIdx.x % 4 * 2 % ROWS);
+}
+
+// The columns first .. end - 1 of y: what each begins with, and the WARPS warps' sums of it, in their order. partial:
+// tiles of a warp [16][ROWS], those of the next warp `stride` behind them. early: what this thread's first one begins
+// with.
+template <int ROWS, int WARPS, typename Start>
+__device__ __forceinline__ void put_columns(const f32* partial, int stride, f32* y, int n, int first, int end, int m,
+                                            float early, const Start& start) {
+    for (int i = threadIdx.x; i < (end - first) * ROWS; i += WARPS * WARP) {
+        const int row = i % ROWS, column = first + i / ROWS;
+        if (row >= n) continue;
+        float sum = i < WARPS * WARP ? early : start(row, column);
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += partial[warp * stride + i];
+        y[i64(row) * m + column] = sum;
+    }
+}
+
+#endif

@@ -1,0 +1,123 @@
+"""The experts' products and their weighted sum in one launch, on the emulator: held to what rounds nothing to T, with
+blocks of several tiles, rings that are gone through more than once, and warps without a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuplama.lab.check import check, expected, planned, run_guarded
+from cuplama.lab.emulation import EmulatedDevice
+from cuplama.lab.workloads import Workload, case_workload
+from cuplama.ops import OPS, experts_combine
+from cuplama.ops.abstract import abstract
+from cuplama.ops.experts_combine import TUNING, expert_linear_combine
+from cuplama.ops.launch import Device
+from cuplama.ops.linear import PRODUCT_TOLERANCE
+
+SMALL = Device(arch=80, sms=2, shared=166912)  # a block has several tiles of columns
+ONE = ["experts_combine_mma.cu"]
+TIGHT = replace(expert_linear_combine, tolerance=PRODUCT_TOLERANCE)
+
+
+def case(dtype: str = "bf16", seed: int = 0, **sizes: Any) -> Workload:
+    return case_workload(TIGHT, {"b": True, "a": True, **sizes}, dtype, seed)
+
+
+def files(workload: Workload, device: Device) -> list[str]:
+    return [launch.file for launch in planned(workload, workload.ins, device, abstract)[0]]
+
+
+def run(workload: Workload, device: Device = SMALL, of: list[str] = ONE) -> None:
+    """Held to the reference, and computed by the kernels of these files."""
+    assert files(workload, device) == of
+    arrays = workload.arrays()
+    check(workload, arrays, run_guarded(workload, arrays, EmulatedDevice(device)), expected(workload, arrays))
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_rows_that_share_experts_and_rows_that_do_not(n: int) -> None:
+    """Of 23 experts each row has three, or all rows have the same three."""
+    for chosen in (23, 3):
+        run(case(n=n, s=3, E=23, m=37, k=136, chosen=chosen), SMALL)
+
+
+@pytest.mark.parametrize("left_out", ["a", "b"])
+def test_what_is_added_may_be_left_out(left_out: str) -> None:
+    run(case("f16", n=2, s=2, E=5, m=41, k=72, **{left_out: False}))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_ring_is_gone_through_more_than_once(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_combine, "TUNING", replace(TUNING, warps=4, depth=3))
+    workload = case(n=n, s=4, E=9, m=70, k=712)
+    (launch,) = planned(workload, workload.ins, SMALL, abstract)[0]
+    assert launch.expression.endswith(", 4, 3>")
+    run(workload)
+
+
+def test_small_rings_have_fewer_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_combine, "TUNING", replace(TUNING, ring=40 << 10))
+    workload = case(n=8, s=2, E=9, m=40, k=328)
+    (launch,) = planned(workload, workload.ins, SMALL, abstract)[0]
+    assert launch.expression == "expert_linear_combine_mma<bf16, 8, 4, 3>"
+    run(workload)
+
+
+def test_warps_without_a_chunk_and_blocks_without_a_column() -> None:
+    run(case(n=1, s=1, E=2, m=7, k=40), Device(arch=80, sms=9, shared=166912))
+    run(case(n=1, s=2, E=2, m=150, k=64), Device(arch=80, sms=2, shared=166912))
+
+
+def test_an_expert_that_all_rows_chose_and_those_of_one() -> None:
+    """Expert 3 is everybody's; each row has one to itself; the rest nobody chose."""
+    n, E = 6, 11
+    workload = case(n=n, s=2, E=E, m=48, k=200)
+    x, w, _, _, weights, b, a = workload.arrays()
+    experts = np.array([[3, 4 + row % 7] if row % 2 else [4 + row % 7, 3] for row in range(n)], np.int32)
+    pairs = OPS["sort_pairs"].reference(experts, E=E)
+    run(replace(workload, ins=(x, w, *pairs, weights, b, a)))
+
+
+def test_rows_do_not_meet() -> None:
+    """What is too large in one row does not show in another, which chose other experts."""
+    workload = case(n=2, s=2, E=4, m=32, k=136)
+    x, w, _, _, weights, b, a = workload.arrays()
+    assert x is not None
+    x[2:] = 3e38
+    pairs = OPS["sort_pairs"].reference(np.array([[0, 1], [2, 3]], np.int32), E=4)
+    workload = replace(workload, ins=(x, w, *pairs, weights, b, a))
+    (y,) = run_guarded(workload, workload.arrays(), EmulatedDevice(SMALL))
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = expected(workload, workload.arrays())[0]
+    np.testing.assert_allclose(y[0], wanted[0], rtol=1e-4, atol=1e-4)
+    assert not np.isfinite(y[1]).all()
+
+
+TWO = ["experts.cu", "route.cu"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "of"),
+    [
+        ("f32", Device(), TWO),
+        ("f16", Device(75, 40, 65536), TWO),
+        ("bf16", Device(deterministic=True), ["experts_many_wgmma.cu", "route.cu"]),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_two_launches(dtype: str, device: Device, of: list[str]) -> None:
+    workload = replace(case(dtype, n=3, s=2, E=5, m=24, k=72), op=expert_linear_combine)
+    run(workload, device, of)
+
+
+def test_more_than_eight_rows_are_two_launches() -> None:
+    workload = replace(case(n=9, s=2, E=5, m=24, k=72), op=expert_linear_combine)
+    run(workload, SMALL, ["experts_mma.cu", "route.cu"])
+
+
+def test_only_chosen_experts_are_counted() -> None:
+    few, more = (case(n=8, s=2, E=7, m=40, k=136, chosen=chosen).call.nbytes() for chosen in (2, 5))
+    assert more - few == 3 * 2 * 40 * (136 + 1)
