@@ -14,19 +14,24 @@ struct Chosen {
     f32* weights;  // of each row, 0 where the row did not choose the expert
     i32* pairs;    // -1 there
     i32* experts;
+    const i32* found;  // the sorted pairs
     int count;
 
     // memory: on an 8-byte boundary
     __device__ __forceinline__ Chosen(f32* memory, int most)
-        : weights(memory), pairs(reinterpret_cast<i32*>(memory) + most * ROWS), experts(pairs + most * ROWS), count(0) {
+        : weights(memory), pairs(reinterpret_cast<i32*>(memory) + most * ROWS), experts(pairs + most * ROWS),
+          found(nullptr), count(0) {
         for (int i = threadIdx.x; i < most * ROWS; i += blockDim.x) pairs[i] = -1, weights[i] = 0.f;
     }
 
-    // Reads what was chosen, all of it at once: pairs[n*s], offsets[E+1], weights[n,s]. All threads of the block call.
-    __device__ __forceinline__ void read(const i32* sorted, const i32* offsets, const f32* by, int size, int s, int E) {
-        __shared__ i32 before[MAX_EXPERTS + 1], found[MAX_PAIRS];
+    // Reads what was chosen, all of it at once: sorted[n*s] (pairs), offsets[E+1], by[n,s] (weights). places: `pairs` is
+    // to have a pair's place among the sorted ones, and not its number. All threads of the block call.
+    __device__ __forceinline__ void read(const i32* sorted, const i32* offsets, const f32* by, int size, int s, int E,
+                                         bool places) {
+        __shared__ i32 before[MAX_EXPERTS + 1], list[MAX_PAIRS];
         __shared__ f32 weight[MAX_PAIRS];
-        for (int i = threadIdx.x; i < size; i += blockDim.x) found[i] = sorted[i], weight[i] = by[i];
+        found = list;
+        for (int i = threadIdx.x; i < size; i += blockDim.x) list[i] = sorted[i], weight[i] = by[i];
         running_sums(before, E, [&](int expert) { return offsets[expert + 1] > offsets[expert]; });
         count = before[E];
         for (int expert = threadIdx.x; expert < E; expert += blockDim.x) {
@@ -34,11 +39,19 @@ struct Chosen {
             if (before[expert + 1] == place) continue;
             experts[place] = expert;
             for (int i = offsets[expert]; i < offsets[expert + 1]; i++) {
-                const int pair = found[i], at = place * ROWS + pair / s;
-                pairs[at] = pair, weights[at] = weight[pair];
+                const int pair = list[i], at = place * ROWS + pair / s;
+                pairs[at] = places ? i : pair, weights[at] = weight[pair];
             }
         }
         __syncthreads();
+    }
+
+    // How many rows chose the expert.
+    __device__ __forceinline__ int rows_of(int expert) const {
+        int rows = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) rows += pairs[expert * ROWS + r] >= 0;
+        return rows;
     }
 };
 
@@ -54,20 +67,7 @@ __device__ __forceinline__ float combine_start(const Chosen<ROWS>& chosen, const
     return sum;
 }
 
-// A lane's sums of a tile, of 16 rows of w by ROWS rows of x, to `to` [16][ROWS]: it has rows r and r + 8 of w with rows
-// 2 t and 2 t + 1 of x.
-template <int ROWS>
-__device__ __forceinline__ void store_tile(f32* to, const float (&total)[4]) {
-    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    if constexpr (ROWS == 1) {
-        if (t == 0) to[r] = total[0], to[r + 8] = total[2];
-    } else if (2 * t < ROWS) {
-        store<2>(to + r * ROWS + 2 * t, Pack<f32, 2>{total[0], total[1]});
-        store<2>(to + (r + 8) * ROWS + 2 * t, Pack<f32, 2>{total[2], total[3]});
-    }
-}
-
-// What rows 2 t and 2 t + 1 of x weigh an expert by.
+// What the rows of x of a lane's sums, 2 t and 2 t + 1, weigh an expert by.
 template <int ROWS>
 __device__ __forceinline__ Pack<f32, 2> lane_weights(const Chosen<ROWS>& chosen, int expert) {
     const f32* of = chosen.weights + expert * ROWS;

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     const int stride = (end - begin + 2 * ROWS - 1) / (2 * ROWS) * (2 * ROWS * N);  // sums of a warp
     Chosen<N> chosen(partial + WARPS * stride, most);
     pdl_wait();
-    chosen.read(pairs, offsets, weights, n * s, s, E);
+    chosen.read(pairs, offsets, weights, n * s, s, E, false);
     const int chunks = (k + CHUNK - 1) / CHUNK, all = chosen.count * chunks;
     const int first = all * warp / WARPS, count = all * (warp + 1) / WARPS - first;
     const Place place(first, count, chunks, begin);

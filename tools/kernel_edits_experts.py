@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["EDITS", "EQUIVALENT"]
 
 _SHARED, _FEW, _MANY = "experts.cuh", "experts_mma.cu", "experts_many.cuh"
-_COMBINE = "experts_combine.cuh"
+_COMBINE, _COMBINE_PACKED = "experts_combine.cuh", "experts_combine_packed.cu"
 _PACKED, _PACKED_WGMMA = "experts_packed_many.cuh", "experts_packed_many_wgmma.cu"
 
 # (file, text that occurs once, replacement)
@@ -60,7 +60,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_COMBINE, "place * ROWS + pair / s;", "place * ROWS + pair % s;"),
     (_COMBINE, "weights[at] = weight[pair];", "weights[at] = weight[i];"),
     (_COMBINE, "b[i64(chosen.experts[e]) * m + column]", "b[column]"),
-    (_COMBINE, "store<2>(to + (r + 8) * ROWS", "store<2>(to + r * ROWS"),
+    ("mma.cuh", "store<2>(to + (r + 8) * ROWS", "store<2>(to + r * ROWS"),
     (_COMBINE, "i < WARPS * WARP ? early : start(row, column);", "early;"),
     (_COMBINE, "if (row >= n) continue;", ";"),
     ("experts_combine_mma.cu", "chunk == chunks) chunk = 0, expert++;", "chunk == chunks) chunk = 0;"),
@@ -68,6 +68,19 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("experts_combine_mma.cu", "i64(max(pair, 0)) * k + at;", "i64(max(pair, 0) / 2) * k + at;"),
     ("experts_combine_mma.cu", "fmaf(weight.v[i % 2]", "fmaf(weight.v[0]"),
     ("experts_combine_mma.cu", "partial += 2 * ROWS * N;", ";"),
+    (_COMBINE, "places ? i : pair, weights", "pair, weights"),
+    (_COMBINE, "pairs[expert * ROWS + r] >= 0;", "1;"),
+    (_COMBINE_PACKED, "at += S::TEAMS;", "at++;"),
+    (_COMBINE_PACKED, "return expert * units + first;", "return first;"),
+    (_COMBINE_PACKED, "(max(place, -1) + 1) * STRIDE;", "max(place, 0) * STRIDE;"),
+    (_COMBINE_PACKED, "column < k);", "true);"),
+    (_COMBINE_PACKED, "scales[unit * BLOCK_ROWS + 8 * half + lane_row()];", "scales[8 * half + lane_row()];"),
+    (_COMBINE_PACKED, "fmaf(weight.v[i % 2], total[i], sum[i]);", "weight.v[i % 2] * total[i];"),
+    (_COMBINE_PACKED, "partial + unit * S::TILE, none", "partial, none"),
+    (_COMBINE_PACKED, "(i - pair, chosen.found[i]);", "(i - pair, i);"),
+    (_COMBINE_PACKED, "chosen.pairs[e * S::ROWS + row] - pair;", "chosen.pairs[e * S::ROWS + row];"),
+    (_COMBINE_PACKED, "(team - from % S::TEAMS + S::TEAMS) % S::TEAMS;", "team;"),
+    (_COMBINE_PACKED, "(i64(chosen.experts[e]) * stream.units + first)", "first"),
     # many pairs
     (_MANY, "row / 8 % 2 : 0;", "0 : 0;"),
     (_MANY, "u32(own[row + i * APART] / s) * k;", "u32(own[row + i * APART]) * k;"),

@@ -8,16 +8,17 @@ not take is computed by their launches, which hand over the products of the pair
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from ..dtypes import Array, dtype_name
-from .experts import expert_linear, experts_with_pairs, pair_inputs
+from .experts import chosen_experts, expert_linear, experts_with_pairs, pair_inputs
 from .launch import Device, Launch, Plan
 from .linear import MAX_STREAMED_ROWS, PRODUCT_TOLERANCE
-from .linear_packed import ROWS
+from .linear_packed import ROWS, block_sums
 from .op import Call, Draw, Op
 from .route import MAX_EXPERTS, combine_pairs
-from .weights import segments_of, stored_bytes
+from .weights import SegmentLike, segments_of, stored_bytes
 
 __all__ = ["TUNING", "Tuning", "expert_linear_combine"]
 
@@ -27,13 +28,14 @@ class Tuning:
     """What decides how fast the kernels are.
 
     warps: of a GPU block, at most. ring: bytes of weights, and of x beside them, that a GPU block has asked for ahead
-    of what it multiplies, at most; depth: the same in places of a warp's ring. One row of Qwen3-30B-A3B has 190 KB for
-    each multiprocessor of an H200.
+    of what it multiplies, at most; depth, packed_depth: the same in places of a warp's ring, of plain and of packed
+    weights. One row of Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200, one of gpt-oss-20b 137 KB.
     """
 
     warps: int = 16
     ring: int = 208 << 10
     depth: int = 8
+    packed_depth: int = 8
 
 
 TUNING = Tuning()
@@ -44,6 +46,10 @@ _MAX_PAIRS = 256  # as in experts_combine.cuh
 _RESERVED_BYTES = 6 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
 _MIN_DEPTH = 2  # places in a warp's ring
 _PAIRS = "products"  # scratch: the products of the pairs, where two launches compute the op
+
+# experts_combine_packed.cu
+_BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
+_DEEP = 4  # places of a ring that rows of x leave, if they can
 
 # experts_combine_mma.cu
 _TILE_ROWS = 16  # of w: the M of the instruction mma.m16n8k16
@@ -97,6 +103,63 @@ def _plain(call: Call, device: Device, tuning: Tuning) -> Launch | None:
     )
 
 
+@dataclass(frozen=True)
+class _Teams:
+    """How the warps of a GPU block divide the packed blocks of experts: ``teams`` of ``warps`` warps take experts in
+    turn, and a warp has ``blocks`` of a row of blocks of each."""
+
+    warps: int
+    blocks: int
+    teams: int
+
+
+def _teams(columns: int, most: int, experts: float) -> _Teams:
+    """The division of ``most`` warps that ends first. columns: packed blocks of a row of blocks; experts: how many are
+    expected to be chosen; a whole number is taken for certain."""
+    found = []
+    for blocks in range(-(-columns // most), columns + 1):
+        warps = -(-columns // blocks)
+        teams = min(most // warps, ceil(experts))
+        # Experts of the team that has most: if their number varies, half of a round is lost in the mean.
+        rounds = ceil(experts / teams) if experts == int(experts) else experts / teams + (teams - 1) / (2 * teams)
+        found.append((rounds * blocks, warps, blocks, teams))
+    _, warps, blocks, teams = min(found)
+    return _Teams(warps, blocks, teams)
+
+
+def _packed(call: Call, device: Device, tuning: Tuning, segment: SegmentLike) -> Launch | None:
+    """The launch of experts_combine_packed.cu; None where shared memory is too small for it."""
+    n, s, m, k, rows, (most, table) = call["n"], call["s"], call["m"], call["k"], _rows(call), _table_bytes(call)
+    packing, columns, units = segment.format.packing, -(-k // _BLOCK_COLUMNS), -(-m // _BLOCK_ROWS)
+    blocks = min(device.sms, units)
+    experts = most if n == 1 else chosen_experts(call["E"], s, n)
+    for warps in (w for w in (tuning.warps, 8, 4, 2) if w <= tuning.warps):
+        t = _teams(columns, warps, experts)
+        count = t.warps * t.teams
+        sums = count * (-(-units // blocks) * _BLOCK_ROWS + t.blocks * block_sums(packing)) * rows * 4
+        row = 2 * (t.warps * t.blocks * _BLOCK_COLUMNS + 32)  # bytes of one of x
+        slot = count * packing.block_bytes
+        left = device.shared - _RESERVED_BYTES - table - 16 - sums - row  # one row is zeros
+        # Rows of all pairs, or as many as leave a ring of some depth; at least those that one expert may have.
+        room = min(n * s, max(n, (left - min(tuning.packed_depth, _DEEP) * slot) // row))
+        depth = min(tuning.packed_depth, tuning.ring // slot, (left - room * row) // slot)
+        if depth >= _MIN_DEPTH:
+            break
+    else:
+        return None
+    return Launch(
+        "experts_combine_packed.cu:expert_linear_combine_packed",
+        (blocks,),
+        (_WARP * count,),
+        max(device.shared - _RESERVED_BYTES - left + room * row + depth * slot, device.shared // 2),
+        {
+            "W": packing.type, "ROWS": rows, "WARPS": t.warps, "BLOCKS": t.blocks, "TEAMS": t.teams, "DEPTH": depth,
+            "most": most, "room": room,
+        },
+        {"w": "w.0"},
+    )  # fmt: skip
+
+
 def _fused(call: Call, device: Device, tuning: Tuning) -> Launch | None:
     """The launch that computes all of it, where there is one."""
     n, pairs = call["n"], call["n"] * call["s"]
@@ -104,9 +167,12 @@ def _fused(call: Call, device: Device, tuning: Tuning) -> Launch | None:
         return None  # on a deterministic device a row's sums are those of any number of rows
     if call.dtypes["T"].itemsize != 2 or device.arch < 80:
         return None
-    if segments_of(call.arrays["w"]) is not None:
+    if call["k"] % 8:
         return None
-    return _plain(call, device, tuning) if call["k"] % 8 == 0 else None
+    segments = segments_of(call.arrays["w"])
+    if segments is None:
+        return _plain(call, device, tuning)
+    return _packed(call, device, tuning, segments[0]) if len(segments) == 1 and segments[0].order is None else None
 
 
 def _parts(call: Call, device: Device) -> Plan:
@@ -174,6 +240,7 @@ expert_linear_combine = Op(
     kernel_docs={
         **expert_linear.kernel_docs,
         "expert_linear_combine_mma": "The weighted sum of what the experts of up to 8 rows give, on tensor cores.",
+        "expert_linear_combine_packed": "The same of packed weights.",
         "combine_pairs": combine_pairs.doc,
     },
     flops=lambda c: 2 * c["n"] * c["s"] * c["m"] * (c["k"] + 1),

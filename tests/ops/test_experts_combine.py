@@ -17,9 +17,10 @@ from cuplama.ops.abstract import abstract
 from cuplama.ops.experts_combine import TUNING, expert_linear_combine
 from cuplama.ops.launch import Device
 from cuplama.ops.linear import PRODUCT_TOLERANCE
+from cuplama.quant.catalog import CATALOG
 
 SMALL = Device(arch=80, sms=2, shared=166912)  # a block has several tiles of columns
-ONE = ["experts_combine_mma.cu"]
+ONE, PACKED = ["experts_combine_mma.cu"], ["experts_combine_packed.cu"]
 TIGHT = replace(expert_linear_combine, tolerance=PRODUCT_TOLERANCE)
 
 
@@ -96,6 +97,59 @@ def test_rows_do_not_meet() -> None:
     np.testing.assert_allclose(y[0], wanted[0], rtol=1e-4, atol=1e-4)
     assert not np.isfinite(y[1]).all()
 
+
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+SHORT = ("mxfp4", "int8")  # formats of the short tests
+NAMES = [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in CATALOG]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format(name: str) -> None:
+    """One row of x and several, columns of w that end within a packed block, blocks of several units."""
+    for n in (1, 3):
+        workload = case(n=n, s=3, E=5, m=70, k=328, W=name)
+        if name in ("f16", "f32"):  # numbers that bf16 does not hold: the kernel rounds them to it
+            workload = replace(workload, op=expert_linear_combine)
+        run(workload, SMALL, PACKED)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_packed_rows_that_share_experts_and_rows_that_do_not(n: int) -> None:
+    for chosen in (17, 2):
+        run(case("f16", n=n, s=2, E=17, m=24, k=136, W="mxfp4", chosen=chosen), SMALL, PACKED)
+
+
+def test_teams_that_have_no_expert_and_teams_that_have_several() -> None:
+    """Of eight teams with an expert each those of one row have one, those of 6 rows take turns."""
+    given: dict[str, Any] = dict(s=2, E=16, m=16, k=200, W="int8 g128")
+    for workload, teams in ((case(n=6, **given, chosen=2), 8), (case(n=6, **given), 8)):
+        assert _constants(workload)["TEAMS"] == teams
+        run(workload, SMALL, PACKED)
+
+
+def _constants(workload: Workload, device: Device = SMALL) -> dict[str, Any]:
+    assert workload.op.kernels is not None
+    (launch,) = workload.op.kernels(workload.bind(), device).launches
+    return dict(launch.constants)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "Q4_K"])
+def test_rows_of_pairs_go_in_groups_where_shared_memory_is_short(name: str) -> None:
+    """With sums of groups, too, which are made anew for each expert."""
+    small = Device(arch=86, sms=2, shared=65536)
+    workload = case(n=7, s=3, E=12, m=40, k=1096, W=name)
+    room = _constants(workload, small)["room"]
+    assert 7 <= room < 7 * 3
+    run(workload, small, PACKED)
+
+
+def test_packed_rows_that_do_not_fit_are_two_launches() -> None:
+    workload = replace(case(n=8, s=1, E=2, m=16, k=9000, W="mxfp4"), op=expert_linear_combine)
+    assert files(workload, Device(arch=86, sms=2, shared=101376)) == ["experts_packed.cu", "route.cu"]
+
+
+# ---- what is computed in two launches --------------------------------------------------------------------------------
 
 TWO = ["experts.cu", "route.cu"]
 

@@ -34,6 +34,7 @@ SIMT_FN unsigned hidden(unsigned x) { return x; }
 // ---- asynchronous copies: the bytes arrive in the wait, not before ------------------------------------------------------
 SIMT_FN void cp_async_16(void* shared, const void* global) { simt_cp_async(shared, global, 16, 16); }
 SIMT_FN void cp_async_16(void* shared, const void* global, bool valid) { simt_cp_async(shared, global, 16, valid ? 16 : 0); }
+SIMT_FN void cp_async_8(void* shared, const void* global, bool valid) { simt_cp_async(shared, global, 8, valid ? 8 : 0); }
 SIMT_FN void cp_async_commit() { simt_cp_async_commit(); }
 template <int N> SIMT_TEMPLATE void cp_async_wait() { simt_cp_async_wait(N); }
 SIMT_FN void cp_async_wait_all() { simt_cp_async_wait(-1); }
