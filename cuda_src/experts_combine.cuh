@@ -6,6 +6,8 @@
 #include "experts.cuh"
 
 constexpr int MAX_PAIRS = 256;  // 8 rows with 32 experts
+constexpr int AHEAD_BYTES =
+    192 * 1024;  // of weights that a block asks for before x is there; all blocks: half of an L2
 
 // The experts that have a pair, in their order, each with a place for every row: in shared memory, weights [most][ROWS],
 // pairs [most][ROWS] and experts [most], where there are `most` of them at most. A row has an expert once.
@@ -25,9 +27,10 @@ struct Chosen {
     }
 
     // Reads what was chosen, all of it at once: sorted[n*s] (pairs), offsets[E+1], by[n,s] (weights). places: `pairs` is
-    // to have a pair's place among the sorted ones, and not its number. All threads of the block call.
-    __device__ __forceinline__ void read(const i32* sorted, const i32* offsets, const f32* by, int size, int s, int E,
-                                         bool places) {
+    // to have a pair's place among the sorted ones, and not its number. All threads of the block call. Where this comes
+    // before the wait for earlier kernels an L1 may hold what an older kernel has read: volatile reads go past it.
+    __device__ __forceinline__ void read(const volatile i32* sorted, const volatile i32* offsets,
+                                         const volatile f32* by, int size, int s, int E, bool places) {
         __shared__ i32 before[MAX_EXPERTS + 1], list[MAX_PAIRS];
         __shared__ f32 weight[MAX_PAIRS];
         found = list;

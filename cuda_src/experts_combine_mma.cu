@@ -17,6 +17,9 @@
 // Bytes on their way: a multiprocessor of an H200 takes 33 KB in a microsecond. Eight experts of 768 x 2048 are 190 KB
 // for each of its 132, and the ring may hold all of that.
 //
+// Which experts were chosen is mostly known before x is (ahead): then their weights are asked for, to come to the L2,
+// while the kernel that makes x has not ended.
+//
 // Launch, tuning, op: cuplama/ops/experts_combine.py. Test: tests/ops/test_experts_combine.py.
 // Tried: nothing else yet; no GPU has run it.
 #include "experts_combine.cuh"
@@ -120,20 +123,35 @@ __device__ __forceinline__ void multiply_slice(PairStream<N, DEPTH, T>& stream, 
     }
 }
 
-// N: of the rows, at most; most: experts that may be chosen.
+// Asks for the rows begin .. end - 1 of the chosen experts' weights, as far as AHEAD_BYTES go, to come to the L2.
+template <int N, typename T>
+__device__ __forceinline__ void prefetch_columns(const Chosen<N>& chosen, const T* w, int begin, int end, int m,
+                                                 int k) {
+    const int bytes = k * sizeof(T), columns = end - begin, all = min(chosen.count * columns, AHEAD_BYTES / bytes);
+    for (int i = threadIdx.x; i < all; i += blockDim.x)
+        prefetch_l2(w + (i64(chosen.experts[i / columns]) * m + begin + i % columns) * k, bytes);
+}
+
+// N: of the rows, at most; most: experts that may be chosen; ahead: whether which ones were chosen is known before the
+// wait for earlier kernels.
 template <typename T, int N, int WARPS, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     expert_linear_combine_mma(const T* x, const T* __restrict__ w, const i32* pairs, const i32* offsets,
                               const f32* weights, const T* __restrict__ b, const f32* a, f32* y, int n, int s, int E,
-                              int m, int k, int most) {
+                              int m, int k, int most, int ahead) {
     using Weights = PairStream<N, DEPTH, T>;
     DYNAMIC_SHARED(uint4, memory);
     f32* partial = reinterpret_cast<f32*>(memory + WARPS * DEPTH * Weights::SLOT);
     const int begin = OneWeight::border(m, 0), end = OneWeight::border(m, 1), warp = threadIdx.x / WARP;
     const int stride = (end - begin + 2 * ROWS - 1) / (2 * ROWS) * (2 * ROWS * N);  // sums of a warp
     Chosen<N> chosen(partial + WARPS * stride, most);
-    pdl_wait();
+    const auto wait = [] { pdl_wait(); };
+    if (!ahead) wait();
     chosen.read(pairs, offsets, weights, n * s, s, E, false);
+    if (ahead) {
+        prefetch_columns(chosen, w, begin, end, m, k);
+        wait();
+    }
     const int chunks = (k + CHUNK - 1) / CHUNK, all = chosen.count * chunks;
     const int first = all * warp / WARPS, count = all * (warp + 1) / WARPS - first;
     const Place place(first, count, chunks, begin);

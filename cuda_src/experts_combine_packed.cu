@@ -129,12 +129,22 @@ __device__ __forceinline__ void add_experts(Stream<S, Weights>& stream, const Ch
     }
 }
 
-// most: experts that may be chosen; room: for rows of x in shared memory.
+// Asks for the units first .. last - 1 of the chosen experts' weights, as far as AHEAD_BYTES go, to come to the L2.
+template <int ROWS, typename W>
+__device__ __forceinline__ void prefetch_units(const Chosen<ROWS>& chosen, const W* w, int first, int last, int units,
+                                               int columns) {
+    const int bytes = columns * sizeof(W), own = last - first, all = min(chosen.count * own, AHEAD_BYTES / bytes);
+    for (int i = threadIdx.x; i < all; i += blockDim.x)
+        prefetch_l2(w + (i64(chosen.experts[i / own]) * units + first + i % own) * columns, bytes);
+}
+
+// most: experts that may be chosen; room: for rows of x in shared memory; ahead: whether which experts were chosen is
+// known before the wait for earlier kernels.
 template <typename T, typename W, int ROWS, int WARPS, int BLOCKS, int TEAMS, int DEPTH>
 __global__ void __launch_bounds__(TEAMS * WARPS * WARP, 1)
     expert_linear_combine_packed(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
                                  const f32* weights, const T* __restrict__ b, const f32* a, f32* y, int n, int s, int E,
-                                 int m, int k, int most, int room) {
+                                 int m, int k, int most, int room, int ahead) {
     typedef Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, DEPTH - 1, 1, 1, false, TEAMS> S;
     constexpr int ALL = TEAMS * WARPS;
     DYNAMIC_SHARED(uint4, memory);
@@ -145,10 +155,17 @@ __global__ void __launch_bounds__(TEAMS * WARPS * WARP, 1)
     Chosen<ROWS> chosen(partial + ALL * stride, most);
     const PairRows<S> rows(x, partial + ALL * stride + (most * (1 + 2 * ROWS) + 3) / 4 * 4, k, room);
     const bool whole = pair_count <= room;
-    pdl_wait();
-    for (int pair = 0; whole && pair < pair_count; pair++) rows.ask(pair, pair);
-    cp_async_commit();
+    const auto wait = [&] {
+        pdl_wait();
+        for (int pair = 0; whole && pair < pair_count; pair++) rows.ask(pair, pair);
+        cp_async_commit();
+    };
+    if (!ahead) wait();
     chosen.read(pairs, offsets, weights, pair_count, s, E, !whole);
+    if (ahead) {
+        prefetch_units(chosen, w, first, last, units, W::columns(k));
+        wait();
+    }
     Stream<S, TeamExperts<S>> stream(w, m, k, {chosen.experts, warp / WARPS, chosen.count, first, last});
     const int begin = first * BLOCK_ROWS, end = min(last * BLOCK_ROWS, m);
     const auto start = [&](int row, int column) { return combine_start<ROWS>(chosen, a, b, row, column, m); };

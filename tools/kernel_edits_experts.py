@@ -72,7 +72,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_COMBINE, "pairs[expert * ROWS + r] >= 0;", "1;"),
     (_COMBINE_PACKED, "at += S::TEAMS;", "at++;"),
     (_COMBINE_PACKED, "return expert * units + first;", "return first;"),
-    (_COMBINE_PACKED, "(max(place, -1) + 1) * STRIDE;", "max(place, 0) * STRIDE;"),
     (_COMBINE_PACKED, "column < k);", "true);"),
     (_COMBINE_PACKED, "scales[unit * BLOCK_ROWS + 8 * half + lane_row()];", "scales[8 * half + lane_row()];"),
     (_COMBINE_PACKED, "fmaf(weight.v[i % 2], total[i], sum[i]);", "weight.v[i % 2] * total[i];"),
@@ -112,6 +111,11 @@ EDITS: tuple[tuple[str, str, str], ...] = (
 
 # (file, text around the place of a mutation, why it cannot change a result)
 EQUIVALENT: tuple[tuple[str, str, str], ...] = (
+    (
+        _COMBINE_PACKED,
+        "__syncwarp();  // the sums of groups of the expert before",
+        "the products that make the sums come before these are written, and all lanes of the warp meet in them",
+    ),
     (
         "norm_route.cu",
         "__syncthreads();\n    }\n    if (!arrives_last",

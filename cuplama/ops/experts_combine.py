@@ -42,6 +42,7 @@ TUNING = Tuning()
 """What is taken. The figures are to be measured."""
 
 _WARP = 32
+_AHEAD = ("pairs", "offsets", "weights")  # what a kernel can read before x is there
 _MAX_PAIRS = 256  # as in experts_combine.cuh
 _RESERVED_BYTES = 6 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
 _MIN_DEPTH = 2  # places in a warp's ring
@@ -99,7 +100,9 @@ def _plain(call: Call, device: Device, tuning: Tuning) -> Launch | None:
         max(
             depth * warps * place + beside, device.shared // 2
         ),  # two do not fit: the next kernel's are dealt out evenly
-        {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most},
+        {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most, "ahead": 0},
+        ahead=_AHEAD,
+        waits_first=True,
     )
 
 
@@ -154,9 +157,11 @@ def _packed(call: Call, device: Device, tuning: Tuning, segment: SegmentLike) ->
         max(device.shared - _RESERVED_BYTES - left + room * row + depth * slot, device.shared // 2),
         {
             "W": packing.type, "ROWS": rows, "WARPS": t.warps, "BLOCKS": t.blocks, "TEAMS": t.teams, "DEPTH": depth,
-            "most": most, "room": room,
+            "most": most, "room": room, "ahead": 0,
         },
         {"w": "w.0"},
+        ahead=_AHEAD,
+        waits_first=True,
     )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS, experts_combine
 from cuplama.ops.abstract import abstract
 from cuplama.ops.experts_combine import TUNING, expert_linear_combine
-from cuplama.ops.launch import Device
+from cuplama.ops.launch import Device, Plan
 from cuplama.ops.linear import PRODUCT_TOLERANCE
+from cuplama.ops.op import Call
 from cuplama.quant.catalog import CATALOG
 
 SMALL = Device(arch=80, sms=2, shared=166912)  # a block has several tiles of columns
@@ -83,9 +84,10 @@ def test_an_expert_that_all_rows_chose_and_those_of_one() -> None:
     run(replace(workload, ins=(x, w, *pairs, weights, b, a)))
 
 
-def test_rows_do_not_meet() -> None:
+@pytest.mark.parametrize("form", [{}, {"W": "mxfp4"}], ids=["plain", "mxfp4"])
+def test_rows_do_not_meet(form: dict[str, Any]) -> None:
     """What is too large in one row does not show in another, which chose other experts."""
-    workload = case(n=2, s=2, E=4, m=32, k=136)
+    workload = case(n=2, s=2, E=4, m=32, k=136, **form)
     x, w, _, _, weights, b, a = workload.arrays()
     assert x is not None
     x[2:] = 3e38
@@ -147,6 +149,25 @@ def test_rows_of_pairs_go_in_groups_where_shared_memory_is_short(name: str) -> N
 def test_packed_rows_that_do_not_fit_are_two_launches() -> None:
     workload = replace(case(n=8, s=1, E=2, m=16, k=9000, W="mxfp4"), op=expert_linear_combine)
     assert files(workload, Device(arch=86, sms=2, shared=101376)) == ["experts_packed.cu", "route.cu"]
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _granted(call: Call, device: Device) -> Plan:
+    assert expert_linear_combine.kernels is not None
+    plan = expert_linear_combine.kernels(call, device)
+    return replace(plan, launches=tuple(replace(l, constants={**l.constants, "ahead": 1}) for l in plan.launches))
+
+
+@pytest.mark.parametrize("W", ["T", "mxfp4"])
+@pytest.mark.parametrize("n", [1, 7])
+def test_what_was_chosen_may_be_read_ahead(n: int, W: str) -> None:
+    """Weights that are asked for ahead are there: the emulator looks at their addresses."""
+    form: dict[str, Any] = {} if W == "T" else {"W": W}
+    workload = case(n=n, s=3, E=23, m=37, k=136, **form)
+    workload = replace(workload, op=replace(TIGHT, kernels=_granted))
+    run(workload, SMALL, ONE if W == "T" else PACKED)
 
 
 # ---- what is computed in two launches --------------------------------------------------------------------------------
