@@ -31,17 +31,20 @@ struct Chosen {
     // before the wait for earlier kernels an L1 may hold what an older kernel has read: volatile reads go past it.
     __device__ __forceinline__ void read(const volatile i32* sorted, const volatile i32* offsets,
                                          const volatile f32* by, int size, int s, int E, bool places) {
-        __shared__ i32 before[MAX_EXPERTS + 1], list[MAX_PAIRS];
+        __shared__ i32 before[MAX_EXPERTS + 1], starts[MAX_EXPERTS + 1], list[MAX_PAIRS];
         __shared__ f32 weight[MAX_PAIRS];
         found = list;
-        for (int i = threadIdx.x; i < size; i += blockDim.x) list[i] = sorted[i], weight[i] = by[i];
-        running_sums(before, E, [&](int expert) { return offsets[expert + 1] > offsets[expert]; });
+        // From both ends of the block, so that few threads wait for one load after the other.
+        for (int i = threadIdx.x; i <= E; i += blockDim.x) starts[i] = offsets[i];
+        for (int i = blockDim.x - 1 - threadIdx.x; i < size; i += blockDim.x) list[i] = sorted[i], weight[i] = by[i];
+        __syncthreads();
+        running_sums(before, E, [&](int expert) { return starts[expert + 1] > starts[expert]; });
         count = before[E];
         for (int expert = threadIdx.x; expert < E; expert += blockDim.x) {
             const int place = before[expert];
             if (before[expert + 1] == place) continue;
             experts[place] = expert;
-            for (int i = offsets[expert]; i < offsets[expert + 1]; i++) {
+            for (int i = starts[expert]; i < starts[expert + 1]; i++) {
                 const int pair = list[i], at = place * ROWS + pair / s;
                 pairs[at] = places ? i : pair, weights[at] = weight[pair];
             }

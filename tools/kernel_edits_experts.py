@@ -56,7 +56,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_FEW, "own[min(lane_row(), tile.count - 1)] / s;", "own[min(lane_row(), tile.count - 1)];"),
     (_FEW, "b + i64(tile.expert) * HALVES<ACT> * m;", "b;"),
     # the experts' sum in the product
-    (_COMBINE, "offsets[expert + 1] > offsets[expert];", "offsets[expert + 1] >= offsets[expert];"),
+    (_COMBINE, "starts[expert + 1] > starts[expert];", "starts[expert + 1] >= starts[expert];"),
     (_COMBINE, "place * ROWS + pair / s;", "place * ROWS + pair % s;"),
     (_COMBINE, "weights[at] = weight[pair];", "weights[at] = weight[i];"),
     (_COMBINE, "b[i64(chosen.experts[e]) * m + column]", "b[column]"),

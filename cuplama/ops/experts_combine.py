@@ -30,12 +30,14 @@ class Tuning:
     warps: of a GPU block, at most. ring: bytes of weights, and of x beside them, that a GPU block has asked for ahead
     of what it multiplies, at most; depth, packed_depth: the same in places of a warp's ring, of plain and of packed
     weights. One row of Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200, one of gpt-oss-20b 137 KB.
+    ahead: whether weights of the chosen experts are asked for before x is there.
     """
 
     warps: int = 16
     ring: int = 208 << 10
     depth: int = 8
     packed_depth: int = 8
+    ahead: bool = True
 
 
 TUNING = Tuning()
@@ -44,7 +46,7 @@ TUNING = Tuning()
 _WARP = 32
 _AHEAD = ("pairs", "offsets", "weights")  # what a kernel can read before x is there
 _MAX_PAIRS = 256  # as in experts_combine.cuh
-_RESERVED_BYTES = 6 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
+_RESERVED_BYTES = 7 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
 _MIN_DEPTH = 2  # places in a warp's ring
 _PAIRS = "products"  # scratch: the products of the pairs, where two launches compute the op
 
@@ -101,7 +103,7 @@ def _plain(call: Call, device: Device, tuning: Tuning) -> Launch | None:
             depth * warps * place + beside, device.shared // 2
         ),  # two do not fit: the next kernel's are dealt out evenly
         {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most, "ahead": 0},
-        ahead=_AHEAD,
+        ahead=_AHEAD if tuning.ahead else (),
         waits_first=True,
     )
 
@@ -160,7 +162,7 @@ def _packed(call: Call, device: Device, tuning: Tuning, segment: SegmentLike) ->
             "most": most, "room": room, "ahead": 0,
         },
         {"w": "w.0"},
-        ahead=_AHEAD,
+        ahead=_AHEAD if tuning.ahead else (),
         waits_first=True,
     )  # fmt: skip
 
