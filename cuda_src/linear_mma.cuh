@@ -150,6 +150,14 @@ struct Stream {
     }
 };
 
+// Products of a vector of x with those of rows r (p) and r + 8 (q) of w: two, to two sums, which may be one.
+template <typename T>
+__device__ __forceinline__ void multiply_vectors(float (&sum)[4], float (&other)[4], const u32 (&p)[4],
+                                                 const u32 (&q)[4], const u32 (&x)[4], T) {
+    multiply(sum, {p[0], q[0], p[1], q[1]}, {x[0], x[1]}, T());
+    multiply(other, {p[2], q[2], p[3], q[3]}, {x[2], x[3]}, T());
+}
+
 // The sums of one tile over the chunks of this warp, to partial [TILE]. x: this lane's vectors, each as the sum of
 // LEVELS numbers.
 template <int LEVELS, int COLUMNS, int WARPS, int CHUNKS, int PHASES, int DEPTH, typename T, typename Weights>
@@ -162,15 +170,10 @@ __device__ __forceinline__ void multiply_tile(Stream<COLUMNS, WARPS, CHUNKS, PHA
         Vector w[4];
         stream.take(slot, w);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u32(&p)[4] = w[i].v, (&q)[4] = w[i + 2].v;
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int l = 0; l < LEVELS; l++) {
-                const u32(&v)[4] = x[c][i][l].v;
-                multiply(sum[0], {p[0], q[0], p[1], q[1]}, {v[0], v[1]}, T());
-                multiply(sum[CHAINS - 1], {p[2], q[2], p[3], q[3]}, {v[2], v[3]}, T());
-            }
-        }
+            for (int l = 0; l < LEVELS; l++)
+                multiply_vectors(sum[0], sum[CHAINS - 1], w[i].v, w[i + 2].v, x[c][i][l].v, T());
     }
 #pragma unroll
     for (int i = 0; CHAINS > 1 && i < 4; i++) sum[0][i] += sum[CHAINS - 1][i];

@@ -16,14 +16,15 @@ constexpr bool TENSOR = false;
 
 // The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
 // warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks
-// that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order.
+// that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order. TEAMS: of
+// WARPS warps each, of a block, where each takes other weights.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
-          int STEP_, int SPLIT_, bool ORDERED_>
+          int STEP_, int SPLIT_, bool ORDERED_, int TEAMS_ = 1>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
-                         EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
+                         EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_, TEAMS = TEAMS_;
     static constexpr bool ORDERED = ORDERED_;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = GATED<ACT> ? 2 : 1;             // sums for an element of y, and tiles of a unit
@@ -114,7 +115,8 @@ struct Stream {
     // Where this warp's runs begin in a row of blocks in a phase, and how many blocks they have: none in a later phase
     // if there are none in an earlier one.
     static __device__ __forceinline__ int column_of(int phase) {
-        return (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS;
+        const int warp = threadIdx.x / WARP;
+        return (phase * S::WARPS + (S::TEAMS > 1 ? warp % S::WARPS : warp)) * S::BLOCKS;
     }
     __device__ __forceinline__ int blocks_of(int phase) const {
         return min(max(columns - column_of(phase), 0), S::BLOCKS);
@@ -209,10 +211,16 @@ struct Factors {
     template <typename Weights, typename Rows>
     __device__ __forceinline__ void fill(Stream<S, Weights>& stream, const Rows& rows, int phase) {
         rows.stage(stream, phase);
+        begin(stream, rows.staged + lane_row() % S::ROWS * STRIDE,
+              reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE));
+    }
+
+    // row: of x in shared memory, this lane's; of: behind the rows, where the sums of groups go.
+    template <typename Weights>
+    __device__ __forceinline__ void begin(const Stream<S, Weights>& stream, const T* row, f32* of) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
-        sums =
-            reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE) + warp * (S::BLOCKS * W::GROUPS * S::ROWS);
+        x = row + stream.column_of(0) * BLOCK_COLUMNS + lane % 4 * 8;
+        sums = of + warp * (S::BLOCKS * W::GROUPS * S::ROWS);
         if constexpr (W::OFFSET) {
             const u32 one = twice<T>(1.f);
 #pragma unroll 1
@@ -246,6 +254,13 @@ struct Factors {
     template <typename Weights>
     __device__ __forceinline__ void multiply_tile(Stream<S, Weights>& stream, int count, f32* partial) const {
         float total[4] = {};
+        sum_tile(stream, count, total);
+        store_tile<S::ROWS>(partial, total);
+    }
+
+    // The same in the registers that have it.
+    template <typename Weights>
+    __device__ __forceinline__ void sum_tile(Stream<S, Weights>& stream, int count, float (&total)[4]) const {
         const T* at = x;
         const f32* of = sums;
 #pragma unroll 1
@@ -254,19 +269,12 @@ struct Factors {
             at += BLOCK_COLUMNS;
             of += W::GROUPS * S::ROWS;
         }
-        const int r = lane_row(), t = threadIdx.x % 4;
-        if constexpr (S::ROWS == 1) {
-            if constexpr (SPREAD)
+        if constexpr (SPREAD)
 #pragma unroll
-                for (int i = 0; i < 4; i += 2) {
-                    total[i] += __shfl_xor_sync(ALL_LANES, total[i], 1);
-                    total[i] += __shfl_xor_sync(ALL_LANES, total[i], 2);
-                }
-            if (t == 0) partial[r] = total[0], partial[r + 8] = total[2];
-        } else if (2 * t < S::ROWS) {
-            store<2>(partial + r * S::ROWS + 2 * t, Pack<f32, 2>{total[0], total[1]});
-            store<2>(partial + (r + 8) * S::ROWS + 2 * t, Pack<f32, 2>{total[2], total[3]});
-        }
+            for (int i = 0; i < 4; i += 2) {
+                total[i] += __shfl_xor_sync(ALL_LANES, total[i], 1);
+                total[i] += __shfl_xor_sync(ALL_LANES, total[i], 2);
+            }
     }
 
     // A block's sums, added to those of its tile.

@@ -13,6 +13,26 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const
     mma_m16n8k16_bf16(d, a, b);
 }
 
+// A lane's sums of such a product with ROWS columns to `to` [16][ROWS]: it has rows r and r + 8, columns 2 t and 2 t + 1.
+template <int ROWS>
+__device__ __forceinline__ void store_tile(f32* to, const float (&total)[4]) {
+    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    if constexpr (ROWS == 1) {
+        if (t == 0) to[r] = total[0], to[r + 8] = total[2];
+    } else if (2 * t < ROWS) {
+        store<2>(to + r * ROWS + 2 * t, Pack<f32, 2>{total[0], total[1]});
+        store<2>(to + (r + 8) * ROWS + 2 * t, Pack<f32, 2>{total[2], total[3]});
+    }
+}
+
+// What store_tile left there, of the same lane; zeros for columns that are not there.
+template <int ROWS>
+__device__ __forceinline__ void load_tile(const f32* from, float (&total)[4]) {
+    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) total[i] = 2 * t + i % 2 < ROWS ? from[(r + i / 2 * 8) * ROWS + 2 * t + i % 2] : 0.f;
+}
+
 // Two values rounded to T in one register, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ u32 pack(float low, float high);

@@ -43,6 +43,17 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 #endif
 }
 
+// The same with 8 bytes, on 8-byte boundaries.
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+                 "l"(global), "r"(valid ? 8 : 0)
+                 : "memory");
+#else
+    *static_cast<uint2*>(shared) = valid ? *static_cast<const uint2*>(global) : make_uint2(0, 0);
+#endif
+}
+
 // Closes a group of this thread's copies; it may be empty.
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800

@@ -23,7 +23,10 @@
 #include "ptx.cuh"
 #include "route.cuh"
 
-constexpr int ROWS = 4;  // of a block
+constexpr int ROWS = 4;  // of a block of a route
+
+// The row of this thread's warp.
+__device__ __forceinline__ int warp_row() { return blockIdx.x * ROWS + threadIdx.x / WARP; }
 
 template <int EACH>
 __global__ void route(const f32* logits, const f32* __restrict__ bias, const f32* __restrict__ scale, i32* experts,
@@ -31,7 +34,7 @@ __global__ void route(const f32* logits, const f32* __restrict__ bias, const f32
                       f32 factor) {
     launch_dependents();
     pdl_wait();
-    const int row = blockIdx.x * ROWS + threadIdx.x / WARP;
+    const int row = warp_row();
     if (row >= n) return;
     choose<EACH>(logits + i64(row) * E, bias, scale, experts + i64(row) * k, weights + i64(row) * k, E, k, sigmoid,
                  groups, kept, renormalise, factor);
@@ -41,7 +44,7 @@ template <int EACH>
 __global__ void route_sparsemixer(const f32* logits, i32* experts, f32* weights, int n, int E, int k, f32 threshold) {
     launch_dependents();
     pdl_wait();
-    const int row = blockIdx.x * ROWS + threadIdx.x / WARP;
+    const int row = warp_row();
     if (row >= n) return;
     Row<EACH> of(logits + i64(row) * E, E);
     for (int slot = 0; slot < k; slot++) {

@@ -179,7 +179,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # linear_mma.cu: products, sums and what is stored
     ("mma.cuh", "mma_m16n8k16_bf16(d, a, b)", "mma_m16n8k16_bf16(d, {b[0], b[0], b[1], b[1]}, {a[0], a[2]})"),
     ("linear_mma.cuh", "{p[0], q[0], p[1], q[1]}", "{q[0], p[0], q[1], p[1]}"),
-    ("linear_mma.cuh", "{p[2], q[2], p[3], q[3]}, {v[2], v[3]}", "{p[2], q[2], p[3], q[3]}, {v[3], v[2]}"),
+    ("linear_mma.cuh", "{p[2], q[2], p[3], q[3]}, {x[2], x[3]}", "{p[2], q[2], p[3], q[3]}, {x[3], x[2]}"),
     ("linear_mma.cuh", "l < LEVELS; l++", "l < 1; l++"),
     ("linear_mma.cuh", "sum[0][i] += sum[CHAINS - 1][i];", ";"),
     ("linear_mma.cuh", "store<2>(partial + HALF,", "store<2>(partial,"),

@@ -112,6 +112,12 @@ FEW_ROWS_RULES: tuple[Rule, ...] = (
         },
         kept=(("rms_norm", "y"), ("route", "experts"), ("route", "weights")),
     ),
+    Rule(
+        ("expert_linear", "combine_pairs", "add"),
+        "expert_linear_combine",
+        {"b": ("expert_linear", "b"), "a": ("add", "a")},
+    ),
+    Rule(("expert_linear", "combine_pairs"), "expert_linear_combine"),
     *ADDED_NORM_RULES,
     _norm_linear("rms_norm", "silu_mul"),
     _norm_linear("rms_norm", "gelu_tanh_mul"),

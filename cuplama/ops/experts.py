@@ -32,7 +32,9 @@ __all__ = [
     "expert_linear_clamped_swiglu",
     "expert_linear_gelu_tanh_mul",
     "expert_linear_silu_mul",
+    "experts_with_pairs",
     "packed_ways",
+    "pair_inputs",
 ]
 
 _WARP = 32
@@ -87,7 +89,7 @@ def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Launch | N
         return None
     block = (_WARP * shape.warps,)
     own = {**constants, **shape.constants}
-    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own)
+    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own, waits_first=True)
 
 
 def _parts(constants: Mapping[str, Any]) -> int:
@@ -119,7 +121,7 @@ def _plan(act: str, call: Call, device: Device, ways: Ways | None = None) -> Pla
     return Plan((launch or _plain(constants, ways.rows if ways else MOST_PAIRS, call, device, call["E"]),))
 
 
-def _chosen(call: Call) -> float:
+def experts_with_pairs(call: Call) -> float:
     """Experts that have a pair; where only sizes are known, as many as are expected."""
     offsets = call.arrays["offsets"]
     if isinstance(offsets, np.ndarray):
@@ -136,13 +138,13 @@ def _bytes(parts: int, call: Call) -> float:
     """Weights of the experts that were chosen, and every other array once."""
     pairs = call["n"] * call["s"]
     bias = parts * call["m"] * (call.arrays["b"] is not None)
-    floats = _chosen(call) * bias + call["n"] * call["k"] + pairs * call["m"]
+    floats = experts_with_pairs(call) * bias + call["n"] * call["k"] + pairs * call["m"]
     weights, itemsize = call.arrays["w"], call.dtypes["T"].itemsize
     expert = stored_bytes(weights) / call["E"] if segments_of(weights) else parts * call["m"] * call["k"] * itemsize
-    return float(_chosen(call) * expert + floats * itemsize + 4 * (pairs + call["E"] + 1))
+    return float(experts_with_pairs(call) * expert + floats * itemsize + 4 * (pairs + call["E"] + 1))
 
 
-def _inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
+def pair_inputs(rng: np.random.Generator, case: Mapping[str, Any], T: np.dtype[Any]) -> dict[str, Any]:
     """Pairs of rows with experts that ``chosen`` leaves, by default all."""
     rows, s, E = case["n"], case["s"], case["E"]
     among = rng.permutation(E)[: case.get("chosen", E)]
@@ -211,7 +213,7 @@ def _op(
         kernels=lambda call, device: _plan(act, call, device),
         cases=[{**case, **knobs} for case in cases],
         sizes=lambda draw: {**_sizes(draw), **knobs},
-        inputs=_inputs,
+        inputs=pair_inputs,
         shape=dict(n=1, s=8, E=128, m=768, k=2048, b=False, **knobs),
         tolerance=PRODUCT_TOLERANCE,
         bytes=lambda call: _bytes(parts, call),

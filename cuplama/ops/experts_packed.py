@@ -117,6 +117,7 @@ def _few(constants: Mapping[str, Any], parts: int, call: Call, device: Device, s
             max(shared, device.shared // 2),  # two do not fit, so those of the next kernel are dealt out evenly
             own,
             {"w": "w.0"},
+            waits_first=True,
         )
     return None
 

@@ -173,6 +173,37 @@ def test_a_router_and_its_norm_are_one_node_that_keeps_what_experts_need() -> No
     assert found[0].attrs["k"] == config.experts_per_token
 
 
+def _combined(case: str) -> list[tuple[str, ...]]:
+    """Of each layer of experts in a decode step the inputs of its last node but for those of the product: what gives
+    weights, a bias, and what is added."""
+    config = load_config(GOLDEN / case)
+    fused = fuse(_step(decoder(config)), FEW_ROWS_RULES)
+    found = [node for node in fused if node.op == "expert_linear_combine"]
+    assert len(found) == sum(f"{i}.router" in config.weight_shapes() for i in range(config.num_layers)) > 0
+    assert "expert_linear" not in {node.op for node in fused}
+    for node in found:
+        layer = node.ins[0].partition(".")[0]
+        names = ("act", "down_proj", "pairs", "offsets")
+        assert node.ins[:4] == tuple(f"{layer}.experts.{name}" for name in names)
+    return [(node.outs[0], *node.ins[4:]) for node in found]
+
+
+def test_experts_their_sum_and_the_residual_are_one_node() -> None:
+    """A bias and the residual stream come to it; what a shared expert gives, in place of the stream; or nothing, where
+    what a shared expert gives goes through a gate first."""
+    biased = _combined("gpt-oss")[0]
+    assert biased == ("1.x0", "0.experts.weights", "0.experts.down_proj.bias", "0.x")
+    assert _combined("qwen3-moe")[0] == ("1.x0", "0.experts.weights", "", "0.x")
+    assert _combined("dots1")[0][1:] == ("1.experts.weights", "", "1.shared.down_proj.out")
+    assert _combined("qwen2-moe")[0] == ("1.experts.sum", "1.experts.weights")
+
+
+def test_experts_stay_apart_from_their_sum_for_many_rows() -> None:
+    graph = decoder(load_config(GOLDEN / "qwen3-moe"))
+    for nodes in (decode_nodes(graph, 9), decode_nodes(graph, 1, deterministic=True)):
+        assert "expert_linear_combine" not in {node.op for node in nodes}
+
+
 def test_a_part_with_what_the_fused_op_lacks_is_not_fused() -> None:
     """Left out, an input or an attribute would be ignored: the result would be another one."""
     rotation = [

@@ -1,0 +1,255 @@
+"""What the experts of a row give, weighted and added up, in one launch for few rows. Kernels:
+cuda_src/experts_combine_mma.cu (plain weights), experts_combine_packed.cu (packed ones), on tensor cores.
+
+Defined by its parts, ``expert_linear`` and ``combine_pairs``: the reference only calls theirs, and what the kernels do
+not take is computed by their launches, which hand over the products of the pairs, rounded to T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+from ..dtypes import Array, dtype_name
+from .experts import chosen_experts, expert_linear, experts_with_pairs, pair_inputs
+from .launch import Device, Launch, Plan
+from .linear import MAX_STREAMED_ROWS, PRODUCT_TOLERANCE
+from .linear_packed import ROWS, block_sums
+from .op import Call, Draw, Op
+from .route import MAX_EXPERTS, combine_pairs
+from .weights import SegmentLike, segments_of, stored_bytes
+
+__all__ = ["TUNING", "Tuning", "expert_linear_combine"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What decides how fast the kernels are.
+
+    warps: of a GPU block, at most. ring: bytes of weights, and of x beside them, that a GPU block has asked for ahead
+    of what it multiplies, at most; depth, packed_depth: the same in places of a warp's ring, of plain and of packed
+    weights. One row of Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200, one of gpt-oss-20b 137 KB.
+    ahead: whether weights of the chosen experts are asked for before x is there.
+    """
+
+    warps: int = 16
+    ring: int = 208 << 10
+    depth: int = 8
+    packed_depth: int = 8
+    ahead: bool = True
+
+
+TUNING = Tuning()
+"""What is taken. The figures are to be measured."""
+
+_WARP = 32
+_AHEAD = ("pairs", "offsets", "weights")  # what a kernel can read before x is there
+_MAX_PAIRS = 256  # as in experts_combine.cuh
+_RESERVED_BYTES = 7 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
+_MIN_DEPTH = 2  # places in a warp's ring
+_PAIRS = "products"  # scratch: the products of the pairs, where two launches compute the op
+
+# experts_combine_packed.cu
+_BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
+_DEEP = 4  # places of a ring that rows of x leave, if they can
+
+# experts_combine_mma.cu
+_TILE_ROWS = 16  # of w: the M of the instruction mma.m16n8k16
+_CHUNK = 64  # elements of a row of w that a warp multiplies at a time
+_MIN_COLUMNS = 4  # of y for a GPU block: for fewer its start costs more than it saves
+
+
+def _reference(
+    x: Array, w: Array, pairs: Array, offsets: Array, weights: Array, b: Array | None = None, a: Array | None = None
+) -> Array:
+    y: Array = combine_pairs.reference(expert_linear.reference(x, w, pairs, offsets, b), weights, a)
+    return y
+
+
+def _rows(call: Call) -> int:
+    """Rows of x that a kernel is compiled for."""
+    return next(rows for rows in ROWS if rows >= call["n"])
+
+
+def _table_bytes(call: Call) -> tuple[int, int]:
+    """Experts that may be chosen, and the bytes of shared memory in which a kernel keeps by whom."""
+    most = min(call["E"], call["n"] * call["s"])
+    return most, 4 * most * (1 + 2 * _rows(call))
+
+
+def _plain(call: Call, device: Device, tuning: Tuning) -> Launch | None:
+    """The launch of experts_combine_mma.cu; None where shared memory is too small for it."""
+    m, k, rows, (most, table) = call["m"], call["k"], _rows(call), _table_bytes(call)
+    blocks = min(device.sms, -(-m // _MIN_COLUMNS))
+    columns = -(-m // blocks)  # of a GPU block
+    tiles = -(-columns // _TILE_ROWS)
+    chunks = most * -(-k // _CHUNK)
+    place = (_TILE_ROWS + rows) * _CHUNK * 2  # bytes of a chunk
+    for warps in (w for w in (tuning.warps, 8, 4) if w <= tuning.warps):
+        beside = table + warps * tiles * _TILE_ROWS * rows * 4
+        room = min(tuning.ring, device.shared - _RESERVED_BYTES - beside)
+        depth = min(tuning.depth, -(-chunks // warps) * tiles, room // (warps * place))
+        if room >= _MIN_DEPTH * warps * place:
+            depth = max(depth, _MIN_DEPTH)
+            break
+    else:
+        return None
+    return Launch(
+        "experts_combine_mma.cu:expert_linear_combine_mma",
+        (blocks,),
+        (_WARP * warps,),
+        max(
+            depth * warps * place + beside, device.shared // 2
+        ),  # two do not fit: the next kernel's are dealt out evenly
+        {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most, "ahead": 0},
+        ahead=_AHEAD if tuning.ahead else (),
+        waits_first=True,
+    )
+
+
+@dataclass(frozen=True)
+class _Teams:
+    """How the warps of a GPU block divide the packed blocks of experts: ``teams`` of ``warps`` warps take experts in
+    turn, and a warp has ``blocks`` of a row of blocks of each."""
+
+    warps: int
+    blocks: int
+    teams: int
+
+
+def _teams(columns: int, most: int, experts: float) -> _Teams:
+    """The division of ``most`` warps that ends first. columns: packed blocks of a row of blocks; experts: how many are
+    expected to be chosen; a whole number is taken for certain."""
+    found = []
+    for blocks in range(-(-columns // most), columns + 1):
+        warps = -(-columns // blocks)
+        teams = min(most // warps, ceil(experts))
+        # Experts of the team that has most: if their number varies, half of a round is lost in the mean.
+        rounds = ceil(experts / teams) if experts == int(experts) else experts / teams + (teams - 1) / (2 * teams)
+        found.append((rounds * blocks, warps, blocks, teams))
+    _, warps, blocks, teams = min(found)
+    return _Teams(warps, blocks, teams)
+
+
+def _packed(call: Call, device: Device, tuning: Tuning, segment: SegmentLike) -> Launch | None:
+    """The launch of experts_combine_packed.cu; None where shared memory is too small for it."""
+    n, s, m, k, rows, (most, table) = call["n"], call["s"], call["m"], call["k"], _rows(call), _table_bytes(call)
+    packing, columns, units = segment.format.packing, -(-k // _BLOCK_COLUMNS), -(-m // _BLOCK_ROWS)
+    blocks = min(device.sms, units)
+    experts = most if n == 1 else chosen_experts(call["E"], s, n)
+    for warps in (w for w in (tuning.warps, 8, 4, 2) if w <= tuning.warps):
+        t = _teams(columns, warps, experts)
+        count = t.warps * t.teams
+        sums = count * (-(-units // blocks) * _BLOCK_ROWS + t.blocks * block_sums(packing)) * rows * 4
+        row = 2 * (t.warps * t.blocks * _BLOCK_COLUMNS + 32)  # bytes of one of x
+        slot = count * packing.block_bytes
+        left = device.shared - _RESERVED_BYTES - table - 16 - sums - row  # one row is zeros
+        # Rows of all pairs, or as many as leave a ring of some depth; at least those that one expert may have.
+        room = min(n * s, max(n, (left - min(tuning.packed_depth, _DEEP) * slot) // row))
+        depth = min(tuning.packed_depth, tuning.ring // slot, (left - room * row) // slot)
+        if depth >= _MIN_DEPTH:
+            break
+    else:
+        return None
+    return Launch(
+        "experts_combine_packed.cu:expert_linear_combine_packed",
+        (blocks,),
+        (_WARP * count,),
+        max(device.shared - _RESERVED_BYTES - left + room * row + depth * slot, device.shared // 2),
+        {
+            "W": packing.type, "ROWS": rows, "WARPS": t.warps, "BLOCKS": t.blocks, "TEAMS": t.teams, "DEPTH": depth,
+            "most": most, "room": room, "ahead": 0,
+        },
+        {"w": "w.0"},
+        ahead=_AHEAD if tuning.ahead else (),
+        waits_first=True,
+    )  # fmt: skip
+
+
+def _fused(call: Call, device: Device, tuning: Tuning) -> Launch | None:
+    """The launch that computes all of it, where there is one."""
+    n, pairs = call["n"], call["n"] * call["s"]
+    if n > MAX_STREAMED_ROWS or pairs > _MAX_PAIRS or call["E"] > MAX_EXPERTS or device.deterministic:
+        return None  # on a deterministic device a row's sums are those of any number of rows
+    if call.dtypes["T"].itemsize != 2 or device.arch < 80:
+        return None
+    if call["k"] % 8:
+        return None
+    segments = segments_of(call.arrays["w"])
+    if segments is None:
+        return _plain(call, device, tuning)
+    return _packed(call, device, tuning, segments[0]) if len(segments) == 1 and segments[0].order is None else None
+
+
+def _parts(call: Call, device: Device) -> Plan:
+    """The launches of both parts, one behind the other."""
+    assert expert_linear.kernels is not None
+    assert combine_pairs.kernels is not None
+    n, m, pairs, T = call["n"], call["m"], call["n"] * call["s"], dtype_name(call.dtypes["T"])
+    # To the product, of which each pair has a row of x, these are rows with one expert each.
+    product = expert_linear.kernels(replace(call, op=expert_linear, env={**call.env, "n": pairs, "s": 1}), device)
+    (last,) = combine_pairs.kernels(replace(call, op=combine_pairs, env={"n": n, "d": m}), device).launches
+    last = replace(last, constants={"d": m, "U": T}, names={"x": _PAIRS})
+    products = (replace(launch, names={**launch.names, "y": _PAIRS}) for launch in product.launches)
+    return replace(product, launches=(*products, last), scratch={**product.scratch, _PAIRS: ((pairs, m), T)})
+
+
+def _plan(call: Call, device: Device) -> Plan:
+    launch = _fused(call, device, TUNING)
+    return _parts(call, device) if launch is None else Plan((launch,))
+
+
+def _bytes(call: Call) -> float:
+    """Weights of the experts that were chosen, and every other array once."""
+    n, m, pairs, chosen = call["n"], call["m"], call["n"] * call["s"], experts_with_pairs(call)
+    w, itemsize = call.arrays["w"], call.dtypes["T"].itemsize
+    expert = stored_bytes(w) / call["E"] if segments_of(w) else m * call["k"] * itemsize
+    bias, residual = (call.arrays[name] is not None for name in ("b", "a"))
+    floats = chosen * m * bias + pairs * call["k"]
+    return float(chosen * expert + floats * itemsize + 4 * (n * m * (1 + residual) + 2 * pairs + call["E"] + 1))
+
+
+def _sizes(draw: Draw) -> dict[str, Any]:
+    E = draw(1, 20)
+    return dict(n=draw(1, 9), s=(s := draw(1, min(E, 5))), E=E, m=draw(1, 70), k=draw(1, 20) * draw(1, 40),
+                b=bool(draw(0, 1)), a=bool(draw(0, 1)), chosen=draw(s, E))  # fmt: skip
+
+
+expert_linear_combine = Op(
+    "expert_linear_combine",
+    "y[n,m]:f32 = (x[n*s,k]:T, w[E,m,k]:W, pairs[n*s]:i32, offsets[E+1]:i32, weights[n,s]:f32, b[E,m]:T?, a[n,m]:f32?)",
+    doc="y[i] = a[i] + sum over s of weights[i,s] * (x[i * s + slot] w[expert]^T + b[expert]); a may be left out. The"
+    " pairs, row * s + slot, are sorted by expert as by sort_pairs; a row has an expert once.",
+    reference=_reference,
+    kernels=_plan,
+    cases=[
+        # One row; rows that share experts or all of them; odd sizes; more rows than a kernel takes.
+        dict(n=1, s=1, E=1, m=8, k=8, b=False, a=False),
+        dict(n=1, s=8, E=37, m=40, k=200, b=False, a=True),
+        dict(n=2, s=3, E=9, m=33, k=72, b=True, a=True),
+        dict(n=5, s=2, E=7, m=150, k=136, b=True, a=True, chosen=2),
+        dict(n=8, s=4, E=60, m=72, k=64, b=False, a=True),
+        dict(n=8, s=1, E=3, m=25, k=328, b=True, a=False, chosen=1),
+        dict(n=9, s=2, E=5, m=24, k=72, b=True, a=True),
+        dict(n=3, s=2, E=4, m=10, k=61, b=True, a=True),
+        # Packed: one row, and several.
+        dict(n=1, s=4, E=6, m=40, k=328, b=True, a=True, W="mxfp4"),
+        dict(n=5, s=2, E=7, m=48, k=200, b=False, a=True, W="int4 g128", chosen=3),
+        dict(n=9, s=2, E=3, m=23, k=200, b=True, a=True, W="Q4_K"),
+    ],
+    sizes=_sizes,
+    inputs=pair_inputs,
+    shape=dict(n=1, s=8, E=128, m=2048, k=768, b=False, a=True),
+    # Where two launches compute it, the products of the pairs are rounded to T, of which y, in f32, is a sum.
+    tolerance={**PRODUCT_TOLERANCE, "f16:f32": 5000.0, "bf16:f32": 40000.0},
+    bytes=_bytes,
+    kernel_docs={
+        **expert_linear.kernel_docs,
+        "expert_linear_combine_mma": "The weighted sum of what the experts of up to 8 rows give, on tensor cores.",
+        "expert_linear_combine_packed": "The same of packed weights.",
+        "combine_pairs": combine_pairs.doc,
+    },
+    flops=lambda c: 2 * c["n"] * c["s"] * c["m"] * (c["k"] + 1),
+    unaligned=False,
+)
