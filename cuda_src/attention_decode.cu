@@ -66,7 +66,7 @@
 // 2 (41.5). With smaller blocks for large batches (ops/decode_blocks.py) one tile ahead in the L2 gains: 512 sequences
 // of 576 keys 366 -> 346 us, 64 of 2048 181 -> 168; two tiles 361 and 175, four 421 and 208.
 #include "attention_decode_fma.cuh"
-#include "attention_decode_mma.cuh"
+#include "attention_decode_ring.cuh"
 
 // What is done to a new head: norm and rotation, for the lane's share. A warp makes one and uses it for several heads.
 template <typename T, int D>
@@ -136,12 +136,8 @@ __device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const Ne
     const int here = heads.count, count = here + (newest ? 2 : 0);
     const Preparation<T, D> prepare(token);
     const bool normed = token.q_norm != nullptr;
-    Pack<T, E> fetched[MINE] = {}, scales[MINE] = {};
-    if (normed && lane * E < D) {
-#pragma unroll
-        for (int i = 0; i < MINE; i++)
-            scales[i] = load<E>((warp + i * WARPS < here ? token.q_norm : token.k_norm) + lane * E);
-    }
+    Pack<T, E> fetched[MINE] = {}, q_norm = {}, k_norm = {};
+    if (normed && lane * E < D) q_norm = load<E>(token.q_norm + lane * E), k_norm = load<E>(token.k_norm + lane * E);
     wait();
     const T* x = a.x + i64(heads.sequence) * a.heads * D + lane * E;
 #pragma unroll
@@ -155,9 +151,14 @@ __device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const Ne
         const int j = warp + i * WARPS;
         if (j >= count) break;
         T* to = j < here ? q + j * QUERY : j == here ? fresh_key : fresh_value;
-        prepare(fetched[i], normed && j <= here, scales[i], j <= here, to);
+        Pack<T, E> scale = q_norm;
+        if (j >= here) scale = k_norm;
+        prepare(fetched[i], normed && j <= here, scale, j <= here, to);
         if constexpr (!same_type<M, T>) {
-            if (j < here && lane * E < D) scale_query<T, C>(to + lane * E);
+            if (j < here && lane * E < D) {
+#pragma unroll
+                for (int n = 0; n < E; n += 8) scale_query<T, C>(to + lane * E + n);
+            }
         }
         if constexpr (!same_type<C, T>) {
             if (j >= here && lane * E < D)
@@ -186,14 +187,13 @@ __device__ __forceinline__ const C* stored(const T*, const C* rounded) {
 template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, bool CAPPED, bool SINKS, typename T,
           typename C, typename Wait>
 __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<T, C>& token, Wait wait) {
-    using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
+    using Numbers = Decode<T, C, D, Q, WARPS, TENSOR, STAGES>;
     using Product = Products<T, C>;
     constexpr int THREADS = Numbers::THREADS, PARTS = Numbers::PARTS, STRIDE = Numbers::STRIDE;
     constexpr int QUERY = Numbers::QUERY;
     __shared__ alignas(16) T q[Numbers::QUERIES * QUERY];
     __shared__ alignas(16) T fresh_key[D], fresh_value[D];
     __shared__ alignas(16) C rounded_key[D], rounded_value[D];
-    __shared__ alignas(16) float room[Numbers::ROOM];  // [PARTS][Q][STRIDE]
     __shared__ float largest[PARTS][Q], sum[PARTS][Q];
 
     const Heads<Q> heads(a.num_heads, a.H);
@@ -214,10 +214,15 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
     const History<C> past{a.k, a.v, table, heads.kv_head, a.H, span.low, fresh, key, value};
 
     // The first keys are on their way while the queries are prepared.
-    typename Tiles<T, C, D, TENSOR ? S : 1, STAGES>::Type tiles;
+    typename Tiles<C, D, TENSOR ? S : 1, STAGES>::Type tiles;
+    float* room;
     if constexpr (STAGES > 0) {
-        DYNAMIC_SHARED(unsigned char, rings);
-        tiles.room = rings + warp * tiles.BYTES;
+        DYNAMIC_SHARED(float, rings);
+        room = rings;
+        tiles.room = reinterpret_cast<unsigned char*>(room + warp * Numbers::PITCH);
+    } else {
+        __shared__ alignas(16) float sums[Numbers::ROOM];
+        room = sums;
     }
     if constexpr (TENSOR) fetch_tiles<WARPS>(tiles, past, span.begin(blockIdx.x), min(span.end(blockIdx.x), fresh));
     const bool newest = APPEND && (span.count - 1) % taking == int(blockIdx.x);
@@ -235,7 +240,7 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
         const Scaling<T, CAPPED> scaling(a.scale, a.softcap, TENSOR ? 1.f / Product::QUERY_SCALE : 1.f);
         if constexpr (TENSOR) {
             if (split != int(blockIdx.x)) fetch_tiles<WARPS>(tiles, past, begin, min(end, fresh));
-            attend_warp<QUERY, Q, WARPS, STRIDE, T>(tiles, q, past, begin, end, scaling, room + warp * Q * STRIDE,
+            attend_warp<QUERY, Q, WARPS, STRIDE, T>(tiles, q, past, begin, end, scaling, room + warp * Numbers::PITCH,
                                                     largest[warp], sum[warp]);
             __syncthreads();
         } else {
@@ -245,7 +250,7 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
             }
             attend_block<D, S, Q, WARPS>(past, begin, end, scaling, room, largest[0], sum[0]);
         }
-        store_split<D, Q, WARPS, TENSOR, SINKS>(a, heads, y, split, span.count == 1, room, largest, sum);
+        store_split<D, Q, Numbers, SINKS>(a, heads, y, split, span.count == 1, room, largest, sum);
         __syncthreads();
     }
     if (span.count == 1) return;

@@ -12,7 +12,8 @@ from cuplama.lab.check import check, poison, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload
 from cuplama.ops.abstract import attributes
-from cuplama.ops.attention import attention, attention_case
+from cuplama.ops.attention import attention
+from cuplama.ops.attention_cases import attention_case
 from cuplama.ops.binding import bind_plan
 from cuplama.ops.fused import append_attention
 from cuplama.ops.launch import Device
