@@ -26,15 +26,15 @@
 // C is T, or e4m3 (e4m3.cuh). D is a multiple of 8 up to 256, or of 16 up to 512. Scores, softmax statistics and sums are
 // f32.
 //
-// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4 for
-// D > 256, take several blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many
-// as make max_splits splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a captured launch
-// serves every length, and among launches of the same WARPS and min_keys, which the size of the batch decides, a result
-// depends on the sequence's own length alone. The block that arrives last adds up the splits, in their order. A sequence of
-// one split needs none of this. The block with the last split computes the new k and v, attends to its own copy, and
-// (part 0) writes the cache.
+// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4 for D
+// > 256 without tensor cores, take several blocks, `parts`) and every gridDim.x-th split of the keys. A split has
+// min_keys keys, or as many as make max_splits splits of the sequence, whichever is more. So the device decides how
+// many splits a length deserves, a captured launch serves every length, and among launches of the same WARPS and
+// min_keys, which the size of the batch decides, a result depends on the sequence's own length alone. The block that
+// arrives last adds up the splits, in their order. A sequence of one split needs none of this. The block with the last
+// split computes the new k and v, attends to its own copy, and (part 0) writes the cache.
 //
-//   TENSOR   16-bit T and D <= 128, from sm_80 on (attention_decode_mma.cuh): a warp takes 16 keys at a time and keeps
+//   TENSOR   16-bit T, from sm_80 on (attention_decode_mma.cuh): a warp takes 16 keys at a time and keeps
 //            a softmax of its own, so the loop has no barrier. Scores are mma of queries (8 of 16 rows) and keys (8
 //            columns): which d meets which is free, so a lane reads 16 bytes of a key as its share of two products.
 //            Sums are mma of v^T (16 d) and p^T (8 heads); p enters as two 16-bit numbers, p and what rounding it took
@@ -43,7 +43,11 @@
 //            on by one instruction for two numbers, and values by half as many exchanges of bytes as 16 bits take. A
 //            lane reads 16 bytes of a row there too if D allows: 16 elements, so which d meets which is another order.
 //            Next tiles are on their way in registers, two of them; or with STAGES > 0 in a ring of each warp in shared
-//            memory, for many sequences (ops/decode_blocks.py has the choice and the times).
+//            memory (attention_decode_ring.cuh), for many sequences (ops/decode_blocks.py has the choice and the times).
+//            A lane of D = 128 has 64 registers of a tile and 32 of sums; of D = 256 twice as many, which leaves room for
+//            no second tile. So for D > 128 tiles always come through a ring, one of 16 keys is 16 KB of D = 256, and a
+//            lane reads a fragment just before its products: 168 registers, and 250 for D = 512. The sums of a warp are
+//            stored where its ring was. Rows that are no whole 16 bytes (e4m3, D = 8 modulo 16) take the other way.
 //   else     (attention_decode_fma.cuh): LANES lanes hold a row of SHARE*LANES >= D elements, a block reads ROWS keys side
 //            by side, and the products of the Q heads are summed over the lanes by a reduce-scatter.
 //
@@ -65,6 +69,10 @@
 // kept). Tried besides: cp.async.bulk.prefetch.L2 of the next 4 tiles (50 us at 32768 keys instead of 40), of the next
 // 2 (41.5). With smaller blocks for large batches (ops/decode_blocks.py) one tile ahead in the L2 gains: 512 sequences
 // of 576 keys 366 -> 346 us, 64 of 2048 181 -> 168; two tiles 361 and 175, four 421 and 208.
+//
+// Wide heads on tensor cores no GPU has run yet. As multiply-adds, on an H200 in the decode step of Gemma 3 4B (8
+// query and 4 key heads of 256), they took 25.4 microseconds for one sequence of some 160 keys, and 62.5 for 64, waits
+// for the kernel before included; heads of 128 in other models take 10.1 and 18 on tensor cores.
 #include "attention_decode_fma.cuh"
 #include "attention_decode_ring.cuh"
 
