@@ -1,10 +1,11 @@
-"""Attention of decode steps of many sequences: ``python -m benchmarks.attention_batches [--blocks W,K,S,P ...]``.
+"""Attention of decode steps of many sequences: ``python -m benchmarks.attention_batches [--blocks W,K,S,P[,A] ...]``.
 
-``append_attention`` in bf16 with the heads of Llama 3.1 8B and 3.2 1B, and of Gemma 3 4B, whose 256 dims are a table of
-their own: microseconds of a launch in a replayed graph of many, on caches that exceed the L2 cache together, and GB/s.
-A row for what ``cuplama/ops/decode_blocks.py`` chooses, and one for each of --blocks: warps of a block, keys of a
-split, stages of a ring (at least 1 where heads have 256 dims), blocks of a multiprocessor; with --multiply-adds a row
-without tensor cores for wide heads. Each is judged against the op's reference first. ``--out FILE`` writes the rows.
+``append_attention`` in bf16 with the heads of Llama 3.1 8B and 3.2 1B, and of Gemma 3 4B, whose 256 dims are a table
+of their own: microseconds of a launch in a replayed graph of many, on caches that exceed the L2 cache together, and
+GB/s. A row for what ``cuplama/ops/decode_blocks.py`` chooses, and one for each of --blocks: warps of a block, keys of
+a split, stages of a ring (at least 1 where heads have 256 dims), blocks of a multiprocessor and, if given, keys that
+are one split; with --multiply-adds a row without tensor cores for wide heads. Each is judged against the op's
+reference first. ``--out FILE`` writes the rows.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def measure(blocks: tuple[int, ...] | None, largest: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", nargs="*", default=[], metavar="W,K,S,P")
+    parser.add_argument("--blocks", nargs="*", default=[], metavar="W,K,S,P[,A]")
     parser.add_argument("--multiply-adds", action="store_true", help="a row without tensor cores for wide heads")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -26,13 +26,14 @@
 // C is T, or e4m3 (e4m3.cuh). D is a multiple of 8 up to 256, or of 16 up to 512. Scores, softmax statistics and sums are
 // f32.
 //
-// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4 for D
-// > 256 without tensor cores, take several blocks, `parts`) and every gridDim.x-th split of the keys. A split has
-// min_keys keys, or as many as make max_splits splits of the sequence, whichever is more. So the device decides how
-// many splits a length deserves, a captured launch serves every length, and among launches of the same WARPS and
-// min_keys, which the size of the batch decides, a result depends on the sequence's own length alone. The block that
-// arrives last adds up the splits, in their order. A sequence of one split needs none of this. The block with the last
-// split computes the new k and v, attends to its own copy, and (part 0) writes the cache.
+// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4
+// without tensor cores and with D > 256, take several blocks, `parts`) and every gridDim.x-th split of the keys. Up to
+// `alone` keys are one split; of more a split has min_keys, or as many as make max_splits splits of the sequence,
+// whichever is more. So the device decides how many splits a length deserves, a captured launch serves every length,
+// and among launches of the same WARPS, min_keys and `alone`, which the size of the batch decides, a result depends on
+// the sequence's own length alone. The block that arrives last adds up the splits, in their order. A sequence of one
+// split needs none of this. The block with the last split computes the new k and v, attends to its own copy, and (part
+// 0) writes the cache.
 //
 //   TENSOR   16-bit T, from sm_80 on (attention_decode_mma.cuh): a warp takes 16 keys at a time and keeps
 //            a softmax of its own, so the loop has no barrier. Scores are mma of queries (8 of 16 rows) and keys (8
@@ -207,7 +208,7 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
     const Heads<Q> heads(a.num_heads, a.H);
     const int warp = threadIdx.x / WARP, here = heads.count;
     T* y = a.y + (i64(heads.sequence) * a.num_heads + heads.first) * D;
-    const Span span(a.seq_lens[heads.sequence], a.window, a.min_keys, a.max_splits);
+    const Span span(a.seq_lens[heads.sequence], a.window, a.min_keys, a.alone, a.max_splits);
     const int taking = min(int(gridDim.x), span.count);  // blocks that have a split
     if (int(blockIdx.x) >= taking) {
         if (span.count == 0 && blockIdx.x == 0) {  // an empty sequence
@@ -271,11 +272,11 @@ template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, i
 __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
                      f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int window, int min_keys,
-                     int max_splits, int splits, float scale, const T* sinks, float softcap) {
+                     int alone, int max_splits, int splits, float scale, const T* sinks, float softcap) {
     launch_dependents();
     pdl_wait();
-    const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
-                            H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
+    const Arguments<T, C> a{x,     k, v,      seq_lens, page_table, y,          partial, stats, arrivals, num_heads, H,
+                            heads, M, window, min_keys, alone,      max_splits, splits,  scale, sinks,    softcap};
     decode<false, D, S, Q, WARPS, TENSOR, STAGES, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
 }
 
@@ -285,12 +286,12 @@ __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
                      f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int h, int window,
-                     int min_keys, int max_splits, int splits, float scale, float eps, float offset, const T* sinks,
-                     float softcap) {
+                     int min_keys, int alone, int max_splits, int splits, float scale, float eps, float offset,
+                     const T* sinks, float softcap) {
     launch_dependents();
     const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
-    const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
-                            H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
+    const Arguments<T, C> a{x,     k, v,      seq_lens, page_table, y,          partial, stats, arrivals, num_heads, H,
+                            heads, M, window, min_keys, alone,      max_splits, splits,  scale, sinks,    softcap};
     const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps, offset};
     decode<true, D, S, Q, WARPS, TENSOR, STAGES, CAPPED, SINKS>(a, token, wait);
 }

@@ -54,7 +54,7 @@ struct Arguments {
     T* y;
     f32 *partial, *stats;
     u32* arrivals;
-    int num_heads, H, heads, M, window, min_keys, max_splits, splits;
+    int num_heads, H, heads, M, window, min_keys, alone, max_splits, splits;
     float scale;
     const T* sinks;
     float softcap;
@@ -76,12 +76,12 @@ struct NewToken {
 struct Span {
     int low, length, first, size, count;  // first: low, rounded down to where a tile begins
 
-    __device__ __forceinline__ Span(int length, int window, int min_keys, int max_splits) : length(length) {
+    __device__ __forceinline__ Span(int length, int window, int min_keys, int alone, int max_splits) : length(length) {
         low = window > 0 && length > window ? length - window : 0;
         first = low / TILE * TILE;
-        const int each = (length - first + max_splits - 1) / max_splits;
-        size = max(min_keys, (each + 63) / 64 * 64);
-        count = (length - first + size - 1) / size;
+        const int keys = length - first, each = (keys + max_splits - 1) / max_splits;
+        size = max(min_keys, keys <= alone ? alone : (each + 63) / 64 * 64);
+        count = (keys + size - 1) / size;
     }
     __device__ __forceinline__ int begin(int split) const { return first + split * size; }
     __device__ __forceinline__ int end(int split) const { return min(begin(split) + size, length); }

@@ -235,7 +235,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_decode_mma.cuh", "if (2 * t + j < Q && column < D)", "if (2 * t + j < Q && column <= D)"),
     ("attention_decode.cuh", "length > window ? length - window : 0", "length > window ? length - window + 1 : 0"),
     ("attention_decode.cuh", "first = low / TILE * TILE;", "first = low;"),
-    ("attention_decode.cuh", "max(min_keys, (each + 63) / 64 * 64)", "max(min_keys, each)"),
+    ("attention_decode.cuh", "alone : (each + 63) / 64 * 64)", "alone : each)"),
     ("attention_decode_fma.cuh", "min(tile + u * ROWS + row, end - 1)", "min(tile + u * ROWS + row, end)"),
     ("attention_decode_fma.cuh", "tile + j < end ? exp2f", "tile + j <= end ? exp2f"),
     ("attention_decode_fma.cuh", "for (int j = lane; j < KEYS; j += WARP) {\n            const float p",

@@ -27,6 +27,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     # attention_decode_ring.cuh, and the sums that lie where a ring was
     (_RING, "token < high;\n                const C* start", "token <= high;\n                const C* start"),
     (_RING, "(VALUES ? STAGES : 0) + stage)", "stage)"),
+    ("attention_decode.cuh", "keys <= alone ? alone", "keys <= alone ? alone / 2"),
     (_RING, "stage + 1 == STAGES ? 0 : stage + 1", "0"),
     (_RING, "cp_async_wait<2 * STAGES - 1>();", "cp_async_wait<2 * STAGES>();"),
     (_RING, "if (from <= high) {", "if (from < high) {"),

@@ -151,7 +151,7 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     """The launch of a kernel of attention_decode.cu: one new token per sequence.
 
     The GPU, which knows the seq_lens, divides a sequence's keys into splits: of at least ``min_keys`` keys, and at most
-    ``max_splits``. The grid depends on the size of the batch and of the page table alone.
+    ``max_splits``; up to ``alone`` keys are one. The grid depends on the size of the batch and of the page table alone.
     """
     b, num_heads, H, D = (call[name] for name in ("b", "num_heads", "H", "D"))
     check_head(D)
@@ -160,17 +160,17 @@ def decode_plan(kernel: str, call: Call, device: Device, **constants: Any) -> Pl
     parts = -(-num_heads // H // (_MAX_HEADS if D <= 256 or tensor else _MAX_WIDE_HEADS))
     Q = -(-num_heads // H // parts)
     found = decode_blocks(b * H * parts, Q, D, C, device, tensor)
-    warps, min_keys, stages, places = found
+    warps, min_keys, stages, places, alone = found
     resident = device.sms * places  # blocks that the GPU holds at once
     max_splits = max(1, min(_MAX_SPLITS, resident // (H * parts)))
     keys = call["M"] * call["S"]
     if call["window"]:
         keys = min(keys, call["window"] + 15)  # a tile of 16 keys may begin before the window
-    splits = max(1, min(max_splits, -(-keys // min_keys)))
+    splits = max(1, min(max_splits, -(-keys // min_keys))) if keys > alone else 1
     blocks = max(1, min(splits, _BLOCKS_PER_PLACE * resident // (H * parts * b)))
     constants |= {
         "Q": Q, "WARPS": warps, "TENSOR": tensor, "STAGES": stages, "BLOCKS": places,
-        "min_keys": min_keys, "max_splits": max_splits, "splits": splits, **_constants(call),
+        "min_keys": min_keys, "alone": alone, "max_splits": max_splits, "splits": splits, **_constants(call),
     }  # fmt: skip
     scratch = {
         "partial": ((b, num_heads, splits, D), "f32"),

@@ -155,7 +155,7 @@ _BATCH_CASES = (
 _RING_CASES = (
     attention_case(1, 1, 256, [1], [1], S=64),
     attention_case(2, 1, 256, [1], [300], S=64),
-    attention_case(12, 2, 192, [1, 1], [17, 96], S=64),
+    attention_case(12, 2, 192, [1, 1], [17, 128], S=64),
     attention_case(8, 1, 256, [1, 1], [97, 600], 400, S=64, sinks=True),
     attention_case(4, 2, 152, [1, 1], [40, 33], S=8),
     attention_case(8, 1, 256, [1, 1], [290, 48], S=64, C="e4m3"),
@@ -163,6 +163,7 @@ _RING_CASES = (
     attention_case(4, 2, 144, [1, 1], [40, 17], S=8, C="e4m3"),
     attention_case(2, 1, 136, [1, 1], [40, 17], S=64, C="e4m3"),
     attention_case(4, 2, 512, [1], [270], S=64, C="e4m3", softcap=1.5),
+    attention_case(2, 2, 256, [1] * 16, [*_LENGTHS[:15], 270], S=64),
     attention_case(5, 5, 256, [1] * 27, [*_LENGTHS[:26], 100], S=64),
     attention_case(16, 16, 256, [1] * 32, [1, 16, 17, 33] * 8, S=64),
     attention_case(32, 32, 256, [1] * 32, [1, 17, 16, 5] * 8, S=64),

@@ -19,14 +19,16 @@ __all__ = [
 
 
 class DecodeBlocks(NamedTuple):
-    """A way to share out the keys on tensor cores. warps: of a block; keys: of a split, at least; stages: tiles of 16
-    keys that a warp has on their way through shared memory, 0 for two in registers; places: blocks that a
-    multiprocessor holds, as the registers allow: of 2 warps 4, since with 5 a thread has 168, and some spill."""
+    """A way to share out the keys on tensor cores. warps: of a block; keys: of a split, at least, a multiple of 16;
+    stages: tiles of 16 keys that a warp has on their way through shared memory, 0 for two in registers; places: blocks
+    that a multiprocessor holds, as the registers allow: of 2 warps 4, since with 5 a thread has 168, and some spill;
+    alone: so many keys are one split, although ``keys`` are fewer, since adding up splits takes its time."""
 
     warps: int
     keys: int
     stages: int
     places: int
+    alone: int = 0
 
 
 # (pairs of sequence and key head, at least; blocks). One sequence needs many blocks for its keys, each with as many
@@ -48,17 +50,18 @@ BLOCKS: Sequence[tuple[int, DecodeBlocks]] = (
     (0, DecodeBlocks(8, 256, 0, 1)),
 )
 # The same for heads of more than 128 dims, whose tiles go through shared memory always: a warp has 16 KB of keys and
-# values of 256 dims on their way in a stage. No GPU has run these yet. By estimate one block reads 100 GB/s of the L2,
-# so 160 keys of 256 dims take it some 1.6 microseconds, and adding up splits takes as long.
+# values of 256 dims on their way in a stage. No GPU has run these yet; the reasons are estimates.
 #
 # With 6 warps two blocks fit on a multiprocessor, or one beside a block of linear.cu, which takes half of the shared
-# memory: so a step's attention may begin to read its keys while the product before it runs. Where there are more pairs
-# than multiprocessors, smaller blocks even out, too.
+# memory: so a step's attention may begin to read its keys while the product before it runs. They have 96 keys on their
+# way. Each further 96 cost about a microsecond, and adding up splits costs 1.7: so up to 192 keys are one split, and
+# more are splits of 96. Where there are more pairs than multiprocessors, smaller blocks even out, too.
 WIDE_BLOCKS: Sequence[tuple[int, DecodeBlocks]] = (
     (1024, DecodeBlocks(2, 1024, 1, 4)),
     (512, DecodeBlocks(4, 1024, 1, 3)),
     (133, DecodeBlocks(6, 1024, 1, 2)),
-    (0, DecodeBlocks(6, 256, 1, 2)),
+    (32, DecodeBlocks(6, 256, 1, 2)),
+    (0, DecodeBlocks(6, 96, 1, 2, 192)),
 )
 MAX_TENSOR_HEAD = 512
 """Dims of the largest heads that go through tensor cores; others are computed by multiply-adds."""
