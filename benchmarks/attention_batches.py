@@ -1,9 +1,11 @@
-"""Attention of decode steps of many sequences: ``python -m benchmarks.attention_batches [--blocks W,K,S,P ...]``.
+"""Attention of decode steps of many sequences: ``python -m benchmarks.attention_batches [--blocks W,K,S,P[,A] ...]``.
 
-``append_attention`` in bf16 with the heads of Llama 3.1 8B and 3.2 1B, microseconds of a launch in a replayed graph of
-many, on caches that exceed the L2 cache together, and GB/s. A row for what ``cuplama/ops/decode_blocks.py`` chooses,
-and one for each of --blocks: warps of a block, keys of a split, stages of a ring, blocks of a multiprocessor. Each is
-judged against the op's reference first. ``--out FILE`` writes the rows.
+``append_attention`` in bf16 with the heads of Llama 3.1 8B and 3.2 1B, and of Gemma 3 4B, whose 256 dims are a table
+of their own: microseconds of a launch in a replayed graph of many, on caches that exceed the L2 cache together, and
+GB/s. A row for what ``cuplama/ops/decode_blocks.py`` chooses, and one for each of --blocks: warps of a block, keys of
+a split, stages of a ring (at least 1 where heads have 256 dims), blocks of a multiprocessor and, if given, keys that
+are one split; with --multiply-adds a row without tensor cores for wide heads. Each is judged against the op's
+reference first. ``--out FILE`` writes the rows.
 """
 
 from __future__ import annotations
@@ -26,20 +28,26 @@ SIZES = (
     ("llama-3.1-8b", 512, 576, "T"), ("llama-3.1-8b", 64, 512, "T"), ("llama-3.1-8b", 64, 2048, "T"),
     ("llama-3.1-8b", 16, 512, "T"), ("llama-3.1-8b", 512, 16, "T"), ("llama-3.1-8b", 512, 576, "e4m3"),
     ("llama-3.2-1b", 512, 576, "T"), ("llama-3.2-1b", 64, 512, "T"),
+    ("gemma-3-4b", 1, 160, "T"), ("gemma-3-4b", 1, 1024, "T"), ("gemma-3-4b", 64, 160, "T"),
+    ("gemma-3-4b", 64, 1024, "T"), ("gemma-3-4b", 256, 576, "T"), ("gemma-3-4b", 64, 160, "e4m3"),
 )  # fmt: skip
 _OP = OPS["append_attention"]
 
 
-def measure(blocks: tuple[int, ...] | None) -> dict[str, Any]:
-    """A row. Raises WrongResultError if a kernel computes something else than the reference."""
-    chosen = decode_blocks.BLOCKS
+def measure(blocks: tuple[int, ...] | None, largest: int) -> dict[str, Any]:
+    """A row. largest: dims of the largest heads on tensor cores. Raises WrongResultError if a kernel computes something
+    else than the reference."""
+    chosen = {name: getattr(decode_blocks, name) for name in ("BLOCKS", "WIDE_BLOCKS", "MAX_TENSOR_HEAD")}
     if blocks is not None:
         decode_blocks.BLOCKS = ((0, decode_blocks.DecodeBlocks(*blocks)),)
+        wide = decode_blocks.DecodeBlocks(*blocks)
+        decode_blocks.WIDE_BLOCKS = ((0, wide._replace(stages=max(1, wide.stages))),)
+    decode_blocks.MAX_TENSOR_HEAD = largest
     backend = CudaBackend("bf16")
-    row: dict[str, Any] = {"blocks": blocks or "chosen"}
+    row: dict[str, Any] = {"blocks": blocks or "chosen", "largest head": largest}
     try:
         checker = backend_checker(backend)
-        for D, b in ((128, 2), (64, 70)):
+        for D, b in ((128, 2), (64, 70), (256, 2), (256, 70)):
             for C in ("T", "e4m3"):
                 checker.check(
                     shape_workload(_OP, {"num_heads": 32, "H": 8, "D": D, "length": 300, "b": b, "C": C}, "bf16")
@@ -53,18 +61,25 @@ def measure(blocks: tuple[int, ...] | None) -> dict[str, Any]:
             del ins
     finally:
         backend.close()
-        decode_blocks.BLOCKS = chosen
-    print(row["blocks"], *(f"{v['microseconds']:.1f}" for v in row.values() if isinstance(v, dict)), flush=True)
+        for name, value in chosen.items():
+            setattr(decode_blocks, name, value)
+    print(
+        row["blocks"], largest, *(f"{v['microseconds']:.1f}" for v in row.values() if isinstance(v, dict)), flush=True
+    )
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", nargs="*", default=[], metavar="W,K,S,P")
+    parser.add_argument("--blocks", nargs="*", default=[], metavar="W,K,S,P[,A]")
+    parser.add_argument("--multiply-adds", action="store_true", help="a row without tensor cores for wide heads")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    asked = [None, *(tuple(map(int, blocks.split(","))) for blocks in args.blocks)]
-    record([measure(blocks) for blocks in asked], args.out)
+    most = decode_blocks.MAX_TENSOR_HEAD
+    asked = [(None, most), *((tuple(map(int, blocks.split(","))), most) for blocks in args.blocks)]
+    if args.multiply_adds:
+        asked.append((None, 128))
+    record([measure(*way) for way in asked], args.out)
 
 
 if __name__ == "__main__":

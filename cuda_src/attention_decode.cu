@@ -26,15 +26,16 @@
 // C is T, or e4m3 (e4m3.cuh). D is a multiple of 8 up to 256, or of 16 up to 512. Scores, softmax statistics and sums are
 // f32.
 //
-// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4 for
-// D > 256, take several blocks, `parts`) and every gridDim.x-th split of the keys. A split has min_keys keys, or as many
-// as make max_splits splits of the sequence, whichever is more. So the device decides how many splits a length deserves, a captured launch
-// serves every length, and among launches of the same WARPS and min_keys, which the size of the batch decides, a result
-// depends on the sequence's own length alone. The block that arrives last adds up the splits, in their order. A sequence of
-// one split needs none of this. The block with the last split computes the new k and v, attends to its own copy, and
-// (part 0) writes the cache.
+// Mapping: grid (blocks, H * parts, b). A block takes Q query heads of one key head (groups of more than 8, or 4
+// without tensor cores and with D > 256, take several blocks, `parts`) and every gridDim.x-th split of the keys. Up to
+// `alone` keys are one split; of more a split has min_keys, or as many as make max_splits splits of the sequence,
+// whichever is more. So the device decides how many splits a length deserves, a captured launch serves every length,
+// and among launches of the same WARPS, min_keys and `alone`, which the size of the batch decides, a result depends on
+// the sequence's own length alone. The block that arrives last adds up the splits, in their order. A sequence of one
+// split needs none of this. The block with the last split computes the new k and v, attends to its own copy, and (part
+// 0) writes the cache.
 //
-//   TENSOR   16-bit T and D <= 128, from sm_80 on (attention_decode_mma.cuh): a warp takes 16 keys at a time and keeps
+//   TENSOR   16-bit T, from sm_80 on (attention_decode_mma.cuh): a warp takes 16 keys at a time and keeps
 //            a softmax of its own, so the loop has no barrier. Scores are mma of queries (8 of 16 rows) and keys (8
 //            columns): which d meets which is free, so a lane reads 16 bytes of a key as its share of two products.
 //            Sums are mma of v^T (16 d) and p^T (8 heads); p enters as two 16-bit numbers, p and what rounding it took
@@ -43,7 +44,11 @@
 //            on by one instruction for two numbers, and values by half as many exchanges of bytes as 16 bits take. A
 //            lane reads 16 bytes of a row there too if D allows: 16 elements, so which d meets which is another order.
 //            Next tiles are on their way in registers, two of them; or with STAGES > 0 in a ring of each warp in shared
-//            memory, for many sequences (ops/decode_blocks.py has the choice and the times).
+//            memory (attention_decode_ring.cuh), for many sequences (ops/decode_blocks.py has the choice and the times).
+//            A lane of D = 128 has 64 registers of a tile and 32 of sums; of D = 256 twice as many, which leaves room for
+//            no second tile. So for D > 128 tiles always come through a ring, one of 16 keys is 16 KB of D = 256, and a
+//            lane reads a fragment just before its products: 168 registers, and 250 for D = 512. The sums of a warp are
+//            stored where its ring was. Rows that are no whole 16 bytes (e4m3, D = 8 modulo 16) take the other way.
 //   else     (attention_decode_fma.cuh): LANES lanes hold a row of SHARE*LANES >= D elements, a block reads ROWS keys side
 //            by side, and the products of the Q heads are summed over the lanes by a reduce-scatter.
 //
@@ -65,8 +70,12 @@
 // kept). Tried besides: cp.async.bulk.prefetch.L2 of the next 4 tiles (50 us at 32768 keys instead of 40), of the next
 // 2 (41.5). With smaller blocks for large batches (ops/decode_blocks.py) one tile ahead in the L2 gains: 512 sequences
 // of 576 keys 366 -> 346 us, 64 of 2048 181 -> 168; two tiles 361 and 175, four 421 and 208.
+//
+// Wide heads on tensor cores no GPU has run yet. As multiply-adds, on an H200 in the decode step of Gemma 3 4B (8
+// query and 4 key heads of 256), they took 25.4 microseconds for one sequence of some 160 keys, and 62.5 for 64, waits
+// for the kernel before included; heads of 128 in other models take 10.1 and 18 on tensor cores.
 #include "attention_decode_fma.cuh"
-#include "attention_decode_mma.cuh"
+#include "attention_decode_ring.cuh"
 
 // What is done to a new head: norm and rotation, for the lane's share. A warp makes one and uses it for several heads.
 template <typename T, int D>
@@ -136,12 +145,8 @@ __device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const Ne
     const int here = heads.count, count = here + (newest ? 2 : 0);
     const Preparation<T, D> prepare(token);
     const bool normed = token.q_norm != nullptr;
-    Pack<T, E> fetched[MINE] = {}, scales[MINE] = {};
-    if (normed && lane * E < D) {
-#pragma unroll
-        for (int i = 0; i < MINE; i++)
-            scales[i] = load<E>((warp + i * WARPS < here ? token.q_norm : token.k_norm) + lane * E);
-    }
+    Pack<T, E> fetched[MINE] = {}, q_norm = {}, k_norm = {};
+    if (normed && lane * E < D) q_norm = load<E>(token.q_norm + lane * E), k_norm = load<E>(token.k_norm + lane * E);
     wait();
     const T* x = a.x + i64(heads.sequence) * a.heads * D + lane * E;
 #pragma unroll
@@ -155,9 +160,14 @@ __device__ __forceinline__ void prepare_heads(const Arguments<T, C>& a, const Ne
         const int j = warp + i * WARPS;
         if (j >= count) break;
         T* to = j < here ? q + j * QUERY : j == here ? fresh_key : fresh_value;
-        prepare(fetched[i], normed && j <= here, scales[i], j <= here, to);
+        Pack<T, E> scale = q_norm;
+        if (j >= here) scale = k_norm;
+        prepare(fetched[i], normed && j <= here, scale, j <= here, to);
         if constexpr (!same_type<M, T>) {
-            if (j < here && lane * E < D) scale_query<T, C>(to + lane * E);
+            if (j < here && lane * E < D) {
+#pragma unroll
+                for (int n = 0; n < E; n += 8) scale_query<T, C>(to + lane * E + n);
+            }
         }
         if constexpr (!same_type<C, T>) {
             if (j >= here && lane * E < D)
@@ -186,20 +196,19 @@ __device__ __forceinline__ const C* stored(const T*, const C* rounded) {
 template <bool APPEND, int D, int S, int Q, int WARPS, bool TENSOR, int STAGES, bool CAPPED, bool SINKS, typename T,
           typename C, typename Wait>
 __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<T, C>& token, Wait wait) {
-    using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
+    using Numbers = Decode<T, C, D, Q, WARPS, TENSOR, STAGES>;
     using Product = Products<T, C>;
     constexpr int THREADS = Numbers::THREADS, PARTS = Numbers::PARTS, STRIDE = Numbers::STRIDE;
     constexpr int QUERY = Numbers::QUERY;
     __shared__ alignas(16) T q[Numbers::QUERIES * QUERY];
     __shared__ alignas(16) T fresh_key[D], fresh_value[D];
     __shared__ alignas(16) C rounded_key[D], rounded_value[D];
-    __shared__ alignas(16) float room[Numbers::ROOM];  // [PARTS][Q][STRIDE]
     __shared__ float largest[PARTS][Q], sum[PARTS][Q];
 
     const Heads<Q> heads(a.num_heads, a.H);
     const int warp = threadIdx.x / WARP, here = heads.count;
     T* y = a.y + (i64(heads.sequence) * a.num_heads + heads.first) * D;
-    const Span span(a.seq_lens[heads.sequence], a.window, a.min_keys, a.max_splits);
+    const Span span(a.seq_lens[heads.sequence], a.window, a.min_keys, a.alone, a.max_splits);
     const int taking = min(int(gridDim.x), span.count);  // blocks that have a split
     if (int(blockIdx.x) >= taking) {
         if (span.count == 0 && blockIdx.x == 0) {  // an empty sequence
@@ -214,10 +223,15 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
     const History<C> past{a.k, a.v, table, heads.kv_head, a.H, span.low, fresh, key, value};
 
     // The first keys are on their way while the queries are prepared.
-    typename Tiles<T, C, D, TENSOR ? S : 1, STAGES>::Type tiles;
+    typename Tiles<C, D, TENSOR ? S : 1, STAGES>::Type tiles;
+    float* room;
     if constexpr (STAGES > 0) {
-        DYNAMIC_SHARED(unsigned char, rings);
-        tiles.room = rings + warp * tiles.BYTES;
+        DYNAMIC_SHARED(float, rings);
+        room = rings;
+        tiles.room = reinterpret_cast<unsigned char*>(room + warp * Numbers::PITCH);
+    } else {
+        __shared__ alignas(16) float sums[Numbers::ROOM];
+        room = sums;
     }
     if constexpr (TENSOR) fetch_tiles<WARPS>(tiles, past, span.begin(blockIdx.x), min(span.end(blockIdx.x), fresh));
     const bool newest = APPEND && (span.count - 1) % taking == int(blockIdx.x);
@@ -235,7 +249,7 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
         const Scaling<T, CAPPED> scaling(a.scale, a.softcap, TENSOR ? 1.f / Product::QUERY_SCALE : 1.f);
         if constexpr (TENSOR) {
             if (split != int(blockIdx.x)) fetch_tiles<WARPS>(tiles, past, begin, min(end, fresh));
-            attend_warp<QUERY, Q, WARPS, STRIDE, T>(tiles, q, past, begin, end, scaling, room + warp * Q * STRIDE,
+            attend_warp<QUERY, Q, WARPS, STRIDE, T>(tiles, q, past, begin, end, scaling, room + warp * Numbers::PITCH,
                                                     largest[warp], sum[warp]);
             __syncthreads();
         } else {
@@ -245,7 +259,7 @@ __device__ __forceinline__ void decode(const Arguments<T, C>& a, const NewToken<
             }
             attend_block<D, S, Q, WARPS>(past, begin, end, scaling, room, largest[0], sum[0]);
         }
-        store_split<D, Q, WARPS, TENSOR, SINKS>(a, heads, y, split, span.count == 1, room, largest, sum);
+        store_split<D, Q, Numbers, SINKS>(a, heads, y, split, span.count == 1, room, largest, sum);
         __syncthreads();
     }
     if (span.count == 1) return;
@@ -258,11 +272,11 @@ template <typename T, typename C, int D, int S, int Q, int WARPS, bool TENSOR, i
 __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     attention_decode(const T* x, const C* k, const C* v, const i32* seq_lens, const i32* page_table, T* y, f32* partial,
                      f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int window, int min_keys,
-                     int max_splits, int splits, float scale, const T* sinks, float softcap) {
+                     int alone, int max_splits, int splits, float scale, const T* sinks, float softcap) {
     launch_dependents();
     pdl_wait();
-    const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
-                            H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
+    const Arguments<T, C> a{x,     k, v,      seq_lens, page_table, y,          partial, stats, arrivals, num_heads, H,
+                            heads, M, window, min_keys, alone,      max_splits, splits,  scale, sinks,    softcap};
     decode<false, D, S, Q, WARPS, TENSOR, STAGES, CAPPED, SINKS>(a, NewToken<T, C>{}, [] {});
 }
 
@@ -272,12 +286,12 @@ __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     append_attention(const T* x, const i32* slot_mapping, C* k, C* v, const i32* seq_lens, const i32* page_table,
                      const i32* rope_rows, const f32* cos, const f32* sin, const T* q_norm, const T* k_norm, T* y,
                      f32* partial, f32* stats, u32* arrivals, int num_heads, int H, int heads, int M, int h, int window,
-                     int min_keys, int max_splits, int splits, float scale, float eps, float offset, const T* sinks,
-                     float softcap) {
+                     int min_keys, int alone, int max_splits, int splits, float scale, float eps, float offset,
+                     const T* sinks, float softcap) {
     launch_dependents();
     const auto wait = [] { pdl_wait(); };  // for x; the rest is older than the step, see above
-    const Arguments<T, C> a{x, k,     v, seq_lens, page_table, y,          partial, stats, arrivals, num_heads,
-                            H, heads, M, window,   min_keys,   max_splits, splits,  scale, sinks,    softcap};
+    const Arguments<T, C> a{x,     k, v,      seq_lens, page_table, y,          partial, stats, arrivals, num_heads, H,
+                            heads, M, window, min_keys, alone,      max_splits, splits,  scale, sinks,    softcap};
     const NewToken<T, C> token{slot_mapping, k, v, rope_rows, cos, sin, q_norm, k_norm, h, eps, offset};
     decode<true, D, S, Q, WARPS, TENSOR, STAGES, CAPPED, SINKS>(a, token, wait);
 }

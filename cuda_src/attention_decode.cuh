@@ -21,8 +21,13 @@ constexpr int KEY_EACH = sizeof(C) == 1 && D % 64 == 0 ? 16 : 8;
 template <typename C, int D>
 constexpr int VALUE_EACH = sizeof(C) == 1 && D % 128 == 0 ? 16 : 8;
 
-// The numbers of an instance. Shared memory: queries [Q][QUERY] T, then sums [PARTS][Q][STRIDE] f32.
-template <typename T, typename C, int D, int Q, int WARPS, bool TENSOR>
+// Of a warp's ring of tiles: STAGES of keys, as many of values (attention_decode_ring.cuh).
+template <typename C, int D, int STAGES>
+constexpr int RING_BYTES = 2 * STAGES * TILE * D * sizeof(C);
+
+// The numbers of an instance. Shared memory: queries [QUERIES][QUERY] T, then sums [PARTS][PITCH] f32, of which a part
+// begins with [Q][STRIDE]; a warp's lie where its ring was.
+template <typename T, typename C, int D, int Q, int WARPS, bool TENSOR, int STAGES>
 struct Decode {
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int LANES = D <= 8 ? 2 : power_of_two(D / SHARE<D>);
@@ -36,7 +41,8 @@ struct Decode {
                                                         : CHUNKS * 32 + 32;
     static constexpr int QUERIES = TENSOR ? 8 : Q;
     static constexpr int ROWS = larger(1, THREADS / (Q * D / 4));  // splits that are added up side by side
-    static constexpr int ROOM = larger(PARTS * Q * STRIDE, ROWS * Q * D);
+    static constexpr int PITCH = larger(Q * STRIDE, RING_BYTES<C, D, STAGES> / 4);
+    static constexpr int ROOM = larger(PARTS * PITCH, ROWS * Q * D);
 };
 
 // The arguments of both kernels, as the head of attention_decode.cu describes them.
@@ -48,7 +54,7 @@ struct Arguments {
     T* y;
     f32 *partial, *stats;
     u32* arrivals;
-    int num_heads, H, heads, M, window, min_keys, max_splits, splits;
+    int num_heads, H, heads, M, window, min_keys, alone, max_splits, splits;
     float scale;
     const T* sinks;
     float softcap;
@@ -70,12 +76,12 @@ struct NewToken {
 struct Span {
     int low, length, first, size, count;  // first: low, rounded down to where a tile begins
 
-    __device__ __forceinline__ Span(int length, int window, int min_keys, int max_splits) : length(length) {
+    __device__ __forceinline__ Span(int length, int window, int min_keys, int alone, int max_splits) : length(length) {
         low = window > 0 && length > window ? length - window : 0;
         first = low / TILE * TILE;
-        const int each = (length - first + max_splits - 1) / max_splits;
-        size = max(min_keys, (each + 63) / 64 * 64);
-        count = (length - first + size - 1) / size;
+        const int keys = length - first, each = (keys + max_splits - 1) / max_splits;
+        size = max(min_keys, keys <= alone ? alone : (each + 63) / 64 * 64);
+        count = (keys + size - 1) / size;
     }
     __device__ __forceinline__ int begin(int split) const { return first + split * size; }
     __device__ __forceinline__ int end(int split) const { return min(begin(split) + size, length); }
@@ -106,12 +112,11 @@ struct History {
     __device__ __forceinline__ bool newest_from(int at) const { return fresh - at < TILE && fresh >= at; }
 };
 
-// A split's result from the PARTS sums in room [PARTS][Q][STRIDE]: rows of y if it is the only one, else partial sums.
-template <int D, int Q, int WARPS, bool TENSOR, bool SINKS, typename T, typename C, int PARTS>
+// A split's result from the PARTS sums in room: rows of y if it is the only one, else partial sums.
+template <int D, int Q, typename Numbers, bool SINKS, typename T, typename C, int PARTS>
 __device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Heads<Q>& heads, T* y, int split, bool only,
                                             const float* room, const float (&largest)[PARTS][Q],
                                             const float (&sum)[PARTS][Q]) {
-    using Numbers = Decode<T, C, D, Q, WARPS, TENSOR>;
     const i64 first = i64(heads.sequence) * a.num_heads + heads.first;
     for (int i = threadIdx.x; i < heads.count * D; i += Numbers::THREADS) {
         const int row = i / D, column = i % D;
@@ -121,7 +126,7 @@ __device__ __forceinline__ void store_split(const Arguments<T, C>& a, const Head
 #pragma unroll
         for (int w = 0; w < PARTS; w++) {
             const float factor = exp2f(largest[w][row] - top);
-            total += room[(w * Q + row) * Numbers::STRIDE + column] * factor;
+            total += room[w * Numbers::PITCH + row * Numbers::STRIDE + column] * factor;
             weights += sum[w][row] * factor;
         }
         if (only) {

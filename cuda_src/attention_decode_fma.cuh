@@ -33,7 +33,7 @@ __device__ __forceinline__ int reduce_scatter(float (&x)[N], int lane) {
 // A tile of KEYS keys: thread (row, column) holds E elements of every ROWS-th key and value, and of the sums.
 template <typename C, int D, int S, int Q, int WARPS>
 struct BlockTile {
-    static constexpr int THREADS = WARPS * WARP, LANES = Decode<C, C, D, Q, WARPS, false>::LANES;
+    static constexpr int THREADS = WARPS * WARP, LANES = Decode<C, C, D, Q, WARPS, false, 0>::LANES;
     static constexpr int E = SHARE<D>, WIDTH = E * LANES;
     static constexpr int ROWS = THREADS / LANES, QP = power_of_two(Q);
     // K and V wait in registers, as do E * Q sums.

@@ -45,19 +45,19 @@ constexpr int KEY_CHUNKS = (D + 4 * KEY_EACH<C, D> - 1) / (4 * KEY_EACH<C, D>);
 template <typename C, int D>
 constexpr int VALUE_CHUNKS = (D + 8 * VALUE_EACH<C, D> - 1) / (8 * VALUE_EACH<C, D>);
 
+// The key, of a tile's 16, whose values are a lane's i-th.
+__device__ __forceinline__ int value_row(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }
+
 // A warp's tile of 16 keys. Lane (g, t) = (lane / 4, lane % 4) holds of keys g and g + 8 the KE elements from
 // 4*KE*c + KE*t on, and of the values of keys 2t, 2t+1, 2t+8, 2t+9 the VE elements from 8*VE*c + VE*g on. Absent ones
 // are zero.
-template <typename T, typename C, int D, int S>
+template <typename C, int D, int S>
 struct WarpTile {
-    typedef typename Products<T, C>::Type M;
     static constexpr int KE = KEY_EACH<C, D>, VE = VALUE_EACH<C, D>;
     typedef Pack<u32, KE * sizeof(C) / 4> KeyPart;
     typedef Pack<u32, VE * sizeof(C) / 4> ValuePart;
     KeyPart keys[2][KEY_CHUNKS<C, D>];
     ValuePart values[4][VALUE_CHUNKS<C, D>];
-
-    static __device__ __forceinline__ int value_row(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }
 
     // The rows from `at` on that lie in low .. high-1. at is a multiple of TILE.
     __device__ __forceinline__ void fetch_keys(const History<C>& past, int at, int high) {
@@ -106,34 +106,22 @@ struct WarpTile {
         prefetch_l2(from + token_offset<S, D>(past.table, at, past.head, past.H), TILE * D * sizeof(C));
     }
 
-    // The same of a stage of a WarpRing, where all 16 rows are.
-    template <typename Ring>
-    __device__ __forceinline__ void read_keys(const Ring& ring, int stage) {
-        const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    // The same of a tile that lies elsewhere.
+    template <typename Other>
+    __device__ __forceinline__ void read_keys(const Other& tile) {
 #pragma unroll
         for (int u = 0; u < 2; u++) {
 #pragma unroll
-            for (int c = 0; c < KEY_CHUNKS<C, D>; c++) {
-                keys[u][c] = {};
-                if (D % (4 * KE) == 0 || 4 * KE * c + KE * t < D)
-                    keys[u][c] = *reinterpret_cast<const KeyPart*>(
-                        ring.template at<false>(stage, g + 8 * u, (4 * KE * c + KE * t) * sizeof(C)));
-            }
+            for (int c = 0; c < KEY_CHUNKS<C, D>; c++) keys[u][c] = tile.key(u, c);
         }
     }
 
-    template <typename Ring>
-    __device__ __forceinline__ void read_values(const Ring& ring, int stage) {
-        const int g = threadIdx.x % WARP / 4;
+    template <typename Other>
+    __device__ __forceinline__ void read_values(const Other& tile) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
-            for (int c = 0; c < VALUE_CHUNKS<C, D>; c++) {
-                values[i][c] = {};
-                if (D % (8 * VE) == 0 || 8 * VE * c + VE * g < D)
-                    values[i][c] = *reinterpret_cast<const ValuePart*>(
-                        ring.template at<true>(stage, value_row(i), (8 * VE * c + VE * g) * sizeof(C)));
-            }
+            for (int c = 0; c < VALUE_CHUNKS<C, D>; c++) values[i][c] = tile.value(i, c);
         }
     }
 
@@ -160,98 +148,68 @@ struct WarpTile {
         }
     }
 
-    // The lane's elements 8*c .. 8*c + 7 of key g + 8*u, two in a register.
-    __device__ __forceinline__ void key_pairs(int u, int c, u32 (&b)[4]) const {
+    // The lane's part of chunk c, of its u-th key and of its i-th value.
+    __device__ __forceinline__ const KeyPart& key(int u, int c) const { return keys[u][c]; }
+    __device__ __forceinline__ const ValuePart& value(int i, int c) const { return values[i][c]; }
+};
+
+// Of a lane's part of a key the elements 8*n .. 8*n + 7, two in a register.
+template <typename C, int W>
+__device__ __forceinline__ void key_pairs(const Pack<u32, W>& part, int n, u32 (&b)[4]) {
+    if constexpr (same_type<C, e4m3>) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) widen_e4m3(part.v[2 * n + i], b[2 * i], b[2 * i + 1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) b[i] = part.v[i];
+    }
+}
+
+// Of a lane's parts of values the columns 2*w and 2*w + 1, of all its keys: v^T as the A of mma.m16n8k16.
+template <typename C, int W>
+__device__ __forceinline__ void value_pairs(const Pack<u32, W> (&parts)[4], int w, u32 (&a)[4]) {
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++) {
         if constexpr (same_type<C, e4m3>) {
-            const KeyPart& part = keys[u][c / (KE / 8)];
-#pragma unroll
-            for (int i = 0; i < 2; i++) widen_e4m3(part.v[c % (KE / 8) * 2 + i], b[2 * i], b[2 * i + 1]);
+            const u32 x = parts[2 * pair].v[w / 2], y = parts[2 * pair + 1].v[w / 2];
+            widen_e4m3(__byte_perm(x, y, w % 2 ? 0x7362 : 0x5140), a[2 * pair], a[2 * pair + 1]);
         } else {
-#pragma unroll
-            for (int i = 0; i < 4; i++) b[i] = keys[u][c].v[i];
+            const u32 x = parts[2 * pair].v[w], y = parts[2 * pair + 1].v[w];
+            a[2 * pair] = (x & 0xffffu) | y << 16;
+            a[2 * pair + 1] = x >> 16 | (y & 0xffff0000u);
         }
     }
+}
 
-    // Of the lane's columns 2*w and 2*w + 1 of chunk c the values of all its keys: v^T as the A of mma.m16n8k16.
-    __device__ __forceinline__ void value_pairs(int c, int w, u32 (&a)[4]) const {
+// score[u][i]: of head g with key 8*u + 2*t + i of a tile, in registers or elsewhere. q: [8][QUERY]
+template <int QUERY, typename C, int D, typename Tile, typename M>
+__device__ __forceinline__ void dot(const Tile& tile, const M* q, float (&score)[2][2]) {
+    // Chunks at once: a wide tile is not in registers, which have no room for many chunks of it either.
+    constexpr int KE = KEY_EACH<C, D>, AHEAD = D <= 128 ? KEY_CHUNKS<C, D> : 16 / KE;
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll AHEAD
+    for (int c = 0; c < KEY_CHUNKS<C, D>; c++) {
+        const Pack<u32, KE * sizeof(C) / 4> keys[2] = {tile.key(0, c), tile.key(1, c)};
 #pragma unroll
-        for (int pair = 0; pair < 2; pair++) {
-            if constexpr (same_type<C, e4m3>) {
-                const u32 x = values[2 * pair][c].v[w / 2], y = values[2 * pair + 1][c].v[w / 2];
-                widen_e4m3(__byte_perm(x, y, w % 2 ? 0x7362 : 0x5140), a[2 * pair], a[2 * pair + 1]);
-            } else {
-                const u32 x = values[2 * pair][c].v[w], y = values[2 * pair + 1][c].v[w];
-                a[2 * pair] = (x & 0xffffu) | y << 16;
-                a[2 * pair + 1] = x >> 16 | (y & 0xffff0000u);
-            }
-        }
-    }
-
-    // score[u][i]: of head g with key 8*u + 2*t + i. q: [8][QUERY]
-    template <int QUERY>
-    __device__ __forceinline__ void dot(const M* q, float (&score)[2][2]) const {
-        const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-        float even[2][4] = {}, odd[2][4] = {};
-#pragma unroll
-        for (int c = 0; c < KEY_CHUNKS<C, D> * (KE / 8); c++) {  // 8 elements of a lane
-            const int chunk = c / (KE / 8), part = c % (KE / 8);
-            const M* from = q + g * QUERY + (4 * KE * chunk + 8 * part) + KE * t;
+        for (int n = 0; n < KE / 8; n++) {  // 8 elements of a lane
+            const M* from = q + g * QUERY + (4 * KE * c + 8 * n) + KE * t;
             const Pack<u32, 4> a = *reinterpret_cast<const Pack<u32, 4>*>(from);
 #pragma unroll
             for (int u = 0; u < 2; u++) {
                 u32 b[4];
-                key_pairs(u, c, b);
+                key_pairs<C>(keys[u], n, b);
                 multiply(even[u], {a.v[0], 0, a.v[1], 0}, {b[0], b[1]}, M());
                 multiply(odd[u], {a.v[2], 0, a.v[3], 0}, {b[2], b[3]}, M());
             }
         }
+    }
 #pragma unroll
-        for (int u = 0; u < 2; u++) {
+    for (int u = 0; u < 2; u++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) score[u][i] = even[u][i] + odd[u][i];
-        }
+        for (int i = 0; i < 2; i++) score[u][i] = even[u][i] + odd[u][i];
     }
-};
-
-// A warp's next tiles on their way through shared memory, STAGES of keys and as many of values, which its lanes ask for
-// without waiting for them. Rows of whole 128 bytes have their 16-byte parts exchanged, so that the eight lanes that are
-// served together meet eight different ones: of keys 2 rows x 4 parts, of values 4 rows (every second) x 2 parts.
-template <typename C, int D, int S, int STAGES>
-struct WarpRing {
-    static constexpr int ROW = D * sizeof(C), PARTS = ROW / 16, BYTES = 2 * STAGES * TILE * ROW;
-    unsigned char* room;
-
-    template <bool VALUES>
-    __device__ __forceinline__ unsigned char* at(int stage, int row, int byte) const {
-        const int moved = PARTS % 8 != 0 ? 0 : VALUES ? row / 2 % 4 * 32 : row % 2 * 64;
-        return room + ((VALUES ? STAGES : 0) + stage) * TILE * ROW + row * ROW + (byte ^ moved);
-    }
-
-    // The rows from `from` on that lie in low .. high-1; others become zeros. Closes a group of copies.
-    template <bool VALUES>
-    __device__ __forceinline__ void request(const History<C>& past, int stage, int from, int high) const {
-        const C* cache = VALUES ? past.v : past.k;
-        const bool whole = S % TILE == 0;
-        const C* tile = whole && from < high ? cache + token_offset<S, D>(past.table, from, past.head, past.H) : cache;
-        const int lane = threadIdx.x % WARP;
-#pragma unroll
-        for (int i = lane; i < TILE * PARTS; i += WARP) {
-            const int row = i / PARTS, byte = i % PARTS * 16, token = from + row;
-            const bool there = token >= past.low && token < high;
-            const C* start = whole   ? tile + row * D
-                             : there ? cache + token_offset<S, D>(past.table, token, past.head, past.H)
-                                     : cache;
-            cp_async_16(at<VALUES>(stage, row, byte), reinterpret_cast<const unsigned char*>(start) + byte, there);
-        }
-        cp_async_commit();
-    }
-
-    // The oldest group of the lane's 2 * STAGES has arrived, for all lanes to read.
-    __device__ __forceinline__ void wait() const {
-        cp_async_wait<2 * STAGES - 1>();
-        __syncwarp();
-    }
-};
+}
 
 // A warp's softmax of up to 8 heads and their sums over the values. Lane (g, t) has the statistics of head g, and
 // acc[c][w][j] is of column 8*VE*c + VE*g + 2*w + j/2 and head 2*t + j%2.
@@ -295,19 +253,20 @@ struct WarpSums {
         }
     }
 
-    // Adds the tile's values with the weights p.
-    template <typename T, int S>
-    __device__ __forceinline__ void add(const WarpTile<T, C, D, S>& tile, const float (&p)[2][2]) {
-        typedef typename Products<T, C>::Type M;
+    // Adds a tile's values with the weights p. M: what products are computed in.
+    template <typename M, typename Tile>
+    __device__ __forceinline__ void add(const Tile& tile, const float (&p)[2][2]) {
         u32 high[2], low[2];
 #pragma unroll
         for (int u = 0; u < 2; u++) split_pair<M>(p[u][0], p[u][1], high[u], low[u]);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
+            const Pack<u32, VE * sizeof(C) / 4> values[4] = {tile.value(0, c), tile.value(1, c), tile.value(2, c),
+                                                             tile.value(3, c)};
 #pragma unroll
             for (int w = 0; w < VE / 2; w++) {
                 u32 a[4];
-                tile.value_pairs(c, w, a);
+                value_pairs<C>(values, w, a);
                 multiply(acc[c][w], a, high, M());
                 multiply(acc[c][w], a, low, M());
             }
@@ -338,19 +297,9 @@ struct WarpSums {
     }
 };
 
-// What a warp has its next tiles in: registers, or a ring in shared memory.
-template <typename T, typename C, int D, int S, int STAGES>
-struct Tiles {
-    typedef WarpRing<C, D, S, STAGES> Type;
-};
-template <typename T, typename C, int D, int S>
-struct Tiles<T, C, D, S, 0> {
-    typedef WarpTile<T, C, D, S> Type[2];
-};
-
 // A warp's first tiles of a split that begins at `begin`: tokens before `high`.
-template <int WARPS, typename T, typename C, int D, int S, int TILES>
-__device__ __forceinline__ void fetch_tiles(WarpTile<T, C, D, S> (&tiles)[TILES], const History<C>& past, int begin,
+template <int WARPS, typename C, int D, int S, int TILES>
+__device__ __forceinline__ void fetch_tiles(WarpTile<C, D, S> (&tiles)[TILES], const History<C>& past, int begin,
                                             int high) {
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
@@ -360,77 +309,34 @@ __device__ __forceinline__ void fetch_tiles(WarpTile<T, C, D, S> (&tiles)[TILES]
     }
 }
 
-// The same as groups of copies to the warp's ring.
-template <int WARPS, typename C, int D, int S, int STAGES>
-__device__ __forceinline__ void fetch_tiles(const WarpRing<C, D, S, STAGES>& ring, const History<C>& past, int begin,
-                                            int high) {
-#pragma unroll
-    for (int n = 0; n < STAGES; n++) {
-        const int at = begin + (n * WARPS + threadIdx.x / WARP) * TILE;
-        ring.template request<false>(past, n, at, high);
-        ring.template request<true>(past, n, at, high);
-    }
-}
-
 // One warp's share of the keys begin .. end-1: sums to out [Q][STRIDE], the softmax's to largest and sum [Q]. `tiles`
 // hold the first keys.
 template <int QUERY, int Q, int WARPS, int STRIDE, typename T, typename C, int D, int S, int TILES, bool CAPPED>
-__device__ __forceinline__ void attend_warp(WarpTile<T, C, D, S> (&tiles)[TILES], const T* rows, const History<C>& past,
+__device__ __forceinline__ void attend_warp(WarpTile<C, D, S> (&tiles)[TILES], const T* rows, const History<C>& past,
                                             int begin, int end, const Scaling<T, CAPPED>& scaling, float* out,
                                             float* largest, float* sum) {
     constexpr int STEP = WARPS * TILE;
     const int high = min(end, past.fresh);
-    const auto* q = reinterpret_cast<const typename Products<T, C>::Type*>(rows);
+    typedef typename Products<T, C>::Type M;
+    const M* q = reinterpret_cast<const M*>(rows);
     WarpSums<C, D> sums;
     for (int next = begin + threadIdx.x / WARP * TILE; next < end; next += TILES * STEP) {
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
             const int at = next + n * STEP;
             if (at >= end) break;
-            WarpTile<T, C, D, S>& tile = tiles[n];
+            WarpTile<C, D, S>& tile = tiles[n];
             const bool newest = past.newest_from(at);
             if (newest) tile.insert_key(past.key, past.fresh - at);
             float p[2][2];
-            tile.template dot<QUERY>(q, p);
+            dot<QUERY, C, D>(tile, q, p);
             tile.fetch_keys(past, at + TILES * STEP, high);
             if constexpr (WARPS < 8) tile.prefetch(past, at + (TILES + 1) * STEP, high);
             sums.weigh(p, at, past.low, end, scaling);
             if (newest) tile.insert_value(past.value, past.fresh - at);
-            sums.add(tile, p);
+            sums.template add<M>(tile, p);
             tile.fetch_values(past, at + TILES * STEP, high);
         }
-    }
-    sums.template store_to<Q, STRIDE>(out, largest, sum);
-}
-
-// The same with tiles that come through the ring: a stage is asked for again as soon as registers have what is in it.
-template <int QUERY, int Q, int WARPS, int STRIDE, typename T, typename C, int D, int S, int STAGES, bool CAPPED>
-__device__ __forceinline__ void attend_warp(const WarpRing<C, D, S, STAGES>& ring, const T* rows,
-                                            const History<C>& past, int begin, int end,
-                                            const Scaling<T, CAPPED>& scaling, float* out, float* largest, float* sum) {
-    constexpr int STEP = WARPS * TILE;
-    const int high = min(end, past.fresh);
-    const auto* q = reinterpret_cast<const typename Products<T, C>::Type*>(rows);
-    WarpSums<C, D> sums;
-    WarpTile<T, C, D, S> tile;
-    int stage = 0;
-    for (int at = begin + threadIdx.x / WARP * TILE; at < end; at += STEP) {
-        const bool newest = past.newest_from(at);
-        ring.wait();
-        tile.read_keys(ring, stage);
-        if (newest) tile.insert_key(past.key, past.fresh - at);
-        __syncwarp();
-        ring.template request<false>(past, stage, at + STAGES * STEP, high);
-        float p[2][2];
-        tile.template dot<QUERY>(q, p);
-        sums.weigh(p, at, past.low, end, scaling);
-        ring.wait();
-        tile.read_values(ring, stage);
-        if (newest) tile.insert_value(past.value, past.fresh - at);
-        __syncwarp();
-        ring.template request<true>(past, stage, at + STAGES * STEP, high);
-        sums.add(tile, p);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     sums.template store_to<Q, STRIDE>(out, largest, sum);
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 __all__ = ["EDITS", "EQUIVALENT"]
 
 _FMA, _MMA = "attention_backward_fma.cu", "attention_backward_mma.cu"
+_RING = "attention_decode_ring.cuh"
 
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
@@ -23,12 +24,16 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_prefill_wgmma.cu", "log_sum(largest[half] * factor, total)", "log_sum(largest[half], total)"),
     ("attention_prefill_fma.cu", "v = k + H * D;", "v = k;"),
     ("attention_prefill_fma.cu", "log_sum(largest[i], sum[i])", "log_sum(largest[i], 1.f)"),
-    # attention_decode_mma.cuh: tiles in rings
-    ("attention_decode_mma.cuh", "token < high;\n            const C* start",
-     "token <= high;\n            const C* start"),
-    ("attention_decode_mma.cuh", "(VALUES ? STAGES : 0) + stage)", "stage)"),
-    ("attention_decode_mma.cuh", "stage + 1 == STAGES ? 0 : stage + 1", "0"),
-    ("attention_decode_mma.cuh", "cp_async_wait<2 * STAGES - 1>();", "cp_async_wait<2 * STAGES>();"),
+    # attention_decode_ring.cuh, and the sums that lie where a ring was
+    (_RING, "token < high;\n                const C* start", "token <= high;\n                const C* start"),
+    (_RING, "(VALUES ? STAGES : 0) + stage)", "stage)"),
+    ("attention_decode.cuh", "keys <= alone ? alone", "keys <= alone ? alone / 2"),
+    (_RING, "stage + 1 == STAGES ? 0 : stage + 1", "0"),
+    (_RING, "cp_async_wait<2 * STAGES - 1>();", "cp_async_wait<2 * STAGES>();"),
+    (_RING, "if (from <= high) {", "if (from < high) {"),
+    (_RING, "(stage, number, i * 16)", "(stage, number + 1, i * 16)"),
+    (_RING, "past.fresh - at, past.value)", "past.fresh - at, past.key)"),
+    ("attention_decode.cuh", "larger(Q * STRIDE, RING_BYTES<C, D, STAGES> / 4)", "RING_BYTES<C, D, STAGES> / 4"),
     # attention.cuh: soft limits and sinks
     ("attention.cuh", "scale / softcap * (unit * IN_POWERS)", "scale * (unit * IN_POWERS)"),
     ("attention.cuh", "(CAPPED ? bend(product * inner) : product)", "(CAPPED ? bend(product) : product)"),

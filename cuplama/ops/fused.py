@@ -15,15 +15,8 @@ import numpy as np
 
 from ..dtypes import Array, dtype_name
 from . import activation, norm, residual
-from .attention import (
-    DEFAULT_SIZES,
-    attention,
-    attention_case,
-    decode_plan,
-    equal_sequences,
-    random_sequences,
-    well_known,
-)
+from .attention import attention, decode_plan
+from .attention_cases import DEFAULT_SIZES, attention_case, equal_sequences, random_sequences, well_known
 from .kv_cache import kv_append
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE, Prologue, linear, product_sizes, stream_rows

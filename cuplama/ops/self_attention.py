@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import Array, dtype_name, upcast
-from .attention import attention, check_head, prefill_launch, random_sinks, well_known
+from .attention import attention, check_head, prefill_launch
+from .attention_cases import random_sinks, well_known
 from .gradient import Gradient
 from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op

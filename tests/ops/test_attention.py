@@ -12,7 +12,8 @@ from cuplama.lab.check import check, poison, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload
 from cuplama.ops.abstract import attributes
-from cuplama.ops.attention import attention, attention_case
+from cuplama.ops.attention import attention
+from cuplama.ops.attention_cases import attention_case
 from cuplama.ops.binding import bind_plan
 from cuplama.ops.fused import append_attention
 from cuplama.ops.launch import Device
@@ -66,6 +67,27 @@ def test_decode_does_not_depend_on_the_batch_or_the_table(T: str, C: str, window
     for i in range(3):
         for width in (-(-int(ins["seq_lens"][i]) // 64), 200):
             assert np.array_equal(_run(_alone(ins, i, width), case)[0], together[i])
+
+
+@pytest.mark.parametrize("C", ["T", "e4m3"])
+def test_decode_of_wide_heads_does_not_depend_on_the_batch_or_the_table(C: str) -> None:
+    """One split, as many as there can be of these lengths, and a table that would allow more."""
+    case = attention_case(4, 2, 256, [1, 1, 1], [5, 150, 420], S=64, C=C)
+    ins = _inputs(case, "bf16")
+    together = _run(ins, case)
+    for i in range(3):
+        for width in (-(-int(ins["seq_lens"][i]) // 64), 40):
+            assert np.array_equal(_run(_alone(ins, i, width), case)[0], together[i])
+
+
+@pytest.mark.parametrize("device", [AMPERE, Device(120, 170, 101376)], ids=["sm_80", "sm_120"])
+def test_wide_heads_on_other_gpus(device: Device) -> None:
+    """Less shared memory means fewer warps; an e4m3 cache is widened by other instructions before sm_89."""
+    for D, C in ((256, "T"), (512, "e4m3")):
+        case = attention_case(4, 2, D, [1, 1], [250, 17], S=64, C=C)
+        ins = _inputs(case, "bf16")
+        workload = _workload(attention, ins, case)
+        check(workload, workload.arrays(), [_run(ins, case, device=device)])
 
 
 @pytest.mark.parametrize("window", [0, 37])
@@ -199,7 +221,8 @@ def test_rows_and_sequences_that_fill_up_a_batch(T: str, C: str, D: int, arch: i
 
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_thread_order_does_not_matter(seed: int) -> None:
-    for D, new, seq_lens in ((40, [1, 1], [130, 90]), (40, [33, 2], [40, 60]), (64, [33, 2], [40, 400])):
+    decode = (40, [1, 1], [130, 90]), (256, [1], [130])
+    for D, new, seq_lens in (*decode, (40, [33, 2], [40, 60]), (64, [33, 2], [40, 400])):
         for C in ("T", "e4m3"):
             case = attention_case(5, 1, D, new, seq_lens, C=C)
             ins = _inputs(case, "f16")

@@ -17,7 +17,8 @@ from cuplama.models.graph import decoder
 from cuplama.models.presets import find_shape
 from cuplama.ops import OPS
 from cuplama.ops.abstract import attributes
-from cuplama.ops.attention import attention, attention_case
+from cuplama.ops.attention import attention
+from cuplama.ops.attention_cases import attention_case
 from cuplama.ops.launch import Device
 from cuplama.ops.lora import lora_add
 

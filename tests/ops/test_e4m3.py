@@ -13,7 +13,8 @@ from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload
 from cuplama.ops import OPS
 from cuplama.ops.abstract import attributes
-from cuplama.ops.attention import attention, attention_case
+from cuplama.ops.attention import attention
+from cuplama.ops.attention_cases import attention_case
 from cuplama.ops.binding import bind_plan
 from cuplama.ops.launch import Device
 from cuplama.simt.emulator import run

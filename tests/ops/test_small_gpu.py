@@ -9,7 +9,7 @@ import pytest
 from cuplama.lab.check import check, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.ops import OPS
-from cuplama.ops.attention import attention_case
+from cuplama.ops.attention_cases import attention_case
 from cuplama.ops.launch import Device
 from cuplama.ops.self_attention import self_attention_case
 

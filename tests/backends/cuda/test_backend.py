@@ -24,7 +24,7 @@ from cuplama.errors import CheckpointError, DeviceError
 from cuplama.models.checkpoint import load_weights
 from cuplama.models.config import load_config
 from cuplama.ops import OPS
-from cuplama.ops.attention import attention_case
+from cuplama.ops.attention_cases import attention_case
 from cuplama.ops.launch import Device
 from cuplama.ops.linear import MAX_STREAMED_ROWS
 from cuplama.ops.node import Node
