@@ -20,6 +20,8 @@
 #include "linear_packed_rows.cuh"
 #include "linear_packed_sums.cuh"
 
+constexpr int FOURS = 16;  // of x, that a thread has on their way to shared memory together
+
 // What is left of a block's units: of tile `at / units` of the pairs, unit `at % units`, and so on up to `stop`.
 template <typename S>
 struct Share {
@@ -52,51 +54,56 @@ struct Share {
     }
 };
 
-// The rows of x of a tile of pairs, as SharedRows leaves rows in shared memory.
+// The rows of x of a tile of pairs, as SharedRows leaves rows in shared memory, up to eight at a time.
 template <typename S, typename Y>
 struct PairRows {
     typedef typename S::T T;
-    static constexpr int TOGETHER = 8 / S::ROWS < S::BLOCKS ? 8 / S::ROWS : S::BLOCKS;  // fours of a row
+    static constexpr int SOME = S::ROWS < 8 ? S::ROWS : 8;
+    static constexpr int TOGETHER = FOURS / SOME < S::BLOCKS ? FOURS / SOME : S::BLOCKS;  // fours of a row
     const T* x;
-    const i32* own;  // the tile's pairs
-    int s, k, count;
-    bool vectorized;
+    int row, k, count;  // row: of x, of the pair with this lane's number
+    bool vectorized, filled;
     Y* staged;
 
+    // Fills the ring of weights once the first rows are asked for: behind all of the weights they would come late.
     template <typename Weights>
-    __device__ __forceinline__ void stage(Stream<S, Weights>&, int) const {
+    __device__ __forceinline__ void stage(Stream<S, Weights>& stream, int) const {
         constexpr int STEP = 4 * S::THREADS;
-        const T* rows[S::ROWS];
-#pragma unroll
-        for (int r = 0; r < S::ROWS; r++) rows[r] = x + i64(own[min(r, count - 1)] / s) * k;
 #pragma unroll 1
-        for (int first = 0; first < S::BLOCKS; first += TOGETHER) {
-            const int at = first * STEP + threadIdx.x * 4;
-            Pack<T, 4> v[S::ROWS][TOGETHER];
+        for (int base = 0; base < (S::ROWS > 8 ? 8 * slices_of<S::ROWS>(count) : 1); base += SOME) {
+            const T* rows[SOME];
 #pragma unroll
-            for (int r = 0; r < S::ROWS; r++)
-                read_fours<false>(v[r], rows[r], nullptr, at, STEP, r < count ? min(k, S::SPAN) : 0, vectorized);
+            for (int r = 0; r < SOME; r++) rows[r] = x + i64(__shfl_sync(ALL_LANES, row, base + r)) * k;
+#pragma unroll 1
+            for (int first = 0; first < S::BLOCKS; first += TOGETHER) {
+                const int at = first * STEP + threadIdx.x * 4;
+                Pack<T, 4> v[SOME][TOGETHER];
 #pragma unroll
-            for (int r = 0; r < S::ROWS; r++)
+                for (int r = 0; r < SOME; r++)
+                    read_fours<false>(v[r], rows[r], nullptr, at, STEP, base + r < count ? min(k, S::SPAN) : 0,
+                                      vectorized);
+                if (!filled && base + first == 0) stream.fill_rest();
 #pragma unroll
-                for (int i = 0; i < TOGETHER; i++) {
-                    if (first + i >= S::BLOCKS) continue;
-                    Pack<Y, 4> four;
+                for (int r = 0; r < SOME; r++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++) four.v[j] = from_float<Y>(to_float(v[r][i].v[j]));
-                    store<4>(staged + r * STRIDE_OF<S, Y> + staged_at<Y>(at + i * STEP), four);
-                }
+                    for (int i = 0; i < TOGETHER; i++) {
+                        if (first + i >= S::BLOCKS) continue;
+                        Pack<Y, 4> four;
+#pragma unroll
+                        for (int j = 0; j < 4; j++) four.v[j] = from_float<Y>(to_float(v[r][i].v[j]));
+                        store<4>(staged + (base + r) * STRIDE_OF<S, Y> + staged_at<Y>(at + i * STEP), four);
+                    }
+            }
         }
         __syncthreads();
     }
 };
 
-// What becomes of the sums: rows of y where the pairs are.
+// What becomes of the sums: rows of y where the pairs are. All elements of a thread are of one row.
 template <typename T>
 struct PairOutput {
     static constexpr const f32* a = nullptr;
-    T* y;
-    const i32* own;
+    T* y;  // that row
     const T* b;
     int count, m, rows;  // pairs; columns of y, twice
     const f32* scales;
@@ -104,8 +111,8 @@ struct PairOutput {
 
     __device__ __forceinline__ float residual_of(int, int) const { return 0.f; }
     template <int ACT, int PARTS>
-    __device__ __forceinline__ void put(int row, int column, float, const float (&total)[PARTS]) const {
-        y[i64(own[row]) * m + column] = from_float<T>(gated<ACT, T>(total, alpha, limit));
+    __device__ __forceinline__ void put(int, int column, float, const float (&total)[PARTS]) const {
+        y[column] = from_float<T>(gated<ACT, T>(total, alpha, limit));
     }
 };
 
@@ -125,23 +132,27 @@ struct Product {
         Sums sums;
         PairTile tile;
         int begin, end;
+        bool filled = false;
         while (share.next(tile, stream.units, begin, end)) {
-            const i32* own = pairs + tile.first;
-            const PairRows<S, Y> rows{x, own, s, k, tile.count, vectorized, reinterpret_cast<Y*>(stream.staged())};
+            static_assert(WARP % S::ROWS == 0, "a thread has elements of one row");
+            const int pair = pairs[tile.first + min(int(threadIdx.x % S::ROWS), tile.count - 1)];
+            Y* staged = reinterpret_cast<Y*>(stream.staged());
+            const PairRows<S, Y> rows{x, pair / s, k, tile.count, vectorized, filled, staged};
+            filled = true;
             const i64 first = i64(tile.expert) * S::PARTS;
             const T* bias = b == nullptr ? b : b + first * m;
             const f32* own_scales = scales + first * (stream.units * BLOCK_ROWS);
-            const PairOutput<T> out{y, own, bias, tile.count, m, m, own_scales, alpha, limit};
+            const PairOutput<T> out{y + i64(pair) * m, bias, tile.count, m, m, own_scales, alpha, limit};
             multiply_rows(stream, begin, end, rows, sums, out);
         }
     }
 };
 
-template <typename T, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int DEPTH, int STEP>
+template <typename T, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int DEPTH, int EARLY, int STEP>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     expert_linear_packed(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
                          const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
-    typedef Shape<T, W, ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, DEPTH - 1, STEP, 1, false> S;
+    typedef Shape<T, W, ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, EARLY, STEP, 1, false> S;
     __shared__ i32 before[MAX_EXPERTS + 1];
     pdl_wait();
     const int units = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;

@@ -14,7 +14,7 @@ constexpr bool TENSOR = sizeof(T) == 2;
 constexpr bool TENSOR = false;
 #endif
 
-// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
+// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8; of experts_packed.cu 16 or 32, too); WARPS: of a block; BLOCKS: of columns, at most, that a
 // warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks
 // that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
@@ -188,6 +188,15 @@ struct Stream {
 // One row of x has the eight columns of an mma's B for itself. With small groups it is put there chunk by chunk: column
 // c has chunk c of a packed block, and zeros elsewhere (SPREAD). So the sums of all groups come from one chain of
 // products, a lane has those of chunks 2 t and 2 t + 1 alone, and needs the scales of these alone: a quarter.
+//
+// More than eight rows are several mma (slices) for the same A: what it takes to make the numbers of a block is shared.
+// Slices that no row needs are left out: there are 1, 2 or 4.
+template <int ROWS>
+__device__ __forceinline__ int slices_of(int count) {
+    if (ROWS <= 8 || count <= 8) return 1;
+    return ROWS <= 16 || count <= 16 ? 2 : 4;
+}
+
 template <typename S, int LEVELS>
 struct Factors {
     typedef typename S::T T;
@@ -197,6 +206,7 @@ struct Factors {
     static constexpr float RAW = W::template RAW<T>;
     const T* x;  // of this lane, at its warp's first block
     f32* sums;   // of this warp's groups [group][ROWS]
+    int slices;  // of the rows of x, of up to 8
     // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe.
     u32 mine[SPREAD ? BLOCK_CHUNKS : 1];
 
@@ -209,6 +219,7 @@ struct Factors {
     template <typename Weights, typename Rows>
     __device__ __forceinline__ void fill(Stream<S, Weights>& stream, const Rows& rows, int phase) {
         rows.stage(stream, phase);
+        slices = slices_of<S::ROWS>(rows.count);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
         sums =
@@ -216,21 +227,24 @@ struct Factors {
         if constexpr (W::OFFSET) {
             const u32 one = twice<T>(1.f);
 #pragma unroll 1
-            for (int g = 0; g < S::BLOCKS * W::GROUPS; g++) {
-                float sum[4] = {};
+            for (int g = 0; g < S::BLOCKS * W::GROUPS; g++)
+#pragma unroll 1
+                for (int slice = 0; slice < (S::ROWS > 8 ? slices : 1); slice++) {
+                    float sum[4] = {};
 #pragma unroll
-                for (int c = 0; c < W::GROUP_CHUNKS; c++)
+                    for (int c = 0; c < W::GROUP_CHUNKS; c++)
 #pragma unroll
-                    for (int l = 0; l < LEVELS; l++) {
-                        u32 b[2];
-                        read(x, g * W::GROUP_CHUNKS + c, l, b);
-                        multiply(sum, {one, one, one, one}, b, T());
+                        for (int l = 0; l < LEVELS; l++) {
+                            u32 b[2];
+                            read(x + slice * (8 * STRIDE), g * W::GROUP_CHUNKS + c, l, b);
+                            multiply(sum, {one, one, one, one}, b, T());
+                        }
+                    if (lane < 4 && 2 * lane < S::ROWS) {
+                        f32* to = sums + g * S::ROWS + 8 * slice + 2 * lane;
+                        to[0] = sum[0];
+                        if (S::ROWS > 1) to[1] = sum[1];
                     }
-                if (lane < 4 && 2 * lane < S::ROWS) {
-                    sums[g * S::ROWS + 2 * lane] = sum[0];
-                    if (S::ROWS > 1) sums[g * S::ROWS + 2 * lane + 1] = sum[1];
                 }
-            }
             __syncwarp();
         }
     }
@@ -242,10 +256,18 @@ struct Factors {
         memcpy(b, &four, 8);
     }
 
+    // Those of a chunk and the next.
+    static __device__ __forceinline__ void read_two(const T* x, int chunk, int level, u32 (&b)[2][2]) {
+        const Pack<T, 8> two = load<8>(x + level * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS));
+        memcpy(b, &two, 16);
+    }
+
     // The sums of a tile over the columns of this warp, to partial [TILE].
-    template <typename Weights>
+    template <int SLICES = (S::ROWS > 8 ? S::ROWS / 8 : 1), typename Weights>
     __device__ __forceinline__ void multiply_tile(Stream<S, Weights>& stream, int count, f32* partial) const {
-        float total[4] = {};
+        if constexpr (SLICES > 1)
+            if (slices < SLICES) return multiply_tile<SLICES / 2>(stream, count, partial);
+        float total[SLICES][4] = {};
         const T* at = x;
         const f32* of = sums;
 #pragma unroll 1
@@ -259,71 +281,84 @@ struct Factors {
             if constexpr (SPREAD)
 #pragma unroll
                 for (int i = 0; i < 4; i += 2) {
-                    total[i] += __shfl_xor_sync(ALL_LANES, total[i], 1);
-                    total[i] += __shfl_xor_sync(ALL_LANES, total[i], 2);
+                    total[0][i] += __shfl_xor_sync(ALL_LANES, total[0][i], 1);
+                    total[0][i] += __shfl_xor_sync(ALL_LANES, total[0][i], 2);
                 }
-            if (t == 0) partial[r] = total[0], partial[r + 8] = total[2];
+            if (t == 0) partial[r] = total[0][0], partial[r + 8] = total[0][2];
         } else if (2 * t < S::ROWS) {
-            store<2>(partial + r * S::ROWS + 2 * t, Pack<f32, 2>{total[0], total[1]});
-            store<2>(partial + (r + 8) * S::ROWS + 2 * t, Pack<f32, 2>{total[2], total[3]});
+#pragma unroll
+            for (int slice = 0; slice < SLICES; slice++) {
+                f32* to = partial + r * S::ROWS + 8 * slice + 2 * t;
+                store<2>(to, Pack<f32, 2>{total[slice][0], total[slice][1]});
+                store<2>(to + 8 * S::ROWS, Pack<f32, 2>{total[slice][2], total[slice][3]});
+            }
         }
     }
 
     // A block's sums, added to those of its tile.
-    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
+    template <int SLICES>
+    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, float (&total)[SLICES][4]) const {
         if constexpr (SPREAD)
-            add_spread(block, x, sums, total);
+            add_spread(block, x, sums, total[0]);
         else
             add_block(block, x, sums, total);
     }
 
-    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
-        constexpr int CHAINS = W::GROUP_CHUNKS > 4 ? 2 : 1;  // of products: short ones
+    template <int SLICES>
+    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums,
+                                              float (&total)[SLICES][4]) const {
+        constexpr int CHAINS = W::GROUP_CHUNKS > 4 && SLICES == 1 ? 2 : 1;  // of products: short ones
         const int r = lane_row();
         const typename W::Words words = block.lane(threadIdx.x % WARP);
-        float inner[4] = {}, least[4] = {};
+        float inner[SLICES][4] = {}, least[SLICES][4] = {};
 #pragma unroll
         for (int g = 0; g < W::GROUPS; g++) {
             u32 minus[2];
             block.template raw_minus<T>(g, r, minus);
-            float sum[CHAINS][4] = {};
-            u32 b[LEVELS][2][2];
+            float sum[SLICES][CHAINS][4] = {};
+            u32 b[SLICES][LEVELS][2][2];
 #pragma unroll
             for (int c = 0; c < W::GROUP_CHUNKS; c++) {
                 const int chunk = g * W::GROUP_CHUNKS + c;
                 u32 a[4];
                 W::template raw<T>(words, chunk, minus, a);
 #pragma unroll
-                for (int l = 0; l < LEVELS; l++) {
-                    if (W::GROUP_CHUNKS == 1) {
-                        read(x, chunk, l, b[l][0]);
-                    } else if (c % 2 == 0) {
-                        const Pack<T, 8> two = load<8>(x + l * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS));
-                        memcpy(b[l], &two, 16);
+                for (int slice = 0; slice < SLICES; slice++)
+#pragma unroll
+                    for (int l = 0; l < LEVELS; l++) {
+                        u32(&of)[2][2] = b[slice][l];
+                        if (W::GROUP_CHUNKS == 1)
+                            read(x + slice * (8 * STRIDE), chunk, l, of[0]);
+                        else if (c % 2 == 0)
+                            read_two(x + slice * (8 * STRIDE), chunk, l, of);
+                        multiply(sum[slice][c % CHAINS], a, of[c % 2], T());
                     }
-                    multiply(sum[c % CHAINS], a, b[l][c % 2], T());
-                }
             }
             Two32 scale = {{1.f, 1.f}}, offset;
             if (W::GROUP > 0) scale = inner_scale(block, g);
-            Pack<f32, 2> of;
-            if constexpr (W::OFFSET) {
-                offset = block.inner_offset(g, r);
-                if (S::ROWS == 1)
-                    of.v[0] = of.v[1] = sums[g];
-                else
-                    of = load<2>(sums + g * S::ROWS + threadIdx.x % 4 * 2 % S::ROWS);
-            }
+            if constexpr (W::OFFSET) offset = block.inner_offset(g, r);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float more = sum[0][i];
-                if (CHAINS > 1) more += sum[CHAINS - 1][i];
-                if (W::GROUP == 0) total[i] = fmaf(RAW, more, total[i]);
-                if (W::GROUP > 0) inner[i] = fmaf(scale.v[i / 2], more, inner[i]);
-                if (W::OFFSET) least[i] = fmaf(offset.v[i / 2], of.v[i % 2], least[i]);
+            for (int slice = 0; slice < SLICES; slice++) {
+                Pack<f32, 2> of;
+                if constexpr (W::OFFSET) {
+                    if (S::ROWS == 1)
+                        of.v[0] = of.v[1] = sums[g];
+                    else
+                        of = load<2>(sums + g * S::ROWS + 8 * slice + threadIdx.x % 4 * 2 % S::ROWS);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float more = sum[slice][0][i];
+                    if (CHAINS > 1) more += sum[slice][CHAINS - 1][i];
+                    if (W::GROUP == 0) total[slice][i] = fmaf(RAW, more, total[slice][i]);
+                    if (W::GROUP > 0) inner[slice][i] = fmaf(scale.v[i / 2], more, inner[slice][i]);
+                    if (W::OFFSET) least[slice][i] = fmaf(offset.v[i / 2], of.v[i % 2], least[slice][i]);
+                }
             }
         }
-        if (W::GROUP > 0) add_inner(block, inner, least, total);
+        if (W::GROUP > 0)
+#pragma unroll
+            for (int slice = 0; slice < SLICES; slice++) add_inner(block, inner[slice], least[slice], total[slice]);
     }
 
     // The same where a lane has the sums of chunks 2 t and 2 t + 1.

@@ -16,33 +16,47 @@ from typing import Any
 
 from ..dtypes import dtype_name
 from .launch import Device, Launch, Plan
-from .linear_packed import ROWS, TUNING, Sizes, block_sums, staged_tuning
+from .linear_packed import MAX_FEW_ROWS, Sizes, Tuning, block_sums, staged_tuning
 from .op import Call
 from .signature import OpError
 from .unpacking import UNPACKED, unpack_launches
 from .weights import SegmentLike, expert_rows, segments_of
 
-__all__ = ["WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
+__all__ = ["TUNING", "WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
 
 
 @dataclass(frozen=True)
 class Ways:
     """Which way a product with a packed weight is computed, by the pairs for each expert of the model.
 
-    streamed: up to so many, blocks are streamed, once for each 8 pairs of an expert; in_tiles: up to so many, codes
-    become numbers inside the tiles of a product, once for each tile; for more they are unpacked to scratch, once. rows:
-    pairs of a tile at most.
+    streamed: up to so many, blocks are streamed, once for each tile of pairs of an expert, of up to 32; in_tiles: up to
+    so many, codes become numbers inside the tiles of a product, once for each tile; for more they are unpacked to
+    scratch, once. rows: pairs of a tile of the product at most; streamed_rows: of a streamed one (1, 2, 4, 8, 16 or
+    32), or None for as many as are likely.
     """
 
-    streamed: int = 32
+    streamed: int = 24
     in_tiles: int = 1024
     rows: int = 256
+    streamed_rows: int | None = None
 
 
 WAYS = Ways()
 """What is taken. The figures are to be measured: ``python -m benchmarks.packed_experts`` times all ways. With
 ``Ways(in_tiles=0)`` all that is not streamed is unpacked to scratch."""
 
+TUNING = Tuning(ahead=2, behind=3, steps=(4, 2))
+"""How blocks are streamed (experts_packed.cu): as with rows of one weight, but that ``behind`` does not ask how long x
+is, and that there are fewer steps between two barriers where shared memory would leave less of the ring. To be
+measured."""
+
+_STREAMED_ROWS = ((8, 5), (16, 15), (32, inf))
+"""Pairs that a streamed tile may have, and pairs of an expert, on the average, up to which no more are taken: with 5 one
+in 15 has more than 8 by chance, with 15 one in 3 more than 16. Each tile reads the weights of its expert; but for more
+rows there are more products, and x and its sums leave less of shared memory to the ring. Estimates."""
+
+_FEWER_WARPS = 8  # of a block that streams, where sums of more leave a ring too little
+_ENOUGH_DEPTH, _LEAST_DEPTH = 4, 3  # blocks of a ring; with fewer than the latter, tiles have fewer pairs
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
 _SLICE_BYTES = 256 << 20  # of unpacked numbers, at most, unless one expert has more
@@ -115,7 +129,7 @@ def packed_experts_plan(
     launch = None
     if whole and not device.deterministic:  # which has one way to add up, whatever the number of rows
         if pairs <= ways.streamed * call["E"]:
-            launch = _few(constants, parts, call, device, segments[0])
+            launch = _few(constants, parts, call, device, segments[0], ways.streamed_rows)
         if launch is None and pairs <= ways.in_tiles * call["E"]:
             launch = _many(constants, parts, call, device, segments[0], ways.rows)
     if launch is not None:
@@ -132,30 +146,55 @@ def packed_experts_plan(
     return Plan(tuple(launches), {UNPACKED: ((each * rows, call["k"]), dtype_name(call.dtypes["T"]))})
 
 
-def _few(constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike) -> Launch | None:
+def _streamed_rows(call: Call, tensor: bool, given: int | None) -> list[int]:
+    """Pairs that a streamed tile may have, the best first. given: the most."""
+    each = call["n"] * call["s"] / call["E"]
+    likely = next(rows for rows, up_to in _STREAMED_ROWS if each <= up_to)
+    most = min(given or likely, 2 * call["n"] - 1)  # an expert has a row once
+    some = (1, 2, 4, *(rows for rows, _ in _STREAMED_ROWS if tensor or rows <= MAX_FEW_ROWS))
+    return [rows for rows in reversed(some) if rows <= most]
+
+
+def _division(
+    rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device
+) -> tuple[dict[str, int], int] | None:
+    """The constants that say how a block of the grid divides its work, and the bytes of its shared memory: as many warps,
+    and steps between two barriers, as leave rings what is enough, or else what leaves them the most."""
+    tuning = replace(TUNING if tensor else staged_tuning(TUNING), ahead=TUNING.ahead + TUNING.behind, behind=0)
+    most, steps = tuning.warps[rows > 1], tuning.steps[rows > 1]
+    found: list[tuple[dict[str, int], int]] = []
+    for warps in sorted({most, min(most, _FEWER_WARPS)}, reverse=True):
+        for step in range(steps, 0, -1):
+            sizes = Sizes(rows, parts, 0, 2 if tensor else 4, block_sums(packing), step, 1)
+            fewer = replace(tuning, warps=(warps, warps))
+            divided = sizes.divide(columns, packing.block_bytes, fewer, device)
+            if divided is not None and divided[0].phases == 1:
+                shape, depth, _ = divided
+                own = {"ROWS": rows, "WARPS": shape.warps, "BLOCKS": shape.blocks, "DEPTH": depth, "STEP": step}
+                own["EARLY"] = min(TUNING.ahead, depth - 1)
+                found.append((own, depth * shape.warps * packing.block_bytes + sizes.bytes(shape)))
+    enough = [min(own["DEPTH"], _ENOUGH_DEPTH) * own["WARPS"] for own, _ in found]
+    return found[enough.index(max(enough))] if found else None
+
+
+def _few(
+    constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike, given: int | None
+) -> Launch | None:
     """The launch for few pairs; None where a row of x does not fit a block's shared memory."""
-    packing, m, k, pairs = segment.format.packing, call["m"], call["k"], call["n"] * call["s"]
+    packing, m, pairs = segment.format.packing, call["m"], call["n"] * call["s"]
     tensor = call.dtypes["T"].itemsize == 2 and device.arch >= 80
-    tuning = TUNING if tensor else staged_tuning()
-    for rows in reversed([r for r in ROWS if r < 2 * call["n"]]):  # an expert has a row once
-        step = tuning.steps[rows > 1]
-        sizes = Sizes(rows, parts, 0, 2 if tensor else 4, block_sums(packing), step, 1)
-        divided = sizes.divide(-(-k // _BLOCK_COLUMNS), packing.block_bytes, tuning, device)
-        if divided is None or divided[0].phases > 1:
+    for rows in _streamed_rows(call, tensor, given):
+        found = _division(rows, parts, -(-call["k"] // _BLOCK_COLUMNS), packing, tensor, device)
+        if found is None or (found[0]["DEPTH"] < _LEAST_DEPTH and rows > MAX_FEW_ROWS):
             continue
-        shape, depth, _ = divided
-        own = {
-            **constants, "W": packing.type, "ROWS": rows, "WARPS": shape.warps, "BLOCKS": shape.blocks, "DEPTH": depth,
-            "STEP": step,
-        }  # fmt: skip
+        own, shared = found
         most = pairs // rows + min(call["E"], pairs)  # tiles
-        shared = depth * shape.warps * packing.block_bytes + sizes.bytes(shape)
         return Launch(
             "experts_packed.cu:expert_linear_packed",
             (min(device.sms, most * -(-m // _BLOCK_ROWS)),),
-            (_WARP * shape.warps,),
+            (_WARP * own["WARPS"],),
             max(shared, device.shared // 2),  # two do not fit, so those of the next kernel are dealt out evenly
-            own,
+            {**constants, **own, "W": packing.type},
             {"w": "w.0"},
         )
     return None
