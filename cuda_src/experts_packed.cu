@@ -17,6 +17,7 @@
 #include "experts.cuh"
 #include "linear_packed.cuh"
 #include "linear_packed_fma.cuh"
+#include "linear_packed_mma.cuh"
 #include "linear_packed_rows.cuh"
 #include "linear_packed_sums.cuh"
 
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     Stream<S, Share<S>> stream(w, m, k, share);
     const f32* scales = W::row_scales(w, E * S::PARTS * units * BLOCK_ROWS, k);
     if constexpr (TENSOR<T>)
-        Product<S, T, Factors<S, 1>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share);
+        Product<S, T, Factors<S, 1, true>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share);
     else
         Product<S, f32, FloatFactors<S>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share);
 }
