@@ -149,11 +149,11 @@ struct Product {
     }
 };
 
-template <typename T, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int DEPTH, int EARLY, int STEP>
+template <typename T, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int DEPTH, int EARLY, int STEP, int TWINS>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     expert_linear_packed(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
                          const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
-    typedef Shape<T, W, ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, EARLY, STEP, 1, false> S;
+    typedef Shape<T, W, ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, EARLY, STEP, 1, false, TWINS> S;
     __shared__ i32 before[MAX_EXPERTS + 1];
     pdl_wait();
     const int units = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;

@@ -14,16 +14,20 @@ constexpr bool TENSOR = sizeof(T) == 2;
 constexpr bool TENSOR = false;
 #endif
 
-// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8; of experts_packed.cu 16 or 32, too); WARPS: of a block; BLOCKS: of columns, at most, that a
-// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks
-// that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order.
+// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8; of experts_packed.cu 16 or 32, too); WARPS: of a block;
+// BLOCKS: of columns, at most, that a warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's
+// ring, in blocks, or twins; EARLY: how many it asks for before x; STEP: units of tiles between two barriers; ORDERED: x
+// is read in another order; TWINS: 2 where blocks of two tiles with the same columns lie together in a ring, so that a
+// warp reads x once for both, else 1. Twins are the tiles of a gated unit, or else of two neighbouring units.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
-          int STEP_, int SPLIT_, bool ORDERED_>
+          int STEP_, int SPLIT_, bool ORDERED_, int TWINS_ = 1>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
                          EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
+    static constexpr int TWINS = TWINS_;
+    static_assert(TWINS == 1 || (STEP * (GATED<ACT> ? 2 : 1) % TWINS == 0 && PHASES == 1), "twins go together");
     static constexpr bool ORDERED = ORDERED_;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = GATED<ACT> ? 2 : 1;             // sums for an element of y, and tiles of a unit
@@ -67,9 +71,10 @@ struct OneWeight {
 template <typename S, typename Weights = OneWeight<S>>
 struct Stream {
     typedef typename S::W W;
-    static constexpr int PIECES = sizeof(W) / 16;
-    uint4* ring;            // of this lane, in its warp's
-    const uint4* weight;    // of this lane
+    static constexpr int PIECES = sizeof(W) / 16, SLOT = S::TWINS * PIECES;
+    static constexpr int UNITS = S::TWINS / S::PARTS > 1 ? 2 : 1;  // that go together
+    uint4* ring;                                                   // of this lane, in its warp's
+    const uint4* weight;                                           // of this lane
     int from;               // what to ask for next, in pieces of 16 bytes: fewer than 2^31, as 32 GiB
     int begin, end, units;  // of this GPU block, of the weight that it asks for, and of a weight
     int first;              // phase of this GPU block
@@ -88,7 +93,7 @@ struct Stream {
         DYNAMIC_SHARED(uint4, memory);
         const int lane = threadIdx.x % WARP;
         units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % S::SPLIT * S::PHASES;
-        ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES) + lane;
+        ring = memory + threadIdx.x / WARP * (S::DEPTH * SLOT) + lane;
         const int row = this->weights.next(units, begin, end);
         columns = W::columns(k);
         half = units * columns * PIECES;
@@ -105,7 +110,7 @@ struct Stream {
 #pragma unroll 1
         for (int slot = 0; slot < COUNT; slot++) {
             fetch();
-            filling += PIECES;
+            filling += SLOT;
         }
     }
     // Fills the ring, once x has been asked for.
@@ -126,19 +131,25 @@ struct Stream {
     static constexpr int PARTIAL = S::WARPS * S::STEP * S::PARTS * S::TILE;
     static __device__ __forceinline__ f32* partials() {
         DYNAMIC_SHARED(uint4, memory);
-        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * PIECES);
+        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * SLOT);
     }
     static __device__ __forceinline__ f32* sums() { return partials() + 2 * PARTIAL; }
     __device__ __forceinline__ f32* staged() const {
         return sums() + (S::WAITING ? (end - begin) * S::PARTS * S::TILE : 0);
     }
 
-    // What there is to ask for in a phase. A unit's tiles are half of the weight apart.
+    // What there is to ask for in a phase. A unit's tiles are half of the weight apart. Of neighbouring units the last
+    // may be alone.
     __device__ __forceinline__ void begin_phase() {
         run = left = blocks_of(phase);
-        remaining = run * (end - begin) * S::PARTS;
-        next = on = (columns - run) * PIECES;
-        if constexpr (S::PARTS > 1) on += half - columns * PIECES, next -= half;
+        remaining = run * ((end - begin + UNITS - 1) / UNITS) * (S::PARTS / (S::TWINS / UNITS));
+        next = on = (columns * UNITS - run) * PIECES;
+        if constexpr (S::PARTS > 1 && S::TWINS == 1) on += half - columns * PIECES, next -= half;
+    }
+    // From a block to its twin's place, in pieces; the twin of one that is alone is itself.
+    __device__ __forceinline__ int twin() const {
+        if constexpr (UNITS == 1) return half;
+        return (end - begin) % 2 == 1 && remaining <= run ? 0 : columns * PIECES;
     }
 
     // Asks for the next block, or for nothing at the end: a group of copies in any case.
@@ -146,12 +157,15 @@ struct Stream {
         if (remaining > 0) {
 #pragma unroll
             for (int i = 0; i < PIECES; i += WARP)
-                if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP)
+                if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP) {
                     cp_async_16(ring + filling + i, weight + from + i, true);
+                    if constexpr (S::TWINS > 1)
+                        cp_async_16(ring + filling + PIECES + i, weight + from + twin() + i, true);
+                }
             from += PIECES, remaining--, left--;
             if (left == 0) {
                 left = run, from += on;
-                if constexpr (S::PARTS > 1) {
+                if constexpr (S::PARTS > 1 && S::TWINS == 1) {
                     const int other = on;
                     on = next, next = other;
                 }
@@ -170,15 +184,15 @@ struct Stream {
         cp_async_commit();
     }
 
-    // The next block of the ring. The one that was taken before is no longer read by any lane, and its place is filled.
-    __device__ __forceinline__ const W& take() {
+    // The next block of the ring, or twins. The one that was taken before is no longer read by any lane, and its place is filled.
+    __device__ __forceinline__ const W* take() {
         cp_async_wait<S::DEPTH - 2>();
         __syncwarp();
         const W* block = reinterpret_cast<const W*>(ring + reading - threadIdx.x % WARP);
         fetch();
         filling = reading;
-        reading = reading + PIECES == S::DEPTH * PIECES ? 0 : reading + PIECES;
-        return *block;
+        reading = reading + SLOT == S::DEPTH * SLOT ? 0 : reading + SLOT;
+        return block;
     }
 };
 

@@ -87,30 +87,41 @@ struct Factors {
         memcpy(b, &two, 16);
     }
 
-    // The sums of a tile over the columns of this warp, to partial [TILE].
+    // The sums of a tile, or of twins, over the columns of this warp, to partial [TWINS][TILE].
     template <int SLICES = (S::ROWS > 8 ? S::ROWS / 8 : 1), typename Weights>
     __device__ __forceinline__ void multiply_tile(Stream<S, Weights>& stream, int count, f32* partial) const {
         if constexpr (SLICES > 1)
             if (slices < SLICES) return multiply_tile<SLICES / 2>(stream, count, partial);
-        constexpr int SUMS = FOLDED && SLICES == 1 ? 2 : SLICES;  // chains of products, where one alone would be slow
-        float total[SUMS][4] = {};
+        constexpr int OWN = S::TWINS * SLICES;
+        constexpr int SUMS = FOLDED && OWN == 1 ? 2 : OWN;  // chains of products, where one alone would be slow
+        float total[SUMS][4] = {};                          // [TWINS][SLICES]
         const T* at = x;
         const f32* of = sums;
 #pragma unroll 1
         for (int b = 0; b < count; b++) {
+            const W* blocks = stream.take();
             if constexpr (FOLDED)
-                add_folded<SLICES>(stream.take(), at, total);
+                add_folded<SLICES>(blocks, at, total);
+            else if constexpr (SPREAD)
+#pragma unroll
+                for (int twin = 0; twin < S::TWINS; twin++) add_spread(blocks[twin], at, of, total[twin]);
             else
-                add(stream.take(), at, of, total);
+                add_blocks<SLICES>(blocks, at, of, total);
             at += BLOCK_COLUMNS;
             of += W::GROUPS * S::ROWS;
         }
         if constexpr (FOLDED)
 #pragma unroll
-            for (int i = 0; i < 4 * SLICES; i++) {
+            for (int i = 0; i < 4 * OWN; i++) {
                 float& sum = total[i / 4][i % 4];
-                sum = (SUMS > SLICES ? sum + total[SUMS - 1][i % 4] : sum) * W::FOLDED;
+                sum = (SUMS > OWN ? sum + total[SUMS - 1][i % 4] : sum) * W::FOLDED;
             }
+#pragma unroll
+        for (int twin = 0; twin < S::TWINS; twin++) leave(total + twin * SLICES, SLICES, partial + twin * S::TILE);
+    }
+
+    // The sums of a tile, to partial.
+    static __device__ __forceinline__ void leave(float (*total)[4], int slices, f32* partial) {
         const int r = lane_row(), t = threadIdx.x % 4;
         if constexpr (S::ROWS == 1) {
             if constexpr (SPREAD)
@@ -122,7 +133,7 @@ struct Factors {
             if (t == 0) partial[r] = total[0][0], partial[r + 8] = total[0][2];
         } else if (2 * t < S::ROWS) {
 #pragma unroll
-            for (int slice = 0; slice < SLICES; slice++) {
+            for (int slice = 0; slice < slices; slice++) {
                 f32* to = partial + r * S::ROWS + 8 * slice + 2 * t;
                 store<2>(to, Pack<f32, 2>{total[slice][0], total[slice][1]});
                 store<2>(to + 8 * S::ROWS, Pack<f32, 2>{total[slice][2], total[slice][3]});
@@ -130,93 +141,106 @@ struct Factors {
         }
     }
 
-    // A block's sums, added to those of its tile.
-    template <int SLICES>
-    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, float (&total)[SLICES][4]) const {
-        if constexpr (SPREAD)
-            add_spread(block, x, sums, total[0]);
-        else
-            add_block(block, x, sums, total);
+    // The B of all slices for a chunk, `at` being even or not; with pairs those of two are read with the even one.
+    template <bool PAIRS, int SLICES>
+    static __device__ __forceinline__ void read_slices(const T* x, int chunk, int at, u32 (&b)[SLICES][LEVELS][2][2]) {
+#pragma unroll
+        for (int slice = 0; slice < SLICES; slice++)
+#pragma unroll
+            for (int l = 0; l < LEVELS; l++) {
+                if (!PAIRS)
+                    read(x + slice * (8 * STRIDE), chunk, l, b[slice][l][0]);
+                else if (at % 2 == 0)
+                    read_two(x + slice * (8 * STRIDE), chunk, l, b[slice][l]);
+            }
     }
 
+    // The sums of a block, or of twins, added to those of their tiles.
     template <int SLICES>
-    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums,
-                                              float (&total)[SLICES][4]) const {
-        constexpr int CHAINS = W::GROUP_CHUNKS > 4 && SLICES == 1 ? 2 : 1;  // of products: short ones
+    __device__ __forceinline__ void add_blocks(const W* blocks, const T* x, const f32* sums,
+                                               float (&total)[S::TWINS * SLICES][4]) const {
+        constexpr int OWN = S::TWINS * SLICES, CHAINS = W::GROUP_CHUNKS > 4 && OWN == 1 ? 2 : 1;  // of products: short
         const int r = lane_row();
-        const typename W::Words words = block.lane(threadIdx.x % WARP);
-        float inner[SLICES][4] = {}, least[SLICES][4] = {};
+        typename W::Words words[S::TWINS];
+#pragma unroll
+        for (int twin = 0; twin < S::TWINS; twin++) words[twin] = blocks[twin].lane(threadIdx.x % WARP);
+        float inner[OWN][4] = {}, least[OWN][4] = {};
 #pragma unroll
         for (int g = 0; g < W::GROUPS; g++) {
-            u32 minus[2];
-            block.template raw_minus<T>(g, r, minus);
-            float sum[SLICES][CHAINS][4] = {};
-            u32 b[SLICES][LEVELS][2][2];
+            float sum[OWN][CHAINS][4] = {};
+            u32 b[SLICES][LEVELS][2][2], minus[S::TWINS][2];
+#pragma unroll
+            for (int twin = 0; twin < S::TWINS; twin++) blocks[twin].template raw_minus<T>(g, r, minus[twin]);
 #pragma unroll
             for (int c = 0; c < W::GROUP_CHUNKS; c++) {
                 const int chunk = g * W::GROUP_CHUNKS + c;
-                u32 a[4];
-                W::template raw<T>(words, chunk, minus, a);
+                read_slices<(W::GROUP_CHUNKS > 1)>(x, chunk, c, b);
 #pragma unroll
-                for (int slice = 0; slice < SLICES; slice++)
+                for (int twin = 0; twin < S::TWINS; twin++) {
+                    u32 a[4];
+                    W::template raw<T>(words[twin], chunk, minus[twin], a);
 #pragma unroll
-                    for (int l = 0; l < LEVELS; l++) {
-                        u32(&of)[2][2] = b[slice][l];
-                        if (W::GROUP_CHUNKS == 1)
-                            read(x + slice * (8 * STRIDE), chunk, l, of[0]);
-                        else if (c % 2 == 0)
-                            read_two(x + slice * (8 * STRIDE), chunk, l, of);
-                        multiply(sum[slice][c % CHAINS], a, of[c % 2], T());
-                    }
+                    for (int slice = 0; slice < SLICES; slice++)
+#pragma unroll
+                        for (int l = 0; l < LEVELS; l++)
+                            multiply(sum[twin * SLICES + slice][c % CHAINS], a, b[slice][l][c % 2], T());
+                }
             }
-            Two32 scale = {{1.f, 1.f}}, offset;
-            if (W::GROUP > 0) scale = inner_scale(block, g);
-            if constexpr (W::OFFSET) offset = block.inner_offset(g, r);
 #pragma unroll
-            for (int slice = 0; slice < SLICES; slice++) {
+            for (int own = 0; own < OWN; own++) {
+                const W& block = blocks[own / SLICES];
+                Two32 scale = {{1.f, 1.f}}, offset;
+                if (W::GROUP > 0) scale = inner_scale(block, g);
                 Pack<f32, 2> of;
                 if constexpr (W::OFFSET) {
+                    offset = block.inner_offset(g, r);
                     if (S::ROWS == 1)
                         of.v[0] = of.v[1] = sums[g];
                     else
-                        of = load<2>(sums + g * S::ROWS + 8 * slice + threadIdx.x % 4 * 2 % S::ROWS);
+                        of = load<2>(sums + g * S::ROWS + own % SLICES * 8 + threadIdx.x % 4 * 2 % S::ROWS);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    float more = sum[slice][0][i];
-                    if (CHAINS > 1) more += sum[slice][CHAINS - 1][i];
-                    if (W::GROUP == 0) total[slice][i] = fmaf(RAW, more, total[slice][i]);
-                    if (W::GROUP > 0) inner[slice][i] = fmaf(scale.v[i / 2], more, inner[slice][i]);
-                    if (W::OFFSET) least[slice][i] = fmaf(offset.v[i / 2], of.v[i % 2], least[slice][i]);
+                    float more = sum[own][0][i];
+                    if (CHAINS > 1) more += sum[own][CHAINS - 1][i];
+                    if (W::GROUP == 0) total[own][i] = fmaf(RAW, more, total[own][i]);
+                    if (W::GROUP > 0) inner[own][i] = fmaf(scale.v[i / 2], more, inner[own][i]);
+                    if (W::OFFSET) least[own][i] = fmaf(offset.v[i / 2], of.v[i % 2], least[own][i]);
                 }
             }
         }
         if (W::GROUP > 0)
 #pragma unroll
-            for (int slice = 0; slice < SLICES; slice++) add_inner(block, inner[slice], least[slice], total[slice]);
+            for (int own = 0; own < OWN; own++) add_inner(blocks[own / SLICES], inner[own], least[own], total[own]);
     }
 
     // The same over W::FOLDED.
     template <int SLICES, int SUMS>
-    static __device__ __forceinline__ void add_folded(const W& block, const T* x, float (&total)[SUMS][4]) {
-        const typename W::Words words = block.lane(threadIdx.x % WARP);
-        u32 factor[2], b[SLICES][LEVELS][2][2];
+    static __device__ __forceinline__ void add_folded(const W* blocks, const T* x, float (&total)[SUMS][4]) {
+        typename W::Words words[S::TWINS];
+#pragma unroll
+        for (int twin = 0; twin < S::TWINS; twin++) words[twin] = blocks[twin].lane(threadIdx.x % WARP);
+        u32 factor[S::TWINS][2], b[SLICES][LEVELS][2][2];
 #pragma unroll
         for (int chunk = 0; chunk < BLOCK_CHUNKS; chunk++) {
-            if (chunk % W::GROUP_CHUNKS == 0) block.factors(chunk / W::GROUP_CHUNKS, lane_row(), factor);
-            u32 a[4];
-            W::folded(words, chunk, factor, a);
+            read_slices<true>(x, chunk, chunk, b);
 #pragma unroll
-            for (int slice = 0; slice < SLICES; slice++)
+            for (int twin = 0; twin < S::TWINS; twin++) {
+                if (chunk % W::GROUP_CHUNKS == 0)
+                    blocks[twin].factors(chunk / W::GROUP_CHUNKS, lane_row(), factor[twin]);
+                u32 a[4];
+                W::folded(words[twin], chunk, factor[twin], a);
 #pragma unroll
-                for (int l = 0; l < LEVELS; l++) {
-                    if (chunk % 2 == 0) read_two(x + slice * (8 * STRIDE), chunk, l, b[slice][l]);
-                    multiply(total[SUMS > SLICES ? chunk % 2 : slice], a, b[slice][l][chunk % 2], T());
-                }
+                for (int slice = 0; slice < SLICES; slice++)
+#pragma unroll
+                    for (int l = 0; l < LEVELS; l++)
+                        multiply(total[SUMS > S::TWINS * SLICES ? chunk % 2 : twin * SLICES + slice], a,
+                                 b[slice][l][chunk % 2], T());
+            }
         }
     }
 
-    // The same as add_block where a lane has the sums of chunks 2 t and 2 t + 1.
+    // The same as add_blocks, of one, where a lane has the sums of chunks 2 t and 2 t + 1.
     __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
         const int r = lane_row(), t = threadIdx.x % 4;
         const typename W::Words words = block.lane(threadIdx.x % WARP);

@@ -122,9 +122,9 @@ __device__ __forceinline__ void multiply_rows(Stream<S, Weights>& stream, int be
             turn ^= 1;
             f32* mine = partial + threadIdx.x / WARP * (S::STEP * S::PARTS * S::TILE);
 #pragma unroll 1
-            for (int tile = first * S::PARTS; tile < min(first + S::STEP, end) * S::PARTS; tile++) {
+            for (int tile = first * S::PARTS; tile < min(first + S::STEP, end) * S::PARTS; tile += S::TWINS) {
                 factors.multiply_tile(stream, count, mine);
-                mine += S::TILE;
+                mine += S::TWINS * S::TILE;
             }
             __syncthreads();
 #pragma unroll

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from math import inf
 from typing import Any
 
@@ -22,7 +23,7 @@ from .signature import OpError
 from .unpacking import UNPACKED, unpack_launches
 from .weights import SegmentLike, expert_rows, segments_of
 
-__all__ = ["TUNING", "WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
+__all__ = ["TUNING", "TWINS", "WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,25 @@ WAYS = Ways()
 """What is taken. The figures are to be measured: ``python -m benchmarks.packed_experts`` times all ways. With
 ``Ways(in_tiles=0)`` all that is not streamed is unpacked to scratch."""
 
-TUNING = Tuning(ahead=2, behind=3, steps=(4, 2))
+TUNING = Tuning(ahead=2, behind=5, steps=(4, 2))
 """How blocks are streamed (experts_packed.cu): as with rows of one weight, but that ``behind`` does not ask how long x
-is, and that there are fewer steps between two barriers where shared memory would leave less of the ring. To be
+is. There are fewer warps, and steps between two barriers, where shared memory would leave too little to the ring. To be
 measured."""
 
+TWINS = 2
+"""Packed blocks that a warp takes together, of two tiles with the same columns, so that it reads x once for both: 2 or
+1."""
+
 _STREAMED_ROWS = ((8, 5), (16, 15), (32, inf))
-"""Pairs that a streamed tile may have, and pairs of an expert, on the average, up to which no more are taken: with 5 one
-in 15 has more than 8 by chance, with 15 one in 3 more than 16. Each tile reads the weights of its expert; but for more
-rows there are more products, and x and its sums leave less of shared memory to the ring. Estimates."""
+"""Pairs that a streamed tile may have, and pairs of an expert, on the average, up to which no more are taken: with 5
+one in 15 has more than 8 by chance, with 15 one in 3 more than 16. Each tile reads the weights of its expert; but for
+more rows there are more products, and x and its sums leave less of shared memory to the ring. Estimates."""
 
 _FEWER_WARPS = 8  # of a block that streams, where sums of more leave a ring too little
-_ENOUGH_DEPTH, _LEAST_DEPTH = 4, 3  # blocks of a ring; with fewer than the latter, tiles have fewer pairs
+_ENOUGH_BYTES, _LEAST_BYTES = 32 << 10, 24 << 10
+"""Bytes of weights on their way to a multiprocessor that hide how long they take; and what more than 8 pairs of a tile
+must leave to that."""
+
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
 _SLICE_BYTES = 256 << 20  # of unpacked numbers, at most, unless one expert has more
@@ -155,26 +163,30 @@ def _streamed_rows(call: Call, tensor: bool, given: int | None) -> list[int]:
     return [rows for rows in reversed(some) if rows <= most]
 
 
-def _division(
+def _divisions(
     rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device
-) -> tuple[dict[str, int], int] | None:
-    """The constants that say how a block of the grid divides its work, and the bytes of its shared memory: as many warps,
-    and steps between two barriers, as leave rings what is enough, or else what leaves them the most."""
-    tuning = replace(TUNING if tensor else staged_tuning(TUNING), ahead=TUNING.ahead + TUNING.behind, behind=0)
-    most, steps = tuning.warps[rows > 1], tuning.steps[rows > 1]
-    found: list[tuple[dict[str, int], int]] = []
-    for warps in sorted({most, min(most, _FEWER_WARPS)}, reverse=True):
-        for step in range(steps, 0, -1):
-            sizes = Sizes(rows, parts, 0, 2 if tensor else 4, block_sums(packing), step, 1)
-            fewer = replace(tuning, warps=(warps, warps))
-            divided = sizes.divide(columns, packing.block_bytes, fewer, device)
-            if divided is not None and divided[0].phases == 1:
-                shape, depth, _ = divided
-                own = {"ROWS": rows, "WARPS": shape.warps, "BLOCKS": shape.blocks, "DEPTH": depth, "STEP": step}
-                own["EARLY"] = min(TUNING.ahead, depth - 1)
-                found.append((own, depth * shape.warps * packing.block_bytes + sizes.bytes(shape)))
-    enough = [min(own["DEPTH"], _ENOUGH_DEPTH) * own["WARPS"] for own, _ in found]
-    return found[enough.index(max(enough))] if found else None
+) -> Iterator[tuple[dict[str, int], int, int]]:
+    """The ways for a block of the grid to divide its work: constants, bytes of shared memory, and bytes of weights that
+    are on their way while others are multiplied."""
+    tuning = TUNING if tensor else staged_tuning(TUNING)
+    most = tuning.warps[rows > 1]
+    some = sorted({most, min(most, _FEWER_WARPS)}, reverse=True)
+    steps = range(tuning.steps[rows > 1], 0, -1)
+    for twins, warps, step in product((TWINS, 1) if tensor and TWINS > 1 else (1,), some, steps):
+        if step * parts % twins:
+            continue
+        sizes = Sizes(rows, parts, 0, 2 if tensor else 4, block_sums(packing), step, 1)
+        slot, slots = twins * packing.block_bytes, -(-(tuning.ahead + tuning.behind + 1) // twins)
+        ring = replace(tuning, warps=(warps, warps), ahead=slots - 1, behind=0)
+        divided = sizes.divide(columns, slot, ring, device)
+        if divided is None or divided[0].phases > 1:
+            continue
+        shape, depth, _ = divided
+        own = {
+            "ROWS": rows, "WARPS": shape.warps, "BLOCKS": shape.blocks, "DEPTH": depth,
+            "EARLY": min(max(1, tuning.ahead // twins), depth - 1), "STEP": step, "TWINS": twins,
+        }  # fmt: skip
+        yield own, depth * shape.warps * slot + sizes.bytes(shape), (depth - 1) * shape.warps * slot
 
 
 def _few(
@@ -184,10 +196,11 @@ def _few(
     packing, m, pairs = segment.format.packing, call["m"], call["n"] * call["s"]
     tensor = call.dtypes["T"].itemsize == 2 and device.arch >= 80
     for rows in _streamed_rows(call, tensor, given):
-        found = _division(rows, parts, -(-call["k"] // _BLOCK_COLUMNS), packing, tensor, device)
-        if found is None or (found[0]["DEPTH"] < _LEAST_DEPTH and rows > MAX_FEW_ROWS):
+        columns = -(-call["k"] // _BLOCK_COLUMNS)
+        ways = list(_divisions(rows, parts, columns, packing, tensor, device))
+        if not ways or (rows > MAX_FEW_ROWS and max(ahead for _, _, ahead in ways) < _LEAST_BYTES):
             continue
-        own, shared = found
+        own, shared, _ = max(ways, key=lambda way: min(way[2], _ENOUGH_BYTES))  # of equals the first
         most = pairs // rows + min(call["E"], pairs)  # tiles
         return Launch(
             "experts_packed.cu:expert_linear_packed",
