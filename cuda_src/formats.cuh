@@ -166,8 +166,8 @@ struct alignas(16) Packed : Code, Scales {
     }
 
     // Scales that are powers of two are exact as bf16, which has all of them, and so are their products with numbers:
-    // `folded` is `fragment` times scale, over 2^32. With that factor 1 / 2^32 a scale of up to 2^33 has a product with
-    // what makes numbers of codes; a larger one counts as infinite.
+    // `folded` is `fragment` times scale, over 2^32. So a scale of up to 2^33 has a product with what makes numbers of
+    // codes; a larger one counts as infinite, and with one below 2^-93 numbers lose digits, or are 0.
     template <typename T>
     static constexpr bool FOLDS = Scales::POWERS && sizeof(T) == 2 && !IS_F16<T>;
     static constexpr float FOLDED = 4294967296.f;

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["EDITS", "EQUIVALENT"]
 
 _SHARED, _FEW, _MANY = "experts.cuh", "experts_mma.cu", "experts_many.cuh"
+_STREAMED, _TILES = "experts_packed.cu", "linear_packed_mma.cuh"
 _PACKED, _PACKED_WGMMA = "experts_packed_many.cuh", "experts_packed_many_wgmma.cu"
 
 # (file, text that occurs once, replacement)
@@ -64,6 +65,20 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("experts_many_wgmma.cu", "cp_async_wait<DEPTH - 3>();", "cp_async_wait<DEPTH - 2>();"),
     ("experts_many_wgmma.cu", "step > 0 || i > 0", "step > 0"),
     ("experts_many_wgmma.cu", "stages + warp / 4 * (64 * STEP)", "stages"),
+    # few pairs, packed weights
+    (_STREAMED, "stop = at + each + (blockIdx.x < more);", "stop = at + each;"),
+    (_STREAMED, "tile.expert * S::PARTS * units + begin;", "tile.expert * units + begin;"),
+    (_STREAMED, "rows{x, pair / s, k", "rows{x, pair, k"),
+    (_STREAMED, "base + r < count ? min(k, S::SPAN) : 0", "r < count ? min(k, S::SPAN) : 0"),
+    (_STREAMED, "first * (stream.units * BLOCK_ROWS);", "0;"),
+    ("linear_packed.cuh", "remaining <= run ? 0 :", "remaining < run ? 0 :"),
+    ("linear_packed.cuh", "if constexpr (UNITS == 1) return half;", ""),
+    (_TILES, "if (slices < SLICES) return", "if (slices <= SLICES) return"),
+    (_TILES, "return ROWS <= 16 || count <= 16 ? 2 : 4;", "return 2;"),
+    (_TILES, "f32* to = sums + g * S::ROWS + 8 * slice", "f32* to = sums + g * S::ROWS"),
+    (_TILES, "sums + g * S::ROWS + own % SLICES * 8", "sums + g * S::ROWS"),
+    ("formats.cuh", "(32u << 7) * 0x10001u", "(31u << 7) * 0x10001u"),
+    ("formats.cuh", "__byte_perm(both, 0, 0x3232)", "__byte_perm(both, 0, 0x1010)"),
     # many pairs, packed weights
     (_PACKED, "t % 2 == 0 ? 0x6240u : 0x7351u", "0x6240u"),
     (_PACKED, "high = low + 2;", "high = low + 1;"),

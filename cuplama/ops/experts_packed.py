@@ -167,7 +167,7 @@ def _divisions(
     rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device
 ) -> Iterator[tuple[dict[str, int], int, int]]:
     """The ways for a block of the grid to divide its work: constants, bytes of shared memory, and bytes of weights that
-    are on their way while others are multiplied."""
+    are on their way while others are multiplied, which are enough where a ring is as deep as ``TUNING`` says."""
     tuning = TUNING if tensor else staged_tuning(TUNING)
     most = tuning.warps[rows > 1]
     some = sorted({most, min(most, _FEWER_WARPS)}, reverse=True)
@@ -186,7 +186,8 @@ def _divisions(
             "ROWS": rows, "WARPS": shape.warps, "BLOCKS": shape.blocks, "DEPTH": depth,
             "EARLY": min(max(1, tuning.ahead // twins), depth - 1), "STEP": step, "TWINS": twins,
         }  # fmt: skip
-        yield own, depth * shape.warps * slot + sizes.bytes(shape), (depth - 1) * shape.warps * slot
+        ahead = _ENOUGH_BYTES if depth == slots else (depth - 1) * shape.warps * slot
+        yield own, depth * shape.warps * slot + sizes.bytes(shape), ahead
 
 
 def _few(

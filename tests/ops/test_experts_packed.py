@@ -5,6 +5,7 @@ Where codes become numbers inside the tiles of many pairs is test_experts_packed
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,55 @@ def test_every_format(name: str) -> None:
     """Columns that end within a block, one row of x and several, tiles of one expert and of many."""
     for n in (1, 3):
         run(case("expert_linear_silu_mul", n=n, s=3, E=5, m=48, k=328, W=name), FEW)
+
+
+def streamed(op: str, dtype: str = "bf16", rows: int | None = None, **sizes: Any) -> Workload:
+    """A case that is streamed however many pairs it has, with up to so many in a tile."""
+    given = case(op, dtype, **sizes)
+    return replace(given, op=packed_ways(given.op, Ways(streamed=1 << 20, streamed_rows=rows)))
+
+
+def rows_of(workload: Workload, device: Device = SMALL) -> int:
+    """The pairs of a tile that the launch is compiled for."""
+    (launch,) = planned(workload, workload.ins, device, abstract)[0]
+    found = re.search(r", [A-Z_]+, (\d+), ", launch.expression)
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "n", "op"),
+    [
+        ("mxfp4", 16, 29, "expert_linear_clamped_swiglu"),
+        ("mxfp4", 32, 20, "expert_linear"),
+        ("int4 g128", 16, 40, "expert_linear_silu_mul"),
+        ("Q4_K", 32, 57, "expert_linear_gelu_tanh_mul"),
+        ("Q4_K", 16, 13, "expert_linear"),
+        ("fp8", 16, 9, "expert_linear_silu_mul"),
+        ("int8", 32, 35, "expert_linear"),
+        ("Q6_K", 16, 30, "expert_linear_silu_mul"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_a_block_serves_more_than_eight_pairs(name: str, rows: int, n: int, op: str, dtype: str) -> None:
+    """Tiles that are full and that end within eight pairs or behind them, of two experts; an odd number of units."""
+    workload = streamed(op, dtype, rows, n=n, s=1, E=3, m=48, k=392, chosen=2, W=name)
+    assert rows_of(workload) == rows
+    run(workload, FEW)
+
+
+@pytest.mark.parametrize(("n", "E", "rows"), [(8, 2, 8), (9, 1, 16), (32, 1, 32), (16, 16, 8), (4, 1, 4)])
+def test_tiles_have_as_many_rows_as_pairs_are_likely(n: int, E: int, rows: int) -> None:
+    assert rows_of(streamed("expert_linear", n=n, s=1, E=E, m=16, k=128, W="mxfp4")) == rows
+    assert rows_of(streamed("expert_linear", "f32", n=n, s=1, E=E, m=16, k=128, W="mxfp4")) == min(rows, 8)
+
+
+@pytest.mark.parametrize("n", [1, 11])
+@pytest.mark.parametrize("op", ["expert_linear", "expert_linear_silu_mul"])
+def test_blocks_without_twins(monkeypatch: pytest.MonkeyPatch, op: str, n: int) -> None:
+    monkeypatch.setattr(experts_packed, "TWINS", 1)
+    for name in ("mxfp4", "int4 g128"):
+        run(streamed(op, n=n, s=1, E=1, m=48, k=392, W=name), FEW)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("f16", marks=pytest.mark.slow), "f32"])
