@@ -5,7 +5,8 @@ The two products of a layer of gpt-oss-20b and of Qwen3-30B-A3B for prompts of s
 - "in tiles of ..." pairs codes become numbers inside the product (cuda_src/experts_packed_many_*.cu): of up to 256 on
   Hopper, else 128, or less where experts have few;
 - "scratch": unpacked first, for the kernels of plain experts (unpack.cu, experts_many_*.cu);
-- "streamed", up to 64 pairs for each expert: for 8 pairs of an expert at a time (experts_packed.cu);
+- "streamed", up to 64 pairs for each expert: for up to 8, 16 or 32 pairs of an expert at a time (experts_packed.cu),
+  or less where shared memory is short;
 - "plain": experts_many_*.cu on plain weights, which is what "scratch" would take if unpacking were free.
 
 Times are those of a replayed graph; a product is first checked on small cases. --skew: how unevenly experts are chosen;
@@ -42,7 +43,7 @@ from cuplama.ops.op import Op
 from cuplama.ops.route import sort_pairs
 from cuplama.quant.packed import Packed
 
-TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 REPEATS = 10
 KNOBS = {"expert_linear_clamped_swiglu": {"alpha": 1.702, "limit": 7.0}}
 _ALWAYS = 1 << 30  # pairs for each expert
@@ -50,7 +51,7 @@ _STREAMED = 64  # pairs for each expert up to which blocks are streamed
 WAYS = {
     **{f"in tiles of {rows}": Ways(0, _ALWAYS, rows) for rows in (256, 128, 64)},
     "scratch": Ways(0, 0),
-    "streamed": Ways(_STREAMED, 0),
+    **{f"streamed, {rows} rows": Ways(_STREAMED, 0, streamed_rows=rows) for rows in (8, 16, 32)},
 }
 
 
@@ -82,13 +83,20 @@ SHAPES = (
 
 
 def check_small(backend: CudaBackend, shape: Shape, form: str) -> None:
-    """Raises WrongResultError if small products are wrong: of a few tall tiles, and of many."""
-    for n, E, m, k in ((900, 3, 144, 712), (700, 9, 336, 1160)):
+    """Raises WrongResultError if small products are wrong: of a few tall tiles, of many, and of streamed ones."""
+    tiles = [Ways(0, _ALWAYS, rows) for rows in (256, 128, 64)]
+    streamed = [Ways(_ALWAYS, 0, streamed_rows=rows) for rows in (8, 16, 32)]
+    for n, E, m, k, some in (
+        (900, 3, 144, 712, tiles),
+        (700, 9, 336, 1160, tiles),
+        (90, 7, 144, 712, streamed),
+        (40, 3, 336, 2880, streamed),
+    ):
         case = {"n": n, "s": 2, "E": E, "m": m, "k": k, "b": True, "W": form, **KNOBS.get(shape.op, {})}
         workload = case_workload(OPS[shape.op], case, "bf16")
         arrays = workload.arrays()
-        for rows in (256, 128, 64):
-            workload = replace(workload, op=packed_ways(OPS[shape.op], Ways(0, _ALWAYS, rows)))
+        for way in some:
+            workload = replace(workload, op=packed_ways(OPS[shape.op], way))
             check(workload, arrays, run_guarded(workload, arrays, BackendExecutor(backend)))
 
 
@@ -119,7 +127,7 @@ def times(backend: CudaBackend, shape: Shape, form: str, skew: float) -> Iterato
     """Times of one product in one format."""
     for way, op, w in ways(backend, shape, form):
         for tokens in TOKENS:
-            if way == "streamed" and tokens * shape.each > _STREAMED * shape.experts:
+            if way.startswith("streamed") and tokens * shape.each > _STREAMED * shape.experts:
                 continue
             pairs, offsets = map(backend.upload, pairs_of(shape, tokens, skew))
             rows = tokens * (shape.each if shape.op == "expert_linear" else 1)
