@@ -32,23 +32,34 @@
 
 constexpr int FOURS = 16;  // of x, that a thread has on their way to shared memory together
 
-// What is left of a block's units: of tile `at / units` of the pairs, unit `at % units`, and so on up to `stop`.
+// What is left of a block's units: of tile `at / units` of the pairs, unit `at % units`, and so on up to `stop`. The tile
+// that was found last is remembered: the stream of weights begins with the same as the product.
 template <typename S>
 struct Share {
     static constexpr bool MORE = true;
     PairTiles<S::ROWS> tiles;
-    u32 at, stop;
+    u32 at, stop, known;
+    PairTile own;
 
     __device__ __forceinline__ Share(const PairTiles<S::ROWS>& tiles, int units) : tiles(tiles) {
         const u32 all = u32(tiles.count()) * units, each = all / gridDim.x, more = all % gridDim.x;
         at = blockIdx.x * each + min(blockIdx.x, more);
         stop = at + each + (blockIdx.x < more);
+        known = at / u32(units);
+        own = at < stop ? tiles.at(known) : PairTile{0, 0, 0};
+    }
+
+    // The pair that belongs to this thread's number, of the last tile.
+    __device__ __forceinline__ int pair(const i32* pairs) const {
+        return own.count > 0 ? pairs[own.first + min(int(threadIdx.x % S::ROWS), own.count - 1)] : 0;
     }
 
     // The next units begin .. end - 1, of one tile.
-    __device__ __forceinline__ bool next(PairTile& tile, int units, int& begin, int& end) {
+    __device__ __forceinline__ bool next(int units, int& begin, int& end, PairTile& tile) {
         if (at >= stop) return false;
-        tile = tiles.at(at / u32(units));
+        const u32 number = at / u32(units);
+        if (number != known) known = number, own = tiles.at(number);
+        tile = own;
         begin = at % u32(units);
         end = min(begin + int(stop - at), units);
         at += end - begin;
@@ -58,7 +69,7 @@ struct Share {
     // The same for the stream of weights, as OneWeight has it.
     __device__ __forceinline__ int next(int units, int& begin, int& end) {
         PairTile tile;
-        if (next(tile, units, begin, end)) return tile.expert * S::PARTS * units + begin;
+        if (next(units, begin, end, tile)) return tile.expert * S::PARTS * units + begin;
         begin = end = 0;
         return 0;
     }
@@ -137,15 +148,16 @@ struct Product {
     const f32* scales;  // of whole rows of w
     f32 alpha, limit;
 
-    __device__ __forceinline__ void operator()(Stream<S, Share<S>>& stream, Share<S> share) const {
+    // pair: that of this thread's number, of the first tile.
+    __device__ __forceinline__ void operator()(Stream<S, Share<S>>& stream, Share<S> share, int pair) const {
         const bool vectorized = k % 4 == 0 && aligned(x);
         Sums sums;
         PairTile tile;
         int begin, end;
         bool filled = false;
-        while (share.next(tile, stream.units, begin, end)) {
+        while (share.next(stream.units, begin, end, tile)) {
             static_assert(WARP % S::ROWS == 0, "a thread has elements of one row");
-            const int pair = pairs[tile.first + min(int(threadIdx.x % S::ROWS), tile.count - 1)];
+            if (filled) pair = share.pair(pairs);
             Y* staged = reinterpret_cast<Y*>(stream.staged());
             const PairRows<S, Y> rows{x, pair / s, k, tile.count, vectorized, filled, staged};
             filled = true;
@@ -167,10 +179,11 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
     pdl_wait();
     const int units = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const Share<S> share(PairTiles<ROWS>(offsets, before, E), units);
+    const int pair = share.pair(pairs);  // asked for ahead of the weights, for it says where x is
     Stream<S, Share<S>> stream(w, m, k, share);
     const f32* scales = W::row_scales(w, E * S::PARTS * units * BLOCK_ROWS, k);
     if constexpr (TENSOR<T>)
-        Product<S, T, Factors<S, 1, true>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share);
+        Product<S, T, Factors<S, 1, true>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share, pair);
     else
-        Product<S, f32, FloatFactors<S>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share);
+        Product<S, f32, FloatFactors<S>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share, pair);
 }
