@@ -36,9 +36,10 @@ struct Factors {
     u32 mine[SPREAD ? BLOCK_CHUNKS : 1];
 
     __device__ __forceinline__ Factors() {
-        if constexpr (SPREAD)
+        if constexpr (SPREAD) {
 #pragma unroll
             for (int c = 0; c < BLOCK_CHUNKS; c++) mine[c] = hidden(lane_row() == c);
+        }
     }
 
     template <typename Weights, typename Rows>
@@ -100,22 +101,24 @@ struct Factors {
 #pragma unroll 1
         for (int b = 0; b < count; b++) {
             const W* blocks = stream.take();
-            if constexpr (FOLDED)
+            if constexpr (FOLDED) {
                 add_folded<SLICES>(blocks, at, total);
-            else if constexpr (SPREAD)
+            } else if constexpr (SPREAD) {
 #pragma unroll
                 for (int twin = 0; twin < S::TWINS; twin++) add_spread(blocks[twin], at, of, total[twin]);
-            else
+            } else {
                 add_blocks<SLICES>(blocks, at, of, total);
+            }
             at += BLOCK_COLUMNS;
             of += W::GROUPS * S::ROWS;
         }
-        if constexpr (FOLDED)
+        if constexpr (FOLDED) {
 #pragma unroll
             for (int i = 0; i < 4 * OWN; i++) {
                 float& sum = total[i / 4][i % 4];
                 sum = (SUMS > OWN ? sum + total[SUMS - 1][i % 4] : sum) * W::FOLDED;
             }
+        }
 #pragma unroll
         for (int twin = 0; twin < S::TWINS; twin++) leave(total + twin * SLICES, SLICES, partial + twin * S::TILE);
     }
@@ -124,12 +127,13 @@ struct Factors {
     static __device__ __forceinline__ void leave(float (*total)[4], int slices, f32* partial) {
         const int r = lane_row(), t = threadIdx.x % 4;
         if constexpr (S::ROWS == 1) {
-            if constexpr (SPREAD)
+            if constexpr (SPREAD) {
 #pragma unroll
                 for (int i = 0; i < 4; i += 2) {
                     total[0][i] += __shfl_xor_sync(ALL_LANES, total[0][i], 1);
                     total[0][i] += __shfl_xor_sync(ALL_LANES, total[0][i], 2);
                 }
+            }
             if (t == 0) partial[r] = total[0][0], partial[r + 8] = total[0][2];
         } else if (2 * t < S::ROWS) {
 #pragma unroll
