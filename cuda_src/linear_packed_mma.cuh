@@ -213,9 +213,10 @@ struct Factors {
                 }
             }
         }
-        if (W::GROUP > 0)
+        if (W::GROUP > 0) {
 #pragma unroll
             for (int own = 0; own < OWN; own++) add_inner(blocks[own / SLICES], inner[own], least[own], total[own]);
+        }
     }
 
     // The same over W::FOLDED.

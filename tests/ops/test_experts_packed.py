@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuplama.backends.cuda.nvrtc import compile_ptx
 from cuplama.lab.check import check, expected, planned, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload
@@ -111,6 +112,21 @@ def test_blocks_without_twins(monkeypatch: pytest.MonkeyPatch, op: str, n: int) 
 @pytest.mark.parametrize("op", [name for name in OPS if name.startswith("expert_linear")])
 def test_every_activation(op: str, dtype: str) -> None:
     run(case(op, dtype, n=5, s=2, E=4, m=32, k=200, W="mxfp4", chosen=3), FEW)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("name", "twins"), [("int4 g128", 2), ("mxfp4", 2), ("fp8", 1), ("Q4_K", 2), ("mxfp4", 1)])
+def test_a_compiler_for_gpus_leaves_the_products_in(
+    monkeypatch: pytest.MonkeyPatch, name: str, rows: int, twins: int
+) -> None:
+    """NVRTC drops loops that g++ keeps, where pragmas stand behind conditions without braces: sums were nowhere."""
+    monkeypatch.setattr(experts_packed, "TWINS", twins)
+    workload = streamed("expert_linear", "bf16", rows, n=rows, s=1, E=1, m=16, k=128, W=name)
+    (launch,) = planned(workload, workload.ins, Device(arch=90), abstract)[0]
+    ptx = compile_ptx(launch.file, [launch.expression], 90)
+    loops = ptx[ptx.index("cp.async.wait_group") :]  # over blocks: for 16 rows and for 8 of them
+    assert loops.count("mma.sync") == 8 * twins * (3 if rows == 16 else 1)
+    assert all("st.shared" in loop for loop in loops.split("cp.async.wait_group")[1:])
 
 
 def test_rows_that_end_within_a_block() -> None:
