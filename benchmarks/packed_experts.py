@@ -5,7 +5,8 @@ The two products of a layer of gpt-oss-20b and of Qwen3-30B-A3B for prompts of s
 - "in tiles of ..." pairs codes become numbers inside the product (cuda_src/experts_many_*.cu): of up to 256 on
   Hopper, else 128, or less where experts have few;
 - "scratch": unpacked first, for the kernels of plain weights (unpack.cu, experts_many_*.cu);
-- "streamed", up to 64 pairs for each expert: for 8 pairs of an expert at a time (experts_packed.cu);
+- "streamed", up to 64 pairs for each expert: for up to 8, 16 or 32 pairs of an expert at a time (experts_packed.cu),
+  or less where shared memory is short;
 - "plain, in tiles of ...": experts_many_*.cu on plain weights, which is what "scratch" would take if unpacking were
   free.
 
@@ -43,15 +44,16 @@ from cuplama.ops.op import Op
 from cuplama.ops.route import sort_pairs
 from cuplama.quant.packed import Packed
 
-TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 REPEATS = 10
+_ALWAYS = 1 << 30  # pairs for each expert
 KNOBS = {"expert_linear_clamped_swiglu": {"alpha": 1.702, "limit": 7.0}}
 _STREAMED = 64  # pairs for each expert up to which blocks are streamed
 HEIGHTS = (256, 128, 64)  # pairs of a tile, at most
 WAYS = {
     **{f"in tiles of {rows}": Ways(0, rows=rows) for rows in HEIGHTS},
     "scratch": Ways(0, in_tiles=False),
-    "streamed": Ways(_STREAMED, in_tiles=False),
+    **{f"streamed, {rows} rows": Ways(_STREAMED, in_tiles=False, streamed_rows=rows) for rows in (8, 16, 32)},
 }
 
 
@@ -83,13 +85,20 @@ SHAPES = (
 
 
 def check_small(backend: CudaBackend, shape: Shape, form: str) -> None:
-    """Raises WrongResultError if small products are wrong: of a few tall tiles, and of many."""
-    for n, E, m, k in ((900, 3, 144, 712), (700, 9, 336, 1160)):
+    """Raises WrongResultError if small products are wrong: of a few tall tiles, of many, and of streamed ones."""
+    tiles = [Ways(0, rows=rows) for rows in HEIGHTS]
+    streamed = [Ways(_ALWAYS, streamed_rows=rows) for rows in (8, 16, 32)]
+    for n, E, m, k, some in (
+        (900, 3, 144, 712, tiles),
+        (700, 9, 336, 1160, tiles),
+        (90, 7, 144, 712, streamed),
+        (40, 3, 336, 2880, streamed),
+    ):
         case = {"n": n, "s": 2, "E": E, "m": m, "k": k, "b": True, "W": form, **KNOBS.get(shape.op, {})}
         workload = case_workload(OPS[shape.op], case, "bf16")
         arrays = workload.arrays()
-        for rows in HEIGHTS:
-            workload = replace(workload, op=packed_ways(OPS[shape.op], Ways(0, rows=rows)))
+        for way in some:
+            workload = replace(workload, op=packed_ways(OPS[shape.op], way))
             check(workload, arrays, run_guarded(workload, arrays, BackendExecutor(backend)))
 
 
@@ -122,7 +131,7 @@ def times(backend: CudaBackend, shape: Shape, form: str, skew: float) -> Iterato
     """Times of one product in one format."""
     for way, op, w in ways(backend, shape, form):
         for tokens in TOKENS:
-            if way == "streamed" and tokens * shape.each > _STREAMED * shape.experts:
+            if way.startswith("streamed") and tokens * shape.each > _STREAMED * shape.experts:
                 continue
             pairs, offsets = map(backend.upload, pairs_of(shape, tokens, skew))
             rows = tokens * (shape.each if shape.op == "expert_linear" else 1)

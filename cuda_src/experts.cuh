@@ -8,15 +8,16 @@
 
 constexpr int MAX_EXPERTS = 512;
 
-// sums[i] = count(0) + ... + count(i - 1) for i = 0 .. size, in shared memory. All threads of the block call, and see
-// them when they are back.
+// sums[i] = count(0) + ... + count(i - 1) for i = 0 .. size, at least 1, in shared memory. All threads of the block call,
+// and see them when they are back.
 template <typename Count>
 __device__ __forceinline__ void running_sums(i32* sums, int size, Count count) {
     __shared__ i32 partial[WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     int carried = 0;
+    if (threadIdx.x == 0) sums[0] = 0;
     for (int first = 0; first < size; first += blockDim.x) {
-        const int i = first + threadIdx.x;
+        const int i = first + threadIdx.x, some = min(warps, (size - first + WARP - 1) / WARP);  // warps with a count
         int sum = i < size ? count(i) : 0;
 #pragma unroll
         for (int lanes = 1; lanes < WARP; lanes *= 2) {
@@ -26,15 +27,13 @@ __device__ __forceinline__ void running_sums(i32* sums, int size, Count count) {
         if (lane == WARP - 1) partial[warp] = sum;
         __syncthreads();
         sum += carried;
-        for (int w = 0; w < warps; w++) {
+        for (int w = 0; w < some; w++) {
             if (w < warp) sum += partial[w];
             carried += partial[w];
         }
         if (i < size) sums[i + 1] = sum;
-        __syncthreads();  // partial is written again
+        __syncthreads();  // sums are there, and partial may be written again
     }
-    if (threadIdx.x == 0) sums[0] = 0;
-    __syncthreads();
 }
 
 // Pairs of one expert that a product takes together: pairs[first .. first + count - 1].

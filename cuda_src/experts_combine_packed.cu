@@ -18,7 +18,7 @@
 // Launch, tuning, op: cuplama/ops/experts_combine.py. Test: tests/ops/test_experts_combine.py.
 // Tried: nothing else yet; no GPU has run it.
 #include "experts_combine.cuh"
-#include "linear_packed.cuh"
+#include "linear_packed_mma.cuh"
 
 // The units first .. last - 1 of the experts of a team.
 template <typename S>
@@ -69,9 +69,9 @@ struct PairRows {
 
 // Adds an expert's sums to those of this warp. place: of this lane's row of x; scales: of the expert's rows of w.
 template <typename S, typename Weights>
-__device__ __forceinline__ void add_expert(Stream<S, Weights>& stream, Factors<S, 1>& factors, const PairRows<S>& rows,
-                                           int place, const Pack<f32, 2>& weight, const f32* scales, int units,
-                                           f32* partial) {
+__device__ __forceinline__ void add_expert(Stream<S, Weights>& stream, Factors<S, 1, true>& factors,
+                                           const PairRows<S>& rows, int place, const Pack<f32, 2>& weight,
+                                           const f32* scales, int units, f32* partial) {
     typedef typename S::W W;
     const int count = stream.blocks_of(0);
     __syncwarp();  // the sums of groups of the expert before have been read
@@ -103,7 +103,7 @@ __device__ __forceinline__ void add_experts(Stream<S, Weights>& stream, const Ch
     const int team = threadIdx.x / WARP / S::WARPS, row = lane_row() % S::ROWS;
     const float none[4] = {};
     for (int unit = 0; unit < units; unit++) store_tile<S::ROWS>(partial + unit * S::TILE, none);
-    Factors<S, 1> factors;
+    Factors<S, 1, true> factors;
     int pair = 0;  // the first of this group's among the sorted ones
 #pragma unroll 1
     for (int from = 0; from < chosen.count;) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(TEAMS * WARPS * WARP, 1)
     expert_linear_combine_packed(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
                                  const f32* weights, const T* __restrict__ b, const f32* a, f32* y, int n, int s, int E,
                                  int m, int k, int most, int room, int ahead) {
-    typedef Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, DEPTH - 1, 1, 1, false, TEAMS> S;
+    typedef Shape<T, W, NO_ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, DEPTH - 1, 1, 1, false, 1, TEAMS> S;
     constexpr int ALL = TEAMS * WARPS;
     DYNAMIC_SHARED(uint4, memory);
     const int units = (m + BLOCK_ROWS - 1) / BLOCK_ROWS, pair_count = n * s, warp = threadIdx.x / WARP;

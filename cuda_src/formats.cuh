@@ -60,13 +60,18 @@ struct Part<PART, S, 0> {
     __device__ __forceinline__ Two32 pair(int, int) const { return {{0.f, 0.f}}; }
 };
 
+template <typename S>
+constexpr bool IS_POWER = false;
+template <>
+constexpr bool IS_POWER<e8m0> = true;
+
 // A scale of S for each group, and perhaps a zero point, or an offset of S.
 template <int GROUP_, typename S, bool ZERO_, bool OFFSET_>
 struct Direct : Part<0, S, GROUP_ == 0 ? 0 : BLOCK_COLUMNS / (GROUP_ == 0 ? 1 : GROUP_)>,
                 Part<1, u8, ZERO_ ? BLOCK_COLUMNS / GROUP_ : 0>,
                 Part<2, S, OFFSET_ ? BLOCK_COLUMNS / GROUP_ : 0> {
     static constexpr int GROUP = GROUP_, GROUPS = GROUP_ == 0 ? 0 : BLOCK_COLUMNS / (GROUP_ == 0 ? 1 : GROUP_);
-    static constexpr bool SCALED = true, ZERO = ZERO_, OFFSET = OFFSET_, NESTED = false;
+    static constexpr bool SCALED = true, ZERO = ZERO_, OFFSET = OFFSET_, NESTED = false, POWERS = IS_POWER<S>;
 
     __device__ __forceinline__ Two32 scales(int group, int r) const { return Part<0, S, GROUPS>::pair(group, r); }
     __device__ __forceinline__ Two32 offsets(int group, int r) const {
@@ -74,6 +79,12 @@ struct Direct : Part<0, S, GROUP_ == 0 ? 0 : BLOCK_COLUMNS / (GROUP_ == 0 ? 1 : 
     }
     __device__ __forceinline__ Two32 inner(int group, int r) const { return scales(group, r); }
     __device__ __forceinline__ Two32 inner_offset(int group, int r) const { return offsets(group, r); }
+    // Scales that are powers of two, as bf16: that of row r in the lower half of a register, that of row r + 8 above.
+    __device__ __forceinline__ u32 powers(int group, int r) const {
+        unsigned short bits;
+        memcpy(&bits, Part<0, S, GROUPS>::values + (group * 8 + r) * 2, 2);
+        return __byte_perm(bits, 0, 0x4140) << 7;
+    }
     __device__ __forceinline__ u32 zero(int group, int r, int half) const {
         if constexpr (ZERO) return Part<1, u8, GROUPS>::values[(group * 8 + r) * 2 + half];
         return 0;
@@ -87,7 +98,7 @@ struct Nested : Part<0, f16, 1>,
                 Part<2, f16, LEAST ? 1 : 0>,
                 Part<3, u8, LEAST ? BLOCK_COLUMNS / GROUP_ : 0> {
     static constexpr int GROUP = GROUP_, GROUPS = BLOCK_COLUMNS / GROUP_;
-    static constexpr bool SCALED = true, ZERO = false, OFFSET = LEAST, NESTED = true;
+    static constexpr bool SCALED = true, ZERO = false, OFFSET = LEAST, NESTED = true, POWERS = false;
 
     // The two factors of a scale and of an offset, for rows r and r + 8.
     __device__ __forceinline__ Two32 outer(int r) const { return Part<0, f16, 1>::pair(0, r); }
@@ -152,6 +163,21 @@ struct alignas(16) Packed : Code, Scales {
             Code::template fragment<T>(words, chunk, minus, a);
         else
             Code::raw(words, chunk, minus, a);
+    }
+
+    // Scales that are powers of two are exact as bf16, which has all of them, and so are their products with numbers:
+    // `folded` is `fragment` times scale, over 2^32. So a scale of up to 2^33 has a product with what makes numbers of
+    // codes; a larger one counts as infinite, and with one below 2^-93 numbers lose digits, or are 0.
+    template <typename T>
+    static constexpr bool FOLDS = Scales::POWERS && sizeof(T) == 2 && !IS_F16<T>;
+    static constexpr float FOLDED = 4294967296.f;
+    __device__ __forceinline__ void factors(int group, int r, u32 (&factor)[2]) const {
+        const u32 both = multiply_two<bf16>(Scales::powers(group, r), Code::template ONE<bf16> - (32u << 7) * 0x10001u);
+        factor[0] = __byte_perm(both, 0, 0x1010);
+        factor[1] = __byte_perm(both, 0, 0x3232);
+    }
+    static __device__ __forceinline__ void folded(const Words& words, int chunk, const u32 (&factor)[2], u32 (&a)[4]) {
+        Code::template times<bf16>(words, chunk, factor, a);
     }
 
     // number(code) - zero of a chunk, as f32: columns 4 t .. 4 t + 3 of row r, then of row r + 8.

@@ -240,7 +240,8 @@ struct Whole : Codes<BITS_> {
     }
 };
 
-// What is not whole has no zero point.
+// What is not whole has no zero point. Where codes become numbers by a product anyway, `times` is `fragment` with other
+// factors, of rows r and r + 8.
 struct NoMinus {
     static constexpr bool ZEROS = false;
     template <typename T>
@@ -290,16 +291,31 @@ struct E2m1 : Codes<4>, NoMinus {
         return to_float(x) * 16384.f;
     }
 
-    // As of E4m3: the sign to the highest bit, the other three to where exponent and mantissa of T meet.
+    // As of E4m3: the sign to the highest bit, the other three to where exponent and mantissa of T meet. In bf16 a product
+    // takes a code to both places, which do not overlap: one instruction in place of two, and on another pipe than logic.
     template <typename T>
-    static __device__ __forceinline__ void fragment(const Words& words, int chunk, const u32 (&)[2], u32 (&a)[4]) {
-        constexpr int UP = IS_F16<T> ? 9 : 6;                          // of the three bits
-        constexpr u32 FACTOR = IS_F16<T> ? 0x74007400u : 0x7e807e80u;  // 2^14, 2^126
+    static __device__ __forceinline__ void times(const Words& words, int chunk, const u32 (&factor)[2], u32 (&a)[4]) {
+        constexpr int UP = IS_F16<T> ? 9 : 6;  // of the three bits
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const u32 word = words.low[chunk], rest = moved(word, UP - 4 * i) & 0x00070007u << UP;
-            a[i] = multiply_two<T>(and_or(word << (12 - 4 * i), 0x80008000u, rest), FACTOR);
+            const u32 word = words.low[chunk];
+            u32 bits;
+            if constexpr (IS_F16<T>) {
+                const u32 rest = moved(word, UP - 4 * i) & 0x00070007u << UP;
+                bits = and_or(word << (12 - 4 * i), 0x80008000u, rest);
+            } else {
+                const u32 code = (i < 2 ? word : word >> 8) & (i % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+                bits = code * (i % 2 == 0 ? 1u << UP | 1u << 12 : 1u << (UP - 4) | 1u << 8);
+                bits &= 0x80008000u | 0x00070007u << UP;
+            }
+            a[i] = multiply_two<T>(bits, factor[i % 2]);
         }
+    }
+    template <typename T>
+    static constexpr u32 ONE = IS_F16<T> ? 0x74007400u : 0x7e807e80u;  // 2^14, 2^126: the factor of a number itself
+    template <typename T>
+    static __device__ __forceinline__ void fragment(const Words& words, int chunk, const u32 (&)[2], u32 (&a)[4]) {
+        times<T>(words, chunk, {ONE<T>, ONE<T>}, a);
     }
 };
 

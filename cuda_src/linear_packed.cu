@@ -44,6 +44,7 @@
 // tests/ops/test_linear_packed.py. Benchmark: benchmarks/packed_decode.py.
 #include "linear_packed.cuh"
 #include "linear_packed_fma.cuh"
+#include "linear_packed_mma.cuh"
 #include "linear_packed_rows.cuh"
 #include "linear_packed_sums.cuh"
 

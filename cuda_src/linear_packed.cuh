@@ -1,10 +1,10 @@
-// What linear_packed.cu is made of: a warp's stream of packed blocks, and its sums of a tile on tensor cores.
+// What linear_packed.cu is made of: a warp's stream of packed blocks.
 #ifndef CUPLAMA_LINEAR_PACKED_CUH
 #define CUPLAMA_LINEAR_PACKED_CUH
 
 #include "activation.cuh"
 #include "formats.cuh"
-#include "mma.cuh"
+#include "ptx.cuh"
 
 // Whether products are those of tensor cores.
 template <typename T>
@@ -14,17 +14,21 @@ constexpr bool TENSOR = sizeof(T) == 2;
 constexpr bool TENSOR = false;
 #endif
 
-// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8); WARPS: of a block; BLOCKS: of columns, at most, that a
-// warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's ring, in blocks; EARLY: blocks
-// that it asks for before x; STEP: units of tiles between two barriers; ORDERED: x is read in another order. TEAMS: of
+// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8; of experts_packed.cu 16 or 32, too); WARPS: of a block;
+// BLOCKS: of columns, at most, that a warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's
+// ring, in blocks, or twins; EARLY: how many it asks for before x; STEP: units of tiles between two barriers; ORDERED: x
+// is read in another order; TWINS: 2 where blocks of two tiles with the same columns lie together in a ring, so that a
+// warp reads x once for both, else 1. Twins are the tiles of a gated unit, or else of two neighbouring units. TEAMS: of
 // WARPS warps each, of a block, where each takes other weights.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
-          int STEP_, int SPLIT_, bool ORDERED_, int TEAMS_ = 1>
+          int STEP_, int SPLIT_, bool ORDERED_, int TWINS_ = 1, int TEAMS_ = 1>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
-                         EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_, TEAMS = TEAMS_;
+                         EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
+    static constexpr int TWINS = TWINS_, TEAMS = TEAMS_;
+    static_assert(TWINS == 1 || (STEP * (GATED<ACT> ? 2 : 1) % TWINS == 0 && PHASES == 1), "twins go together");
     static constexpr bool ORDERED = ORDERED_;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int PARTS = GATED<ACT> ? 2 : 1;             // sums for an element of y, and tiles of a unit
@@ -68,9 +72,10 @@ struct OneWeight {
 template <typename S, typename Weights = OneWeight<S>>
 struct Stream {
     typedef typename S::W W;
-    static constexpr int PIECES = sizeof(W) / 16;
-    uint4* ring;            // of this lane, in its warp's
-    const uint4* weight;    // of this lane
+    static constexpr int PIECES = sizeof(W) / 16, SLOT = S::TWINS * PIECES;
+    static constexpr int UNITS = S::TWINS / S::PARTS > 1 ? 2 : 1;  // that go together
+    uint4* ring;                                                   // of this lane, in its warp's
+    const uint4* weight;                                           // of this lane
     int from;               // what to ask for next, in pieces of 16 bytes: fewer than 2^31, as 32 GiB
     int begin, end, units;  // of this GPU block, of the weight that it asks for, and of a weight
     int first;              // phase of this GPU block
@@ -89,7 +94,7 @@ struct Stream {
         DYNAMIC_SHARED(uint4, memory);
         const int lane = threadIdx.x % WARP;
         units = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % S::SPLIT * S::PHASES;
-        ring = memory + threadIdx.x / WARP * (S::DEPTH * PIECES) + lane;
+        ring = memory + threadIdx.x / WARP * (S::DEPTH * SLOT) + lane;
         const int row = this->weights.next(units, begin, end);
         columns = W::columns(k);
         half = units * columns * PIECES;
@@ -106,7 +111,7 @@ struct Stream {
 #pragma unroll 1
         for (int slot = 0; slot < COUNT; slot++) {
             fetch();
-            filling += PIECES;
+            filling += SLOT;
         }
     }
     // Fills the ring, once x has been asked for.
@@ -128,19 +133,25 @@ struct Stream {
     static constexpr int PARTIAL = S::WARPS * S::STEP * S::PARTS * S::TILE;
     static __device__ __forceinline__ f32* partials() {
         DYNAMIC_SHARED(uint4, memory);
-        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * PIECES);
+        return reinterpret_cast<f32*>(memory + S::WARPS * S::DEPTH * SLOT);
     }
     static __device__ __forceinline__ f32* sums() { return partials() + 2 * PARTIAL; }
     __device__ __forceinline__ f32* staged() const {
         return sums() + (S::WAITING ? (end - begin) * S::PARTS * S::TILE : 0);
     }
 
-    // What there is to ask for in a phase. A unit's tiles are half of the weight apart.
+    // What there is to ask for in a phase. A unit's tiles are half of the weight apart. Of neighbouring units the last
+    // may be alone.
     __device__ __forceinline__ void begin_phase() {
         run = left = blocks_of(phase);
-        remaining = run * (end - begin) * S::PARTS;
-        next = on = (columns - run) * PIECES;
-        if constexpr (S::PARTS > 1) on += half - columns * PIECES, next -= half;
+        remaining = run * ((end - begin + UNITS - 1) / UNITS) * (S::PARTS / (S::TWINS / UNITS));
+        next = on = (columns * UNITS - run) * PIECES;
+        if constexpr (S::PARTS > 1 && S::TWINS == 1) on += half - columns * PIECES, next -= half;
+    }
+    // From a block to its twin's place, in pieces; the twin of one that is alone is itself.
+    __device__ __forceinline__ int twin() const {
+        if constexpr (UNITS == 1) return half;
+        return (end - begin) % 2 == 1 && remaining <= run ? 0 : columns * PIECES;
     }
 
     // Asks for the next block, or for nothing at the end: a group of copies in any case.
@@ -148,12 +159,15 @@ struct Stream {
         if (remaining > 0) {
 #pragma unroll
             for (int i = 0; i < PIECES; i += WARP)
-                if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP)
+                if (i + WARP <= PIECES || int(threadIdx.x % WARP) < PIECES % WARP) {
                     cp_async_16(ring + filling + i, weight + from + i, true);
+                    if constexpr (S::TWINS > 1)
+                        cp_async_16(ring + filling + PIECES + i, weight + from + twin() + i, true);
+                }
             from += PIECES, remaining--, left--;
             if (left == 0) {
                 left = run, from += on;
-                if constexpr (S::PARTS > 1) {
+                if constexpr (S::PARTS > 1 && S::TWINS == 1) {
                     const int other = on;
                     on = next, next = other;
                 }
@@ -172,226 +186,15 @@ struct Stream {
         cp_async_commit();
     }
 
-    // The next block of the ring. The one that was taken before is no longer read by any lane, and its place is filled.
-    __device__ __forceinline__ const W& take() {
+    // The next block of the ring, or twins. The one that was taken before is no longer read by any lane, and its place is filled.
+    __device__ __forceinline__ const W* take() {
         cp_async_wait<S::DEPTH - 2>();
         __syncwarp();
         const W* block = reinterpret_cast<const W*>(ring + reading - threadIdx.x % WARP);
         fetch();
         filling = reading;
-        reading = reading + PIECES == S::DEPTH * PIECES ? 0 : reading + PIECES;
-        return *block;
-    }
-};
-
-// ---- tiles on tensor cores ------------------------------------------------------------------------------------------
-// Products with the rows of x in shared memory.
-//
-// One row of x has the eight columns of an mma's B for itself. With small groups it is put there chunk by chunk: column
-// c has chunk c of a packed block, and zeros elsewhere (SPREAD). So the sums of all groups come from one chain of
-// products, a lane has those of chunks 2 t and 2 t + 1 alone, and needs the scales of these alone: a quarter.
-template <typename S, int LEVELS>
-struct Factors {
-    typedef typename S::T T;
-    typedef typename S::W W;
-    static constexpr bool SPREAD = S::ROWS == 1 && W::GROUP > 0 && W::GROUP_CHUNKS <= 2;
-    static constexpr int STRIDE = STRIDE_OF<S, T>;
-    static constexpr float RAW = W::template RAW<T>;
-    const T* x;  // of this lane, at its warp's first block
-    f32* sums;   // of this warp's groups [group][ROWS]
-    // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe.
-    u32 mine[SPREAD ? BLOCK_CHUNKS : 1];
-
-    __device__ __forceinline__ Factors() {
-        if constexpr (SPREAD)
-#pragma unroll
-            for (int c = 0; c < BLOCK_CHUNKS; c++) mine[c] = hidden(lane_row() == c);
-    }
-
-    template <typename Weights, typename Rows>
-    __device__ __forceinline__ void fill(Stream<S, Weights>& stream, const Rows& rows, int phase) {
-        rows.stage(stream, phase);
-        begin(stream, rows.staged + lane_row() % S::ROWS * STRIDE,
-              reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE));
-    }
-
-    // row: of x in shared memory, this lane's; of: behind the rows, where the sums of groups go.
-    template <typename Weights>
-    __device__ __forceinline__ void begin(const Stream<S, Weights>& stream, const T* row, f32* of) {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        x = row + stream.column_of(0) * BLOCK_COLUMNS + lane % 4 * 8;
-        sums = of + warp * (S::BLOCKS * W::GROUPS * S::ROWS);
-        if constexpr (W::OFFSET) {
-            const u32 one = twice<T>(1.f);
-#pragma unroll 1
-            for (int g = 0; g < S::BLOCKS * W::GROUPS; g++) {
-                float sum[4] = {};
-#pragma unroll
-                for (int c = 0; c < W::GROUP_CHUNKS; c++)
-#pragma unroll
-                    for (int l = 0; l < LEVELS; l++) {
-                        u32 b[2];
-                        read(x, g * W::GROUP_CHUNKS + c, l, b);
-                        multiply(sum, {one, one, one, one}, b, T());
-                    }
-                if (lane < 4 && 2 * lane < S::ROWS) {
-                    sums[g * S::ROWS + 2 * lane] = sum[0];
-                    if (S::ROWS > 1) sums[g * S::ROWS + 2 * lane + 1] = sum[1];
-                }
-            }
-            __syncwarp();
-        }
-    }
-
-    // The B of a chunk.
-    static __device__ __forceinline__ void read(const T* x, int chunk, int level, u32 (&b)[2]) {
-        const Pack<T, 4> four =
-            load<4>(x + level * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS) + chunk % 2 * 4);
-        memcpy(b, &four, 8);
-    }
-
-    // The sums of a tile over the columns of this warp, to partial [TILE].
-    template <typename Weights>
-    __device__ __forceinline__ void multiply_tile(Stream<S, Weights>& stream, int count, f32* partial) const {
-        float total[4] = {};
-        sum_tile(stream, count, total);
-        store_tile<S::ROWS>(partial, total);
-    }
-
-    // The same in the registers that have it.
-    template <typename Weights>
-    __device__ __forceinline__ void sum_tile(Stream<S, Weights>& stream, int count, float (&total)[4]) const {
-        const T* at = x;
-        const f32* of = sums;
-#pragma unroll 1
-        for (int b = 0; b < count; b++) {
-            add(stream.take(), at, of, total);
-            at += BLOCK_COLUMNS;
-            of += W::GROUPS * S::ROWS;
-        }
-        if constexpr (SPREAD)
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                total[i] += __shfl_xor_sync(ALL_LANES, total[i], 1);
-                total[i] += __shfl_xor_sync(ALL_LANES, total[i], 2);
-            }
-    }
-
-    // A block's sums, added to those of its tile.
-    __device__ __forceinline__ void add(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
-        if constexpr (SPREAD)
-            add_spread(block, x, sums, total);
-        else
-            add_block(block, x, sums, total);
-    }
-
-    __device__ __forceinline__ void add_block(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
-        constexpr int CHAINS = W::GROUP_CHUNKS > 4 ? 2 : 1;  // of products: short ones
-        const int r = lane_row();
-        const typename W::Words words = block.lane(threadIdx.x % WARP);
-        float inner[4] = {}, least[4] = {};
-#pragma unroll
-        for (int g = 0; g < W::GROUPS; g++) {
-            u32 minus[2];
-            block.template raw_minus<T>(g, r, minus);
-            float sum[CHAINS][4] = {};
-            u32 b[LEVELS][2][2];
-#pragma unroll
-            for (int c = 0; c < W::GROUP_CHUNKS; c++) {
-                const int chunk = g * W::GROUP_CHUNKS + c;
-                u32 a[4];
-                W::template raw<T>(words, chunk, minus, a);
-#pragma unroll
-                for (int l = 0; l < LEVELS; l++) {
-                    if (W::GROUP_CHUNKS == 1) {
-                        read(x, chunk, l, b[l][0]);
-                    } else if (c % 2 == 0) {
-                        const Pack<T, 8> two = load<8>(x + l * (S::ROWS * STRIDE) + chunk / 2 * (2 * CHUNK_COLUMNS));
-                        memcpy(b[l], &two, 16);
-                    }
-                    multiply(sum[c % CHAINS], a, b[l][c % 2], T());
-                }
-            }
-            Two32 scale = {{1.f, 1.f}}, offset;
-            if (W::GROUP > 0) scale = inner_scale(block, g);
-            Pack<f32, 2> of;
-            if constexpr (W::OFFSET) {
-                offset = block.inner_offset(g, r);
-                if (S::ROWS == 1)
-                    of.v[0] = of.v[1] = sums[g];
-                else
-                    of = load<2>(sums + g * S::ROWS + threadIdx.x % 4 * 2 % S::ROWS);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float more = sum[0][i];
-                if (CHAINS > 1) more += sum[CHAINS - 1][i];
-                if (W::GROUP == 0) total[i] = fmaf(RAW, more, total[i]);
-                if (W::GROUP > 0) inner[i] = fmaf(scale.v[i / 2], more, inner[i]);
-                if (W::OFFSET) least[i] = fmaf(offset.v[i / 2], of.v[i % 2], least[i]);
-            }
-        }
-        if (W::GROUP > 0) add_inner(block, inner, least, total);
-    }
-
-    // The same where a lane has the sums of chunks 2 t and 2 t + 1.
-    __device__ __forceinline__ void add_spread(const W& block, const T* x, const f32* sums, float (&total)[4]) const {
-        const int r = lane_row(), t = threadIdx.x % 4;
-        const typename W::Words words = block.lane(threadIdx.x % WARP);
-        u32 own[LEVELS][2];
-#pragma unroll
-        for (int l = 0; l < LEVELS; l++) read(x, r, l, own[l]);
-        float sum[2][4] = {};  // chains of products
-        u32 minus[2];
-#pragma unroll
-        for (int c = 0; c < BLOCK_CHUNKS; c++) {
-            if (c % W::GROUP_CHUNKS == 0) block.template raw_minus<T>(c / W::GROUP_CHUNKS, r, minus);
-            u32 a[4];
-            W::template raw<T>(words, c, minus, a);
-#pragma unroll
-            for (int l = 0; l < LEVELS; l++)
-                multiply(sum[c % 2], a, {own[l][0] * mine[SPREAD ? c : 0], own[l][1] * mine[SPREAD ? c : 0]}, T());
-        }
-        float inner[4] = {}, least[4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[0][i] += sum[1][i];
-#pragma unroll
-        for (int g = 0; g < 2 / W::GROUP_CHUNKS; g++) {
-            const int group = 2 / W::GROUP_CHUNKS * t + g;
-            const Two32 scale = inner_scale(block, group);
-            Two32 offset;
-            if constexpr (W::OFFSET) offset = block.inner_offset(group, r);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float more =
-                    W::GROUP_CHUNKS == 2 ? sum[0][2 * half] + sum[0][2 * half + 1] : sum[0][2 * half + g];
-                inner[2 * half] = fmaf(scale.v[half], more, inner[2 * half]);
-                if (W::OFFSET) least[2 * half] = fmaf(offset.v[half], sums[group], least[2 * half]);
-            }
-        }
-        add_inner(block, inner, least, total);
-    }
-
-    // The scale of a group, or of nested ones its inner factor. What `raw` leaves off goes with the other factor then.
-    static __device__ __forceinline__ Two32 inner_scale(const W& block, int group) {
-        const Two32 scale = block.inner(group, lane_row());
-        return W::NESTED ? scale : times_raw(scale);
-    }
-    static __device__ __forceinline__ Two32 times_raw(const Two32& scale) {
-        return {{scale.v[0] * RAW, scale.v[1] * RAW}};
-    }
-
-    // What the groups of a block add up to, times what they have in common.
-    static __device__ __forceinline__ void add_inner(const W& block, const float (&inner)[4], const float (&least)[4],
-                                                     float (&total)[4]) {
-        Two32 scale = {{1.f, 1.f}}, offset = {{1.f, 1.f}};
-        if constexpr (W::NESTED) scale = times_raw(block.outer(lane_row()));
-        if constexpr (W::NESTED && W::OFFSET) offset = block.outer_offset(lane_row());
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            total[i] = W::NESTED ? fmaf(scale.v[i / 2], inner[i], total[i]) : total[i] + inner[i];
-            if (W::OFFSET) total[i] = W::NESTED ? fmaf(offset.v[i / 2], least[i], total[i]) : total[i] + least[i];
-        }
+        reading = reading + SLOT == S::DEPTH * SLOT ? 0 : reading + SLOT;
+        return block;
     }
 };
 

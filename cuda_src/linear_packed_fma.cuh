@@ -21,7 +21,7 @@ struct FloatFactors {
     __device__ __forceinline__ void multiply_tile(Stream<S, Weights>& stream, int count, f32* partial) const {
         float total[S::ROWS][2] = {};
 #pragma unroll 1
-        for (int b = 0; b < count; b++) add_block(stream.take(), x + b * BLOCK_COLUMNS, total);
+        for (int b = 0; b < count; b++) add_block(*stream.take(), x + b * BLOCK_COLUMNS, total);
         const int lane = threadIdx.x % WARP;
 #pragma unroll
         for (int row = 0; row < S::ROWS; row++)

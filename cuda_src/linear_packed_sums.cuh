@@ -98,10 +98,14 @@ __device__ __forceinline__ void multiply_rows(Stream<S, Weights>& stream, int be
         const int count = stream.blocks_of(phase);
 #pragma unroll 1
         for (int first = begin; first < end; first += S::STEP) {
-            // What is added to this thread's elements of y: asked for now, needed at the end.
-            float bias[EACH][S::PARTS] = {}, scale[EACH][S::PARTS], residual[EACH] = {};
+            // What is added to this thread's elements of y: asked for now, needed at the end. So a bias stays as it is
+            // read until then: making a float of it would wait for it here.
+            typename S::T bias[EACH][S::PARTS];
+            float scale[EACH][S::PARTS], residual[EACH] = {};
 #pragma unroll
             for (int e = 0; e < EACH; e++) {
+#pragma unroll
+                for (int p = 0; p < S::PARTS; p++) bias[e][p] = from_float<typename S::T>(0.f);
                 const int i = threadIdx.x + e * S::THREADS, row = i % S::ROWS,
                           column = first * BLOCK_ROWS + i / S::ROWS;
                 if (i >= OUTS || row >= out.count || column >= min(out.rows, end * BLOCK_ROWS)) continue;
@@ -109,7 +113,7 @@ __device__ __forceinline__ void multiply_rows(Stream<S, Weights>& stream, int be
                 if (out.a != nullptr) residual[e] = out.residual_of(row, column);
 #pragma unroll
                 for (int p = 0; p < S::PARTS; p++) {
-                    if (out.b != nullptr) bias[e][p] = to_float(out.b[p * out.m + column]);
+                    if (out.b != nullptr) bias[e][p] = out.b[p * out.m + column];
                     if (W::ROW_SCALES) scale[e][p] = out.scales[p * out.m + column];
                 }
             }
@@ -118,9 +122,9 @@ __device__ __forceinline__ void multiply_rows(Stream<S, Weights>& stream, int be
             turn ^= 1;
             f32* mine = partial + threadIdx.x / WARP * (S::STEP * S::PARTS * S::TILE);
 #pragma unroll 1
-            for (int tile = first * S::PARTS; tile < min(first + S::STEP, end) * S::PARTS; tile++) {
+            for (int tile = first * S::PARTS; tile < min(first + S::STEP, end) * S::PARTS; tile += S::TWINS) {
                 factors.multiply_tile(stream, count, mine);
-                mine += S::TILE;
+                mine += S::TWINS * S::TILE;
             }
             __syncthreads();
 #pragma unroll
@@ -139,7 +143,7 @@ __device__ __forceinline__ void multiply_rows(Stream<S, Weights>& stream, int be
                         earlier = total[p];
                     }
                     if (W::ROW_SCALES) total[p] *= scale[e][p];
-                    total[p] += bias[e][p];
+                    total[p] += to_float(bias[e][p]);
                 }
                 if (!whole) continue;
                 out.template put<S::ACT>(row, column, residual[e], total);

@@ -7,6 +7,7 @@ __all__ = ["EDITS", "EQUIVALENT"]
 _SHARED, _FEW = "experts.cuh", "experts_mma.cu"
 _MANY, _WEIGHTS = "experts_many.cuh", "experts_many_weights.cuh"
 _COMBINE, _COMBINE_PACKED = "experts_combine.cuh", "experts_combine_packed.cu"
+_STREAMED, _TILES = "experts_packed.cu", "linear_packed_mma.cuh"
 
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
@@ -102,6 +103,20 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("experts_many_wgmma.cu", "take<S>(weights, 1 - half,", "take<S>(weights, half,"),
     ("experts_many_mma.cu", "if (j * 16 >= count) break;", "if (j * 16 + 16 >= count) break;"),
     ("experts_many_mma.cu", "weights.go_on(half, left == product.steps());", "weights.go_on(half, false);"),
+    # few pairs, packed weights
+    (_STREAMED, "stop = at + each + (blockIdx.x < more);", "stop = at + each;"),
+    (_STREAMED, "tile.expert * S::PARTS * units + begin;", "tile.expert * units + begin;"),
+    (_STREAMED, "rows{x, pair / s, k", "rows{x, pair, k"),
+    (_STREAMED, "base + r < count ? min(k, S::SPAN) : 0", "r < count ? min(k, S::SPAN) : 0"),
+    (_STREAMED, "first * (stream.units * BLOCK_ROWS);", "0;"),
+    ("linear_packed.cuh", "remaining <= run ? 0 :", "remaining < run ? 0 :"),
+    ("linear_packed.cuh", "if constexpr (UNITS == 1) return half;", ""),
+    (_TILES, "if (slices < SLICES) return", "if (slices <= SLICES) return"),
+    (_TILES, "return ROWS <= 16 || count <= 16 ? 2 : 4;", "return 2;"),
+    (_TILES, "f32* to = sums + g * S::ROWS + 8 * slice", "f32* to = sums + g * S::ROWS"),
+    (_TILES, "sums + g * S::ROWS + own % SLICES * 8", "sums + g * S::ROWS"),
+    ("formats.cuh", "(32u << 7) * 0x10001u", "(31u << 7) * 0x10001u"),
+    ("formats.cuh", "__byte_perm(both, 0, 0x3232)", "__byte_perm(both, 0, 0x1010)"),
 )
 
 # (file, text around the place of a mutation, why it cannot change a result)

@@ -11,37 +11,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
+from math import inf
 from typing import Any
 
 from ..dtypes import dtype_name
 from .experts_many import MOST_PAIRS, many_launch, takes_many
 from .launch import Device, Launch, Plan
-from .linear_packed import ROWS, TUNING, Sizes, block_sums, staged_tuning
+from .linear_packed import MAX_FEW_ROWS, Sizes, Tuning, block_sums, staged_tuning
 from .op import Call
 from .signature import OpError
 from .unpacking import UNPACKED, unpack_launches
 from .weights import SegmentLike, expert_rows, segments_of
 
-__all__ = ["WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
+__all__ = ["TUNING", "TWINS", "WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
 
 
 @dataclass(frozen=True)
 class Ways:
     """Which way a product with a packed weight is computed, by the pairs for each expert of the model.
 
-    streamed: up to so many, blocks are streamed, once for each 8 pairs of an expert; in_tiles: whether for more, codes
-    become numbers inside the tiles of a product, once for each tile, where the kernels take it; else they are unpacked
-    to scratch, once. rows: pairs of a tile at most.
+    streamed: up to so many, blocks are streamed, once for each tile of pairs of an expert, of up to 32; in_tiles:
+    whether for more, codes become numbers inside the tiles of a product, once for each tile, where the kernels take it;
+    else they are unpacked to scratch, once. rows: pairs of a tile of the product at most; streamed_rows: of a streamed
+    one (1, 2, 4, 8, 16 or 32), or None for as many as are likely.
     """
 
-    streamed: int = 32
+    streamed: int = 24
     in_tiles: bool = True
     rows: int = MOST_PAIRS
+    streamed_rows: int | None = None
 
 
 WAYS = Ways()
 """What is taken: ``python -m benchmarks.packed_experts`` times all ways. On an H200 tiles are faster than scratch for
 any number of pairs: 8,192 tokens of gpt-oss-20b, 1,024 pairs of an expert, in 2.15 ms and 2.74 ms."""
+
+TUNING = Tuning(ahead=2, behind=5, steps=(4, 2))
+"""How blocks are streamed (experts_packed.cu): as with rows of one weight, but that ``behind`` does not ask how long x
+is. There are fewer warps, and steps between two barriers, where shared memory would leave too little to the ring. To be
+measured."""
+
+TWINS = 2
+"""Packed blocks that a warp takes together, of two tiles with the same columns, so that it reads x once for both: 2 or
+1."""
+
+_STREAMED_ROWS = ((8, 5), (16, 15), (32, inf))
+"""Pairs that a streamed tile may have, and pairs of an expert, on the average, up to which no more are taken: with 5
+one in 15 has more than 8 by chance, with 15 one in 3 more than 16. Each tile reads the weights of its expert; but for
+more rows there are more products, and x and its sums leave less of shared memory to the ring. Estimates."""
+
+_FEWER_WARPS = 8  # of a block that streams, where sums of more leave a ring too little
+_ENOUGH_BYTES, _LEAST_BYTES = 32 << 10, 24 << 10
+"""Bytes of weights on their way to a multiprocessor that hide how long they take; and what more than 8 pairs of a tile
+must leave to that."""
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
@@ -75,7 +98,7 @@ def packed_experts_plan(
     launch = None
     if whole and not device.deterministic:  # which has one way to add up, whatever the number of rows
         if pairs <= ways.streamed * call["E"]:
-            launch = _few(constants, parts, call, device, segments[0])
+            launch = _few(constants, parts, call, device, segments[0], ways.streamed_rows)
         if launch is None and ways.in_tiles and takes_many(call, device, segments[0]):
             launch = many_launch(constants, parts, call, device, call["E"], segments[0], ways.rows)
     if launch is not None:
@@ -92,30 +115,61 @@ def packed_experts_plan(
     return Plan(tuple(launches), {UNPACKED: ((each * rows, call["k"]), dtype_name(call.dtypes["T"]))})
 
 
-def _few(constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike) -> Launch | None:
-    """The launch for few pairs; None where a row of x does not fit a block's shared memory."""
-    packing, m, k, pairs = segment.format.packing, call["m"], call["k"], call["n"] * call["s"]
-    tensor = call.dtypes["T"].itemsize == 2 and device.arch >= 80
-    tuning = TUNING if tensor else staged_tuning()
-    for rows in reversed([r for r in ROWS if r < 2 * call["n"]]):  # an expert has a row once
-        step = tuning.steps[rows > 1]
+def _streamed_rows(call: Call, tensor: bool, given: int | None) -> list[int]:
+    """Pairs that a streamed tile may have, the best first. given: the most."""
+    each = call["n"] * call["s"] / call["E"]
+    likely = next(rows for rows, up_to in _STREAMED_ROWS if each <= up_to)
+    most = min(given or likely, 2 * call["n"] - 1)  # an expert has a row once
+    some = (1, 2, 4, *(rows for rows, _ in _STREAMED_ROWS if tensor or rows <= MAX_FEW_ROWS))
+    return [rows for rows in reversed(some) if rows <= most]
+
+
+def _divisions(
+    rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device
+) -> Iterator[tuple[dict[str, int], int, int]]:
+    """The ways for a block of the grid to divide its work: constants, bytes of shared memory, and bytes of weights that
+    are on their way while others are multiplied, which are enough where a ring is as deep as ``TUNING`` says."""
+    tuning = TUNING if tensor else staged_tuning(TUNING)
+    most = tuning.warps[rows > 1]
+    some = sorted({most, min(most, _FEWER_WARPS)}, reverse=True)
+    steps = range(tuning.steps[rows > 1], 0, -1)
+    for twins, warps, step in product((TWINS, 1) if tensor and TWINS > 1 else (1,), some, steps):
+        if step * parts % twins:
+            continue
         sizes = Sizes(rows, parts, 0, 2 if tensor else 4, block_sums(packing), step, 1)
-        divided = sizes.divide(-(-k // _BLOCK_COLUMNS), packing.block_bytes, tuning, device)
+        slot, slots = twins * packing.block_bytes, -(-(tuning.ahead + tuning.behind + 1) // twins)
+        ring = replace(tuning, warps=(warps, warps), ahead=slots - 1, behind=0)
+        divided = sizes.divide(columns, slot, ring, device)
         if divided is None or divided[0].phases > 1:
             continue
         shape, depth, _ = divided
         own = {
-            **constants, "W": packing.type, "ROWS": rows, "WARPS": shape.warps, "BLOCKS": shape.blocks, "DEPTH": depth,
-            "STEP": step,
+            "ROWS": rows, "WARPS": shape.warps, "BLOCKS": shape.blocks, "DEPTH": depth,
+            "EARLY": min(max(1, tuning.ahead // twins), depth - 1), "STEP": step, "TWINS": twins,
         }  # fmt: skip
+        ahead = _ENOUGH_BYTES if depth == slots else (depth - 1) * shape.warps * slot
+        yield own, depth * shape.warps * slot + sizes.bytes(shape), ahead
+
+
+def _few(
+    constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike, given: int | None
+) -> Launch | None:
+    """The launch for few pairs; None where a row of x does not fit a block's shared memory."""
+    packing, m, pairs = segment.format.packing, call["m"], call["n"] * call["s"]
+    tensor = call.dtypes["T"].itemsize == 2 and device.arch >= 80
+    for rows in _streamed_rows(call, tensor, given):
+        columns = -(-call["k"] // _BLOCK_COLUMNS)
+        ways = list(_divisions(rows, parts, columns, packing, tensor, device))
+        if not ways or (rows > MAX_FEW_ROWS and max(ahead for _, _, ahead in ways) < _LEAST_BYTES):
+            continue
+        own, shared, _ = max(ways, key=lambda way: min(way[2], _ENOUGH_BYTES))  # of equals the first
         most = pairs // rows + min(call["E"], pairs)  # tiles
-        shared = depth * shape.warps * packing.block_bytes + sizes.bytes(shape)
         return Launch(
             "experts_packed.cu:expert_linear_packed",
             (min(device.sms, most * -(-m // _BLOCK_ROWS)),),
-            (_WARP * shape.warps,),
+            (_WARP * own["WARPS"],),
             max(shared, device.shared // 2),  # two do not fit, so those of the next kernel are dealt out evenly
-            own,
+            {**constants, **own, "W": packing.type},
             {"w": "w.0"},
             waits_first=True,
         )

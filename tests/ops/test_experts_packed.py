@@ -5,12 +5,14 @@ Where codes become numbers inside the tiles of many pairs is test_experts_many.p
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cuplama.backends.cuda.nvrtc import compile_ptx
 from cuplama.lab.check import check, expected, planned, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload
@@ -58,10 +60,74 @@ def test_every_format(name: str) -> None:
         run(case("expert_linear_silu_mul", n=n, s=3, E=5, m=48, k=328, W=name), FEW)
 
 
+def streamed(op: str, dtype: str = "bf16", rows: int | None = None, **sizes: Any) -> Workload:
+    """A case that is streamed however many pairs it has, with up to so many in a tile."""
+    given = case(op, dtype, **sizes)
+    return replace(given, op=packed_ways(given.op, Ways(streamed=1 << 20, streamed_rows=rows)))
+
+
+def rows_of(workload: Workload, device: Device = SMALL) -> int:
+    """The pairs of a tile that the launch is compiled for."""
+    (launch,) = planned(workload, workload.ins, device, abstract)[0]
+    found = re.search(r", [A-Z_]+, (\d+), ", launch.expression)
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "n", "op"),
+    [
+        ("mxfp4", 16, 29, "expert_linear_clamped_swiglu"),
+        ("mxfp4", 32, 20, "expert_linear"),
+        ("int4 g128", 16, 40, "expert_linear_silu_mul"),
+        ("Q4_K", 32, 57, "expert_linear_gelu_tanh_mul"),
+        ("Q4_K", 16, 13, "expert_linear"),
+        ("fp8", 16, 9, "expert_linear_silu_mul"),
+        ("int8", 32, 35, "expert_linear"),
+        ("Q6_K", 16, 30, "expert_linear_silu_mul"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_a_block_serves_more_than_eight_pairs(name: str, rows: int, n: int, op: str, dtype: str) -> None:
+    """Tiles that are full and that end within eight pairs or behind them, of two experts; an odd number of units."""
+    workload = streamed(op, dtype, rows, n=n, s=1, E=3, m=48, k=392, chosen=2, W=name)
+    assert rows_of(workload) == rows
+    run(workload, FEW)
+
+
+@pytest.mark.parametrize(("n", "E", "rows"), [(8, 2, 8), (9, 1, 16), (32, 1, 32), (16, 16, 8), (4, 1, 4)])
+def test_tiles_have_as_many_rows_as_pairs_are_likely(n: int, E: int, rows: int) -> None:
+    assert rows_of(streamed("expert_linear", n=n, s=1, E=E, m=16, k=128, W="mxfp4")) == rows
+    assert rows_of(streamed("expert_linear", "f32", n=n, s=1, E=E, m=16, k=128, W="mxfp4")) == min(rows, 8)
+
+
+@pytest.mark.parametrize("n", [1, 11])
+@pytest.mark.parametrize("op", ["expert_linear", "expert_linear_silu_mul"])
+def test_blocks_without_twins(monkeypatch: pytest.MonkeyPatch, op: str, n: int) -> None:
+    monkeypatch.setattr(experts_packed, "TWINS", 1)
+    for name in ("mxfp4", "int4 g128"):
+        run(streamed(op, n=n, s=1, E=1, m=48, k=392, W=name), FEW)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("f16", marks=pytest.mark.slow), "f32"])
 @pytest.mark.parametrize("op", PRODUCTS)
 def test_every_activation(op: str, dtype: str) -> None:
     run(case(op, dtype, n=5, s=2, E=4, m=32, k=200, W="mxfp4", chosen=3), FEW)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("name", "twins"), [("int4 g128", 2), ("mxfp4", 2), ("fp8", 1), ("Q4_K", 2), ("mxfp4", 1)])
+def test_a_compiler_for_gpus_leaves_the_products_in(
+    monkeypatch: pytest.MonkeyPatch, name: str, rows: int, twins: int
+) -> None:
+    """NVRTC drops loops that g++ keeps, where pragmas stand behind conditions without braces: sums were nowhere."""
+    monkeypatch.setattr(experts_packed, "TWINS", twins)
+    workload = streamed("expert_linear", "bf16", rows, n=rows, s=1, E=1, m=16, k=128, W=name)
+    (launch,) = planned(workload, workload.ins, Device(arch=90), abstract)[0]
+    ptx = compile_ptx(launch.file, [launch.expression], 90)
+    loops = ptx[ptx.index("cp.async.wait_group") :]  # over blocks: for 16 rows and for 8 of them
+    assert loops.count("mma.sync") == 8 * twins * (3 if rows == 16 else 1)
+    assert all("st.shared" in loop for loop in loops.split("cp.async.wait_group")[1:])
 
 
 def test_rows_that_end_within_a_block() -> None:
@@ -80,7 +146,7 @@ def test_of_long_rows_a_tile_has_fewer() -> None:
     small = Device(arch=86, sms=2, shared=101376)
     workload = case("expert_linear", n=8, s=1, E=2, m=16, k=14336, b=False, W="mxfp4")
     (launch,) = planned(workload, workload.ins, small, abstract)[0]
-    assert "NO_ACT, 1, 16" in launch.expression
+    assert "NO_ACT, 2, " in launch.expression
     run(workload, FEW, small)
 
 

@@ -120,6 +120,30 @@ def test_every_code_of_mxfp4_with_every_scale() -> None:
     assert np.array_equal(y.view(np.uint32), wanted.view(np.uint32))
 
 
+def test_a_scale_that_is_a_power_of_two_goes_into_the_numbers() -> None:
+    """Exactly, over 2^32, for every code of mxfp4 and scales of 2^-93 to 2^33: with smaller ones numbers are next to 0,
+    with larger ones infinite."""
+    codes = np.tile(np.arange(128, dtype=np.uint8) % 16, (256, 1))
+    scales = np.tile(np.arange(256, dtype=np.uint8)[:, None], 4)
+    fields = {"code": Field((element_plane(codes),)), "scale": Field((element_plane(scales),))}
+    y = np.zeros((16, 8, 32, 2, 2, 2), DTYPES["bf16"])
+    data = pack(Stored((256, 128), CATALOG["mxfp4"], fields, 0)).view(np.uint32)
+    _launch(f"folded<{_type('mxfp4')}>", data, y, grid=16)
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = np.tile(np.concatenate([numbers, -numbers]), (256, 8))
+    exact = range(34, 161)  # below it numbers are smaller than what bf16 has of full precision
+    for block, found in enumerate(y.astype(np.float64)):
+        wanted = _shares(numbers[16 * block : 16 * block + 16]).reshape(8, 32, 2, 2, 2).transpose(0, 1, 3, 2, 4)
+        for row in range(16):
+            scale = 16 * block + row
+            got = found[:, row % 8 * 4 : row % 8 * 4 + 4, :, row // 8]
+            number = wanted[:, row % 8 * 4 : row % 8 * 4 + 4, :, row // 8]
+            if scale in exact:
+                assert np.array_equal(got, np.ldexp(number, scale - 127 - 32)), scale
+            else:
+                assert np.all(np.abs(got) < 2.0**-123 if scale < 34 else np.isinf(got) | (number == 0)), scale
+
+
 @pytest.mark.parametrize("name", CATALOG)
 def test_floats(name: str) -> None:
     stored = random_stored(CATALOG[name], 16, 128, np.random.default_rng(2))

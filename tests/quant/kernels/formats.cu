@@ -39,6 +39,20 @@ __global__ void __launch_bounds__(32)
     }
 }
 
+// The same in bf16 with scales, as `folded` has them: [8 chunks][32 lanes][4][2].
+template <typename W>
+__global__ void __launch_bounds__(32) folded(const u32* __restrict__ data, bf16* __restrict__ y) {
+    const W& block = reinterpret_cast<const W*>(data)[blockIdx.x];
+    const typename W::Words words = block.lane(threadIdx.x);
+#pragma unroll
+    for (int chunk = 0; chunk < BLOCK_CHUNKS; chunk++) {
+        u32 factor[2], a[4];
+        block.factors(chunk / W::GROUP_CHUNKS, threadIdx.x / 4, factor);
+        W::folded(words, chunk, factor, a);
+        memcpy(y + 8 * ((blockIdx.x * BLOCK_CHUNKS + chunk) * WARP + threadIdx.x), a, 16);
+    }
+}
+
 // The same as floats: [8][32][rows r, r + 8][4].
 template <typename W>
 __global__ void __launch_bounds__(32) floats(const u32* __restrict__ data, f32* __restrict__ y) {
