@@ -112,7 +112,7 @@ def _added(name: str, product: Op, act: str = "", **tolerance: float) -> Op:
     out, width = ("y[n,m]:T", "2*m") if act else ("y[n,m]:U", "m")
     scale = " g[k]:T," if normed else ""
     of_sum = "rms_norm(sum) w^T + b" if normed else "sum w^T + b"
-    both = "act(rms_norm(sum) w^T + b) or sum w^T + b, with sum = (a + rms_norm(x)) * scalar,"
+    both = "y = act(rms_norm(sum) w^T + b) or sum w^T + b with sum = (a + rms_norm(x)) * scalar"
     return Op(
         name,
         f"{out}, sum[n,k]:f32 = (x[n,k]:f32, post[k]:T, a[n,k]:f32, scalar[1]:T?,{scale} w[{width},k]:W,"
@@ -129,8 +129,8 @@ def _added(name: str, product: Op, act: str = "", **tolerance: float) -> Op:
         flops=lambda c: 2 * rows * c["n"] * c["m"] * c["k"],
         kernel_docs={
             **product.kernel_docs,
-            "rms_norm_add_linear": f"{both} for up to 8 rows of x, by multiply-adds",
-            "rms_norm_add_linear_mma": f"{both} for two to eight rows of x, on tensor cores",
+            "rms_norm_add_linear": f"{both}, for up to 8 rows of x, by multiply-adds",
+            "rms_norm_add_linear_mma": f"{both}, for two to eight rows of x, on tensor cores",
             "rms_norm_add": rms_norm_add.doc,
             "cast": cast.doc,
         },
