@@ -79,9 +79,10 @@ __device__ __forceinline__ void add_expert(Stream<S, Weights>& stream, Factors<S
 #pragma unroll 1
     for (int unit = 0; unit < units; unit++) {
         float total[4] = {}, scale[2] = {1.f, 1.f};
-        if constexpr (W::ROW_SCALES)
+        if constexpr (W::ROW_SCALES) {
 #pragma unroll
             for (int half = 0; half < 2; half++) scale[half] = scales[unit * BLOCK_ROWS + 8 * half + lane_row()];
+        }
         factors.sum_tile(stream, count, total);
         f32* own = partial + unit * S::TILE;
         float sum[4];

@@ -80,3 +80,10 @@ def test_a_prompt_reaches_a_kernel_in_ten_frames(monkeypatch: pytest.MonkeyPatch
     assert deepest
     longest = max(deepest, key=len)
     assert len(longest) <= MAX_FRAMES, " < ".join(longest)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cuda_src").rglob("*.cu*")), ids=_name)
+def test_conditions_ahead_of_pragmas_have_braces(path: Path) -> None:
+    """NVRTC drops the next loop with a pragma, too, where an ``if constexpr`` that does not hold has one without braces:
+    a product's sums were nowhere, and the emulator cannot see it."""
+    assert not re.findall(r"(?:if constexpr \(.*\)|\belse)\n\s*#pragma", path.read_text(encoding="utf-8"))
