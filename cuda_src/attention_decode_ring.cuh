@@ -23,7 +23,8 @@ struct WarpRing {
     template <bool VALUES>
     __device__ __forceinline__ unsigned char* at(int stage, int row, int byte) const {
         const int moved = PARTS % 8 != 0 ? 0 : VALUES ? row / 2 % 4 * 32 : row % 2 * 64;
-        return room + ((VALUES ? STAGES : 0) + stage) * TILE * ROW + row * ROW + (byte ^ moved);
+        return room + ((VALUES ? STAGES : 0) + stage) * TILE * ROW + row * ROW + byte / 128 * 128 +
+               (byte % 128 ^ moved);
     }
 
     // The rows from `from` on that lie in low .. high-1; others become zeros. Closes a group of copies. A tile behind the

@@ -159,7 +159,7 @@ _RING_CASES = (
     attention_case(8, 1, 256, [1, 1], [97, 600], 400, S=64, sinks=True),
     attention_case(4, 2, 152, [1, 1], [40, 33], S=8),
     attention_case(8, 1, 256, [1, 1], [290, 48], S=64, C="e4m3"),
-    attention_case(6, 1, 192, [1, 1], [64, 33], 20, S=64, C="e4m3"),
+    attention_case(6, 1, 192, [1, 1], [64, 40], 20, S=64, C="e4m3"),
     attention_case(4, 2, 144, [1, 1], [40, 17], S=8, C="e4m3"),
     attention_case(2, 1, 136, [1, 1], [40, 17], S=64, C="e4m3"),
     attention_case(4, 2, 512, [1], [270], S=64, C="e4m3", softcap=1.5),
