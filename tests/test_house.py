@@ -84,6 +84,6 @@ def test_a_prompt_reaches_a_kernel_in_ten_frames(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cuda_src").rglob("*.cu*")), ids=_name)
 def test_conditions_ahead_of_pragmas_have_braces(path: Path) -> None:
-    """NVRTC drops the next loop with a pragma, too, where an ``if constexpr`` that does not hold has one without braces.
-    A product's sums were nowhere, and the emulator cannot see it."""
+    """Where an ``if constexpr`` that does not hold has a loop with a pragma and no braces, NVRTC drops the next such
+    loop, too. A product's sums were nowhere, and the emulator cannot see it."""
     assert not re.findall(r"(?:if constexpr \(.*\)|[^#]\belse)\n\s*#pragma", path.read_text(encoding="utf-8"))
