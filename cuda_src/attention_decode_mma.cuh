@@ -184,8 +184,8 @@ __device__ __forceinline__ void value_pairs(const Pack<u32, W> (&parts)[4], int 
 // score[u][i]: of head g with key 8*u + 2*t + i of a tile, in registers or elsewhere. q: [8][QUERY]
 template <int QUERY, typename C, int D, typename Tile, typename M>
 __device__ __forceinline__ void dot(const Tile& tile, const M* q, float (&score)[2][2]) {
-    // Chunks at once: a wide tile is not in registers, which have no room for many chunks of it either.
-    constexpr int KE = KEY_EACH<C, D>, AHEAD = D <= 128 ? KEY_CHUNKS<C, D> : 16 / KE;
+    // Chunks at once: a wide tile is not in registers, which have no room for a second chunk of it either.
+    constexpr int KE = KEY_EACH<C, D>, AHEAD = D <= 128 ? KEY_CHUNKS<C, D> : 1;
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll AHEAD
