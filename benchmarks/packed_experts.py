@@ -5,7 +5,7 @@ The two products of a layer of gpt-oss-20b and of Qwen3-30B-A3B for prompts of s
 - "in tiles of ..." pairs codes become numbers inside the product (cuda_src/experts_many_*.cu): of up to 256 on
   Hopper, else 128, or less where experts have few;
 - "scratch": unpacked first, for the kernels of plain weights (unpack.cu, experts_many_*.cu);
-- "streamed", up to 64 pairs for each expert: for up to 8, 16 or 32 pairs of an expert at a time (experts_packed.cu),
+- "streamed", up to 64 pairs for each expert: for up to 8 or 16 pairs of an expert at a time (experts_packed.cu),
   or less where shared memory is short;
 - "plain, in tiles of ...": experts_many_*.cu on plain weights, which is what "scratch" would take if unpacking were
   free.
@@ -53,7 +53,7 @@ HEIGHTS = (256, 128, 64)  # pairs of a tile, at most
 WAYS = {
     **{f"in tiles of {rows}": Ways(0, rows=rows) for rows in HEIGHTS},
     "scratch": Ways(0, in_tiles=False),
-    **{f"streamed, {rows} rows": Ways(_STREAMED, in_tiles=False, streamed_rows=rows) for rows in (8, 16, 32)},
+    **{f"streamed, {rows} rows": Ways(_STREAMED, in_tiles=False, streamed_rows=rows) for rows in (8, 16)},
 }
 
 
@@ -87,7 +87,7 @@ SHAPES = (
 def check_small(backend: CudaBackend, shape: Shape, form: str) -> None:
     """Raises WrongResultError if small products are wrong: of a few tall tiles, of many, and of streamed ones."""
     tiles = [Ways(0, rows=rows) for rows in HEIGHTS]
-    streamed = [Ways(_ALWAYS, streamed_rows=rows) for rows in (8, 16, 32)]
+    streamed = [Ways(_ALWAYS, streamed_rows=rows) for rows in (8, 16)]
     for n, E, m, k, some in (
         (900, 3, 144, 712, tiles),
         (700, 9, 336, 1160, tiles),

@@ -17,13 +17,87 @@
 // Bytes on their way: a multiprocessor of an H200 takes 33 KB in a microsecond. Eight experts of 768 x 2048 are 190 KB
 // for each of its 132, and the ring may hold all of that.
 //
-// Which experts were chosen is mostly known before x is (ahead): then their weights are asked for, to come to the L2,
-// while the kernel that makes x has not ended.
-//
 // Launch, tuning, op: cuplama/ops/experts_combine.py. Test: tests/ops/test_experts_combine.py.
 // Tried: nothing else yet; no GPU has run it.
-#include "experts_combine.cuh"
+#include "experts.cuh"
 #include "linear_mma.cuh"
+
+constexpr int MAX_PAIRS = 256;  // 8 rows with 32 experts
+
+// The experts that have a pair, in their order, each with a place for every row: in shared memory, weights [most][N],
+// pairs [most][N] and experts [most], where there are `most` of them at most. A row has an expert once.
+template <int N>
+struct Chosen {
+    f32* weights;  // of each row, 0 where the row did not choose the expert
+    i32* pairs;    // -1 there
+    i32* experts;
+    int count;
+
+    // memory: on an 8-byte boundary
+    __device__ __forceinline__ Chosen(f32* memory, int most)
+        : weights(memory), pairs(reinterpret_cast<i32*>(memory) + most * N), experts(pairs + most * N), count(0) {
+        for (int i = threadIdx.x; i < most * N; i += blockDim.x) pairs[i] = -1, weights[i] = 0.f;
+    }
+
+    // Reads what was chosen, all of it at once: sorted[n*s] (pairs), offsets[E+1], by[n,s] (weights). All threads of the
+    // block call.
+    __device__ __forceinline__ void read(const i32* sorted, const i32* offsets, const f32* by, int size, int s, int E) {
+        __shared__ i32 before[MAX_EXPERTS + 1], starts[MAX_EXPERTS + 1], list[MAX_PAIRS];
+        __shared__ f32 weight[MAX_PAIRS];
+        // From both ends of the block, so that few threads wait for one load after the other.
+        for (int i = threadIdx.x; i <= E; i += blockDim.x) starts[i] = offsets[i];
+        for (int i = blockDim.x - 1 - threadIdx.x; i < size; i += blockDim.x) list[i] = sorted[i], weight[i] = by[i];
+        __syncthreads();
+        running_sums(before, E, [&](int expert) { return starts[expert + 1] > starts[expert]; });
+        count = before[E];
+        for (int expert = threadIdx.x; expert < E; expert += blockDim.x) {
+            const int place = before[expert];
+            if (before[expert + 1] == place) continue;
+            experts[place] = expert;
+            for (int i = starts[expert]; i < starts[expert + 1]; i++) {
+                const int pair = list[i], at = place * N + pair / s;
+                pairs[at] = pair, weights[at] = weight[pair];
+            }
+        }
+        __syncthreads();
+    }
+};
+
+// What an element of y begins with: a, and the biases of the row's experts by their weights.
+template <int N, typename T>
+__device__ __forceinline__ float combine_start(const Chosen<N>& chosen, const f32* a, const T* b, int row, int column,
+                                               int m) {
+    float sum = a != nullptr ? a[i64(row) * m + column] : 0.f;
+    if (b != nullptr)
+#pragma unroll 4
+        for (int e = 0; e < chosen.count; e++)
+            sum = fmaf(chosen.weights[e * N + row], to_float(b[i64(chosen.experts[e]) * m + column]), sum);
+    return sum;
+}
+
+// What the rows of x of a lane's sums, 2 t and 2 t + 1, weigh an expert by.
+template <int N>
+__device__ __forceinline__ Pack<f32, 2> lane_weights(const Chosen<N>& chosen, int expert) {
+    const f32* of = chosen.weights + expert * N;
+    if constexpr (N == 1) return {{of[0], 0.f}};
+    return load<2>(of + threadIdx.x % 4 * 2 % N);
+}
+
+// The columns first .. end - 1 of y: what each begins with, and the WARPS warps' sums of it, in their order. partial:
+// tiles of a warp [16][N], those of the next warp `stride` behind them. early: what this thread's first one begins
+// with.
+template <int N, int WARPS, typename Start>
+__device__ __forceinline__ void put_columns(const f32* partial, int stride, f32* y, int n, int first, int end, int m,
+                                            float early, const Start& start) {
+    for (int i = threadIdx.x; i < (end - first) * N; i += WARPS * WARP) {
+        const int row = i % N, column = first + i / N;
+        if (row >= n) continue;
+        float sum = i < WARPS * WARP ? early : start(row, column);
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += partial[warp * stride + i];
+        y[i64(row) * m + column] = sum;
+    }
+}
 
 // Where a warp is in its slice: a chunk of an expert of those that were chosen, for a tile of columns.
 struct Place {
@@ -123,35 +197,20 @@ __device__ __forceinline__ void multiply_slice(PairStream<N, DEPTH, T>& stream, 
     }
 }
 
-// Asks for the rows begin .. end - 1 of the chosen experts' weights, as far as AHEAD_BYTES go, to come to the L2.
-template <int N, typename T>
-__device__ __forceinline__ void prefetch_columns(const Chosen<N>& chosen, const T* w, int begin, int end, int m,
-                                                 int k) {
-    const int bytes = k * sizeof(T), columns = end - begin, all = min(chosen.count * columns, AHEAD_BYTES / bytes);
-    for (int i = threadIdx.x; i < all; i += blockDim.x)
-        prefetch_l2(w + (i64(chosen.experts[i / columns]) * m + begin + i % columns) * k, bytes);
-}
-
-// N: of the rows, at most; most: experts that may be chosen; ahead: whether which ones were chosen is known before the
-// wait for earlier kernels.
+// N: of the rows, at most; most: experts that may be chosen.
 template <typename T, int N, int WARPS, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     expert_linear_combine_mma(const T* x, const T* __restrict__ w, const i32* pairs, const i32* offsets,
                               const f32* weights, const T* __restrict__ b, const f32* a, f32* y, int n, int s, int E,
-                              int m, int k, int most, int ahead) {
+                              int m, int k, int most) {
     using Weights = PairStream<N, DEPTH, T>;
     DYNAMIC_SHARED(uint4, memory);
     f32* partial = reinterpret_cast<f32*>(memory + WARPS * DEPTH * Weights::SLOT);
     const int begin = OneWeight::border(m, 0), end = OneWeight::border(m, 1), warp = threadIdx.x / WARP;
     const int stride = (end - begin + 2 * ROWS - 1) / (2 * ROWS) * (2 * ROWS * N);  // sums of a warp
     Chosen<N> chosen(partial + WARPS * stride, most);
-    const auto wait = [] { pdl_wait(); };
-    if (!ahead) wait();
-    chosen.read(pairs, offsets, weights, n * s, s, E, false);
-    if (ahead) {
-        prefetch_columns(chosen, w, begin, end, m, k);
-        wait();
-    }
+    pdl_wait();
+    chosen.read(pairs, offsets, weights, n * s, s, E);
     const int chunks = (k + CHUNK - 1) / CHUNK, all = chosen.count * chunks;
     const int first = all * warp / WARPS, count = all * (warp + 1) / WARPS - first;
     const Place place(first, count, chunks, begin);

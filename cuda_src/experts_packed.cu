@@ -9,8 +9,8 @@
 // where its share does; the rings run on meanwhile, because the warps ask for weights ahead of what they multiply. How
 // many tiles there are is read on the device: the grid depends on sizes alone.
 //
-// An expert's weights are read once for each of its tiles, so ROWS is what most experts have no more of: up to 32 on
-// tensor cores, where the numbers of a packed block are made once for up to four products with 8 rows. Instructions are
+// An expert's weights are read once for each of its tiles, so ROWS is what most experts have no more of: up to 16 on
+// tensor cores, where the numbers of a packed block are made once for up to two products with 8 rows. Instructions are
 // what this costs: with x of 8 rows a block of MXFP4 takes a warp some 200, with 16 some 211, and a multiprocessor of an
 // H200 has time for some 250 while memory brings it one (counted and computed, not measured). So a warp takes the blocks
 // of two tiles with the same columns together (TWINS), which halves what it reads of x and what asking and waiting take,

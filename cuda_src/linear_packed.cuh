@@ -14,20 +14,19 @@ constexpr bool TENSOR = sizeof(T) == 2;
 constexpr bool TENSOR = false;
 #endif
 
-// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8; of experts_packed.cu 16 or 32, too); WARPS: of a block;
+// The constants of a launch. ROWS: of x, at most (1, 2, 4 or 8; of experts_packed.cu 16, too); WARPS: of a block;
 // BLOCKS: of columns, at most, that a warp has of a row of blocks in a phase; PHASES: in which k goes; DEPTH: of a warp's
 // ring, in blocks, or twins; EARLY: how many it asks for before x; STEP: units of tiles between two barriers; ORDERED: x
 // is read in another order; TWINS: 2 where blocks of two tiles with the same columns lie together in a ring, so that a
-// warp reads x once for both, else 1. Twins are the tiles of a gated unit, or else of two neighbouring units. TEAMS: of
-// WARPS warps each, of a block, where each takes other weights.
+// warp reads x once for both, else 1. Twins are the tiles of a gated unit, or else of two neighbouring units.
 template <typename T_, typename W_, int ACT_, int ROWS_, int WARPS_, int BLOCKS_, int PHASES_, int DEPTH_, int EARLY_,
-          int STEP_, int SPLIT_, bool ORDERED_, int TWINS_ = 1, int TEAMS_ = 1>
+          int STEP_, int SPLIT_, bool ORDERED_, int TWINS_ = 1>
 struct Shape {
     typedef T_ T;
     typedef W_ W;
     static constexpr int ACT = ACT_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, PHASES = PHASES_, DEPTH = DEPTH_,
                          EARLY = EARLY_, STEP = STEP_, SPLIT = SPLIT_;
-    static constexpr int TWINS = TWINS_, TEAMS = TEAMS_;
+    static constexpr int TWINS = TWINS_;
     static_assert(TWINS == 1 || (STEP * (GATED<ACT> ? 2 : 1) % TWINS == 0 && PHASES == 1), "twins go together");
     static constexpr bool ORDERED = ORDERED_;
     static constexpr int THREADS = WARPS * WARP;
@@ -120,8 +119,7 @@ struct Stream {
     // Where this warp's runs begin in a row of blocks in a phase, and how many blocks they have: none in a later phase
     // if there are none in an earlier one.
     static __device__ __forceinline__ int column_of(int phase) {
-        const int warp = threadIdx.x / WARP;
-        return (phase * S::WARPS + (S::TEAMS > 1 ? warp % S::WARPS : warp)) * S::BLOCKS;
+        return (phase * S::WARPS + int(threadIdx.x / WARP)) * S::BLOCKS;
     }
     __device__ __forceinline__ int blocks_of(int phase) const {
         return min(max(columns - column_of(phase), 0), S::BLOCKS);

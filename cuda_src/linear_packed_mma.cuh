@@ -5,7 +5,7 @@
 // products, a lane has those of chunks 2 t and 2 t + 1 alone, and needs the scales of these alone: a quarter.
 //
 // More than eight rows are several mma (slices) for the same A: what it takes to make the numbers of a block is shared.
-// Slices that no row needs are left out: there are 1, 2 or 4.
+// A slice that no row needs is left out.
 #ifndef CUPLAMA_LINEAR_PACKED_MMA_CUH
 #define CUPLAMA_LINEAR_PACKED_MMA_CUH
 
@@ -15,8 +15,7 @@
 // How many slices so many rows need, where there are ROWS at most.
 template <int ROWS>
 __device__ __forceinline__ int slices_of(int count) {
-    if (ROWS <= 8 || count <= 8) return 1;
-    return ROWS <= 16 || count <= 16 ? 2 : 4;
+    return ROWS > 8 && count > 8 ? 2 : 1;
 }
 
 // With FOLD scales that are powers of two go into A: then sums of all groups are those of one chain of products, which
@@ -29,9 +28,9 @@ struct Factors {
     static constexpr bool SPREAD = !FOLDED && S::ROWS == 1 && W::GROUP > 0 && W::GROUP_CHUNKS <= 2;
     static constexpr int STRIDE = STRIDE_OF<S, T>;
     static constexpr float RAW = W::template RAW<T>;
-    const T* x;      // of this lane, at its warp's first block
-    f32* sums;       // of this warp's groups [group][ROWS]
-    int slices = 1;  // of the rows of x, of up to 8
+    const T* x;  // of this lane, at its warp's first block
+    f32* sums;   // of this warp's groups [group][ROWS]
+    int slices;  // of the rows of x, of up to 8
     // 1 for the chunk of this lane's column: hidden, else its products become choices, on the slower pipe.
     u32 mine[SPREAD ? BLOCK_CHUNKS : 1];
 
@@ -46,16 +45,10 @@ struct Factors {
     __device__ __forceinline__ void fill(Stream<S, Weights>& stream, const Rows& rows, int phase) {
         rows.stage(stream, phase);
         slices = slices_of<S::ROWS>(rows.count);
-        begin(stream, rows.staged + lane_row() % S::ROWS * STRIDE,
-              reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE));
-    }
-
-    // row: of x in shared memory, this lane's; of: behind the rows, where the sums of groups go.
-    template <typename Weights>
-    __device__ __forceinline__ void begin(const Stream<S, Weights>& stream, const T* row, f32* of) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        x = row + stream.column_of(0) * BLOCK_COLUMNS + lane % 4 * 8;
-        sums = of + warp * (S::BLOCKS * W::GROUPS * S::ROWS);
+        x = rows.staged + warp * (S::BLOCKS * BLOCK_COLUMNS) + lane % 4 * 8 + lane_row() % S::ROWS * STRIDE;
+        sums =
+            reinterpret_cast<f32*>(rows.staged + LEVELS * S::ROWS * STRIDE) + warp * (S::BLOCKS * W::GROUPS * S::ROWS);
         if constexpr (W::OFFSET) {
             const u32 one = twice<T>(1.f);
 #pragma unroll 1
@@ -106,14 +99,7 @@ struct Factors {
             store_tile<S::ROWS>(partial + i / SLICES * S::TILE + i % SLICES * 8, total[i]);
     }
 
-    // The sums of one tile, in the registers that have them.
-    template <typename Weights>
-    __device__ __forceinline__ void sum_tile(Stream<S, Weights>& stream, int count, float (&total)[4]) const {
-        static_assert(S::TWINS == 1 && S::ROWS <= 8, "one tile, and one slice of x");
-        sum_tiles<1>(stream, count, reinterpret_cast<float (&)[1][4]>(total));
-    }
-
-    // Those of twins and slices: total [TWINS][SLICES].
+    // The same in the registers that have them: total [TWINS][SLICES].
     template <int SLICES, typename Weights>
     __device__ __forceinline__ void sum_tiles(Stream<S, Weights>& stream, int count,
                                               float (&total)[S::TWINS * SLICES][4]) const {

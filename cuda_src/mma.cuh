@@ -25,14 +25,6 @@ __device__ __forceinline__ void store_tile(f32* to, const float (&total)[4]) {
     }
 }
 
-// What store_tile left there, of the same lane; zeros for columns that are not there.
-template <int ROWS>
-__device__ __forceinline__ void load_tile(const f32* from, float (&total)[4]) {
-    const int r = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 4; i++) total[i] = 2 * t + i % 2 < ROWS ? from[(r + i / 2 * 8) * ROWS + 2 * t + i % 2] : 0.f;
-}
-
 // Two values rounded to T in one register, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ u32 pack(float low, float high);

@@ -6,7 +6,7 @@ __all__ = ["EDITS", "EQUIVALENT"]
 
 _SHARED, _FEW = "experts.cuh", "experts_mma.cu"
 _MANY, _WEIGHTS = "experts_many.cuh", "experts_many_weights.cuh"
-_COMBINE, _COMBINE_PACKED = "experts_combine.cuh", "experts_combine_packed.cu"
+_COMBINE = "experts_combine_mma.cu"
 _STREAMED, _TILES = "experts_packed.cu", "linear_packed_mma.cuh"
 
 # (file, text that occurs once, replacement)
@@ -59,29 +59,17 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_FEW, "b + i64(tile.expert) * HALVES<ACT> * m;", "b;"),
     # the experts' sum in the product
     (_COMBINE, "starts[expert + 1] > starts[expert];", "starts[expert + 1] >= starts[expert];"),
-    (_COMBINE, "place * ROWS + pair / s;", "place * ROWS + pair % s;"),
+    (_COMBINE, "place * N + pair / s;", "place * N + pair % s;"),
     (_COMBINE, "weights[at] = weight[pair];", "weights[at] = weight[i];"),
     (_COMBINE, "b[i64(chosen.experts[e]) * m + column]", "b[column]"),
     ("mma.cuh", "store<2>(to + (r + 8) * ROWS", "store<2>(to + r * ROWS"),
     (_COMBINE, "i < WARPS * WARP ? early : start(row, column);", "early;"),
     (_COMBINE, "if (row >= n) continue;", ";"),
-    ("experts_combine_mma.cu", "chunk == chunks) chunk = 0, expert++;", "chunk == chunks) chunk = 0;"),
-    ("experts_combine_mma.cu", "row + i / 2 * ROWS < end &&", ""),
-    ("experts_combine_mma.cu", "i64(max(pair, 0)) * k + at;", "i64(max(pair, 0) / 2) * k + at;"),
-    ("experts_combine_mma.cu", "fmaf(weight.v[i % 2]", "fmaf(weight.v[0]"),
-    ("experts_combine_mma.cu", "partial += 2 * ROWS * N;", ";"),
-    (_COMBINE, "places ? i : pair, weights", "pair, weights"),
-    (_COMBINE, "pairs[expert * ROWS + r] >= 0;", "1;"),
-    (_COMBINE_PACKED, "at += S::TEAMS;", "at++;"),
-    (_COMBINE_PACKED, "return expert * units + first;", "return first;"),
-    (_COMBINE_PACKED, "column < k);", "true);"),
-    (_COMBINE_PACKED, "scales[unit * BLOCK_ROWS + 8 * half + lane_row()];", "scales[8 * half + lane_row()];"),
-    (_COMBINE_PACKED, "fmaf(weight.v[i % 2], total[i], sum[i]);", "weight.v[i % 2] * total[i];"),
-    (_COMBINE_PACKED, "partial + unit * S::TILE, none", "partial, none"),
-    (_COMBINE_PACKED, "(i - pair, chosen.found[i]);", "(i - pair, i);"),
-    (_COMBINE_PACKED, "chosen.pairs[e * S::ROWS + row] - pair;", "chosen.pairs[e * S::ROWS + row];"),
-    (_COMBINE_PACKED, "(team - from % S::TEAMS + S::TEAMS) % S::TEAMS;", "team;"),
-    (_COMBINE_PACKED, "(i64(chosen.experts[e]) * stream.units + first)", "first"),
+    (_COMBINE, "chunk == chunks) chunk = 0, expert++;", "chunk == chunks) chunk = 0;"),
+    (_COMBINE, "row + i / 2 * ROWS < end &&", ""),
+    (_COMBINE, "i64(max(pair, 0)) * k + at;", "i64(max(pair, 0) / 2) * k + at;"),
+    (_COMBINE, "fmaf(weight.v[i % 2]", "fmaf(weight.v[0]"),
+    (_COMBINE, "partial += 2 * ROWS * N;", ";"),
     # many pairs
     (_MANY, "u32(share.own[row + i * APART] / product.s) * k", "u32(share.own[row + i * APART]) * k"),
     (_MANY, "inside && i * APART < count", "i * APART < count"),
@@ -112,7 +100,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("linear_packed.cuh", "remaining <= run ? 0 :", "remaining < run ? 0 :"),
     ("linear_packed.cuh", "if constexpr (UNITS == 1) return half;", ""),
     (_TILES, "if (slices < SLICES) return", "if (slices <= SLICES) return"),
-    (_TILES, "return ROWS <= 16 || count <= 16 ? 2 : 4;", "return 2;"),
+    (_TILES, "return ROWS > 8 && count > 8 ? 2 : 1;", "return 1;"),
     (_TILES, "f32* to = sums + g * S::ROWS + 8 * slice", "f32* to = sums + g * S::ROWS"),
     (_TILES, "sums + g * S::ROWS + own % SLICES * 8", "sums + g * S::ROWS"),
     ("formats.cuh", "(32u << 7) * 0x10001u", "(31u << 7) * 0x10001u"),
@@ -121,11 +109,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
 
 # (file, text around the place of a mutation, why it cannot change a result)
 EQUIVALENT: tuple[tuple[str, str, str], ...] = (
-    (
-        _COMBINE_PACKED,
-        "__syncwarp();  // the sums of groups of the expert before",
-        "the products that make the sums come before these are written, and all lanes of the warp meet in them",
-    ),
     (
         "norm_route.cu",
         "__syncthreads();\n    }\n    if (!arrives_last",

@@ -42,7 +42,6 @@ _THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks
 
 _FEW = 4  # pairs for each expert of the model up to which experts_mma.cu takes them: more would be tiles of many reads
 _LONGEST = 96  # experts_mma.cu: chunks of a phase; 128 spill registers
-_RING = (160 << 10, 8)  # experts_mma.cu: bytes and chunks of a ring, at most
 _RUN = 8  # experts_mma.cu: tiles of columns whose sums are kept where k goes in phases
 
 
@@ -84,12 +83,12 @@ def _with_clamped_swiglu(
 
 def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Launch | None:
     """The launch of experts_mma.cu, if a block has enough shared memory for it."""
-    shape = tensor_shape(call["k"], _RUN, device, _LONGEST, ring=_RING)
+    shape = tensor_shape(call["k"], _RUN, device, _LONGEST)
     if shape is None:
         return None
     block = (_WARP * shape.warps,)
     own = {**constants, **shape.constants}
-    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own, waits_first=True)
+    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own)
 
 
 def _parts(constants: Mapping[str, Any]) -> int:

@@ -1,63 +1,40 @@
-"""What the experts of a row give, weighted and added up, in one launch for few rows. Kernels:
-cuda_src/experts_combine_mma.cu (plain weights), experts_combine_packed.cu (packed ones), on tensor cores.
+"""What the experts of a row give, weighted and added up, in one launch for few rows. Kernel:
+cuda_src/experts_combine_mma.cu, on tensor cores.
 
-Defined by its parts, ``expert_linear`` and ``combine_pairs``: the reference only calls theirs, and what the kernels do
-not take is computed by their launches, which hand over the products of the pairs, rounded to T.
+Defined by its parts, ``expert_linear`` and ``combine_pairs``: the reference only calls theirs. What the kernel does not
+take is computed by their launches, which hand over the products of the pairs, rounded to T: so are packed weights, for
+which a kernel of this kind was slower. For gpt-oss-20b it took 14.7 us on an H200 where the two launches take 13.6, and
+62.7 instead of 47.8 for eight rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import replace
 from typing import Any
 
 from ..dtypes import Array, dtype_name
-from .experts import chosen_experts, expert_linear, experts_with_pairs, pair_inputs
+from .experts import expert_linear, experts_with_pairs, pair_inputs
 from .launch import Device, Launch, Plan
 from .linear import MAX_STREAMED_ROWS, PRODUCT_TOLERANCE
-from .linear_packed import ROWS, block_sums
+from .linear_packed import ROWS
 from .op import Call, Draw, Op
 from .route import MAX_EXPERTS, combine_pairs
-from .weights import SegmentLike, segments_of, stored_bytes
+from .weights import segments_of, stored_bytes
 
-__all__ = ["TUNING", "Tuning", "expert_linear_combine"]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What decides how fast the kernels are.
-
-    warps: of a GPU block, at most. ring: bytes of weights, and of x beside them, that a GPU block has asked for ahead
-    of what it multiplies, at most; depth, packed_depth: the same in places of a warp's ring, of plain and of packed
-    weights. One row of Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200, one of gpt-oss-20b 137 KB.
-    ahead: whether weights of the chosen experts are asked for before x is there.
-    """
-
-    warps: int = 16
-    ring: int = 208 << 10
-    depth: int = 8
-    packed_depth: int = 8
-    ahead: bool = True
-
-
-TUNING = Tuning()
-"""What is taken. The figures are to be measured."""
+__all__ = ["expert_linear_combine"]
 
 _WARP = 32
-_AHEAD = ("pairs", "offsets", "weights")  # what a kernel can read before x is there
-_MAX_PAIRS = 256  # as in experts_combine.cuh
-_RESERVED_BYTES = 7 << 10  # of shared memory: the kernels' static arrays, and what the driver keeps for itself
-_MIN_DEPTH = 2  # places in a warp's ring
+_MAX_PAIRS = 256  # as in experts_combine_mma.cu
+_RESERVED_BYTES = 7 << 10  # of shared memory: the kernel's static arrays, and what the driver keeps for itself
 _PAIRS = "products"  # scratch: the products of the pairs, where two launches compute the op
-
-# experts_combine_packed.cu
-_BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
-_DEEP = 4  # places of a ring that rows of x leave, if they can
-
-# experts_combine_mma.cu
 _TILE_ROWS = 16  # of w: the M of the instruction mma.m16n8k16
 _CHUNK = 64  # elements of a row of w that a warp multiplies at a time
 _MIN_COLUMNS = 4  # of y for a GPU block: for fewer its start costs more than it saves
+_WARPS = (16, 8, 4)  # of a GPU block: as many as leave each a ring
+_MIN_DEPTH, _MAX_DEPTH = 2, 8  # chunks in a warp's ring
+# Of weights, and of x beside them, that a GPU block has asked for ahead of what it multiplies, at most: one row of
+# Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200.
+_MAX_RING_BYTES = 208 << 10
 
 
 def _reference(
@@ -78,108 +55,29 @@ def _table_bytes(call: Call) -> tuple[int, int]:
     return most, 4 * most * (1 + 2 * _rows(call))
 
 
-def _plain(call: Call, device: Device, tuning: Tuning) -> Launch | None:
-    """The launch of experts_combine_mma.cu; None where shared memory is too small for it."""
-    m, k, rows, (most, table) = call["m"], call["k"], _rows(call), _table_bytes(call)
-    blocks = min(device.sms, -(-m // _MIN_COLUMNS))
-    columns = -(-m // blocks)  # of a GPU block
-    tiles = -(-columns // _TILE_ROWS)
-    chunks = most * -(-k // _CHUNK)
-    place = (_TILE_ROWS + rows) * _CHUNK * 2  # bytes of a chunk
-    for warps in (w for w in (tuning.warps, 8, 4) if w <= tuning.warps):
-        beside = table + warps * tiles * _TILE_ROWS * rows * 4
-        room = min(tuning.ring, device.shared - _RESERVED_BYTES - beside)
-        depth = min(tuning.depth, -(-chunks // warps) * tiles, room // (warps * place))
-        if room >= _MIN_DEPTH * warps * place:
-            depth = max(depth, _MIN_DEPTH)
-            break
-    else:
-        return None
-    return Launch(
-        "experts_combine_mma.cu:expert_linear_combine_mma",
-        (blocks,),
-        (_WARP * warps,),
-        max(
-            depth * warps * place + beside, device.shared // 2
-        ),  # two do not fit: the next kernel's are dealt out evenly
-        {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most, "ahead": 0},
-        ahead=_AHEAD if tuning.ahead else (),
-        waits_first=True,
-    )
-
-
-@dataclass(frozen=True)
-class _Teams:
-    """How the warps of a GPU block divide the packed blocks of experts: ``teams`` of ``warps`` warps take experts in
-    turn, and a warp has ``blocks`` of a row of blocks of each."""
-
-    warps: int
-    blocks: int
-    teams: int
-
-
-def _teams(columns: int, most: int, experts: float) -> _Teams:
-    """The division of ``most`` warps that ends first. columns: packed blocks of a row of blocks; experts: how many are
-    expected to be chosen; a whole number is taken for certain."""
-    found = []
-    for blocks in range(-(-columns // most), columns + 1):
-        warps = -(-columns // blocks)
-        teams = min(most // warps, ceil(experts))
-        # Experts of the team that has most: if their number varies, half of a round is lost in the mean.
-        rounds = ceil(experts / teams) if experts == int(experts) else experts / teams + (teams - 1) / (2 * teams)
-        found.append((rounds * blocks, warps, blocks, teams))
-    _, warps, blocks, teams = min(found)
-    return _Teams(warps, blocks, teams)
-
-
-def _packed(call: Call, device: Device, tuning: Tuning, segment: SegmentLike) -> Launch | None:
-    """The launch of experts_combine_packed.cu; None where shared memory is too small for it."""
-    n, s, m, k, rows, (most, table) = call["n"], call["s"], call["m"], call["k"], _rows(call), _table_bytes(call)
-    packing, columns, units = segment.format.packing, -(-k // _BLOCK_COLUMNS), -(-m // _BLOCK_ROWS)
-    blocks = min(device.sms, units)
-    experts = most if n == 1 else chosen_experts(call["E"], s, n)
-    for warps in (w for w in (tuning.warps, 8, 4, 2) if w <= tuning.warps):
-        t = _teams(columns, warps, experts)
-        count = t.warps * t.teams
-        sums = count * (-(-units // blocks) * _BLOCK_ROWS + t.blocks * block_sums(packing)) * rows * 4
-        row = 2 * (t.warps * t.blocks * _BLOCK_COLUMNS + 32)  # bytes of one of x
-        slot = count * packing.block_bytes
-        left = device.shared - _RESERVED_BYTES - table - 16 - sums - row  # one row is zeros
-        # Rows of all pairs, or as many as leave a ring of some depth; at least those that one expert may have.
-        room = min(n * s, max(n, (left - min(tuning.packed_depth, _DEEP) * slot) // row))
-        depth = min(tuning.packed_depth, tuning.ring // slot, (left - room * row) // slot)
-        if depth >= _MIN_DEPTH:
-            break
-    else:
-        return None
-    return Launch(
-        "experts_combine_packed.cu:expert_linear_combine_packed",
-        (blocks,),
-        (_WARP * count,),
-        max(device.shared - _RESERVED_BYTES - left + room * row + depth * slot, device.shared // 2),
-        {
-            "W": packing.type, "ROWS": rows, "WARPS": t.warps, "BLOCKS": t.blocks, "TEAMS": t.teams, "DEPTH": depth,
-            "most": most, "room": room, "ahead": 0,
-        },
-        {"w": "w.0"},
-        ahead=_AHEAD if tuning.ahead else (),
-        waits_first=True,
-    )  # fmt: skip
-
-
-def _fused(call: Call, device: Device, tuning: Tuning) -> Launch | None:
-    """The launch that computes all of it, where there is one."""
-    n, pairs = call["n"], call["n"] * call["s"]
+def _fused(call: Call, device: Device) -> Launch | None:
+    """The launch that computes all of it; None where the kernel does not take it, or shared memory is too small."""
+    n, m, k, pairs = call["n"], call["m"], call["k"], call["n"] * call["s"]
     if n > MAX_STREAMED_ROWS or pairs > _MAX_PAIRS or call["E"] > MAX_EXPERTS or device.deterministic:
         return None  # on a deterministic device a row's sums are those of any number of rows
-    if call.dtypes["T"].itemsize != 2 or device.arch < 80:
+    if call.dtypes["T"].itemsize != 2 or device.arch < 80 or k % 8 or segments_of(call.arrays["w"]) is not None:
         return None
-    if call["k"] % 8:
-        return None
-    segments = segments_of(call.arrays["w"])
-    if segments is None:
-        return _plain(call, device, tuning)
-    return _packed(call, device, tuning, segments[0]) if len(segments) == 1 and segments[0].order is None else None
+    rows, (most, table) = _rows(call), _table_bytes(call)
+    blocks = min(device.sms, -(-m // _MIN_COLUMNS))
+    tiles = -(-m // (blocks * _TILE_ROWS))  # of the columns of a GPU block
+    chunks = most * -(-k // _CHUNK)
+    place = (_TILE_ROWS + rows) * _CHUNK * 2  # bytes of a chunk
+    for warps in _WARPS:
+        beside = table + warps * tiles * _TILE_ROWS * rows * 4
+        room = min(_MAX_RING_BYTES, device.shared - _RESERVED_BYTES - beside) // (warps * place)
+        if room < _MIN_DEPTH:
+            continue
+        depth = max(_MIN_DEPTH, min(_MAX_DEPTH, -(-chunks // warps) * tiles, room))
+        # Two do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
+        shared = max(depth * warps * place + beside, device.shared // 2)
+        own = {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most}
+        return Launch("experts_combine_mma.cu:expert_linear_combine_mma", (blocks,), (_WARP * warps,), shared, own)
+    return None
 
 
 def _parts(call: Call, device: Device) -> Plan:
@@ -196,7 +94,7 @@ def _parts(call: Call, device: Device) -> Plan:
 
 
 def _plan(call: Call, device: Device) -> Plan:
-    launch = _fused(call, device, TUNING)
+    launch = _fused(call, device)
     return _parts(call, device) if launch is None else Plan((launch,))
 
 
@@ -233,7 +131,7 @@ expert_linear_combine = Op(
         dict(n=8, s=1, E=3, m=25, k=328, b=True, a=False, chosen=1),
         dict(n=9, s=2, E=5, m=24, k=72, b=True, a=True),
         dict(n=3, s=2, E=4, m=10, k=61, b=True, a=True),
-        # Packed: one row, and several.
+        # Packed, in two launches: one row, and several.
         dict(n=1, s=4, E=6, m=40, k=328, b=True, a=True, W="mxfp4"),
         dict(n=5, s=2, E=7, m=48, k=200, b=False, a=True, W="int4 g128", chosen=3),
         dict(n=9, s=2, E=3, m=23, k=200, b=True, a=True, W="Q4_K"),
@@ -247,7 +145,6 @@ expert_linear_combine = Op(
     kernel_docs={
         **expert_linear.kernel_docs,
         "expert_linear_combine_mma": "The weighted sum of what the experts of up to 8 rows give, on tensor cores.",
-        "expert_linear_combine_packed": "The same of packed weights.",
         "combine_pairs": combine_pairs.doc,
     },
     flops=lambda c: 2 * c["n"] * c["s"] * c["m"] * (c["k"] + 1),

@@ -31,13 +31,13 @@ __all__ = ["TUNING", "TWINS", "WAYS", "Ways", "packed_experts_plan", "unpacked_e
 class Ways:
     """Which way a product with a packed weight is computed, by the pairs for each expert of the model.
 
-    streamed: up to so many, blocks are streamed, once for each tile of pairs of an expert, of up to 32; in_tiles:
+    streamed: up to so many, blocks are streamed, once for each tile of pairs of an expert, of up to 16; in_tiles:
     whether for more, codes become numbers inside the tiles of a product, once for each tile, where the kernels take it;
     else they are unpacked to scratch, once. rows: pairs of a tile of the product at most; streamed_rows: of a streamed
-    one (1, 2, 4, 8, 16 or 32), or None for as many as are likely.
+    one (1, 2, 4, 8 or 16), or None for as many as are likely.
     """
 
-    streamed: int = 24
+    streamed: int = 12
     in_tiles: bool = True
     rows: int = MOST_PAIRS
     streamed_rows: int | None = None
@@ -45,7 +45,8 @@ class Ways:
 
 WAYS = Ways()
 """What is taken: ``python -m benchmarks.packed_experts`` times all ways. On an H200 tiles are faster than scratch for
-any number of pairs: 8,192 tokens of gpt-oss-20b, 1,024 pairs of an expert, in 2.15 ms and 2.74 ms."""
+any number of pairs: 8,192 tokens of gpt-oss-20b, 1,024 pairs of an expert, in 2.15 ms and 2.74 ms. Blocks that are
+streamed are faster up to some 12 pairs: 130 and 185 us with 8, 187 and 186 with 16."""
 
 TUNING = Tuning(ahead=2, behind=5, steps=(4, 2))
 """How blocks are streamed (experts_packed.cu): as with rows of one weight, but that ``behind`` does not ask how long x
@@ -56,10 +57,12 @@ TWINS = 2
 """Packed blocks that a warp takes together, of two tiles with the same columns, so that it reads x once for both: 2 or
 1."""
 
-_STREAMED_ROWS = ((8, 5), (16, 15), (32, inf))
-"""Pairs that a streamed tile may have, and pairs of an expert, on the average, up to which no more are taken: with 5
-one in 15 has more than 8 by chance, with 15 one in 3 more than 16. Each tile reads the weights of its expert; but for
-more rows there are more products, and x and its sums leave less of shared memory to the ring. Estimates."""
+_STREAMED_ROWS = ((8, 5), (16, inf))
+"""Pairs that a streamed tile may have, and pairs of an expert, on the average, up to which no more are taken. Each tile
+reads the weights of its expert, and with 5 pairs one in 15 has more than 8 by chance; but for more rows x and its sums
+leave less of shared memory to the ring. Gate and up of Qwen3-30B-A3B in int4 took, on an H200, with tiles of 8 and 16
+pairs 66 and 87 us at 4 pairs of an expert, 97 and 92 at 8; of gpt-oss-20b at 8 pairs 146 and 132. With 32 no more was
+gained."""
 
 _FEWER_WARPS = 8  # of a block that streams, where sums of more leave a ring too little
 _ENOUGH_BYTES, _LEAST_BYTES = 32 << 10, 24 << 10
@@ -171,7 +174,6 @@ def _few(
             max(shared, device.shared // 2),  # two do not fit, so those of the next kernel are dealt out evenly
             {**constants, **own, "W": packing.type},
             {"w": "w.0"},
-            waits_first=True,
         )
     return None
 

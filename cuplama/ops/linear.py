@@ -100,9 +100,9 @@ _MAX_CHUNKS = {"plain": 128, "normed": 64}
 _MIN_COLUMNS = 4  # of y for a block: for fewer its start costs more than it saves
 
 
-def _depth(room: int, batch: int, ring: int = _MAX_RING_BYTES, most: int = _MAX_DEPTH) -> int:
-    """Batches in a ring of at most so many bytes and batches, where there is that much shared memory for it."""
-    return max(_MIN_DEPTH, min(room // batch, ring // batch, most))
+def _depth(room: int, batch: int) -> int:
+    """Batches in a ring, where there is that much shared memory for it."""
+    return max(_MIN_DEPTH, min(room // batch, _MAX_RING_BYTES // batch, _MAX_DEPTH))
 
 
 def _max_warps(device: Device) -> int:
@@ -148,17 +148,12 @@ def one_phase(k: int) -> bool:
 
 
 def tensor_shape(
-    k: int,
-    tiles: int,
-    device: Device,
-    longest: int = _MAX_CHUNKS["plain"],
-    beside: int = 0,
-    ring: tuple[int, int] = (_MAX_RING_BYTES, _MAX_DEPTH),
+    k: int, tiles: int, device: Device, longest: int = _MAX_CHUNKS["plain"], beside: int = 0
 ) -> TensorShape | None:
     """The division of rows of k elements, or None where shared memory is too small for it.
 
     tiles: whose sums are kept from phase to phase, if there are several; longest: chunks of a phase; beside: bytes of
-    shared memory for something else; ring: bytes and chunks of a ring, at most.
+    shared memory for something else.
     """
     total = -(-k // _CHUNK)
     phases = -(-total // longest)
@@ -169,7 +164,7 @@ def tensor_shape(
     room = device.shared - _RESERVED_BYTES - sums - beside
     if room < _MIN_DEPTH * batch:
         return None
-    depth = _depth(room, batch, *ring)
+    depth = _depth(room, batch)
     return TensorShape(warps, chunks, phases, depth, max(depth * batch + sums + beside, device.shared // 2))
 
 

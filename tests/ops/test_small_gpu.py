@@ -56,13 +56,10 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     # experts_combine_mma.cu: more elements of y in a block than it has threads; small tiles of several blocks
     ("expert_linear_combine", dict(n=5, s=2, E=6, m=150, k=200, b=True, a=True), Device(sms=1)),
     ("expert_linear_combine", dict(n=1, s=3, E=6, m=50, k=456, b=True, a=True), Device(80, 3, 166912)),
-    # experts_combine_packed.cu: teams of warps; scales of whole rows; rows of x that go in groups
-    ("expert_linear_combine", dict(n=1, s=5, E=6, m=50, k=456, b=True, a=True, W="int8"), Device(80, 3, 166912)),
-    ("expert_linear_combine", dict(n=7, s=3, E=12, m=40, k=1096, b=True, a=True, W="Q4_K"), Device(86, 2, 65536)),
     # experts_many_mma.cu, before Hopper: tiles of 64 pairs and of 128, several of the weights' rows, odd columns
     ("expert_linear", dict(n=90, s=1, E=2, m=137, k=136, b=True), Device(80, 108, 166912)),
     ("expert_linear_silu_mul", dict(n=200, s=2, E=2, m=42, k=392, b=True), Device(80, 108, 166912)),
-    # experts_packed_many_mma.cu: the same of packed weights, with rings that are gone through more than once
+    # ... of packed weights, with rings that are gone through more than once
     ("expert_linear", dict(n=70, s=1, E=2, m=137, k=552, b=True, W="int8"), Device(80, 108, 166912)),
     ("expert_linear_silu_mul", dict(n=100, s=2, E=3, m=80, k=424, b=True, W="mxfp4", chosen=2),
      Device(80, 108, 166912)),
