@@ -11,18 +11,18 @@ _STREAMED, _TILES = "experts_packed.cu", "linear_packed_mma.cuh"
 
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
-    # route.cuh, route.cu
-    ("route.cuh", "__float_as_uint(key + 0.f)", "__float_as_uint(key)"),
-    ("route.cuh", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
-    ("route.cuh", "key == key ? ordered : 0u", "ordered"),
-    ("route.cuh", "| (0xffffffffu - expert)", "| u32(expert)"),
-    ("route.cuh", "expert != top && rank[j]", "rank[j]"),
-    ("route.cuh", "if (lane == g) mine = rank_of(sum, g);", "if (lane == g) mine = rank_of(-sum, g);"),
-    ("route.cuh", "if (mine == most) mine = 0;", ";"),
-    ("route.cuh", "by[i] += bias[expert];", ";"),
-    ("route.cuh", "of.remove(expert, 1);\n        if (of.lane == slot)", "if (of.lane == slot)"),
-    ("route.cuh", "renormalise ? mine / total : mine", "mine"),
-    ("route.cuh", "weight *= scale[chosen];", "weight *= scale[of.lane];"),
+    # route.cu
+    ("route.cu", "__float_as_uint(key + 0.f)", "__float_as_uint(key)"),
+    ("route.cu", "bits >> 31 ? ~bits", "bits >> 31 ? bits"),
+    ("route.cu", "key == key ? ordered : 0u", "ordered"),
+    ("route.cu", "| (0xffffffffu - expert)", "| u32(expert)"),
+    ("route.cu", "expert != top && rank[j]", "rank[j]"),
+    ("route.cu", "if (lane == g) mine = rank_of(sum, g);", "if (lane == g) mine = rank_of(-sum, g);"),
+    ("route.cu", "if (mine == most) mine = 0;", ";"),
+    ("route.cu", "by[i] += bias[expert];", ";"),
+    ("route.cu", "of.remove(expert, 1);\n        if (of.lane == slot)", "if (of.lane == slot)"),
+    ("route.cu", "renormalise ? mine / total : mine", "mine"),
+    ("route.cu", "weight *= scale[chosen];", "weight *= scale[of.lane];"),
     ("route.cu", "fmaxf(fabsf(of.logit[i]), largest)", "fabsf(of.logit[i])"),
     ("route.cu", "of.rank[i] != 0 && !(below", "!(below"),
     ("route.cu", "begin = warp * each,", "begin = warp * each + warp,"),
@@ -30,15 +30,9 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("route.cu", "(1u << lane) - 1", "(2u << lane) - 1"),
     ("route.cu", "if (ahead == 0) own[expert]", "if (ahead == 1) own[expert]"),
     ("route.cu", "x + (row * s + slot) * d", "x + row * s * d"),
-    # norm_route.cu
-    ("norm_route.cu", "row, first + i * stride, d", "row, first + i * blockDim.x, d"),
-    ("norm_route.cu", "if (normed != nullptr) store_row", "store_row"),
-    ("norm_route.cu", "at < width; at += stride", "at < width; at += 2 * stride"),
-    ("norm_route.cu", "lane == 0 && r < n", "lane == 0"),
-    ("norm_route.cu", "sum[r] + b;", "sum[r];"),
-    ("norm_route.cu", "&& j < i);", "&& j > i);"),
-    ("norm_route.cu", "ahead += chosen[j] < expert;", "ahead += chosen[j] <= expert;"),
-    ("norm_route.cu", "row += WARPS)", "row += 2 * WARPS)"),
+    ("route.cu", "&& j < i);", "&& j > i);"),
+    ("route.cu", "ahead += chosen[j] < expert;", "ahead += chosen[j] <= expert;"),
+    ("route.cu", "chosen + row * k,", "chosen + row,"),
     # which pairs a tile has
     (_SHARED, "sum += carried;", ";"),
     (_SHARED, "if (w < warp) sum += partial[w];", "if (w <= warp) sum += partial[w];"),
@@ -108,11 +102,4 @@ EDITS: tuple[tuple[str, str, str], ...] = (
 )
 
 # (file, text around the place of a mutation, why it cannot change a result)
-EQUIVALENT: tuple[tuple[str, str, str], ...] = (
-    (
-        "norm_route.cu",
-        "__syncthreads();\n    }\n    if (!arrives_last",
-        "what a block reads before another has written it is no race to the emulator; on a GPU the block may be counted"
-        " before all of its warps have stored their logits",
-    ),
-)
+EQUIVALENT: tuple[tuple[str, str, str], ...] = ()

@@ -100,18 +100,7 @@ ADDED_NORM_RULES: tuple[Rule, ...] = (
 # For a decode step of at most ``MAX_STREAMED_ROWS`` rows, whose products our own kernels compute. The first rule that
 # fits is taken, so longer patterns stand before shorter ones.
 FEW_ROWS_RULES: tuple[Rule, ...] = (
-    Rule(
-        ("rms_norm", "linear", "route", "sort_pairs"),
-        "rms_norm_route",
-        {
-            "g": ("rms_norm", "w"),
-            "w": ("linear", "w"),
-            "b": ("linear", "b"),
-            "bias": ("route", "bias"),
-            "scale": ("route", "scale"),
-        },
-        kept=(("rms_norm", "y"), ("route", "experts"), ("route", "weights")),
-    ),
+    Rule(("route", "sort_pairs"), "route_pairs", kept=(("route", "experts"), ("route", "weights"))),
     Rule(
         ("expert_linear", "combine_pairs", "add"),
         "expert_linear_combine",

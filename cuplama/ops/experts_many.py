@@ -13,7 +13,7 @@ from .launch import Device, Launch
 from .op import Call
 from .weights import SegmentLike
 
-__all__ = ["MOST_PAIRS", "many_launch", "takes_many"]
+__all__ = ["MOST_PAIRS", "many_launch", "takes_many", "tile_columns"]
 
 MOST_PAIRS = 256
 """Pairs of a tile, at most."""
@@ -103,11 +103,15 @@ def many_launch(
     own: dict[str, Any] = {**constants, "E": E, "ROWS": tiles.rows, "DEPTH": depth}
     if segment:
         own["W"] = segment.format.packing.type
-    across = -(-call["m"] // (_BAND * _TILE_ROWS // parts))
-    grid = ((pairs // tiles.rows + min(E, pairs)) * across,)
+    grid = ((pairs // tiles.rows + min(E, pairs)) * tile_columns(call["m"], parts),)
     names = {"w": "w.0"} if segment else {}
     kernel = of.name.format("_packed" if segment else "")
     return Launch(kernel, grid, (_WARP * of.warps,), shared[depth], own, names)
+
+
+def tile_columns(m: int, parts: int) -> int:
+    """Blocks of the grid that the columns of y of a tile of pairs take. parts: rows of w that make a column."""
+    return -(-m // (_BAND * _TILE_ROWS // parts))
 
 
 def _packed_slots(ahead: int) -> int:

@@ -17,13 +17,14 @@ from .launch import Device, Launch, Plan
 from .op import Call, Draw, Op
 from .signature import OpError
 
-__all__ = ["MAX_EXPERTS", "combine_pairs", "lane_experts", "route", "route_sparsemixer", "sort_pairs"]
+__all__ = ["MAX_EXPERTS", "combine_pairs", "route", "route_pairs", "route_sparsemixer", "sort_pairs"]
 
 MAX_EXPERTS = 512
 """Experts that the kernels can choose from; as in cuda_src/experts.cuh."""
 
 _WARP = 32
 _ROUTE_ROWS = 4  # of a block of the routes; as in route.cu
+_FEW_ROWS = 8  # that route_pairs takes
 _THREADS = 128  # small blocks: the row of a single token spreads over several multiprocessors
 _MIN_SORTING, _MAX_SORTING = 128, 512  # threads of the block that sorts
 _LEAST_SUM = 1e-20  # added to a sum of scores, which may all be 0
@@ -85,6 +86,23 @@ def _sort_pairs(experts: Array, *, E: int) -> tuple[Array, Array]:
     return np.argsort(experts.reshape(-1), kind="stable").astype(np.int32), offsets
 
 
+def _route_pairs(
+    logits: Array,
+    bias: Array | None = None,
+    scale: Array | None = None,
+    *,
+    k: int,
+    sigmoid: int = 0,
+    groups: int = 1,
+    kept: int = 1,
+    renormalise: int = 1,
+    factor: float = 1.0,
+) -> tuple[Array, ...]:
+    knobs = dict(sigmoid=sigmoid, groups=groups, kept=kept, renormalise=renormalise)
+    experts, weights = _route(logits, bias, scale, k=k, factor=factor, **knobs)
+    return *_sort_pairs(experts, E=logits.shape[1]), experts, weights
+
+
 def _combine_pairs(x: Array, weights: Array, a: Array | None = None) -> Array:
     n, s = weights.shape
     x = upcast(x).reshape(n, s, -1)
@@ -94,7 +112,7 @@ def _combine_pairs(x: Array, weights: Array, a: Array | None = None) -> Array:
     return y
 
 
-def lane_experts(call: Call) -> int:
+def _lane_experts(call: Call) -> int:
     """Experts of a lane, as a power of two."""
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
@@ -105,12 +123,17 @@ def lane_experts(call: Call) -> int:
 def _route_kernels(call: Call, device: Device) -> Plan:
     grid = (-(-call["n"] // _ROUTE_ROWS),)
     return Plan(
-        (Launch(f"route.cu:{call.op.name}", grid, (_ROUTE_ROWS * _WARP,), constants={"EACH": lane_experts(call)}),)
+        (Launch(f"route.cu:{call.op.name}", grid, (_ROUTE_ROWS * _WARP,), constants={"EACH": _lane_experts(call)}),)
     )
 
 
+def _route_pairs_kernels(call: Call, device: Device) -> Plan:
+    threads = max(_THREADS, call["n"] * _WARP)
+    return Plan((Launch("route.cu:route_pairs", (1,), (threads,), constants={"EACH": _lane_experts(call)}),))
+
+
 def _sort_kernels(call: Call, device: Device) -> Plan:
-    lane_experts(call)
+    _lane_experts(call)
     threads = max(_MIN_SORTING, min(_MAX_SORTING, 1 << (call["n"] * call["k"] - 1).bit_length()))
     return Plan((Launch("route.cu:sort_pairs", (1,), (threads,), threads // _WARP * call["E"] * 4),))
 
@@ -213,6 +236,27 @@ sort_pairs = Op(
     inputs=_chosen,
     shape=dict(n=2048, k=8, E=128),
     rules=("k <= E",),
+)
+
+route_pairs = Op(
+    "route_pairs",
+    "pairs[n*k]:i32, offsets[E+1]:i32, experts[n,k]:i32, weights[n,k]:f32 = (logits[n,E]:f32, bias[E]:f32?,"
+    " scale[E]:f32?, k:i32, sigmoid:i32=0, groups:i32=1, kept:i32=1, renormalise:i32=1, factor:f32=1)",
+    doc="What route chooses for up to 8 rows, and the pairs of rows and experts as sort_pairs gives them.",
+    reference=_route_pairs,
+    kernels=_route_pairs_kernels,
+    cases=[
+        dict(n=1, E=8, k=2, **_NEITHER),
+        dict(n=8, E=128, k=8, ties=True, **_NEITHER, renormalise=0),
+        dict(n=3, E=60, k=32, **_NEITHER, sigmoid=1, factor=2.5),
+        dict(n=5, E=64, k=6, bias=True, scale=True, sigmoid=1, groups=8, kept=4),
+        dict(n=3, E=37, k=4, **_NEITHER, broken=True),
+    ],
+    sizes=lambda draw: {**_sizes(draw), "n": draw(1, _FEW_ROWS)},
+    inputs=_logits,
+    shape=dict(n=1, E=128, k=8, **_NEITHER),
+    rules=(*route.rules, f"n <= {_FEW_ROWS}"),
+    tolerance=_ROUNDED,
 )
 
 combine_pairs = Op(

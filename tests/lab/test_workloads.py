@@ -106,7 +106,7 @@ _LARGE |= {f"expert_linear{activation}" for activation in ("_silu_mul", "_gelu_t
 def test_pairs_of_rows_and_experts_fit_together() -> None:
     """They come of no input of the pass: the op makes them."""
     config = load_config(GOLDEN / "qwen3-moe")
-    step, prompt = ("rms_norm_route", "expert_linear_combine"), ("route", "sort_pairs", "expert_linear")
+    step, prompt = ("route_pairs", "expert_linear_combine"), ("route", "sort_pairs", "expert_linear")
     for found, own in ((decode_workloads(config, "f32", 4), step), (prompt_workloads(config, "f32", 30), prompt)):
         names = {w.op.name: w for w in found}
         assert names.keys() >= {"expert_linear_silu_mul", *own}

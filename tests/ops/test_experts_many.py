@@ -52,10 +52,12 @@ def ragged(counts: Sequence[int], op: str = "expert_linear", dtype: str = "bf16"
 
 
 def plan(device: Device, op: str, n: int, s: int, E: int, m: int, k: int, W: str) -> Sequence[Launch]:
-    """The launches of a shape, which is described: nothing is computed."""
+    """The launches of a shape, which is described: nothing is computed. W: a format, or none for plain weights."""
     rows = m if op == "expert_linear" else 2 * m
-    w = Packed((E, rows, k), (described(E * expert_rows(rows), k, CATALOG[W]),))
-    x, T = abstract((n, k), DTYPES["bf16"]), DTYPES["bf16"]
+    T = DTYPES["bf16"]
+    packed = Packed((E, rows, k), (described(E * expert_rows(rows), k, CATALOG[W]),)) if W else None
+    w = packed or abstract((E, rows, k), T)
+    x = abstract((n, k), T)
     pairs, offsets = (abstract((size,), np.dtype(np.int32)) for size in (n * s, E + 1))
     found = OPS[op].bind([x, w, pairs, offsets, None], attributes(OPS[op], KNOBS.get(op, {}), T))
     kernels = OPS[op].kernels
@@ -137,6 +139,16 @@ def test_tiles_may_be_held_low() -> None:
     (launch,) = planned(low, low.ins, HOPPER, abstract)[0]
     assert "64, 6>" in launch.expression
     run(low, WGMMA, HOPPER)
+
+
+def test_plain_weights_go_in_tiles_where_these_fill_the_gpu() -> None:
+    """Of Qwen3-30B-A3B from two rows on; of few experts only where each has many pairs."""
+    large: dict[str, Any] = dict(s=8, E=128, m=768, k=2048, W="")
+    for n, kernel in ((1, "experts_mma.cu"), (2, "experts_many_wgmma.cu"), (64, "experts_many_wgmma.cu")):
+        assert plan(Device(), "expert_linear_silu_mul", n=n, **large)[0].kernel.split(":")[0] == kernel
+    small: dict[str, Any] = dict(s=1, E=2, m=64, k=64, W="")
+    for n, kernel in ((8, "experts_mma.cu"), (9, "experts_many_wgmma.cu")):
+        assert plan(Device(), "expert_linear_silu_mul", n=n, **small)[0].kernel.split(":")[0] == kernel
 
 
 @pytest.mark.parametrize(
