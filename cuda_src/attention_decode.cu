@@ -71,9 +71,9 @@
 // 2 (41.5). With smaller blocks for large batches (ops/decode_blocks.py) one tile ahead in the L2 gains: 512 sequences
 // of 576 keys 366 -> 346 us, 64 of 2048 181 -> 168; two tiles 361 and 175, four 421 and 208.
 //
-// Wide heads on tensor cores no GPU has run yet. As multiply-adds, on an H200 in the decode step of Gemma 3 4B (8
-// query and 4 key heads of 256), they took 25.4 microseconds for one sequence of some 160 keys, and 62.5 for 64, waits
-// for the kernel before included; heads of 128 in other models take 10.1 and 18 on tensor cores.
+// Wide heads, on an H200 in the decode step of Gemma 3 4B (8 query and 4 key heads of 256), 2026-11-28, take 10.7
+// microseconds for one sequence of some 160 keys and 24.6 for 64, waits for the kernel before included; as multiply-adds
+// they took 25.3 and 65. Heads of 128 in other models take 10.0 and 18.7.
 #include "attention_decode_fma.cuh"
 #include "attention_decode_ring.cuh"
 

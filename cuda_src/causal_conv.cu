@@ -14,7 +14,7 @@
 // It starts early (programmatic dependent launch) and reads weights, lengths and slots before it waits.
 //
 // Op and reference: cuplama/ops/causal_conv.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet; no GPU has run it.
+// Tried: nothing else yet. Not timed alone.
 #include "activation.cuh"
 #include "attention.cuh"
 #include "ptx.cuh"

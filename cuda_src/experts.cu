@@ -9,7 +9,7 @@
 // of the grid take such units in turn.
 //
 // Op and reference: cuplama/ops/experts.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet; no GPU has run it.
+// Tried: nothing else yet. Not timed alone.
 #include "activation.cuh"
 #include "experts.cuh"
 #include "ptx.cuh"

@@ -13,7 +13,10 @@
 // the barrier of the step in between says so of all warps. So DEPTH - 2 steps are on their way while one is multiplied.
 //
 // Launch: cuplama/ops/experts_many.py. Op: cuplama/ops/experts.py. Test: tests/ops/test_experts_many.py.
-// Benchmark: python -m benchmarks.packed_experts.
+// Benchmark: python -m benchmarks.packed_experts. Measured on an H200, 2026-11-28: gate_up of Qwen3-30B-A3B for 2,048
+// tokens in 251 us in int4 (410 TFLOP/s), in 329 in bf16, whose bytes would take 183; for 8,192 in 835 and 906. With pairs
+// as the M of the products, in tiles of 64, bf16 took 381 and 1,003. Tiles of up to 128 and 64 pairs: 379 and 441 us for
+// 2,048 tokens.
 #include "experts_many_weights.cuh"
 
 constexpr int WARPS = 8;

@@ -12,7 +12,9 @@
 // goes in phases, a share is cut into runs of RUN tiles of columns, whose sums wait in shared memory.
 //
 // Launch and op: cuplama/ops/experts.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet; no GPU has run it.
+// Measured on an H200, 2026-11-28, one row of Qwen3-30B-A3B: gate_up 19.9 us, down 12.7, whose bytes would take 11.4 and
+// 5.7. Tried: rings of 160 KB in place of 64 (19.7 and 13.6; of 64 rows 240.5 for 239.9, and 127.6 for 122.7). From two
+// rows on tiles are faster (cuplama/ops/experts.py).
 #include "experts.cuh"
 #include "linear_mma.cuh"
 

@@ -27,7 +27,7 @@
 // and nothing in it but this kernel may write the state or, before its end, those lengths and slots.
 //
 // Op and reference: cuplama/ops/gated_delta.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet; no GPU has run it.
+// Tried: nothing else yet. Not timed alone.
 #include "gated_delta.cuh"
 
 // That a multiprocessor has at least: as many as registers allow without spills, for more of the state to be on its

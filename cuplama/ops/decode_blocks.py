@@ -50,7 +50,7 @@ BLOCKS: Sequence[tuple[int, DecodeBlocks]] = (
     (0, DecodeBlocks(8, 256, 0, 1)),
 )
 # The same for heads of more than 128 dims, whose tiles go through shared memory always: a warp has 16 KB of keys and
-# values of 256 dims on their way in a stage. No GPU has run these yet; the reasons are estimates.
+# values of 256 dims on their way in a stage. Other choices have not been timed; the reasons are estimates.
 #
 # With 6 warps two blocks fit on a multiprocessor, or one beside a block of linear.cu, which takes half of the shared
 # memory: so a step's attention may begin to read its keys while the product before it runs. They have 96 keys on their
