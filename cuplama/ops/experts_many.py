@@ -58,8 +58,8 @@ _WGMMA = _Kernel(
     "experts_many_wgmma.cu:expert_linear{}_many_wgmma", 8, (6, 5, 4, 3), 2, _ALIGNMENT,
     (_Tiles(64, 48, 2), _Tiles(256, inf, 1)),
 )  # fmt: skip
-# Of 128 pairs tiles were no faster: 128 pairs of an expert of Qwen3-30B-A3B took an H200 329 us in tiles of 256 and 379 in
-# such of 128, and up to 32 pairs all take the same.
+# Of 128 pairs tiles were no faster: 128 pairs of an expert of Qwen3-30B-A3B took an H200 329 us in tiles of 256 and 379
+# in such of 128, and up to 32 pairs all take the same.
 
 
 def takes_many(call: Call, device: Device, segment: SegmentLike | None = None) -> bool:
