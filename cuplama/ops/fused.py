@@ -328,6 +328,13 @@ append_attention = Op(
     ranges={"rope_rows": "R"},
     sizes=_append_sizes,
     compiled=well_known,
+    admitted_spills={
+        "append_attention@120": (
+            32,
+            "one instance (heads of 128, a query head for each key head, tiles in registers), beside the 255 registers"
+            " that a thread can have; other architectures take 254 of them",
+        ),
+    },
     inputs=_append_inputs,
     shape=DEFAULT_SIZES,
     rules=("num_heads % H == 0", "new == 1", "new <= length"),
