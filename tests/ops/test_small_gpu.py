@@ -43,8 +43,6 @@ CASES: tuple[tuple[str, harness.Case, Device], ...] = (
     # ... whose rows do not all fit in shared memory
     ("rms_norm_add_norm_linear", dict(n=5, m=31, k=1040, U="T", scalar=False, offset=1, **_WIDE),
      Device(arch=75, sms=2, shared=65536)),
-    ("rms_norm_route", dict(n=7, d=4000, E=9, k=2, b=False, bias=False, scale=False, eps=1e-6),
-     Device(arch=75, sms=40, shared=65536)),
     # Adapters in 16 bits without tensor cores
     ("lora_add", dict(n=67, m=70, q=34, r=17, scale=0.5, U="T"), Device(arch=75, sms=40, shared=65536)),
     ("lora_backward_h", dict(n=9, m=1100, q=17, r=17, scale=0.5), Device(arch=75, sms=40, shared=65536)),
