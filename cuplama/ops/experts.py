@@ -186,7 +186,7 @@ _CASES = (
     dict(n=1, s=3, E=6, m=48, k=328, b=True, W="mxfp4"),
     dict(n=5, s=2, E=4, m=32, k=200, b=False, W="int4 g128", chosen=2),
     dict(n=13, s=1, E=2, m=32, k=328, b=True, W="mxfp4", chosen=2),
-    dict(n=37, s=1, E=2, m=16, k=200, b=False, W="Q4_K"),
+    dict(n=22, s=1, E=2, m=16, k=200, b=False, W="Q4_K"),
     dict(n=70, s=1, E=2, m=48, k=136, b=True, W="fp8"),
     dict(n=100, s=2, E=3, m=144, k=424, b=True, W="mxfp4", chosen=2),
     dict(n=10, s=2, E=3, m=23, k=200, b=True, W="Q4_K"),
