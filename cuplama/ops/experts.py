@@ -181,15 +181,16 @@ _CASES = (
     dict(n=90, s=2, E=4, m=72, k=200, b=True, chosen=3),
     dict(n=400, s=1, E=2, m=42, k=72, b=False, chosen=1),
     dict(n=6, s=2, E=3, m=10, k=61, b=False),
-    # Packed: streamed, for one row and for several, up to 8 and 16; many pairs, in tiles of 64 and of 128;
+    # Packed: streamed, for one row and for several; many pairs, in tiles of 64 and of 128;
     # unpacked, where halves end within a block.
     dict(n=1, s=3, E=6, m=48, k=328, b=True, W="mxfp4"),
     dict(n=5, s=2, E=4, m=32, k=200, b=False, W="int4 g128", chosen=2),
-    dict(n=13, s=1, E=2, m=32, k=328, b=True, W="mxfp4", chosen=2),
-    dict(n=22, s=1, E=2, m=16, k=200, b=False, W="Q4_K"),
     dict(n=70, s=1, E=2, m=48, k=136, b=True, W="fp8"),
     dict(n=100, s=2, E=3, m=144, k=424, b=True, W="mxfp4", chosen=2),
     dict(n=10, s=2, E=3, m=23, k=200, b=True, W="Q4_K"),
+    # Packed and streamed for up to 16 pairs of an expert.
+    dict(n=13, s=1, E=2, m=32, k=328, b=True, W="mxfp4", chosen=2),
+    dict(n=22, s=1, E=2, m=16, k=200, b=False, W="Q4_K"),
 )
 
 
