@@ -29,6 +29,9 @@ struct Tile {
     int sequence, start, old;  // start: row of x of its first new token; old: tokens before the new ones
     int first, end;            // rows of the sequence; empty for numbers beyond its last tile
 
+    // Whether its rows see no key: a decode step has a row for sequences without tokens, too, which fill it up.
+    __device__ __forceinline__ bool blind() const { return old < 0; }
+
     // Of sequences that are new as a whole, as in training.
     __device__ __forceinline__ Tile(const i32* cu_seqlens, int b, int group, int rows, int number) {
         sequence = 0;
@@ -55,6 +58,16 @@ struct Tile {
         return tile;
     }
 };
+
+// Zeros for a tile's rows, `rows` at most, of query heads that share a KV head. All threads of the block share them out.
+template <int D, typename T>
+__device__ __forceinline__ void store_zeros(T* y, const Tile& tile, int rows, int group, int kv_head, int num_heads) {
+    const int count = min(rows, tile.end - tile.first) * D;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        const int row = tile.first + i / D, head = kv_head * group + row % group;
+        y[(i64(tile.start + row / group) * num_heads + head) * D + i % D] = from_float<T>(0.f);
+    }
+}
 
 // How the product of a query and a key becomes a score, in powers of two: it is multiplied with `factor`. CAPPED, the
 // score is softcap * tanh(scale * product / softcap): the product is multiplied with `inner`, bent to -1 .. 1, and then

@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<D>)
     const Tile part = Tile::of<S>(cu_seqlens, seq_lens, b, group, ROWS, number);
     const int fresh = part.end / group;
     if (part.first >= part.end) return;
+    if (part.blind()) return store_zeros<D>(y, part, ROWS, group, kv_head, num_heads);
 
     const i32* table = page_table + i64(part.sequence) * M;
     if constexpr (S == 0) {

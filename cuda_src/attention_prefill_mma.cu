@@ -172,6 +172,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     const Tile tile = Tile::of<S>(cu_seqlens, seq_lens, b, group, ROWS, number);
     const int old = tile.old, rows = tile.end, table = tile.sequence * M;
     if (tile.first >= rows) return;
+    if (tile.blind()) return store_zeros<D>(y, tile, ROWS, group, kv_head, num_heads);
     const Band<ROWS, KEYS> band(tile, group, window);
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

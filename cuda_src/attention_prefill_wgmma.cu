@@ -328,6 +328,7 @@ __global__ void __launch_bounds__(GROUPS* GROUP + GROUP, 1)
     const int number = (gridDim.x - 1 - blockIdx.x) / H;  // the last tiles see the most keys: start them first
     const Tile tile = Tile::of<S>(cu_seqlens, seq_lens, b, group, ROWS, number);
     if (tile.first >= tile.end) return;
+    if (tile.blind()) return store_zeros<D>(y, tile, ROWS, group, kv_head, num_heads);
     const Band<ROWS, KEYS> band(tile, group, window);
 
     if (threadIdx.x == 0) {

@@ -328,6 +328,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_prefill_mma.cu", "fetch(stage ^ 1, at + KEYS);", "fetch(stage, at + KEYS);"),
     ("attention.cuh", "group, rows) <= number)", "group, rows) < number)"),
     ("attention.cuh", "cu_seqlens[tile.sequence]);", "cu_seqlens[tile.sequence] - 1);"),
+    ("attention.cuh", "return old < 0;", "return old < -1;"),
+    ("attention.cuh", "from_float<T>(0.f);", "from_float<T>(1.f);"),
     # attention_prefill_wgmma.cu
     ("attention_prefill_wgmma.cu", "u * 8), i < left);", "u * 8), i <= left);"),
     ("attention_prefill_wgmma.cu", "vector * 8, mine + r < tile.end);", "vector * 8, mine + r <= tile.end);"),

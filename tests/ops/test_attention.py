@@ -187,6 +187,23 @@ def test_empty_sequences_of_a_padded_batch() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 37])
+@pytest.mark.parametrize(
+    ("T", "D", "arch"),
+    [("f32", 32, 90), ("bf16", 64, 90), ("bf16", 128, 90), ("bf16", 64, 80), ("f16", 40, 75), ("bf16", 288, 90)],
+)
+def test_empty_sequences_of_a_padded_batch_on_a_deterministic_device(T: str, D: int, arch: int, window: int) -> None:
+    """There a decode step takes the kernels of prompts: the same holds, and none of them waits for keys of no token."""
+    case = attention_case(6, 2, D, [1, 1, 1], [40, 20, 150], window=window)
+    ins, device = _inputs(case, T), Device(arch, deterministic=True)
+    together = _run(ins, case, device=device)
+    ins["seq_lens"][1] = 0
+    ins["page_table"][1] = 2**30
+    padded = _run(ins, case, device=device)
+    assert np.array_equal(padded[[0, 2]], together[[0, 2]])
+    assert (padded[1] == 0).all()
+
+
+@pytest.mark.parametrize("window", [0, 37])
 @pytest.mark.parametrize("sms", [132, 0])
 @pytest.mark.parametrize(
     ("T", "C", "D", "arch"),
