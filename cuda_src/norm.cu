@@ -2,6 +2,8 @@
 // rms_norm_f32  the same with y: f32
 // rms_norm_add  y[n,m] = (a + rms_norm(x)) * scalar      a, y: f32 (the residual stream); scalar[1] (may be null): T
 //               of rows of m = 2 d, 3 d, ... each d elements are normalised by themselves: they are rows to the kernel
+// rms_norm_add_norm  sum[n,d] = (a + rms_norm(x)) * scalar with scale post[d], and y = rms_norm(sum) with scale g[d]: a norm
+//               behind a sublayer and the next one, of the same row     x, a, sum: f32, post, g, y: T
 // layer_norm    y[n,d] = (x - mean(x)) / sqrt(var(x) + eps) * (offset + w) + b    b[d] (may be null): T
 // qk_norm       rms_norm of each head, D elements of a row of x      x[n,(num_heads+2*num_kv_heads)*D], y: T
 //               weight q_norm[D] for query heads, k_norm[D] for key heads, none for value heads if v_norm, else they
@@ -23,10 +25,11 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-// y = rms_norm(x) for the block's row of d elements, or (a + rms_norm(x)) * factor if a is not null. wait: pdl_wait,
-// which the kernels themselves call so that they are known to be early.
-template <int CHUNKS, typename X, typename T, typename Y, typename Wait>
-__device__ __forceinline__ void normalise(const X* x, const T* w, const f32* a, f32 factor, Y* y, int d, f32 eps,
+// put(c, at, values): 8 elements from `at` on, those of the thread's chunk c, of rms_norm(x) for the block's row of d
+// elements, or of (a + rms_norm(x)) * factor if a is not null. wait: pdl_wait, which the kernels themselves call so that
+// they are known to be early.
+template <int CHUNKS, typename X, typename T, typename Put, typename Wait>
+__device__ __forceinline__ void normalise(const X* x, const T* w, const f32* a, f32 factor, Put put, int d, f32 eps,
                                           f32 offset, bool vectorized, Wait wait) {
     Pack<X, 8> v[CHUNKS];
     Pack<T, 8> scale[CHUNKS];
@@ -45,16 +48,30 @@ __device__ __forceinline__ void normalise(const X* x, const T* w, const f32* a, 
     const float inverse = 1.f / sqrtf(block_sum(squares) / d + eps);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        const int at = (c * blockDim.x + threadIdx.x) * 8;
-        Pack<Y, 8> out;
+        Pack<f32, 8> out;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float value = to_float(v[c].v[j]) * inverse * (offset + to_float(scale[c].v[j]));
-            out.v[j] = from_float<Y>(a != nullptr ? (residual[c].v[j] + value) * factor : value);
+            out.v[j] = a != nullptr ? (residual[c].v[j] + value) * factor : value;
         }
-        store_row<8>(y, at, d, vectorized, out);
+        put(c, (c * blockDim.x + threadIdx.x) * 8, out);
     }
 }
+
+// What writes them to a row of y.
+template <typename Y>
+struct ToRow {
+    Y* y;
+    int d;
+    bool vectorized;
+
+    __device__ __forceinline__ void operator()(int, int at, const Pack<f32, 8>& values) const {
+        Pack<Y, 8> out;
+#pragma unroll
+        for (int j = 0; j < 8; j++) out.v[j] = from_float<Y>(values.v[j]);
+        store_row<8>(y, at, d, vectorized, out);
+    }
+};
 
 template <typename T, int CHUNKS>
 __global__ void __launch_bounds__(1024)
@@ -62,8 +79,8 @@ __global__ void __launch_bounds__(1024)
     launch_dependents();
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
-    const f32* a = nullptr;
-    normalise<CHUNKS>(x, w, a, 1.f, y, d, eps, offset, d % 8 == 0 && aligned(x, w, y), [] { pdl_wait(); });
+    const bool vectorized = d % 8 == 0 && aligned(x, w, y);
+    normalise<CHUNKS>(x, w, nullptr, 1.f, ToRow<T>{y, d, vectorized}, d, eps, offset, vectorized, [] { pdl_wait(); });
 }
 
 template <typename T, int CHUNKS>
@@ -72,7 +89,8 @@ __global__ void __launch_bounds__(1024)
     launch_dependents();
     x += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
-    normalise<CHUNKS>(x, w, nullptr, 1.f, y, d, eps, offset, d % 8 == 0 && aligned(x, w, y), [] { pdl_wait(); });
+    const bool vectorized = d % 8 == 0 && aligned(x, w, y);
+    normalise<CHUNKS>(x, w, nullptr, 1.f, ToRow<f32>{y, d, vectorized}, d, eps, offset, vectorized, [] { pdl_wait(); });
 }
 
 template <typename T, int CHUNKS>
@@ -83,7 +101,38 @@ __global__ void __launch_bounds__(1024) rms_norm_add(const f32* x, const T* __re
     x += i64(blockIdx.x) * d;
     a += i64(blockIdx.x) * d;
     y += i64(blockIdx.x) * d;
-    normalise<CHUNKS>(x, w, a, factor, y, d, eps, offset, d % 8 == 0 && aligned(x, w, a, y), [] { pdl_wait(); });
+    const bool vectorized = d % 8 == 0 && aligned(x, w, a, y);
+    normalise<CHUNKS>(x, w, a, factor, ToRow<f32>{y, d, vectorized}, d, eps, offset, vectorized, [] { pdl_wait(); });
+}
+
+template <typename T, int CHUNKS>
+__global__ void __launch_bounds__(1024)
+    rms_norm_add_norm(const f32* x, const T* __restrict__ post, const f32* a, const T* __restrict__ scalar,
+                      const T* __restrict__ g, T* y, f32* sum, int d, f32 eps, f32 offset) {
+    launch_dependents();
+    const i64 row = i64(blockIdx.x) * d;
+    const f32 factor = scalar != nullptr ? to_float(*scalar) : 1.f;
+    const bool vectorized = d % 8 == 0 && aligned(x, post, a, g, y, sum);
+    const ToRow<f32> to_sum{sum + row, d, vectorized};
+    const ToRow<T> to_y{y + row, d, vectorized};
+    Pack<f32, 8> kept[CHUNKS];
+    float squares = 0.f;
+    const auto keep_sum = [&](int c, int at, const Pack<f32, 8>& values) {
+        kept[c] = values;
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += values.v[j] * values.v[j];  // 0 from d on
+        to_sum(c, at, values);
+    };
+    normalise<CHUNKS>(x + row, post, a + row, factor, keep_sum, d, eps, offset, vectorized, [] { pdl_wait(); });
+    const float inverse = 1.f / sqrtf(block_sum(squares) / d + eps);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = (c * blockDim.x + threadIdx.x) * 8;
+        const Pack<T, 8> scale = load_row<8>(g, at, d, vectorized);
+#pragma unroll
+        for (int j = 0; j < 8; j++) kept[c].v[j] *= inverse * (offset + to_float(scale.v[j]));
+        to_y(c, at, kept[c]);
+    }
 }
 
 template <typename T, int CHUNKS>
@@ -180,8 +229,8 @@ __global__ void __launch_bounds__(1024)
             store_row<8>(y + from, at, d, vectorized, load_row<8>(x + from, at, d, vectorized));
         return;
     }
-    const f32* a = nullptr;
-    normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, a, 1.f, y + from, d, eps, offset, vectorized, wait);
+    normalise<CHUNKS>(x + from, part == 0 ? q_norm : k_norm, nullptr, 1.f, ToRow<T>{y + from, d, vectorized}, d, eps,
+                      offset, vectorized, wait);
 }
 
 template <typename T, int CHUNKS>

@@ -64,9 +64,20 @@ def _added(product: Rule) -> Rule:
 
 # For any number of rows: our kernels and cuBLAS alike add the residual to a product before they write it, and so does
 # the sum over experts, if it has not something else to add.
-PREFILL_RULES: tuple[Rule, ...] = (
+_SUMS: tuple[Rule, ...] = (
     Rule(("linear", "add"), "linear_add"),
     Rule(("combine_pairs", "add"), "combine_pairs", {"a": ("add", "a")}),
+)
+
+# A norm behind a sublayer and the one ahead of the next read the same rows.
+PREFILL_RULES: tuple[Rule, ...] = (
+    *_SUMS,
+    Rule(
+        ("rms_norm_add", "rms_norm"),
+        "rms_norm_add_norm",
+        {"post": ("rms_norm_add", "w"), "g": ("rms_norm", "w"), "x": ("rms_norm_add", "x")},
+        kept=(("rms_norm_add", "y"),),
+    ),
 )
 
 # For many rows where activations are rounded to 8 bits: what comes before a product writes them so.
@@ -75,18 +86,19 @@ _EIGHT_BIT: tuple[Rule, ...] = (
     Rule(("silu_mul", "linear", "add"), "silu_mul_linear_add"),
     Rule(("gelu_tanh_mul", "linear", "add"), "gelu_tanh_mul_linear_add"),
 )
-EIGHT_BIT_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *PREFILL_RULES)
+EIGHT_BIT_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *_SUMS)
 
-# For a decode step, where every sequence has one new token.
-BATCH_RULES: tuple[Rule, ...] = (
-    *PREFILL_RULES,
+_ATTENTION: tuple[Rule, ...] = (
     Rule(("qk_norm", "rope", "kv_append", "attention"), "append_attention"),
     Rule(("rope", "kv_append", "attention"), "append_attention"),
     Rule(("kv_append", "attention"), "append_attention"),
 )
 
+# For a decode step, where every sequence has one new token.
+BATCH_RULES: tuple[Rule, ...] = (*PREFILL_RULES, *_ATTENTION)
+
 # The same for more rows than packed weights are multiplied with as they are, where activations are rounded to 8 bits.
-EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *BATCH_RULES)
+EIGHT_BIT_BATCH_RULES: tuple[Rule, ...] = (*_EIGHT_BIT, *_SUMS, *_ATTENTION)
 
 # For few rows: a norm behind a sublayer, ahead of the MLP, of the next layer's attention, and of the head.
 ADDED_NORM_RULES: tuple[Rule, ...] = (

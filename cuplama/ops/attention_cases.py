@@ -165,8 +165,8 @@ _RING_CASES = (
     attention_case(4, 2, 512, [1], [270], S=64, C="e4m3", softcap=1.5),
     attention_case(2, 2, 256, [1] * 16, [*_LENGTHS[:15], 270], S=64),
     attention_case(5, 5, 256, [1] * 27, [*_LENGTHS[:26], 100], S=64),
-    attention_case(16, 16, 256, [1] * 32, [1, 16, 17, 33] * 8, S=64),
-    attention_case(32, 32, 256, [1] * 32, [1, 17, 16, 5] * 8, S=64),
+    attention_case(16, 16, 256, [1] * 32, [1, 16, 17, 33] * 8, S=16),
+    attention_case(32, 32, 256, [1] * 32, [1, 17, 16, 5] * 8, S=16),
 )
 
 CASES = (

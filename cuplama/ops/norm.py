@@ -31,6 +31,7 @@ __all__ = [
     "qk_norm_wide",
     "rms_norm",
     "rms_norm_add",
+    "rms_norm_add_norm",
     "rms_norm_f32",
     "row_launch",
     "wide_parts",
@@ -52,6 +53,13 @@ def _rms_norm_add(
     parts = x.reshape(len(x), -1, len(w))
     y = a + _rms_norm(parts, w, eps=eps, offset=offset).reshape(x.shape)
     return y if scalar is None else y * upcast(scalar)
+
+
+def _rms_norm_add_norm(
+    x: Array, post: Array, a: Array, scalar: Array | None, g: Array, *, eps: float, offset: float = 0.0
+) -> tuple[Array, Array]:
+    total = _rms_norm_add(x, post, a, scalar, eps=eps, offset=offset)
+    return _rms_norm(total, g, eps=eps, offset=offset), total
 
 
 def _layer_norm(x: Array, w: Array, b: Array | None = None, *, eps: float, offset: float = 0.0) -> Array:
@@ -130,6 +138,16 @@ def row_launch(kernel: str, rows: int, d: int) -> Launch:
 
 def _row_kernels(call: Call, device: Device) -> Plan:
     return Plan((row_launch(call.op.name, call["n"], call["d"]),))
+
+
+def _added_kernels(call: Call, device: Device) -> Plan:
+    """One launch, or two where the registers of a block do not hold a row."""
+    n, d = call["n"], call["d"]
+    if d <= _WIDTH * _MAX_THREADS:
+        return _row_kernels(call, device)
+    first, second = row_launch("rms_norm_add", n, d), row_launch("rms_norm", n, d)
+    names = {"w": "post", "y": "sum"}, {"x": "sum", "w": "g"}
+    return Plan(tuple(replace(launch, names=own) for launch, own in zip((first, second), names, strict=True)))
 
 
 def _part_kernels(call: Call, device: Device) -> Plan:
@@ -248,6 +266,20 @@ rms_norm_add = Op(
     rules=("m % d == 0",),
     tolerance=_ROW_TOLERANCE,
     flops=lambda c: 5 * c["n"] * c["m"],
+)
+
+rms_norm_add_norm = Op(
+    "rms_norm_add_norm",
+    "y[n,d]:T, sum[n,d]:f32 = (x[n,d]:f32, post[d]:T, a[n,d]:f32, scalar[1]:T?, g[d]:T, eps:f32, offset:f32=0)",
+    doc="sum = (a + rms_norm(x)) * scalar with the scale post, and y = rms_norm(sum) with the scale g: a norm behind a"
+    " sublayer, the residual stream, and the norm ahead of the next sublayer. Both take eps and offset.",
+    reference=_rms_norm_add_norm,
+    kernels=_added_kernels,
+    cases=[{**case, "scalar": i % 3 == 1} for i, case in enumerate(_CASES)],
+    sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6, offset=draw(0, 1), scalar=bool(draw(0, 1))),
+    shape={"n": 1, "d": 2560},
+    tolerance=_ROW_TOLERANCE,
+    flops=lambda c: 9 * c["n"] * c["d"],
 )
 
 layer_norm = Op(

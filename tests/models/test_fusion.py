@@ -1,6 +1,7 @@
 """Fusion: what the rules make of every family's graph, and what they leave alone."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,15 @@ import pytest
 
 from cuplama.engine.decode import decode_nodes
 from cuplama.models.config import load_config
-from cuplama.models.fusion import ADDED_NORM_RULES, BATCH_RULES, FEW_ROWS_RULES, PREFILL_RULES, Rule, fuse
+from cuplama.models.fusion import (
+    ADDED_NORM_RULES,
+    BATCH_RULES,
+    EIGHT_BIT_RULES,
+    FEW_ROWS_RULES,
+    PREFILL_RULES,
+    Rule,
+    fuse,
+)
 from cuplama.models.graph import Graph, decoder
 from cuplama.ops import OPS
 from cuplama.ops.node import Node
@@ -29,6 +38,11 @@ def _leaves(nodes: list[Node]) -> list[Node]:
 
 def _step(graph: Graph) -> list[Node]:
     return [*graph.body, *graph.every_row()]
+
+
+def _norm_pairs(nodes: Sequence[Node]) -> int:
+    """Norms behind a sublayer with the norm ahead of the next one."""
+    return sum((a.op, b.op) == ("rms_norm_add", "rms_norm") for a, b in itertools.pairwise(nodes))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
@@ -51,7 +65,8 @@ def test_both_gelus_are_fused_with_what_is_before_them(activation: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
 def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
-    """A library multiplies then: it takes the residual sum with it, and nothing else. A norm behind takes the sum."""
+    """A library multiplies then: it takes the residual sum with it, and nothing else. A norm behind takes the sum, and
+    the norm ahead of the next sublayer, which reads it."""
     config = load_config(case)
     graph = decoder(config)
     shapes = config.weight_shapes()
@@ -60,10 +75,11 @@ def test_many_rows_keep_their_norms_and_activations(case: Path) -> None:
     sparse = sum(f"{i}.router" in shapes for i in range(config.num_layers))
     experts = {"combine_pairs"} if sums and sparse > shared else set[str]()
     whole = [*graph.body, *graph.selected_rows()]
+    norms, step_norms = ({"rms_norm_add_norm"} if _norm_pairs(n) else set[str]() for n in (whole, _step(graph)))
     prefill, batch = fuse(whole, PREFILL_RULES), decode_nodes(graph, 9)
     assert _leaves(prefill) == whole
-    assert {n.op for n in prefill if n.parts} == sums | experts
-    assert {n.op for n in batch if n.parts} == sums | experts | {"append_attention"}
+    assert {n.op for n in prefill if n.parts} == sums | experts | norms
+    assert {n.op for n in batch if n.parts} == sums | experts | step_norms | {"append_attention"}
     for nodes in (prefill, batch):
         assert [n.op for n in nodes].count("linear_add") == (2 * config.num_layers - sparse) * len(sums)
         assert [n.op for n in nodes].count("add") == shared * len(sums)
@@ -108,7 +124,22 @@ def test_a_norm_behind_a_sublayer_is_computed_by_the_next_product(name: str) -> 
     for node, then in itertools.pairwise(added):
         assert node.outs[1] == then.ins[2]
     without = [rule for rule in FEW_ROWS_RULES if rule not in ADDED_NORM_RULES]
-    assert [n.op for n in fuse(nodes, without)].count("rms_norm_add") == 2 * config.num_layers
+    assert {"rms_norm_add", "rms_norm_add_norm"} & {n.op for n in fuse(nodes, without)}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4-same", "exaone4-full", "olmo2"])
+def test_a_norm_behind_a_sublayer_is_computed_with_the_next_norm_of_many_rows(name: str) -> None:
+    config = load_config(GOLDEN / name)
+    graph = decoder(config)
+    ops = Counter(node.op for node in graph.body)
+    pairs = _norm_pairs(graph.body)
+    fused = Counter(node.op for node in fuse(graph.body, PREFILL_RULES))
+    assert fused["rms_norm_add_norm"] == pairs
+    assert fused["rms_norm_add"] == ops["rms_norm_add"] - pairs
+    assert fused["rms_norm"] == ops["rms_norm"] - pairs
+    assert (pairs > 0) == (name in ("gemma3", "gemma4-same"))
+    # Where activations are rounded to 8 bits, norms are computed with the products that read them.
+    assert not any(node.op == "rms_norm_add_norm" for node in fuse(graph.body, EIGHT_BIT_RULES))
 
 
 def test_other_inputs_and_attributes_of_a_norm_behind_a_sublayer_reach_the_fused_node() -> None:
@@ -138,7 +169,9 @@ def test_norms_that_differ_or_are_read_again_stay(norm: dict[str, float], later:
         Node("linear", ("y",), ("h", "w"), {"U": "T"}),
         *(Node("linear", ("z",), (name, "v"), {"U": "T"}) for name in later),
     ]
-    assert fuse(nodes, FEW_ROWS_RULES)[0] == nodes[0]
+    assert fuse(nodes, ADDED_NORM_RULES)[0] == nodes[0]
+    read_again = [n.op for n in fuse(nodes, FEW_ROWS_RULES)] == ["rms_norm_add_norm", "linear", "linear"]
+    assert read_again == bool(later)
     same = [nodes[0], replace(nodes[1], attrs={"eps": 1e-5, "offset": 0.0}), nodes[2]]  # 0 where it is left out
     assert [n.op for n in fuse(same, FEW_ROWS_RULES)] == ["rms_norm_add_norm_linear"]
 
@@ -149,7 +182,8 @@ def test_prompts_training_and_many_rows_keep_the_norms_behind_sublayers(name: st
     graph = decoder(config)
     trained = fuse([*decoder(config, cached=False).body, *graph.every_row()], PREFILL_RULES)
     for nodes in (trained, fuse(_step(graph), PREFILL_RULES), decode_nodes(graph, 9), decode_nodes(graph, 1, True)):
-        assert [n.op for n in nodes].count("rms_norm_add") == 2 * config.num_layers
+        behind = ("rms_norm_add", "rms_norm_add_norm")  # alone, or with the norm ahead of the next sublayer
+        assert sum(n.op in behind for n in nodes) == 2 * config.num_layers
 
 
 def test_fusion_keeps_a_value_that_is_used_again() -> None:
