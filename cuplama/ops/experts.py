@@ -95,7 +95,7 @@ def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Launch | N
         return None
     block = (_WARP * shape.warps,)
     own = {**constants, **shape.constants}
-    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own)
+    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own, waits_first=True)
 
 
 def _parts(constants: Mapping[str, Any]) -> int:

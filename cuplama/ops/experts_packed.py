@@ -24,7 +24,17 @@ from .signature import OpError
 from .unpacking import UNPACKED, unpack_launches
 from .weights import SegmentLike, expert_rows, segments_of
 
-__all__ = ["TUNING", "TWINS", "WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
+__all__ = [
+    "AHEAD_ROWS",
+    "AHEAD_TAKES",
+    "AHEAD_TUNING",
+    "TUNING",
+    "TWINS",
+    "WAYS",
+    "Ways",
+    "packed_experts_plan",
+    "unpacked_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,28 @@ leave less of shared memory to the ring. Gate and up of Qwen3-30B-A3B in int4 to
 pairs 66 and 87 us at 4 pairs of an expert, 97 and 92 at 8; of gpt-oss-20b at 8 pairs 146 and 132. With 32 no more was
 gained."""
 
+AHEAD_ROWS = 2
+"""Pairs of a tile up to which the rings of a product that is not gated are filled while the kernel directly ahead makes
+x, if another chose the experts, where a kernel can start early (sm_90); 0 for never."""
+
+AHEAD_TUNING = Tuning(warps=(8, 8), ahead=2, behind=7, steps=(4, 2))
+"""How blocks are streamed by a GPU block that is to have its place beside one of the kernel ahead, the gated product of
+the same pairs: its rings are not deeper than the room that is left. To be measured. Of the 65,536 registers of a
+multiprocessor the 12 warps there have 36,864 for MXFP4 with 2,880 elements of x (12 * 32 * 96); eight with 96 for each
+thread have 24,576."""
+
+AHEAD_TAKES = 124 << 10
+"""Bytes of shared memory that a block of the kernel ahead is taken to have, with what is reserved, of 1 KB more than a
+block can have. On an H200 that of gpt-oss-20b with one row takes 126,208 of a multiprocessor's 233,472: 122,944, static
+arrays of 2,192 and 1,024 that are reserved, in units of 128. What follows has at most 101,376 and 3,216, and has 97,344
+(MXFP4, one row): together 226,816. With two rows these are 132,480 and 89,472."""
+
 _FEWER_WARPS = 8  # of a block that streams, where sums of more leave a ring too little
 _ENOUGH_BYTES, _LEAST_BYTES = 32 << 10, 24 << 10
 """Bytes of weights on their way to a multiprocessor that hide how long they take; and what more than 8 pairs of a tile
 must leave to that."""
 
+_AHEAD = ("pairs", "offsets")  # what the kernel can read before x is there
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
 _SLICE_BYTES = 256 << 20  # of unpacked numbers, at most, unless one expert has more
@@ -128,11 +155,11 @@ def _streamed_rows(call: Call, tensor: bool, given: int | None) -> list[int]:
 
 
 def _divisions(
-    rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device
+    rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device, tuning: Tuning
 ) -> Iterator[tuple[dict[str, int], int, int]]:
     """The ways for a block of the grid to divide its work: constants, bytes of shared memory, and bytes of weights that
-    are on their way while others are multiplied, which are enough where a ring is as deep as ``TUNING`` says."""
-    tuning = TUNING if tensor else staged_tuning(TUNING)
+    are on their way while others are multiplied, which are enough where a ring is as deep as ``tuning`` says."""
+    tuning = tuning if tensor else staged_tuning(tuning)
     most = tuning.warps[rows > 1]
     some = sorted({most, min(most, _FEWER_WARPS)}, reverse=True)
     steps = range(tuning.steps[rows > 1], 0, -1)
@@ -154,6 +181,14 @@ def _divisions(
         yield own, depth * shape.warps * slot + sizes.bytes(shape), ahead
 
 
+def _beside(
+    rows: int, columns: int, packing: Any, tensor: bool, device: Device
+) -> Iterator[tuple[dict[str, int], int, int]]:
+    """The ways whose block has its place beside one of the kernel ahead."""
+    left = replace(device, shared=device.shared + (1 << 10) - AHEAD_TAKES)
+    return _divisions(rows, 1, columns, packing, tensor, left, AHEAD_TUNING)
+
+
 def _few(
     constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike, given: int | None
 ) -> Launch | None:
@@ -162,7 +197,10 @@ def _few(
     tensor = call.dtypes["T"].itemsize == 2 and device.arch >= 80
     for rows in _streamed_rows(call, tensor, given):
         columns = -(-call["k"] // _BLOCK_COLUMNS)
-        ways = list(_divisions(rows, parts, columns, packing, tensor, device))
+        ahead = parts == 1 and rows <= AHEAD_ROWS and device.arch >= 90
+        ways = list(_beside(rows, columns, packing, tensor, device)) if ahead else []
+        ahead = bool(ways)
+        ways = ways or list(_divisions(rows, parts, columns, packing, tensor, device, TUNING))
         if not ways or (rows > MAX_FEW_ROWS and max(ahead for _, _, ahead in ways) < _LEAST_BYTES):
             continue
         own, shared, _ = max(ways, key=lambda way: min(way[2], _ENOUGH_BYTES))  # of equals the first
@@ -171,9 +209,12 @@ def _few(
             "experts_packed.cu:expert_linear_packed",
             (min(device.sms, most * -(-m // _BLOCK_ROWS)),),
             (_WARP * own["WARPS"],),
-            max(shared, device.shared // 2),  # two do not fit, so those of the next kernel are dealt out evenly
-            {**constants, **own, "W": packing.type},
+            # Two do not fit, so those of the next kernel are dealt out evenly.
+            shared if ahead else max(shared, device.shared // 2),
+            {**constants, **own, "W": packing.type, "ahead": 0},
             {"w": "w.0"},
+            ahead=_AHEAD if ahead else (),
+            waits_first=True,
         )
     return None
 
