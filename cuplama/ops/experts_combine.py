@@ -14,7 +14,7 @@ from typing import Any
 
 from ..dtypes import Array, dtype_name
 from . import experts_packed
-from .experts import expert_linear, experts_with_pairs, packed_ways, pair_inputs
+from .experts import expert_linear, experts_with_pairs, leaves_room, packed_ways, pair_inputs
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE
 from .linear_packed import ROWS
@@ -40,16 +40,15 @@ MAX_RING_BYTES = 208 << 10
 """Bytes of weights, and of x beside them, that a GPU block has asked for ahead of what it multiplies, at most: one row
 of Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200."""
 
-AHEAD_ROWS = 1
-"""Rows up to which a ring is filled with weights while the kernel ahead makes x, where a kernel can start early
-(sm_90); 0 for never. With more rows that kernel is mostly one of experts_many.py, whose blocks leave no room, and which
-lets the next kernel start before it waits."""
+AHEAD_ROWS = _MAX_ROWS
+"""Rows up to which a ring is filled with weights while the kernel ahead makes x, where a kernel can start early (sm_90)
+and that one is expert_linear_mma (``leaves_room``); 0 for never. Those of experts_many.py leave no room, and let the
+next kernel start before they wait."""
 
 AHEAD_WARPS = (8, 4)
 """Of a GPU block that is to have its place beside one of expert_linear_mma: as many as leave each a ring. On an H200 a
-multiprocessor has 65,536 registers, of which the 16 warps there have 40,960 (16 * 32 * 80, up to 2,048 elements of x);
-eight with 80 for each thread have 20,480. With more elements of x they have up to 61,440, which leaves four their
-place for up to 2,880 elements."""
+multiprocessor has 65,536 registers, of which the 16 warps there have 40,960 (16 * 32 * 80, 74 of these 80 used, for up
+to 2,048 elements of x); eight with 80 for each thread have 20,480: together 61,440."""
 
 AHEAD_BESIDE_BYTES = 9 << 10
 """By how much less than half of the shared memory that a block can have such a block has, ring and all. On an H200 a
@@ -83,7 +82,7 @@ def _fused(call: Call, device: Device) -> Launch | None:
     if call.dtypes["T"].itemsize != 2 or device.arch < 80 or k % 8 or segments_of(call.arrays["w"]) is not None:
         return None
     rows, (most, table) = _rows(call), _table_bytes(call)
-    ahead = n <= AHEAD_ROWS and device.arch >= 90
+    ahead = n <= AHEAD_ROWS and device.arch >= 90 and leaves_room(call, device)
     blocks = min(device.sms, -(-m // _MIN_COLUMNS))
     tiles = -(-m // (blocks * _TILE_ROWS))  # of the columns of a GPU block
     chunks = most * -(-k // _CHUNK)

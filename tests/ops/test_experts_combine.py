@@ -13,14 +13,14 @@ from cuplama.backends.cuda.nvrtc import compile_program
 from cuplama.lab.check import check, expected, planned, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
 from cuplama.lab.workloads import Workload, case_workload, described_workload
-from cuplama.ops import OPS, experts_combine, experts_packed
+from cuplama.ops import OPS, experts_combine
 from cuplama.ops.abstract import abstract
 from cuplama.ops.experts_combine import expert_linear_combine
 from cuplama.ops.launch import Device, Plan
 from cuplama.ops.linear import PRODUCT_TOLERANCE
 from cuplama.ops.op import Call
 
-HOPPER = Device(sms=2)
+SHORT_OF_MEMORY = Device(sms=2, shared=64 << 10)  # rings are shorter than what goes through them
 SMALL = Device(arch=80, sms=2, shared=166912)  # a block has several tiles of columns
 ONE = ["experts_combine_mma.cu"]
 TIGHT = replace(expert_linear_combine, tolerance=PRODUCT_TOLERANCE)
@@ -105,38 +105,47 @@ def test_rows_do_not_meet() -> None:
 
 
 def _granted(call: Call, device: Device) -> Plan:
-    """The plan with every kernel reading ahead that can."""
+    """The plan with every kernel reading ahead that can, however long its ring."""
     assert expert_linear_combine.kernels is not None
     plan = expert_linear_combine.kernels(call, device)
-    launches = (replace(l, constants={**l.constants, "ahead": 1}) if l.ahead else l for l in plan.launches)
+    launches = (
+        replace(l, constants={**l.constants, "ahead": 1}) if "ahead" in l.constants else l for l in plan.launches
+    )
     return replace(plan, launches=tuple(launches))
 
 
 def _aheads(workload: Workload) -> list[int]:
     """What the kernels that can read ahead are told."""
-    found = planned(workload, workload.ins, HOPPER, abstract)[0]
+    found = planned(workload, workload.ins, SHORT_OF_MEMORY, abstract)[0]
     pairs = (pair for l in found for pair in zip(l.prototype.parameters, l.args, strict=True))
     return [int(value) for parameter, value in pairs if parameter.name == "ahead"]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize(("form", "of"), [({}, ONE), ({"W": "mxfp4"}, ["experts_packed.cu", "route.cu"])])
-def test_reading_ahead_changes_nothing(
-    n: int, form: dict[str, Any], of: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rings of less than a warp's share, and of more than all of it."""
-    monkeypatch.setattr(experts_combine, "AHEAD_ROWS", 4)
-    monkeypatch.setattr(experts_packed, "AHEAD_ROWS", 8)
-    monkeypatch.setattr(experts_combine, "_MAX_DEPTH", 3)
-    for m, k in ((37, 72), (150, 712)):
-        given = case(n=n, s=3, E=7, m=m, k=k, **form)
-        granted = replace(given, op=replace(expert_linear_combine, kernels=_granted))
-        assert _aheads(given) == [0]
-        assert _aheads(granted) == [1]
-        arrays = given.arrays()
-        (y,), (z,) = (run_guarded(w, arrays, EmulatedDevice(HOPPER)) for w in (given, granted))
-        np.testing.assert_array_equal(y, z)
-        run(granted, HOPPER, of)
+AHEAD: list[tuple[int, int, int, dict[str, Any], str]] = [
+    (n, m, k, form, file)
+    for n in (1, 2)
+    for m, k in ((37, 72), (150, 712))
+    for form, file in (({}, "experts_combine_mma.cu"), ({"W": "mxfp4"}, "experts_packed.cu"))
+]
+
+
+def check_reading_ahead(executor: EmulatedDevice, n: int, m: int, k: int, form: dict[str, Any]) -> None:
+    """A kernel that reads ahead what was chosen gives what it gives else. m, k: for short slices and for long ones."""
+    given = case(n=n, s=3, E=7, m=m, k=k, **form)
+    granted = replace(given, op=replace(expert_linear_combine, kernels=_granted))
+    assert _aheads(given) == [0]
+    assert _aheads(granted) == [1]
+    arrays = given.arrays()
+    (y,), (z,) = (run_guarded(workload, arrays, executor) for workload in (given, granted))
+    np.testing.assert_array_equal(y, z)
+
+
+@pytest.mark.parametrize(("n", "m", "k", "form", "file"), AHEAD)
+def test_reading_ahead_changes_nothing(n: int, m: int, k: int, form: dict[str, Any], file: str) -> None:
+    check_reading_ahead(EmulatedDevice(SHORT_OF_MEMORY), n, m, k, form)
+    granted = case(n=n, s=3, E=7, m=m, k=k, **form)
+    granted = replace(granted, op=replace(TIGHT if not form else expert_linear_combine, kernels=_granted))
+    run(granted, SHORT_OF_MEMORY, [file, "route.cu"] if form else [file])
 
 
 # ---- what is computed in two launches --------------------------------------------------------------------------------
