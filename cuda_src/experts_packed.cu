@@ -17,13 +17,15 @@
 // and scales that are powers of two go into the numbers.
 //
 // Which weights are read depends on what earlier kernels chose, so the rings are filled behind the wait for them, and
-// only in part before x is asked for. A row of x goes through shared memory as a whole: k has one phase, and where it is
-// long a tile has fewer rows.
+// only in part before x is asked for; or, where it was not the kernel directly ahead that chose (ahead), as a whole
+// before the wait for that one, which makes x. A row of x goes through shared memory as a whole: k has one phase, and
+// where it is long a tile has fewer rows.
 //
 // Launch: cuplama/ops/experts_packed.py. Op: cuplama/ops/experts.py. Test: tests/ops/test_experts_packed.py.
 // Benchmark: benchmarks/packed_experts.py. Measured on an H200, 2026-11-28: the gate_up of gpt-oss-20b took 130 and 187 us
 // for 64 and 128 tokens, its bytes would take 64; with ROWS = 8, one tile at a time and scales apart 160 and 309. With
-// ROWS = 32 no more was gained. In tiles of many pairs (experts_many_wgmma.cu) it is 185 and 186.
+// ROWS = 32 no more was gained. In tiles of many pairs (experts_many_wgmma.cu) it is 185 and 186. No GPU has timed rings
+// that are filled ahead of the wait yet.
 #include "experts.cuh"
 #include "linear_packed.cuh"
 #include "linear_packed_fma.cuh"
@@ -148,6 +150,7 @@ struct Product {
     int s, m, k;
     const f32* scales;  // of whole rows of w
     f32 alpha, limit;
+    bool full;  // the ring
 
     // pair: that of this thread's number, of the first tile.
     __device__ __forceinline__ void operator()(Stream<S, Share<S>>& stream, Share<S> share, int pair) const {
@@ -160,7 +163,7 @@ struct Product {
             static_assert(WARP % S::ROWS == 0, "a thread has elements of one row");
             if (filled) pair = share.pair(pairs);
             Y* staged = reinterpret_cast<Y*>(stream.staged());
-            const PairRows<S, Y> rows{x, pair / s, k, tile.count, vectorized, filled, staged};
+            const PairRows<S, Y> rows{x, pair / s, k, tile.count, vectorized, filled || full, staged};
             filled = true;
             const i64 first = i64(tile.expert) * S::PARTS;
             const T* bias = b == nullptr ? b : b + first * m;
@@ -171,20 +174,31 @@ struct Product {
     }
 };
 
+// ahead: whether pairs and offsets are known before the wait for earlier kernels.
 template <typename T, typename W, int ACT, int ROWS, int WARPS, int BLOCKS, int DEPTH, int EARLY, int STEP, int TWINS>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     expert_linear_packed(const T* x, const W* __restrict__ w, const i32* pairs, const i32* offsets,
-                         const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
+                         const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit, int ahead) {
     typedef Shape<T, W, ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, EARLY, STEP, 1, false, TWINS> S;
     __shared__ i32 before[MAX_EXPERTS + 1];
-    pdl_wait();
+    if (ahead)
+        fence_gpu();  // an L1 may hold what an older kernel has read at the same addresses
+    else
+        pdl_wait();
     const int units = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const Share<S> share(PairTiles<ROWS>(offsets, before, E), units);
     const int pair = share.pair(pairs);  // asked for ahead of the weights, for it says where x is
     Stream<S, Share<S>> stream(w, m, k, share);
+    if (ahead) {
+        stream.fill_rest();
+        pdl_wait();
+    }
+    launch_dependents();
     const f32* scales = W::row_scales(w, E * S::PARTS * units * BLOCK_ROWS, k);
     if constexpr (TENSOR<T>)
-        Product<S, T, Factors<S, 1, true>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share, pair);
+        Product<S, T, Factors<S, 1, true>>{x, b, pairs, y, s, m, k, scales, alpha, limit, ahead != 0}(stream, share,
+                                                                                                      pair);
     else
-        Product<S, f32, FloatFactors<S>>{x, b, pairs, y, s, m, k, scales, alpha, limit}(stream, share, pair);
+        Product<S, f32, FloatFactors<S>>{x, b, pairs, y, s, m, k, scales, alpha, limit, ahead != 0}(stream, share,
+                                                                                                    pair);
 }

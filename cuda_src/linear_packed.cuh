@@ -67,7 +67,7 @@ struct OneWeight {
 // A warp's share of the weight on its way through its ring, packed block by packed block. What it has of a tile in a
 // phase is a run of at most BLOCKS that lie one behind the other. The order is phase, unit, tile of the unit, and from
 // one weight to the next where a GPU block has units of several. Making one starts it; it reads nothing but weights,
-// and what next() reads.
+// and what next() reads. Where there is one weight it then lets the next kernel start.
 template <typename S, typename Weights = OneWeight<S>>
 struct Stream {
     typedef typename S::W W;
@@ -101,7 +101,7 @@ struct Stream {
         filling = 0, reading = 0, phase = first;
         begin_phase();
         fill<S::EARLY>();
-        launch_dependents();
+        if constexpr (!Weights::MORE) launch_dependents();  // where there are several, they may come ahead of the wait
     }
 
     // Asks for that many blocks, for empty slots.

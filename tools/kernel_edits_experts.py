@@ -64,6 +64,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_COMBINE, "i64(max(pair, 0)) * k + at;", "i64(max(pair, 0) / 2) * k + at;"),
     (_COMBINE, "fmaf(weight.v[i % 2]", "fmaf(weight.v[0]"),
     (_COMBINE, "partial += 2 * ROWS * N;", ";"),
+    (_COMBINE, "next = from;", ";"),
+    (_COMBINE, "ask(slot, true, false);", "ask(slot, false, true);"),
     # many pairs
     (_MANY, "u32(share.own[row + i * APART] / product.s) * k", "u32(share.own[row + i * APART]) * k"),
     (_MANY, "inside && i * APART < count", "i * APART < count"),
@@ -91,6 +93,8 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_STREAMED, "rows{x, pair / s, k", "rows{x, pair, k"),
     (_STREAMED, "base + r < count ? min(k, S::SPAN) : 0", "r < count ? min(k, S::SPAN) : 0"),
     (_STREAMED, "first * (stream.units * BLOCK_ROWS);", "0;"),
+    (_STREAMED, "filled || full, staged};", "filled, staged};"),
+    (_STREAMED, "        stream.fill_rest();\n        pdl_wait();", "        pdl_wait();"),
     ("linear_packed.cuh", "remaining <= run ? 0 :", "remaining < run ? 0 :"),
     ("linear_packed.cuh", "if constexpr (UNITS == 1) return half;", ""),
     (_TILES, "if (slices < SLICES) return", "if (slices <= SLICES) return"),

@@ -40,7 +40,15 @@ from cuplama.ops.launch import Device
 from cuplama.ops.weights import segments_of
 from cuplama.simt.emulator import CUDA_SRC, KernelFault, precompile, run
 from tests.backends.cuda import test_loading, test_unpacking
-from tests.ops import harness, test_bias, test_ops, test_optimizer, test_self_attention_hopper, test_small_gpu
+from tests.ops import (
+    harness,
+    test_bias,
+    test_experts_combine,
+    test_ops,
+    test_optimizer,
+    test_self_attention_hopper,
+    test_small_gpu,
+)
 from tools.kernel_edits import EDITS, EQUIVALENT
 
 __all__ = ["Mutation", "main", "mutations", "report"]
@@ -181,10 +189,20 @@ def _rounds(folder: Path) -> None:
         test_self_attention_hopper.check_rounds(executor, D, lengths, window)
 
 
+def _reads_ahead(file: str, folder: Path) -> None:
+    """Products with experts that are read before x is there, which only a backend grants."""
+    executor = _Mutated(folder, {file}, test_experts_combine.SHORT_OF_MEMORY, seed=1)
+    for n, m, k, form, of in test_experts_combine.AHEAD:
+        if of == file:
+            test_experts_combine.check_reading_ahead(executor, n, m, k, form)
+
+
 BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {
     "bias.cu": _bias, "pack.cu": _pack, "optimizer.cu": _parts, "peaks.cu": _read_sum,
     "unpack.cu": _unpack, "attention_backward_wgmma.cu": _rounds, "attention_backward_wgmma.cuh": _rounds,
     "attention_backward_keys.cuh": _rounds,
+    "experts_combine_mma.cu": partial(_reads_ahead, "experts_combine_mma.cu"),
+    "experts_packed.cu": partial(_reads_ahead, "experts_packed.cu"),
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..dtypes import Array, dtype_name
-from .experts import expert_linear, experts_with_pairs, pair_inputs
+from . import experts_packed
+from .experts import expert_linear, experts_with_pairs, leaves_room, packed_ways, pair_inputs
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE
 from .linear_packed import ROWS
@@ -21,7 +22,7 @@ from .op import Call, Draw, Op
 from .route import MAX_EXPERTS, combine_pairs
 from .weights import segments_of, stored_bytes
 
-__all__ = ["expert_linear_combine"]
+__all__ = ["AHEAD_BESIDE_BYTES", "AHEAD_ROWS", "AHEAD_WARPS", "MAX_RING_BYTES", "expert_linear_combine"]
 
 _WARP = 32
 _MAX_ROWS = 4  # of Qwen3-30B-A3B one takes 12.6 us on an H200, in two launches 16.7; with eight these are faster
@@ -32,10 +33,27 @@ _TILE_ROWS = 16  # of w: the M of the instruction mma.m16n8k16
 _CHUNK = 64  # elements of a row of w that a warp multiplies at a time
 _MIN_COLUMNS = 4  # of y for a GPU block: for fewer its start costs more than it saves
 _WARPS = (16, 8, 4)  # of a GPU block: as many as leave each a ring
-_MIN_DEPTH, _MAX_DEPTH = 2, 8  # chunks in a warp's ring
-# Of weights, and of x beside them, that a GPU block has asked for ahead of what it multiplies, at most: one row of
-# Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200.
-_MAX_RING_BYTES = 208 << 10
+_MIN_DEPTH, _MAX_DEPTH = 2, 12  # chunks in a warp's ring
+_AHEAD = ("pairs", "offsets", "weights")  # what a kernel can read before x is there
+
+MAX_RING_BYTES = 208 << 10
+"""Bytes of weights, and of x beside them, that a GPU block has asked for ahead of what it multiplies, at most: one row
+of Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200."""
+
+AHEAD_ROWS = _MAX_ROWS
+"""Rows up to which a ring is filled with weights while the kernel ahead makes x, where a kernel can start early (sm_90)
+and that one is expert_linear_mma (``leaves_room``); 0 for never. Those of experts_many.py leave no room, and let the
+next kernel start before they wait."""
+
+AHEAD_WARPS = (8, 4)
+"""Of a GPU block that is to have its place beside one of expert_linear_mma: as many as leave each a ring. On an H200 a
+multiprocessor has 65,536 registers, of which the 16 warps there have 40,960 (16 * 32 * 80, 74 of these 80 used, for up
+to 2,048 elements of x); eight with 80 for each thread have 20,480: together 61,440."""
+
+AHEAD_BESIDE_BYTES = 9 << 10
+"""By how much less than half of the shared memory that a block can have such a block has, ring and all. On an H200 a
+multiprocessor has 233,472 bytes. A block of expert_linear_mma takes 119,552 of them: 116,224, static arrays of 2,192
+and 1,024 that are reserved, in units of 128. At most 107,008, 5,264 and 1,024 make 113,408: together 232,960."""
 
 
 def _reference(
@@ -64,30 +82,37 @@ def _fused(call: Call, device: Device) -> Launch | None:
     if call.dtypes["T"].itemsize != 2 or device.arch < 80 or k % 8 or segments_of(call.arrays["w"]) is not None:
         return None
     rows, (most, table) = _rows(call), _table_bytes(call)
+    ahead = n <= AHEAD_ROWS and device.arch >= 90 and leaves_room(call, device)
     blocks = min(device.sms, -(-m // _MIN_COLUMNS))
     tiles = -(-m // (blocks * _TILE_ROWS))  # of the columns of a GPU block
     chunks = most * -(-k // _CHUNK)
     place = (_TILE_ROWS + rows) * _CHUNK * 2  # bytes of a chunk
-    for warps in _WARPS:
+    limit = device.shared // 2 - AHEAD_BESIDE_BYTES if ahead else device.shared - _RESERVED_BYTES
+    for warps in AHEAD_WARPS if ahead else _WARPS:
         beside = table + warps * tiles * _TILE_ROWS * rows * 4
-        room = min(_MAX_RING_BYTES, device.shared - _RESERVED_BYTES - beside) // (warps * place)
+        room = min(MAX_RING_BYTES, limit - beside) // (warps * place)
         if room < _MIN_DEPTH:
             continue
         depth = max(_MIN_DEPTH, min(_MAX_DEPTH, -(-chunks // warps) * tiles, room))
-        # Two do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
-        shared = max(depth * warps * place + beside, device.shared // 2)
-        own = {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most}
-        return Launch("experts_combine_mma.cu:expert_linear_combine_mma", (blocks,), (_WARP * warps,), shared, own)
+        shared = depth * warps * place + beside
+        if not ahead:  # two do not fit a multiprocessor, so those of the next kernel are dealt out evenly
+            shared = max(shared, device.shared // 2)
+        own = {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most, "ahead": 0}
+        kernel = "experts_combine_mma.cu:expert_linear_combine_mma"
+        reads = _AHEAD if ahead else ()
+        return Launch(kernel, (blocks,), (_WARP * warps,), shared, own, ahead=reads, waits_first=True)
     return None
 
 
 def _parts(call: Call, device: Device) -> Plan:
     """The launches of both parts, one behind the other."""
-    assert expert_linear.kernels is not None
     assert combine_pairs.kernels is not None
     n, m, pairs, T = call["n"], call["m"], call["n"] * call["s"], dtype_name(call.dtypes["T"])
-    # To the product, of which each pair has a row of x, these are rows with one expert each.
-    product = expert_linear.kernels(replace(call, op=expert_linear, env={**call.env, "n": pairs, "s": 1}), device)
+    # To the product, of which each pair has a row of x, these are rows with one expert each; but few of them meet.
+    ways = replace(experts_packed.WAYS, streamed_rows=2 * n - 1) if n <= _MAX_ROWS else experts_packed.WAYS
+    op = packed_ways(expert_linear, ways)
+    assert op.kernels is not None
+    product = op.kernels(replace(call, op=op, env={**call.env, "n": pairs, "s": 1}), device)
     (last,) = combine_pairs.kernels(replace(call, op=combine_pairs, env={"n": n, "d": m}), device).launches
     last = replace(last, constants={"d": m, "U": T}, names={"x": _PAIRS})
     products = (replace(launch, names={**launch.names, "y": _PAIRS}) for launch in product.launches)

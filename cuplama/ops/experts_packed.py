@@ -9,7 +9,7 @@ up to a whole number of packed blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
@@ -24,7 +24,16 @@ from .signature import OpError
 from .unpacking import UNPACKED, unpack_launches
 from .weights import SegmentLike, expert_rows, segments_of
 
-__all__ = ["TUNING", "TWINS", "WAYS", "Ways", "packed_experts_plan", "unpacked_experts"]
+__all__ = [
+    "AHEAD_ROWS",
+    "AHEAD_TUNING",
+    "TUNING",
+    "TWINS",
+    "WAYS",
+    "Ways",
+    "packed_experts_plan",
+    "unpacked_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,34 @@ leave less of shared memory to the ring. Gate and up of Qwen3-30B-A3B in int4 to
 pairs 66 and 87 us at 4 pairs of an expert, 97 and 92 at 8; of gpt-oss-20b at 8 pairs 146 and 132. With 32 no more was
 gained."""
 
+AHEAD_ROWS = 2
+"""Pairs of a tile up to which the rings of a product that is not gated are filled while the kernel directly ahead makes
+x, if another chose the experts, where a kernel can start early (sm_90); 0 for never."""
+
+AHEAD_TUNING = Tuning(ahead=2, behind=13, steps=(4, 2))
+"""How blocks are streamed by a GPU block that is to have its place beside one of the kernel ahead: its rings are as
+deep as the room that is left, up to this. To be measured.
+
+The kernel ahead is taken to be the gated product of the same experts. Of gpt-oss-20b, with MXFP4 and one row, its block
+takes 126,208 of the 233,472 bytes of shared memory of a multiprocessor of an H200 (122,944, static arrays of 2,192 and
+1,024 that are reserved, in units of 128), and that of the product behind it 100,608: together 226,816. With two rows
+these are 132,480 and 89,472. Of the 65,536 registers the 12 warps of one have 36,864 and the eight of the other 24,576,
+with 96 for a thread."""
+
+_AHEAD_WARPS = 20
+"""Of both blocks: a quarter of a multiprocessor has 16,384 registers, so 5 warps with 96 for a thread, and up to two
+pairs of a tile take no more. The warps of a block are dealt to the quarters one by one. What leaves fewer than 8 warps
+to the kernel behind is left as it is: Qwen3-30B-A3B has 16 warps ahead."""
+_AROUND_BYTES = (
+    2192 + 1024 + 127
+)  # of shared memory, beside what a block asks for: static arrays, reserved, whole units
+
 _FEWER_WARPS = 8  # of a block that streams, where sums of more leave a ring too little
 _ENOUGH_BYTES, _LEAST_BYTES = 32 << 10, 24 << 10
 """Bytes of weights on their way to a multiprocessor that hide how long they take; and what more than 8 pairs of a tile
 must leave to that."""
 
+_AHEAD = ("pairs", "offsets")  # what the kernel can read before x is there
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 128  # of a packed block
 _WARP = 32
 _SLICE_BYTES = 256 << 20  # of unpacked numbers, at most, unless one expert has more
@@ -127,12 +159,15 @@ def _streamed_rows(call: Call, tensor: bool, given: int | None) -> list[int]:
     return [rows for rows in reversed(some) if rows <= most]
 
 
+_Way = tuple[dict[str, int], int, int]  # constants, bytes of shared memory, bytes on their way
+
+
 def _divisions(
-    rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device
-) -> Iterator[tuple[dict[str, int], int, int]]:
+    rows: int, parts: int, columns: int, packing: Any, tensor: bool, device: Device, tuning: Tuning
+) -> Iterator[_Way]:
     """The ways for a block of the grid to divide its work: constants, bytes of shared memory, and bytes of weights that
-    are on their way while others are multiplied, which are enough where a ring is as deep as ``TUNING`` says."""
-    tuning = TUNING if tensor else staged_tuning(TUNING)
+    are on their way while others are multiplied, which are enough where a ring is as deep as ``tuning`` says."""
+    tuning = tuning if tensor else staged_tuning(tuning)
     most = tuning.warps[rows > 1]
     some = sorted({most, min(most, _FEWER_WARPS)}, reverse=True)
     steps = range(tuning.steps[rows > 1], 0, -1)
@@ -154,6 +189,29 @@ def _divisions(
         yield own, depth * shape.warps * slot + sizes.bytes(shape), ahead
 
 
+def _best(ways: Sequence[_Way]) -> _Way:
+    """Of equals the first."""
+    return max(ways, key=lambda way: min(way[2], _ENOUGH_BYTES))
+
+
+def _beside(rows: int, call: Call, packing: Any, device: Device) -> Iterator[_Way]:
+    """The ways whose block has its place beside one of the gated product that makes x, of as many elements as this has
+    columns, and whose ring is worth it. On tensor cores."""
+    columns, elements = -(-call["k"] // _BLOCK_COLUMNS), -(-call["m"] // _BLOCK_COLUMNS)
+    ahead = list(_divisions(rows, 2, elements, packing, True, device, TUNING))
+    if not ahead:
+        return
+    other, shared, _ = _best(ahead)
+    taken = max(shared, device.shared // 2) + _AROUND_BYTES
+    warps = _AHEAD_WARPS - -(-other["WARPS"] // 4) * 4
+    if warps < _FEWER_WARPS:
+        return
+    left = replace(device, shared=device.shared + (1 << 10) - taken)  # a multiprocessor has 1 KB more than a block
+    for way in _divisions(rows, 1, columns, packing, True, left, replace(AHEAD_TUNING, warps=(warps, warps))):
+        if way[2] >= _ENOUGH_BYTES:
+            yield way
+
+
 def _few(
     constants: Mapping[str, Any], parts: int, call: Call, device: Device, segment: SegmentLike, given: int | None
 ) -> Launch | None:
@@ -162,18 +220,24 @@ def _few(
     tensor = call.dtypes["T"].itemsize == 2 and device.arch >= 80
     for rows in _streamed_rows(call, tensor, given):
         columns = -(-call["k"] // _BLOCK_COLUMNS)
-        ways = list(_divisions(rows, parts, columns, packing, tensor, device))
+        ahead = parts == 1 and rows <= AHEAD_ROWS and device.arch >= 90
+        ways = list(_beside(rows, call, packing, device)) if ahead and tensor else []
+        ahead = bool(ways)
+        ways = ways or list(_divisions(rows, parts, columns, packing, tensor, device, TUNING))
         if not ways or (rows > MAX_FEW_ROWS and max(ahead for _, _, ahead in ways) < _LEAST_BYTES):
             continue
-        own, shared, _ = max(ways, key=lambda way: min(way[2], _ENOUGH_BYTES))  # of equals the first
+        own, shared, _ = _best(ways)
         most = pairs // rows + min(call["E"], pairs)  # tiles
         return Launch(
             "experts_packed.cu:expert_linear_packed",
             (min(device.sms, most * -(-m // _BLOCK_ROWS)),),
             (_WARP * own["WARPS"],),
-            max(shared, device.shared // 2),  # two do not fit, so those of the next kernel are dealt out evenly
-            {**constants, **own, "W": packing.type},
+            # Two do not fit, so those of the next kernel are dealt out evenly.
+            shared if ahead else max(shared, device.shared // 2),
+            {**constants, **own, "W": packing.type, "ahead": 0},
             {"w": "w.0"},
+            ahead=_AHEAD if ahead else (),
+            waits_first=True,
         )
     return None
 

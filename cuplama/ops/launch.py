@@ -29,6 +29,11 @@ class Launch:
     or template) that are neither arrays, dims nor attributes; names: parameter -> the array that it takes, where that
     has another name: scratch, another array of the op, or ``w.0``, the first segment of a packed weight w, and
     ``w.0.order``, the order of its columns; starts: parameter -> where along the first axis of its array it begins.
+
+    ahead: arrays that the kernel reads before it waits for earlier kernels if its parameter ``ahead``, which is 0 in
+    ``constants``, is 1: whoever knows the order of launches grants that where the launch directly before writes none of
+    them and ``waits_first``. That says of a kernel that each thread waits for earlier kernels before it lets the next
+    one start, so that all kernels ahead of it have ended when the next one starts.
     """
 
     kernel: str
@@ -38,6 +43,8 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     starts: Mapping[str, int] = field(default_factory=dict)
+    ahead: tuple[str, ...] = ()
+    waits_first: bool = False
 
 
 @dataclass(frozen=True)

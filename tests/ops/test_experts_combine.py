@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuplama.backends.cuda.nvrtc import compile_program
 from cuplama.lab.check import check, expected, planned, run_guarded
 from cuplama.lab.emulation import EmulatedDevice
-from cuplama.lab.workloads import Workload, case_workload
+from cuplama.lab.workloads import Workload, case_workload, described_workload
 from cuplama.ops import OPS, experts_combine
 from cuplama.ops.abstract import abstract
 from cuplama.ops.experts_combine import expert_linear_combine
-from cuplama.ops.launch import Device
+from cuplama.ops.launch import Device, Plan
 from cuplama.ops.linear import PRODUCT_TOLERANCE
+from cuplama.ops.op import Call
 
+SHORT_OF_MEMORY = Device(sms=2, shared=64 << 10)  # rings are shorter than what goes through them
 SMALL = Device(arch=80, sms=2, shared=166912)  # a block has several tiles of columns
 ONE = ["experts_combine_mma.cu"]
 TIGHT = replace(expert_linear_combine, tolerance=PRODUCT_TOLERANCE)
@@ -61,7 +64,7 @@ def test_a_ring_is_gone_through_more_than_once(n: int, monkeypatch: pytest.Monke
 
 
 def test_small_rings_have_fewer_warps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_combine, "_MAX_RING_BYTES", 38 << 10)
+    monkeypatch.setattr(experts_combine, "MAX_RING_BYTES", 38 << 10)
     workload = case(n=4, s=2, E=9, m=40, k=328)
     (launch,) = planned(workload, workload.ins, SMALL, abstract)[0]
     assert launch.expression == "expert_linear_combine_mma<bf16, 4, 4, 3>"
@@ -98,6 +101,53 @@ def test_rows_do_not_meet() -> None:
     assert not np.isfinite(y[1]).all()
 
 
+# ---- what was chosen is read ahead --------------------------------------------------------------------------------
+
+
+def _granted(call: Call, device: Device) -> Plan:
+    """The plan with every kernel reading ahead that can, however long its ring."""
+    assert expert_linear_combine.kernels is not None
+    plan = expert_linear_combine.kernels(call, device)
+    launches = (
+        replace(l, constants={**l.constants, "ahead": 1}) if "ahead" in l.constants else l for l in plan.launches
+    )
+    return replace(plan, launches=tuple(launches))
+
+
+def _aheads(workload: Workload) -> list[int]:
+    """What the kernels that can read ahead are told."""
+    found = planned(workload, workload.ins, SHORT_OF_MEMORY, abstract)[0]
+    pairs = (pair for l in found for pair in zip(l.prototype.parameters, l.args, strict=True))
+    return [int(value) for parameter, value in pairs if parameter.name == "ahead"]
+
+
+AHEAD: list[tuple[int, int, int, dict[str, Any], str]] = [
+    (n, m, k, form, file)
+    for n in (1, 2)
+    for m, k in ((37, 72), (150, 712))
+    for form, file in (({}, "experts_combine_mma.cu"), ({"W": "mxfp4"}, "experts_packed.cu"))
+]
+
+
+def check_reading_ahead(executor: EmulatedDevice, n: int, m: int, k: int, form: dict[str, Any]) -> None:
+    """A kernel that reads ahead what was chosen gives what it gives else. m, k: for short slices and for long ones."""
+    given = case(n=n, s=3, E=7, m=m, k=k, **form)
+    granted = replace(given, op=replace(expert_linear_combine, kernels=_granted))
+    assert _aheads(given) == [0]
+    assert _aheads(granted) == [1]
+    arrays = given.arrays()
+    (y,), (z,) = (run_guarded(workload, arrays, executor) for workload in (given, granted))
+    np.testing.assert_array_equal(y, z)
+
+
+@pytest.mark.parametrize(("n", "m", "k", "form", "file"), AHEAD)
+def test_reading_ahead_changes_nothing(n: int, m: int, k: int, form: dict[str, Any], file: str) -> None:
+    check_reading_ahead(EmulatedDevice(SHORT_OF_MEMORY), n, m, k, form)
+    granted = case(n=n, s=3, E=7, m=m, k=k, **form)
+    granted = replace(granted, op=replace(TIGHT if not form else expert_linear_combine, kernels=_granted))
+    run(granted, SHORT_OF_MEMORY, [file, "route.cu"] if form else [file])
+
+
 # ---- what is computed in two launches --------------------------------------------------------------------------------
 
 TWO = ["experts.cu", "route.cu"]
@@ -131,3 +181,45 @@ def test_more_than_four_rows_are_two_launches() -> None:
 def test_only_chosen_experts_are_counted() -> None:
     few, more = (case(n=8, s=2, E=7, m=40, k=136, chosen=chosen).call.nbytes() for chosen in (2, 5))
     assert more - few == 3 * 2 * 40 * (136 + 1)
+
+
+# ---- room beside the kernel ahead ------------------------------------------------------------------------------------
+# Of a multiprocessor of Hopper: bytes of shared memory, in units of 128, and registers, in units of 8 for each lane.
+_SHARED, _REGISTERS = 228 << 10, 64 << 10
+_MODELS: dict[str, tuple[str, dict[str, Any], int, int, dict[str, Any]]] = {
+    "Qwen3-30B-A3B": ("expert_linear_silu_mul", dict(s=8, E=128, b=False), 768, 2048, {}),
+    "gpt-oss-20b": ("expert_linear_clamped_swiglu", dict(s=4, E=32, b=True, W="mxfp4"), 2880, 2880,
+                    dict(alpha=1.702, limit=7.0)),
+}  # fmt: skip
+
+
+def _taken(op: str, sizes: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of shared memory and registers that a block of the op's first kernel takes of a multiprocessor."""
+    workload = described_workload(OPS[op], sizes, "bf16")
+    launch = planned(workload, workload.ins, Device(), abstract)[0][0]
+    used = compile_program(launch.file, [launch.expression], 90).resources[launch.expression]
+    assert used.spills == 0
+    return -(-(launch.shared + used.shared + 1024) // 128) * 128, -(-used.registers // 8) * 8 * launch.block[0]
+
+
+@pytest.mark.parametrize(("model", "n"), [("Qwen3-30B-A3B", 1), ("gpt-oss-20b", 1), ("gpt-oss-20b", 2)])
+def test_a_block_that_reads_ahead_has_its_place_beside_one_of_the_kernel_ahead(model: str, n: int) -> None:
+    gated, each, m, k, knobs = _MODELS[model]
+    up = _taken(gated, dict(n=n, m=m, k=k, **each, **knobs))
+    down = _taken("expert_linear_combine", dict(n=n, m=k, k=m, a=True, **each))
+    assert up[0] + down[0] <= _SHARED
+    assert up[1] + down[1] <= _REGISTERS
+    assert down[0] > 80 << 10  # which is nearly all ring
+
+
+@pytest.mark.parametrize(
+    ("model", "n", "ahead"),
+    [("Qwen3-30B-A3B", 1, 3), ("Qwen3-30B-A3B", 2, 0), ("gpt-oss-20b", 2, 2), ("gpt-oss-20b", 5, 0)],
+)
+def test_only_few_rows_are_few_enough_for_that(model: str, n: int, ahead: int) -> None:
+    _, each, m, k, _ = _MODELS[model]
+    plan = expert_linear_combine.kernels
+    assert plan is not None
+    call = described_workload(expert_linear_combine, dict(n=n, m=k, k=m, a=True, **each), "bf16").bind()
+    assert len(plan(call, Device()).launches[0].ahead) == ahead
+    assert not plan(call, Device(arch=80, sms=108, shared=166912)).launches[0].ahead  # where no kernel starts early

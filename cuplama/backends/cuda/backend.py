@@ -91,6 +91,7 @@ class CudaBackend:
         self.checking = os.environ.get("CUPLAMA_CHECK", "") not in ("", "0")
         self._keys: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], Planned] = {}
+        self._before: tuple[Planned, Node] | None = None  # what was queued directly before, if a node list is run
         self._zeroed: dict[tuple[tuple[int, ...], np.dtype[Any]], Array] = {}
         self._kept: dict[tuple[str, tuple[int, ...], np.dtype[Any]], Array] = {}
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Sequence[Node], list[_Prepared]]] = {}
@@ -237,6 +238,7 @@ class CudaBackend:
     def call(self, op: Op, ins: Sequence[Array | None], attrs: Mapping[str, Any]) -> tuple[Array, ...]:
         """Run one op. Raises OpError for arrays that do not fit its signature, DeviceError for a failed launch."""
         with self._on_gpu():
+            self._before = None
             execute = self._execute if self._ranges is None else self._marked
             return execute(op, self._key(op, attrs), ins, attrs)
 
@@ -245,6 +247,7 @@ class CudaBackend:
         live = {"": None, **values}
         execute = self._execute if self._ranges is None else self._marked
         with self._on_gpu():
+            self._before = None
             for ready in self._prepare(nodes, tuple(keep)):
                 node = ready.node
                 outs = execute(ready.op, ready.key, [live[n] for n in node.ins], node.attrs, node)
@@ -284,17 +287,28 @@ class CudaBackend:
             for i in range(planned.width, len(arrays)):
                 if i not in kept:
                     gpu.fill(arrays[i], 0xFF)  # NaN in every float dtype
+        ahead = node is not None and self._reads_ahead(planned, node)
+        self._before = None if node is None else (planned, node)
         for action in planned.actions[bool(kept) :]:
             try:
-                action(arrays)
+                action(arrays, ahead)
             except gpu.failures as e:
                 raise failure(action.text, e, node) from e
+            ahead = False
         if self.checking:
             try:
                 gpu.synchronize()
             except gpu.failures as e:
                 raise failure("; ".join(a.text for a in planned.actions), e, node) from e
         return tuple(arrays[i] for i in planned.outs)
+
+    def _reads_ahead(self, planned: Planned, node: Node) -> bool:
+        """Whether the first launch of a node may read what it can before it waits: all launches but the one directly
+        before have ended when it starts, and that one writes none of it."""
+        if not planned.ahead or self._before is None:
+            return False
+        before, writer = self._before
+        return before.waits_first and not {node.ins[i] for i in planned.ahead} & {*writer.outs}
 
     def _codes_of(self, planned: Planned, weight: Array) -> dict[int, Array]:
         """What the first action of a plan makes of a weight alone, by the numbers of the arrays: made once, and kept.

@@ -30,11 +30,12 @@ __all__ = ["Action", "Buffer", "Compiler", "Planned", "library_plans", "make_pla
 
 
 class Action(Protocol):
-    """One launch without its arrays. text: what it is, for messages."""
+    """One launch without its arrays. text: what it is, for messages; ahead: whether it may read some before it waits
+    for earlier kernels (``Launch.ahead``)."""
 
     @property
     def text(self) -> str: ...
-    def __call__(self, arrays: Sequence[Array | None]) -> None: ...
+    def __call__(self, arrays: Sequence[Array | None], ahead: bool = False) -> None: ...
 
 
 class Compiler(Protocol):
@@ -71,6 +72,7 @@ class Planned:
 
     outs: which numbers are the outputs; new: the new outputs, ``made`` of them, and then the scratch; weight: the
     number of an input that alone decides what the first action writes, to the arrays ``of_weight``: it can be kept.
+    ahead: the inputs that the first action can read before it waits; waits_first: of the last action. See ``Launch``.
     """
 
     width: int
@@ -80,6 +82,8 @@ class Planned:
     actions: tuple[Action, ...]
     weight: int = -1
     of_weight: tuple[int, ...] = ()
+    ahead: tuple[int, ...] = ()
+    waits_first: bool = False
 
 
 class _Launch:
@@ -87,7 +91,7 @@ class _Launch:
     the same for arguments that begin within it, and where; parts: the same for arguments that take a segment of a
     packed weight, or its order, with the number of that."""
 
-    __slots__ = ("args", "block", "function", "grid", "parts", "pointers", "shared", "starts", "text")
+    __slots__ = ("ahead", "args", "block", "function", "grid", "parts", "pointers", "shared", "starts", "text")
 
     def __init__(
         self, function: Callable[..., None], bound: BoundLaunch, position: Mapping[str, int], launch: Launch
@@ -99,6 +103,7 @@ class _Launch:
         self.pointers: list[tuple[int, int]] = []
         self.starts: list[tuple[int, int, int]] = []
         self.parts: list[tuple[int, int, str, int]] = []
+        self.ahead = [p.name for p in bound.prototype.parameters].index("ahead") if launch.ahead else -1
         for i, (p, value) in enumerate(zip(bound.prototype.parameters, bound.args, strict=True)):
             name, _, part = launch.names.get(p.name, p.name).partition(".")
             if not p.pointer or p.name in launch.constants or name not in position or isinstance(value, np.generic):
@@ -112,8 +117,10 @@ class _Launch:
             else:
                 self.pointers.append((i, position[name]))
 
-    def __call__(self, arrays: Sequence[Array | None]) -> None:
+    def __call__(self, arrays: Sequence[Array | None], ahead: bool = False) -> None:
         args = self.args.copy()
+        if ahead:
+            args[self.ahead] = np.int32(1)
         for i, j in self.pointers:
             args[i] = arrays[j]
         for i, j, start in self.starts:
@@ -137,7 +144,7 @@ class _Matmul:
         self.pointers = {name: (i, shifts[name]) for name, i in arrays.items() if isinstance(i, int)}
         self.own = {name: array for name, array in arrays.items() if not isinstance(array, int)}
 
-    def __call__(self, arrays: Sequence[Array | None]) -> None:
+    def __call__(self, arrays: Sequence[Array | None], ahead: bool = False) -> None:
         compiler = self.compiler
         named = {name: compiler.address(arrays[i]) + shift for name, (i, shift) in self.pointers.items()}
         for name, array in self.own.items():
@@ -200,12 +207,12 @@ def make_plan(
             buffer("workspace", (compiler.workspace,), np.dtype(np.uint8))
         _insert_products(actions, way, compiler, position | own, call.dtype(signature.outs[0]).itemsize)
     outs = tuple(position[spec.name] for spec in signature.outs)
-    made = sum(i >= width for i in outs)
-    if not kept:
-        return Planned(width, outs, tuple(new), made, tuple(actions))
-    assert way is not None
-    of_weight = tuple(position[name] for name in way.kept)
-    return Planned(width, outs, tuple(new), made, tuple(actions), position["w"], of_weight)
+    found = Planned(width, outs, tuple(new), sum(i >= width for i in outs), tuple(actions))
+    if way is None:
+        ahead = tuple(position[name] for name in plan.launches[0].ahead)
+        return replace(found, ahead=ahead, waits_first=plan.launches[-1].waits_first)
+    kept_of = tuple(position[name] for name in way.kept)
+    return replace(found, weight=position["w"], of_weight=kept_of) if kept else found
 
 
 def _insert_products(
