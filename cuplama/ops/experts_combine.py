@@ -5,6 +5,9 @@ Defined by its parts, ``expert_linear`` and ``combine_pairs``: the reference onl
 take is computed by their launches, which hand over the products of the pairs, rounded to T: so are packed weights, for
 which a kernel of this kind was slower. For gpt-oss-20b it took 14.7 us on an H200 where the two launches take 13.6, and
 62.7 instead of 47.8 for eight rows.
+
+Where the kernel directly ahead makes x, and another chose the experts, the first launch fills its rings with weights
+before it waits (``Launch.ahead``), if its block has its place beside one of that kernel.
 """
 
 from __future__ import annotations
@@ -108,7 +111,8 @@ def _parts(call: Call, device: Device) -> Plan:
     """The launches of both parts, one behind the other."""
     assert combine_pairs.kernels is not None
     n, m, pairs, T = call["n"], call["m"], call["n"] * call["s"], dtype_name(call.dtypes["T"])
-    # To the product, of which each pair has a row of x, these are rows with one expert each; but few of them meet.
+    # To the product, of which each pair has a row of x, these are rows with one expert each; but of the pairs of an
+    # expert there are no more than the op has rows, so few rows have tiles of few pairs.
     ways = replace(experts_packed.WAYS, streamed_rows=2 * n - 1) if n <= _MAX_ROWS else experts_packed.WAYS
     op = packed_ways(expert_linear, ways)
     assert op.kernels is not None

@@ -91,9 +91,9 @@ _AHEAD_WARPS = 20
 """Of both blocks: a quarter of a multiprocessor has 16,384 registers, so 5 warps with 96 for a thread, and up to two
 pairs of a tile take no more. The warps of a block are dealt to the quarters one by one. What leaves fewer than 8 warps
 to the kernel behind is left as it is: Qwen3-30B-A3B has 16 warps ahead."""
-_AROUND_BYTES = (
-    2192 + 1024 + 127
-)  # of shared memory, beside what a block asks for: static arrays, reserved, whole units
+
+_AROUND_BYTES = 2192 + 1024 + 127
+"""Of shared memory, beside what a block asks for: static arrays, what is reserved, and up to a whole unit of 128."""
 
 _FEWER_WARPS = 8  # of a block that streams, where sums of more leave a ring too little
 _ENOUGH_BYTES, _LEAST_BYTES = 32 << 10, 24 << 10
@@ -220,10 +220,9 @@ def _few(
     tensor = call.dtypes["T"].itemsize == 2 and device.arch >= 80
     for rows in _streamed_rows(call, tensor, given):
         columns = -(-call["k"] // _BLOCK_COLUMNS)
-        ahead = parts == 1 and rows <= AHEAD_ROWS and device.arch >= 90
-        ways = list(_beside(rows, call, packing, device)) if ahead and tensor else []
-        ahead = bool(ways)
-        ways = ways or list(_divisions(rows, parts, columns, packing, tensor, device, TUNING))
+        possible = tensor and device.arch >= 90 and parts == 1 and rows <= AHEAD_ROWS
+        beside = list(_beside(rows, call, packing, device)) if possible else []
+        ways = beside or list(_divisions(rows, parts, columns, packing, tensor, device, TUNING))
         if not ways or (rows > MAX_FEW_ROWS and max(ahead for _, _, ahead in ways) < _LEAST_BYTES):
             continue
         own, shared, _ = _best(ways)
@@ -233,10 +232,10 @@ def _few(
             (min(device.sms, most * -(-m // _BLOCK_ROWS)),),
             (_WARP * own["WARPS"],),
             # Two do not fit, so those of the next kernel are dealt out evenly.
-            shared if ahead else max(shared, device.shared // 2),
+            shared if beside else max(shared, device.shared // 2),
             {**constants, **own, "W": packing.type, "ahead": 0},
             {"w": "w.0"},
-            ahead=_AHEAD if ahead else (),
+            ahead=_AHEAD if beside else (),
             waits_first=True,
         )
     return None

@@ -211,8 +211,8 @@ def make_plan(
     if way is None:
         ahead = tuple(position[name] for name in plan.launches[0].ahead)
         return replace(found, ahead=ahead, waits_first=plan.launches[-1].waits_first)
-    kept_of = tuple(position[name] for name in way.kept)
-    return replace(found, weight=position["w"], of_weight=kept_of) if kept else found
+    of_weight = tuple(position[name] for name in way.kept) if kept else ()
+    return replace(found, weight=position["w"] if kept else -1, of_weight=of_weight)
 
 
 def _insert_products(
