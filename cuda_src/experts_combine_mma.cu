@@ -17,17 +17,12 @@
 // Bytes on their way: a multiprocessor of an H200 takes 33 KB in a microsecond. Eight experts of 768 x 2048 are 190 KB
 // for each of its 132, and the ring may hold all of that.
 //
-// Which experts were chosen is known before x is, which the kernel directly ahead makes (ahead): then the ring is filled
-// with their weights while that one runs, and with x behind the wait for it. A block has to have its place beside one of
-// that kernel for this, in the multiprocessor's shared memory and registers: cuplama/ops/experts_combine.py has the
-// numbers.
-//
 // Launch, tuning, op: cuplama/ops/experts_combine.py. Test: tests/ops/test_experts_combine.py.
 // Measured on an H200, 2026-11-28, Qwen3-30B-A3B: one row in 12.6 us, where expert_linear and combine_pairs took 16.7;
 // eight rows in 58.0 and 58.1. Tried: which experts were chosen, and their weights to the L2, ahead of the wait for the
 // kernel before (12.6 and 58.0 us in place of 12.8 and 57.6, for a rule in the backend); the same for packed weights,
-// MXFP4 of gpt-oss-20b: 14.7 us, where two launches took 13.6, and 62.7 and 47.8 for eight rows. Those blocks had no
-// place beside the kernel ahead; no GPU has timed smaller ones, which fill their rings ahead of the wait, yet.
+// MXFP4 of gpt-oss-20b: 14.7 us, where two launches took 13.6, and 62.7 and 47.8 for eight rows; a ring of 100 KB that
+// fits beside the kernel before, filled while that one runs, with 8 warps: 2.948 ms a token, as much as without.
 #include "experts.cuh"
 #include "linear_mma.cuh"
 
@@ -139,39 +134,21 @@ struct PairStream {
         : x(x), w(w), chosen(chosen), next(from), m(m), k(k), end(end) {
         DYNAMIC_SHARED(uint4, memory);
         ring = memory + threadIdx.x / WARP * (DEPTH * SLOT);
-    }
-
-    // Fills the ring. x is only touched behind wait(): with `ahead` there are all of its weights before that. Groups of
-    // copies arrive in their order, so these may belong to the first, and a chunk's w is there when its x is.
-    template <typename Wait>
-    __device__ __forceinline__ void fill(bool ahead, const Wait& wait) {
-        if (ahead) {
-            const Place from = next;
 #pragma unroll 1
-            for (int slot = 0; slot < DEPTH; slot++) ask(slot, true, false);
-            next = from;
-            wait();
-        }
-#pragma unroll 1
-        for (int slot = 0; slot < DEPTH; slot++) fetch(slot, !ahead);
+        for (int slot = 0; slot < DEPTH; slot++) fetch(slot);
     }
 
     // Asks for the next chunk, or for nothing at the end: a group of copies in any case.
-    __device__ __forceinline__ void fetch(int slot, bool of_w = true) {
-        ask(slot, of_w, true);
-        cp_async_commit();
-    }
-
-    __device__ __forceinline__ void ask(int slot, bool of_w, bool of_x) {
+    __device__ __forceinline__ void fetch(int slot) {
         if (next.column < end && next.count > 0) {
             const int row = next.column + lane_row(), at = next.chunk * CHUNK + threadIdx.x % 4 * 8;
             const T* from = w + (i64(chosen.experts[next.expert]) * m + row) * k + at;
             uint4* to = ring + slot * SLOT + threadIdx.x % WARP;
 #pragma unroll
-            for (int i = 0; of_w && i < 4; i++)
+            for (int i = 0; i < 4; i++)
                 cp_async_16(to + i * WARP, from + i / 2 * (ROWS * i64(k)) + i % 2 * 32,
                             row + i / 2 * ROWS < end && at + i % 2 * 32 < k);
-            if (of_x && lane_row() < N) {
+            if (lane_row() < N) {
                 const int pair = chosen.pairs[next.expert * N + lane_row()];
                 const T* own = x + i64(max(pair, 0)) * k + at;
 #pragma unroll
@@ -180,6 +157,7 @@ struct PairStream {
             }
             next.go_on();
         }
+        cp_async_commit();
     }
 
     // The next chunk of the ring, whose place is asked for anew: two vectors of rows r and r + 8 of w, and of row r of x.
@@ -223,31 +201,25 @@ __device__ __forceinline__ void multiply_slice(PairStream<N, DEPTH, T>& stream, 
     }
 }
 
-// N: of the rows, at most; most: experts that may be chosen; ahead: whether these are known before the wait for earlier
-// kernels.
+// N: of the rows, at most; most: experts that may be chosen.
 template <typename T, int N, int WARPS, int DEPTH>
 __global__ void __launch_bounds__(WARPS* WARP, 1)
     expert_linear_combine_mma(const T* x, const T* __restrict__ w, const i32* pairs, const i32* offsets,
                               const f32* weights, const T* __restrict__ b, const f32* a, f32* y, int n, int s, int E,
-                              int m, int k, int most, int ahead) {
+                              int m, int k, int most) {
     using Weights = PairStream<N, DEPTH, T>;
     DYNAMIC_SHARED(uint4, memory);
     f32* partial = reinterpret_cast<f32*>(memory + WARPS * DEPTH * Weights::SLOT);
     const int begin = OneWeight::border(m, 0), end = OneWeight::border(m, 1), warp = threadIdx.x / WARP;
     const int stride = (end - begin + 2 * ROWS - 1) / (2 * ROWS) * (2 * ROWS * N);  // sums of a warp
     Chosen<N> chosen(partial + WARPS * stride, most);
-    const auto wait = [] { pdl_wait(); };
-    if (ahead)
-        fence_gpu();  // an L1 may hold what an older kernel has read at the same addresses
-    else
-        wait();
+    pdl_wait();
     chosen.read(pairs, offsets, weights, n * s, s, E);
     const int chunks = (k + CHUNK - 1) / CHUNK, all = chosen.count * chunks;
     const int first = all * warp / WARPS, count = all * (warp + 1) / WARPS - first;
     const Place place(first, count, chunks, begin);
     Weights stream(x, w, chosen, place, m, k, end);
-    stream.fill(ahead, wait);
-    launch_dependents();  // behind the wait, also with `ahead`
+    launch_dependents();
     const auto start = [&](int row, int column) { return combine_start<N>(chosen, a, b, row, column, m); };
     const int row = threadIdx.x % N, column = begin + threadIdx.x / N;
     const float early = row < n && column < end ? start(row, column) : 0.f;

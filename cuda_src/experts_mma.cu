@@ -20,11 +20,6 @@
 
 constexpr int RUN = 8;
 
-// Threads that the registers of a block have to do for: where x takes few of them, those of 8 warps more, which leaves
-// room for a block of the kernel behind (experts_combine_mma.cu). 74 registers in place of 97, and none spilled.
-template <int WARPS, int CHUNKS>
-constexpr int REGISTERS_FOR = WARP * (CHUNKS <= 2 ? WARPS + 8 : WARPS);
-
 // What is left of a block's columns: of tile `at / m` of the pairs, column `at % m`, and so on up to `stop`.
 template <int ACT, int PHASES, typename T>
 struct Share {
@@ -76,7 +71,7 @@ struct PairRows {
 };
 
 template <typename T, int ACT, int WARPS, int CHUNKS, int PHASES, int DEPTH>
-__global__ void __launch_bounds__(REGISTERS_FOR<WARPS, CHUNKS>, 1)
+__global__ void __launch_bounds__(WARPS* WARP, 1)
     expert_linear_mma(const T* x, const T* __restrict__ w, const i32* pairs, const i32* offsets,
                       const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit) {
     using Own = Share<ACT, PHASES, T>;

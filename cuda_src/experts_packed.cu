@@ -24,8 +24,11 @@
 // Launch: cuplama/ops/experts_packed.py. Op: cuplama/ops/experts.py. Test: tests/ops/test_experts_packed.py.
 // Benchmark: benchmarks/packed_experts.py. Measured on an H200, 2026-11-28: the gate_up of gpt-oss-20b took 130 and 187 us
 // for 64 and 128 tokens, its bytes would take 64; with ROWS = 8, one tile at a time and scales apart 160 and 309. With
-// ROWS = 32 no more was gained. In tiles of many pairs (experts_many_wgmma.cu) it is 185 and 186. No GPU has timed rings
-// that are filled ahead of the wait yet.
+// ROWS = 32 no more was gained. In tiles of many pairs (experts_many_wgmma.cu) it is 185 and 186. With one sequence rings
+// that are filled ahead of the wait took a token from 1.708 to 1.673 ms (2026-11-28-h200-experts-ahead.txt). Tried: for 8
+// and 16 rows x in registers in place of shared memory, with 24 warps in place of 12: steps of 8, 32 and 64 sequences
+// took 3.050, 5.169 and 6.615 ms in place of 3.147, 5.283 and 6.860, too little for what it added to all files of packed
+// products. The same for plain experts (experts_combine_mma.cu): 2.948 ms a token of Qwen3-30B-A3B, as much as without.
 #include "experts.cuh"
 #include "linear_packed.cuh"
 #include "linear_packed_fma.cuh"

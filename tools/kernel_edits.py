@@ -105,9 +105,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("norm.cu", "if (b != nullptr) shift = load_row<8>(b, at,", "if (b != nullptr) shift = load_row<8>(b, 0,"),
     ("norm.cu", "(residual[c].v[j] + value) * factor : value", "value * factor : value"),
     ("norm.cu", "(residual[c].v[j] + value) * factor : value", "residual[c].v[j] + value : value"),
-    ("norm.cu", "squares += values.v[j] * values.v[j];", "squares += values.v[j];"),
-    ("norm.cu", "to_sum(c, at, values);", ";"),
-    ("norm.cu", "kept[c].v[j] *= inverse *", "kept[c].v[j] *="),
     ("norm.cu", "} else if (v_norm) {", "} else {"),
     ("norm.cu", "from_float<T>(to_float(v[c].v[j]) * inverse);", "from_float<T>(to_float(v[c].v[j]));"),
     ("norm.cu", "queries + (part - 1) * keys)", "queries + part * keys)"),
@@ -331,8 +328,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     ("attention_prefill_mma.cu", "fetch(stage ^ 1, at + KEYS);", "fetch(stage, at + KEYS);"),
     ("attention.cuh", "group, rows) <= number)", "group, rows) < number)"),
     ("attention.cuh", "cu_seqlens[tile.sequence]);", "cu_seqlens[tile.sequence] - 1);"),
-    ("attention.cuh", "return old < 0;", "return old < -1;"),
-    ("attention.cuh", "from_float<T>(0.f);", "from_float<T>(1.f);"),
     # attention_prefill_wgmma.cu
     ("attention_prefill_wgmma.cu", "u * 8), i < left);", "u * 8), i <= left);"),
     ("attention_prefill_wgmma.cu", "vector * 8, mine + r < tile.end);", "vector * 8, mine + r <= tile.end);"),

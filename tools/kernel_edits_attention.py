@@ -10,6 +10,8 @@ _RING = "attention_decode_ring.cuh"
 
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
+    ("attention.cuh", "return old < 0;", "return old < -1;"),
+    ("attention.cuh", "from_float<T>(0.f);", "from_float<T>(1.f);"),
     # keys and values as rows of x, and lse
     ("attention.cuh", "return i64(position) * H * D;", "return i64(position + 1) * H * D;"),
     ("attention.cuh", "(largest + log2f(sum)) * LN_2", "largest * LN_2 + log2f(sum)"),

@@ -64,8 +64,6 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_COMBINE, "i64(max(pair, 0)) * k + at;", "i64(max(pair, 0) / 2) * k + at;"),
     (_COMBINE, "fmaf(weight.v[i % 2]", "fmaf(weight.v[0]"),
     (_COMBINE, "partial += 2 * ROWS * N;", ";"),
-    (_COMBINE, "next = from;", ";"),
-    (_COMBINE, "ask(slot, true, false);", "ask(slot, false, true);"),
     # many pairs
     (_MANY, "u32(share.own[row + i * APART] / product.s) * k", "u32(share.own[row + i * APART]) * k"),
     (_MANY, "inside && i * APART < count", "i * APART < count"),

@@ -8,6 +8,9 @@ _FMA, _MMA = "linear.cu", "linear_mma.cu"
 
 # (file, text that occurs once, replacement)
 EDITS: tuple[tuple[str, str, str], ...] = (
+    ("norm.cu", "squares += values.v[j] * values.v[j];", "squares += values.v[j];"),
+    ("norm.cu", "to_sum(c, at, values);", ";"),
+    ("norm.cu", "kept[c].v[j] *= inverse *", "kept[c].v[j] *="),
     # a norm behind a sublayer, and the residual stream
     (_FMA, "sqrtf(before[r] / k + eps)", "sqrtf(before[r] / k)"),
     (_FMA, "before[r] * (offset + to_float(scale.v[j])))", "before[r] * to_float(scale.v[j]))"),

@@ -189,20 +189,18 @@ def _rounds(folder: Path) -> None:
         test_self_attention_hopper.check_rounds(executor, D, lengths, window)
 
 
-def _reads_ahead(file: str, folder: Path) -> None:
+def _reads_ahead(folder: Path) -> None:
     """Products with experts that are read before x is there, which only a backend grants."""
-    executor = _Mutated(folder, {file}, test_experts_combine.SHORT_OF_MEMORY, seed=1)
-    for n, m, k, form, of in test_experts_combine.AHEAD:
-        if of == file:
-            test_experts_combine.check_reading_ahead(executor, n, m, k, form)
+    executor = _Mutated(folder, {"experts_packed.cu"}, test_experts_combine.SHORT_OF_MEMORY, seed=1)
+    for n, m, k in test_experts_combine.AHEAD:
+        test_experts_combine.check_reading_ahead(executor, n, m, k)
 
 
 BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {
     "bias.cu": _bias, "pack.cu": _pack, "optimizer.cu": _parts, "peaks.cu": _read_sum,
     "unpack.cu": _unpack, "attention_backward_wgmma.cu": _rounds, "attention_backward_wgmma.cuh": _rounds,
     "attention_backward_keys.cuh": _rounds,
-    "experts_combine_mma.cu": partial(_reads_ahead, "experts_combine_mma.cu"),
-    "experts_packed.cu": partial(_reads_ahead, "experts_packed.cu"),
+    "experts_packed.cu": _reads_ahead,
 }  # fmt: skip
 
 

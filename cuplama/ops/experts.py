@@ -33,7 +33,6 @@ __all__ = [
     "expert_linear_gelu_tanh_mul",
     "expert_linear_silu_mul",
     "experts_with_pairs",
-    "leaves_room",
     "packed_ways",
     "pair_inputs",
 ]
@@ -50,7 +49,6 @@ _THREADS, _BLOCKS = 256, 4  # experts.cu: threads of a block, and at most blocks
 #                            13.8  17.2  30.1  51.3  72.0  96.5   108
 _FEW = 4
 _LONGEST = 96  # experts_mma.cu: chunks of a phase; 128 spill registers
-_SHORT = 2  # experts_mma.cu: chunks of a warp up to which a block leaves registers to another
 _RUN = 8  # experts_mma.cu: tiles of columns whose sums are kept where k goes in phases
 
 
@@ -97,7 +95,7 @@ def _few(constants: Mapping[str, Any], call: Call, device: Device) -> Launch | N
         return None
     block = (_WARP * shape.warps,)
     own = {**constants, **shape.constants}
-    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own, waits_first=True)
+    return Launch("experts_mma.cu:expert_linear_mma", (device.sms,), block, shape.shared, own)
 
 
 def _parts(constants: Mapping[str, Any]) -> int:
@@ -116,31 +114,22 @@ def _plain(constants: Mapping[str, Any], most: int, call: Call, device: Device, 
     return Launch("experts.cu:expert_linear", (blocks,), (_THREADS,), constants={**constants, "E": E})
 
 
-def _streamed(pairs: int, E: int, m: int, parts: int, device: Device) -> bool:
+def _streamed(call: Call, device: Device, parts: int) -> bool:
     """Whether weights are streamed for a few pairs at a time, and not multiplied in tiles of many."""
-    return pairs <= _FEW * E and min(E, pairs) * tile_columns(m, parts) < device.sms
-
-
-def leaves_room(call: Call, device: Device) -> bool:
-    """Whether a gated product of plain weights that makes x of this call, of as many elements as the call has columns,
-    is computed by experts_mma.cu, and its blocks leave registers to the kernel behind (``REGISTERS_FOR`` there)."""
-    shape = tensor_shape(call["m"], _RUN, device, _LONGEST)
-    streamed = _streamed(call["n"] * call["s"], call["E"], call["k"], 2, device)
-    return streamed and shape is not None and shape.constants["CHUNKS"] <= _SHORT
+    pairs = call["n"] * call["s"]
+    blocks = min(call["E"], pairs) * tile_columns(call["m"], parts)
+    return bool(pairs <= _FEW * call["E"] and blocks < device.sms)
 
 
 def _plan(act: str, call: Call, device: Device, ways: Ways | None = None) -> Plan:
     if call["E"] > MAX_EXPERTS:
         raise OpError(f"{call.op.name}: {call['E']} experts are more than the {MAX_EXPERTS} that the kernels take")
     constants = {"ACT": act, "alpha": 0.0, "limit": 0.0, **call.env}
-    pairs, parts = call["n"] * call["s"], _parts(constants)
     if segments_of(call.arrays["w"]) is not None:
         plain = partial(_plain, constants, MOST_PAIRS, call, device)
-        return packed_experts_plan(constants, parts, call, device, plain, ways)
+        return packed_experts_plan(constants, _parts(constants), call, device, plain, ways)
     # One way to add up on a deterministic device, whatever the number of rows.
-    few = (
-        takes_many(call, device) and not device.deterministic and _streamed(pairs, call["E"], call["m"], parts, device)
-    )
+    few = takes_many(call, device) and not device.deterministic and _streamed(call, device, _parts(constants))
     launch = _few(constants, call, device) if few else None
     return Plan((launch or _plain(constants, ways.rows if ways else MOST_PAIRS, call, device, call["E"]),))
 

@@ -5,9 +5,6 @@ Defined by its parts, ``expert_linear`` and ``combine_pairs``: the reference onl
 take is computed by their launches, which hand over the products of the pairs, rounded to T: so are packed weights, for
 which a kernel of this kind was slower. For gpt-oss-20b it took 14.7 us on an H200 where the two launches take 13.6, and
 62.7 instead of 47.8 for eight rows.
-
-Where the kernel directly ahead makes x, and another chose the experts, the first launch fills its rings with weights
-before it waits (``Launch.ahead``), if its block has its place beside one of that kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from typing import Any
 
 from ..dtypes import Array, dtype_name
 from . import experts_packed
-from .experts import expert_linear, experts_with_pairs, leaves_room, packed_ways, pair_inputs
+from .experts import expert_linear, experts_with_pairs, packed_ways, pair_inputs
 from .launch import Device, Launch, Plan
 from .linear import PRODUCT_TOLERANCE
 from .linear_packed import ROWS
@@ -25,7 +22,7 @@ from .op import Call, Draw, Op
 from .route import MAX_EXPERTS, combine_pairs
 from .weights import segments_of, stored_bytes
 
-__all__ = ["AHEAD_BESIDE_BYTES", "AHEAD_ROWS", "AHEAD_WARPS", "MAX_RING_BYTES", "expert_linear_combine"]
+__all__ = ["expert_linear_combine"]
 
 _WARP = 32
 _MAX_ROWS = 4  # of Qwen3-30B-A3B one takes 12.6 us on an H200, in two launches 16.7; with eight these are faster
@@ -36,27 +33,10 @@ _TILE_ROWS = 16  # of w: the M of the instruction mma.m16n8k16
 _CHUNK = 64  # elements of a row of w that a warp multiplies at a time
 _MIN_COLUMNS = 4  # of y for a GPU block: for fewer its start costs more than it saves
 _WARPS = (16, 8, 4)  # of a GPU block: as many as leave each a ring
-_MIN_DEPTH, _MAX_DEPTH = 2, 12  # chunks in a warp's ring
-_AHEAD = ("pairs", "offsets", "weights")  # what a kernel can read before x is there
-
-MAX_RING_BYTES = 208 << 10
-"""Bytes of weights, and of x beside them, that a GPU block has asked for ahead of what it multiplies, at most: one row
-of Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200."""
-
-AHEAD_ROWS = _MAX_ROWS
-"""Rows up to which a ring is filled with weights while the kernel ahead makes x, where a kernel can start early (sm_90)
-and that one is expert_linear_mma (``leaves_room``); 0 for never. Those of experts_many.py leave no room, and let the
-next kernel start before they wait."""
-
-AHEAD_WARPS = (8, 4)
-"""Of a GPU block that is to have its place beside one of expert_linear_mma: as many as leave each a ring. On an H200 a
-multiprocessor has 65,536 registers, of which the 16 warps there have 40,960 (16 * 32 * 80, 74 of these 80 used, for up
-to 2,048 elements of x); eight with 80 for each thread have 20,480: together 61,440."""
-
-AHEAD_BESIDE_BYTES = 9 << 10
-"""By how much less than half of the shared memory that a block can have such a block has, ring and all. On an H200 a
-multiprocessor has 233,472 bytes. A block of expert_linear_mma takes 119,552 of them: 116,224, static arrays of 2,192
-and 1,024 that are reserved, in units of 128. At most 107,008, 5,264 and 1,024 make 113,408: together 232,960."""
+_MIN_DEPTH, _MAX_DEPTH = 2, 8  # chunks in a warp's ring
+# Of weights, and of x beside them, that a GPU block has asked for ahead of what it multiplies, at most: one row of
+# Qwen3-30B-A3B has 190 KB for each multiprocessor of an H200.
+_MAX_RING_BYTES = 208 << 10
 
 
 def _reference(
@@ -85,25 +65,20 @@ def _fused(call: Call, device: Device) -> Launch | None:
     if call.dtypes["T"].itemsize != 2 or device.arch < 80 or k % 8 or segments_of(call.arrays["w"]) is not None:
         return None
     rows, (most, table) = _rows(call), _table_bytes(call)
-    ahead = n <= AHEAD_ROWS and device.arch >= 90 and leaves_room(call, device)
     blocks = min(device.sms, -(-m // _MIN_COLUMNS))
     tiles = -(-m // (blocks * _TILE_ROWS))  # of the columns of a GPU block
     chunks = most * -(-k // _CHUNK)
     place = (_TILE_ROWS + rows) * _CHUNK * 2  # bytes of a chunk
-    limit = device.shared // 2 - AHEAD_BESIDE_BYTES if ahead else device.shared - _RESERVED_BYTES
-    for warps in AHEAD_WARPS if ahead else _WARPS:
+    for warps in _WARPS:
         beside = table + warps * tiles * _TILE_ROWS * rows * 4
-        room = min(MAX_RING_BYTES, limit - beside) // (warps * place)
+        room = min(_MAX_RING_BYTES, device.shared - _RESERVED_BYTES - beside) // (warps * place)
         if room < _MIN_DEPTH:
             continue
         depth = max(_MIN_DEPTH, min(_MAX_DEPTH, -(-chunks // warps) * tiles, room))
-        shared = depth * warps * place + beside
-        if not ahead:  # two do not fit a multiprocessor, so those of the next kernel are dealt out evenly
-            shared = max(shared, device.shared // 2)
-        own = {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most, "ahead": 0}
-        kernel = "experts_combine_mma.cu:expert_linear_combine_mma"
-        reads = _AHEAD if ahead else ()
-        return Launch(kernel, (blocks,), (_WARP * warps,), shared, own, ahead=reads, waits_first=True)
+        # Two do not fit a multiprocessor, so those of the next kernel are dealt out evenly.
+        shared = max(depth * warps * place + beside, device.shared // 2)
+        own = {"N": rows, "WARPS": warps, "DEPTH": depth, "most": most}
+        return Launch("experts_combine_mma.cu:expert_linear_combine_mma", (blocks,), (_WARP * warps,), shared, own)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from cuplama.backends.cuda.backend import CudaBackend
 from cuplama.dtypes import DTYPES
 from cuplama.folders import source_folder
 from cuplama.lab.workloads import case_workload, described_workload
-from cuplama.ops import OPS, experts_combine, experts_packed
+from cuplama.ops import OPS, experts_packed
 from cuplama.ops.launch import Device, Launch
 from cuplama.ops.node import Node
 from cuplama.ops.prototypes import prototype_of
@@ -22,10 +23,8 @@ from tests.fakes import FakeGpu, Launcher
 N, SLOTS, EXPERTS, WIDTH = 1, 2, 5, 32
 ROUTES = ("pairs", "offsets")
 SORT = Node("sort_pairs", ROUTES, ("experts",), {"E": EXPERTS})
-PRODUCT = Node("expert_linear", ("h",), ("x", "w", *ROUTES))
-COMBINE = Node("expert_linear_combine", ("y",), ("h", "w", *ROUTES, "weights"))
 GATED = Node("expert_linear_silu_mul", ("h",), ("x", "gates", *ROUTES))
-PACKED = Node("expert_linear_combine", ("y",), ("h", "packed", *ROUTES, "weights"))
+COMBINE = Node("expert_linear_combine", ("y",), ("h", "packed", *ROUTES, "weights"))
 
 Aheads = Callable[[Sequence[Node]], list[int]]
 
@@ -37,7 +36,7 @@ def backend() -> CudaBackend:
 
 def _values(backend: CudaBackend) -> dict[str, Any]:
     T = DTYPES["bf16"]
-    shapes = {"x": (N, WIDTH), "h": (N * SLOTS, WIDTH), "w": (EXPERTS, WIDTH, WIDTH), "w2": (EXPERTS, SLOTS, WIDTH)}
+    shapes = {"x": (N, WIDTH), "h": (N * SLOTS, WIDTH)}
     found = {name: backend.upload(np.zeros(shape, T)) for name, shape in shapes.items()}
     for name, op in (("gates", "expert_linear_silu_mul"), ("packed", "expert_linear")):
         case = {"n": N, "s": SLOTS, "E": EXPERTS, "m": WIDTH, "k": WIDTH, "b": False, "W": "mxfp4"}
@@ -69,37 +68,28 @@ def aheads(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> Aheads:
 
 
 def test_what_an_older_kernel_wrote_is_read_ahead(aheads: Aheads) -> None:
-    assert aheads([SORT, PRODUCT, COMBINE]) == [1]
-    assert aheads([SORT, GATED, PACKED]) == [0, 1]  # the gated product itself is behind what chose
+    assert aheads([SORT, GATED, COMBINE]) == [0, 1]  # the gated product itself is behind what chose
 
 
-@pytest.mark.parametrize(
-    ("module", "nodes"), [(experts_combine, [PRODUCT, COMBINE]), (experts_packed, [GATED, PACKED])]
-)
-def test_reading_ahead_can_be_turned_off(
-    aheads: Aheads, monkeypatch: pytest.MonkeyPatch, module: Any, nodes: list[Node]
-) -> None:
-    monkeypatch.setattr(module, "AHEAD_ROWS", 0)
-    assert set(aheads([SORT, *nodes])) == {0}
+def test_reading_ahead_can_be_turned_off(aheads: Aheads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_packed, "AHEAD_ROWS", 0)
+    assert aheads([SORT, GATED, COMBINE]) == [0, 0]
 
 
 def test_what_the_kernel_directly_before_wrote_is_not(aheads: Aheads) -> None:
     assert aheads([SORT, COMBINE]) == [0]
-    # The sum of the first is what the second weighs by; the third has nothing to do with it.
-    first = Node("expert_linear_combine", ("by",), ("h", "w2", *ROUTES, "weights"))
-    second = Node("expert_linear_combine", ("z",), ("h", "w2", *ROUTES, "by"))
-    assert aheads([SORT, PRODUCT, first, second, COMBINE]) == [1, 0, 1]
+    assert aheads([SORT, GATED, replace(SORT, outs=("pairs2", "offsets")), COMBINE]) == [0, 0]
 
 
 def test_nothing_is_read_ahead_behind_a_kernel_that_may_start_the_next_before_it_waits(aheads: Aheads) -> None:
-    assert aheads([SORT, PRODUCT, Node("add", ("z",), ("weights", "weights")), COMBINE]) == [0]
+    assert aheads([SORT, GATED, Node("add", ("z",), ("weights", "weights")), COMBINE]) == [0, 0]
 
 
 def test_nothing_is_read_ahead_at_the_beginning(aheads: Aheads, backend: CudaBackend) -> None:
     """What was queued before is not known, also if it was the same list."""
-    assert aheads([PRODUCT]) == []
+    assert aheads([GATED]) == [0]
     assert aheads([COMBINE]) == [0]
-    backend.call(OPS["expert_linear"], [_values(backend)[name] for name in PRODUCT.ins], {})
+    backend.call(OPS[GATED.op], [_values(backend)[name] for name in GATED.ins], {})
     assert aheads([COMBINE]) == [0]
 
 
@@ -126,9 +116,7 @@ def _waits_first(kernel: str) -> bool:
 def test_kernels_that_say_so_wait_before_they_let_the_next_one_start() -> None:
     launches = list(_launches())
     found = {launch.kernel for launch in launches if launch.waits_first}
-    assert {kernel.rpartition(":")[2] for kernel in found} == {
-        "expert_linear_mma", "expert_linear_packed", "expert_linear_combine_mma",
-    }  # fmt: skip
+    assert {kernel.rpartition(":")[2] for kernel in found} == {"expert_linear_packed"}
     assert all(_waits_first(kernel) for kernel in found)
     # What this looks at tells others apart, and no other helper lets the next kernel start.
     assert not _waits_first("linear_mma.cu:linear_mma")
