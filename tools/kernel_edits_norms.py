@@ -1,4 +1,4 @@
-"""Mistakes in the norms ahead of streamed products, as ``kernel_edits`` has them for the others."""
+"""Mistakes in norms behind sublayers and ahead of streamed products, as ``kernel_edits`` has them for the others."""
 
 from __future__ import annotations
 
