@@ -184,17 +184,18 @@ __global__ void __launch_bounds__(WARPS* WARP, 1)
                          const T* __restrict__ b, T* y, int s, int E, int m, int k, f32 alpha, f32 limit, int ahead) {
     typedef Shape<T, W, ACT, ROWS, WARPS, BLOCKS, 1, DEPTH, EARLY, STEP, 1, false, TWINS> S;
     __shared__ i32 before[MAX_EXPERTS + 1];
+    const auto wait = [] { pdl_wait(); };
     if (ahead)
         fence_gpu();  // an L1 may hold what an older kernel has read at the same addresses
     else
-        pdl_wait();
+        wait();
     const int units = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const Share<S> share(PairTiles<ROWS>(offsets, before, E), units);
     const int pair = share.pair(pairs);  // asked for ahead of the weights, for it says where x is
     Stream<S, Share<S>> stream(w, m, k, share);
     if (ahead) {
         stream.fill_rest();
-        pdl_wait();
+        wait();
     }
     launch_dependents();
     const f32* scales = W::row_scales(w, E * S::PARTS * units * BLOCK_ROWS, k);

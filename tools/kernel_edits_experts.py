@@ -92,7 +92,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
     (_STREAMED, "base + r < count ? min(k, S::SPAN) : 0", "r < count ? min(k, S::SPAN) : 0"),
     (_STREAMED, "first * (stream.units * BLOCK_ROWS);", "0;"),
     (_STREAMED, "filled || full, staged};", "filled, staged};"),
-    (_STREAMED, "        stream.fill_rest();\n        pdl_wait();", "        pdl_wait();"),
+    (_STREAMED, "        stream.fill_rest();\n        wait();", "        wait();"),
     ("linear_packed.cuh", "remaining <= run ? 0 :", "remaining < run ? 0 :"),
     ("linear_packed.cuh", "if constexpr (UNITS == 1) return half;", ""),
     (_TILES, "if (slices < SLICES) return", "if (slices <= SLICES) return"),

@@ -279,6 +279,11 @@ rms_norm_add_norm = Op(
     sizes=lambda draw: dict(n=draw(1, 5), d=draw(1, 9000), eps=1e-6, offset=draw(0, 1), scalar=bool(draw(0, 1))),
     shape={"n": 1, "d": 2560},
     tolerance=_ROW_TOLERANCE,
+    kernel_docs={
+        "rms_norm_add_norm": "A norm behind a sublayer, the residual stream, and the norm ahead of the next sublayer.",
+        "rms_norm_add": "The norm behind the sublayer, of rows that are too long for both.",
+        "rms_norm": "The norm ahead of the next, of such rows.",
+    },
     flops=lambda c: 9 * c["n"] * c["d"],
 )
 

@@ -53,8 +53,14 @@ def content(array: Any) -> bytes | None:
     return bytes((array if segments_of(array) is None else array.numbers()).tobytes())
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("name", list(OPS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] * ("attention" in name and dtype != "bf16"))
+        for name in OPS
+        for dtype in ("f32", "f16", "bf16")
+    ],
+)
 def test_the_reference_is_right(name: str, dtype: str) -> None:
     """The judge accepts the reference's own result, rounded to the dtypes of the signature, for every case."""
     for workload in case_workloads(OPS[name], dtype):

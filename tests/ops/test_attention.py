@@ -236,6 +236,7 @@ def test_rows_and_sequences_that_fill_up_a_batch(T: str, C: str, D: int, arch: i
     assert np.isnan(y[rows:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_thread_order_does_not_matter(seed: int) -> None:
     decode = (40, [1, 1], [130, 90]), (256, [1], [130])

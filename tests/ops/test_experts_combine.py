@@ -196,6 +196,7 @@ def _taken(op: str, sizes: dict[str, Any]) -> tuple[int, int]:
     return -(-(launch.shared + used.shared + 1024) // 128) * 128, -(-used.registers // 8) * 8 * launch.block[0]
 
 
+@pytest.mark.slow  # it compiles both kernels for a GPU
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_block_that_reads_ahead_has_its_place_beside_one_of_the_kernel_ahead(n: int) -> None:
     up = _taken("expert_linear_clamped_swiglu", dict(n=n, alpha=1.702, limit=7.0, **_GPT_OSS))

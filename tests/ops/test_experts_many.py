@@ -72,6 +72,7 @@ def test_every_format(name: str, device: Device, files: list[str]) -> None:
     run(in_tiles("expert_linear_silu_mul", n=9, s=2, E=3, m=48, k=296, W=name), files, device)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("op", PRODUCTS)
 def test_every_activation(op: str, device: Device, files: list[str]) -> None:
@@ -79,6 +80,7 @@ def test_every_activation(op: str, device: Device, files: list[str]) -> None:
     run(in_tiles(op, "f16", n=7, s=2, E=4, m=144, k=128, W="mxfp4", chosen=3), files, device)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("counts", [(64, 0, 33, 1), (65, 0, 130)], ids=str)
 def test_tiles_of_an_expert(counts: tuple[int, ...], device: Device, files: list[str]) -> None:
@@ -90,6 +92,7 @@ def test_tiles_of_an_expert(counts: tuple[int, ...], device: Device, files: list
 WEIGHTS = pytest.mark.parametrize(("weights", "depth"), [({"W": "mxfp4"}, 6), ({}, 4)], ids=["packed", "plain"])
 
 
+@pytest.mark.slow
 @WEIGHTS
 def test_products_of_every_height_on_hopper(weights: dict[str, str], depth: int) -> None:
     """Products of 64 to 256 pairs, two of 160 for an expert with 300."""

@@ -49,7 +49,12 @@ def _bind(op: Op, case: Case, T: str) -> Call:
     return described_workload(op, case, T).bind()
 
 
-@pytest.mark.parametrize(("op", "case", "T"), _ALL, ids=_NAMES)
+def _marks(case: Case, T: str) -> list[pytest.MarkDecorator]:
+    """Large batches of attention have millions of keys: one dtype is enough for the fast tests."""
+    return [pytest.mark.slow] * (case.get("b", 0) > 8 and T != "bf16")
+
+
+@pytest.mark.parametrize(("op", "case", "T"), [pytest.param(*c, marks=_marks(*c[1:])) for c in _ALL], ids=_NAMES)
 def test_reference(op: Op, case: Case, T: str) -> None:
     """The reference in T agrees with itself in float64. Its inputs are as the case describes them."""
     workload = harness.workload(op, case, T)

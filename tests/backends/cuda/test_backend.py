@@ -67,7 +67,7 @@ def test_a_model_on_the_emulator_gives_the_golden_logits(case: str, cublas: Any)
     np.testing.assert_allclose(logits, golden["logits_1"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["llama-attention-bias", "gpt2"])
+@pytest.mark.parametrize("case", [pytest.param("llama-attention-bias", marks=pytest.mark.slow), "gpt2"])
 def test_a_large_batch_decodes_through_cublas(case: str) -> None:
     """Recorded steps of more rows than are streamed: cuBLAS adds the residual, attention appends."""
     from cuplama.engine.engine import Engine
