@@ -116,7 +116,7 @@ def compile_program(file: str, names: Sequence[str], arch: int) -> Program:
     with _compiled(file, names, arch, compile_options(nvrtc.getVersion()[0], arch, file)) as program:
         log = nvrtc.getProgramLog(program)
         mangled = {name: nvrtc.getLoweredName(program, name) for name in names}
-        cubin = nvrtc.getCUBIN(program)
+        cubin = nvrtc.getCUBIN(program) + b"\0"  # CuPy takes the last byte, which is 0, for the end of a string
     resources = parse_resources(log)
     return Program(
         file,

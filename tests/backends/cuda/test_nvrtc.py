@@ -95,7 +95,7 @@ def test_without_a_gpu_a_source_is_compiled_as_cupy_compiles_it(library: _Nvrtc,
     assert flags[len(options(12)) :] == (
         "-ftz=true", "--device-as-default-execution-space", f"-arch={target}", "--ptxas-options=-v"
     )  # fmt: skip
-    assert (program.file, program.arch, program.cubin) == ("residual.cu", arch, b"cubin")
+    assert (program.file, program.arch, program.cubin) == ("residual.cu", arch, b"cubin\0")
     assert (program.names, program.resources["add"].registers) == ({"add": "mangled"}, 8)
     assert 0 <= program.seconds < 60
 
@@ -147,6 +147,8 @@ def test_the_report_agrees_with_the_machine_code() -> None:
     assert used["greedy<64>"].spills > 0
     assert used["plain<f32, 64>"].spills == used["plain<f32, 64>"].stack == 0
     registers, shared = _elf(program.cubin)
+    table, size, count = struct.unpack_from("<Q", program.cubin, 32)[0], *struct.unpack_from("<2H", program.cubin, 54)
+    assert table + size * count <= len(program.cubin)  # nvdisasm refuses a file that ends within the program headers
     for name in names:
         assert registers[program.names[name]] == used[name].registers
         assert shared.get(program.names[name], 0) in (used[name].shared, used[name].shared + 1024)  # reserved by sm_90
