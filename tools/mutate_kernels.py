@@ -42,6 +42,7 @@ from cuplama.simt.emulator import CUDA_SRC, KernelFault, precompile, run
 from tests.backends.cuda import test_loading, test_unpacking
 from tests.ops import (
     harness,
+    test_attention,
     test_bias,
     test_experts_combine,
     test_ops,
@@ -196,11 +197,18 @@ def _reads_ahead(folder: Path) -> None:
         test_experts_combine.check_reading_ahead(executor, n, m, k)
 
 
+def _rows_without_keys(folder: Path) -> None:
+    """A decode step that is not full, by the kernels of prompts: only a deterministic device takes these for it."""
+    for T, D, arch in test_attention.BLIND:
+        files = {f"attention_prefill_{way}.cu" for way in ("fma", "mma", "wgmma")}
+        test_attention.check_rows_without_keys(_Mutated(folder, files, Device(arch, deterministic=True)), T, D, 0)
+
+
 BESIDE_THE_OPS: dict[str, Callable[[Path], None]] = {
     "bias.cu": _bias, "pack.cu": _pack, "optimizer.cu": _parts, "peaks.cu": _read_sum,
     "unpack.cu": _unpack, "attention_backward_wgmma.cu": _rounds, "attention_backward_wgmma.cuh": _rounds,
     "attention_backward_keys.cuh": _rounds,
-    "experts_packed.cu": _reads_ahead,
+    "experts_packed.cu": _reads_ahead, "attention.cuh": _rows_without_keys,
 }  # fmt: skip
 
 
