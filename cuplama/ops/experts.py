@@ -204,7 +204,7 @@ _ACTS = {
 
 def packed_ways(op: Op, ways: Ways) -> Op:
     """One of these ops with another choice of the ways to compute a product with a packed weight, and of the pairs of a
-    tile with any weight, to compare them."""
+    tile with any weight: to compare them, or where more is known of the pairs."""
     return replace(op, kernels=lambda call, device: _plan(_ACTS[op.name], call, device, ways))
 
 

@@ -145,9 +145,8 @@ def _added_kernels(call: Call, device: Device) -> Plan:
     n, d = call["n"], call["d"]
     if d <= _WIDTH * _MAX_THREADS:
         return _row_kernels(call, device)
-    first, second = row_launch("rms_norm_add", n, d), row_launch("rms_norm", n, d)
-    names = {"w": "post", "y": "sum"}, {"x": "sum", "w": "g"}
-    return Plan(tuple(replace(launch, names=own) for launch, own in zip((first, second), names, strict=True)))
+    first = replace(row_launch("rms_norm_add", n, d), names={"w": "post", "y": "sum"})
+    return Plan((first, replace(row_launch("rms_norm", n, d), names={"x": "sum", "w": "g"})))
 
 
 def _part_kernels(call: Call, device: Device) -> Plan:

@@ -8,6 +8,7 @@ GRadient-INformed MoE", arXiv:2409.12136.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -86,20 +87,9 @@ def _sort_pairs(experts: Array, *, E: int) -> tuple[Array, Array]:
     return np.argsort(experts.reshape(-1), kind="stable").astype(np.int32), offsets
 
 
-def _route_pairs(
-    logits: Array,
-    bias: Array | None = None,
-    scale: Array | None = None,
-    *,
-    k: int,
-    sigmoid: int = 0,
-    groups: int = 1,
-    kept: int = 1,
-    renormalise: int = 1,
-    factor: float = 1.0,
-) -> tuple[Array, ...]:
-    knobs = dict(sigmoid=sigmoid, groups=groups, kept=kept, renormalise=renormalise)
-    experts, weights = _route(logits, bias, scale, k=k, factor=factor, **knobs)
+@wraps(_route, assigned=())  # for its signature
+def _route_pairs(logits: Array, *beside: Any, **attributes: Any) -> tuple[Array, ...]:
+    experts, weights = _route(logits, *beside, **attributes)
     return *_sort_pairs(experts, E=logits.shape[1]), experts, weights
 
 
