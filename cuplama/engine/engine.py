@@ -152,12 +152,14 @@ class Engine:
                     yield result
                 elif ended:
                     return
-                elif self._take_turn(call):
+                elif not self._waited(call):
                     try:
-                        while not call.is_new:
-                            self._step()
+                        with self._turn:  # in no other way does Ctrl-C find the turn taken and nobody who gives it back
+                            while not call.is_new:
+                                self._step()
                     finally:
-                        self._give_turn()
+                        self._let_go()
+                        self._hand_over()
         finally:
             self.leave(call)
 
@@ -214,19 +216,14 @@ class Engine:
 
     # -- steps
 
-    def _take_turn(self, call: Call) -> bool:
-        """Whether this thread is to make steps, for its call; where another does, it has waited for that one."""
+    def _waited(self, call: Call) -> bool:
+        """Whether another thread makes steps; then this one has waited for it, else it is to make them for its call."""
         call.thread, call.waits = threading.get_ident(), True
-        taken = self._turn.acquire(blocking=False)
-        if not taken:
+        busy = self._turn.locked()
+        if busy:
             call.wait(_LOOK_AGAIN)
         call.waits = False
-        return taken
-
-    def _give_turn(self) -> None:
-        self._turn.release()
-        self._let_go()
-        self._hand_over()
+        return busy
 
     def _hand_over(self) -> None:
         """Wake one of those that wait for steps, so that it makes them; the engine's own thread takes its turn itself.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import linecache
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -346,3 +348,38 @@ def test_after_a_fork_the_parents_device_is_not_touched(monkeypatch: pytest.Monk
         list(stream)
     with pytest.raises(Exception, match="cannot be used in a child that was forked"):
         model.generate("First")
+
+
+def test_ctrl_c_between_any_two_lines_leaves_the_turn_to_others(chars: Model) -> None:
+    """Who makes steps gives the turn back, wherever it is interrupted: else ``close`` waits for it for ever."""
+    loop = {"_results", "_waited", "_take_turn", "_give_turn", "_step"}
+
+    def interrupted(at: int) -> bool:
+        """Whether a short call has so many lines of the loop that makes its steps."""
+        lines = 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != module.__file__ or frame.f_code.co_name not in loop:
+                return None
+            # The interpreter looks for signals behind calls and jumps, and so nowhere on the way into or out of a lock.
+            if event == "line" and "with self._turn" not in linecache.getline(module.__file__, frame.f_lineno):
+                lines += 1
+                if lines == at:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            chars.generate("ab", **{**GREEDY, "max_tokens": 2})
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    at = 1
+    while interrupted(at):
+        assert not chars.engine._turn.locked(), f"line {at}"
+        at += 1
+    assert at > 20
